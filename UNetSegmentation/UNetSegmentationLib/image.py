@@ -1,0 +1,564 @@
+"""Images with their physical geometry: read, write, reorient, resample, crop, paste.
+
+Arrays are (z, y, x), or (c, z, y, x) with channels. Physical space is LPS in mm and spacing, origin and points are
+(x, y, z), as in SimpleITK. A 2D picture is a volume of one slice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+
+
+class UserError(Exception):
+    """Bad input: the message is one clear sentence for the person, saying what is wrong and what to do."""
+
+
+class SeveralSeries(UserError):
+    """A DICOM folder holds more than one image series; `series` maps the UID to a description."""
+
+    def __init__(self, folder: Path, series: dict[str, str]) -> None:
+        self.series = series
+        listing = "; ".join(f"{uid} ({text})" for uid, text in series.items())
+        super().__init__(f"{folder} holds {len(series)} image series; choose one by its UID: {listing}.")
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box in index space, array order (z, y, x): start inclusive, stop exclusive."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.start, self.stop))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(a, b) for a, b in zip(self.start, self.stop))
+
+    @property
+    def empty(self) -> bool:
+        return any(b <= a for a, b in zip(self.start, self.stop))
+
+    def __and__(self, other: Box) -> Box:
+        return Box(tuple(map(max, self.start, other.start)), tuple(map(min, self.stop, other.stop)))
+
+    def shifted(self, by: Sequence[int]) -> Box:
+        return Box(tuple(a + d for a, d in zip(self.start, by)), tuple(b + d for b, d in zip(self.stop, by)))
+
+    def grown(self, by: Sequence[int]) -> Box:
+        return Box(tuple(a - d for a, d in zip(self.start, by)), tuple(b + d for b, d in zip(self.stop, by)))
+
+    def relative_to(self, other: Box) -> Box:
+        return self.shifted([-a for a in other.start])
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        return cls((0,) * len(shape), tuple(shape))
+
+    @classmethod
+    def around(cls, mask: np.ndarray) -> Box | None:
+        """The bounding box of the non-zero voxels; None where there are none."""
+        start, stop = [], []
+        for axis in range(mask.ndim):
+            hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+            if not len(hit):
+                return None
+            start.append(int(hit[0]))
+            stop.append(int(hit[-1]) + 1)
+        return cls(tuple(start), tuple(stop))
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An array and where it lies in the patient.
+
+    array: (z, y, x) or (c, z, y, x). spacing and origin: (x, y, z) in mm, LPS. direction: 3x3 row-major, whose
+    columns are the directions of the x, y and z index axes in LPS. source: the file or folder it was read from;
+    dicom_files: the files of a DICOM series, in slice order.
+    """
+
+    array: np.ndarray
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    direction: tuple[float, ...] = IDENTITY
+    source: Path | None = None
+    dicom_files: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.array.ndim not in (3, 4):
+            raise ValueError(f"an Image's array is (z, y, x) or (c, z, y, x), not {self.array.ndim}-dimensional")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(z, y, x)."""
+        z, y, x = self.array.shape[-3:]
+        return z, y, x
+
+    @property
+    def n_channels(self) -> int:
+        return self.array.shape[0] if self.array.ndim == 4 else 1
+
+    @property
+    def channels(self) -> np.ndarray:
+        """(c, z, y, x), without a copy."""
+        return self.array if self.array.ndim == 4 else self.array[None]
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """4x4 from index (x, y, z) to LPS mm."""
+        m = np.eye(4)
+        m[:3, :3] = np.reshape(self.direction, (3, 3)) * self.spacing
+        m[:3, 3] = self.origin
+        return m
+
+    def index_to_point(self, index: Sequence[float]) -> tuple[float, float, float]:
+        """Index (x, y, z) to LPS mm."""
+        x, y, z = (self.matrix @ [*index, 1.0])[:3]
+        return float(x), float(y), float(z)
+
+    def point_to_index(self, point: Sequence[float]) -> tuple[float, float, float]:
+        """LPS mm to continuous index (x, y, z)."""
+        x, y, z = (np.linalg.inv(self.matrix) @ [*point, 1.0])[:3]
+        return float(x), float(y), float(z)
+
+    def like(self, array: np.ndarray) -> Image:
+        """Another array on this image's grid."""
+        if array.shape[-3:] != self.shape:
+            raise ValueError(f"array {array.shape} does not fit an image of {self.shape}")
+        return replace(self, array=array)
+
+    def crop(self, box: Box) -> Image:
+        """The part inside `box`, at its true place."""
+        origin = self.index_to_point(box.start[::-1])
+        return replace(self, array=self.array[(..., *box.slices)], origin=origin)
+
+    def box_around_points(self, points: Sequence[Sequence[float]]) -> Box:
+        """The smallest box of whole voxels that holds the points (LPS mm); it may reach outside the image."""
+        index = np.array([self.point_to_index(p) for p in points])[:, ::-1]
+        # A corner on a voxel's edge belongs to that voxel: 1e-4 voxel forgives the rounding of file headers.
+        low, high = np.floor(index.min(0) + 0.5 + 1e-4), np.ceil(index.max(0) - 0.5 - 1e-4)
+        return Box(tuple(int(v) for v in low), tuple(int(v) + 1 for v in np.maximum(low, high)))
+
+    def same_grid(self, other: Image, tolerance_mm: float = 1e-2) -> bool:
+        """Whether both have the same size and place every corner within the tolerance."""
+        if self.shape != other.shape:
+            return False
+        z, y, x = self.shape
+        corners = itertools.product((0, x - 1), (0, y - 1), (0, z - 1))
+        return all(math.dist(self.index_to_point(c), other.index_to_point(c)) <= tolerance_mm for c in corners)
+
+
+def paste(target: np.ndarray, part: np.ndarray, box: Box) -> None:
+    """Write `part` into `target` at `box` (spatial axes last); what reaches outside is dropped."""
+    inside = box & Box.whole(target.shape[-3:])
+    if not inside.empty:
+        target[(..., *inside.slices)] = part[(..., *inside.relative_to(box).slices)]
+
+
+# --------------------------------------------------------------------------------------------------------- orientation
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How an image's index axes map to the nearest LPS axes: canonical axis p is axis `axes[p]`, reversed if `flips[p]`."""
+
+    axes: tuple[int, ...]
+    flips: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, direction: Sequence[float]) -> Orientation:
+        d = np.reshape(direction, (3, 3))
+        axes = max(itertools.permutations(range(3)), key=lambda p: round(sum(abs(d[i, p[i]]) for i in range(3)), 6))
+        return cls(axes, tuple(bool(d[i, axes[i]] < 0) for i in range(3)))
+
+    def canonical(self, array: np.ndarray) -> np.ndarray:
+        """A view of (..., z, y, x) with z towards superior, y posterior and x left."""
+        lead = array.ndim - 3
+        order = [*range(lead), *(lead + 2 - self.axes[p] for p in (2, 1, 0))]
+        return array.transpose(order)[(..., *self._reversals())]
+
+    def original(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `canonical`."""
+        lead = array.ndim - 3
+        order = [2 - self.axes[p] for p in (2, 1, 0)]
+        return array[(..., *self._reversals())].transpose([*range(lead), *(lead + int(a) for a in np.argsort(order))])
+
+    def _reversals(self) -> tuple[slice, ...]:
+        return tuple(slice(None, None, -1 if self.flips[p] else 1) for p in (2, 1, 0))
+
+
+def reorient(image: Image) -> tuple[Image, Orientation]:
+    """The same image with its axes permuted and flipped to the nearest of LPS (a view, no interpolation)."""
+    o = Orientation.of(image.direction)
+    d = np.reshape(image.direction, (3, 3))
+    size = image.shape[::-1]
+    corner = [0.0, 0.0, 0.0]
+    columns = []
+    for p in range(3):
+        sign = -1.0 if o.flips[p] else 1.0
+        columns.append(sign * d[:, o.axes[p]])
+        if o.flips[p]:
+            corner[o.axes[p]] = size[o.axes[p]] - 1
+    spacing = tuple(image.spacing[a] for a in o.axes)
+    direction = tuple(float(v) for v in np.stack(columns, 1).ravel())
+    return (
+        replace(
+            image,
+            array=o.canonical(image.array),
+            spacing=spacing,  # type: ignore[arg-type]
+            origin=image.index_to_point(corner),
+            direction=direction,
+        ),
+        o,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- resampling
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A lattice laid over an image for another spacing; both have the same centre.
+
+    Along each axis (z, y, x), lattice index i lies at image index scale * i + offset.
+    """
+
+    shape: tuple[int, ...]
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+
+    @classmethod
+    def over(cls, image: Image, spacing: Sequence[float | None]) -> Grid:
+        """spacing: (x, y, z) in mm; None keeps the image's own."""
+        shape, scale, offset = [], [], []
+        for n, have, want in zip(image.shape, image.spacing[::-1], tuple(spacing)[::-1]):
+            s = 1.0 if want is None or math.isclose(want, have, rel_tol=1e-4) else want / have
+            m = max(1, round(n / s))
+            shape.append(m)
+            scale.append(s)
+            offset.append((n - 1 - (m - 1) * s) / 2)
+        return cls(tuple(shape), tuple(scale), tuple(offset))
+
+    @property
+    def is_identity(self) -> bool:
+        return all(s == 1 for s in self.scale)
+
+    def cover(self, box: Box) -> Box:
+        """The lattice box needed to interpolate linearly everywhere inside an image box."""
+        start = [math.floor((a - o) / s) for a, o, s in zip(box.start, self.offset, self.scale)]
+        stop = [math.ceil((b - 1 - o) / s) + 1 for b, o, s in zip(box.stop, self.offset, self.scale)]
+        return Box(tuple(start), tuple(stop)) & Box.whole(self.shape)
+
+
+_INTERPOLATORS = {"linear": sitk.sitkLinear, "bspline": sitk.sitkBSpline, "nearest": sitk.sitkNearestNeighbor}
+
+
+def sample(channels: np.ndarray, grid: Grid, box: Box, interpolator: str = "linear") -> np.ndarray:
+    """The values of an image (c, z, y, x) on the part `box` of a grid over it, as float32 (nearest: the same type).
+
+    Where the grid is coarser by more than 1.2, a Gaussian of half the lost bandwidth goes first, so that thin
+    structures do not flicker (no filter for "nearest"). Only the voxels that `box` needs are touched.
+    """
+    if interpolator not in _INTERPOLATORS:
+        raise ValueError(f"interpolator must be one of {', '.join(_INTERPOLATORS)}, not {interpolator!r}")
+    if grid.is_identity:
+        part = channels[(slice(None), *box.slices)]
+        return np.ascontiguousarray(part if interpolator == "nearest" else part.astype(np.float32))
+    sigma = [0.5 * math.sqrt(s * s - 1) if s > 1.2 and interpolator != "nearest" else 0.0 for s in grid.scale]
+    # B-spline weights fall by 0.27 a voxel: 12 voxels of margin leave 1e-7 of a cut's influence.
+    margin = [math.ceil(4 * g) + (12 if interpolator == "bspline" else 2) for g in sigma]
+    need = Box(
+        tuple(math.floor(s * a + o) - m for a, s, o, m in zip(box.start, grid.scale, grid.offset, margin)),
+        tuple(math.ceil(s * (b - 1) + o) + 1 + m for b, s, o, m in zip(box.stop, grid.scale, grid.offset, margin)),
+    ) & Box.whole(channels.shape[1:])
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetSize([int(n) for n in box.shape[::-1]])
+    resampler.SetOutputSpacing(grid.scale[::-1])
+    resampler.SetOutputOrigin([s * a + o - n for a, s, o, n in zip(box.start, grid.scale, grid.offset, need.start)][::-1])
+    resampler.SetInterpolator(_INTERPOLATORS[interpolator])
+    resampler.UseNearestNeighborExtrapolatorOn()
+    out = []
+    for channel in channels[(slice(None), *need.slices)]:
+        dtype = channel.dtype if interpolator == "nearest" else np.float32
+        part = sitk.GetImageFromArray(np.ascontiguousarray(channel, dtype=dtype))
+        if any(sigma):
+            part = sitk.DiscreteGaussian(part, [max(g * g, 1e-9) for g in sigma[::-1]], 32, 0.01, False)
+        out.append(sitk.GetArrayFromImage(resampler.Execute(part)))
+    return np.stack(out)
+
+
+def resample(image: Image, spacing: Sequence[float | None], interpolator: str = "linear") -> Image:
+    """The image on a grid of another spacing ((x, y, z) in mm, None keeps an axis) with the same centre and direction."""
+    grid = Grid.over(image, spacing)
+    values = sample(image.channels, grid, Box.whole(grid.shape), interpolator)
+    return replace(
+        image,
+        array=values if image.array.ndim == 4 else values[0],
+        spacing=tuple(s * k for s, k in zip(image.spacing, grid.scale[::-1])),  # type: ignore[arg-type]
+        origin=image.index_to_point(grid.offset[::-1]),
+    )
+
+
+def resample_back(values: np.ndarray, box: Box, grid: Grid, target: Box) -> np.ndarray:
+    """Lattice values (k, z, y, x) known on `box`, interpolated linearly at the image's voxels in `target`.
+
+    Beyond the lattice's outermost centres the nearest value counts. Separable, one axis after the other, so a region
+    costs two gathers an axis and no copy of the whole volume.
+    """
+    for axis in range(3):
+        at = (np.arange(target.start[axis], target.stop[axis]) - grid.offset[axis]) / grid.scale[axis] - box.start[axis]
+        n = values.shape[axis + 1]
+        if n == len(at) and np.array_equal(at, np.arange(n)):
+            continue
+        low = np.clip(np.floor(at), 0, n - 1).astype(np.intp)
+        high = np.minimum(low + 1, n - 1)
+        weight = np.clip(at - low, 0, 1).astype(np.float32).reshape([-1 if a == axis + 1 else 1 for a in range(4)])
+        first = values.take(low, axis + 1)
+        values = first + weight * (values.take(high, axis + 1) - first)
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def to_sitk(image: Image) -> sitk.Image:
+    """A SimpleITK image; channels become vector components."""
+    if image.array.ndim == 4:
+        out = sitk.GetImageFromArray(np.ascontiguousarray(np.moveaxis(image.array, 0, -1)), isVector=True)
+    else:
+        out = sitk.GetImageFromArray(np.ascontiguousarray(image.array))
+    out.SetSpacing(image.spacing)
+    out.SetOrigin(image.origin)
+    out.SetDirection(image.direction)
+    return out
+
+
+def from_sitk(source: sitk.Image, path: Path | None = None, dicom_files: Sequence[str] = ()) -> Image:
+    """2D becomes one slice; vector components and the frames of a 4D image become channels."""
+    array = sitk.GetArrayFromImage(source)
+    n = source.GetDimension()
+    if source.GetNumberOfComponentsPerPixel() > 1:
+        array = np.moveaxis(array, -1, 0)
+    if n == 2:
+        array = array[..., None, :, :]
+    if array.ndim > 4:
+        raise UserError(f"{path or 'The image'} has more than four dimensions; save one frame of it as a 3D volume.")
+    if array.dtype == np.float64:
+        array = array.astype(np.float32)
+    if array.dtype.kind == "c":
+        raise UserError(f"{path or 'The image'} holds complex numbers; save its magnitude and try again.")
+    d = np.eye(max(n, 3))
+    d[:n, :n] = np.reshape(source.GetDirection(), (n, n))
+    pad = (0.0, 0.0, 0.0)
+    return Image(
+        array,
+        tuple((*source.GetSpacing(), 1.0)[:3]),
+        tuple((*source.GetOrigin(), *pad)[:3]),
+        tuple(float(v) for v in d[:3, :3].ravel()),
+        path,
+        tuple(dicom_files),
+    )
+
+
+def list_series(folder: Path) -> dict[str, tuple[str, list[str]]]:
+    """The image series of a DICOM folder and its subfolders: UID -> (description, files in slice order)."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for place in [folder, *sorted(p for p in folder.rglob("*") if p.is_dir())]:
+        for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(place)):
+            files = list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(place), uid))
+            reader = sitk.ImageFileReader()
+            reader.SetFileName(files[0])
+            try:
+                with _quiet():
+                    reader.ReadImageInformation()
+            except RuntimeError:
+                continue  # RTSTRUCT, SR and the like hold no image
+            tags = [_tag(reader, t) for t in ("0008|0060", "0008|103e", "0020|0011")]
+            if tags[0] in ("RTSTRUCT", "RTPLAN", "SEG", "SR", "PR", "KO"):
+                continue
+            text = " ".join(t for t in (tags[0], tags[1], f"no. {tags[2]}" if tags[2] else "") if t)
+            found[uid] = (f"{text}, {len(files)} images", files)
+    return found
+
+
+def _tag(reader: sitk.ImageFileReader, key: str) -> str:
+    return reader.GetMetaData(key).strip() if reader.HasMetaDataKey(key) else ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """ITK prints its warnings on stderr; what matters is said in our own sentence."""
+    before = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(before)
+
+
+def _read_series(folder: Path, uid: str | None) -> Image:
+    series = list_series(folder)
+    if not series:
+        raise UserError(f"{folder} holds no DICOM image series; choose a folder with the slices of one scan, or an image file.")
+    if uid is None:
+        if len(series) > 1:
+            raise SeveralSeries(folder, {u: text for u, (text, _) in series.items()})
+        uid = next(iter(series))
+    elif uid not in series:
+        raise UserError(f"{folder} holds no series {uid}; it has {', '.join(series)}.")
+    files = series[uid][1]
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files)
+    try:
+        with _quiet():
+            image = from_sitk(reader.Execute(), folder, files)
+    except RuntimeError as e:
+        raise UserError(f"The DICOM series in {folder} cannot be read ({_reason(e)}); export it again from the archive.") from e
+    _check_slices(folder, files, image)
+    return image
+
+
+def _check_slices(folder: Path, files: list[str], image: Image) -> None:
+    """Refuse a series with a gap: ITK would stack its slices as if they were equally spaced."""
+    if len(files) < 3:
+        return
+    normal = np.reshape(image.direction, (3, 3))[:, 2]
+    at = []
+    for name in files:
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(name)
+        with _quiet():
+            reader.ReadImageInformation()
+        at.append(float(np.dot(reader.GetOrigin()[:3], normal)))
+    steps = np.abs(np.diff(at))
+    if steps.max() - steps.min() > 0.1 * np.median(steps) + 0.01:
+        worst = int(np.argmax(np.abs(steps - np.median(steps))))
+        raise UserError(
+            f"The DICOM series in {folder} is not evenly spaced: {steps[worst]:.2f} mm between slices {worst + 1} and {worst + 2}, "
+            f"{np.median(steps):.2f} mm elsewhere; a slice may be missing, export the series again."
+        )
+
+
+def _reason(error: Exception) -> str:
+    """The last telling line of an ITK message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else type(error).__name__)
+    return text.split("): ")[-1].rstrip(".")[:160]
+
+
+def _read_file(path: Path) -> Image:
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty (0 bytes); copy or export it again.")
+    try:
+        with _quiet():
+            return from_sitk(sitk.ReadImage(str(path)), path)
+    except (RuntimeError, MemoryError) as e:
+        raise UserError(f"{path} cannot be read as an image ({_reason(e)}); check that it is a complete image file.") from e
+
+
+def read_image(paths: str | Path | Sequence[str | Path], series: str | None = None) -> Image:
+    """Read one image, or several files as the channels of one.
+
+    paths: NIfTI, NRRD, MHA/MHD, PNG/TIFF/JPEG, one DICOM file, or a folder with a DICOM series; or a list of those on
+    one grid, a channel each. series: the UID, where a folder holds several (without it: SeveralSeries).
+    Raises UserError with one sentence for the person.
+    """
+    if not isinstance(paths, (str, Path)):
+        images = [read_image(p, series) for p in paths]
+        if not images:
+            raise UserError("No image was given; name an image file or a DICOM folder.")
+        if len(images) == 1:
+            return images[0]
+        for other in images[1:]:
+            if not images[0].same_grid(other):
+                raise UserError(
+                    f"{other.source} does not lie on the grid of {images[0].source} "
+                    f"({other.shape[::-1]} against {images[0].shape[::-1]} voxels, or another place); resample one to the other."
+                )
+        return images[0].like(np.concatenate([i.channels for i in images]))
+    path = Path(paths).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist; check the name.")
+    image = _read_series(path, series) if path.is_dir() else _read_file(path)
+    check_geometry(image)
+    return image
+
+
+def check_geometry(image: Image) -> None:
+    """Refuse what no scanner makes, before anything is computed from it."""
+    name = str(image.source or "The image")
+    if 0 in image.array.shape:
+        raise UserError(f"{name} has no voxels; choose another image.")
+    numbers = (*image.spacing, *image.origin, *image.direction)
+    if not all(math.isfinite(v) for v in numbers):
+        raise UserError(f"{name} has a geometry that is not a number; save it again with a valid header.")
+    # 1e-4 mm: finer than light microscopy; 100 mm: coarser than any scanner's slices.
+    if not all(1e-4 <= s <= 100 for s in image.spacing):
+        text = " x ".join(f"{s:g}" for s in image.spacing)
+        raise UserError(f"{name} has a spacing of {text} mm, which cannot be right; correct the spacing in its header.")
+    d = np.reshape(image.direction, (3, 3))
+    if not np.allclose(d.T @ d, np.eye(3), atol=1e-3):
+        raise UserError(f"{name} has axes that are not at right angles (gantry tilt or shear); resample it to a regular grid first.")
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path`, moved to it only when the block ends well, so that no half file is ever left."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".unetseg-", suffix="-" + path.name, dir=path.parent)
+        os.close(handle)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({e.strerror or e}); choose a folder that you may write to.") from e
+    temporary = Path(name)
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({e.strerror or e}); check the disk's space and your rights.") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_image(image: Image, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
+    """Write NIfTI, NRRD, MHA or (one slice) PNG/TIFF by the name's suffix; all or nothing.
+
+    metadata: key -> value strings for the header (NRRD, MHA).
+    """
+    out = to_sitk(image)
+    if str(path).lower().endswith(PICTURE_SUFFIXES):
+        if image.shape[0] != 1:
+            raise UserError(f"{path} would hold one picture but the result has {image.shape[0]} slices; write .nii.gz or .nrrd.")
+        out = out[:, :, 0]
+    for key, value in (metadata or {}).items():
+        out.SetMetaData(key, str(value))
+    write_with(path, lambda p: sitk.WriteImage(out, str(p), useCompression=True))
+
+
+def write_with(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` with a temporary name, then move it to `path`; ITK's failures become one sentence."""
+    with atomic_path(path) as temporary:
+        try:
+            write(temporary)
+        except RuntimeError as e:
+            raise UserError(f"{path} cannot be written ({_reason(e)}); choose a .nrrd, .nii.gz or .mha name in a folder with space.") from e

@@ -1,0 +1,1 @@
+"""From an image to a prediction: tiling, test-time augmentation, the one path."""

@@ -1,0 +1,171 @@
+"""Window/level presets and the normalisations that a model's card can name.
+
+A card's "intensity" is {"mode": ..., parameters}; statistics are always taken from the whole image, so that a ROI sees
+the same values as the whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .image import UserError
+
+# Above every lung parenchyma's floor of about -950 HU lies tissue; a tile with nothing above this holds only air.
+AIR_HU = -900
+
+
+@dataclass(frozen=True)
+class WindowPreset:
+    """A display and model window: centre (level) and width in HU, or percentiles of the image for MR."""
+
+    name: str
+    label: str
+    modality: str
+    level: float | None = None
+    width: float | None = None
+    percentiles: tuple[float, float] | None = None
+
+    def intensity(self) -> dict[str, Any]:
+        """The same as a card's "intensity" entry."""
+        if self.percentiles:
+            return {"mode": "percentile", "low": self.percentiles[0], "high": self.percentiles[1]}
+        return {"mode": "window", "level": self.level, "width": self.width}
+
+
+@lru_cache(maxsize=1)
+def presets() -> dict[str, WindowPreset]:
+    """The presets of resources/window_presets.json by name."""
+    data = json.loads((Path(__file__).parent / "resources" / "window_presets.json").read_text("utf-8"))
+    out = {}
+    for item in data["presets"]:
+        item["percentiles"] = tuple(item["percentiles"]) if "percentiles" in item else None
+        out[item["name"]] = WindowPreset(**item)
+    return out
+
+
+def parse_window(text: str) -> dict[str, Any]:
+    """A preset's name, or "level,width" in HU, as a card's "intensity" entry."""
+    if text in presets():
+        return presets()[text].intensity()
+    try:
+        level, width = (float(v) for v in text.split(","))
+    except ValueError:
+        raise UserError(f"Window {text!r} is neither a preset ({', '.join(presets())}) nor LEVEL,WIDTH in HU.") from None
+    if not width > 0:
+        raise UserError(f"The window's width must be above 0, not {width:g}.")
+    return {"mode": "window", "level": level, "width": width}
+
+
+def expects_hu(intensity: dict[str, Any]) -> bool:
+    return intensity["mode"] in ("window", "ct-foreground")
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """value -> (clip(value, low, high) - shift) / scale, a set for each channel."""
+
+    low: np.ndarray
+    high: np.ndarray
+    shift: np.ndarray
+    scale: np.ndarray
+
+    def __call__(self, channels: np.ndarray) -> np.ndarray:
+        """(c, z, y, x) in the image's units to float32."""
+        shape = (-1, 1, 1, 1)
+        out = np.clip(channels, self.low.reshape(shape), self.high.reshape(shape), dtype=np.float32)
+        out -= self.shift.reshape(shape)
+        out /= self.scale.reshape(shape)
+        return out
+
+
+def normaliser(intensity: dict[str, Any], channels: np.ndarray) -> Normaliser:
+    """The normalisation of one image.
+
+    intensity, by "mode":
+      "none";
+      "window": level, width in HU -> [0, 1] (the CT of the field, clip [-1000, 400], is level -300, width 1400);
+      "zscore": mean and standard deviation of the image; with "nonzero": true, of its voxels other than 0;
+      "percentile": low, high (percent) of the image -> [0, 1];
+      "ct-foreground": low, high (HU), mean, std measured on the training set's foreground (nnU-Net's CT scheme,
+      Isensee et al. 2021).
+    channels: the whole image (c, z, y, x). Statistics come from at most about a million voxels a channel, evenly spaced.
+    """
+    mode = intensity["mode"]
+    n = len(channels)
+
+    def constant(low: float, high: float, shift: float, scale: float) -> Normaliser:
+        return Normaliser(*(np.full(n, v, np.float32) for v in (low, high, shift, scale)))
+
+    if mode == "none":
+        return constant(-np.inf, np.inf, 0, 1)
+    if mode == "window":
+        low = intensity["level"] - intensity["width"] / 2
+        return constant(low, low + intensity["width"], low, intensity["width"])
+    if mode == "ct-foreground":
+        return constant(intensity["low"], intensity["high"], intensity["mean"], intensity["std"])
+    rows = []
+    for channel in channels:
+        values = _thin(channel)
+        if mode == "zscore":
+            if intensity.get("nonzero") and np.any(values):
+                values = values[values != 0]
+            rows.append((-np.inf, np.inf, values.mean(dtype=np.float64), values.std(dtype=np.float64)))
+        elif mode == "percentile":
+            low, high = np.percentile(values, [intensity["low"], intensity["high"]])
+            rows.append((low, high, low, high - low))
+        else:
+            raise UserError(f"The model asks for the unknown intensity mode {mode!r}; a newer version of UNetSegmentation may know it.")
+    low_, high_, shift, scale = (np.array(v, np.float32) for v in zip(*rows))
+    # A constant channel carries nothing: it becomes 0 instead of a division by zero.
+    return Normaliser(low_, high_, shift, np.where(scale > 1e-12, scale, 1).astype(np.float32))
+
+
+def _thin(channel: np.ndarray, limit: int = 1_000_000) -> np.ndarray:
+    """About `limit` voxels at even steps along every axis: the statistics of a 100-million-voxel CT in milliseconds."""
+    step = max(1, int(np.ceil((channel.size / limit) ** (1 / 3))))
+    return channel[tuple(slice(None, None, step if n > step else 1) for n in channel.shape)]
+
+
+def is_air(raw: np.ndarray, intensity: dict[str, Any]) -> bool:
+    """Whether a tile (c, ...) in the image's own units holds nothing to segment, so that it need not be computed."""
+    if expects_hu(intensity):
+        return bool(raw.max() < AIR_HU)
+    return intensity["mode"] in ("zscore", "percentile") and not raw.any()
+
+
+def warnings_for(intensity: dict[str, Any], channels: np.ndarray) -> list[str]:
+    """What a person should know before trusting the result."""
+    if not expects_hu(intensity):
+        return []
+    values = _thin(channels)
+    low, high = float(values.min()), float(values.max())
+    if low >= -50 or high - low < 300:
+        return [
+            f"The values do not look like HU (they run from {low:g} to {high:g}); this model was trained on CT in HU, "
+            "so choose the original CT or rescale it."
+        ]
+    return []
+
+
+def check_finite(channels: np.ndarray, name: str) -> None:
+    """NaN or Inf anywhere is refused: one such voxel would spread over a whole patch."""
+    if channels.dtype.kind != "f":
+        return
+    bad = sum(int(np.count_nonzero(~np.isfinite(plane))) for channel in channels for plane in channel)
+    if bad:
+        raise UserError(f"{name} has {bad} voxels that are NaN or infinite; replace them (for CT by -1024 HU) and try again.")
+
+
+def display_range(intensity: dict[str, Any], channels: np.ndarray) -> tuple[float, float]:
+    """The lower and upper value to show an image with, from the model's intensity entry."""
+    if intensity["mode"] == "window":
+        return intensity["level"] - intensity["width"] / 2, intensity["level"] + intensity["width"] / 2
+    values: Sequence[float] = np.percentile(_thin(channels[0]), [0.5, 99.5])
+    return float(values[0]), max(float(values[1]), float(values[0]) + 1e-6)

@@ -1,0 +1,476 @@
+"""Model packages: one .unet.zip with a card, an ONNX network and, to fine-tune from, safetensors; no code.
+
+Everything in a package is verified before anything of it runs: names and sizes of the zip's entries, SHA-256 of every
+file, the card against its JSON Schema, the ONNX graph (standard operators only, no external data, no functions) and the
+safetensors header. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from .image import UserError, atomic_path
+
+RESOURCES = Path(__file__).parent / "resources"
+CARD, ONNX, SAFETENSORS = "model.json", "model.onnx", "model.safetensors"
+SUFFIX = ".unet.zip"
+MAX_CARD_BYTES = 1 << 20
+MAX_FILE_BYTES = 2 << 30
+
+# Axis of the array (z, y, x), canonical LPS order, along which a 2D model's slices are stacked.
+SLICE_AXIS = {"axial": 0, "coronal": 1, "sagittal": 2}
+
+
+@dataclass(frozen=True)
+class Label:
+    """One label of a model. color: RGB 0-255; terminology: {"category": [scheme, value, meaning], "type": ..., ...}."""
+
+    value: int
+    name: str
+    color: tuple[int, int, int]
+    terminology: dict[str, list[str]]
+
+    def terminology_entry(self) -> str:
+        """Slicer's serialised form, the value of a segment's TerminologyEntry tag."""
+        if not self.terminology:
+            return ""
+
+        def code(key: str) -> str:
+            return "^".join(self.terminology.get(key, ("", "", "")))
+
+        return "~".join(
+            (
+                "Segmentation category and type - DICOM master list",
+                code("category"),
+                code("type"),
+                code("type_modifier"),
+                "Anatomic codes - DICOM master list",
+                code("region"),
+                code("region_modifier"),
+            )
+        )
+
+
+# Distinct on grey CT and MR, colour-blind safe (Okabe and Ito), for labels whose card names no colour.
+DEFAULT_COLORS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+
+
+@dataclass(frozen=True, eq=False)
+class Card:
+    """What a package says about its network; `data` is the JSON as it stands. Spatial tuples are in array order."""
+
+    data: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.data["name"]
+
+    @property
+    def version(self) -> str:
+        return self.data["version"]
+
+    @property
+    def dimensions(self) -> int:
+        return self.data["dimensions"]
+
+    @property
+    def context(self) -> int:
+        return self.data.get("context_slices", 0)
+
+    @property
+    def slice_axis(self) -> int:
+        """Array axis (canonical z, y, x) that is iterated slice by slice; 0 for 3D models."""
+        return SLICE_AXIS[self.data.get("axis", "axial")]
+
+    @property
+    def spacing(self) -> tuple[float | None, ...]:
+        """(x, y, z) mm, LPS order; None keeps the image's."""
+        return tuple(self.data["spacing"])
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """As (z, y, x) with the slice axis first: a 2D patch has depth 1."""
+        return tuple(self.data["patch"]) if self.dimensions == 3 else (1, *self.data["patch"])
+
+    @property
+    def divisor(self) -> tuple[int, ...]:
+        return tuple(self.data["divisor"]) if self.dimensions == 3 else (1, *self.data["divisor"])
+
+    @property
+    def intensity(self) -> dict[str, Any]:
+        return self.data["intensity"]
+
+    @property
+    def interpolation(self) -> str:
+        return self.data.get("interpolation", "linear")
+
+    @property
+    def activation(self) -> str:
+        return self.data["activation"]
+
+    @cached_property
+    def labels(self) -> tuple[Label, ...]:
+        out = []
+        for i, item in enumerate(self.data["labels"]):
+            color = tuple(item.get("color", DEFAULT_COLORS[i % len(DEFAULT_COLORS)]))
+            out.append(Label(item["value"], item["name"], color, item.get("terminology", {})))  # type: ignore[arg-type]
+        return tuple(out)
+
+    @property
+    def postprocess(self) -> dict[str, Any]:
+        return self.data.get("postprocess", {})
+
+    @property
+    def inputs(self) -> int:
+        """Channels of the network's input."""
+        return len(self.data["channels"]) * (2 * self.context + 1)
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the logits: softmax has the background as class 0."""
+        return len(self.labels) + (self.activation == "softmax")
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+@lru_cache(maxsize=1)
+def card_schema() -> dict[str, Any]:
+    return json.loads((RESOURCES / "schemas" / "model-card.schema.json").read_text("utf-8"))
+
+
+_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+
+
+def _is_type(value: Any, name: str) -> bool:
+    if name == "integer":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if name == "number":
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, _TYPES[name])
+
+
+def schema_errors(value: Any, schema: dict[str, Any], root: dict[str, Any] | None = None, at: str = "card") -> Iterator[str]:
+    """Violations of the part of JSON Schema that our schemas use. The core has no jsonschema; a test compares both."""
+    root = root or schema
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].removeprefix("#/$defs/")]
+    if "const" in schema and (value != schema["const"] or type(value) is not type(schema["const"])):
+        yield f"{at} must be {schema['const']!r}, not {value!r}"
+    if "enum" in schema and not any(value == e and type(value) is type(e) for e in schema["enum"]):
+        yield f"{at} must be one of {', '.join(map(str, schema['enum']))}, not {value!r}"
+    types = schema.get("type")
+    if types is not None and not any(_is_type(value, t) for t in ([types] if isinstance(types, str) else types)):
+        yield f"{at} must be {types if isinstance(types, str) else ' or '.join(types)}, not {type(value).__name__}"
+        return
+    if _is_type(value, "number"):
+        if value != value or value in (float("inf"), float("-inf")):
+            yield f"{at} must be a finite number"
+        if "minimum" in schema and value < schema["minimum"]:
+            yield f"{at} must be at least {schema['minimum']}, not {value}"
+        if "maximum" in schema and value > schema["maximum"]:
+            yield f"{at} must be at most {schema['maximum']}, not {value}"
+        if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
+            yield f"{at} must be above {schema['exclusiveMinimum']}, not {value}"
+    elif isinstance(value, str):
+        if len(value) < schema.get("minLength", 0) or len(value) > schema.get("maxLength", sys.maxsize):
+            yield f"{at} has {len(value)} characters, outside what is allowed"
+        if "pattern" in schema and not re.search(schema["pattern"], value):
+            yield f"{at} {value!r} does not match {schema['pattern']}"
+    elif isinstance(value, list):
+        if len(value) < schema.get("minItems", 0) or len(value) > schema.get("maxItems", sys.maxsize):
+            yield f"{at} has {len(value)} items, outside what is allowed"
+        for i, item in enumerate(value):
+            yield from schema_errors(item, schema.get("items", {}), root, f"{at}[{i}]")
+    elif isinstance(value, dict):
+        known = schema.get("properties", {})
+        for key in schema.get("required", ()):
+            if key not in value:
+                yield f"{at} lacks {key!r}"
+        for key, item in value.items():
+            if key in known:
+                yield from schema_errors(item, known[key], root, f"{at}.{key}")
+            elif schema.get("additionalProperties") is False:
+                yield f"{at} has the unknown entry {key!r}"
+
+
+_NEEDS = {"window": ("level", "width"), "percentile": ("low", "high"), "ct-foreground": ("low", "high", "mean", "std")}
+
+
+def check_card(data: Any) -> Card:
+    """A Card from JSON, or UserError with the first thing that is wrong."""
+    for error in schema_errors(data, card_schema()):
+        raise UserError(f"The model's card is not valid: {error}; ask its author for a corrected package.")
+
+    def wrong(text: str) -> UserError:
+        return UserError(f"The model's card is not valid: {text}; ask its author for a corrected package.")
+
+    card = Card(data)
+    for key in ("patch", "divisor"):
+        if len(data[key]) != card.dimensions:
+            raise wrong(f"card.{key} needs {card.dimensions} numbers")
+    if any(p % d for p, d in zip(card.patch, card.divisor)):
+        raise wrong(f"card.patch {data['patch']} is not a multiple of card.divisor {data['divisor']}")
+    if card.dimensions == 3 and (card.context or "axis" in data):
+        raise wrong("axis and context_slices belong to 2D models")
+    values = [label.value for label in card.labels]
+    if len(set(values)) != len(values):
+        raise wrong("two labels share one value")
+    missing = [k for k in _NEEDS.get(card.intensity["mode"], ()) if k not in card.intensity]
+    if missing:
+        raise wrong(f"card.intensity lacks {', '.join(missing)}")
+    return card
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of a protobuf message: int for varints, memoryview for bytes; ValueError if malformed."""
+    i, n = 0, len(data)
+
+    def varint() -> int:
+        nonlocal i
+        value = shift = 0
+        while True:
+            if i >= n or shift > 63:
+                raise ValueError("truncated")
+            byte = data[i]
+            i += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7
+
+    while i < n:
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            yield key >> 3, varint()
+            continue
+        length = varint() if kind == 2 else {1: 8, 5: 4}.get(kind, -1)
+        if length < 0 or i + length > n:
+            raise ValueError("truncated")
+        yield key >> 3, data[i : i + length]
+        i += length
+
+
+def check_onnx(data: bytes) -> None:
+    """Refuse an ONNX model that could do anything but compute on its input.
+
+    Reads the protobuf itself (field numbers of onnx.proto, IR version 13), so that it needs no onnx package: the graph,
+    its subgraphs and their tensors. Raises UserError for custom operators, functions, and data outside the file.
+    """
+
+    def refuse(text: str) -> UserError:
+        return UserError(f"The ONNX model {text}; it is refused. Ask its author for a self-contained model of standard operators.")
+
+    def tensor(message: memoryview) -> None:
+        for number, value in _fields(message):
+            if number == 13 or (number == 14 and value != 0):
+                raise refuse("keeps its weights in another file (external data)")
+
+    def graph(message: memoryview, depth: int) -> int:
+        if depth > 8:
+            raise refuse("nests its graphs too deeply")
+        nodes = 0
+        for number, value in _fields(message):
+            if number == 1:
+                nodes += 1
+                node(value, depth)
+            elif number == 5:
+                tensor(value)
+            elif number == 15:
+                sparse(value)
+        return nodes
+
+    def sparse(message: memoryview) -> None:
+        for number, value in _fields(message):
+            if number in (1, 2):
+                tensor(value)
+
+    def node(message: memoryview, depth: int) -> None:
+        op = domain = ""
+        for number, value in _fields(message):
+            if number == 4:
+                op = str(value, "utf-8")
+            elif number == 7:
+                domain = str(value, "utf-8")
+            elif number == 5:
+                for kind, part in _fields(value):
+                    if kind in (5, 10):
+                        tensor(part)
+                    elif kind in (6, 11):
+                        graph(part, depth + 1)
+                    elif kind in (22, 23):
+                        sparse(part)
+        if domain not in ("", "ai.onnx"):
+            raise refuse(f"uses the custom operator {domain}.{op}")
+
+    try:
+        nodes, versions = 0, 0
+        for number, value in _fields(memoryview(data)):
+            if number == 7:
+                nodes += graph(value, 0)
+            elif number == 25:
+                raise refuse("defines functions of its own")
+            elif number == 20:
+                raise refuse("carries training instructions")
+            elif number == 8:
+                versions += 1
+                domain = next((str(v, "utf-8") for k, v in _fields(value) if k == 1), "")
+                if domain not in ("", "ai.onnx"):
+                    raise refuse(f"uses the custom operator set {domain}")
+    except (ValueError, TypeError) as e:
+        raise UserError("The ONNX model is damaged or not an ONNX file; download or export it again.") from e
+    if not nodes or not versions:
+        raise UserError("The ONNX model is empty or not an ONNX file; download or export it again.")
+
+
+def check_safetensors(data: bytes) -> None:
+    """The header is JSON, its tensors are floats and lie within the file."""
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        header.pop("__metadata__", None)
+        size = len(data) - 8 - length
+        ok = bool(header) and all(
+            t["dtype"] in ("F16", "BF16", "F32", "I64") and 0 <= t["data_offsets"][0] <= t["data_offsets"][1] <= size
+            for t in header.values()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        ok = False
+    if not ok:
+        raise UserError("The package's model.safetensors is damaged; download the model again.")
+
+
+# ------------------------------------------------------------------------------------------------------------ packages
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPackage:
+    """A verified package in memory. onnx and safetensors are the files' bytes."""
+
+    path: Path
+    card: Card
+    onnx: bytes
+    safetensors: bytes | None
+
+    @classmethod
+    def read(cls, path: str | Path) -> ModelPackage:
+        """Read and verify everything; UserError with one sentence if anything is amiss."""
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"There is no model package {path}; check the name.")
+        try:
+            files = _read_zip(path)
+        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as e:
+            raise UserError(f"{path} is damaged or not a model package ({e}); download it again.") from e
+        except ValueError as e:
+            raise UserError(f"{path} is refused: {e}.") from e
+        try:
+            data = json.loads(files[CARD].decode("utf-8"))
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path} has a card that is not JSON; download it again.") from e
+        try:
+            card = check_card(data)
+            if set(files) - {CARD} != set(card.data["files"]):
+                raise UserError("The package's files are not those that its card lists; download the model again.")
+            for name, entry in card.data["files"].items():
+                if len(files[name]) != entry["size"] or hashlib.sha256(files[name]).hexdigest() != entry["sha256"]:
+                    raise UserError(f"{name} is not what the card promises (its SHA-256 differs); download the model again.")
+            check_onnx(files[ONNX])
+            if SAFETENSORS in files:
+                check_safetensors(files[SAFETENSORS])
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from e
+        return cls(path, card, files[ONNX], files.get(SAFETENSORS))
+
+
+def _read_zip(path: Path) -> dict[str, bytes]:
+    """The entries of the zip, none of them written anywhere; ValueError for what a package may not hold."""
+    with zipfile.ZipFile(path) as z:
+        infos = z.infolist()
+        for info in infos:
+            name = info.filename
+            if ".." in re.split(r"[/\\]", name) or name.startswith(("/", "\\")) or ":" in name:
+                raise ValueError(f"its entry {name!r} climbs out of the folder")
+            if name not in (CARD, ONNX, SAFETENSORS):
+                raise ValueError(f"it holds {name!r}, which no model package does")
+            if info.file_size > (MAX_CARD_BYTES if name == CARD else MAX_FILE_BYTES):
+                raise ValueError(f"its entry {name!r} is too large")
+        names = [i.filename for i in infos]
+        if len(set(names)) != len(names):
+            raise ValueError("it holds a file twice")
+        if CARD not in names or ONNX not in names:
+            raise ValueError(f"it lacks {CARD if CARD not in names else ONNX}")
+        out = {}
+        for info in infos:
+            with z.open(info) as f:
+                out[info.filename] = f.read(info.file_size + 1)
+            if len(out[info.filename]) != info.file_size:
+                raise ValueError(f"its entry {info.filename!r} is not as long as it claims")
+        return out
+
+
+def write_package(path: str | Path, card: dict[str, Any], onnx: bytes, safetensors: bytes | None = None) -> ModelPackage:
+    """Fill in sizes and hashes, write the package, and read it back before it takes its name. The same input gives
+    the same bytes."""
+    files = {ONNX: onnx} | ({SAFETENSORS: safetensors} if safetensors else {})
+    listed = {n: {"sha256": hashlib.sha256(b).hexdigest(), "size": len(b)} for n, b in files.items()}
+    text = json.dumps({**card, "files": listed}, indent=2, ensure_ascii=False)
+    with atomic_path(path) as temporary:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as z:
+            for name, content in [(CARD, text.encode("utf-8")), *files.items()]:
+                z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED, 9)
+        ModelPackage.read(temporary)
+    return ModelPackage.read(path)
+
+
+def user_models_folder() -> Path:
+    """Where imported packages lie; $UNETSEG_MODELS overrides the platform's data folder."""
+    if "UNETSEG_MODELS" in os.environ:
+        return Path(os.environ["UNETSEG_MODELS"])
+    return user_data_folder() / "models"
+
+
+def user_data_folder() -> Path:
+    """This user's folder for what the program keeps: imported models, the sample."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return base / "UNetSegmentation"
+
+
+def model_files() -> list[Path]:
+    """Bundled packages, then imported ones, by name."""
+    return [p for folder in (RESOURCES / "models", user_models_folder()) for p in sorted(folder.glob("*" + SUFFIX))]
+
+
+def _version(path: Path) -> tuple[str, tuple[int, ...]]:
+    """(name, version) as a package's file name says it: <name>-<version>.unet.zip."""
+    name, _, version = path.name.removesuffix(SUFFIX).rpartition("-")
+    return name, tuple(int(v) if v.isdigit() else 0 for v in version.split("."))
+
+
+def find_model(name: str | Path) -> ModelPackage:
+    """A package by path, by name (its newest version) or by name-version, among the bundled and imported ones."""
+    text = str(name)
+    if text.endswith(SUFFIX) or Path(text).is_file():
+        return ModelPackage.read(text)
+    files = model_files()
+    matches: Sequence[Path] = [p for p in files if p.name == text + SUFFIX] or [p for p in files if _version(p)[0] == text]
+    if not matches:
+        known = ", ".join(sorted({_version(p)[0] for p in files})) or "none"
+        raise UserError(f"There is no model {text!r}; installed are: {known}. Name one of these or a {SUFFIX} file.")
+    return ModelPackage.read(max(matches, key=lambda p: _version(p)[1]))

@@ -1,0 +1,1 @@
+"""The training companion: makes the model packages that UNetSegmentation runs."""
