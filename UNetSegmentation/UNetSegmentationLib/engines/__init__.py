@@ -1,0 +1,109 @@
+"""What runs a network: ONNX Runtime, OpenVINO or PyTorch behind one Protocol."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Protocol
+
+import numpy as np
+
+from ..image import UserError
+from ..model import ModelPackage
+
+ENGINES = ("onnx", "openvino", "torch")
+DEVICES = ("auto", "cpu", "gpu")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+
+
+class Engine(Protocol):
+    """A network ready to run."""
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """float32 [N, C, (D,) H, W] to float32 logits [N, K, (D,) H, W]."""
+        ...
+
+    def describe(self) -> str:
+        """What really runs, and what was asked for if that is something else."""
+        ...
+
+
+def installed(engine: str) -> bool:
+    """Whether the engine's library is there, without importing it."""
+    package = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}[engine]
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def make_engine(package: ModelPackage, engine: str, device: str, precision: str, threads: int) -> Engine:
+    """One engine by name; UserError when it is not installed or cannot run the model."""
+    if not installed(engine):
+        name = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}[engine]
+        raise UserError(f"The engine {engine} needs the Python package {name}, which is not installed; install it or use another engine.")
+    if engine == "onnx":
+        from .onnx import OnnxEngine
+
+        return OnnxEngine(package, device, threads)
+    if engine == "openvino":
+        from .openvino import OpenVINOEngine
+
+        return OpenVINOEngine(package, device, precision, threads)
+    from .torch import TorchEngine
+
+    return TorchEngine(package, device, precision, threads)
+
+
+def choose_engine(
+    package: ModelPackage, engine: str = "auto", device: str = "auto", precision: str = "auto", threads: int = 0
+) -> Engine:
+    """The engine asked for, or with "auto" the first that works here: ONNX Runtime with a GPU provider, then PyTorch
+    with a GPU, OpenVINO on the CPU where installed, ONNX Runtime on the CPU, PyTorch on the CPU.
+
+    threads: 0 leaves it to the engine (all cores). Raises UserError when nothing can run the model.
+    """
+    for value, allowed, name in ((engine, ("auto", *ENGINES), "engine"), (device, DEVICES, "device"), (precision, PRECISIONS, "precision")):
+        if value not in allowed:
+            raise UserError(f"There is no {name} {value!r}; choose one of {', '.join(allowed)}.")
+    if engine != "auto":
+        return make_engine(package, engine, device, precision, threads)
+    tries: list[tuple[str, str]] = []
+    if device != "cpu":
+        tries += [(name, "gpu") for name in ("onnx", "torch") if installed(name) and _has_gpu(name)]
+    tries += [(name, "cpu") for name in ("openvino", "onnx", "torch") if installed(name)]
+    if not tries:
+        raise UserError("Nothing here can run a network; install onnxruntime (pip install onnxruntime).")
+    notes: list[str] = []
+    if device == "gpu" and tries[0][1] == "cpu":
+        notes.append("no usable GPU was found")
+    for name, where in tries:
+        try:
+            return _noted(make_engine(package, name, where, precision, threads), notes)
+        except UserError as e:
+            notes.append(str(e))
+    raise UserError(notes[-1])
+
+
+def _has_gpu(engine: str) -> bool:
+    if engine == "onnx":
+        from .onnx import gpu_providers
+
+        return bool(gpu_providers())
+    from .torch import gpu_device
+
+    return gpu_device() is not None
+
+
+class _Noted:
+    """An engine that was not the first choice, and says so."""
+
+    def __init__(self, engine: Engine, notes: list[str]) -> None:
+        self._engine, self._notes = engine, notes
+        self.run = engine.run
+
+    def describe(self) -> str:
+        return f"{self._engine.describe()} ({'; '.join(self._notes)})"
+
+
+def _noted(engine: Engine, notes: list[str]) -> Engine:
+    return _Noted(engine, notes) if notes else engine  # type: ignore[return-value]

@@ -1,0 +1,54 @@
+"""ONNX Runtime: the engine that needs nothing but a 20 MB wheel. onnxruntime is imported here and nowhere else."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+
+from ..image import UserError
+from ..model import ModelPackage
+
+# TensorRT is left out of the automatic choice: it compiles for minutes at the first run of every input shape.
+_GPU_PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider", "CoreMLExecutionProvider")
+
+
+def gpu_providers() -> list[str]:
+    return [p for p in _GPU_PROVIDERS if p in ort.get_available_providers()]
+
+
+class OnnxEngine:
+    """device: "cpu", or "gpu"/"auto" for a GPU provider with the CPU behind it."""
+
+    def __init__(self, package: ModelPackage, device: str = "cpu", threads: int = 0) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        wanted = gpu_providers() if device != "cpu" else []
+        try:
+            self._session = ort.InferenceSession(package.onnx, options, providers=[*wanted, "CPUExecutionProvider"])
+        except Exception as e:  # ORT raises its own types, none of them public
+            raise UserError(f"ONNX Runtime {ort.__version__} cannot load {package.path.name} ({_first_line(e)}); update onnxruntime.") from e
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        rank = package.card.dimensions + 2
+        if len(inputs) != 1 or len(outputs) < 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != rank:
+            raise UserError(f"{package.path.name} does not take one float32 tensor of {rank} axes, as its card says; export it again.")
+        channels = inputs[0].shape[1]
+        if isinstance(channels, int) and channels != package.card.inputs:
+            raise UserError(f"{package.path.name} takes {channels} channels but its card says {package.card.inputs}; export it again.")
+        self._input, self._output = inputs[0].name, outputs[0].name
+        self._used = self._session.get_providers()[0]
+        self._fell_back = device == "gpu" and self._used == "CPUExecutionProvider"
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        try:
+            return self._session.run([self._output], {self._input: np.ascontiguousarray(batch, np.float32)})[0]
+        except Exception as e:
+            raise UserError(f"ONNX Runtime failed while it ran the network ({_first_line(e)}); try a smaller ROI or another engine.") from e
+
+    def describe(self) -> str:
+        text = f"ONNX Runtime {ort.__version__}, {self._used.removesuffix('ExecutionProvider')}"
+        return text + (" (a GPU was asked for, none is usable)" if self._fell_back else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,462 @@
+"""The one path from an image to a prediction, for the panel, the command line, validation and the benchmarks.
+
+    reorient -> resample to the card's spacing -> normalise -> tile -> engine -> blend -> average over TTA and models
+    -> probabilities [+ uncertainty] -> resample back -> label -> postprocess
+
+Probabilities live only in a band of planes that rolls through the volume, so memory is O(volume + one band x classes).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from ..engines import Engine, choose_engine
+from ..image import Box, Grid, Image, Orientation, UserError, check_geometry, paste, reorient, resample_back, sample
+from ..intensity import check_finite, is_air, normaliser, warnings_for
+from ..model import Card, Label, ModelPackage
+from ..postprocess import clean
+from .augment import View, views
+from .tiling import Tiling, blend_weights, compute_box, tile
+
+Progress = Callable[[float, str], None]
+
+# Resampled probabilities held at once while labelling. 64 MB keeps a 512x512x400 CT within a few planes of a band and
+# costs no speed (the planes of a larger band would not fit the cache either).
+_BAND_BYTES = 64 << 20
+
+
+class Cancelled(Exception):
+    """The caller's `cancelled` said so; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run. None and "auto" follow the models' cards and this machine.
+
+    roi: a box in the image's own index space (z, y, x); only it is computed and labelled. at: a point in LPS mm: the
+    ROI is then the first card's roi_mm around it, and the component next to it is kept. intensity: a card-style
+    entry that overrides the models' (a person's window). uncertainty, probabilities: also return those maps.
+    """
+
+    roi: Box | None = None
+    at: tuple[float, float, float] | None = None
+    intensity: dict[str, Any] | None = None
+    tta: str | None = None
+    overlap: float = 0.5
+    batch: int = 4
+    engine: str = "auto"
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int = 0
+    uncertainty: bool = False
+    probabilities: bool = False
+    postprocess: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a prediction gives, all on the input image's own grid.
+
+    labels: (z, y, x) uint8 or uint16, 0 = background. uncertainty: predictive entropy of the averaged probabilities,
+    float32, 0 (certain) to 1 (all labels equally likely). mutual_information: the part of it on which the TTA copies
+    and models disagree (Houlsby et al. 2011), same scale; None with a single copy. probabilities: (k, z, y, x) float32,
+    one channel for each output of the network (background first for softmax). Maps are 0 outside the ROI.
+    roi: the box that was computed, in the image's index space (z, y, x).
+    """
+
+    labels: Image
+    label_defs: tuple[Label, ...]
+    model_name: str
+    roi: Box
+    uncertainty: Image | None = None
+    mutual_information: Image | None = None
+    probabilities: Image | None = None
+    engines: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
+    tiles: int = field(default=0, compare=False)
+
+
+def predict(
+    image: Image,
+    models: Sequence[ModelPackage],
+    options: Options = Options(),
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    engines: Sequence[Engine] | None = None,
+) -> Prediction:
+    """Segment an image with one model or the average of several.
+
+    progress(fraction, text) is called between batches, and cancelled() asked; Cancelled is raised when it says yes.
+    engines: ready ones for the models (a warm worker), else they are chosen by the options. Raises UserError for
+    input that the models cannot take; nothing is ever half done.
+    """
+    began = time.perf_counter()
+    _check_input(image, models, options)
+    canonical, orientation = reorient(image)
+    roi, focus = _region(image, models[0].card, options)
+    target = _canonical_box(roi, orientation, image.shape)
+
+    notes = [w for w in warnings_for(options.intensity or models[0].card.intensity, image.channels)]
+    engines = engines or [choose_engine(m, options.engine, options.device, options.precision, options.threads) for m in models]
+    axes = {m.card.slice_axis for m in models if m.card.dimensions == 2}
+    roll = axes.pop() if len(axes) == 1 and all(m.card.dimensions == 2 for m in models) else 0
+    ticker = _Ticker(progress, cancelled)
+    streams = [_Stream(canonical, m.card, e, target, roll, options, ticker) for m, e in zip(models, engines)]
+    ticker.total = sum(s.work for s in streams)
+
+    card = models[0].card
+    result = _Result(canonical.shape, card, options, split=sum(len(s.views) for s in streams) > 1)
+    for band in _bands(target, roll, card.outputs):
+        probabilities, inner = streams[0].take(band)
+        for stream in streams[1:]:
+            more, inner_more = stream.take(band)
+            probabilities, inner = probabilities + more, inner + inner_more
+        result.put(band, probabilities / len(streams), inner / len(streams))
+
+    if options.postprocess:
+        box = _canonical_box(focus, orientation, image.shape) if focus else None
+        clean(result.labels, [label.value for label in card.labels], card.postprocess, canonical.spacing, box)
+
+    def back(array: np.ndarray | None) -> Image | None:
+        return None if array is None else image.like(np.ascontiguousarray(orientation.original(array)))
+
+    labels = back(result.labels)
+    assert labels is not None
+    ticker.report(1.0, "done")
+    return Prediction(
+        labels=labels,
+        label_defs=card.labels,
+        model_name="+".join(f"{m.card.name}-{m.card.version}" for m in models),
+        roi=roi,
+        uncertainty=back(result.uncertainty),
+        mutual_information=back(result.mutual_information),
+        probabilities=back(result.probabilities),
+        engines=tuple(e.describe() for e in engines),
+        warnings=tuple(notes),
+        seconds=time.perf_counter() - began,
+        tiles=ticker.done,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_input(image: Image, models: Sequence[ModelPackage], options: Options) -> None:
+    name = str(image.source or "The image")
+    if not models:
+        raise UserError("No model was chosen; choose at least one.")
+    if not 0 <= options.overlap < 0.95:
+        raise UserError(f"The overlap must be from 0 to below 0.95, not {options.overlap:g}.")
+    check_geometry(image)
+    for model in models:
+        card = model.card
+        if image.n_channels != len(card.data["channels"]):
+            wanted = ", ".join(card.data["channels"])
+            raise UserError(
+                f"{name} has {image.n_channels} channels (colours, frames or files) but {card.name} needs "
+                f"{len(card.data['channels'])} ({wanted}); choose a scalar volume for each."
+            )
+        if min(image.shape) < 2 and (card.dimensions == 3 or card.context):
+            raise UserError(f"{name} has only {min(image.shape)} slice along one axis; {card.name} needs a volume.")
+        if [(v.value, v.name) for v in card.labels] != [(v.value, v.name) for v in models[0].card.labels]:
+            raise UserError(f"{card.name} and {models[0].card.name} do not give the same labels, so they cannot be averaged.")
+        if card.activation != models[0].card.activation:
+            raise UserError(f"{card.name} and {models[0].card.name} end in different activations, so they cannot be averaged.")
+        if card.data["task"] != "automatic":
+            raise UserError(f"{card.name} is a {card.data['task']} model; it works from clicks, not on its own.")
+    check_finite(image.channels, name)
+
+
+def _region(image: Image, card: Card, options: Options) -> tuple[Box, Box | None]:
+    """The box to compute, and the box whose centre is the target (None: no single target)."""
+    whole = Box.whole(image.shape)
+    box = options.roi
+    if options.at is not None:
+        if not np.all(np.isfinite(options.at)):
+            raise UserError("The point must be three numbers in mm.")
+        half = (card.data.get("roi_mm") or 60.0) / 2
+        index = image.point_to_index(options.at)[::-1]
+        if any(not -0.5 <= v <= n - 0.5 for v, n in zip(index, image.shape)):
+            raise UserError(f"The point lies outside the image, at voxel ({', '.join(f'{v:.0f}' for v in index[::-1])}); choose a point inside.")
+        around = Box(
+            tuple(math.floor(v - half / s + 0.5) for v, s in zip(index, image.spacing[::-1])),
+            tuple(math.floor(v + half / s + 0.5) + 1 for v, s in zip(index, image.spacing[::-1])),
+        )
+        clipped = (around if box is None else box) & whole
+        if clipped.empty:
+            raise UserError("The ROI lies outside the image; move it onto the image.")
+        return clipped, around
+    if box is None:
+        return whole, None
+    if len(box.start) != 3 or box.empty:
+        raise UserError("The ROI is empty; give it a size along every axis.")
+    if (box & whole).empty:
+        raise UserError("The ROI lies outside the image; move it onto the image.")
+    return box & whole, box
+
+
+def _canonical_box(box: Box, orientation: Orientation, shape: Sequence[int]) -> Box:
+    """A box of the image's own index space, in the canonical view."""
+    start, stop = [], []
+    for p in (2, 1, 0):
+        axis = 2 - orientation.axes[p]
+        a, b = box.start[axis], box.stop[axis]
+        if orientation.flips[p]:
+            a, b = shape[axis] - b, shape[axis] - a
+        start.append(a)
+        stop.append(b)
+    return Box(tuple(start), tuple(stop))
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+
+class _Ticker:
+    """Counts network calls; asks for cancellation and reports progress between them."""
+
+    def __init__(self, progress: Progress | None, cancelled: Callable[[], bool] | None) -> None:
+        self._progress, self._cancelled = progress, cancelled
+        self.total, self.done = 1, 0
+
+    def check(self) -> None:
+        if self._cancelled is not None and self._cancelled():
+            raise Cancelled
+
+    def tick(self, n: int) -> None:
+        self.done += n
+        self.report(min(0.99, self.done / max(1, self.total)), "segmenting")
+        self.check()
+
+    def report(self, fraction: float, text: str) -> None:
+        if self._progress is not None:
+            self._progress(fraction, text)
+
+
+def _bands(target: Box, roll: int, classes: int) -> Iterator[Box]:
+    """The target cut along the rolling axis into bands of about _BAND_BYTES of probabilities."""
+    plane = math.prod(target.shape) // target.shape[roll] * 4 * (classes + 1)
+    depth = max(1, _BAND_BYTES // plane)
+    for a in range(target.start[roll], target.stop[roll], depth):
+        start, stop = list(target.start), list(target.stop)
+        start[roll], stop[roll] = a, min(a + depth, target.stop[roll])
+        yield Box(tuple(start), tuple(stop))
+
+
+class _Stream:
+    """One model on one image. take(band) must be called with bands that advance along the rolling axis.
+
+    Everything in here is in the model's frame: the slice axis of a 2D model comes first.
+    """
+
+    def __init__(self, image: Image, card: Card, engine: Engine, target: Box, roll: int, options: Options, ticker: _Ticker) -> None:
+        self.card, self.engine, self.ticker, self.options = card, engine, ticker, options
+        self.order = [card.slice_axis, *(a for a in range(3) if a != card.slice_axis)]
+        self.roll = self.order.index(roll)
+        self.raw = image.channels.transpose([0, *(a + 1 for a in self.order)])
+        spacing, wanted = image.spacing[::-1], card.spacing[::-1]
+        frame = Image(self.raw, tuple(spacing[a] for a in self.order)[::-1])  # type: ignore[arg-type]
+        self.grid = Grid.over(frame, tuple(wanted[a] for a in self.order)[::-1])
+        self.intensity = options.intensity or card.intensity
+        self.normalise = normaliser(self.intensity, image.channels)
+        need = self.grid.cover(self._framed(target))
+        box = compute_box(need, self.grid.shape, card.patch, card.divisor)
+        self.tiling = _reachable(tile(box, card.patch, card.divisor, options.overlap), need)
+        self.weights = blend_weights(self.tiling.shape)
+        self.views = self._views(frame)
+        self.work = math.prod(len(s) for s in self.tiling.starts) * len(self.views)
+        self.box = need
+        self.row = 0  # the next start along the rolling axis
+        # Sums over planes [first, first + n) of the rolling axis: weighted probabilities, weighted entropy, weights.
+        self.first = need.start[self.roll]
+        shape = list(need.shape)
+        shape[self.roll] = 0
+        self.sums = np.zeros((card.outputs + 2, *shape), np.float32)
+
+    def _framed(self, box: Box) -> Box:
+        return Box(tuple(box.start[a] for a in self.order), tuple(box.stop[a] for a in self.order))
+
+    def _views(self, frame: Image) -> list[View]:
+        allowed = {"z": 0, "y": 1, "x": 2}
+        axes = [self.order.index(allowed[n]) - 3 for n in self.card.data.get("flip_axes", ())]
+        if self.card.dimensions == 2:
+            axes = [a for a in axes if a != -3]  # across slices there is nothing to flip in a slice
+        mm = [s * k for s, k in zip(frame.spacing[::-1], self.grid.scale)]
+        tta = self.options.tta or self.card.data.get("tta", "none")
+        return views(tta, sorted(axes), mm[1] / mm[2])
+
+    def take(self, band: Box) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities (k, z, y, x) and the mean entropy of the single copies (z, y, x) in a canonical band."""
+        target = self._framed(band)
+        need = self.grid.cover(target)
+        low, high = need.start[self.roll], need.stop[self.roll]
+        ahead = [s for s in self.tiling.starts[self.roll][self.row :] if s < high]
+        # Slices are independent rows of few tiles: several rows fill a batch.
+        group = self.options.batch if self.tiling.shape[self.roll] == 1 else 1
+        for i in range(0, len(ahead), group):
+            self._compute_rows(ahead[i : i + group])
+        self.row += len(ahead)
+        drop = low - self.first
+        if drop > 0:
+            self.sums = np.ascontiguousarray(np.take(self.sums, range(drop, self.sums.shape[self.roll + 1]), self.roll + 1))
+            self.first = low
+        at = [slice(a - o, b - o) for a, b, o in zip(need.start, need.stop, self.box.start)]
+        at[self.roll] = slice(low - self.first, high - self.first)
+        part = self.sums[(slice(None), *at)]
+        values = part[:-1] / part[-1:]
+        values = resample_back(values, need, self.grid, target)
+        values = values.transpose([0, *(int(a) + 1 for a in np.argsort(self.order))])
+        return values[:-1], values[-1]
+
+    def _compute_rows(self, rows: list[int]) -> None:
+        """Run all tiles that start at these places of the rolling axis and add them to the sums."""
+        shape = self.tiling.shape
+        end = min(rows[-1] + shape[self.roll], self.box.stop[self.roll])
+        grow = end - self.first - self.sums.shape[self.roll + 1]
+        if grow > 0:
+            pad = [(0, 0)] * 4
+            pad[self.roll + 1] = (0, grow)
+            self.sums = np.pad(self.sums, pad)
+        starts = [list(s) for s in self.tiling.starts]
+        starts[self.roll] = rows
+        row = Box(tuple(s[0] for s in starts), tuple(s[-1] + n for s, n in zip(starts, shape)))
+        k = self.card.context
+        row = row.grown((k, 0, 0)) & Box.whole(self.grid.shape)
+        raw = sample(self.raw, self.grid, row, self.card.interpolation)  # overlapping tiles share the resampling
+        batch: list[np.ndarray] = []
+        corners: list[tuple[int, ...]] = []
+        for corner in product(*starts):
+            box = Box(corner, tuple(a + n for a, n in zip(corner, shape)))
+            inside = box.grown((k, 0, 0)) & Box.whole(self.grid.shape)
+            values = raw[(slice(None), *inside.relative_to(row).slices)]
+            if is_air(values, self.intensity):
+                self._add_air(box)
+                self.ticker.tick(len(self.views))
+                continue
+            batch.append(self._network_input(values, inside, box))
+            corners.append(corner)
+            if len(batch) >= self.options.batch:
+                self._run(batch, corners)
+                batch, corners = [], []
+        if batch:
+            self._run(batch, corners)
+
+    def _network_input(self, values: np.ndarray, inside: Box, box: Box) -> np.ndarray:
+        """Normalise, and pad with 0 beyond the image; context slices beyond it repeat the last one. -> [C, (D,) H, W]."""
+        values = self.normalise(values)
+        if self.card.dimensions == 3:
+            out = np.zeros((len(values), *box.shape), np.float32)
+            paste(out, values, inside.relative_to(box))
+            return out
+        k = self.card.context
+        planes = np.clip(np.arange(box.start[0] - k, box.start[0] + k + 1), inside.start[0], inside.stop[0] - 1) - inside.start[0]
+        out = np.zeros((len(values), 2 * k + 1, *box.shape[1:]), np.float32)
+        n, m = inside.shape[1:]
+        out[:, :, :n, :m] = values[:, planes]
+        return out.reshape(-1, *box.shape[1:])
+
+    def _run(self, batch: list[np.ndarray], corners: list[tuple[int, ...]]) -> None:
+        stack = np.stack(batch)
+        total = inner = weight = None
+        for view in self.views:
+            self.ticker.check()
+            logits = self.engine.run(np.ascontiguousarray(view.forward(stack)))
+            if logits.shape != (len(stack), self.card.outputs, *stack.shape[2:]):
+                raise UserError(f"{self.card.name} gave an output of {logits.shape}, not what its card says; export it again.")
+            p, w = view.backward(activate(logits, self.card.activation))
+            h = entropy(p, self.card.activation) if self.options.uncertainty else np.zeros(p[:, 0].shape, np.float32)
+            if total is None:
+                total, inner, weight = p, h, np.ones(p.shape[-2:], np.float32)
+            else:
+                w = np.ones(p.shape[-2:], np.float32) if w is None else w
+                total, inner, weight = total + p * w, inner + h * w, weight + w
+            self.ticker.tick(len(stack))
+        assert total is not None and inner is not None
+        if len(self.views) > 1:
+            total, inner = total / weight, inner / weight
+        for p, h, corner in zip(total, inner, corners):
+            values = np.concatenate([p, h[None]])
+            self._add(Box(corner, tuple(a + n for a, n in zip(corner, self.tiling.shape))), values.reshape(-1, *self.tiling.shape))
+
+    def _add_air(self, box: Box) -> None:
+        values = np.zeros((self.card.outputs + 1, *box.shape), np.float32)
+        if self.card.activation == "softmax":
+            values[0] = 1
+        self._add(box, values)
+
+    def _add(self, box: Box, values: np.ndarray) -> None:
+        """values (k + 1, ...) of a tile into the sums, weighted; what lies outside the band's box is dropped."""
+        held_start, held_stop = list(self.box.start), list(self.box.stop)
+        held_start[self.roll] = self.first
+        held_stop[self.roll] = self.first + self.sums.shape[self.roll + 1]
+        held = Box(tuple(held_start), tuple(held_stop))
+        inside = box & held
+        if inside.empty:
+            return
+        source = (slice(None), *inside.relative_to(box).slices)
+        into = self.sums[(slice(None), *inside.relative_to(held).slices)]
+        into[:-1] += values[source] * self.weights[source[1:]]
+        into[-1] += self.weights[source[1:]]
+
+
+def _reachable(tiling: Tiling, need: Box) -> Tiling:
+    """Without the tiles that lie wholly in the margin."""
+    starts = tuple(
+        tuple(s for s in axis if s < b and s + n > a) for axis, n, a, b in zip(tiling.starts, tiling.shape, need.start, need.stop)
+    )
+    return Tiling(tiling.shape, starts)
+
+
+# -------------------------------------------------------------------------------------------------------- probabilities
+
+
+def activate(logits: np.ndarray, activation: str) -> np.ndarray:
+    """Logits [N, K, ...] to probabilities."""
+    if activation == "sigmoid":
+        return (0.5 * (1 + np.tanh(0.5 * logits))).astype(np.float32)
+    e = np.exp(logits - logits.max(1, keepdims=True))
+    return (e / e.sum(1, keepdims=True)).astype(np.float32)
+
+
+def entropy(probabilities: np.ndarray, activation: str) -> np.ndarray:
+    """[N, K, ...] to [N, ...]: 0 certain, 1 undecided. For sigmoid outputs the largest of the labels' entropies."""
+    p = np.clip(probabilities, 1e-12, 1)
+    if activation == "softmax":
+        return (-(p * np.log(p)).sum(1) / math.log(p.shape[1])).astype(np.float32)
+    q = np.clip(1 - probabilities, 1e-12, 1)
+    return (-(p * np.log(p) + q * np.log(q)) / math.log(2)).max(1).astype(np.float32)
+
+
+class _Result:
+    """The full-size arrays, in the canonical view, and how a band of probabilities enters them."""
+
+    def __init__(self, shape: tuple[int, ...], card: Card, options: Options, split: bool) -> None:
+        values = [label.value for label in card.labels]
+        dtype = np.uint8 if max(values) < 256 else np.uint16
+        self.softmax = card.activation == "softmax"
+        self.table = np.array([0, *values] if self.softmax else values, dtype)
+        self.activation = card.activation
+        self.labels = np.zeros(shape, dtype)
+        self.uncertainty = np.zeros(shape, np.float32) if options.uncertainty else None
+        self.mutual_information = np.zeros(shape, np.float32) if options.uncertainty and split else None
+        self.probabilities = np.zeros((card.outputs, *shape), np.float32) if options.probabilities else None
+
+    def put(self, band: Box, p: np.ndarray, inner: np.ndarray) -> None:
+        best = self.table[p.argmax(0)]
+        if not self.softmax:
+            best[p.max(0) < 0.5] = 0
+        self.labels[band.slices] = best
+        if self.probabilities is not None:
+            self.probabilities[(slice(None), *band.slices)] = p
+        if self.uncertainty is not None:
+            total = entropy(p[None], self.activation)[0]
+            self.uncertainty[band.slices] = total
+            if self.mutual_information is not None:
+                self.mutual_information[band.slices] = np.maximum(total - inner, 0)
