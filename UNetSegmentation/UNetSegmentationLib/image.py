@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
+VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
@@ -145,6 +148,8 @@ class Image:
 
     def crop(self, box: Box) -> Image:
         """The part inside `box`, at its true place."""
+        if box & Box.whole(self.shape) != box:
+            raise ValueError(f"{box} reaches outside an image of {self.shape}")
         origin = self.index_to_point(box.start[::-1])
         return replace(self, array=self.array[(..., *box.slices)], origin=origin)
 
@@ -380,7 +385,9 @@ def list_series(folder: Path) -> dict[str, tuple[str, list[str]]]:
     """The image series of a DICOM folder and its subfolders: UID -> (description, files in slice order)."""
     found: dict[str, tuple[str, list[str]]] = {}
     for place in [folder, *sorted(p for p in folder.rglob("*") if p.is_dir())]:
-        for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(place)):
+        with _quiet():
+            uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(place))
+        for uid in uids:
             files = list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(place), uid))
             reader = sitk.ImageFileReader()
             reader.SetFileName(files[0])
@@ -392,6 +399,8 @@ def list_series(folder: Path) -> dict[str, tuple[str, list[str]]]:
             tags = [_tag(reader, t) for t in ("0008|0060", "0008|103e", "0020|0011")]
             if tags[0] in ("RTSTRUCT", "RTPLAN", "SEG", "SR", "PR", "KO"):
                 continue
+            if uid in found:
+                raise UserError(f"{folder} holds series {uid} in more than one subfolder; choose the one with all of its slices.")
             text = " ".join(t for t in (tags[0], tags[1], f"no. {tags[2]}" if tags[2] else "") if t)
             found[uid] = (f"{text}, {len(files)} images", files)
     return found
@@ -435,17 +444,24 @@ def _read_series(folder: Path, uid: str | None) -> Image:
 
 
 def _check_slices(folder: Path, files: list[str], image: Image) -> None:
-    """Refuse a series with a gap: ITK would stack its slices as if they were equally spaced."""
+    """Refuse a series with a gap or a tilted gantry: ITK would stack its slices as if they were equally spaced boxes."""
     if len(files) < 3:
         return
     normal = np.reshape(image.direction, (3, 3))[:, 2]
-    at = []
+    corners = []
     for name in files:
         reader = sitk.ImageFileReader()
         reader.SetFileName(name)
         with _quiet():
             reader.ReadImageInformation()
-        at.append(float(np.dot(reader.GetOrigin()[:3], normal)))
+        corners.append(reader.GetOrigin()[:3])
+    at = np.array(corners) @ normal
+    drift = np.array(corners) - corners[0] - np.outer(at - at[0], normal)
+    if np.hypot.reduce(drift, axis=1).max() > 0.5 * min(image.spacing[:2]):
+        raise UserError(
+            f"The slices of the DICOM series in {folder} do not lie straight above one another (gantry tilt); "
+            "resample it to a regular grid first."
+        )
     steps = np.abs(np.diff(at))
     if steps.max() - steps.min() > 0.1 * np.median(steps) + 0.01:
         worst = int(np.argmax(np.abs(steps - np.median(steps))))
@@ -457,19 +473,96 @@ def _check_slices(folder: Path, files: list[str], image: Image) -> None:
 
 def _reason(error: Exception) -> str:
     """The last telling line of an ITK message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "Unable to determine ImageIO" in str(error):
+        return "its content is of no known format"
+    # "Reason:" is the last errno of the C library, of whatever call it was.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith("Reason:")]
     text = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else type(error).__name__)
-    return text.split("): ")[-1].rstrip(".")[:160]
+    return text.split("): ")[-1].rstrip(".:")[:160]
 
 
 def _read_file(path: Path) -> Image:
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes); copy or export it again.")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
     try:
         with _quiet():
-            return from_sitk(sitk.ReadImage(str(path)), path)
+            reader.ReadImageInformation()
+            _check_complete(path, reader)
+            return from_sitk(reader.Execute(), path)
     except (RuntimeError, MemoryError) as e:
         raise UserError(f"{path} cannot be read as an image ({_reason(e)}); check that it is a complete image file.") from e
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}); check your rights and the disk.") from e
+
+
+def _check_complete(path: Path, reader: sitk.ImageFileReader) -> None:
+    """Refuse a truncated or damaged file: where ITK misses voxels it fills in zeros, and it ignores most checksums."""
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        head = f.read(1 << 20)
+    needed = math.prod(reader.GetSize()) * reader.GetNumberOfComponents() * _BYTES.get(reader.GetPixelIDValue(), 0)
+    start, deflated, complete = 0, False, True
+    if head[:2] == b"\xff\xd8":  # JPEG: the end marker comes after the last start of a scan
+        data = path.read_bytes()
+        complete, needed = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda"), 0
+    elif head[:2] == b"BM":
+        needed = int.from_bytes(head[2:6], "little")
+    elif reader.HasMetaDataKey("vox_offset") and not path.name.lower().endswith((".hdr", ".img", ".img.gz")):
+        dims = [max(1, int(reader.GetMetaData(f"dim[{i}]"))) for i in range(1, int(reader.GetMetaData("dim[0]")) + 1)]
+        needed = int(float(reader.GetMetaData("vox_offset"))) + math.prod(dims) * int(reader.GetMetaData("bitpix")) // 8
+        deflated = head[:2] == b"\x1f\x8b"
+        header = zlib.decompressobj(47).decompress(head, 348) if deflated else head[:348]
+        order = {b"\x5c\x01\0\0": "<", b"\0\0\x01\x5c": ">"}.get(header[:4])  # NIfTI-1 begins with 348
+        pixdim = np.frombuffer(header, f"{order}f4", 3, 80) if order else np.ones(3)
+        if any(n > 1 and not (math.isfinite(v) and v) for n, v in zip(dims, pixdim)):  # ITK would take it for 1 mm
+            text = " x ".join(f"{v:g}" for v in pixdim)
+            raise UserError(f"{path} has a spacing of {text} mm, which cannot be right; correct the spacing in its header.")
+    elif found := re.match(rb"NRRD.*?\n\r?\n", head, re.DOTALL):
+        fields = found[0].lower()
+        encoding = re.search(rb"^encoding: *(raw|gz)", fields, re.MULTILINE)
+        if not encoding or re.search(rb"^(data ?file|(line|byte) ?skip):", fields, re.MULTILINE):
+            return
+        start, deflated = found.end(), encoding[1] == b"gz"
+    elif found := re.search(rb"^ElementDataFile *= *LOCAL *\r?\n", head, re.MULTILINE):
+        if re.search(rb"^BinaryData *= *False", head[: found.start()], re.MULTILINE | re.IGNORECASE):
+            return
+        start, deflated = found.end(), bool(re.search(rb"^CompressedData *= *True", head[: found.start()], re.MULTILINE))
+    else:
+        return
+    have = _inflated(path, start) if deflated else size - start
+    if not complete or have < needed:
+        raise UserError(f"{path} is cut short or damaged; copy or export it again.")
+
+
+_BYTES = {
+    **dict.fromkeys((sitk.sitkUInt8, sitk.sitkInt8, sitk.sitkVectorUInt8, sitk.sitkVectorInt8), 1),
+    **dict.fromkeys((sitk.sitkUInt16, sitk.sitkInt16, sitk.sitkVectorUInt16, sitk.sitkVectorInt16), 2),
+    **dict.fromkeys((sitk.sitkUInt32, sitk.sitkInt32, sitk.sitkVectorUInt32, sitk.sitkVectorInt32), 4),
+    **dict.fromkeys((sitk.sitkUInt64, sitk.sitkInt64, sitk.sitkVectorUInt64, sitk.sitkVectorInt64), 8),
+    **dict.fromkeys((sitk.sitkFloat32, sitk.sitkVectorFloat32), 4),
+    **dict.fromkeys((sitk.sitkFloat64, sitk.sitkVectorFloat64), 8),
+}
+
+
+def _inflated(path: Path, start: int) -> int:
+    """The length of a gzip or zlib stream that begins at `start`, inflated; -1 where it ends early or a checksum is wrong."""
+    length, stream = 0, zlib.decompressobj(47)
+    with path.open("rb") as f:
+        f.seek(start)
+        while chunk := f.read(1 << 16):
+            try:
+                while chunk:
+                    length += len(stream.decompress(chunk))
+                    chunk = stream.unused_data
+                    if stream.eof and not chunk.startswith(b"\x1f"):
+                        return length  # what follows is no further gzip member
+                    if stream.eof:
+                        stream = zlib.decompressobj(47)
+            except zlib.error:
+                return -1
+    return -1
 
 
 def read_image(paths: str | Path | Sequence[str | Path], series: str | None = None) -> Image:
@@ -517,6 +610,16 @@ def check_geometry(image: Image) -> None:
         raise UserError(f"{name} has axes that are not at right angles (gantry tilt or shear); resample it to a regular grid first.")
 
 
+def check_writable(path: str | Path) -> None:
+    """Refuse a name that could not be written to, before the person waits for a result. Leaves no trace."""
+    path = Path(path)
+    place = path.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise UserError(f"{path} cannot be written; choose a file name in a folder that you may write to.")
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved to it only when the block ends well, so that no half file is ever left."""
@@ -545,6 +648,9 @@ def write_image(image: Image, path: str | Path, metadata: dict[str, Any] | None 
 
     metadata: key -> value strings for the header (NRRD, MHA).
     """
+    # Of the formats that ITK writes, those with a header and a data file apart could not take their name at once.
+    if not str(path).lower().endswith((*VOLUME_SUFFIXES, *PICTURE_SUFFIXES)):
+        raise UserError(f"{path} is not the name of an image that can be written; end it in {', '.join(VOLUME_SUFFIXES)}.")
     out = to_sitk(image)
     if str(path).lower().endswith(PICTURE_SUFFIXES):
         if image.shape[0] != 1:

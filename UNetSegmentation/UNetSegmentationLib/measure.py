@@ -9,14 +9,15 @@ import numpy as np
 
 from .image import Box, Image, reorient
 from .model import Label
+from .postprocess import components
 
 
 def measure(labels: Image, label_defs: Sequence[Label], image: Image | None = None) -> list[dict[str, Any]]:
     """A dictionary for each label, in the order of label_defs.
 
     labels: label map (z, y, x); image: where "mean_hu" and the like come from (its first channel, same grid).
-    Keys: value, name, voxels, volume_mm3, volume_ml, center (LPS mm), longest_mm and perpendicular_mm (of the axial
-    section with the longest diameter; axial = across the axis nearest to head-foot), longest_points and
+    Keys: value, name, voxels, volume_mm3, volume_ml, center (LPS mm), longest_mm and perpendicular_mm (of the label's
+    largest component, in the axial section where it is longest; axial = across the axis nearest to head-foot), longest_points and
     perpendicular_points (two LPS points each), mean_hu, std_hu, min_hu, max_hu (the image's own units). A label that is
     absent has 0 voxels and None for the rest.
     """
@@ -38,7 +39,8 @@ def _one(labels: Image, label: Label, values: np.ndarray | None) -> dict[str, An
     count = int(mask.sum())
     center = np.array([a.mean() for a in np.nonzero(mask)]) + box.start
     out.update(voxels=count, volume_mm3=count * voxel, volume_ml=count * voxel / 1000, center=labels.index_to_point(center[::-1]))
-    out.update(_diameters(labels, mask, box))
+    labelled, counts = components(mask)
+    out.update(_diameters(labels, mask if len(counts) < 3 else labelled == 1 + counts[1:].argmax(), box))
     if values is not None:
         inside = values[box.slices][mask].astype(np.float64)
         out.update(mean_hu=float(inside.mean()), std_hu=float(inside.std()), min_hu=float(inside.min()), max_hu=float(inside.max()))

@@ -38,6 +38,10 @@ def to_onnx(model: UNet, example: torch.Tensor) -> bytes:
             output_names=["logits"],
             dynamic_axes={"image": axes, "logits": axes},
             opset_version=OPSET,
+            # Batch norms stay apart (ONNX Runtime fuses them when it loads): fused weights are no longer float16 numbers,
+            # which compress to half.
+            training=torch.onnx.TrainingMode.PRESERVE,
+            do_constant_folding=False,
             dynamo=False,
         )
     data = buffer.getvalue()

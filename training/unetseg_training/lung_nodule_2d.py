@@ -22,7 +22,8 @@ from .fit import Schedule, fit
 SPACING = (0.7, 0.7, None)
 INTENSITY = {"mode": "window", "level": -300, "width": 1400}
 CONTEXT = 1
-CONFIG = UNetConfig(dimensions=2, in_channels=2 * CONTEXT + 1, out_channels=2, channels=(24, 48, 96, 192, 192))
+# Batch norm: with instance norm the result would depend on how much of the slice the network sees at once.
+CONFIG = UNetConfig(dimensions=2, in_channels=2 * CONTEXT + 1, out_channels=2, channels=(24, 48, 96, 192, 192), norm="batch")
 PATCH, WIDE = 80, 112  # voxels: the network's patch, and what is cut out before rotation and scaling
 HELD_OUT = 0  # the fold that the card's figures come from
 

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from ..engines import Engine, choose_engine
-from ..image import Box, Grid, Image, Orientation, UserError, check_geometry, paste, reorient, resample_back, sample
+from ..image import Box, Grid, Image, Orientation, UserError, check_geometry, reorient, resample_back, sample
 from ..intensity import check_finite, is_air, normaliser, warnings_for
 from ..model import Card, Label, ModelPackage
 from ..postprocess import clean
 from .augment import View, views
-from .tiling import Tiling, blend_weights, compute_box, tile
+from .tiling import Tiling, blend_weights, compute_box, rims, tile
 
 Progress = Callable[[float, str], None]
 
@@ -269,7 +269,6 @@ class _Stream:
         need = self.grid.cover(self._framed(target))
         box = compute_box(need, self.grid.shape, card.patch, card.divisor)
         self.tiling = _reachable(tile(box, card.patch, card.divisor, options.overlap), need)
-        self.weights = blend_weights(self.tiling.shape)
         self.views = self._views(frame)
         self.work = math.prod(len(s) for s in self.tiling.starts) * len(self.views)
         self.box = need
@@ -349,18 +348,18 @@ class _Stream:
             self._run(batch, corners)
 
     def _network_input(self, values: np.ndarray, inside: Box, box: Box) -> np.ndarray:
-        """Normalise, and pad with 0 beyond the image; context slices beyond it repeat the last one. -> [C, (D,) H, W]."""
+        """Normalise, and pad beyond the image as the card says; context slices beyond it repeat the last one.
+        values (c, z, y, x) on `inside` -> [C, (D,) H, W] on `box`."""
         values = self.normalise(values)
-        if self.card.dimensions == 3:
-            out = np.zeros((len(values), *box.shape), np.float32)
-            paste(out, values, inside.relative_to(box))
-            return out
-        k = self.card.context
-        planes = np.clip(np.arange(box.start[0] - k, box.start[0] + k + 1), inside.start[0], inside.stop[0] - 1) - inside.start[0]
-        out = np.zeros((len(values), 2 * k + 1, *box.shape[1:]), np.float32)
-        n, m = inside.shape[1:]
-        out[:, :, :n, :m] = values[:, planes]
-        return out.reshape(-1, *box.shape[1:])
+        if self.card.dimensions == 2:
+            k = self.card.context
+            planes = np.clip(np.arange(box.start[0] - k, box.start[0] + k + 1), inside.start[0], inside.stop[0] - 1)
+            values = values[:, planes - inside.start[0]].reshape(-1, 1, *inside.shape[1:])
+            inside = Box((box.start[0], *inside.start[1:]), (box.stop[0], *inside.stop[1:]))
+        pad = [(0, 0), *((a - c, d - b) for a, b, c, d in zip(inside.start, inside.stop, box.start, box.stop))]
+        if any(map(any, pad)):
+            values = np.pad(values, pad, mode="reflect" if self.card.data.get("padding") == "reflect" else "constant")
+        return values if self.card.dimensions == 3 else values[:, 0]
 
     def _run(self, batch: list[np.ndarray], corners: list[tuple[int, ...]]) -> None:
         stack = np.stack(batch)
@@ -402,8 +401,9 @@ class _Stream:
             return
         source = (slice(None), *inside.relative_to(box).slices)
         into = self.sums[(slice(None), *inside.relative_to(held).slices)]
-        into[:-1] += values[source] * self.weights[source[1:]]
-        into[-1] += self.weights[source[1:]]
+        weights = blend_weights(self.tiling.shape, rims(self.tiling, box.start))[source[1:]]
+        into[:-1] += values[source] * weights
+        into[-1] += weights
 
 
 def _reachable(tiling: Tiling, need: Box) -> Tiling:

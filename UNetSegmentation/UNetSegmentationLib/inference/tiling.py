@@ -29,17 +29,19 @@ def tile(box: Box, patch: Sequence[int], divisor: Sequence[int], overlap: float)
     """Cover `box` with patches that overlap by at least `overlap` (0 to below 1) of their size.
 
     All starts are multiples of `divisor`, if box.start is: a U-Net's poolings then see the same grid in a ROI as in the
-    whole image. Along an axis where the box is smaller than the patch there is one tile, as small as the divisor allows.
+    whole image. Along an axis where the box is smaller than the patch there is one tile about it: a network is shown
+    the patch that it was trained on, never less.
     """
-    shape, starts = [], []
+    starts = []
     for a, b, p, d in zip(box.start, box.stop, patch, divisor):
         n = b - a
-        size = min(p, math.ceil(n / d) * d)
-        step = max(d, int(size * (1 - overlap)) // d * d)
-        last = math.ceil((n - size) / d) * d
-        shape.append(size)
-        starts.append(tuple(a + min(i * step, last) for i in range(math.ceil(last / step) + 1)))
-    return Tiling(tuple(shape), tuple(starts))
+        step = max(d, int(p * (1 - overlap)) // d * d)
+        if n <= p:
+            starts.append((a - (p - n) // 2 // d * d,))
+        else:
+            last = math.ceil((n - p) / d) * d
+            starts.append(tuple(a + min(i * step, last) for i in range(math.ceil(last / step) + 1)))
+    return Tiling(tuple(patch), tuple(starts))
 
 
 def compute_box(need: Box, lattice_shape: Sequence[int], patch: Sequence[int], divisor: Sequence[int]) -> Box:
@@ -49,13 +51,25 @@ def compute_box(need: Box, lattice_shape: Sequence[int], patch: Sequence[int], d
     return Box(tuple(a // d * d for a, d in zip(wide.start, divisor)), wide.stop)
 
 
-@lru_cache(maxsize=8)
-def blend_weights(shape: tuple[int, ...]) -> np.ndarray:
-    """Gaussian weights of a tile, sigma an eighth of its size (Isensee et al. 2021), never below 1e-3 of the peak so
-    that a voxel seen by one tile only keeps its value to float32 precision."""
+@lru_cache(maxsize=64)
+def blend_weights(shape: tuple[int, ...], rims: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Weights of a tile: Gaussian, sigma an eighth of its size (Isensee et al. 2021), and 0 in the rims (voxels at the
+    low and high end of each axis), where a neighbouring tile covers the place and this one saw padding instead of it."""
     out = np.ones(shape, np.float32)
-    for axis, n in enumerate(shape):
-        if n > 1:
-            g = np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2).astype(np.float32)
-            out *= g.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    return np.maximum(out, 1e-3)
+    for axis, (n, (low, high)) in enumerate(zip(shape, rims)):
+        g = np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / max(n / 8, 0.5)) ** 2).astype(np.float32)
+        g[:low] = 0
+        g[n - high :] = 0
+        out *= g.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return out
+
+
+def rims(tiling: Tiling, corner: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The rims of the tile at `corner`: an eighth of the tile, or half of the overlap if that is less, on each side
+    that has a neighbour."""
+    out = []
+    for n, starts, at in zip(tiling.shape, tiling.starts, corner):
+        step = max((b - a for a, b in zip(starts, starts[1:])), default=n)
+        width = min(n // 8, max(0, n - step) // 2)
+        out.append((width if at > starts[0] else 0, width if at < starts[-1] else 0))
+    return tuple(out)

@@ -1,0 +1,36 @@
+# make demo: set up and run the main job on a real chest CT (no PyTorch). make test: set up and pass the tests.
+PYTHON ?= python3
+# The version that the tests are known to pass with; an unpinned torch may fetch gigabytes of another build.
+TORCH ?= torch==2.13.0
+# A box of about twice the size of the nodule, R0,R1,A0,A1,S0,S1 in mm, as a person would draw it.
+ROI = 8.3,35.6,105.2,134.8,-630,-595
+
+.PHONY: demo test lint check bench clean
+
+demo: .venv-demo/ready
+	.venv-demo/bin/unetseg sample --folder demo/sample
+	.venv-demo/bin/unetseg segment demo/sample/lung1_image.nrrd --model lung-nodule-2d --roi=$(ROI) \
+	  -o demo/lung1.seg.nrrd --picture demo/lung1.png --json demo/lung1.json --uncertainty demo/lung1-uncertainty.nrrd \
+	  --reference demo/sample/lung1_label.nrrd
+
+test: .venv/ready
+	.venv/bin/python -m pytest
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv-demo/ready: pyproject.toml $(shell find UNetSegmentation training -name '*.py' -o -name '*.zip' -o -name '*.json')
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/pip install --quiet ".[cli]"
+	touch $@
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet $(TORCH)
+	.venv/bin/pip install --quiet -e ".[test,train,mrml]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-demo demo build runs *.egg-info

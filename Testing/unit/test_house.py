@@ -1,0 +1,150 @@
+"""The rules of the house: who may import whom, and that what exists is what is shipped."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = ROOT / "UNetSegmentation"
+CORE = MODULE / "UNetSegmentationLib"
+
+# What a file may import beyond the standard library and the core itself; "lazy" only inside functions.
+ALLOWED = {
+    "engines/onnx.py": {"numpy", "onnxruntime"},
+    "engines/openvino.py": {"numpy", "openvino"},
+    "engines/torch.py": {"numpy", "torch", "safetensors"},
+    "networks/unet.py": {"torch"},
+    "mrml.py": {"numpy", "SimpleITK", "slicer", "vtk"},
+}
+CORE_ALLOWED = {"numpy", "SimpleITK"}
+LAZY = {
+    "cli.py": {"typer", "rich"},
+    "picture.py": {"matplotlib"},
+    "output.py": {"pydicom", "highdicom"},
+    "engines/openvino.py": {"openvino"},
+    "engines/torch.py": {"safetensors"},
+}
+# Inside the core: cli, worker -> inference -> engines, model, intensity, image. Nothing points back up.
+LEVEL = {"image": 0, "intensity": 1, "model": 1, "networks": 1, "postprocess": 1, "measure": 2, "engines": 2, "output": 2, "picture": 2}
+LEVEL |= {"sample": 2, "inference": 3, "mrml": 4, "cli": 4, "__main__": 5, "__init__": 5}
+
+
+def imports(path: Path):
+    """(name, whether inside a function, whether only for types) of every import."""
+    tree = ast.parse(path.read_text("utf-8"))
+
+    def walk(node, inside, typing_only):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((a.name, inside, typing_only) for a in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                yield "." * child.level + (child.module or ""), inside, typing_only
+            else:
+                types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+                deeper = isinstance(child, (ast.FunctionDef, ast.Lambda))
+                yield from walk(child, inside or deeper, typing_only or types)
+
+    return list(walk(tree, False, False))
+
+
+CORE_FILES = sorted(str(p.relative_to(CORE)) for p in CORE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("name", CORE_FILES)
+def test_core_imports_only_what_the_table_allows(name):
+    for module, inside, typing_only in imports(CORE / name):
+        top = module.split(".")[0]
+        if not top or top in sys.stdlib_module_names or typing_only:
+            continue
+        allowed = ALLOWED.get(name, CORE_ALLOWED) | (LAZY.get(name, set()) if inside else set())
+        assert top in allowed, f"{name} imports {module}{' in a function' if inside else ''}"
+
+
+@pytest.mark.parametrize("name", CORE_FILES)
+def test_nothing_in_the_core_points_back_up(name):
+    own = Path(name).parts[0].removesuffix(".py")
+    for module, _, typing_only in imports(CORE / name):
+        if not module.startswith(".") or typing_only:
+            continue
+        depth = len(Path(name).parts) - 1
+        dots = len(module) - len(module.lstrip("."))
+        target = module.lstrip(".").split(".")[0] if dots > depth else own
+        if target and target != own:
+            assert LEVEL[target] <= LEVEL[own], f"{name} imports {module}"
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=MODULE, capture_output=True, text=True)
+
+
+def test_core_imports_with_everything_else_blocked():
+    names = [n[:-3].replace("/", ".").removesuffix(".__init__") for n in CORE_FILES]
+    skip = ("mrml", "networks", "networks.unet", "engines.onnx", "engines.torch", "__main__")
+    code = f"""
+import importlib, sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        blocked = "torch slicer vtk qt ctk onnxruntime openvino typer rich matplotlib pydicom highdicom PySide6".split()
+        if name.split(".")[0] in blocked:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Blocker())
+for name in {[n for n in names if n not in skip]!r}:
+    importlib.import_module("UNetSegmentationLib" + ("" if name == "__init__" else "." + name))
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_predicting_with_onnx_imports_no_torch():
+    code = """
+import sys
+import numpy as np
+from UNetSegmentationLib import Image, Options, find_model, predict
+image = Image(np.full((4, 40, 40), -700, np.int16))
+predict(image, [find_model("lung-nodule-2d")], Options(engine="onnx", tta="none"))
+assert not {"torch", "slicer", "vtk", "qt"} & set(sys.modules)
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cmake_lists_exactly_the_files_there_are():
+    text = (MODULE / "CMakeLists.txt").read_text("utf-8").replace("${MODULE_NAME}", "UNetSegmentation")
+    listed = set(re.findall(r"^  ([\w./-]+\.(?:py|json|zip|png|ui|txt))$", text, re.M))
+    there = {str(p.relative_to(MODULE)) for p in MODULE.rglob("*") if p.is_file() and "__pycache__" not in p.parts} - {"CMakeLists.txt"}
+    assert listed == there
+
+
+def test_wheel_ships_every_resource(tmp_path):
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    packages = set(re.findall(r'^  "(UNetSegmentationLib[\w.]*)",$', text, re.M))
+    assert packages == {
+        ".".join(p.parent.relative_to(MODULE).parts) for p in CORE.rglob("__init__.py")
+    }, "pyproject.toml lists other packages than there are"
+    globs = re.search(r"UNetSegmentationLib = \[(.*)\]", text)
+    patterns = re.findall(r'"([^"]+)"', globs[1])
+    shipped = {p for pattern in patterns for p in CORE.glob(pattern)}
+    assert shipped == {p for p in (CORE / "resources").rglob("*") if p.is_file()}
+
+
+def test_bundled_models_are_small_and_hold_no_code():
+    for path in (CORE / "resources" / "models").glob("*.unet.zip"):
+        assert path.stat().st_size <= 15e6
+        with zipfile.ZipFile(path) as z:
+            assert set(z.namelist()) <= {"model.json", "model.onnx", "model.safetensors"}
+
+
+def test_no_path_of_a_machine_and_no_registry_host_is_committed():
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("needs a git checkout")
+    words = re.compile("|".join(["/work" + "/", "/ro" + "ot/", "pythonhosted", "pypi" + r"\.org"]))
+    for name in filter(None, done.stdout.split("\0")):
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".json", ".jsonl", ".csv", "") and path.is_file():
+            assert not words.search(path.read_text("utf-8", errors="ignore")), name

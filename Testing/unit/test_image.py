@@ -1,0 +1,702 @@
+"""Images: files in and out, orientation, resampling, boxes; every voxel stays where it was in the patient."""
+
+import gzip
+import itertools
+import math
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from UNetSegmentationLib.image import (
+    Box,
+    Grid,
+    Image,
+    SeveralSeries,
+    UserError,
+    atomic_path,
+    check_geometry,
+    check_writable,
+    from_sitk,
+    list_series,
+    paste,
+    read_image,
+    reorient,
+    resample,
+    resample_back,
+    sample,
+    to_sitk,
+    write_image,
+)
+
+ORIENTATIONS = [(o, s) for o in itertools.permutations(range(3)) for s in itertools.product((1, -1), repeat=3)]
+
+
+def rotation(*degrees: float) -> np.ndarray:
+    """About x, then y, then z."""
+    out = np.eye(3)
+    for axis, angle in enumerate(np.radians(degrees)):
+        m = np.eye(3)
+        i, j = (axis + 1) % 3, (axis + 2) % 3
+        m[i, i] = m[j, j] = math.cos(angle)
+        m[j, i] = math.sin(angle)
+        m[i, j] = -math.sin(angle)
+        out = m @ out
+    return out
+
+
+def oblique(array: np.ndarray) -> Image:
+    direction = tuple(float(v) for v in rotation(12, -20, 35).ravel())
+    return Image(array, (0.7, 0.8, 2.5), (-31.25, 112.5, -407.75), direction)
+
+
+def volume(dtype: str = "int16", shape: tuple[int, ...] = (7, 9, 11)) -> np.ndarray:
+    return np.random.default_rng(3).integers(-1000 if dtype[0] != "u" else 0, 1000, shape).astype(dtype)
+
+
+def same_place(a: Image, b: Image, tolerance: float = 1e-3) -> bool:
+    return a.same_grid(b, tolerance) and np.allclose(a.spacing, b.spacing, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "float32"])
+def test_volumes_come_back_as_written(tmp_path, suffix, dtype):
+    image = oblique(volume(dtype))
+    write_image(image, tmp_path / f"a{suffix}")
+    back = read_image(tmp_path / f"a{suffix}")
+    assert back.array.dtype == dtype and np.array_equal(back.array, image.array)
+    assert same_place(back, image)
+    assert back.source == tmp_path / f"a{suffix}"
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
+def test_channels_come_back_as_written(tmp_path, suffix):
+    image = oblique(volume("float32", (3, 4, 5, 6)))
+    write_image(image, tmp_path / f"a{suffix}")
+    back = read_image(tmp_path / f"a{suffix}")
+    assert back.n_channels == 3 and np.array_equal(back.array, image.array) and same_place(back, image)
+
+
+def test_metadata_reaches_the_header(tmp_path):
+    write_image(oblique(volume()), tmp_path / "a.nrrd", {"Segment0_Name": "a nodule"})
+    assert sitk.ReadImage(str(tmp_path / "a.nrrd")).GetMetaData("Segment0_Name") == "a nodule"
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), [(".png", "uint8"), (".png", "uint16"), (".tif", "uint16"), (".tif", "float32")])
+def test_grey_pictures_are_one_slice(tmp_path, suffix, dtype):
+    picture = volume(dtype, (1, 9, 13))
+    write_image(Image(picture), tmp_path / f"a{suffix}")
+    back = read_image(tmp_path / f"a{suffix}")
+    assert back.array.dtype == dtype and np.array_equal(back.array, picture)
+
+
+def test_colours_are_channels(tmp_path):
+    colours = volume("uint8", (9, 13, 3))
+    sitk.WriteImage(sitk.GetImageFromArray(colours, isVector=True), str(tmp_path / "a.png"))
+    back = read_image(tmp_path / "a.png")
+    assert back.n_channels == 3 and np.array_equal(back.array[:, 0], np.moveaxis(colours, -1, 0))
+
+
+def test_a_volume_is_no_picture_and_other_suffixes_are_refused(tmp_path):
+    with pytest.raises(UserError, match="7 slices"):
+        write_image(Image(volume("uint8")), tmp_path / "a.png")
+    for name in ("a.mhd", "a.nhdr", "a.hdr", "a.xyz", "a"):
+        with pytest.raises(UserError, match="end it in .nii.gz"):
+            write_image(Image(volume()), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_four_dimensional_nifti_is_channels(data):
+    image = read_image(data / "odd_files" / "pcasl.nii.gz")
+    whole = sitk.ReadImage(str(data / "odd_files" / "pcasl.nii.gz"))
+    assert image.array.shape == (10, 20, 68, 52)
+    assert image.spacing == whole.GetSpacing()[:3] and image.origin == whole.GetOrigin()[:3]
+    frame = whole[:, :, :, 4]
+    assert np.array_equal(image.array[4], sitk.GetArrayViewFromImage(frame))
+    # What we build of the 4x4 direction places the corner where ITK does.
+    corner = whole.TransformIndexToPhysicalPoint((51, 67, 19, 4))[:3]
+    np.testing.assert_allclose(image.index_to_point((51, 67, 19)), corner, atol=1e-3)
+
+
+def test_files_on_one_grid_are_channels(data):
+    folder = data / "brats2015_pat0006"
+    files = [folder / "Flair_subtrMeanDivStd.nii.gz", folder / "T1c_subtrMeanDivStd.nii.gz"]
+    both, second = read_image(files), read_image(files[1])
+    assert both.array.shape == (2, 155, 240, 240) and np.array_equal(both.array[1], second.array)
+    assert same_place(both, second)
+    assert read_image(files[:1]).array.ndim == 3
+
+
+@pytest.mark.parametrize("other", [Image(volume("int16", (7, 9, 12))), Image(volume(), (1, 1, 1.1)), Image(volume(), origin=(0, 0.5, 0))])
+def test_files_on_different_grids_are_refused(tmp_path, other):
+    write_image(Image(volume()), tmp_path / "a.nrrd")
+    write_image(other, tmp_path / "b.nrrd")
+    with pytest.raises(UserError, match="b.nrrd does not lie on the grid of"):
+        read_image([tmp_path / "a.nrrd", tmp_path / "b.nrrd"])
+
+
+def test_doubles_become_floats_and_complex_numbers_are_refused():
+    assert from_sitk(sitk.GetImageFromArray(np.ones((3, 3, 3)))).array.dtype == np.float32
+    with pytest.raises(UserError, match="magnitude"):
+        from_sitk(sitk.GetImageFromArray(np.ones((3, 3, 3), np.complex64)))
+
+
+def test_five_dimensions_are_refused():
+    frames = sitk.JoinSeries([sitk.GetImageFromArray(np.zeros((3, 3, 3, 2), np.float32), isVector=True)] * 2)
+    with pytest.raises(UserError, match="more than four dimensions"):
+        from_sitk(frames)
+
+
+def test_to_and_from_sitk_are_inverse():
+    for array in (volume(), volume("float32", (2, 4, 5, 6))):
+        image = oblique(array)
+        assert np.array_equal(from_sitk(to_sitk(image)).array, array) and same_place(from_sitk(to_sitk(image)), image, 1e-9)
+
+
+# -------------------------------------------------------------------------------------------------------- damaged files
+
+
+def write_plain(path: Path, compress: bool = True) -> bytes:
+    picture = path.suffix in (".png", ".jpg", ".bmp")
+    array = volume("uint8", (40, 50)) if picture else volume("int16", (20, 40, 50))
+    image = sitk.GetImageFromArray(array)
+    if not picture:
+        image.SetSpacing((0.7, 0.8, 2.5))
+    sitk.WriteImage(image, str(path), compress)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.99, -1])
+@pytest.mark.parametrize(
+    ("name", "compress"),
+    [
+        ("a.nii.gz", True),
+        ("a.nii", False),
+        ("a.nrrd", True),
+        ("a.nrrd", False),
+        ("a.mha", True),
+        ("a.mha", False),
+        ("a.png", True),
+        ("a.jpg", True),
+        ("a.bmp", False),
+    ],
+)
+def test_truncated_files_are_refused(tmp_path, name, compress, kept):
+    content = write_plain(tmp_path / name, compress)
+    (tmp_path / name).write_bytes(content[: int(len(content) * kept) if kept > 0 else kept])
+    with pytest.raises(UserError, match=r"a\.\S+ (is cut short or damaged|cannot be read as an image)"):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.mha"])
+def test_a_flipped_byte_in_compressed_voxels_is_noticed(tmp_path, name):
+    content = bytearray(write_plain(tmp_path / name))
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / name).write_bytes(bytes(content))
+    with pytest.raises(UserError, match="cut short or damaged|cannot be read"):
+        read_image(tmp_path / name)
+
+
+def test_gzip_members_and_trailing_padding_are_accepted(tmp_path):
+    write_plain(tmp_path / "a.nii.gz")
+    raw = gzip.decompress((tmp_path / "a.nii.gz").read_bytes())
+    want = read_image(tmp_path / "a.nii.gz").array
+    (tmp_path / "members.nii.gz").write_bytes(gzip.compress(raw[:5000]) + gzip.compress(raw[5000:]))
+    (tmp_path / "padded.nii.gz").write_bytes(gzip.compress(raw) + bytes(100))
+    for name in ("members.nii.gz", "padded.nii.gz"):
+        assert np.array_equal(read_image(tmp_path / name).array, want)
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.nii.gz", "a.nii", "a.mha", "a.png", "a.tif", "a.dcm", "a.xyz", "a"])
+@pytest.mark.parametrize(("content", "sentence"), [(b"", "is empty"), (b"What a lovely day.\n" * 50, "cannot be read as an image")])
+def test_what_is_no_image_is_refused(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        read_image(tmp_path / name)
+
+
+def test_missing_files_and_no_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_image(tmp_path / "nowhere.nrrd")
+    with pytest.raises(UserError, match="No image"):
+        read_image([])
+    with pytest.raises(UserError, match="no DICOM image series"):
+        read_image(tmp_path)
+
+
+def with_header(path: Path, old: bytes, new: bytes) -> Path:
+    write_plain(path, compress=False)
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("a.nrrd", b"space directions: (0.69999999999999996,0,0)", b"space directions: (0,0,0)"),
+        ("a.nrrd", b"space directions: (0.69999999999999996,0,0)", b"space directions: (1e6,0,0)"),
+        ("a.nrrd", b"space directions: (0.69999999999999996,0,0)", b"space directions: (nan,0,0)"),
+        ("a.nrrd", b"space directions: (0.69999999999999996,0,0)", b"space directions: (0.7,0.3,0)"),
+        ("a.nrrd", b"sizes: 50 40 20", b"sizes: 50 40 0"),
+        ("a.nrrd", b"sizes: 50 40 20", b"sizes: 50 40 -3"),
+        ("a.nrrd", b"sizes: 50 40 20", b"sizes: 99999 99999 99999"),
+        ("a.mha", b"ElementSpacing = 0.69999999999999996", b"ElementSpacing = 0"),
+        ("a.mha", b"ElementSpacing = 0.69999999999999996", b"ElementSpacing = 1e6"),
+        ("a.mha", b"DimSize = 50 40 20", b"DimSize = 50 40 0"),
+        ("a.mha", b"DimSize = 50 40 20", b"DimSize = 50 40 21"),
+        ("a.nii", struct.pack("<f", 0.7), struct.pack("<f", 1e6)),
+        ("a.nii", struct.pack("<hhhh", 3, 50, 40, 20), struct.pack("<hhhh", 3, 50, 40, 21)),
+    ],
+)
+def test_absurd_headers_are_refused(tmp_path, name, old, new):
+    with pytest.raises(UserError) as error:
+        read_image(with_header(tmp_path / name, old, new))
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("deflated", [False, True])
+def test_a_pixel_size_in_nifti_that_itk_would_take_for_1_mm_is_refused(tmp_path, value, deflated):
+    path = with_header(tmp_path / "a.nii", struct.pack("<f", 0.7), struct.pack("<f", value))
+    if deflated:
+        path = tmp_path / "b.nii.gz"
+        path.write_bytes(gzip.compress((tmp_path / "a.nii").read_bytes()))
+    with pytest.raises(UserError, match=rf"{value:g} x 0\.8 x 2\.5 mm, which cannot be right"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"spacing": (0.0, 1.0, 1.0)}, "0 x 1 x 1 mm"),
+        ({"spacing": (1.0, 1.0, 1e6)}, "cannot be right"),
+        ({"spacing": (1.0, math.nan, 1.0)}, "not a number"),
+        ({"origin": (math.inf, 0.0, 0.0)}, "not a number"),
+        ({"direction": (1.0, 0.0, 0.3, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)}, "right angles"),
+        ({"direction": (0.0,) * 9}, "right angles"),
+        ({"array": np.zeros((0, 4, 4))}, "no voxels"),
+        ({"array": np.zeros((0, 4, 4, 4))}, "no voxels"),
+    ],
+)
+def test_geometry_that_no_scanner_makes_is_refused(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_geometry(Image(**{"array": np.zeros((4, 4, 4)), **changes}))
+
+
+# --------------------------------------------------------------------------------------------------------------- DICOM
+
+
+@pytest.fixture(scope="module")
+def slices(data):
+    return sorted((data / "lung_gtv_dicom_rtstruct" / "pat_3").glob("DCM_IMG*"))[:8]
+
+
+def copied(files, folder, edit=lambda i, dataset: None):
+    pydicom = pytest.importorskip("pydicom")
+    folder.mkdir(parents=True)
+    for i, file in enumerate(files):
+        dataset = pydicom.dcmread(file)
+        edit(i, dataset)
+        dataset.save_as(folder / f"{i:03d}.dcm")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("folder", "shape", "spacing", "origin", "extremes"),
+    [
+        (
+            "chest_ct_dicom_LungDx-A0002",
+            (30, 512, 512),
+            (0.646484375, 0.646484375, 8),
+            (-173.1767578125, -294.1767578125, 80),
+            (-1024, 1548),
+        ),
+        ("ct_dicom_jpeg2000", (20, 512, 512), (0.9765625, 0.9765625, 2), (-249.51171875, -437.51171875, -804.5), (-1024, 1839)),
+        ("lung_gtv_dicom_rtstruct/pat_3", (46, 137, 136), (0.977, 0.977, 3), (-23.9365, -49.3385, -438.5), (-1000, 1561)),
+    ],
+)
+def test_dicom_series(data, folder, shape, spacing, origin, extremes):
+    image = read_image(data / folder)
+    assert image.shape == shape and (image.array.min(), image.array.max()) == extremes
+    assert image.spacing == pytest.approx(spacing) and image.origin == pytest.approx(origin)
+    assert len(image.dicom_files) == shape[0]
+    first = read_image(image.dicom_files[0])
+    assert np.array_equal(first.array[0], image.array[0]) and first.origin == pytest.approx(image.origin)
+
+
+def test_the_mask_that_belongs_to_a_series_lies_on_its_grid(data):
+    mask = read_image(data / "lung_gtv_dicom_rtstruct" / "pat_3_gtv_expected.nii.gz")
+    assert mask.same_grid(read_image(data / "lung_gtv_dicom_rtstruct" / "pat_3"))
+    upside_down = read_image(data / "ct_dicom_jpeg2000_seg.nii.gz")
+    image = read_image(data / "ct_dicom_jpeg2000")
+    assert not upside_down.same_grid(image) and reorient(upside_down)[0].same_grid(image)
+
+
+def test_several_series_are_listed_and_read_by_uid(slices, tmp_path):
+    def second(i, dataset):
+        dataset.SeriesInstanceUID = "1.2.3.4"
+        dataset.SeriesDescription = "Lung 3.0"
+        dataset.PixelData = bytes(len(dataset.PixelData))
+
+    copied(slices, tmp_path / "scan")
+    copied(slices[:5], tmp_path / "scan" / "other", second)
+    with pytest.raises(SeveralSeries, match="2 image series") as error:
+        read_image(tmp_path / "scan")
+    assert error.value.series["1.2.3.4"] == "CT Lung 3.0, 5 images" and "1.2.3.4 (CT Lung 3.0, 5 images)" in str(error.value)
+    (first,) = set(error.value.series) - {"1.2.3.4"}
+    assert read_image(tmp_path / "scan", "1.2.3.4").shape[0] == 5 and not (read_image(tmp_path / "scan", "1.2.3.4").array + 1000).any()
+    assert read_image(tmp_path / "scan", first).shape[0] == 8
+    with pytest.raises(UserError, match="holds no series 9.9"):
+        read_image(tmp_path / "scan", "9.9")
+
+
+def test_other_files_beside_a_series_are_ignored(slices, tmp_path, data, capfd):
+    folder = copied(slices, tmp_path / "scan")
+    (folder / "notes.txt").write_text("remember")
+    (folder / "empty").write_bytes(b"")
+    (folder / "subfolder").mkdir()
+    shutil.copy(data / "lung_gtv_dicom_rtstruct" / "pat_3" / "DCM_RS_00046.dcm", folder)
+    assert list(list_series(folder).values())[0][0].endswith("8 images")
+    assert read_image(folder).shape[0] == 8
+    assert capfd.readouterr().err == ""
+
+
+def test_a_folder_with_structures_alone_holds_no_images(tmp_path, data):
+    shutil.copy(data / "lung_gtv_dicom_rtstruct" / "pat_3" / "DCM_RS_00046.dcm", tmp_path)
+    with pytest.raises(UserError, match="no DICOM image series"):
+        read_image(tmp_path)
+
+
+def test_a_missing_slice_is_noticed(slices, tmp_path):
+    with pytest.raises(UserError, match=r"6\.00 mm between slices \d and \d, 3\.00 mm elsewhere"):
+        read_image(copied(slices[:3] + slices[4:], tmp_path / "scan"))
+
+
+def test_a_truncated_slice_is_noticed(slices, tmp_path):
+    folder = copied(slices, tmp_path / "scan")
+    content = (folder / "003.dcm").read_bytes()
+    (folder / "003.dcm").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError):
+        read_image(folder)
+
+
+def test_a_slice_that_lies_there_twice_is_noticed(slices, tmp_path):
+    folder = copied(slices, tmp_path / "scan")
+    shutil.copy(folder / "003.dcm", folder / "again.dcm")
+    with pytest.raises(UserError, match="not evenly spaced"):
+        read_image(folder)
+
+
+def test_a_tilted_gantry_is_noticed(slices, tmp_path):
+    def tilt(i, dataset):
+        x, y, z = map(float, dataset.ImagePositionPatient)
+        dataset.ImagePositionPatient = [x, y + 0.2 * z, z]
+
+    with pytest.raises(UserError, match="gantry tilt"):
+        read_image(copied(slices, tmp_path / "scan", tilt))
+
+
+def test_a_series_spread_over_two_folders_is_not_read_by_half(slices, tmp_path):
+    copied(slices[:4], tmp_path / "scan" / "a")
+    copied(slices[4:], tmp_path / "scan" / "b")
+    with pytest.raises(UserError, match="more than one subfolder"):
+        read_image(tmp_path / "scan")
+    assert read_image(tmp_path / "scan" / "a").shape[0] == 4
+
+
+def test_a_turned_series_keeps_its_direction(slices, tmp_path):
+    def turn(i, dataset):
+        dataset.ImageOrientationPatient = [0.8, 0.6, 0, -0.6, 0.8, 0]
+
+    image = read_image(copied(slices, tmp_path / "scan", turn))
+    np.testing.assert_allclose(np.reshape(image.direction, (3, 3))[:, 0], [0.8, 0.6, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------- orientation
+
+
+@pytest.mark.parametrize("tilt", [(0, 0, 0), (12, -20, 18)])
+@pytest.mark.parametrize(("order", "signs"), ORIENTATIONS)
+def test_reorient_keeps_every_voxels_place(order, signs, tilt):
+    columns = rotation(*tilt)[:, list(order)] * signs
+    image = Image(np.arange(60).reshape(3, 4, 5), (0.5, 1.5, 3.0), (10.0, -20.0, 30.0), tuple(float(v) for v in columns.ravel()))
+    canonical, orientation = reorient(image)
+    turned = np.reshape(canonical.direction, (3, 3))
+    assert np.all(np.diag(turned) > 0.8) and np.allclose(turned, rotation(*tilt))
+    for z, y, x in np.ndindex(image.shape):
+        (k,), (j,), (i,) = np.nonzero(canonical.array == image.array[z, y, x])
+        np.testing.assert_allclose(canonical.index_to_point((i, j, k)), image.index_to_point((x, y, z)), atol=1e-9)
+    assert np.array_equal(orientation.original(canonical.array), image.array)
+    channels = np.stack([image.array, -image.array])
+    assert np.array_equal(orientation.original(orientation.canonical(channels)), channels)
+
+
+def test_reorient_copies_nothing():
+    image = Image(np.zeros((3, 4, 5)), direction=(0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, -1.0))
+    assert np.shares_memory(reorient(image)[0].array, image.array)
+
+
+def test_points_and_indices_are_inverse_and_agree_with_itk():
+    image = oblique(volume())
+    index = (3.25, -1.5, 7.0)
+    np.testing.assert_allclose(image.point_to_index(image.index_to_point(index)), index, atol=1e-9)
+    np.testing.assert_allclose(image.index_to_point(index), to_sitk(image).TransformContinuousIndexToPhysicalPoint(index), atol=1e-6)
+
+
+def test_same_grid_looks_at_the_corners():
+    image = oblique(volume())
+    assert image.same_grid(oblique(volume("uint8")))
+    assert not image.same_grid(Image(image.array, image.spacing, image.origin, tuple(rotation(12, -20, 35.5).ravel())))
+    assert not image.same_grid(Image(image.array, image.spacing, (-31.0, 112.5, -407.75), image.direction))
+    assert image.same_grid(Image(image.array, image.spacing, (-31.25001, 112.5, -407.75), image.direction))
+
+
+# ----------------------------------------------------------------------------------------------------------- resampling
+
+SPACINGS = [(1.0, 1.0, 1.0), (0.5, 0.6, 1.1), (2.0, 1.7, 6.0), (None, 1.3, None), (0.7, 0.8, 2.5)]
+
+
+@pytest.mark.parametrize("interpolator", ["linear", "bspline"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_a_ramp_stays_the_same_ramp(spacing, interpolator):
+    """Physical positions as values, on an oblique grid: resampling must give the position of each new voxel."""
+    image = oblique(np.zeros((30, 40, 50)))
+    z, y, x = np.indices(image.shape)
+    points = np.moveaxis(image.matrix[:3, :3] @ np.stack([x, y, z]).reshape(3, -1), 0, 0).reshape(3, *image.shape)
+    ramp = image.like(points.astype(np.float32))
+    out = resample(ramp, spacing, interpolator)
+    z, y, x = np.indices(out.shape)
+    want = (out.matrix[:3, :3] @ np.stack([x, y, z]).reshape(3, -1)).reshape(3, *out.shape)
+    want += (np.array(out.origin) - image.origin)[:, None, None, None]
+    inside = (slice(None), *(slice(n // 4, n - n // 4) for n in out.shape))
+    np.testing.assert_allclose(out.array[inside], want[inside], atol=2e-3)
+    for have, asked, own in zip(out.spacing, spacing, image.spacing, strict=True):
+        assert have == pytest.approx(asked or own)
+
+
+@pytest.mark.parametrize(
+    ("interpolator", "itk"), [("linear", sitk.sitkLinear), ("bspline", sitk.sitkBSpline), ("nearest", sitk.sitkNearestNeighbor)]
+)
+@pytest.mark.parametrize("spacing", [(0.613, 0.907, 1.913), (0.751, 0.853, 2.917)])
+def test_resample_agrees_with_simpleitk(spacing, interpolator, itk):
+    image = oblique(volume("float32", (20, 30, 40)))
+    out = resample(image, spacing, interpolator)
+    reference = sitk.Resample(
+        to_sitk(image), out.shape[::-1], sitk.Transform(), itk, out.origin, out.spacing, out.direction, 0.0, sitk.sitkFloat32, True
+    )
+    reference = sitk.GetArrayFromImage(reference)
+    inner = tuple(slice(4, -4) for _ in range(3))
+    if interpolator == "nearest":
+        assert np.mean(out.array[inner] == reference[inner]) > 0.999
+    else:
+        np.testing.assert_allclose(out.array[inner], reference[inner], atol=2e-2)
+
+
+def test_the_grid_has_the_images_centre():
+    image = oblique(volume("float32", (21, 30, 41)))
+    for spacing in SPACINGS:
+        out = resample(image, spacing)
+        middle = [
+            image.index_to_point([(n - 1) / 2 for n in image.shape[::-1]]),
+            out.index_to_point([(n - 1) / 2 for n in out.shape[::-1]]),
+        ]
+        np.testing.assert_allclose(*middle, atol=1e-9)
+
+
+def test_the_images_own_spacing_changes_nothing():
+    image = oblique(volume())
+    out = resample(image, (0.7, None, 2.5 * (1 + 1e-6)))
+    assert np.array_equal(out.array, image.array) and same_place(out, image, 1e-9)
+
+
+def test_nearest_keeps_type_and_values():
+    labels = Image(np.random.default_rng(0).choice([0, 3, 70000], (8, 9, 10)).astype(np.uint32))
+    out = resample(labels, (0.7, 1.6, 2.2), "nearest")
+    assert out.array.dtype == np.uint32 and set(np.unique(out.array)) <= {0, 3, 70000}
+
+
+def test_a_coarse_grid_averages_instead_of_skipping():
+    stripes = Image(np.tile(np.array([0, 100], np.float32), (8, 8, 32)))
+    assert np.abs(resample(stripes, (4.0, None, None)).array[..., 3:-3] - 50).max() < 8
+    assert resample(stripes, (1.1, None, None)).array.max() > 90
+
+
+def test_one_slice_can_be_resampled_in_plane():
+    out = resample(Image(volume("uint8", (1, 40, 50)), (0.5, 0.5, 1.0)), (1.0, 1.0, None))
+    assert out.shape == (1, 20, 25) and np.isfinite(out.array).all()
+
+
+@pytest.mark.parametrize("interpolator", ["linear", "bspline", "nearest"])
+@pytest.mark.parametrize("spacing", [(0.513, 0.607, 1.103), (1.411, 1.907, 6.011), (2.803, 0.511, None)])
+def test_sampling_a_part_equals_the_part_of_the_whole(spacing, interpolator):
+    image = Image(volume("int16", (40, 60, 70)), (0.7, 0.8, 2.5))
+    grid = Grid.over(image, spacing)
+    whole = sample(image.channels, grid, Box.whole(grid.shape), interpolator)
+    for low, high in ((0.0, 0.3), (0.3, 0.6), (0.7, 1.0)):
+        box = Box(tuple(int(n * low) for n in grid.shape), tuple(math.ceil(n * high) for n in grid.shape))
+        part = sample(image.channels, grid, box, interpolator)
+        np.testing.assert_allclose(part, whole[(slice(None), *box.slices)], atol=1e-5 * 1000)
+
+
+def test_unknown_interpolators_are_an_error():
+    with pytest.raises(ValueError, match="cubic"):
+        resample(Image(volume()), (2, 2, 2), "cubic")
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_resampling_back_by_bands_equals_doing_it_at_once(spacing, axis):
+    image = Image(np.zeros((12, 33, 41)), (0.7, 0.8, 2.5))
+    grid = Grid.over(image, spacing)
+    values = np.random.default_rng(0).random((2, *grid.shape), np.float32)
+    whole = resample_back(values, Box.whole(grid.shape), grid, Box.whole(image.shape))
+    assert whole.shape == (2, *image.shape)
+    out = np.full_like(whole, np.nan)
+    for a in range(0, image.shape[axis], 5):
+        start, stop = [0, 0, 0], list(image.shape)
+        start[axis], stop[axis] = a, min(a + 5, image.shape[axis])
+        band = Box(tuple(start), tuple(stop))
+        need = grid.cover(band)
+        part = resample_back(values[(slice(None), *need.slices)], need, grid, band)
+        out[(slice(None), *band.slices)] = part
+    np.testing.assert_allclose(out, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_back_and_forth_keeps_a_smooth_image(spacing):
+    image = Image(np.zeros((20, 33, 41)), (0.7, 0.8, 2.5))
+    z, y, x = (i * s for i, s in zip(np.indices(image.shape), image.spacing[::-1], strict=True))
+    smooth = np.sin(x / 10) + np.cos(y / 9) + np.sin(z / 25)
+    grid = Grid.over(image, spacing)
+    lattice = sample(smooth[None], grid, Box.whole(grid.shape))
+    back = resample_back(lattice, Box.whole(grid.shape), grid, Box.whole(image.shape))[0]
+    inner = tuple(slice(n // 5, n - n // 5) for n in image.shape)
+    np.testing.assert_allclose(back[inner], smooth[inner], atol=0.03)
+
+
+def test_the_cover_of_every_voxel_is_enough_and_no_larger_than_the_lattice():
+    for shape, spacing in itertools.product([(1, 2, 3), (5, 17, 40)], SPACINGS):
+        image = Image(np.zeros(shape), (0.7, 0.8, 2.5))
+        grid = Grid.over(image, spacing)
+        for a in range(shape[2]):
+            need = grid.cover(Box((0, 0, a), (shape[0], shape[1], a + 1)))
+            at = (a - grid.offset[2]) / grid.scale[2]
+            assert 0 <= need.start[2] < need.stop[2] <= grid.shape[2]
+            assert need.start[2] <= max(0, at) + 1e-9 and need.stop[2] - 1 >= min(grid.shape[2] - 1, at) - 1e-9
+
+
+# --------------------------------------------------------------------------------------------------------------- boxes
+
+
+def test_box_arithmetic():
+    box = Box((1, 2, 3), (4, 6, 8))
+    assert box.shape == (3, 4, 5) and not box.empty
+    assert box & Box((2, 0, 5), (9, 9, 9)) == Box((2, 2, 5), (4, 6, 8))
+    assert (box & Box((4, 0, 0), (9, 9, 9))).empty
+    assert box.shifted((1, -1, 0)) == Box((2, 1, 3), (5, 5, 8)) and box.grown((1, 0, 2)) == Box((0, 2, 1), (5, 6, 10))
+    assert box.relative_to(Box((1, 1, 1), (9, 9, 9))) == Box((0, 1, 2), (3, 5, 7))
+    mask = np.zeros((6, 7, 9), bool)
+    mask[box.slices] = True
+    assert Box.around(mask) == box and Box.around(np.zeros((3, 3, 3), bool)) is None
+
+
+def test_crop_keeps_the_place_and_refuses_what_is_outside():
+    image = oblique(volume())
+    part = image.crop(Box((2, 3, 4), (6, 8, 10)))
+    assert np.array_equal(part.array, image.array[2:6, 3:8, 4:10])
+    np.testing.assert_allclose(part.index_to_point((1, 2, 3)), image.index_to_point((5, 5, 5)), atol=1e-9)
+    assert image.like(np.stack([image.array] * 2)).crop(Box((0, 0, 0), (1, 1, 1))).array.shape == (2, 1, 1, 1)
+    with pytest.raises(ValueError, match="outside"):
+        image.crop(Box((-1, 0, 0), (6, 8, 10)))
+    with pytest.raises(ValueError, match="outside"):
+        image.crop(Box((0, 0, 0), (8, 9, 11)))
+
+
+@pytest.mark.parametrize("start", [(1, 1, 1), (-2, -1, 3), (4, 5, 6), (9, 9, 9), (-9, 0, 0)])
+def test_paste_drops_what_is_outside(start):
+    target, part = np.zeros((2, 6, 7, 8)), np.arange(1, 1 + 2 * 27.0).reshape(2, 3, 3, 3)
+    box = Box(start, tuple(a + 3 for a in start))
+    want = np.zeros((2, 30, 30, 30))
+    want[(slice(None), *box.shifted((10, 10, 10)).slices)] = part
+    paste(target, part, box)
+    assert np.array_equal(target, want[:, 10:16, 10:17, 10:18])
+
+
+def test_box_around_points_holds_the_voxels_between_the_planes():
+    image = Image(np.zeros((20, 20, 20)), (2.0, 1.0, 0.5), (100.0, 0.0, -50.0))
+    edges = [image.index_to_point((1.5, 2.5, 3.5)), image.index_to_point((4.5, 6.5, 8.5))]
+    assert image.box_around_points(edges) == Box((4, 3, 2), (9, 7, 5))
+    assert image.box_around_points(edges[::-1]) == Box((4, 3, 2), (9, 7, 5))
+    assert image.box_around_points([image.index_to_point((3, 4, 5))]) == Box((5, 4, 3), (6, 5, 4))
+    assert image.box_around_points([image.index_to_point((2.4, 4, 5)), image.index_to_point((2.6, 4, 5))]) == Box((5, 4, 2), (6, 5, 4))
+    assert image.box_around_points([image.index_to_point((-3, 0, 0)), image.index_to_point((30, 0, 0))]) == Box((0, 0, -3), (1, 1, 31))
+
+
+def test_box_around_points_survives_a_headers_rounding():
+    image = Image(np.zeros((20, 20, 20)), (0.703125, 0.703125, 2.5), (-123.109375, -95.05937194824219, -215.0))
+    edges = [image.index_to_point((1.5, 2.5, 3.5)), image.index_to_point((4.5, 6.5, 8.5))]
+    rounded = [tuple(float(np.float32(v)) for v in p) for p in edges]
+    assert image.box_around_points(rounded) == Box((4, 3, 2), (9, 7, 5))
+
+
+def test_an_images_array_has_three_or_four_axes_and_like_checks_the_shape():
+    with pytest.raises(ValueError, match="2-dimensional"):
+        Image(np.zeros((3, 3)))
+    with pytest.raises(ValueError, match="does not fit"):
+        Image(np.zeros((3, 3, 3))).like(np.zeros((3, 3, 4)))
+
+
+# -------------------------------------------------------------------------------------------------------- writing safely
+
+
+def test_atomic_path_replaces_only_when_all_went_well(tmp_path):
+    target = tmp_path / "deep" / "a.txt"
+    with atomic_path(target) as temporary:
+        temporary.write_text("one")
+        assert temporary.parent == target.parent and not target.exists()
+    assert target.read_text() == "one"
+    with pytest.raises(ZeroDivisionError), atomic_path(target) as temporary:
+        temporary.write_text("two")
+        raise ZeroDivisionError
+    assert target.read_text() == "one" and list(target.parent.iterdir()) == [target]
+    with atomic_path(target) as temporary:
+        temporary.write_text("three")
+    assert target.read_text() == "three" and list(target.parent.iterdir()) == [target]
+
+
+def test_atomic_path_says_why_it_cannot_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), atomic_path(tmp_path / "file" / "a.txt"):
+        pass
+    with pytest.raises(UserError, match="cannot be written"), atomic_path(tmp_path / ("x" * 300)):
+        pass
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot be written"), atomic_path(tmp_path / "folder") as temporary:
+        temporary.write_text("")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_failed_write_leaves_the_former_file(tmp_path):
+    path = tmp_path / "a.png"
+    write_image(Image(volume("uint8", (1, 9, 9))), path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="cannot be written"):
+        write_image(Image(volume("float32", (1, 9, 9))), path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_check_writable_leaves_no_trace(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "new" / "folder" / "a.nrrd")
+    check_writable(tmp_path / "file")
+    for path in (tmp_path, tmp_path / "file" / "a.nrrd", tmp_path / "file" / "b" / "a.nrrd"):
+        with pytest.raises(UserError, match="cannot be written"):
+            check_writable(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,430 @@
+"""The invariants of the one path: geometry, tiling, ROI, test-time augmentation, ensembles, uncertainty, cancel."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from UNetSegmentationLib.image import Box, Image, UserError, from_sitk, read_image, to_sitk
+from UNetSegmentationLib.inference.augment import View, views
+from UNetSegmentationLib.inference.predict import Cancelled, Options, activate, entropy, predict
+from UNetSegmentationLib.inference.tiling import compute_box, tile
+from UNetSegmentationLib.model import find_model
+
+RNG = np.random.default_rng(5)
+
+
+class FakeEngine:
+    """A network given as a Python function of the batch; counts what it is asked for."""
+
+    def __init__(self, function):
+        self.function, self.shapes = function, []
+
+    def run(self, batch):
+        self.shapes.append(batch.shape)
+        return np.ascontiguousarray(self.function(batch), np.float32)
+
+    def describe(self):
+        return "fake"
+
+
+def logit(p):
+    p = np.clip(p, 1e-7, 1 - 1e-7)
+    return np.log(p / (1 - p))
+
+
+def box_mean(batch):
+    """A 3x3(x3) mean with zero padding: a symmetric network whose receptive field reaches one voxel."""
+    x = batch[:, :1]
+    for axis in range(2, x.ndim):
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (1, 1)
+        p = np.pad(x, pad)
+        n = x.shape[axis]
+        x = sum(np.take(p, range(k, k + n), axis) for k in range(3)) / 3
+    return logit(0.2 + 0.6 * x)
+
+
+def noise(shape):
+    return RNG.uniform(0.05, 0.95, shape).astype(np.float32)
+
+
+def nodule_phantom():
+    """A chest-like CT: body, lung, a slanted vessel and an ellipsoid nodule, 0.8 x 0.7 x 2.0 mm."""
+    z, y, x = np.indices((14, 60, 54), dtype=np.float32)
+    hu = np.full(z.shape, -850, np.float32)
+    hu[(y > 50) | (x < 5)] = 40
+    hu[(np.abs(y - 12 - 0.3 * x) < 2) & (np.abs(z - 4) < 1)] = 20
+    hu[((z - 7) / 3) ** 2 + ((y - 32) / 8) ** 2 + ((x - 29) / 7) ** 2 < 1] = 30
+    hu += np.random.default_rng(1).normal(0, 15, hu.shape).astype(np.float32)
+    return Image(hu.astype(np.int16), (0.8, 0.7, 2.0), (-120.0, 30.0, -400.0))
+
+
+def turned(image, order, signs):
+    """The same patient stored with other axis orders and signs."""
+    # Array axis k of the result is axis order[k] of the original, reversed where signs[k] is -1.
+    array = image.array.transpose(order)[tuple(slice(None, None, s) for s in signs)]
+    d = np.reshape(image.direction, (3, 3))
+    columns, spacing, corner = [None] * 3, [0.0] * 3, [0] * 3
+    for k in range(3):
+        old, new = 2 - order[k], 2 - k
+        columns[new] = signs[k] * d[:, old]
+        spacing[new] = image.spacing[old]
+        if signs[k] < 0:
+            corner[old] = image.shape[order[k]] - 1
+    direction = tuple(np.stack(columns, 1).ravel())
+    return Image(np.ascontiguousarray(array), tuple(spacing), image.index_to_point(corner), direction)
+
+
+def in_place_of(mask, image):
+    """A mask sampled on another image's grid, by nearest neighbour in physical space."""
+    return sitk.GetArrayFromImage(sitk.Resample(to_sitk(mask), to_sitk(image), sitk.Transform(), sitk.sitkNearestNeighbor))
+
+
+# ------------------------------------------------------------------------------------------------------------ geometry
+
+
+@pytest.mark.parametrize("name", ["lung-nodule-2d", "hippocampus-3d"])
+def test_same_mask_in_all_48_orientations(name, data):
+    if name == "lung-nodule-2d":
+        image = nodule_phantom()
+    else:
+        image = read_image(data / "msd_hippocampus" / "images" / "hippocampus_003.nii.gz")
+        image = image.crop(Box((4, 4, 4), (32, 44, 30)))
+    model = find_model(name)
+    base = predict(image, [model])
+    assert np.count_nonzero(base.labels.array) > 200
+    for order in itertools.permutations(range(3)):
+        for signs in itertools.product((1, -1), repeat=3):
+            other = turned(image, order, signs)
+            got = predict(other, [model])
+            assert got.labels.same_grid(other)
+            differ = np.count_nonzero(in_place_of(got.labels, image) != base.labels.array)
+            assert differ <= 0.001 * image.array.size, (order, signs, differ)
+
+
+def test_oblique_header_and_oblique_resampling_keep_the_mask_in_place():
+    image, model = nodule_phantom(), find_model("lung-nodule-2d")
+    base = predict(image, [model])
+    turn = sitk.Euler3DTransform()
+    turn.SetRotation(0.1, -0.07, 0.15)
+    direction = tuple(np.reshape(turn.GetMatrix(), (3, 3)).ravel())
+    tilted = replace(image, direction=direction)
+    assert np.array_equal(predict(tilted, [model]).labels.array, base.labels.array)
+
+    grid = sitk.Image(80, 84, 24, sitk.sitkInt16)
+    grid.SetSpacing((0.7, 0.7, 1.5))
+    grid.SetDirection(tuple(np.reshape(sitk.VersorTransform((0, 0, 1), 0.12).GetMatrix(), (3, 3)).ravel()))
+    middle = image.index_to_point((26.5, 29.5, 6.5))
+    half = np.array(grid.TransformContinuousIndexToPhysicalPoint((39.5, 41.5, 11.5)))
+    grid.SetOrigin(tuple(np.array(middle) - half))
+    resampled = from_sitk(sitk.Resample(to_sitk(image), grid, sitk.Transform(), sitk.sitkLinear, -850))
+    back = in_place_of(predict(resampled, [model], Options(at=middle)).labels, image)
+    here = predict(image, [model], Options(at=middle)).labels.array
+    assert np.count_nonzero(back != here) <= 0.001 * image.array.size
+
+
+def test_slices_along_each_axis(make_package):
+    """A model that marks one row of a slice marks the plane that the card's axis says."""
+
+    def first_rows(batch):
+        out = np.full((len(batch), 2, *batch.shape[2:]), 0, np.float32)
+        out[:, 1] = -9
+        out[:, 1, 2] = 9
+        return out
+
+    image = Image(noise((10, 12, 14)))
+    cases = (("axial", [12, 14], np.s_[:, 2, :]), ("coronal", [10, 14], np.s_[2, :, :]), ("sagittal", [10, 12], np.s_[2, :, :]))
+    for axis, patch, index in cases:
+        model = make_package(dimensions=2, axis=axis, patch=patch, divisor=[1, 1])
+        got = predict(image, [model], Options(overlap=0), engines=[FakeEngine(first_rows)]).labels.array
+        want = np.zeros_like(got)
+        want[index] = 1
+        assert np.array_equal(got, want), axis
+
+
+def test_context_slices_are_neighbours_and_repeat_at_the_ends(make_package):
+    z = np.broadcast_to(np.linspace(0.1, 0.9, 9, dtype=np.float32)[:, None, None], (9, 8, 8))
+    seen = []
+
+    def record(batch):
+        seen.extend(batch[:, :, 0, 0].tolist())
+        return logit(batch[:, 1:2])
+
+    model = make_package(kind="identity", dimensions=2, context_slices=1, patch=[8, 8], divisor=[8, 8], activation="sigmoid")
+    predict(Image(np.ascontiguousarray(z)), [model], engines=[FakeEngine(record)])
+    values = z[:, 0, 0]
+    want = [[values[max(i - 1, 0)], values[i], values[min(i + 1, 8)]] for i in range(9)]
+    np.testing.assert_allclose(seen, want, atol=1e-6)
+
+
+def test_two_dimensional_picture(make_package):
+    model = make_package(dimensions=2, patch=[32, 32], divisor=[8, 8])
+    picture = Image(noise((1, 45, 70)))
+    got = predict(picture, [model]).labels.array
+    assert np.array_equal(got, (picture.array > 0.5).astype(np.uint8))
+
+
+# -------------------------------------------------------------------------------------------------------------- tiling
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.8])
+@pytest.mark.parametrize(
+    "card",
+    [
+        {"dimensions": 3, "patch": [8, 16, 12], "divisor": [4, 8, 4]},
+        {"dimensions": 3, "patch": [64, 64, 64], "divisor": [8, 8, 8]},
+        {"dimensions": 2, "patch": [16, 16], "divisor": [8, 8], "context_slices": 2},
+        {"dimensions": 2, "patch": [16, 8], "divisor": [4, 4], "axis": "sagittal"},
+    ],
+)
+def test_identity_network_returns_the_input(make_package, card, overlap):
+    image = Image(noise((21, 37, 30)))
+    model = make_package(kind="identity", activation="sigmoid", **card)
+    got = predict(image, [model], Options(overlap=overlap, probabilities=True))
+    np.testing.assert_allclose(got.probabilities.array[0], image.array, atol=1e-5)
+
+
+def test_patch_of_the_whole_image_is_the_network_itself_and_smaller_patches_agree(make_package):
+    image = Image(noise((24, 32, 40)))
+    model = make_package(kind="identity", activation="sigmoid", patch=[24, 32, 40], divisor=[8, 8, 8])
+    direct = activate(box_mean(image.array[None, None]), "sigmoid")[0]
+    options = Options(probabilities=True)
+    whole = predict(image, [model], options, engines=[FakeEngine(box_mean)])
+    assert whole.tiles == 1
+    np.testing.assert_allclose(whole.probabilities.array, direct, atol=1e-6)
+    small = make_package(kind="identity", activation="sigmoid", patch=[16, 16, 16], divisor=[8, 8, 8])
+    parts = predict(image, [small], options, engines=[FakeEngine(box_mean)])
+    assert parts.tiles > 1
+    np.testing.assert_allclose(parts.probabilities.array, direct, atol=1e-5)
+
+
+def test_bands_of_any_depth_give_the_same(make_package, monkeypatch):
+    image = Image(noise((30, 22, 26)), (0.9, 0.8, 1.7))
+    model = make_package(kind="identity", activation="sigmoid", spacing=[1.1, 1.0, 1.2], patch=[8, 16, 16])
+    options = Options(probabilities=True, uncertainty=True)
+    once = predict(image, [model], options)
+    monkeypatch.setattr("UNetSegmentationLib.inference.predict._BAND_BYTES", 1)
+    plane_by_plane = predict(image, [model], options)
+    np.testing.assert_allclose(plane_by_plane.probabilities.array, once.probabilities.array, atol=1e-6)
+    np.testing.assert_allclose(plane_by_plane.uncertainty.array, once.uncertainty.array, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 31, 64, 65, 100])
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9])
+def test_tiles_cover_everything_on_the_divisors_grid(size, overlap):
+    tiling = tile(Box((8, 0, 0), (8 + size, 5, 5)), (32, 8, 8), (8, 8, 8), overlap)
+    starts, n = tiling.starts[0], tiling.shape[0]
+    assert all(s % 8 == 0 for s in starts) and n == 32
+    assert starts[0] == 8 if size > 32 else len(starts) == 1 and abs(starts[0] + 16 - (8 + size / 2)) <= 8
+    assert starts[0] <= 8 and starts[-1] + n >= 8 + size
+    assert all(b - a <= max(8, math.ceil(n * (1 - overlap))) for a, b in zip(starts, starts[1:]))
+
+
+def test_compute_box_has_a_margin_inside_the_lattice():
+    box = compute_box(Box((10, 20, 3), (20, 30, 9)), (64, 64, 10), (32, 32, 8), (16, 16, 8))
+    assert box == Box((0, 0, 0), (28, 38, 10))
+
+
+# ----------------------------------------------------------------------------------------------------------------- ROI
+
+
+def test_roi_gives_what_the_whole_image_gives(make_package):
+    image = Image(noise((26, 60, 58)), (0.8, 0.9, 1.5))
+    model = make_package(kind="identity", activation="sigmoid", spacing=[1.0, 1.0, 1.5], patch=[16, 16, 16], divisor=[8, 8, 8])
+    roi = Box((9, 20, 17), (17, 41, 40))
+    options = Options(probabilities=True)
+    whole = predict(image, [model], options, engines=[FakeEngine(box_mean)])
+    part = predict(image, [model], replace(options, roi=roi), engines=[FakeEngine(box_mean)])
+    inside = (slice(None), *roi.slices)
+    np.testing.assert_allclose(part.probabilities.array[inside], whole.probabilities.array[inside], atol=1e-5)
+    outside = part.probabilities.array.copy()
+    outside[inside] = 0
+    assert not outside.any() and not np.delete(part.labels.array, range(9, 17), 0).any()
+    assert part.roi == roi and part.tiles < whole.tiles
+
+
+def test_real_model_in_a_roi_agrees_with_the_whole_slice_inside_its_valid_zone():
+    image, model = nodule_phantom(), find_model("lung-nodule-2d")
+    whole = predict(image, [model], Options(probabilities=True, postprocess=False))
+    roi = Box((3, 20, 14), (12, 48, 46))
+    part = predict(image, [model], Options(roi=roi, probabilities=True, postprocess=False))
+    inside = (slice(None), *roi.slices)
+    np.testing.assert_allclose(part.probabilities.array[inside], whole.probabilities.array[inside], atol=0.02)
+
+
+def test_statistics_come_from_the_whole_image(make_package):
+    image = Image((noise((16, 16, 16)) * 1000).astype(np.float32))
+    model = make_package(intensity={"mode": "percentile", "low": 0, "high": 100})
+    roi = Box((4, 4, 4), (8, 8, 8))
+    assert np.array_equal(
+        predict(image, [model], Options(roi=roi)).labels.array[roi.slices], predict(image, [model]).labels.array[roi.slices]
+    )
+
+
+def test_air_is_not_computed(make_package):
+    hu = np.full((16, 64, 64), -1000, np.int16)
+    hu[:, :16, :16] = 100
+    model = make_package(intensity={"mode": "window", "level": -300, "width": 1400}, patch=[16, 16, 16], divisor=[8, 8, 8])
+    engine = FakeEngine(lambda b: np.concatenate([np.zeros_like(b), 50 * (b - 0.5)], 1))
+    got = predict(Image(hu), [model], Options(overlap=0, batch=1), engines=[engine])
+    assert len(engine.shapes) == 1 and got.tiles == 16
+    assert np.array_equal(got.labels.array > 0, hu > 0)
+
+
+def test_point_keeps_the_component_next_to_it(make_package):
+    hu = np.full((20, 60, 60), -800, np.int16)
+    hu[8:12, 10:20, 10:20] = 50
+    hu[4:16, 30:55, 30:55] = 50
+    model = make_package(
+        intensity={"mode": "window", "level": -300, "width": 1400}, roi_mm=50, postprocess={"largest_component": True}
+    )
+    got = predict(Image(hu), [model], Options(at=(14.0, 14.0, 9.0))).labels.array
+    assert got[9, 14, 14] == 1 and not got[:, 30:, 30:].any()
+
+
+# ----------------------------------------------------------------------------------------- test-time augmentation etc.
+
+
+def test_flips_of_a_symmetric_network_change_nothing(make_package):
+    image = Image(noise((18, 30, 26)))
+    model = make_package(kind="identity", activation="sigmoid", flip_axes=["x", "y", "z"], patch=[16, 16, 16])
+    plain = predict(image, [model], Options(probabilities=True), engines=[FakeEngine(box_mean)])
+    engine = FakeEngine(box_mean)
+    flipped = predict(image, [model], Options(probabilities=True, tta="flips", uncertainty=True), engines=[engine])
+    assert flipped.tiles == 8 * plain.tiles
+    np.testing.assert_allclose(flipped.probabilities.array, plain.probabilities.array, atol=1e-6)
+    assert flipped.mutual_information.array.max() < 1e-5
+
+
+def test_rotations_of_a_pointwise_network_change_a_smooth_image_little(make_package):
+    z, y, x = np.indices((4, 48, 48), dtype=np.float32)
+    image = Image((0.5 + 0.3 * np.sin(x / 9) * np.cos(y / 8)).astype(np.float32))
+    model = make_package(kind="identity", activation="sigmoid", dimensions=2, patch=[48, 48], divisor=[8, 8], flip_axes=["x", "y"])
+    plain = predict(image, [model], Options(probabilities=True)).probabilities.array
+    for tta, n in (("rotations", 3), ("full", 12)):
+        got = predict(image, [model], Options(probabilities=True, tta=tta))
+        assert got.tiles == 4 * n
+        np.testing.assert_allclose(got.probabilities.array, plain, atol=6e-3)
+
+
+@pytest.mark.parametrize("aspect", [1.0, 1.6])
+def test_a_rotated_view_comes_back_to_its_place(aspect):
+    y, x = np.indices((40, 50), dtype=np.float32)
+    blob = np.exp(-(((y - 16) * aspect / 9) ** 2) - ((x - 28) / 9) ** 2)[None, None].astype(np.float32)
+    view = View((-1,), 10.0, aspect)
+    turned_blob = view.forward(blob)
+    assert np.abs(turned_blob - blob).max() > 0.3
+    back, weight = view.backward(turned_blob)
+    np.testing.assert_allclose(back * weight, blob * weight, atol=0.03)
+    assert 0.7 < weight.mean() < 1
+
+
+def test_views_follow_the_card():
+    assert len(views("none", [-1, -2], 1)) == 1 and len(views("flips", [-1], 1)) == 2
+    assert len(views("full", [-1, -2, -3], 1)) == 24
+    with pytest.raises(UserError, match="test-time augmentation"):
+        views("mirror", [], 1)
+
+
+def test_ensemble_is_the_mean_of_the_probabilities_and_disagreement_shows(make_package):
+    image = Image(noise((12, 20, 20)))
+    first = make_package(kind="identity", activation="sigmoid")
+    second = make_package(kind="identity", activation="sigmoid", dimensions=2, axis="sagittal", patch=[16, 16], divisor=[8, 8])
+    up, down = FakeEngine(lambda b: np.full_like(b[:, :1], 2.0)), FakeEngine(lambda b: np.full_like(b[:, :1], -2.0))
+    got = predict(image, [first, second], Options(probabilities=True, uncertainty=True), engines=[up, down])
+    np.testing.assert_allclose(got.probabilities.array, 0.5, atol=1e-6)
+    np.testing.assert_allclose(got.uncertainty.array, 1.0, atol=1e-5)
+    p = activate(np.full((1, 1, 1), 2.0), "sigmoid")
+    np.testing.assert_allclose(got.mutual_information.array, 1 - entropy(p, "sigmoid")[0, 0], atol=1e-4)
+    assert got.model_name == "toy-1.0.0+toy-1.0.0"
+
+
+def test_uncertainty_is_entropy(make_package):
+    image = Image(np.full((8, 8, 8), 0.5, np.float32))
+    model = make_package()
+    got = predict(image, [model], Options(uncertainty=True))
+    np.testing.assert_allclose(got.uncertainty.array, 1.0, atol=1e-5)
+    assert got.mutual_information is None
+    sure = predict(Image(np.full((8, 8, 8), 0.9, np.float32)), [model], Options(uncertainty=True))
+    assert sure.uncertainty.array.max() < 1e-3
+
+
+def test_entropy_of_many_classes_is_normalised():
+    p = np.array([[0.25, 1, 0.5], [0.25, 0, 0.5], [0.25, 0, 0], [0.25, 0, 0]], np.float32)[None]
+    np.testing.assert_allclose(entropy(p, "softmax")[0], [1, 0, 0.5], atol=1e-6)
+
+
+def test_label_values_and_sigmoid_threshold(make_package):
+    labels = [{"value": 7, "name": "a"}, {"value": 300, "name": "b"}]
+    model = make_package(kind="identity", activation="sigmoid", labels=labels)
+
+    def two(batch):
+        return np.concatenate([logit(batch), logit(1 - batch * 0.9 - 0.2)], 1)
+
+    values = np.array([0.1, 0.35, 0.6, 0.9], np.float32)
+    image = Image(np.broadcast_to(values, (8, 8, 4)).copy())
+    got = predict(image, [model], engines=[FakeEngine(two)]).labels.array
+    assert got.dtype == np.uint16
+    assert got[0, 0].tolist() == [300, 0, 7, 7]
+
+
+# ------------------------------------------------------------------------------------------------- progress and cancel
+
+
+def test_progress_rises_to_one_and_cancel_stops_between_batches(make_package):
+    image = Image(noise((32, 32, 32)))
+    model = make_package()
+    seen = []
+    predict(image, [model], progress=lambda f, _: seen.append(f))
+    assert seen == sorted(seen) and seen[-1] == 1 and len(seen) > 5
+    engine = FakeEngine(lambda b: np.concatenate([b, b], 1))
+    with pytest.raises(Cancelled):
+        predict(image, [model], Options(batch=1), cancelled=lambda: len(engine.shapes) >= 3, engines=[engine])
+    assert len(engine.shapes) == 3
+
+
+def test_the_input_is_left_alone(make_package):
+    array = (noise((16, 16, 16)) * 100).astype(np.int16)
+    before = array.copy()
+    array.setflags(write=False)
+    predict(Image(array), [make_package(intensity={"mode": "zscore"})], Options(tta="full", uncertainty=True))
+    assert np.array_equal(array, before)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "sentence"),
+    [
+        (Image(np.zeros((3, 8, 8, 8), np.float32)), Options(), "3 channels"),
+        (Image(np.full((8, 8, 8), np.nan, np.float32)), Options(), "512 voxels that are NaN"),
+        (Image(np.zeros((1, 8, 8), np.float32)), Options(), "only 1 slice"),
+        (Image(np.zeros((8, 8, 8), np.float32)), Options(roi=Box((9, 0, 0), (12, 8, 8))), "outside the image"),
+        (Image(np.zeros((8, 8, 8), np.float32)), Options(roi=Box((2, 2, 2), (2, 8, 8))), "ROI is empty"),
+        (Image(np.zeros((8, 8, 8), np.float32)), Options(at=(99.0, 0.0, 0.0)), "point lies outside"),
+        (Image(np.zeros((8, 8, 8), np.float32)), Options(overlap=1.0), "overlap"),
+        (Image(np.zeros((8, 8, 8), np.float32), (0.0, 1.0, 1.0)), Options(), "cannot be right"),
+    ],
+)
+def test_bad_input_is_one_sentence(make_package, image, options, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        predict(image, [make_package()], options)
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_models_that_do_not_belong_together_are_refused(make_package):
+    image = Image(noise((16, 16, 16)))
+    other = make_package(labels=[{"value": 1, "name": "another"}])
+    with pytest.raises(UserError, match="same labels"):
+        predict(image, [make_package(), other])
+    with pytest.raises(UserError, match="click model"):
+        predict(image, [make_package(task="click")])
+
+
+def test_an_output_of_another_size_is_refused(make_package):
+    with pytest.raises(UserError, match="not what its card says"):
+        predict(Image(noise((16, 16, 16))), [make_package()], engines=[FakeEngine(lambda b: b[:, :, :-1])])

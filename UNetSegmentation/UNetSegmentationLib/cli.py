@@ -1,0 +1,426 @@
+"""The command `unetseg`. Exit codes: 0 done, 2 bad input (one sentence on stderr, nothing written), 130 cancelled."""
+
+# No `from __future__ import annotations`: typer reads the commands' annotations, which name what only _app() imports.
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from . import __version__
+from .engines import DEVICES, ENGINES, PRECISIONS, choose_engine, installed, make_engine
+from .image import Box, Image, SeveralSeries, UserError, atomic_path, check_writable, read_image, write_image
+from .inference.augment import TTA
+from .inference.predict import Options, Prediction, predict
+from .intensity import display_range, expects_hu, parse_window, presets
+from .measure import dice, measure
+from .model import ModelPackage, find_model, model_files, user_models_folder, write_package
+
+
+def main() -> None:
+    """Run the command line; the entry point of `unetseg` and of `python -m UNetSegmentationLib`."""
+    try:
+        import rich  # noqa: F401
+        import typer  # noqa: F401
+    except ImportError:
+        sys.exit('unetseg: the command line needs typer and rich; run: pip install "unet-segmentation[cli]"')
+    try:
+        _app()()
+    except UserError as e:
+        print(f"unetseg: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("unetseg: cancelled; nothing was written.", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------------------- parsing
+
+
+def _numbers(text: str, n: int, what: str) -> list[float]:
+    try:
+        values = [float(v) for v in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != n or not np.all(np.isfinite(values)):
+        raise UserError(f"{what} must be {n} numbers separated by commas, not {text!r}.")
+    return values
+
+
+def parse_point(text: str) -> tuple[float, float, float]:
+    """"R,A,S" in mm, as Slicer shows it, to LPS."""
+    r, a, s = _numbers(text, 3, "--at")
+    return -r, -a, s
+
+
+def parse_roi(text: str, image: Image) -> Box:
+    """"R0,R1,A0,A1,S0,S1" in mm RAS, or "ijk:i0,i1,j0,j1,k0,k1" in voxels (last one included), to an index box."""
+    if text.startswith("ijk:"):
+        i0, i1, j0, j1, k0, k1 = (int(v) for v in _numbers(text[4:], 6, "--roi ijk:"))
+        return Box((k0, j0, i0), (k1 + 1, j1 + 1, i1 + 1))
+    r0, r1, a0, a1, s0, s1 = _numbers(text, 6, "--roi")
+    if r0 >= r1 or a0 >= a1 or s0 >= s1:
+        raise UserError(f"--roi {text} has no size; give R0,R1,A0,A1,S0,S1 with the smaller number of each pair first.")
+    return image.box_around_points([(-r, -a, s) for r in (r0, r1) for a in (a0, a1) for s in (s0, s1)])
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    for suffix in (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".png", ".tif", ".tiff", ".jpg", ".jpeg", ".dcm"):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+# ------------------------------------------------------------------------------------------------------------- segment
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Callable[[float, str], None] | None]:
+    if not shown:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=1.0)
+        yield lambda fraction, text: bar.update(task, completed=fraction, description=text)
+
+
+def _read(images: Sequence[Path], series: str | None) -> Image:
+    """Read; where a folder holds several series and a person sits there, ask which."""
+    try:
+        return read_image(list(images), series)
+    except SeveralSeries as e:
+        if not sys.stdin.isatty():
+            raise
+        import typer
+
+        uids = list(e.series)
+        for i, uid in enumerate(uids, 1):
+            print(f"{i}: {e.series[uid]}", file=sys.stderr)
+        choice = typer.prompt("Which series", type=int, err=True)
+        if not 1 <= choice <= len(uids):
+            raise UserError(f"There is no series {choice}; choose a number from 1 to {len(uids)}.") from None
+        return read_image(list(images), uids[choice - 1])
+
+
+def _report(image: Image, prediction: Prediction, package: ModelPackage, reference: Path | None) -> dict[str, Any]:
+    """What --json writes."""
+    measures = measure(prediction.labels, prediction.label_defs, image)
+    start, stop = prediction.roi.start[::-1], prediction.roi.stop[::-1]
+    report: dict[str, Any] = {
+        "image": str(image.source),
+        "model": prediction.model_name,
+        "engines": list(prediction.engines),
+        "seconds": round(prediction.seconds, 3),
+        "warnings": list(prediction.warnings),
+        "roi_ijk": [[a, b - 1] for a, b in zip(start, stop)],
+        "points_are": "LPS mm",
+        "labels": measures,
+    }
+    if reference:
+        truth = read_image(reference)
+        if not truth.same_grid(image):
+            raise UserError(f"{reference} does not lie on the grid of {image.source}; give a label map of the same scan.")
+        for item in measures:
+            # A reference with one label counts for a model with one label, whatever its value.
+            alone = len(measures) == 1
+            item["dice"] = round(dice(prediction.labels.array == item["value"], truth.array > 0 if alone else truth.array == item["value"]), 4)
+    return report
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True)
+    table = Table(title=f"{report['model']} on {Path(report['image']).name}: {report['seconds']:.1f} s, {', '.join(report['engines'])}")
+    with_dice = any("dice" in item for item in report["labels"])
+    for name in ("segment", "volume (ml)", "longest (mm)", "perpendicular (mm)", "mean", *(["Dice"] if with_dice else [])):
+        table.add_column(name, justify="left" if name == "segment" else "right")
+
+    def show(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    for item in report["labels"]:
+        row = [item["name"], show(item["volume_ml"], 3), show(item["longest_mm"], 1), show(item["perpendicular_mm"], 1), show(item["mean_hu"], 0)]
+        table.add_row(*row, *([show(item.get("dice"), 3)] if with_dice else []))
+    console.print(table)
+    for text in report["warnings"]:
+        console.print(f"warning: {text}", style="yellow", highlight=False)
+
+
+def _app() -> Any:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+
+    app = typer.Typer(help="Segment medical images with U-Nets.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    model_app = typer.Typer(help="Look into and make model packages.", no_args_is_help=True)
+    app.add_typer(model_app, name="model")
+
+    def version(value: bool) -> None:
+        if value:
+            print(__version__)
+            raise typer.Exit()
+
+    @app.callback()
+    def root(show: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False) -> None:
+        pass
+
+    @app.command()
+    def segment(
+        images: Annotated[list[Path], typer.Argument(help="An image file or a DICOM folder; several for a model with several channels.")],
+        model: Annotated[list[str], typer.Option("--model", "-m", help="A model's name or .unet.zip file; several are averaged.")],
+        output: Annotated[
+            list[Path], typer.Option("--output", "-o", help=".seg.nrrd, .nii.gz, .nrrd, .mha, .dcm (DICOM SEG), .png; may be repeated.")
+        ] = [],  # noqa: B006 - typer copies it
+        roi: Annotated[
+            str | None, typer.Option(help="Only this box: R0,R1,A0,A1,S0,S1 in mm RAS, or ijk:i0,i1,j0,j1,k0,k1 in voxels.")
+        ] = None,
+        at: Annotated[str | None, typer.Option(help="R,A,S in mm: a box around this point, and the component next to it.")] = None,
+        window: Annotated[str | None, typer.Option(help="Override the model's window: a preset, or LEVEL,WIDTH in HU.")] = None,
+        tta: Annotated[str | None, typer.Option(help=f"Test-time augmentation: {', '.join(TTA)}. Default: the model's.")] = None,
+        engine: Annotated[str, typer.Option(help=f"auto, {', '.join(ENGINES)}.")] = "auto",
+        device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")] = "auto",
+        precision: Annotated[str, typer.Option(help=f"{', '.join(PRECISIONS)}.")] = "auto",
+        threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
+        overlap: Annotated[float, typer.Option(help="Overlap of neighbouring patches, 0 to below 1.")] = 0.5,
+        series: Annotated[str | None, typer.Option(help="The series' UID, where a DICOM folder holds several.")] = None,
+        uncertainty: Annotated[Path | None, typer.Option(help="Also write the uncertainty (entropy, 0 to 1) to this image file.")] = None,
+        probabilities: Annotated[Path | None, typer.Option(help="Also write the probabilities to this image file.")] = None,
+        picture: Annotated[Path | None, typer.Option(help="Also write a four-panel PNG.")] = None,
+        display: Annotated[str | None, typer.Option(help="Window of the picture: a preset, or LEVEL,WIDTH.")] = None,
+        report_file: Annotated[Path | None, typer.Option("--json", help="Also write the measures as JSON; - for standard output.")] = None,
+        reference: Annotated[Path | None, typer.Option(help="A label map of the same scan to compare with (Dice).")] = None,
+        postprocess: Annotated[bool, typer.Option(help="Apply the model's clean-up (components, holes).")] = True,
+        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no table.")] = False,
+    ) -> None:
+        """Segment an image and write the result."""
+        packages = [find_model(m) for m in model]
+        targets = output or [Path(f"{_stem(images[0])}.seg.nrrd")]
+        maps = [p for p in (uncertainty, probabilities, picture) if p]
+        for path in [*targets, *maps, *([report_file] if report_file and str(report_file) != "-" else [])]:
+            check_writable(path)
+        from .output import check_suffix, write_segmentation
+
+        for path in targets:
+            check_suffix(path)
+        with _progress(not quiet) as progress:
+            image = _read(images, series)
+            options = Options(
+                roi=parse_roi(roi, image) if roi else None,
+                at=parse_point(at) if at else None,
+                intensity=parse_window(window) if window else None,
+                tta=tta,
+                overlap=overlap,
+                engine=engine,
+                device=device,
+                precision=precision,
+                threads=threads,
+                uncertainty=uncertainty is not None,
+                probabilities=probabilities is not None,
+                postprocess=postprocess,
+            )
+            prediction = predict(image, packages, options, progress)
+        report = _report(image, prediction, packages[0], reference)
+        for path in targets:
+            write_segmentation(prediction, path, image)
+        if uncertainty and prediction.uncertainty:
+            write_image(prediction.uncertainty, uncertainty)
+        if probabilities and prediction.probabilities:
+            write_image(prediction.probabilities, probabilities)
+        if picture:
+            from .picture import save_picture
+
+            chosen = display or packages[0].card.data.get("display")
+            shown = parse_window(chosen) if chosen else packages[0].card.intensity
+            save_picture(
+                image,
+                prediction,
+                picture,
+                window=display_range(shown, image.channels),
+                measures=report["labels"],
+                title=f"{_stem(images[0])} - {prediction.model_name}",
+                unit="HU" if expects_hu(packages[0].card.intensity) else "",
+            )
+        text = json.dumps(report, indent=2)
+        if report_file and str(report_file) == "-":
+            print(text)
+        elif report_file:
+            with atomic_path(report_file) as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
+        if not quiet:
+            _print_report(report)
+            for path in [*targets, *maps]:
+                print(f"wrote {path}", file=sys.stderr)
+
+    @app.command()
+    def models(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+        """List the bundled and imported models."""
+        cards, broken = [], []
+        for path in model_files():
+            try:
+                cards.append((path, ModelPackage.read(path).card))
+            except UserError as e:
+                broken.append(str(e))
+        if as_json:
+            print(json.dumps([card.data for _, card in cards], indent=2))
+        else:
+            table = Table(caption=f"imported models: {user_models_folder()}")
+            for name in ("model", "task", "segments", "size", "measured Dice", "licence"):
+                table.add_column(name)
+            for path, card in cards:
+                scores = card.data.get("metrics", {}).get("dice", {})
+                table.add_row(
+                    f"{card.name} {card.version}",
+                    f"{card.data['task']}, {card.dimensions}D",
+                    ", ".join(label.name for label in card.labels),
+                    f"{path.stat().st_size / 1e6:.1f} MB",
+                    ", ".join(f"{k} {v:.3f}" for k, v in scores.items()) or "-",
+                    card.data["licence"],
+                )
+            Console().print(table)
+        for text in broken:
+            print(f"unetseg: {text}", file=sys.stderr)
+
+    @app.command(name="presets")
+    def list_presets(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+        """List the window presets."""
+        if as_json:
+            print(json.dumps([{"name": p.name, "label": p.label, "modality": p.modality, **p.intensity()} for p in presets().values()], indent=2))
+            return
+        table = Table()
+        for name in ("preset", "what", "modality", "level", "width"):
+            table.add_column(name, justify="right" if name in ("level", "width") else "left")
+        for p in presets().values():
+            ends = p.percentiles
+            table.add_row(p.name, p.label, p.modality, f"{ends[0]:g} %" if ends else f"{p.level:g}", f"{ends[1]:g} %" if ends else f"{p.width:g}")
+        Console().print(table)
+
+    @app.command()
+    def sample(
+        folder: Annotated[Path | None, typer.Option(help="Where to keep it; default: the user's data folder.")] = None,
+    ) -> None:
+        """Fetch two real chest CT with nodule labels (from the source distribution of pyradiomics 3.0.1, 34 MB)."""
+        from .sample import fetch_sample
+
+        for name, path in fetch_sample(folder, lambda _, text: print(text, file=sys.stderr)).items():
+            print(f"{name}\t{path}")
+
+    @app.command()
+    def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+        """What runs here, and how fast."""
+        findings = _doctor()
+        if as_json:
+            print(json.dumps(findings, indent=2))
+            return
+        console = Console()
+        console.print(f"unetseg {__version__}, Python {findings['python']}, {findings['platform']}, {findings['cores']} cores")
+        for name, text in findings["packages"].items():
+            console.print(f"  {name}: {text or 'not installed'}")
+        table = Table(title="one patch, median of 5 (the first one, which warms up, left out)")
+        for name in ("model", "engine", "runs on", "ms", "Mvoxel/s"):
+            table.add_column(name, justify="right" if name in ("ms", "Mvoxel/s") else "left")
+        for row in findings["speed"]:
+            if "error" in row:
+                table.add_row(row["model"], row["engine"], row["error"])
+            else:
+                table.add_row(row["model"], row["engine"], row["runs_on"], f"{row['ms']:.0f}", f"{row['mvoxel_per_s']:.2f}")
+        console.print(table)
+        for path, problem in findings["models"].items():
+            console.print(f"{path}: {problem or 'verified'}", style=None if problem is None else "red", highlight=False)
+
+    @model_app.command()
+    def verify(packages: Annotated[list[str], typer.Argument(help="Names or .unet.zip files.")]) -> None:
+        """Check a package: hashes, card, ONNX graph, and that it loads and runs."""
+        for name in packages:
+            package = find_model(name)
+            engine = choose_engine(package, device="cpu")
+            shape = (1, package.card.inputs, *package.card.patch[3 - package.card.dimensions :])
+            out = engine.run(np.zeros(shape, np.float32))
+            if out.shape != (1, package.card.outputs, *shape[2:]) or not np.isfinite(out).all():
+                raise UserError(f"{package.path} loads, but gives {out.shape} for {shape}; it does not fit its card.")
+            print(f"{package.path}: verified ({engine.describe()})")
+
+    @model_app.command()
+    def info(package: Annotated[str, typer.Argument(help="A name or .unet.zip file.")]) -> None:
+        """Print a package's card."""
+        print(json.dumps(find_model(package).card.data, indent=2, ensure_ascii=False))
+
+    @model_app.command()
+    def pack(
+        network: Annotated[Path, typer.Argument(help="The .onnx file.")],
+        card: Annotated[Path, typer.Option(help="The card as JSON; sizes and hashes are filled in.")],
+        output: Annotated[Path, typer.Option("--output", "-o", help="The .unet.zip to write.")],
+        safetensors: Annotated[Path | None, typer.Option(help="Weights to fine-tune from.")] = None,
+    ) -> None:
+        """Make a package from an ONNX file and a card."""
+        for path in (network, card, *([safetensors] if safetensors else [])):
+            if not path.is_file():
+                raise UserError(f"{path} does not exist; check the name.")
+        try:
+            data = json.loads(card.read_text("utf-8"))
+        except ValueError as e:
+            raise UserError(f"{card} is not JSON ({e}); correct it.") from e
+        if not isinstance(data, dict):
+            raise UserError(f"{card} must hold a JSON object.")
+        made = write_package(output, data, network.read_bytes(), safetensors.read_bytes() if safetensors else None)
+        print(f"wrote {made.path}")
+
+    return app
+
+
+def _doctor() -> dict[str, Any]:
+    from importlib import metadata
+
+    def found(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    names = ("numpy", "SimpleITK", "onnxruntime", "openvino", "torch", "highdicom", "matplotlib")
+    out: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "packages": {n: found(n) for n in names},
+        "models": {},
+        "speed": [],
+    }
+    for path in model_files():
+        try:
+            package = ModelPackage.read(path)
+            out["models"][str(path)] = None
+        except UserError as e:
+            out["models"][str(path)] = str(e)
+            continue
+        shape = (1, package.card.inputs, *package.card.patch[3 - package.card.dimensions :])
+        batch = np.random.default_rng(0).random(shape, np.float32)
+        for name in filter(installed, ENGINES):
+            row: dict[str, Any] = {"model": package.card.name, "engine": name}
+            try:
+                engine = make_engine(package, name, "auto", "auto", 0)
+                engine.run(batch)
+                times = []
+                for _ in range(5):
+                    began = time.perf_counter()
+                    engine.run(batch)
+                    times.append(time.perf_counter() - began)
+                median = sorted(times)[2]
+                row.update(runs_on=engine.describe(), ms=median * 1e3, mvoxel_per_s=np.prod(shape[2:]) / median / 1e6)
+            except UserError as e:
+                row["error"] = str(e)
+            out["speed"].append(row)
+    return out
