@@ -19,7 +19,6 @@ slicer = pytest.importorskip("slicer", reason="slicer-core is not installed")
 import vtk  # noqa: E402
 from headless_slicer import SliceView  # noqa: E402
 from slicer.util import arrayFromSegmentBinaryLabelmap, vtkMatrixFromArray  # noqa: E402
-from vtk.util.numpy_support import vtk_to_numpy  # noqa: E402
 from UNetSegmentationLib.image import Box, Image, UserError, from_sitk  # noqa: E402
 from UNetSegmentationLib.model import Label  # noqa: E402
 from UNetSegmentationLib.mrml import (  # noqa: E402
@@ -30,6 +29,7 @@ from UNetSegmentationLib.mrml import (  # noqa: E402
     write_prediction,
     write_scalar_map,
 )
+from vtk.util.numpy_support import vtk_to_numpy  # noqa: E402
 
 SHAPE = (9, 11, 13)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
