@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -89,38 +88,3 @@ def test_config_survives_json_and_refuses_nonsense():
             replace(SMALL, **bad)
     with pytest.raises(ValueError, match="unknown"):
         UNetConfig.from_json({"depth": 3})
-
-
-@pytest.mark.parametrize("name", ["lung-nodule-2d", "hippocampus-3d"])
-def test_onnx_equals_pytorch_on_real_cases(name, data):
-    """Through the whole path, on real images: logits to 1e-4, and the very same labels."""
-    from UNetSegmentationLib.engines import make_engine
-    from UNetSegmentationLib.image import read_image
-    from UNetSegmentationLib.inference.predict import Options, predict
-    from UNetSegmentationLib.model import find_model
-
-    folder = data / ("lidc_nodules" if name == "lung-nodule-2d" else "msd_hippocampus") / "images"
-    model = find_model(name)
-    pair = [make_engine(model, engine, "cpu", "fp32", 0) for engine in ("onnx", "torch")]
-
-    class Both:
-        def run(self, batch):
-            a, b = (e.run(batch) for e in pair)
-            worst.append(np.abs(a - b).max())
-            return a
-
-        def describe(self):
-            return "both"
-
-    worst: list[float] = []
-    for path in sorted(folder.iterdir())[:3]:
-        predict(read_image(path), [model], Options(tta="none"), engines=[Both()])
-    assert max(worst) < 1e-4
-
-
-def test_torch_engine_refuses_weights_that_do_not_fit(make_package):
-    from UNetSegmentationLib.engines import make_engine
-    from UNetSegmentationLib.image import UserError
-
-    with pytest.raises(UserError, match="no PyTorch weights"):
-        make_engine(make_package(), "torch", "cpu", "fp32", 0)

@@ -58,8 +58,8 @@ def parse_window(text: str) -> dict[str, Any]:
         level, width = (float(v) for v in text.split(","))
     except ValueError:
         raise UserError(f"Window {text!r} is neither a preset ({', '.join(presets())}) nor LEVEL,WIDTH in HU.") from None
-    if not width > 0:
-        raise UserError(f"The window's width must be above 0, not {width:g}.")
+    if not (np.isfinite(level) and np.isfinite(width) and width > 0):
+        raise UserError(f"The window must have a level and a width above 0, not {text!r}.")
     return {"mode": "window", "level": level, "width": width}
 
 
