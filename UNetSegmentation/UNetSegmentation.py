@@ -16,7 +16,9 @@ class UNetSegmentation(ScriptedLoadableModule):
         self.parent.categories = ["Segmentation"]
         self.parent.contributors = ["UNetSegmentation developers"]
         self.parent.helpText = _("Segments volumes with U-Nets, without PyTorch and without a server. Not for diagnosis.")
-        self.parent.acknowledgementText = _("Models trained on LIDC-IDRI (CC BY 3.0) and the Medical Segmentation Decathlon (CC BY-SA 4.0).")
+        self.parent.acknowledgementText = _(
+            "Models trained on LIDC-IDRI (CC BY 3.0) and the Medical Segmentation Decathlon (CC BY-SA 4.0)."
+        )
         self.parent.hidden = True
 
 

@@ -44,7 +44,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ct, out = Path(folder, "ct.nrrd"), Path(folder, "out.seg.nrrd")
         make_ct(ct, shape)
-        command = ["-m", "UNetSegmentationLib", "segment", str(ct), "--model", options.model, "-o", str(out), "--overlap", "0", "--tta", "none", "-q"]
+        command = [
+            "-m",
+            "UNetSegmentationLib",
+            "segment",
+            str(ct),
+            "--model",
+            options.model,
+            "-o",
+            str(out),
+            "--overlap",
+            "0",
+            "--tta",
+            "none",
+            "-q",
+        ]
         began = time.monotonic()
         child = subprocess.Popen([sys.executable, *command], cwd=ROOT / "UNetSegmentation")
         _, status, usage = os.wait4(child.pid, 0)

@@ -45,9 +45,7 @@ def rotation(degrees: float = 25.0, axis: tuple[float, float, float] = (1, 2, 3)
     return np.reshape(transform.GetMatrix().GetData(), (4, 4))[:3, :3]
 
 
-def geometry(
-    direction: np.ndarray, spacing: tuple[float, ...] = (0.7, 1.1, 2.3), origin: tuple[float, ...] = (12, -34, 56)
-) -> np.ndarray:
+def geometry(direction: np.ndarray, spacing: tuple[float, ...] = (0.7, 1.1, 2.3), origin: tuple[float, ...] = (12, -34, 56)) -> np.ndarray:
     """4x4 from index (x, y, z) to LPS."""
     matrix = np.eye(4)
     matrix[:3, :3] = direction * spacing

@@ -123,9 +123,9 @@ def test_cmake_lists_exactly_the_files_there_are():
 def test_wheel_ships_every_resource(tmp_path):
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     packages = set(re.findall(r'^  "(UNetSegmentationLib[\w.]*)",$', text, re.M))
-    assert packages == {
-        ".".join(p.parent.relative_to(MODULE).parts) for p in CORE.rglob("__init__.py")
-    }, "pyproject.toml lists other packages than there are"
+    assert packages == {".".join(p.parent.relative_to(MODULE).parts) for p in CORE.rglob("__init__.py")}, (
+        "pyproject.toml lists other packages than there are"
+    )
     globs = re.search(r"UNetSegmentationLib = \[(.*)\]", text)
     patterns = re.findall(r'"([^"]+)"', globs[1])
     shipped = {p for pattern in patterns for p in CORE.glob(pattern)}

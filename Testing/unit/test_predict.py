@@ -278,9 +278,7 @@ def test_point_keeps_the_component_next_to_it(make_package):
     hu = np.full((20, 60, 60), -800, np.int16)
     hu[8:12, 10:20, 10:20] = 50
     hu[4:16, 30:55, 30:55] = 50
-    model = make_package(
-        intensity={"mode": "window", "level": -300, "width": 1400}, roi_mm=50, postprocess={"largest_component": True}
-    )
+    model = make_package(intensity={"mode": "window", "level": -300, "width": 1400}, roi_mm=50, postprocess={"largest_component": True})
     got = predict(Image(hu), [model], Options(at=(14.0, 14.0, 9.0))).labels.array
     assert got[9, 14, 14] == 1 and not got[:, 30:, 30:].any()
 

@@ -55,13 +55,13 @@ def _numbers(text: str, n: int, what: str) -> list[float]:
 
 
 def parse_point(text: str) -> tuple[float, float, float]:
-    """"R,A,S" in mm, as Slicer shows it, to LPS."""
+    """ "R,A,S" in mm, as Slicer shows it, to LPS."""
     r, a, s = _numbers(text, 3, "--at")
     return -r, -a, s
 
 
 def parse_roi(text: str, image: Image) -> Box:
-    """"R0,R1,A0,A1,S0,S1" in mm RAS, or "ijk:i0,i1,j0,j1,k0,k1" in voxels (last one included), to an index box."""
+    """ "R0,R1,A0,A1,S0,S1" in mm RAS, or "ijk:i0,i1,j0,j1,k0,k1" in voxels (last one included), to an index box."""
     if text.startswith("ijk:"):
         i0, i1, j0, j1, k0, k1 = (int(v) for v in _numbers(text[4:], 6, "--roi ijk:"))
         return Box((k0, j0, i0), (k1 + 1, j1 + 1, i1 + 1))
@@ -135,7 +135,9 @@ def _report(image: Image, prediction: Prediction, package: ModelPackage, referen
         for item in measures:
             # A reference with one label counts for a model with one label, whatever its value.
             alone = len(measures) == 1
-            item["dice"] = round(dice(prediction.labels.array == item["value"], truth.array > 0 if alone else truth.array == item["value"]), 4)
+            item["dice"] = round(
+                dice(prediction.labels.array == item["value"], truth.array > 0 if alone else truth.array == item["value"]), 4
+            )
     return report
 
 
@@ -153,7 +155,13 @@ def _print_report(report: dict[str, Any]) -> None:
         return "-" if value is None else f"{value:.{digits}f}"
 
     for item in report["labels"]:
-        row = [item["name"], show(item["volume_ml"], 3), show(item["longest_mm"], 1), show(item["perpendicular_mm"], 1), show(item["mean_hu"], 0)]
+        row = [
+            item["name"],
+            show(item["volume_ml"], 3),
+            show(item["longest_mm"], 1),
+            show(item["perpendicular_mm"], 1),
+            show(item["mean_hu"], 0),
+        ]
         table.add_row(*row, *([show(item.get("dice"), 3)] if with_dice else []))
     console.print(table)
     for text in report["warnings"]:
@@ -165,7 +173,9 @@ def _app() -> Any:
     from rich.console import Console
     from rich.table import Table
 
-    app = typer.Typer(help="Segment medical images with U-Nets.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        help="Segment medical images with U-Nets.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
     model_app = typer.Typer(help="Look into and make model packages.", no_args_is_help=True)
     app.add_typer(model_app, name="model")
 
@@ -298,14 +308,20 @@ def _app() -> Any:
     def list_presets(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
         """List the window presets."""
         if as_json:
-            print(json.dumps([{"name": p.name, "label": p.label, "modality": p.modality, **p.intensity()} for p in presets().values()], indent=2))
+            print(
+                json.dumps(
+                    [{"name": p.name, "label": p.label, "modality": p.modality, **p.intensity()} for p in presets().values()], indent=2
+                )
+            )
             return
         table = Table()
         for name in ("preset", "what", "modality", "level", "width"):
             table.add_column(name, justify="right" if name in ("level", "width") else "left")
         for p in presets().values():
             ends = p.percentiles
-            table.add_row(p.name, p.label, p.modality, f"{ends[0]:g} %" if ends else f"{p.level:g}", f"{ends[1]:g} %" if ends else f"{p.width:g}")
+            table.add_row(
+                p.name, p.label, p.modality, f"{ends[0]:g} %" if ends else f"{p.level:g}", f"{ends[1]:g} %" if ends else f"{p.width:g}"
+            )
         Console().print(table)
 
     @app.command()

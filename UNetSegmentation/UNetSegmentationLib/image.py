@@ -55,6 +55,11 @@ class Box:
         return tuple(slice(a, b) for a, b in zip(self.start, self.stop))
 
     @property
+    def trailing(self) -> Any:
+        """The index of this box in an array whose last axes are (z, y, x)."""
+        return (..., *self.slices)
+
+    @property
     def empty(self) -> bool:
         return any(b <= a for a, b in zip(self.start, self.stop))
 
@@ -151,7 +156,7 @@ class Image:
         if box & Box.whole(self.shape) != box:
             raise ValueError(f"{box} reaches outside an image of {self.shape}")
         origin = self.index_to_point(box.start[::-1])
-        return replace(self, array=self.array[(..., *box.slices)], origin=origin)
+        return replace(self, array=self.array[box.trailing], origin=origin)
 
     def box_around_points(self, points: Sequence[Sequence[float]]) -> Box:
         """The smallest box of whole voxels that holds the points (LPS mm); it may reach outside the image."""
@@ -173,7 +178,7 @@ def paste(target: np.ndarray, part: np.ndarray, box: Box) -> None:
     """Write `part` into `target` at `box` (spatial axes last); what reaches outside is dropped."""
     inside = box & Box.whole(target.shape[-3:])
     if not inside.empty:
-        target[(..., *inside.slices)] = part[(..., *inside.relative_to(box).slices)]
+        target[inside.trailing] = part[inside.relative_to(box).trailing]
 
 
 # --------------------------------------------------------------------------------------------------------- orientation
@@ -196,16 +201,16 @@ class Orientation:
         """A view of (..., z, y, x) with z towards superior, y posterior and x left."""
         lead = array.ndim - 3
         order = [*range(lead), *(lead + 2 - self.axes[p] for p in (2, 1, 0))]
-        return array.transpose(order)[(..., *self._reversals())]
+        return array.transpose(order)[self._reversals()]
 
     def original(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `canonical`."""
         lead = array.ndim - 3
         order = [2 - self.axes[p] for p in (2, 1, 0)]
-        return array[(..., *self._reversals())].transpose([*range(lead), *(lead + int(a) for a in np.argsort(order))])
+        return array[self._reversals()].transpose([*range(lead), *(lead + int(a) for a in np.argsort(order))])
 
-    def _reversals(self) -> tuple[slice, ...]:
-        return tuple(slice(None, None, -1 if self.flips[p] else 1) for p in (2, 1, 0))
+    def _reversals(self) -> Any:
+        return (..., *(slice(None, None, -1 if self.flips[p] else 1) for p in (2, 1, 0)))
 
 
 def reorient(image: Image) -> tuple[Image, Orientation]:

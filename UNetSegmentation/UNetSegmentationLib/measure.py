@@ -38,7 +38,7 @@ def _one(labels: Image, label: Label, values: np.ndarray | None) -> dict[str, An
     mask = mask[box.slices]
     count = int(mask.sum())
     center = np.array([a.mean() for a in np.nonzero(mask)]) + box.start
-    out.update(voxels=count, volume_mm3=count * voxel, volume_ml=count * voxel / 1000, center=labels.index_to_point(center[::-1]))
+    out.update(voxels=count, volume_mm3=count * voxel, volume_ml=count * voxel / 1000, center=labels.index_to_point(center[::-1].tolist()))
     labelled, counts = components(mask)
     out.update(_diameters(labels, mask if len(counts) < 3 else labelled == 1 + counts[1:].argmax(), box))
     if values is not None:
@@ -55,9 +55,9 @@ def _diameters(labels: Image, mask: np.ndarray, box: Box) -> dict[str, Any]:
             continue
         hull = _hull(_outline(plane, sx, sy))
         distance = np.hypot(*(hull[:, None] - hull[None]).transpose(2, 0, 1))
-        i, j = np.unravel_index(int(distance.argmax()), distance.shape)
-        if best is None or distance[i, j] > best[0] + 1e-9:
-            best = float(distance[i, j]), z, hull, int(i), int(j)
+        at = int(distance.argmax())
+        if best is None or distance.flat[at] > best[0] + 1e-9:
+            best = float(distance.flat[at]), z, hull, *divmod(at, len(hull))
     assert best is not None
     longest, z, hull, i, j = best
     chord, ends = _perpendicular(hull, hull[i], hull[j])
@@ -91,9 +91,7 @@ def _hull(points: np.ndarray) -> np.ndarray:
     def chain(items: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
         out: list[tuple[float, ...]] = []
         for p in items:
-            while len(out) > 1 and (
-                (out[-1][0] - out[-2][0]) * (p[1] - out[-2][1]) - (out[-1][1] - out[-2][1]) * (p[0] - out[-2][0]) <= 0
-            ):
+            while len(out) > 1 and ((out[-1][0] - out[-2][0]) * (p[1] - out[-2][1]) - (out[-1][1] - out[-2][1]) * (p[0] - out[-2][0]) <= 0):
                 out.pop()
             out.append(p)
         return out

@@ -357,7 +357,9 @@ def check_safetensors(data: bytes) -> None:
         end = 0
         ok = bool(header) and 8 + length <= len(data)
         for start, stop, entry in sorted(((*t["data_offsets"], t) for t in header.values()), key=lambda t: t[:2]):
-            ok &= start == end and stop - start == math.prod(entry["shape"]) * widths[entry["dtype"]] and min(entry["shape"], default=1) >= 0
+            ok &= (
+                start == end and stop - start == math.prod(entry["shape"]) * widths[entry["dtype"]] and min(entry["shape"], default=1) >= 0
+            )
             end = stop
         ok &= end == len(data) - 8 - length
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):

@@ -20,9 +20,9 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def clean(labels: np.ndarray, values: Sequence[int], rules: dict[str, Any], spacing: Sequence[float], focus: Box | None = None) -> None:
     """Apply a card's "postprocess" to a label map (z, y, x), in place, label by label.
 
-    rules: "fill_holes" fills enclosed background; "min_volume_mm3" drops small components; "largest_component" keeps
-    one: the largest, or with `focus` (a box around the target) the one with most of its volume near the box's centre.
-    spacing: (x, y, z) mm.
+    rules: "fill_holes" fills enclosed background (of a picture: in its plane); "min_volume_mm3" drops small components;
+    "largest_component" keeps one: the largest, or with `focus` (a box around the target) the one at the box's centre,
+    or else with most of its volume near it. spacing: (x, y, z) mm.
     """
     if not any(rules.get(k) for k in ("fill_holes", "min_volume_mm3", "largest_component")):
         return
@@ -44,14 +44,18 @@ def clean(labels: np.ndarray, values: Sequence[int], rules: dict[str, Any], spac
             part[mask & ~kept] = 0
             mask = kept
         if rules.get("fill_holes"):
-            filled = sitk.GetArrayFromImage(sitk.BinaryFillhole(sitk.GetImageFromArray(mask.astype(np.uint8))))
+            flat = [a for a, n in enumerate(labels.shape) if n == 1][:1]
+            plane = sitk.GetImageFromArray(mask.squeeze(tuple(flat)).astype(np.uint8))
+            filled = np.expand_dims(sitk.GetArrayFromImage(sitk.BinaryFillhole(plane)), flat)
             part[(filled > 0) & (part == 0)] = value
 
 
 def _central_mass(labelled: np.ndarray, n: int, focus: Box) -> np.ndarray:
-    """Voxels of each component weighted by a Gaussian at the focus' centre, sigma a quarter of its size along each axis."""
+    """Voxels of each component weighted by a Gaussian at the focus' centre, sigma a quarter of its size along each axis;
+    a component at the centre itself comes before all others."""
     at = np.nonzero(labelled)
-    distance = sum(
-        ((a - (low + high - 1) / 2) / max((high - low) / 4, 0.5)) ** 2 for a, low, high in zip(at, focus.start, focus.stop)
-    )
-    return np.bincount(labelled[at], np.exp(-0.5 * distance), n)
+    distance = sum(((a - (low + high - 1) / 2) / max((high - low) / 4, 0.5)) ** 2 for a, low, high in zip(at, focus.start, focus.stop))
+    mass = np.bincount(labelled[at], np.exp(-0.5 * distance), n)
+    middle = tuple(slice(max(0, (a + b - 1) // 2), max(0, (a + b) // 2 + 1)) for a, b in zip(focus.start, focus.stop))
+    mass[np.unique(labelled[middle])] += mass.sum()
+    return mass

@@ -33,7 +33,7 @@ def to_onnx(model: UNet, example: torch.Tensor) -> bytes:
         torch.onnx.export(
             model.eval(),
             (example,),
-            buffer,
+            buffer,  # type: ignore[arg-type]
             input_names=["image"],
             output_names=["logits"],
             dynamic_axes={"image": axes, "logits": axes},

@@ -62,9 +62,7 @@ def fit(
     torch.manual_seed(schedule.seed)
     model, average = build(config), build(config)
     average.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(
-        model.parameters(), schedule.learning_rate, betas=(0.9, 0.999), weight_decay=schedule.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), schedule.learning_rate, betas=(0.9, 0.999), weight_decay=schedule.weight_decay)
     saved, curve = folder / "checkpoint.pt", folder / "curve.jsonl"
     start, lines = 0, []
     if saved.exists():

@@ -36,7 +36,7 @@ class Sampler:
             # Anywhere in the patch: predict() puts a small image at the start and pads behind it.
             at = [int(rng.integers(p - n + 1)) for p, n in zip(PATCH, case.labels.shape)]
             place = tuple(slice(a, a + n) for a, n in zip(at, case.labels.shape))
-            x[(i, 0, *place)], y[(i, *place)] = case.values[0], case.labels
+            x[i, 0][place], y[i][place] = case.values[0], case.labels
         g = torch.Generator().manual_seed(int(rng.integers(2**62)))
         xs, ys = augment.spatial(torch.from_numpy(x), torch.from_numpy(y), PATCH, g, 12, (0.88, 1.14), 1.5, (2,))
         return augment.intensity(xs, g, 0.25, 0.2, 0.2), ys
@@ -61,7 +61,7 @@ def main() -> None:
             for case in held_out[::4]:
                 x = torch.zeros(1, 1, *PATCH)
                 inside = tuple(slice(0, n) for n in case.labels.shape)
-                x[(0, 0, *inside)] = torch.from_numpy(case.values[0].astype(np.float32))
+                x[0, 0][inside] = torch.from_numpy(case.values[0].astype(np.float32))
                 p = model(x).argmax(1)[0].numpy()[inside]  # type: ignore[union-attr]
                 scores.append([2 * ((p == k) & (case.labels == k)).sum() / ((p == k).sum() + (case.labels == k).sum()) for k in (1, 2)])
         a, b = np.mean(scores, 0)

@@ -37,8 +37,8 @@ LUNG_CARD: dict[str, Any] = {
     "name": "lung-nodule-2d",
     "version": "1.0.0",
     "title": "Lung nodule in a box, slice by slice",
-    "description": "2.5D U-Net (one slice and its two neighbours) for one lung nodule of 3 to 32 mm in a box of about twice its size on chest CT. "
-    "Not for whole scans: it would also mark vessels. Not a diagnosis.",
+    "description": "2.5D U-Net (one slice and its two neighbours) for one lung nodule of 3 to 32 mm in a box of about twice its "
+    "size on chest CT. Not for whole scans: it would also mark vessels. Not a diagnosis.",
     "task": "automatic",
     "dimensions": 2,
     "axis": "axial",
@@ -67,7 +67,7 @@ LUNG_CARD: dict[str, Any] = {
     "tta": "flips",
     "roi_mm": 50,
     "postprocess": {"largest_component": True, "fill_holes": True},
-    "licence": "Weights: Apache-2.0. Trained on LIDC-IDRI (CC BY 3.0: Armato et al. 2011, The Cancer Imaging Archive) and elastix' lung CT (Apache-2.0).",
+    "licence": "Apache-2.0. Trained on LIDC-IDRI (CC BY 3.0, Armato et al. 2011, The Cancer Imaging Archive).",
     "training_data": [
         "LIDC-IDRI, 779 nodules of 435 patients (crops, consensus of at least 2 radiologists), CC BY 3.0",
         "LIDC-IDRI, 110 nodules (1 mm cubes, one radiologist), CC BY 3.0",
@@ -108,7 +108,7 @@ HIPPOCAMPUS_CARD: dict[str, Any] = {
     "tta": "flips",
     "roi_mm": None,
     "postprocess": {"largest_component": True},
-    "licence": "Weights: CC BY-SA 4.0, as the data. Trained on the Medical Segmentation Decathlon's Task04 (CC BY-SA 4.0: Antonelli et al. 2022).",
+    "licence": "CC BY-SA 4.0, as its data. Trained on the Medical Segmentation Decathlon, Task04 (Antonelli et al. 2022).",
     "training_data": ["Medical Segmentation Decathlon Task04 Hippocampus, 189 crops, CC BY-SA 4.0"],
 }
 
@@ -202,7 +202,8 @@ def main() -> None:
         cut = tuple(slice(0, n) for n in sizes)
         values = case.values.astype(np.float32)
         # Three neighbouring slices as channels, or the volume itself.
-        inputs.append(values[(None, 0, slice(0, config.in_channels), *cut)] if config.dimensions == 2 else values[(None, slice(None), *cut)])
+        stack = values[0, : config.in_channels] if config.dimensions == 2 else values
+        inputs.append(stack[(slice(None), *cut)][None])
     inputs = [x for x in inputs if x.shape[1] == config.in_channels]
 
     began = time.monotonic()

@@ -54,9 +54,7 @@ def make_engine(package: ModelPackage, engine: str, device: str, precision: str,
     return TorchEngine(package, device, precision, threads)
 
 
-def choose_engine(
-    package: ModelPackage, engine: str = "auto", device: str = "auto", precision: str = "auto", threads: int = 0
-) -> Engine:
+def choose_engine(package: ModelPackage, engine: str = "auto", device: str = "auto", precision: str = "auto", threads: int = 0) -> Engine:
     """The engine asked for, or with "auto" the first that works here: ONNX Runtime with a GPU provider, then PyTorch
     with a GPU, OpenVINO on the CPU where installed, ONNX Runtime on the CPU, PyTorch on the CPU.
 

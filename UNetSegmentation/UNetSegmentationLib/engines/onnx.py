@@ -27,7 +27,9 @@ class OnnxEngine:
         try:
             self._session = ort.InferenceSession(package.onnx, options, providers=[*wanted, "CPUExecutionProvider"])
         except Exception as e:  # ORT raises its own types, none of them public
-            raise UserError(f"ONNX Runtime {ort.__version__} cannot load {package.path.name} ({_first_line(e)}); update onnxruntime.") from e
+            raise UserError(
+                f"ONNX Runtime {ort.__version__} cannot load {package.path.name} ({_first_line(e)}); update onnxruntime."
+            ) from e
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         rank = package.card.dimensions + 2
         if len(inputs) != 1 or len(outputs) < 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != rank:

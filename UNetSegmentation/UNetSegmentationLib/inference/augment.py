@@ -37,7 +37,7 @@ class View:
         if not self.axes:
             return batch, weight
         if weight is not None:
-            weight = np.flip(weight, [a for a in self.axes if a >= -2])
+            weight = np.flip(weight, tuple(a for a in self.axes if a >= -2))
         return np.flip(batch, self.axes), weight
 
 

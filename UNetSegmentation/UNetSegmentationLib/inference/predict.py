@@ -185,7 +185,9 @@ def _region(image: Image, card: Card, options: Options) -> tuple[Box, Box | None
         half = (card.data.get("roi_mm") or 60.0) / 2
         index = image.point_to_index(options.at)[::-1]
         if any(not -0.5 <= v <= n - 0.5 for v, n in zip(index, image.shape)):
-            raise UserError(f"The point lies outside the image, at voxel ({', '.join(f'{v:.0f}' for v in index[::-1])}); choose a point inside.")
+            raise UserError(
+                f"The point lies outside the image, at voxel ({', '.join(f'{v:.0f}' for v in index[::-1])}); choose a point inside."
+            )
         around = Box(
             tuple(math.floor(v - half / s + 0.5) for v, s in zip(index, image.spacing[::-1])),
             tuple(math.floor(v + half / s + 0.5) + 1 for v, s in zip(index, image.spacing[::-1])),
@@ -363,7 +365,9 @@ class _Stream:
 
     def _run(self, batch: list[np.ndarray], corners: list[tuple[int, ...]]) -> None:
         stack = np.stack(batch)
-        total = inner = weight = None
+        total: Any = None
+        inner: Any = None
+        weight: Any = None
         for view in self.views:
             self.ticker.check()
             logits = self.engine.run(np.ascontiguousarray(view.forward(stack)))
@@ -377,7 +381,6 @@ class _Stream:
                 w = np.ones(p.shape[-2:], np.float32) if w is None else w
                 total, inner, weight = total + p * w, inner + h * w, weight + w
             self.ticker.tick(len(stack))
-        assert total is not None and inner is not None
         if len(self.views) > 1:
             total, inner = total / weight, inner / weight
         for p, h, corner in zip(total, inner, corners):

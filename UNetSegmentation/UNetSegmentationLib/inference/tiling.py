@@ -32,7 +32,7 @@ def tile(box: Box, patch: Sequence[int], divisor: Sequence[int], overlap: float)
     whole image. Along an axis where the box is smaller than the patch there is one tile about it: a network is shown
     the patch that it was trained on, never less.
     """
-    starts = []
+    starts: list[tuple[int, ...]] = []
     for a, b, p, d in zip(box.start, box.stop, patch, divisor):
         n = b - a
         step = max(d, int(p * (1 - overlap)) // d * d)

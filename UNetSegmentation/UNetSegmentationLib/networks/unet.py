@@ -102,7 +102,7 @@ def build(preset_or_config: str | UNetConfig | dict[str, Any], **changes: Any) -
     return UNet(replace(config, **changes))
 
 
-def _conv(config: UNetConfig, n_in: int, n_out: int, kernel: tuple[int, ...], stride: tuple[int, ...] | int = 1) -> nn.Module:
+def _conv(config: UNetConfig, n_in: int, n_out: int, kernel: Any, stride: Any = 1) -> nn.Module:
     padding: Any = tuple(k // 2 for k in kernel) if config.padding == "same" else 0
     layer = nn.Conv2d if config.dimensions == 2 else nn.Conv3d
     # A bias before a norm layer has no effect; without a norm it is needed.
@@ -123,7 +123,7 @@ def _norm_act(config: UNetConfig, n: int, act: bool = True) -> list[nn.Module]:
 class _Block(nn.Module):
     """Two convolutions, each with its norm and activation; with `residual`, the input is added before the last one."""
 
-    def __init__(self, config: UNetConfig, n_in: int, n_out: int, kernel: tuple[int, ...], stride: tuple[int, ...] | int = 1) -> None:
+    def __init__(self, config: UNetConfig, n_in: int, n_out: int, kernel: Any, stride: Any = 1) -> None:
         super().__init__()
         self.first = nn.Sequential(_conv(config, n_in, n_out, kernel, stride), *_norm_act(config, n_out))
         self.second = nn.Sequential(_conv(config, n_out, n_out, kernel), *_norm_act(config, n_out, act=not config.residual))
@@ -157,8 +157,9 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         three = config.dimensions == 3
-        pool, up = (nn.MaxPool3d, nn.ConvTranspose3d) if three else (nn.MaxPool2d, nn.ConvTranspose2d)
-        head = nn.Conv3d if three else nn.Conv2d
+        pool: Any = nn.MaxPool3d if three else nn.MaxPool2d
+        up: Any = nn.ConvTranspose3d if three else nn.ConvTranspose2d
+        head: Any = nn.Conv3d if three else nn.Conv2d
         c, k, s = config.channels, config.kernels, config.strides
         self.encoder, self.pools = nn.ModuleList(), nn.ModuleList()
         for level, n in enumerate(c):

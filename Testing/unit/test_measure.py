@@ -1,0 +1,293 @@
+"""Volumes and diameters against shapes of known size, and the clean-up of label maps."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from UNetSegmentationLib.image import Box, Image, reorient
+from UNetSegmentationLib.measure import dice, measure
+from UNetSegmentationLib.model import Label
+from UNetSegmentationLib.postprocess import clean, components
+
+THING = Label(1, "thing", (255, 0, 0), {})
+DIAMETERS = ("longest_mm", "perpendicular_mm")
+ORIENTATIONS = [(o, s) for o in itertools.permutations(range(3)) for s in itertools.product((1, -1), repeat=3)]
+
+
+def ellipsoid(axes, spacing, degrees=0.0, direction=(1.0, 0, 0, 0, 1, 0, 0, 0, 1), origin=(-70.0, 35.5, 900.0)) -> Image:
+    """Half axes in mm (x, y, z), turned in plane; not centred on a voxel."""
+    half = max(axes) + 3
+    shape = [math.ceil(2 * half / s) for s in spacing[::-1]]
+    z, y, x = (i * s - half + 0.31 * s for i, s in zip(np.indices(shape), spacing[::-1], strict=True))
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    u, v = c * x + s * y, -s * x + c * y
+    inside = (u / axes[0]) ** 2 + (v / axes[1]) ** 2 + (z / axes[2]) ** 2 <= 1
+    return Image(inside.astype(np.uint8), spacing, origin, direction)
+
+
+def one(labels: Image, image: Image | None = None) -> dict:
+    (out,) = measure(labels, [THING], image)
+    return out
+
+
+def mask(shape, *boxes) -> np.ndarray:
+    out = np.zeros(shape, np.uint8)
+    for box in boxes:
+        out[box] = 1
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- measure
+
+
+@pytest.mark.parametrize("spacing", [(0.7, 0.7, 1.25), (0.5, 0.9, 2.0), (1.0, 0.6, 0.8)])
+@pytest.mark.parametrize(
+    ("axes", "degrees"), [((12, 12, 12), 0), ((17, 8, 11), 0), ((8, 17, 11), 0), ((17, 8, 11), 30), ((17, 8, 11), -72)]
+)
+def test_volume_and_diameters_of_an_ellipsoid(axes, degrees, spacing):
+    out = one(ellipsoid(axes, spacing, degrees))
+    assert out["volume_mm3"] == pytest.approx(4 / 3 * math.pi * np.prod(axes), rel=0.02)
+    assert out["volume_ml"] == pytest.approx(out["volume_mm3"] / 1000) and out["volume_mm3"] == pytest.approx(
+        out["voxels"] * np.prod(spacing)
+    )
+    voxel = max(spacing[:2])
+    assert out["longest_mm"] == pytest.approx(2 * max(axes[:2]), abs=voxel)
+    assert out["perpendicular_mm"] == pytest.approx(2 * min(axes[:2]), abs=voxel)
+
+
+def test_the_longest_diameter_follows_the_ellipse():
+    out = one(ellipsoid((17, 6, 11), (0.7, 0.7, 1.25), 30))
+    a, b = np.array(out["longest_points"])
+    assert math.degrees(math.atan2(*(b - a)[[1, 0]])) % 180 == pytest.approx(30, abs=3)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 20.0])
+@pytest.mark.parametrize("degrees", [0, 30, 75])
+def test_the_end_points_lie_on_the_section_at_right_angles_and_a_length_apart(degrees, tilt):
+    c, s = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
+    labels = ellipsoid((17, 8, 11), (0.5, 0.9, 2.0), degrees, (1, 0, 0, 0, c, -s, 0, s, c))
+    out = one(labels)
+    ends = [np.array(out[key]) for key in ("longest_points", "perpendicular_points")]
+    along, across = (b - a for a, b in ends)
+    assert np.linalg.norm(along) == pytest.approx(out["longest_mm"]) and np.linalg.norm(across) == pytest.approx(out["perpendicular_mm"])
+    assert abs(along @ across) < 1e-6 * np.linalg.norm(along) * np.linalg.norm(across)
+    index = np.array([labels.point_to_index(p) for pair in ends for p in pair])
+    (k,) = set(np.round(index[:, 2], 6))
+    assert k == round(k)
+    plane = labels.array[round(k)]
+    rows, columns = np.nonzero(plane)
+    for x, y, _ in index:
+        assert np.hypot(columns - x, rows - y).min() <= 1
+    # The two cross within the lesion.
+    t = np.linalg.solve(np.stack([along, -across, np.cross(along, across)], 1), ends[1][0] - ends[0][0])
+    assert 0 <= t[0] <= 1 and 0 <= t[1] <= 1 and abs(t[2]) < 1e-9
+
+
+def test_center_is_the_centroid_in_lps():
+    labels = ellipsoid((9, 7, 5), (0.7, 0.7, 1.25))
+    z, y, x = (a.mean() for a in np.nonzero(labels.array))
+    np.testing.assert_allclose(one(labels)["center"], labels.index_to_point((x, y, z)))
+
+
+def test_a_single_voxel_has_its_own_size():
+    labels = Image(mask((5, 6, 7), np.s_[2, 3, 4]), (0.7, 0.9, 2.0), (10, 20, 30))
+    out = one(labels)
+    assert out["voxels"] == 1 and out["volume_mm3"] == pytest.approx(0.7 * 0.9 * 2)
+    assert out["longest_mm"] == pytest.approx(0.9) and out["perpendicular_mm"] == pytest.approx(0.7)
+    assert out["center"] == pytest.approx(labels.index_to_point((4, 3, 2)))
+
+
+@pytest.mark.parametrize(
+    ("box", "longest", "perpendicular"), [(np.s_[2, 3, 1:6], 3.5, 0.9), (np.s_[2, 1:5, 4], 3.6, 0.7), (np.s_[1:4, 3, 4], 0.9, 0.7)]
+)
+def test_a_single_row(box, longest, perpendicular):
+    out = one(Image(mask((5, 6, 7), box), (0.7, 0.9, 2.0)))
+    assert out["longest_mm"] == pytest.approx(longest) and out["perpendicular_mm"] == pytest.approx(perpendicular)
+
+
+def test_a_rectangle_has_the_length_of_the_line_between_its_edges_middles_at_least():
+    out = one(Image(mask((3, 30, 40), np.s_[1, 5:25, 10:20])))
+    assert 20 <= out["longest_mm"] <= math.hypot(20, 10) and 9 <= out["perpendicular_mm"] <= math.hypot(20, 10)
+
+
+def test_a_diagonal_staircase():
+    stairs = np.eye(12, dtype=np.uint8) + np.eye(12, k=1, dtype=np.uint8)
+    out = one(Image(stairs[None]))
+    assert out["longest_mm"] == pytest.approx(12 * math.sqrt(2), abs=1) and out["perpendicular_mm"] < 2.2
+
+
+def test_two_components_count_both_and_the_larger_gives_the_diameters():
+    labels = Image(mask((9, 60, 60), np.s_[2:4, 5:10, 5:10], np.s_[5:8, 40:46, 30:50]))
+    out = one(labels)
+    assert out["voxels"] == 2 * 25 + 3 * 120
+    assert 20 <= out["longest_mm"] <= 21 and out["perpendicular_mm"] == pytest.approx(6, abs=1)
+    assert all(labels.point_to_index(p)[1] > 30 for p in out["longest_points"])
+
+
+def test_an_absent_label_has_no_sizes():
+    out = one(Image(np.zeros((4, 4, 4), np.uint8)), Image(np.zeros((4, 4, 4))))
+    assert (out["voxels"], out["volume_mm3"], out["volume_ml"]) == (0, 0, 0)
+    absent = {k: v for k, v in out.items() if k not in ("value", "name", "voxels", "volume_mm3", "volume_ml")}
+    assert len(absent) == 9 and set(absent.values()) == {None}
+
+
+def test_labels_are_measured_in_the_order_asked_and_by_their_own_values():
+    array = np.zeros((4, 8, 8), np.uint16)
+    array[1, 2:4, 2:4] = 300
+    array[2, 5, 5] = 7
+    defs = [Label(300, "b", (0, 0, 0), {}), Label(5, "none", (0, 0, 0), {}), Label(7, "a", (0, 0, 0), {})]
+    assert [(m["name"], m["value"], m["voxels"]) for m in measure(Image(array), defs)] == [("b", 300, 4), ("none", 5, 0), ("a", 7, 1)]
+
+
+def test_intensities_are_the_first_channels():
+    values = np.random.default_rng(0).normal(40, 10, (2, 5, 6, 7)).astype(np.float32)
+    labels = Image(mask((5, 6, 7), np.s_[1:4, 2:5, 2:6]))
+    inside = values[0][labels.array > 0].astype(np.float64)
+    out = one(labels, Image(values))
+    got = [out[k] for k in ("mean_hu", "std_hu", "min_hu", "max_hu")]
+    np.testing.assert_allclose(got, [inside.mean(), inside.std(), inside.min(), inside.max()], rtol=1e-6)
+    assert one(labels)["mean_hu"] is None
+
+
+@pytest.mark.parametrize(("order", "signs"), ORIENTATIONS)
+def test_measures_are_the_same_in_all_48_orientations(order, signs):
+    labels = ellipsoid((9, 5, 7), (0.7, 0.9, 1.5), 30)
+    labels.array[2:4, 2:5, 2:4] = 1
+    values = np.random.default_rng(0).normal(0, 1, labels.shape)
+    want = one(labels, labels.like(values))
+    columns = np.eye(3)[:, list(order)] * signs
+    spacing = tuple(labels.spacing[a] for a in order)
+
+    def stored(array):
+        """The array whose index axes run along these columns."""
+        return array.transpose([2 - order[2 - k] for k in range(3)])[tuple(slice(None, None, signs[2 - k]) for k in range(3))]
+
+    turned = Image(np.ascontiguousarray(stored(labels.array)), spacing, (0, 0, 0), tuple(columns.ravel()))
+    corner = np.array(labels.origin) - reorient(turned)[0].origin
+    turned = Image(turned.array, spacing, tuple(corner), turned.direction)
+    assert np.array_equal(reorient(turned)[0].array, labels.array)
+    got = one(turned, turned.like(np.ascontiguousarray(stored(values))))
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        if isinstance(value, str):
+            assert got[key] == value
+        else:
+            np.testing.assert_allclose(got[key], value, atol=1e-6, err_msg=key)
+
+
+def test_dice():
+    a, b = mask((4, 4, 4), np.s_[0:2]), mask((4, 4, 4), np.s_[1:4])
+    assert dice(a, b) == pytest.approx(2 * 16 / 80) and dice(b, a) == dice(a, b)
+    assert dice(a, a) == 1 and dice(a, 0 * a) == 0 and dice(0 * a, 0 * a) == 1
+    assert dice(a > 0, b * 7) == dice(a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------- clean-up
+
+
+def cleaned(labels, rules, values=(1,), spacing=(1.0, 1.0, 1.0), focus=None):
+    out = labels.copy()
+    clean(out, values, rules, spacing, focus)
+    return out
+
+
+SMALL, LARGE, RIM = np.s_[8:10, 18:22, 18:22], np.s_[2:5, 5:11, 2:8], np.s_[1:19, 0:3, 0:40]
+SCENE = mask((20, 40, 40), SMALL, LARGE, RIM)
+
+
+def test_components_are_face_connected():
+    diagonal = mask((3, 3, 3), np.s_[0, 0, 0], np.s_[1, 1, 1], np.s_[1, 1, 2])
+    labelled, counts = components(diagonal)
+    assert counts.tolist() == [24, 1, 2] and labelled[1, 1, 1] == labelled[1, 1, 2] != labelled[0, 0, 0]
+    assert components(np.zeros((2, 2, 2)))[1].tolist() == [8]
+
+
+def test_no_rules_change_nothing():
+    for rules in ({}, {"fill_holes": False, "min_volume_mm3": 0, "largest_component": False}):
+        assert np.array_equal(cleaned(SCENE, rules), SCENE)
+
+
+def test_the_largest_component_stays():
+    scene = mask((20, 40, 40), SMALL, LARGE)
+    assert np.array_equal(cleaned(scene, {"largest_component": True}), mask((20, 40, 40), LARGE))
+
+
+def test_with_a_focus_the_central_component_stays_though_a_larger_one_lies_at_the_rim():
+    scene = mask((20, 40, 40), SMALL, RIM)
+    focus = Box((0, 0, 0), (20, 40, 40))
+    assert np.array_equal(cleaned(scene, {"largest_component": True}), mask((20, 40, 40), RIM))
+    assert np.array_equal(cleaned(scene, {"largest_component": True}, focus=focus), mask((20, 40, 40), SMALL))
+
+
+def test_away_from_every_component_the_one_with_most_mass_near_the_focus_stays():
+    near, far = np.s_[8:10, 24:28, 18:22], np.s_[2:5, 2:10, 2:10]
+    out = cleaned(mask((20, 40, 40), near, far), {"largest_component": True}, focus=Box((0, 0, 0), (20, 40, 40)))
+    assert np.array_equal(out, mask((20, 40, 40), near))
+
+
+def test_the_focus_may_reach_beyond_the_image():
+    scene = mask((20, 40, 40), np.s_[0:2, 0:4, 0:4], np.s_[3:12, 10:24, 10:24])
+    focus = Box((-10, -10, -10), (10, 10, 10))
+    assert np.array_equal(cleaned(scene, {"largest_component": True}, focus=focus), mask((20, 40, 40), np.s_[0:2, 0:4, 0:4]))
+
+
+def test_a_far_focus_still_keeps_one_component():
+    scene = mask((20, 40, 40), SMALL, np.s_[15:17, 30:33, 30:33])
+    out = cleaned(scene, {"largest_component": True}, focus=Box((0, 0, 0), (1, 1, 1)))
+    assert components(out)[1].shape == (2,)
+
+
+def test_small_components_go_by_their_volume_in_mm3():
+    scene = mask((20, 40, 40), SMALL, LARGE)  # 32 and 108 voxels
+    assert np.array_equal(cleaned(scene, {"min_volume_mm3": 32}), scene)
+    assert np.array_equal(cleaned(scene, {"min_volume_mm3": 33}), mask((20, 40, 40), LARGE))
+    assert np.array_equal(cleaned(scene, {"min_volume_mm3": 33}, spacing=(0.5, 2.0, 1.1)), scene)
+    assert not cleaned(scene, {"min_volume_mm3": 109}).any()
+    assert not cleaned(scene, {"min_volume_mm3": 109, "largest_component": True}).any()
+
+
+def test_enclosed_holes_are_filled_and_open_ones_stay():
+    scene = mask((9, 12, 12), np.s_[1:8, 1:11, 1:11])
+    scene[3:5, 4:7, 4:7] = 0
+    solid = mask((9, 12, 12), np.s_[1:8, 1:11, 1:11])
+    assert np.array_equal(cleaned(scene, {"fill_holes": True}), solid)
+    scene[:5, 5, 5] = 0
+    assert np.array_equal(cleaned(scene, {"fill_holes": True}), scene)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_holes_of_a_picture_are_filled_in_its_plane(axis):
+    ring = mask((10, 10), np.s_[1:9, 1:9])
+    ring[3:6, 3:6] = 0
+    filled = cleaned(np.expand_dims(ring, axis), {"fill_holes": True})
+    assert np.array_equal(filled.squeeze(axis), mask((10, 10), np.s_[1:9, 1:9]))
+
+
+def test_a_ring_in_one_slice_of_a_volume_stays_open():
+    ring = mask((5, 10, 10), np.s_[2, 1:9, 1:9])
+    ring[2, 3:6, 3:6] = 0
+    assert np.array_equal(cleaned(ring, {"fill_holes": True}), ring)
+
+
+def test_a_hole_that_another_label_fills_stays_that_labels():
+    scene = mask((9, 12, 12), np.s_[1:8, 1:11, 1:11])
+    scene[3:6, 4:7, 4:7] = 2
+    scene[4, 5, 5] = 0
+    want = scene.copy()
+    want[4, 5, 5] = 1
+    assert np.array_equal(cleaned(scene, {"fill_holes": True}, (1,)), want)
+
+
+def test_other_labels_are_left_alone():
+    scene = SCENE.astype(np.uint16)
+    scene[15:17, 30:32, 30:32] = 300
+    scene[12, 35, 35] = 300
+    out = cleaned(scene, {"largest_component": True, "fill_holes": True, "min_volume_mm3": 5})
+    assert np.array_equal(out == 300, scene == 300)
+    out = cleaned(scene, {"largest_component": True}, (1, 300))
+    assert np.count_nonzero(out == 300) == 8 and np.array_equal(out == 1, mask((20, 40, 40), RIM) == 1)
+
+
+def test_an_empty_map_stays_empty():
+    assert not cleaned(np.zeros((4, 5, 6), np.uint8), {"largest_component": True, "fill_holes": True, "min_volume_mm3": 3}).any()
