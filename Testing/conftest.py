@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from UNetSegmentationLib.model import ModelPackage, write_package
+from UNetSegmentationLib.model import CARD, ONNX, SAFETENSORS, ModelPackage, write_package
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,3 +121,39 @@ def make_package(tmp_path: Path) -> Callable[..., ModelPackage]:
         return write_package(path, card, make_onnx(kind, card))
 
     return make
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Callable[..., Path]:
+    """pack(entries) writes a zip of exactly these entries; pack(onnx=..., ...) a package whose card fits its files.
+
+    Nothing is verified, so that tests can write what must be refused.
+    """
+    folder = tmp_path / "pack"
+    folder.mkdir()
+
+    def write(
+        entries: list[tuple[str, bytes]] | None = None,
+        *,
+        extra: Sequence[tuple[str, bytes]] = (),
+        method: int = zipfile.ZIP_DEFLATED,
+        change_card: Callable[[dict[str, Any]], object] = lambda card: None,
+        onnx: bytes | None = None,
+        safetensors: bytes | None = None,
+    ) -> Path:
+        path = folder / "toy-1.0.0.unet.zip"
+        if entries is None:
+            card = make_card()
+            named = {ONNX: make_onnx("threshold", card) if onnx is None else onnx}
+            if safetensors is not None:
+                named[SAFETENSORS] = safetensors
+            card["files"] = {n: {"sha256": hashlib.sha256(b).hexdigest(), "size": len(b)} for n, b in named.items()}
+            change_card(card)
+            entries = [(CARD, json.dumps(card).encode()), *named.items(), *extra]
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "w", method) as z:
+            warnings.simplefilter("ignore", UserWarning)  # zipfile's, about a name that is there twice
+            for name, content in entries:
+                z.writestr(name, content)
+        return path
+
+    return write

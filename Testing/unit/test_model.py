@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import struct
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from UNetSegmentationLib.model import (
     card_schema,
     check_card,
     check_onnx,
+    check_ports,
     check_safetensors,
     find_model,
     model_files,
@@ -51,29 +51,10 @@ def refused(path: Path, sentence: str) -> None:
 
 
 @pytest.fixture
-def pack(tmp_path, toy_card, toy_onnx, monkeypatch):
-    """pack(entries) writes a zip of exactly these entries; pack(onnx=..., ...) a package whose card fits its files."""
-    folder = tmp_path / "pack"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-
-    def write(entries=None, *, card=None, extra=(), method=zipfile.ZIP_DEFLATED, change_card=lambda card: None, **files):
-        path = folder / "toy-1.0.0.unet.zip"
-        card = card or toy_card()
-        if entries is None:
-            named = {ONNX: files.get("onnx", toy_onnx("threshold", toy_card()))}
-            if "safetensors" in files:
-                named[SAFETENSORS] = files["safetensors"]
-            card["files"] = {n: {"sha256": hashlib.sha256(b).hexdigest(), "size": len(b)} for n, b in named.items()}
-            change_card(card)
-            entries = [(CARD, json.dumps(card).encode()), *named.items(), *extra]
-        with warnings.catch_warnings(), zipfile.ZipFile(path, "w", method) as z:
-            warnings.simplefilter("ignore", UserWarning)  # zipfile's, about a name that is there twice
-            for name, content in entries:
-                z.writestr(name, content)
-        return path
-
-    return write
+def pack(pack, tmp_path, monkeypatch):
+    """Where the packages lie is also the current folder: what is extracted shows."""
+    monkeypatch.chdir(tmp_path / "pack")
+    return pack
 
 
 # ------------------------------------------------------------------------------------------------------------ the file
@@ -530,6 +511,62 @@ def test_no_flipped_byte_makes_the_onnx_check_fail_otherwise():
         for value in (0, 0x7F, 0xFF, content[at] ^ 1, content[at] ^ 4):
             try:
                 check_onnx(content[:at] + bytes([value]) + content[at + 1 :])
+            except UserError:
+                pass
+
+
+def ported(inputs=(("x", 1, ["N", 1, "D", "H", "W"]),), outputs=(("y", 1, ["N", 2, "D", "H", "W"]),), weights=()):
+    ends = [[helper.make_tensor_value_info(*port) for port in ports] for ports in (inputs, outputs)]
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])], "g", *ends, [numpy_helper.from_array(np.zeros(4), w) for w in weights]
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString()
+
+
+IMAGE = ("x", 1, ["N", 1, "D", "H", "W"])
+
+
+@pytest.mark.parametrize(
+    "ports",
+    [
+        {},
+        {"inputs": [("x", 1, [1, 1, 16, 16, 16])]},
+        {"inputs": [("x", 1, None)], "outputs": [("y", 1, None)]},
+        {"inputs": [("x", 1, ["N", "C", "D", "H", "W"])], "outputs": [("y", 1, ["N", None, "D", "H", "W"])]},
+        {"inputs": [IMAGE, ("w", 11, [4])], "weights": ["w"]},
+        {"outputs": [("y", 1, ["N", 2, "D", "H", "W"]), ("deep", 1, ["N", 2, "D", "H", "W"])]},
+    ],
+    ids=str,
+)
+def test_networks_that_fit_their_card_are_accepted(pack, ports):
+    ModelPackage.read(pack(onnx=ported(**ports)))
+
+
+@pytest.mark.parametrize(
+    ("ports", "sentence"),
+    [
+        ({"inputs": [("x", 1, ["N", 3, "D", "H", "W"])]}, "takes 3 channels but its card says 1"),
+        ({"inputs": [("x", 1, ["N", 1, "H", "W"])]}, "takes no float32 tensor of 5 axes"),
+        ({"inputs": [("x", 10, ["N", 1, "D", "H", "W"])]}, "takes no float32 tensor of 5 axes"),
+        ({"inputs": [IMAGE, ("w", 1, [4])]}, "takes 2 inputs and gives 1 outputs"),
+        ({"inputs": []}, "takes 0 inputs"),
+        ({"outputs": []}, "gives 0 outputs"),
+        ({"outputs": [("y", 1, ["N", 1, "D", "H", "W"])]}, "gives 1 channels but its card says 2"),
+        ({"outputs": [("y", 7, ["N", 2, "D", "H", "W"])]}, "gives no float32 tensor"),
+        ({"outputs": [("y", 1, ["N", 2])]}, "gives no float32 tensor"),
+    ],
+    ids=str,
+)
+def test_networks_that_do_not_fit_their_card_are_refused(pack, ports, sentence):
+    refused(pack(onnx=ported(**ports)), sentence)
+
+
+def test_no_flipped_byte_makes_the_ports_check_fail_otherwise(make_package):
+    content, card = ported(weights=["w"]), make_package().card
+    for at in range(len(content)):
+        for value in (0, 0x7F, 0xFF, content[at] ^ 1, content[at] ^ 4):
+            try:
+                check_ports(content[:at] + bytes([value]) + content[at + 1 :], card)
             except UserError:
                 pass
 

@@ -16,7 +16,18 @@ import numpy as np
 
 from . import __version__
 from .engines import DEVICES, ENGINES, PRECISIONS, choose_engine, installed, make_engine
-from .image import Box, Image, SeveralSeries, UserError, atomic_path, check_writable, read_image, write_image
+from .image import (
+    PICTURE_SUFFIXES,
+    VOLUME_SUFFIXES,
+    Box,
+    Image,
+    SeveralSeries,
+    UserError,
+    atomic_path,
+    check_writable,
+    read_image,
+    write_image,
+)
 from .inference.augment import TTA
 from .inference.predict import Options, Prediction, predict
 from .intensity import display_range, expects_hu, parse_window, presets
@@ -63,7 +74,12 @@ def parse_point(text: str) -> tuple[float, float, float]:
 def parse_roi(text: str, image: Image) -> Box:
     """ "R0,R1,A0,A1,S0,S1" in mm RAS, or "ijk:i0,i1,j0,j1,k0,k1" in voxels (last one included), to an index box."""
     if text.startswith("ijk:"):
-        i0, i1, j0, j1, k0, k1 = (int(v) for v in _numbers(text[4:], 6, "--roi ijk:"))
+        voxels = _numbers(text[4:], 6, "--roi ijk:")
+        i0, i1, j0, j1, k0, k1 = (int(v) for v in voxels)
+        if voxels != [i0, i1, j0, j1, k0, k1]:
+            raise UserError(f"--roi {text} must be whole numbers; voxels are counted from 0.")
+        if i0 > i1 or j0 > j1 or k0 > k1:
+            raise UserError(f"--roi {text} has no size; give ijk:i0,i1,j0,j1,k0,k1 with the smaller number of each pair first.")
         return Box((k0, j0, i0), (k1 + 1, j1 + 1, i1 + 1))
     r0, r1, a0, a1, s0, s1 = _numbers(text, 6, "--roi")
     if r0 >= r1 or a0 >= a1 or s0 >= s1:
@@ -96,6 +112,18 @@ def _progress(shown: bool) -> Iterator[Callable[[float, str], None] | None]:
         yield lambda fraction, text: bar.update(task, completed=fraction, description=text)
 
 
+@contextmanager
+def _cancellable() -> Iterator[None]:
+    """Ctrl-C ends the command with its sentence (typer's own differs from version to version)."""
+    import typer
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("unetseg: cancelled; nothing was written.", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 def _read(images: Sequence[Path], series: str | None) -> Image:
     """Read; where a folder holds several series and a person sits there, ask which."""
     try:
@@ -114,7 +142,37 @@ def _read(images: Sequence[Path], series: str | None) -> Image:
         return read_image(list(images), uids[choice - 1])
 
 
-def _report(image: Image, prediction: Prediction, package: ModelPackage, reference: Path | None) -> dict[str, Any]:
+def _check_names(targets: Sequence[Path], maps: Sequence[Path], picture: Path | None, report_file: Path | None) -> None:
+    """Refuse names that could not be written to, before anything is computed."""
+    from .output import check_suffix
+
+    everything = [p for p in (*targets, *maps, picture, report_file) if p]
+    for path in everything:
+        check_writable(path)
+        if sum(path.absolute() == other.absolute() for other in everything) > 1:
+            raise UserError(f"Two results would be written to {path}; give each a name of its own.")
+    for path in targets:
+        check_suffix(path)
+    for path in maps:
+        if not path.name.lower().endswith(VOLUME_SUFFIXES):
+            raise UserError(f"{path} is not the name of a volume; end it in {', '.join(VOLUME_SUFFIXES)}.")
+    if picture and picture.suffix.lower() != ".png":
+        raise UserError(f"{picture} would not be a PNG; end the picture's name in .png.")
+
+
+def _check_fit(image: Image, targets: Sequence[Path], truth: Image | None) -> None:
+    """Refuse results that this image cannot give, before anything is computed."""
+    if truth is not None and not truth.same_grid(image):
+        raise UserError(f"{truth.source} does not lie on the grid of {image.source}; give a label map of the same scan.")
+    for path in targets:
+        name = path.name.lower()
+        if name.endswith(".dcm") and not image.dicom_files:
+            raise UserError(f"{path} needs the scan's own DICOM series; open the scan from its DICOM folder, or write .seg.nrrd.")
+        if name.endswith(PICTURE_SUFFIXES) and image.shape[0] != 1:
+            raise UserError(f"{path} would hold one picture but {image.source} has {image.shape[0]} slices; write .seg.nrrd.")
+
+
+def _report(image: Image, prediction: Prediction, truth: Image | None) -> dict[str, Any]:
     """What --json writes."""
     measures = measure(prediction.labels, prediction.label_defs, image)
     start, stop = prediction.roi.start[::-1], prediction.roi.stop[::-1]
@@ -128,10 +186,7 @@ def _report(image: Image, prediction: Prediction, package: ModelPackage, referen
         "points_are": "LPS mm",
         "labels": measures,
     }
-    if reference:
-        truth = read_image(reference)
-        if not truth.same_grid(image):
-            raise UserError(f"{reference} does not lie on the grid of {image.source}; give a label map of the same scan.")
+    if truth is not None:
         for item in measures:
             # A reference with one label counts for a model with one label, whatever its value.
             alone = len(measures) == 1
@@ -143,10 +198,12 @@ def _report(image: Image, prediction: Prediction, package: ModelPackage, referen
 
 def _print_report(report: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(stderr=True)
-    table = Table(title=f"{report['model']} on {Path(report['image']).name}: {report['seconds']:.1f} s, {', '.join(report['engines'])}")
+    title = f"{report['model']} on {Path(report['image']).name}: {report['seconds']:.1f} s, {', '.join(report['engines'])}"
+    table = Table(title=escape(title))
     with_dice = any("dice" in item for item in report["labels"])
     for name in ("segment", "volume (ml)", "longest (mm)", "perpendicular (mm)", "mean", *(["Dice"] if with_dice else [])):
         table.add_column(name, justify="left" if name == "segment" else "right")
@@ -156,7 +213,7 @@ def _print_report(report: dict[str, Any]) -> None:
 
     for item in report["labels"]:
         row = [
-            item["name"],
+            escape(item["name"]),
             show(item["volume_ml"], 3),
             show(item["longest_mm"], 1),
             show(item["perpendicular_mm"], 1),
@@ -164,13 +221,12 @@ def _print_report(report: dict[str, Any]) -> None:
         ]
         table.add_row(*row, *([show(item.get("dice"), 3)] if with_dice else []))
     console.print(table)
-    for text in report["warnings"]:
-        console.print(f"warning: {text}", style="yellow", highlight=False)
 
 
 def _app() -> Any:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     app = typer.Typer(
@@ -217,21 +273,23 @@ def _app() -> Any:
         quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no table.")] = False,
     ) -> None:
         """Segment an image and write the result."""
+        from .output import write_segmentation
+
         packages = [find_model(m) for m in model]
         targets = output or [Path(f"{_stem(images[0])}.seg.nrrd")]
-        maps = [p for p in (uncertainty, probabilities, picture) if p]
-        for path in [*targets, *maps, *([report_file] if report_file and str(report_file) != "-" else [])]:
-            check_writable(path)
-        from .output import check_suffix, write_segmentation
-
-        for path in targets:
-            check_suffix(path)
-        with _progress(not quiet) as progress:
+        maps = [p for p in (uncertainty, probabilities) if p]
+        to_stdout = str(report_file) == "-"
+        _check_names(targets, maps, picture, None if to_stdout else report_file)
+        chosen = display or packages[0].card.data.get("display")
+        shown = parse_window(chosen) if chosen and (picture or display) else packages[0].card.intensity
+        with _cancellable(), _progress(not quiet and sys.stderr.isatty()) as progress:
             image = _read(images, series)
+            truth = read_image(reference) if reference else None
+            _check_fit(image, targets, truth)
             options = Options(
-                roi=parse_roi(roi, image) if roi else None,
-                at=parse_point(at) if at else None,
-                intensity=parse_window(window) if window else None,
+                roi=parse_roi(roi, image) if roi is not None else None,
+                at=parse_point(at) if at is not None else None,
+                intensity=parse_window(window) if window is not None else None,
                 tta=tta,
                 overlap=overlap,
                 engine=engine,
@@ -243,8 +301,9 @@ def _app() -> Any:
                 postprocess=postprocess,
             )
             prediction = predict(image, packages, options, progress)
-        report = _report(image, prediction, packages[0], reference)
-        for path in targets:
+        report = _report(image, prediction, truth)
+        # DICOM first: it asks most of the input, and where it fails nothing else should have been written.
+        for path in sorted(targets, key=lambda p: p.suffix.lower() != ".dcm"):
             write_segmentation(prediction, path, image)
         if uncertainty and prediction.uncertainty:
             write_image(prediction.uncertainty, uncertainty)
@@ -253,8 +312,6 @@ def _app() -> Any:
         if picture:
             from .picture import save_picture
 
-            chosen = display or packages[0].card.data.get("display")
-            shown = parse_window(chosen) if chosen else packages[0].card.intensity
             save_picture(
                 image,
                 prediction,
@@ -265,14 +322,16 @@ def _app() -> Any:
                 unit="HU" if expects_hu(packages[0].card.intensity) else "",
             )
         text = json.dumps(report, indent=2)
-        if report_file and str(report_file) == "-":
+        if to_stdout:
             print(text)
         elif report_file:
             with atomic_path(report_file) as temporary:
                 temporary.write_text(text + "\n", encoding="utf-8")
+        for warning in report["warnings"]:
+            print(f"warning: {warning}", file=sys.stderr)
         if not quiet:
             _print_report(report)
-            for path in [*targets, *maps]:
+            for path in [*targets, *maps, *([picture] if picture else [])]:
                 print(f"wrote {path}", file=sys.stderr)
 
     @app.command()
@@ -287,18 +346,19 @@ def _app() -> Any:
         if as_json:
             print(json.dumps([card.data for _, card in cards], indent=2))
         else:
-            table = Table(caption=f"imported models: {user_models_folder()}")
+            table = Table(caption=escape(f"imported models: {user_models_folder()}"))
             for name in ("model", "task", "segments", "size", "measured Dice", "licence"):
                 table.add_column(name)
             for path, card in cards:
-                scores = card.data.get("metrics", {}).get("dice", {})
+                scores = card.data.get("metrics", {}).get("dice")
+                numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float))} if isinstance(scores, dict) else {}
                 table.add_row(
                     f"{card.name} {card.version}",
                     f"{card.data['task']}, {card.dimensions}D",
-                    ", ".join(label.name for label in card.labels),
+                    escape(", ".join(label.name for label in card.labels)),
                     f"{path.stat().st_size / 1e6:.1f} MB",
-                    ", ".join(f"{k} {v:.3f}" for k, v in scores.items()) or "-",
-                    card.data["licence"],
+                    escape(", ".join(f"{k} {v:.3f}" for k, v in numbers.items()) or "-"),
+                    escape(card.data["licence"]),
                 )
             Console().print(table)
         for text in broken:
@@ -350,12 +410,12 @@ def _app() -> Any:
             table.add_column(name, justify="right" if name in ("ms", "Mvoxel/s") else "left")
         for row in findings["speed"]:
             if "error" in row:
-                table.add_row(row["model"], row["engine"], row["error"])
+                table.add_row(row["model"], row["engine"], escape(row["error"]))
             else:
                 table.add_row(row["model"], row["engine"], row["runs_on"], f"{row['ms']:.0f}", f"{row['mvoxel_per_s']:.2f}")
         console.print(table)
         for path, problem in findings["models"].items():
-            console.print(f"{path}: {problem or 'verified'}", style=None if problem is None else "red", highlight=False)
+            console.print(escape(f"{path}: {problem or 'verified'}"), style=None if problem is None else "red", highlight=False)
 
     @model_app.command()
     def verify(packages: Annotated[list[str], typer.Argument(help="Names or .unet.zip files.")]) -> None:

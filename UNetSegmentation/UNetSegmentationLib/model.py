@@ -347,6 +347,39 @@ def check_onnx(data: bytes) -> None:
         raise UserError("The ONNX model is empty or not an ONNX file; download or export it again.")
 
 
+def check_ports(data: bytes, card: Card) -> None:
+    """Refuse an ONNX model whose declared input or output is not what its card says, for no engine to stumble over.
+
+    What the model leaves open (the axes' lengths, often the channels too) shows when it runs.
+    """
+    ports: dict[int, dict[str, tuple[int, list[int | None] | None]]] = {11: {}, 12: {}}
+    weights = set()
+    try:
+        for graph in (v for k, v in _fields(memoryview(data)) if k == 7):
+            for kind, value in _fields(graph):
+                if kind == 5:
+                    weights |= {str(v, "utf-8") for k, v in _fields(value) if k == 8}
+                elif kind in ports:
+                    entries = dict(_fields(value))
+                    tensor = dict(_fields(dict(_fields(entries.get(2, b""))).get(1, b"")))
+                    axes = [dict(_fields(d)).get(1) for k, d in _fields(tensor[2]) if k == 1] if 2 in tensor else None
+                    ports[kind][str(entries.get(1, b""), "utf-8")] = tensor.get(1, 0), axes
+    except (ValueError, TypeError) as e:
+        raise UserError("The ONNX model is damaged or not an ONNX file; download or export it again.") from e
+    inputs = {name: port for name, port in ports[11].items() if name not in weights}
+    rank = card.dimensions + 2
+    if len(inputs) != 1 or not ports[12]:
+        raise UserError(f"The ONNX model takes {len(inputs)} inputs and gives {len(ports[12])} outputs; export it with one of each.")
+    for (element, axes), does, channels in (
+        (next(iter(inputs.values())), "takes", card.inputs),
+        (next(iter(ports[12].values())), "gives", card.outputs),
+    ):
+        if element not in (0, 1) or (axes is not None and len(axes) != rank):
+            raise UserError(f"The ONNX model {does} no float32 tensor of {rank} axes, as its card says; export it again.")
+        if axes is not None and axes[1] not in (None, 0, channels):
+            raise UserError(f"The ONNX model {does} {axes[1]} channels but its card says {channels}; export it again.")
+
+
 def check_safetensors(data: bytes) -> None:
     """The header is JSON, and its tensors of numbers fill the file one after the other."""
     widths = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8}
@@ -404,6 +437,7 @@ class ModelPackage:
                 if len(files[name]) != entry["size"] or hashlib.sha256(files[name]).hexdigest() != entry["sha256"]:
                     raise UserError(f"{name} is not what the card promises (its SHA-256 differs); download the model again.")
             check_onnx(files[ONNX])
+            check_ports(files[ONNX], card)
             if SAFETENSORS in files:
                 check_safetensors(files[SAFETENSORS])
         except UserError as e:

@@ -7,6 +7,7 @@ that was never interrupted.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ class Schedule:
     ema: float = 0.998
     save_every: int = 200
     seed: int = 20261122
+    # A second phase from this step on: the rate starts again, at restart_rate, and falls over the remaining steps.
+    restart_at: int | None = None
+    restart_rate: float = 5e-4
 
 
 def dice_ce(logits: Tensor, target: Tensor) -> Tensor:
@@ -45,10 +49,12 @@ def dice_ce(logits: Tensor, target: Tensor) -> Tensor:
 
 def _rate(schedule: Schedule, step: int) -> float:
     if step < schedule.warmup:
-        return (step + 1) / schedule.warmup
-    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
-    floor = schedule.final_rate / schedule.learning_rate
-    return floor + (1 - floor) * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
+        return schedule.learning_rate * (step + 1) / schedule.warmup
+    first, last, top = schedule.warmup, schedule.restart_at or schedule.steps, schedule.learning_rate
+    if step >= last:
+        first, last, top = last, schedule.steps, schedule.restart_rate
+    done = (step - first) / max(1, last - first)
+    return schedule.final_rate + (top - schedule.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def fit(
@@ -78,7 +84,7 @@ def fit(
     model.train()
     for step in range(start, schedule.steps):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate * _rate(schedule, step)
+            group["lr"] = _rate(schedule, step)
         x, y = batch(step)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(x)

@@ -25,6 +25,7 @@ CONTEXT = 1
 # Batch norm: with instance norm the result would depend on how much of the slice the network sees at once.
 CONFIG = UNetConfig(dimensions=2, in_channels=2 * CONTEXT + 1, out_channels=2, channels=(24, 48, 96, 192, 192), norm="batch")
 PATCH, WIDE = 80, 112  # voxels: the network's patch, and what is cut out before rotation and scaling
+PHASE_2 = 4000  # from this step on, milder augmentation and mostly crops: what the first phase blurred gets sharp again
 HELD_OUT = 0  # the fold that the card's figures come from
 
 
@@ -40,7 +41,7 @@ def sources() -> tuple[list[Source], list[Source], list[Source], dict[str, int]]
 
 
 class Sampler:
-    """Draws 2.5D patches: half from the crops, a quarter from the cubes and a quarter from whole scans."""
+    """Draws 2.5D patches: of eight, five (later six) from the crops, two (one) from the cubes and one from whole scans."""
 
     def __init__(self, crops: list[Case], cubes: list[Case], scans: list[Case], batch: int, seed: int) -> None:
         self.crops, self.cubes, self.scans = crops, cubes, scans
@@ -58,14 +59,15 @@ class Sampler:
         x = np.zeros((self.batch, 2 * CONTEXT + 1, WIDE, WIDE), np.float32)
         y = np.zeros((self.batch, WIDE, WIDE), np.float32)
         for i in range(self.batch):
-            x[i], y[i] = self._one(rng, i)
+            x[i], y[i] = self._one(rng, i, step < PHASE_2)
         g = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        xs, ys = augment.spatial(torch.from_numpy(x), torch.from_numpy(y), (PATCH, PATCH), g, 180, (0.7, 1.4), 1.0, (0, 1))
+        scale, bend = ((0.7, 1.4), 1.0) if step < PHASE_2 else ((0.85, 1.2), 0.5)
+        xs, ys = augment.spatial(torch.from_numpy(x), torch.from_numpy(y), (PATCH, PATCH), g, 180, scale, bend, (0, 1))
         return augment.intensity(xs, g, 0.04, 0.04, 0.1), ys
 
-    def _one(self, rng: np.random.Generator, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def _one(self, rng: np.random.Generator, i: int, early: bool) -> tuple[np.ndarray, np.ndarray]:
         kind = i % 8
-        if kind < 5:
+        if kind < (5 if early else 6):
             case = self.crops[rng.integers(len(self.crops))]
             z, centre = int(rng.integers(case.labels.shape[0])), None
         elif kind < 7:
@@ -79,12 +81,14 @@ class Sampler:
             z = int(rng.integers(case.labels.shape[0]))
             spots = self.places[n][z]
             centre = spots[rng.integers(len(spots))] if len(spots) else None
-        return self._patch(case, z, centre, rng)
+        return self._patch(case, z, centre, rng, 0.5 if early else 0.25)
 
-    def _patch(self, case: Case, z: int, centre: np.ndarray | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _patch(
+        self, case: Case, z: int, centre: np.ndarray | None, rng: np.random.Generator, thicken: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         depth = case.labels.shape[0]
         thick = 1
-        if rng.random() < 0.5:
+        if rng.random() < thicken:
             thick = int(rng.integers(1, max(1, min(round(5 / case.spacing[2]), depth // 2)) + 1))
         planes = []
         for k in range(-CONTEXT, CONTEXT + 1):
@@ -116,8 +120,8 @@ class Sampler:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=5600)
+    parser.add_argument("--batch", type=int, default=24)
     options = parser.parse_args()
     crops, cubes, scans, fold = sources()
 
@@ -138,7 +142,7 @@ def main() -> None:
                 total += float((p == 1).sum() + (y == 1).sum())
         return {"patch_dice": round(hit / total, 4)}
 
-    fit(CONFIG, Schedule(steps=options.steps), train, options.folder, validate)
+    fit(CONFIG, Schedule(steps=options.steps, restart_at=PHASE_2), train, options.folder, validate)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,607 @@
+"""The command `unetseg`: results, and for bad input one sentence, exit code 2 and nothing written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from UNetSegmentationLib import cli
+from UNetSegmentationLib.image import Box, Image, UserError, read_image, write_image
+from UNetSegmentationLib.model import SUFFIX, ModelPackage
+
+pytest.importorskip("typer")
+ROOT = Path(__file__).resolve().parents[2]
+WINDOW = {"mode": "window", "level": -300, "width": 1400}
+TILTED = (0.0, -1.0, 0.0, 0.96, 0.0, -0.28, 0.28, 0.0, 0.96)
+SPACING, ORIGIN = (0.8, 0.9, 2.0), (-31.5, 42.25, -107.0)
+
+
+def scene(n: int = 20) -> np.ndarray:
+    """Values in [0, 1]: noise below 0.45, and a box of 6 x 8 x 10 voxels at 0.9."""
+    values = np.random.default_rng(0).uniform(0, 0.45, (n, 24, 28)).astype(np.float32)
+    values[8:14, 8:16, 10:20] = 0.9
+    return values
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, make_package):
+    """A scan, a model, an empty folder for results, and an empty current folder."""
+    out, current = tmp_path / "out", tmp_path / "current"
+    out.mkdir()
+    current.mkdir()
+    monkeypatch.chdir(current)
+    scan = tmp_path / "scan.nrrd"
+    image = Image(scene(), SPACING, ORIGIN, TILTED)
+    write_image(image, scan)
+
+    def write(array, name="other.nrrd", spacing=SPACING, origin=ORIGIN):
+        write_image(Image(array, spacing, origin, TILTED), tmp_path / name)
+        return tmp_path / name
+
+    def content(content, name="other.nrrd"):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    def left():
+        return sorted(str(p.relative_to(tmp_path)) for folder in (out, current) for p in folder.rglob("*"))
+
+    return SimpleNamespace(
+        out=out,
+        current=current,
+        scan=scan,
+        image=image,
+        write=write,
+        content=content,
+        left=left,
+        package=make_package,
+        model=make_package().path,
+    )
+
+
+@pytest.fixture
+def unetseg(monkeypatch, capfd):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["unetseg", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def subprocess_run(*arguments, **environment):
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "UNetSegmentation"), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "UNetSegmentationLib", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+
+
+def one_sentence(result, sentence):
+    code, out, err = result
+    assert code == 2 and out == "", (code, out, err)
+    assert len(err.splitlines()) == 1 and err.startswith("unetseg: ") and err.rstrip().endswith("."), err
+    assert sentence in err, err
+
+
+# ----------------------------------------------------------------------------------------------------------- good input
+
+
+def test_a_real_process_segments_and_writes_everything(here):
+    out = here.out / "new" / "folder"
+    names = {"seg": "a.seg.nrrd", "nii": "a.nii.gz", "json": "a.json", "u": "u.nii.gz", "p": "p.nrrd", "png": "a.png"}
+    path = {k: out / v for k, v in names.items()}
+    done = subprocess_run(
+        *("segment", here.scan, "--model", here.model, "-o", path["seg"], "-o", path["nii"], "--json", path["json"]),
+        *("--uncertainty", path["u"], "--probabilities", path["p"], "--picture", path["png"], "--display", "0.5,1"),
+    )
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert all(f"wrote {path[k]}" in done.stderr for k in ("seg", "nii", "u", "p", "png"))
+    assert sorted(p.name for p in out.iterdir()) == sorted(names.values())
+    want = here.image.array > 0.5
+    for key in ("seg", "nii"):
+        labels = read_image(path[key])
+        assert np.array_equal(labels.array, want) and labels.same_grid(here.image)
+    header = sitk.ReadImage(str(path["seg"]))
+    assert header.GetMetaData("Segment0_Name") == "thing" and header.GetMetaData("Segment0_LabelValue") == "1"
+    uncertainty, probabilities = read_image(path["u"]), read_image(path["p"])
+    assert uncertainty.same_grid(here.image) and 0 <= uncertainty.array.min() and 0.05 < uncertainty.array.max() <= 1
+    np.testing.assert_allclose(probabilities.array.sum(0), 1, atol=1e-5)
+    assert np.array_equal(probabilities.array[1] > 0.5, want)
+    assert path["png"].read_bytes().startswith(b"\x89PNG")
+    report = json.loads(path["json"].read_text("utf-8"))
+    (item,) = report["labels"]
+    assert item["name"] == "thing" and item["voxels"] == 480 and item["volume_mm3"] == pytest.approx(480 * 0.8 * 0.9 * 2)
+    assert item["mean_hu"] == pytest.approx(0.9) and report["warnings"] == [] and report["points_are"] == "LPS mm"
+    assert report["model"] == "toy-1.0.0" and report["image"] == str(here.scan) and report["roi_ijk"] == [[0, 27], [0, 23], [0, 19]]
+    np.testing.assert_allclose(item["center"], here.image.index_to_point((14.5, 11.5, 10.5)), atol=1e-4)
+
+
+def test_without_a_name_the_result_lies_in_the_current_folder_under_the_scans_name(here, unetseg):
+    code, out, err = unetseg("segment", here.scan, "-m", here.model)
+    assert code == 0 and here.left() == ["current/scan.seg.nrrd"] and "wrote scan.seg.nrrd" in err and out == ""
+    assert "0.691" in err  # 480 voxels in ml
+
+
+def test_quiet_says_nothing_and_json_goes_to_standard_output(here, unetseg):
+    code, out, err = unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "--json", "-", "-q")
+    assert code == 0 and err == "" and json.loads(out)["labels"][0]["voxels"] == 480
+    assert here.left() == ["out/a.nrrd"]
+
+
+@pytest.mark.parametrize("suffix", [".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha"])
+def test_every_format_holds_the_same_labels_in_the_same_place(here, unetseg, suffix):
+    code, _, err = unetseg("segment", here.scan, "-m", here.model, "-o", here.out / f"a{suffix}", "-q")
+    labels = read_image(here.out / f"a{suffix}")
+    assert code == 0 and np.array_equal(labels.array, here.image.array > 0.5) and labels.same_grid(here.image), err
+
+
+def test_a_picture_in_gives_a_picture_out(here, unetseg, tmp_path):
+    picture = (scene(20)[10] * 255).astype(np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(picture), str(tmp_path / "a.png"))
+    model = here.package(dimensions=2, intensity={"mode": "percentile", "low": 0, "high": 100}).path
+    code, _, err = unetseg("segment", tmp_path / "a.png", "-m", model, "-o", here.out / "a.png", "-q")
+    assert code == 0 and np.array_equal(read_image(here.out / "a.png").array[0], picture > 127), err
+
+
+def test_several_files_are_channels_and_several_models_are_averaged(here, unetseg):
+    first = here.package(channels=["T1", "T2"], dimensions=2).path
+    second = here.package(channels=["T1", "T2"], spacing=[1, 1, 2]).path
+    other = here.write(scene()[::-1].copy())
+    code, out, err = unetseg("segment", other, here.scan, "-m", first, "-m", second, "-o", here.out / "a.nrrd", "--json", "-", "-q")
+    assert code == 0 and json.loads(out)["model"] == "toy-1.0.0+toy-1.0.0" and len(json.loads(out)["engines"]) == 2, err
+    labels = read_image(here.out / "a.nrrd").array
+    assert np.mean(labels == (here.image.array > 0.5)) > 0.98
+
+
+@pytest.mark.parametrize(
+    ("roi", "box"),
+    [
+        ("ijk:0,12,0,23,0,19", np.s_[0:20, 0:24, 0:13]),
+        ("ijk:-5,99,9,9,8,99", np.s_[8:20, 9:10, 0:28]),
+        ("ijk:10,10,8,8,8,8", np.s_[8:9, 8:9, 10:11]),
+    ],
+)
+def test_a_roi_in_voxels_includes_its_last_ones(here, unetseg, roi, box):
+    code, out, err = unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "--roi", roi, "--json", "-", "-q")
+    want = np.zeros(here.image.shape, bool)
+    want[box] = here.image.array[box] > 0.5
+    assert code == 0 and np.array_equal(read_image(here.out / "a.nrrd").array, want), err
+    z, y, x = box
+    assert json.loads(out)["roi_ijk"] == [[x.start, x.stop - 1], [y.start, y.stop - 1], [z.start, z.stop - 1]]
+
+
+def test_a_roi_in_mm_is_ras():
+    image = Image(np.zeros((10, 20, 30)), (2.0, 1.0, 3.0), (-20.0, -10.0, 5.0))
+    # x (LPS) = -20 + 2 i, so i = 4..6 is x = -12..-8, which is R = 8..12; likewise j = 3..5 is A = 5..7, k = 2 is S = 11.
+    assert cli.parse_roi("7,13,4.5,7.5,9.5,12.5", image) == Box((2, 3, 4), (3, 6, 7))
+    assert cli.parse_point("8,-3.5,11") == (-8, 3.5, 11)
+
+
+def test_a_point_keeps_its_component(here, unetseg):
+    values = scene()
+    values[2:4, 1:5, 1:5] = 0.9
+    model = here.package(postprocess={"largest_component": True}, roi_mm=200).path
+    scan = here.write(values)
+    x, y, z = here.image.index_to_point((2, 2, 2))
+    code, _, err = unetseg("segment", scan, "-m", model, "-o", here.out / "a.nrrd", "-q", "--at", f"{-x},{-y},{z}")
+    assert code == 0 and np.count_nonzero(read_image(here.out / "a.nrrd").array) == 32, err
+    code, _, err = unetseg("segment", scan, "-m", model, "-o", here.out / "b.nrrd", "-q", "--at", f"{-x},{-y},{z}", "--no-postprocess")
+    assert code == 0 and np.count_nonzero(read_image(here.out / "b.nrrd").array) == 32 + 480, err
+
+
+def test_a_reference_gives_dice_whatever_its_value(here, unetseg):
+    truth = 7 * (here.image.array > 0.5).astype(np.uint8)
+    truth[8:11] = 0
+    reference = here.write(truth, "truth.nii.gz")
+    code, _, err = unetseg(
+        "segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "--reference", reference, "--json", here.out / "a.json"
+    )
+    assert code == 0 and json.loads((here.out / "a.json").read_text())["labels"][0]["dice"] == pytest.approx(2 * 240 / 720, abs=1e-4)
+    assert "Dice" in err and "0.667" in err
+
+
+def test_several_labels_are_compared_by_their_values(here, unetseg):
+    model = here.package(labels=[{"value": 3, "name": "low"}, {"value": 9, "name": "high"}]).path
+    values = np.zeros((20, 24, 28), np.float32)
+    values[2:6, 2:6, 2:6], values[10:14, 10:14, 10:14] = 1, 2
+    scan = here.write(values)
+    reference = here.write((3 * (values == 1) + 9 * (values == 1)).astype(np.uint8), "truth.nrrd")
+    reference = here.write(np.where(values == 1, 3, np.where(values == 2, 3, 0)).astype(np.uint8), "truth.nrrd")
+    code, out, _ = unetseg("segment", scan, "-m", model, "-o", here.out / "a.nrrd", "--reference", reference, "--json", "-", "-q")
+    labels = read_image(here.out / "a.nrrd").array
+    assert code == 0 and np.array_equal(labels, np.where(values == 1, 3, np.where(values == 2, 9, 0)))
+    assert [item["dice"] for item in json.loads(out)["labels"]] == [pytest.approx(2 / 3, abs=1e-3), 0]
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_values_that_are_not_hu_are_warned_of_on_stderr_and_in_the_report(here, unetseg, quiet):
+    model = here.package(intensity=WINDOW).path
+    arguments = ["segment", here.scan, "-m", model, "-o", here.out / "a.nrrd", "--json", here.out / "a.json", *(["-q"] if quiet else [])]
+    code, _, err = unetseg(*arguments)
+    assert code == 0 and "values do not look like HU" in err
+    (warning,) = json.loads((here.out / "a.json").read_text())["warnings"]
+    assert "values do not look like HU" in warning
+
+
+def test_a_persons_window_replaces_the_models(here, unetseg):
+    hu = (scene() * 1000 - 500).astype(np.int16)
+    scan = here.write(hu)
+    model = here.package(intensity=WINDOW).path
+    for window, threshold in (("0,200", 0), ("lung", -600), ("-50,100", -50)):
+        code, _, err = unetseg("segment", scan, "-m", model, "-o", here.out / "a.nrrd", "-q", "--window", window)
+        assert code == 0 and np.array_equal(read_image(here.out / "a.nrrd").array, hu > threshold), err
+
+
+def test_nothing_found_is_a_result(here, unetseg):
+    code, out, err = unetseg("segment", here.write(scene() * 0.1), "-m", here.model, "-o", here.out / "a.seg.nrrd", "--json", "-")
+    assert code == 0 and json.loads(out)["labels"][0]["longest_mm"] is None and not read_image(here.out / "a.seg.nrrd").array.any(), err
+
+
+def test_names_in_brackets_are_shown_as_they_are(here, unetseg, tmp_path):
+    model = here.package(labels=[{"value": 1, "name": "lung [left][/]"}]).path
+    (tmp_path / "a[bold].nrrd").write_bytes(here.scan.read_bytes())
+    code, _, err = unetseg("segment", tmp_path / "a[bold].nrrd", "-m", model, "-o", here.out / "a.nrrd")
+    assert code == 0 and "lung [left][/]" in err and "a[bold].nrrd" in err
+
+
+def test_a_former_result_is_replaced(here, unetseg):
+    target = here.out / "a.nrrd"
+    target.write_text("old")
+    code, _, err = unetseg("segment", here.scan, "-m", here.model, "-o", target, "-q")
+    assert code == 0 and read_image(target).shape == here.image.shape and here.left() == ["out/a.nrrd"], err
+
+
+def test_a_dicom_folder_with_two_series(here, unetseg, data, tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    folder = tmp_path / "scan"
+    folder.mkdir()
+    for i, file in enumerate(sorted((data / "lung_gtv_dicom_rtstruct" / "pat_3").glob("DCM_IMG*"))[:10]):
+        dataset = pydicom.dcmread(file)
+        if i >= 6:
+            dataset.SeriesInstanceUID = "1.2.3.4"
+        dataset.save_as(folder / f"{i}.dcm")
+    arguments = ["segment", folder, "-m", here.package(dimensions=2, intensity=WINDOW).path, "-o", here.out / "a.nrrd", "-q"]
+    one_sentence(unetseg(*arguments), "2 image series; choose one by its UID")
+    one_sentence(unetseg(*arguments, "--series", "9.9"), "holds no series 9.9")
+    assert here.left() == []
+    code, _, err = unetseg(*arguments, "--series", "1.2.3.4")
+    assert code == 0 and err == ""
+    assert np.array_equal(read_image(here.out / "a.nrrd").array, read_image(folder, "1.2.3.4").array > -300)
+
+
+def test_cancelling_writes_nothing(here, unetseg, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "predict", interrupted)
+    code, out, err = unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "-q")
+    assert (code, out, err) == (130, "", "unetseg: cancelled; nothing was written.\n") and here.left() == []
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def nrrd(sizes="8 8 8", directions="(1,0,0) (0,1,0) (0,0,1)", n=512):
+    header = f"NRRD0004\ntype: uint8\ndimension: 3\nspace: left-posterior-superior\nsizes: {sizes}\nspace directions: {directions}\n"
+    return f"{header}kinds: domain domain domain\nencoding: raw\nspace origin: (0,0,0)\n\n".encode() + bytes(n)
+
+
+def spoiled(value):
+    values = scene()
+    values[3, 4, 5] = value
+    return values
+
+
+def truncated(here):
+    path = here.write(scene(), "whole.nii.gz")
+    return here.content(path.read_bytes()[: path.stat().st_size // 2], "half.nii.gz")
+
+
+BAD_IMAGES = {
+    "missing": (lambda h: "nowhere.nrrd", "nowhere.nrrd does not exist"),
+    "an empty folder": (lambda h: h.out, "holds no DICOM image series"),
+    "truncated nii.gz": (truncated, "cut short or damaged"),
+    "empty": (lambda h: h.content(b"", "empty.nii.gz"), "is empty"),
+    "text": (lambda h: h.content(b"What a lovely day.\n" * 9), "cannot be read as an image"),
+    "four dimensions": (lambda h: h.write(np.stack([scene()] * 5), "4d.nii.gz"), "5 channels"),
+    "colours": (lambda h: h.write(np.zeros((3, 8, 8, 8), np.uint8)), "3 channels"),
+    "NaN": (lambda h: h.write(spoiled(np.nan)), "1 voxels that are NaN or infinite"),
+    "infinite": (lambda h: h.write(spoiled(-np.inf)), "1 voxels that are NaN or infinite"),
+    "no slices": (lambda h: h.content(nrrd("8 8 0", n=0)), "cannot be read"),
+    "one slice": (lambda h: h.write(scene()[:1]), "only 1 slice"),
+    "spacing 0": (lambda h: h.content(nrrd(directions="(0,0,0) (0,1,0) (0,0,1)")), "spacing"),
+    "spacing of a kilometre": (lambda h: h.content(nrrd(directions="(1e6,0,0) (0,1,0) (0,0,1)")), "cannot be right"),
+    "spacing NaN": (lambda h: h.content(nrrd(directions="(nan,0,0) (0,1,0) (0,0,1)")), "cannot be read"),
+    "sheared": (lambda h: h.content(nrrd(directions="(1,0,0) (0.3,1,0) (0,0,1)")), "right angles"),
+    "too few voxels": (lambda h: h.content(nrrd(n=511)), "cut short"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_IMAGES)
+def test_bad_images_are_refused(here, unetseg, what):
+    make, sentence = BAD_IMAGES[what]
+    one_sentence(unetseg("segment", make(here), "-m", here.model, "-o", here.out / "a.nrrd", "--json", here.out / "a.json"), sentence)
+    assert here.left() == []
+
+
+def test_a_real_process_refuses_without_a_traceback(here):
+    done = subprocess_run("segment", truncated(here), "-m", here.model, "-o", here.out / "a.nrrd")
+    one_sentence((done.returncode, done.stdout, done.stderr), "cut short or damaged")
+    assert here.left() == []
+
+
+def test_one_slice_is_too_few_for_a_model_with_context(here, unetseg):
+    one = here.write(scene()[10:11])
+    model = here.package(dimensions=2, context_slices=1).path
+    one_sentence(unetseg("segment", one, "-m", model, "-o", here.out / "a.nrrd"), "only 1 slice")
+    assert here.left() == []
+    assert unetseg("segment", one, "-m", here.package(dimensions=2).path, "-o", here.out / "a.nrrd", "-q")[0] == 0
+
+
+def test_wrong_numbers_of_channels_are_refused(here, unetseg):
+    two = here.package(channels=["T1", "T2"]).path
+    one_sentence(unetseg("segment", here.scan, "-m", two, "-o", here.out / "a.nrrd"), "toy needs 2 (T1, T2)")
+    one_sentence(unetseg("segment", here.scan, here.scan, "-m", here.model, "-o", here.out / "a.nrrd"), "toy needs 1 (CT)")
+    other = here.write(scene(), origin=(0.0, 0.0, 0.0))
+    one_sentence(unetseg("segment", here.scan, other, "-m", two, "-o", here.out / "a.nrrd"), "does not lie on the grid")
+    assert here.left() == []
+
+
+BAD_OPTIONS = {
+    "ROI outside": (["--roi", "5000,5010,0,10,0,10"], "lies outside the image"),
+    "ROI outside in voxels": (["--roi", "ijk:28,40,0,3,0,3"], "lies outside the image"),
+    "ROI without size": (["--roi", "0,0,0,10,0,10"], "has no size"),
+    "ROI upside down": (["--roi", "10,0,0,10,0,10"], "has no size"),
+    "ROI in voxels upside down": (["--roi", "ijk:5,4,0,3,0,3"], "has no size"),
+    "ROI in half voxels": (["--roi", "ijk:0.5,4,0,3,0,3"], "whole numbers"),
+    "ROI of five numbers": (["--roi", "0,1,2,3,4"], "must be 6 numbers"),
+    "ROI of words": (["--roi", "here"], "must be 6 numbers"),
+    "ROI of NaN": (["--roi", "nan,1,0,1,0,1"], "must be 6 numbers"),
+    "empty ROI": (["--roi", ""], "must be 6 numbers"),
+    "point outside": (["--at", "5000,0,0"], "point lies outside"),
+    "point of two numbers": (["--at", "1,2"], "must be 3 numbers"),
+    "point at infinity": (["--at", "inf,0,0"], "must be 3 numbers"),
+    "empty point": (["--at", ""], "must be 3 numbers"),
+    "unknown window": (["--window", "lungs"], "neither a preset"),
+    "empty window": (["--window", ""], "neither a preset"),
+    "unknown display": (["--display", "lungs"], "neither a preset"),
+    "unknown tta": (["--tta", "mirror"], "no test-time augmentation 'mirror'"),
+    "unknown engine": (["--engine", "caffe"], "no engine 'caffe'"),
+    "unknown device": (["--device", "tpu"], "no device 'tpu'"),
+    "unknown precision": (["--precision", "fp8"], "no precision 'fp8'"),
+    "overlap too large": (["--overlap", "1.5"], "overlap must be"),
+    "overlap NaN": (["--overlap", "nan"], "overlap must be"),
+    "overlap negative": (["--overlap", "-0.1"], "overlap must be"),
+    "unknown model": (["-m", "nothing"], "no model 'nothing'"),
+    "missing model": (["-m", "nowhere.unet.zip"], "no model package nowhere.unet.zip"),
+    "missing reference": (["--reference", "nowhere.nrrd"], "does not exist"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_OPTIONS)
+def test_bad_options_are_refused(here, unetseg, what):
+    options, sentence = BAD_OPTIONS[what]
+    one_sentence(unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", *options), sentence)
+    assert here.left() == []
+
+
+def test_a_reference_on_another_grid_is_refused(here, unetseg):
+    for reference in (here.write(np.zeros((20, 24, 27), np.uint8)), here.write(np.zeros((20, 24, 28), np.uint8), spacing=(0.8, 0.9, 2.1))):
+        result = unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "--reference", reference)
+        one_sentence(result, "does not lie on the grid")
+    assert here.left() == []
+
+
+BAD_NAMES = {
+    "a folder": (["-o", "{out}"], "cannot be written"),
+    "below a file": (["-o", "{scan}/a.nrrd"], "cannot be written"),
+    "unknown suffix": (["-o", "{out}/a.xyz"], "end the name in .seg.nrrd"),
+    "no suffix": (["-o", "{out}/a"], "end the name in .seg.nrrd"),
+    "a second one that is bad": (["-o", "{out}/a.nrrd", "-o", "{out}/a.jpg"], "end the name in .seg.nrrd"),
+    "a picture of a volume": (["-o", "{out}/a.nrrd", "-o", "{out}/a.png"], "20 slices"),
+    "DICOM of what is none": (["-o", "{out}/a.nrrd", "-o", "{out}/a.dcm"], "DICOM series"),
+    "uncertainty as a picture": (["-o", "{out}/a.nrrd", "--uncertainty", "{out}/u.png"], "not the name of a volume"),
+    "uncertainty in two files": (["-o", "{out}/a.nrrd", "--uncertainty", "{out}/u.mhd"], "not the name of a volume"),
+    "probabilities without suffix": (["-o", "{out}/a.nrrd", "--probabilities", "{out}/p"], "not the name of a volume"),
+    "uncertainty below a file": (["-o", "{out}/a.nrrd", "--uncertainty", "{scan}/u.nrrd"], "cannot be written"),
+    "a picture as JPEG": (["-o", "{out}/a.nrrd", "--picture", "{out}/a.jpg"], "would not be a PNG"),
+    "a report that is a folder": (["-o", "{out}/a.nrrd", "--json", "{out}"], "cannot be written"),
+    "one name for two": (["-o", "{out}/a.nrrd", "--uncertainty", "{out}/a.nrrd"], "Two results"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_NAMES)
+def test_bad_names_are_refused_before_anything_is_computed(here, unetseg, what, monkeypatch):
+    def computed(*arguments):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(cli, "predict", computed)
+    options, sentence = BAD_NAMES[what]
+    filled = [o.format(out=here.out, scan=here.scan) for o in options]
+    one_sentence(unetseg("segment", here.scan, "-m", here.model, *filled), sentence)
+    assert here.left() == []
+
+
+def custom_operator():
+    onnx = pytest.importorskip("onnx")
+    value = [onnx.helper.make_tensor_value_info(n, 1, None) for n in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Shell", ["x"], ["y"], domain="com.evil")], "g", value[:1], value[1:])
+    return onnx.helper.make_model(graph).SerializeToString()
+
+
+def external_data():
+    onnx = pytest.importorskip("onnx")
+    tensor = onnx.numpy_helper.from_array(np.zeros(3, np.float32), "w")
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    value = [onnx.helper.make_tensor_value_info(n, 1, None) for n in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "w"], ["y"])], "g", value[:1], value[1:], [tensor])
+    return onnx.helper.make_model(graph).SerializeToString()
+
+
+def bitten(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
+    return path
+
+
+BAD_PACKAGES = {
+    "corrupt": (lambda pack: bitten(pack()), "model package"),
+    "wrong hash": (lambda pack: pack(change_card=lambda c: c["files"]["model.onnx"].update(sha256="0" * 64)), "its SHA-256 differs"),
+    "climbing out": (lambda pack: pack(extra=[("../../evil.py", b"x")]), "climbs out"),
+    "custom operator": (lambda pack: pack(onnx=custom_operator()), "custom operator com.evil.Shell"),
+    "external data": (lambda pack: pack(onnx=external_data()), "external data"),
+    "no network": (lambda pack: pack(onnx=b"hello"), "not an ONNX file"),
+    "bad card": (lambda pack: pack(change_card=lambda c: c.pop("licence")), "lacks 'licence'"),
+    "two inputs": (lambda pack: pack(change_card=lambda c: c.update(channels=["a", "b"])), "takes 1 channels but its card says 2"),
+    "two labels": (
+        lambda pack: pack(change_card=lambda c: c["labels"].append({"value": 2, "name": "b"})),
+        "gives 2 channels but its card says 3",
+    ),
+    "two dimensions": (
+        lambda pack: pack(change_card=lambda c: c.update(dimensions=2, patch=[8, 8], divisor=[4, 4])),
+        "takes no float32 tensor of 4 axes",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_PACKAGES)
+def test_bad_packages_are_refused_by_every_command(here, unetseg, pack, what):
+    make, sentence = BAD_PACKAGES[what]
+    path = make(pack)
+    images = [here.scan] * (2 if what == "two inputs" else 1)
+    one_sentence(unetseg("segment", *images, "-m", path, "-o", here.out / "a.nrrd"), sentence)
+    one_sentence(unetseg("model", "verify", path), sentence)
+    assert here.left() == [] and not list(here.out.parent.rglob("evil*"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["segment"], ["segment", "a.nrrd"], ["fly"], ["segment", "a.nrrd", "-m", "x", "--overlap", "much"], ["model", "pack", "a.onnx"]],
+)
+def test_wrong_usage_ends_with_2_and_no_traceback(here, unetseg, arguments):
+    code, _, err = unetseg(*arguments)
+    assert code == 2 and "Usage" in err and "Traceback" not in err and here.left() == []
+
+
+# -------------------------------------------------------------------------------------------------------- other commands
+
+
+def test_version_and_help(unetseg):
+    from UNetSegmentationLib import __version__
+
+    assert unetseg("--version") == (0, f"{__version__}\n", "")
+    code, out, err = unetseg("segment", "--help")
+    assert code == 0 and "--uncertainty" in out and err == ""
+
+
+def test_models_lists_good_ones_and_names_broken_ones(here, unetseg, models_folder):
+    models_folder.mkdir()
+    model = here.package(name="mine", labels=[{"value": 1, "name": "lung [left]"}], metrics={"dice": {"lung": 0.912, "odd": "high"}})
+    (models_folder / model.path.name).write_bytes(model.path.read_bytes())
+    odd = here.package(name="odd", metrics={"dice": 0.8})
+    (models_folder / odd.path.name).write_bytes(odd.path.read_bytes())
+    (models_folder / f"broken-1.0.0{SUFFIX}").write_bytes(b"hello")
+    code, out, err = unetseg("models", "--json")
+    cards = {card["name"]: card for card in json.loads(out)}
+    assert code == 0 and cards["mine"] == model.card.data and "odd" in cards
+    assert len(err.splitlines()) == 1 and "broken-1.0.0.unet.zip is damaged" in err
+    code, out, err = unetseg("models")
+    assert code == 0 and "mine" in out and "0.912" in out and "[left]" in out and "broken" in err
+
+
+def test_models_are_used_by_their_names(here, unetseg, models_folder):
+    models_folder.mkdir()
+    (models_folder / here.model.name).write_bytes(here.model.read_bytes())
+    for name in ("toy", "toy-1.0.0"):
+        assert unetseg("segment", here.scan, "-m", name, "-o", here.out / f"{name}.nrrd", "-q")[0] == 0
+    one_sentence(unetseg("segment", here.scan, "-m", "toys", "-o", here.out / "b.nrrd"), "installed are: ")
+
+
+def test_presets_are_listed(unetseg):
+    code, out, _ = unetseg("presets", "--json")
+    listed = {item["name"]: item for item in json.loads(out)}
+    assert code == 0 and listed["lung"]["level"] == -600 and listed["lung"]["width"] == 1500
+    assert listed["mr-percentile"]["mode"] == "percentile"
+    code, out, err = unetseg("presets")
+    assert code == 0 and "mediastinum" in out and "-600" in out and err == ""
+
+
+def test_doctor_measures_each_model_and_names_what_is_broken(here, models_folder):
+    models_folder.mkdir()
+    (models_folder / here.model.name).write_bytes(here.model.read_bytes())
+    (models_folder / f"broken-1.0.0{SUFFIX}").write_bytes(b"hello")
+    done = subprocess_run("doctor", "--json", UNETSEG_MODELS=str(models_folder))
+    findings = json.loads(done.stdout)
+    assert done.returncode == 0 and findings["packages"]["numpy"] == np.__version__ and findings["cores"] >= 1
+    rows = {(r["model"], r["engine"]): r for r in findings["speed"]}
+    assert rows["toy", "onnx"]["ms"] > 0 and rows["toy", "onnx"]["runs_on"].startswith("ONNX Runtime")
+    assert findings["models"][str(models_folder / here.model.name)] is None
+    assert "damaged" in findings["models"][str(models_folder / f"broken-1.0.0{SUFFIX}")]
+
+
+def test_verify_and_info(here, unetseg, pack):
+    code, out, err = unetseg("model", "verify", here.model, pack())
+    assert code == 0 and len(out.splitlines()) == 2 and all("verified (" in line for line in out.splitlines()) and err == ""
+    code, out, err = unetseg("model", "info", here.model)
+    assert code == 0 and json.loads(out) == ModelPackage.read(here.model).card.data and err == ""
+    one_sentence(unetseg("model", "info", "nothing"), "no model 'nothing'")
+
+
+def test_verify_runs_the_network(unetseg, pack, toy_card, toy_onnx):
+    onnx = pytest.importorskip("onnx")
+    network = onnx.load_from_string(toy_onnx("threshold", toy_card()))
+    network.graph.output[0].type.tensor_type.ClearField("shape")
+    labels = [{"value": 1, "name": "a"}, {"value": 2, "name": "b"}]
+    path = pack(onnx=network.SerializeToString(), change_card=lambda card: card.update(labels=labels))
+    one_sentence(unetseg("model", "verify", path), "does not fit its card")
+
+
+def test_pack_makes_a_package_that_segments(here, unetseg, toy_card, toy_onnx, tmp_path):
+    (tmp_path / "card.json").write_text(json.dumps(toy_card(name="packed")), "utf-8")
+    (tmp_path / "net.onnx").write_bytes(toy_onnx("threshold", toy_card()))
+    target = here.out / f"packed-1.0.0{SUFFIX}"
+    code, out, err = unetseg("model", "pack", tmp_path / "net.onnx", "--card", tmp_path / "card.json", "-o", target)
+    assert code == 0 and out == f"wrote {target}\n" and err == ""
+    assert ModelPackage.read(target).card.name == "packed"
+    assert unetseg("segment", here.scan, "-m", target, "-o", here.out / "a.nrrd", "-q")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("card", "network", "sentence"),
+    [
+        (None, b"", "card.json does not exist"),
+        (b"{", b"", "is not JSON"),
+        (b"\xff\xfe\x00", b"", "is not JSON"),
+        (b"[]", b"", "JSON object"),
+        (b"{}", b"x", "lacks 'format'"),
+        (..., b"hello", "not an ONNX file"),
+        (..., None, "net.onnx does not exist"),
+    ],
+)
+def test_pack_refuses_bad_input(here, unetseg, toy_card, tmp_path, card, network, sentence):
+    if card is not None:
+        (tmp_path / "card.json").write_bytes(json.dumps(toy_card()).encode() if card is ... else card)
+    if network is not None:
+        (tmp_path / "net.onnx").write_bytes(network)
+    result = unetseg("model", "pack", tmp_path / "net.onnx", "--card", tmp_path / "card.json", "-o", here.out / f"a{SUFFIX}")
+    one_sentence(result, sentence)
+    assert here.left() == []
+
+
+def test_parsers_name_the_option():
+    with pytest.raises(UserError, match="--at must be 3 numbers"):
+        cli.parse_point("1;2;3")
+    with pytest.raises(UserError, match="--roi must be 6 numbers"):
+        cli.parse_roi("1,2", Image(np.zeros((3, 3, 3))))

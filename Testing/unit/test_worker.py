@@ -1,0 +1,684 @@
+"""The worker through its client and through bare pipes: real child processes, nothing in the place of anything."""
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from UNetSegmentationLib.image import Box, Image, UserError
+from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
+from UNetSegmentationLib.measure import measure
+from UNetSegmentationLib.model import write_package
+from UNetSegmentationLib.worker.client import Session, WorkerClient, WorkerError, child_environment, command, working_folder
+from UNetSegmentationLib.worker.protocol import FOLDER_PREFIX, MAX_LINE, PROTOCOL, Lines, ProtocolError, decode_options, load_array
+
+DEADLINE = 10.0
+POSIX = pytest.mark.skipif(os.name == "nt", reason="signals and shell scripts")
+QUICK = Options(engine="onnx", device="cpu", threads=1)
+
+
+def until(condition, what: str) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, f"waited {DEADLINE:g} s in vain for: {what}"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """A zombie that nobody has waited for is not alive."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def image() -> Image:
+    rng = np.random.default_rng(3)
+    array = np.zeros((12, 40, 44), np.int16)
+    array[3:8, 10:22, 8:30] = 1
+    array[5:9, 24:36, 12:20] = 2
+    array += rng.integers(0, 2, array.shape, dtype=np.int16) * (rng.random(array.shape) < 0.02)
+    angle = 0.2
+    direction = (np.cos(angle), -np.sin(angle), 0, np.sin(angle), np.cos(angle), 0, 0, 0, -1)
+    return Image(array, (0.7, 0.8, 2.5), (-31.5, 12.25, 100.125), tuple(float(v) for v in direction))
+
+
+@pytest.fixture
+def client():
+    with WorkerClient() as client:
+        yield client
+
+
+def onnx_package(tmp_path, make_card, nodes, constants, name, **changes):
+    """A package of one channel in 3D whose nodes lead from "image" to "logits" (two channels)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    axes = ["N", 1, "D", "H", "W"]
+    graph = helper.make_graph(
+        nodes,
+        name,
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, axes)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 2, "D", "H", "W"])],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return write_package(tmp_path / f"{name}-1.0.0.unet.zip", make_card(name=name, **changes), model.SerializeToString())
+
+
+@pytest.fixture
+def make_slow(tmp_path, toy_card):
+    """make_slow(n): a network that goes round a loop n times in each of its calls."""
+
+    def make(n: int):
+        from onnx import TensorProto, helper
+
+        shape = ["N", 1, "D", "H", "W"]
+        body = helper.make_graph(
+            [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Sin", ["x"], ["y"])],
+            "body",
+            [
+                helper.make_tensor_value_info("i", TensorProto.INT64, []),
+                helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+                helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
+            ],
+            [helper.make_tensor_value_info("go_on", TensorProto.BOOL, []), helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        )
+        nodes = [
+            helper.make_node("Loop", ["n", "yes", "image"], ["looped"], body=body),
+            helper.make_node("Concat", ["looped", "image"], ["logits"], axis=1),
+        ]
+        return onnx_package(tmp_path, toy_card, nodes, {"n": np.int64(n), "yes": np.bool_(True)}, f"slow{n}")
+
+    return make
+
+
+@pytest.fixture
+def forever(make_slow):
+    return make_slow(1 << 50)
+
+
+class Raw:
+    """A worker on bare pipes, for what no client would say."""
+
+    def __init__(self, folder: Path, greet: bool = True) -> None:
+        environment = child_environment(sys.executable)
+        self.process = subprocess.Popen(
+            command(sys.executable, folder),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env=environment,
+            cwd=working_folder(),
+            start_new_session=True,
+        )
+        self.lines = Lines()
+        self.messages: list[dict] = []
+        self.guard = threading.Timer(6 * DEADLINE, self.process.kill)
+        self.guard.start()
+        assert self.next()["event"] == "hello"
+        if greet:
+            self.say(op="hello", protocol=PROTOCOL)
+
+    def say(self, **message) -> None:
+        self.write(json.dumps(message).encode() + b"\n")
+
+    def write(self, data: bytes) -> None:
+        while data:
+            data = data[self.process.stdin.write(data) :]
+
+    def next(self) -> dict:
+        while not self.messages:
+            data = os.read(self.process.stdout.fileno(), 1 << 16)
+            assert data, "the worker ended"
+            self.messages += [json.loads(line) for line in self.lines.feed(data)]
+        return self.messages.pop(0)
+
+    def ask(self, **message) -> dict:
+        """The answer that ends the request."""
+        self.say(**message)
+        while (answer := self.next())["event"] == "progress":
+            pass
+        return answer
+
+    def close(self) -> None:
+        self.guard.cancel()
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def private(tmp_path) -> Path:
+    folder = tmp_path / f"{FOLDER_PREFIX}raw"
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+@pytest.fixture
+def raw(private):
+    worker = Raw(private)
+    yield worker
+    worker.close()
+
+
+def assert_same(a, b) -> None:
+    for name in ("labels", "uncertainty", "mutual_information", "probabilities"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None), name
+        if x is not None:
+            assert x.array.dtype == y.array.dtype and np.array_equal(x.array, y.array), name
+            assert (x.spacing, x.origin, x.direction, x.source, x.dicom_files) == (
+                y.spacing,
+                y.origin,
+                y.direction,
+                y.source,
+                y.dicom_files,
+            )
+    for name in ("label_defs", "model_name", "roi", "engines", "warnings", "tiles"):
+        assert getattr(a, name) == getattr(b, name), name
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"roi": Box((2, 5, 3), (9, 30, 41)), "batch": 1},
+        {"at": (-20.0, 25.0, 90.0)},
+        {"tta": "flips", "uncertainty": True, "probabilities": True},
+        {"intensity": {"mode": "window", "level": 1, "width": 2}, "uncertainty": True},
+    ],
+    ids=["plain", "roi", "at", "maps", "window"],
+)
+def test_the_result_is_that_of_predict(client, image, make_package, changes):
+    labels = [{"value": 1, "name": "one", "color": [1, 2, 3]}, {"value": 300, "name": "zwei, größer"}]
+    model = make_package(labels=labels, flip_axes=["x"], roi_mm=20)
+    image = replace(image, source=Path("somewhere/ct ä.nrrd"), dicom_files=("a", "b"))
+    options = replace(QUICK, **changes)
+    direct = predict(image, [model], options)
+    volume = client.load_volume(image)
+    through = client.predict(volume, [model], options, measures=True)
+    assert_same(through, direct)
+    assert through.labels.array.any()
+    if "intensity" in changes:
+        assert through.warnings
+    assert through.measures == measure(direct.labels, direct.label_defs, image)
+    through.labels.array[:] = 0  # the caller's own
+    assert not list(client.folder.glob("result-*"))
+
+
+def test_channels_ensembles_and_empty_results(client, make_package):
+    array = np.random.default_rng(0).random((2, 6, 20, 20), np.float32)
+    image = Image(np.asfortranarray(array))
+    models = [make_package("identity", channels=["a", "b"], activation="sigmoid") for _ in range(2)]
+    options = replace(QUICK, probabilities=True, uncertainty=True)
+    volume = client.load_volume(image)
+    assert_same(client.predict(volume, models, options), predict(image, models, options))
+    nothing = image.like(np.zeros_like(array))
+    assert_same(client.predict(client.load_volume(nothing), models, options), predict(nothing, models, options))
+
+
+def test_volume_is_sent_once_and_the_engine_stays_warm(client, image, make_package):
+    model, other = make_package(), make_package(name="other")
+    volume = client.load_volume(image)
+    pid = client.pid
+    for _ in range(2):
+        client.predict(volume, [model.path], QUICK)
+    assert client.session.counts["load_volume"] == 1 and client.session.counts["predict"] == 2
+    held = client.ping()
+    assert (held["volumes"], held["models"], held["engines"], held["engines_made"]) == ([volume], 1, 1, 1)
+    client.predict(volume, [model, other], QUICK)
+    client.predict(volume, [model], replace(QUICK, threads=2))
+    assert client.ping()["engines_made"] == 3
+    os.utime(model.path, ns=(1, 1))  # a file that changed is verified and loaded again
+    client.predict(volume, [model], QUICK)
+    held = client.ping()
+    assert (held["models"], held["engines"], held["engines_made"]) == (2, 2, 4)
+    client.unload_volume(volume)
+    assert client.ping()["volumes"] == [] and not list(client.folder.iterdir())
+    with pytest.raises(UserError, match="load it again"):
+        client.predict(volume, [model], QUICK)
+    assert client.pid == pid
+
+
+def test_progress_arrives(client, image, make_package):
+    seen = []
+    client.predict(client.load_volume(image), [make_package()], QUICK, progress=lambda *a: seen.append(a))
+    fractions = [f for f, _ in seen]
+    assert fractions == sorted(fractions) and fractions[0] == 0 and seen[-1] == (1.0, "done")
+
+
+def test_the_folder_is_private_and_gone_after_close(image, make_package):
+    with WorkerClient() as client:
+        if os.name != "nt":
+            assert stat.S_IMODE(client.folder.stat().st_mode) == 0o700
+        client.predict(client.load_volume(image), [make_package()], replace(QUICK, uncertainty=True))
+        assert [p.name.split("-")[0] for p in client.folder.iterdir()] == ["volume"]
+        pid = client.pid
+    assert not client.folder.exists() and not alive(pid)
+    with pytest.raises(UserError, match="closed"):
+        client.start()
+
+
+# ------------------------------------------------------------------------------------------------------ cancel and death
+
+
+@pytest.mark.parametrize("how", ["callback", "other thread"])
+def test_cancel_in_an_endless_network(client, image, forever, make_package, how):
+    model = make_package()
+    volume = client.load_volume(image)
+    client.predict(volume, [model], QUICK)
+    running, stop = threading.Event(), threading.Event()
+    outcome = []
+
+    def run():
+        try:
+            client.predict(volume, [forever], QUICK, progress=lambda *a: running.set(), cancelled=stop.is_set)
+        except BaseException as e:
+            outcome.append(e)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert running.wait(DEADLINE)
+    time.sleep(1)  # now it is in the network, where nobody asks whether to go on
+    pid = client.pid
+    (stop.set if how == "callback" else client.cancel)()
+    thread.join(DEADLINE)
+    assert [type(e) for e in outcome] == [Cancelled]
+    assert not alive(pid)
+    assert_same(client.predict(volume, [model], QUICK), predict(image, [model], QUICK))
+    assert client.session.counts["load_volume"] == 2  # the successor was told of the volume
+
+
+def test_a_worker_that_can_cancel_lives_on(raw, private, make_slow):
+    model = make_slow(300)
+    np.save(private / "volume-1.npy", np.ones((64, 64, 64), np.int16))
+    geometry = {"spacing": [1, 1, 1], "origin": [0, 0, 0], "direction": [1, 0, 0, 0, 1, 0, 0, 0, 1], "source": None}
+    assert raw.ask(op="load_volume", id=1, volume=1, file="volume-1.npy", geometry=geometry) == {"id": 1, "event": "done"}
+    options = {"engine": "onnx", "device": "cpu", "threads": 1, "batch": 1}
+    raw.say(op="predict", id=2, volume=1, models=[str(model.path)], options=options, measures=False)
+    assert raw.next()["event"] == "progress"
+    assert raw.ask(op="cancel", id=3, target=2) == {"id": 2, "event": "cancelled"}
+    assert raw.ask(op="ping", id=4)["volumes"] == [1]
+
+
+def test_interrupted_by_the_callers_own_error(client, image, forever, make_package):
+    def progress(fraction, text):
+        raise KeyboardInterrupt
+
+    volume = client.load_volume(image)
+    with pytest.raises(KeyboardInterrupt):
+        client.predict(volume, [forever], QUICK, progress=progress)
+    assert client.pid is None
+    assert client.predict(volume, [make_package()], QUICK).labels.array.any()
+
+
+@POSIX
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, "signal 9.*memory"), (signal.SIGSEGV, "signal 11.*try again")])
+def test_worker_killed_while_it_works(client, image, forever, make_package, number, words):
+    volume = client.load_volume(image)
+    with pytest.raises(WorkerError, match=words):
+        client.predict(volume, [forever], QUICK, progress=lambda *a: os.kill(client.pid, number))
+    assert client.predict(volume, [make_package()], QUICK).labels.array.any()
+
+
+@POSIX
+def test_worker_killed_while_it_waits(client, image, make_package):
+    volume = client.load_volume(image)
+    os.kill(client.pid, signal.SIGKILL)
+    until(lambda: client.pid is None, "the worker's death")
+    assert client.predict(volume, [make_package()], QUICK).labels.array.any()
+
+
+CLIENT = """
+import os, subprocess, sys
+import numpy as np
+from UNetSegmentationLib.image import Image
+from UNetSegmentationLib.inference.predict import Options
+from UNetSegmentationLib.worker.client import WorkerClient
+client = WorkerClient()
+volume = client.load_volume(Image(np.ones((16, 16, 16), np.int16)))
+copy = "0"
+if sys.argv[2] == "pipe copy":
+    os.set_inheritable(client._process.stdin.fileno(), True)
+    copy = str(subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL).pid)
+def progress(*a):
+    print(client.pid, client.folder, copy, flush=True)
+client.predict(volume, [sys.argv[1]], Options(engine="onnx", device="cpu", threads=1), progress)
+"""
+
+
+@POSIX
+@pytest.mark.parametrize("case", ["plain", "pipe copy"])
+def test_nothing_is_left_of_a_client_that_was_killed(forever, case):
+    script = subprocess.Popen(
+        [sys.executable, "-c", CLIENT, str(forever.path), case], cwd=working_folder(), stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    copy = 0
+    try:
+        pid, folder, copy = (t(v) for t, v in zip((int, Path, int), script.stdout.readline().split()))
+        assert alive(pid) and list(folder.iterdir())
+        script.kill()
+        until(lambda: not alive(pid), "the worker's end")  # before the zombie of its client is waited for
+        until(lambda: not folder.exists(), "the end of its folder")
+    finally:
+        script.kill()
+        script.wait()
+        script.stdout.close()
+        if copy:
+            os.kill(copy, signal.SIGKILL)
+
+
+def test_a_worker_deletes_only_arrays_of_the_protocol(private):
+    (private / "thesis.npy").write_bytes(b"x")
+    (private / "volume-1.npy").write_bytes(b"x")
+    code = "import subprocess, sys; p = subprocess.Popen([sys.argv[1], '-m', 'UNetSegmentationLib.worker', sys.argv[2], '1' * 7],"
+    code += "stdin=subprocess.PIPE, stdout=subprocess.PIPE); p.stdin.close(); p.wait()"
+    subprocess.run([sys.executable, "-c", code, sys.executable, str(private)], cwd=working_folder(), timeout=60, check=True)
+    assert [p.name for p in private.iterdir()] == ["thesis.npy"]
+
+
+@POSIX
+@pytest.mark.parametrize("case", ["open to others", "another name", "missing"])
+def test_a_folder_that_is_no_clients_is_refused(tmp_path, case):
+    folder = tmp_path / ("data" if case == "another name" else f"{FOLDER_PREFIX}x")
+    if case != "missing":
+        folder.mkdir()
+        folder.chmod(0o755 if case == "open to others" else 0o700)
+    done = subprocess.run(command(sys.executable, folder), cwd=working_folder(), capture_output=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and b"started by its client" in done.stderr and not done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------- bad Pythons
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text("#!/bin/sh\n" + textwrap.dedent(text))
+    path.chmod(0o755)
+    return str(path)
+
+
+@POSIX
+def test_another_protocol_is_refused_by_the_client(tmp_path):
+    shutil.copytree(
+        working_folder() / "UNetSegmentationLib", tmp_path / "UNetSegmentationLib", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    protocol = tmp_path / "UNetSegmentationLib" / "worker" / "protocol.py"
+    protocol.write_text(protocol.read_text("utf-8").replace(f"PROTOCOL = {PROTOCOL}\n", "PROTOCOL = 99\n"), "utf-8")
+    python = script(tmp_path / "python", f"""cd "{tmp_path}"; PYTHONPATH= exec "{sys.executable}" "$@"\n""")
+    with WorkerClient(python) as client:
+        with pytest.raises(WorkerError, match=f"protocol 99 and its client {PROTOCOL}; reinstall") as e:
+            client.start()
+        assert e.value.kind == "user" and client.pid is None
+
+
+def test_another_protocol_is_refused_by_the_worker(private):
+    worker = Raw(private, greet=False)
+    try:
+        assert "reinstall" in worker.ask(op="ping", id=1)["error"]
+        answer = worker.ask(op="hello", protocol=99)
+        assert answer["kind"] == "user" and f"protocol {PROTOCOL} and its client 99; reinstall" in answer["error"]
+        assert "reinstall" in worker.ask(op="ping", id=2)["error"]
+    finally:
+        worker.close()
+
+
+@POSIX
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("echo 'cannot find libpython' >&2; exit 3", "cannot run the worker .*libpython"),
+        ("exit 3", "exit code 3"),
+        ("kill -9 $$", "signal 9"),
+        (f'PYTHONPATH= exec "{sys.executable}" -S "$@"', "lacks the package numpy"),
+    ],
+)
+def test_a_python_that_cannot_run_the_worker(tmp_path, text, words):
+    with WorkerClient(script(tmp_path / "python", text + "\n")) as client:
+        with pytest.raises(WorkerError, match=words):
+            client.start()
+
+
+def test_a_python_that_is_not_there(tmp_path):
+    with WorkerClient(str(tmp_path / "python")) as client:
+        with pytest.raises(WorkerError, match="cannot be started.*choose another Python"):
+            client.start()
+
+
+def stub(tmp_path, name, text) -> dict[str, str]:
+    """The environment of a worker that finds another module first."""
+    folder = tmp_path / "stubs"
+    folder.mkdir()
+    (folder / f"{name}.py").write_text(textwrap.dedent(text))
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def test_what_libraries_print_does_no_harm(tmp_path, image, make_package):
+    environment = stub(
+        tmp_path,
+        "sitecustomize",
+        """
+        import os, sys, threading, time
+        print('{"event": "no message", "id": 1}')
+        print("no line break", end="", flush=True)
+        if "UNetSegmentationLib.worker" in sys.orig_argv:
+            def noise():
+                while "UNetSegmentationLib.worker.server" not in sys.modules:
+                    time.sleep(0.001)
+                while True:
+                    os.write(1, b'{"event": "done", "id": 2}\\nnoise')
+                    print("noise")
+                    time.sleep(0.001)
+            threading.Thread(target=noise, daemon=True).start()
+        """,
+    )
+    model = make_package()
+    with WorkerClient(environment=environment) as client:
+        volume = client.load_volume(image)
+        for _ in range(3):
+            assert_same(client.predict(volume, [model], QUICK), predict(image, [model], QUICK))
+        until(lambda: len(client.log) == 64 << 10, "the log to be full")
+
+
+def test_a_missing_library_is_named(tmp_path, image, make_package):
+    text = "raise ImportError('DLL load failed while importing onnxruntime_pybind11_state: The specified module could not be found.')"
+    with WorkerClient(environment=stub(tmp_path, "onnxruntime", text)) as client:
+        volume = client.load_volume(image)
+        with pytest.raises(WorkerError, match="package onnxruntime cannot be loaded .*install it again") as e:
+            client.predict(volume, [make_package()], QUICK)
+        assert e.value.kind == "user" and "Traceback" in client.log
+        assert client.ping()["volumes"] == [volume]
+
+
+def test_too_little_memory_is_a_sentence(client, tmp_path, image, toy_card, make_package):
+    from onnx import helper
+
+    # 128 TiB of floats: more than any process can address.
+    nodes = [
+        helper.make_node("Expand", ["image", "huge"], ["much"]),
+        helper.make_node("ReduceSum", ["much", "first"], ["x"]),
+        helper.make_node("Concat", ["x", "x"], ["logits"], axis=1),
+    ]
+    constants = {"huge": np.array([1 << 33, 1, 1, 1, 1, 1]), "first": np.array([0])}
+    nodes[1].attribute.append(helper.make_attribute("keepdims", 0))
+    model = onnx_package(tmp_path, toy_card, nodes, constants, "huge")
+    volume = client.load_volume(image)
+    pid = client.start()["pid"]
+    with pytest.raises(WorkerError, match="not enough memory; .*smaller") as e:
+        client.predict(volume, [model], QUICK)
+    assert e.value.kind == "memory"
+    assert client.predict(volume, [make_package()], QUICK).labels.array.any() and client.pid == pid
+
+
+# --------------------------------------------------------------------------------------------------------- bad requests
+
+
+def test_bad_input_is_the_sentence_of_predict(client, tmp_path, image, make_package):
+    model = make_package()
+    bad = tmp_path / "bad.unet.zip"
+    bad.write_bytes(model.path.read_bytes()[:-100])
+    holes = image.like(np.where(image.array == 2, np.nan, image.array).astype(np.float32))
+    cases = [
+        (image, [tmp_path / "none.unet.zip"], QUICK),
+        (image, [bad], QUICK),
+        (image, [], QUICK),
+        (holes, [model], QUICK),
+        (image, [make_package(channels=["a", "b"])], QUICK),
+        (image, [model], replace(QUICK, roi=Box((90, 0, 0), (99, 9, 9)))),
+        (image, [model], replace(QUICK, at=(9e9, 0.0, 0.0))),
+        (image, [model], replace(QUICK, at=(float("nan"), 0.0, 0.0))),
+        (image, [model], replace(QUICK, overlap=2.0)),
+        (image, [model], replace(QUICK, engine="magic")),
+    ]
+    from UNetSegmentationLib.model import ModelPackage
+
+    for picture, models, options in cases:
+        with pytest.raises(UserError) as direct:
+            predict(picture, [m if isinstance(m, ModelPackage) else ModelPackage.read(m) for m in models], options)
+        volume = client.load_volume(picture)
+        with pytest.raises(UserError) as through:
+            client.predict(volume, models, options)
+        assert str(through.value) == str(direct.value)
+    for options, words in (
+        (replace(QUICK, overlap=float("nan")), "finite"),
+        (replace(QUICK, batch=0), "batch"),
+        (replace(QUICK, intensity={"mode": "window", "level": 1}), "lacks 'width'"),
+        (replace(QUICK, intensity={"mode": "magic"}), "must be one of"),
+    ):
+        with pytest.raises(UserError, match=words):
+            client.predict(volume, [model], options)
+    with pytest.raises(UserError, match="spacing"):
+        client.load_volume(replace(image, spacing=(0.0, 1.0, 1.0)))
+    with pytest.raises(UserError, match="not numbers"):
+        client.load_volume(Image(np.full((2, 2, 2), None)))
+    assert client.predict(volume, [model], QUICK).labels.array.any() and client.ping()["engines_made"] <= 4
+    assert client.start()["pid"] == client.pid and not list(client.folder.glob("result-*"))
+
+
+def test_nonsense_is_answered_and_survived(raw, private, image, make_package):
+    np.save(private / "volume-1.npy", image.array)
+    np.save(private / "volume-2.npy", np.array([{}], object), allow_pickle=True)
+    (private / "volume-3.npy").write_bytes((private / "volume-1.npy").read_bytes()[:500])
+    np.save(private / "volume-4.npy", np.zeros(5))
+    np.save(private.parent / "volume-5.npy", image.array)
+    os.symlink(private.parent / "volume-5.npy", private / "volume-6.npy")
+    geometry = {"spacing": [1, 1, 1], "origin": [0, 0, 0], "direction": [1, 0, 0, 0, 1, 0, 0, 0, 1], "source": None}
+    load = {"op": "load_volume", "id": 7, "volume": 1, "file": "volume-1.npy", "geometry": geometry}
+    run = {"op": "predict", "id": 8, "volume": 1, "models": [str(make_package().path)], "options": {"engine": "onnx"}, "measures": False}
+    lines = [b"\xff\xfe", b"hello", b"[1]", b'"x"', b"{}", b'{"op": 3}', b'{"op": "explode", "id": 1}', b'{"op": "ping"}', b"[" * 100_000]
+    lines += [b'{"op": "ping", "id": true}', b'{"op": "ping", "id": NaN}', b'{"op": "cancel", "id": 1}', b'{"op": "predict", "id": 5}']
+    lines += [b'{"op": "ping", "id": 1, "x": "' + b"x" * MAX_LINE + b'"}']
+    lines += [json.dumps({**load, "file": f}).encode() for f in ("volume-2.npy", "volume-3.npy", "volume-4.npy", "volume-6.npy")]
+    lines += [
+        json.dumps({**load, "file": f}).encode() for f in ("../volume-5.npy", "volume-9.npy", str(private / "volume-1.npy"), "", None)
+    ]
+    for bad in ({"spacing": [1, 1]}, {"spacing": [0, 1, 1]}, {"origin": ["a", 0, 0]}, {"direction": [1] * 9}, {"source": 3}):
+        lines.append(json.dumps({**load, "geometry": {**geometry, **bad}}).encode())
+    for bad in ({"volume": 99}, {"models": "x"}, {"models": [3]}, {"options": None}, {"measures": 1}, {"options": {"evil": 1}}):
+        lines.append(json.dumps({**run, **bad}).encode())
+    for bad in ({"roi": [1]}, {"roi": [[1, 2], [3, 4]]}, {"at": [1]}, {"batch": "4"}, {"batch": 10**9}, {"tta": 3}, {"intensity": 3}):
+        lines.append(json.dumps({**run, "options": bad}).encode())
+    for line in lines:
+        raw.write(line + b"\n")
+        answer = raw.next()
+        assert answer["event"] == "error" and answer["error"].endswith(".") and answer["kind"] in ("user", "internal"), line[:200]
+        assert "unexpectedly" not in answer["error"] and "Something" not in answer["error"], line[:200]
+    assert raw.ask(**load)["event"] == "done" and raw.ask(**run)["event"] == "result"
+    raw.say(op="shutdown")
+    assert raw.process.wait(DEADLINE) == 0 and private.exists()  # the folder is the client's
+
+
+# ------------------------------------------------------------------------------------------------- without any process
+
+
+def test_lines_come_whole_however_they_are_cut():
+    stream = b'{"a": 1}\n\n  \r\n{"b": "' + b"x" * 100 + b'"}\n' + b"y" * (MAX_LINE + 5) + b'\n{"c": 3}\n{"unfinished'
+    expected = [b'{"a": 1}', b'{"b": "' + b"x" * 100 + b'"}', None, b'{"c": 3}']
+    assert Lines().feed(stream) == expected
+    for step in (1 << 16, 999_983):
+        lines = Lines()
+        assert [line for i in range(0, len(stream), step) for line in lines.feed(stream[i : i + step])] == expected
+    small = stream[:200]
+    lines = Lines()
+    assert [line for i in range(len(small)) for line in lines.feed(small[i : i + 1])] == expected[:2]
+
+
+def test_session_judges_what_it_hears(tmp_path):
+    session = Session(tmp_path)
+    assert json.loads(session.connect()) == {"op": "hello", "protocol": PROTOCOL}
+    assert session.feed(b"banner\n{}\n") == [] and session.hello is None
+    assert [e.kind for e in session.feed(json.dumps({"event": "hello", "protocol": PROTOCOL}).encode() + b"\n")] == ["hello"]
+    for line in (
+        b"noise",
+        b"{}",
+        b'{"event": "x"}',
+        b'{"event": "progress", "id": 1}',
+        b'{"event": "done", "id": "1"}',
+        b'{"event": "error", "id": 1}',
+    ):
+        (event,) = session.feed(line + b"\n")
+        assert event.kind == "fatal" and "unintelligible" in str(event.error()) and event.error().kind == "worker"
+    (event,) = session.feed(b'{"event": "result", "id": 5, "arrays": {}}\n')
+    with pytest.raises(ProtocolError):
+        session.result(event)
+    session.connect()
+    assert session.hello is None
+
+
+def test_a_result_that_does_not_fit_is_refused(tmp_path, image):
+    session = Session(tmp_path)
+    volume = session.add_volume(image)
+    number, line = session.predict(volume, ["model.unet.zip"])
+    assert [json.loads(part)["op"] for part in line.splitlines()] == ["load_volume", "predict"]
+    np.save(tmp_path / "result-1-labels.npy", np.ones((2, 2, 2), np.uint8))
+    np.save(tmp_path / "result-1-wide.npy", np.ones((2, 2, 2), np.float64))
+    good = {"file": "result-1-labels.npy", "box": [[0, 0, 0], [2, 2, 2]], "dtype": "uint8", "shape": [12, 40, 44]}
+    rest = {"label_defs": [], "model_name": "m", "roi": [[0, 0, 0], [1, 1, 1]], "engines": [], "warnings": [], "seconds": 1.0, "tiles": 1}
+    for bad in (
+        {"box": [[0, 0, 0], [2, 2, 3]]},
+        {"box": [[0, 0, -1], [2, 2, 1]]},
+        {"box": [[11, 0, 0], [13, 2, 2]]},
+        {"dtype": "object"},
+        {"dtype": "uint16"},
+        {"shape": [10**9, 12, 40, 44]},
+        {"file": "result-1-wide.npy"},
+        {"file": f"volume-{volume}.npy"},
+        {"file": "../result-1-labels.npy"},
+        {"file": 3},
+    ):
+        message = {"event": "result", "id": number, "arrays": {"labels": {**good, **bad}}, **rest}
+        (event,) = session.feed(json.dumps(message).encode() + b"\n")
+        with pytest.raises(ProtocolError):
+            session.result(event)
+    assert (tmp_path / f"volume-{volume}.npy").exists()
+    (event,) = session.feed(json.dumps({"event": "result", "id": number, "arrays": {"labels": good}, **rest}).encode() + b"\n")
+    labels = session.result(event).labels
+    assert labels.array.sum() == 8 and labels.same_grid(image) and not (tmp_path / "result-1-labels.npy").exists()
+
+
+def test_nothing_is_unpickled(tmp_path):
+    np.save(tmp_path / "result-1-labels.npy", np.array([print], object), allow_pickle=True)
+    with pytest.raises(ProtocolError):
+        load_array(tmp_path, "result-1-labels.npy")
+    with pytest.raises(ProtocolError):
+        decode_options({"__class__": "os.system"})

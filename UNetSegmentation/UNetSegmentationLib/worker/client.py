@@ -1,0 +1,503 @@
+"""The client's side: Session, which has no pipes and so also serves a QProcess, and WorkerClient on subprocess.
+
+>>> with WorkerClient() as worker:
+...     volume = worker.load_volume(read_image("ct.nii.gz"))
+...     prediction = worker.predict(volume, ["lung-nodule-2d-1.0.0.unet.zip"])
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..image import Image, UserError
+from ..inference.predict import Cancelled, Options, Progress
+from ..model import ModelPackage
+from .protocol import (
+    FOLDER_PREFIX,
+    KINDS,
+    PROTOCOL,
+    Lines,
+    ProtocolError,
+    WorkerPrediction,
+    decode_prediction,
+    dumps,
+    encode_image,
+    encode_options,
+    get,
+    loads,
+    remove_files,
+    remove_folder,
+)
+
+CANCEL_S = 0.3  # how long a worker that was asked to cancel may take before it is killed
+START_S = 120.0  # a cold disk and a virus scanner can take most of a minute over the first import of numpy
+_POLL_S = 0.03
+_LOG_BYTES = 64 << 10
+
+
+class WorkerError(UserError):
+    """What went wrong in the worker, as one sentence. kind: "user", "memory", "internal" or "worker" (it died or cannot start)."""
+
+    def __init__(self, text: str, kind: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Event:
+    """One message of the worker. kind: "hello", "progress", "done", "result", "cancelled", "error", or "fatal": the worker
+    must be killed. id: of the request that it answers; data: the message."""
+
+    kind: str
+    id: int | None
+    data: dict[str, Any]
+
+    @property
+    def final(self) -> bool:
+        return self.kind not in ("hello", "progress")
+
+    def error(self) -> WorkerError:
+        kind = self.data.get("kind")
+        return WorkerError(str(self.data.get("error", "")), kind if kind in KINDS else "worker")
+
+
+def command(python: str, folder: Path) -> list[str]:
+    """How the worker is started, by a process that lives as long as it should."""
+    return [python, "-m", f"{__package__}", str(folder), str(os.getpid())]
+
+
+def working_folder() -> Path:
+    """Where UNetSegmentationLib lies, for the worker's path and current folder."""
+    return Path(__file__).resolve().parents[2]
+
+
+def child_environment(python: str, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables of the worker; another Python does not get this one's home and paths."""
+    out = dict(os.environ if environment is None else environment)
+    paths = [str(working_folder())]
+    if python == sys.executable:
+        paths += filter(None, [out.get("PYTHONPATH")])
+    else:
+        out.pop("PYTHONHOME", None)
+    out["PYTHONPATH"] = os.pathsep.join(paths)
+    return out
+
+
+def ending(code: int) -> WorkerError:
+    """The sentence for a worker that ended by itself, by its exit code (negative: a signal)."""
+    number = -code if code < 0 else code - 128 if 128 < code < 160 else 0
+    if number == 9:
+        text = "The worker was stopped by the system (signal 9), probably because memory ran out"
+        return WorkerError(f"{text}; close other programs or draw a smaller ROI, and try again.", "memory")
+    what = f"crashed (signal {number})" if number else f"ended unexpectedly (exit code {code})"
+    return WorkerError(f"The worker {what}; try again, and if it happens again choose another engine or device.", "worker")
+
+
+class Session:
+    """All of the client but the process: numbers the requests, frames and checks the answers, remembers the volumes.
+
+    connect() for every new worker, feed() with what it writes on stdout, and the bytes of the others go to its stdin.
+    counts: how many requests of each kind were made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hello: dict[str, Any] | None = None
+        self.counts: Counter[str] = Counter()
+        self._lines = Lines()
+        self._volumes: dict[int, tuple[dict[str, Any], Image]] = {}
+        self._known: set[int] = set()  # volumes that this worker has
+        self._images: dict[int, Image] = {}  # by request, to place its result
+        self._last = 0
+
+    def connect(self) -> bytes:
+        """A new worker knows nothing yet; returns what to send it first."""
+        self.hello = None
+        self._lines = Lines()
+        self._known.clear()
+        self._images.clear()
+        remove_files(self.folder, "result-*")
+        return dumps({"op": "hello", "protocol": PROTOCOL})
+
+    def feed(self, data: bytes) -> list[Event]:
+        out = []
+        for line in self._lines.feed(data):
+            try:
+                event = self._event(loads(line))
+            except ProtocolError as e:
+                if self.hello is None:
+                    continue  # something printed before the worker took hold of its stdout
+                text = f"The worker answered something unintelligible ({e}); try again, or reinstall UNetSegmentation."
+                event = Event("fatal", None, {"error": text})
+            out.append(event)
+        return out
+
+    def _event(self, message: dict[str, Any]) -> Event:
+        kind, number = get(message, "event", str), message.get("id")
+        if kind not in ("hello", "progress", "done", "result", "cancelled", "error") or not (number is None or type(number) is int):
+            raise ProtocolError(f"there is no answer {kind[:40]!r}")
+        if kind == "hello":
+            spoken = get(message, "protocol", int)
+            if spoken != PROTOCOL:
+                text = f"The worker speaks protocol {spoken} and its client {PROTOCOL}; reinstall UNetSegmentation in both."
+                return Event("fatal", None, {"error": text, "kind": "user"})
+            self.hello = message
+        elif kind == "progress":
+            get(message, "fraction", (int, float)), get(message, "text", str)
+        elif kind == "error":
+            get(message, "error", str)
+            if number is None:  # of no request: it does not understand us, or cannot start
+                return Event("fatal", None, message)
+        return Event(kind, number, message)
+
+    def request(self, op: str, **fields: Any) -> tuple[int, bytes]:
+        """The request's id and the line to send."""
+        line = dumps({"op": op, "id": self._last + 1, **fields})
+        self._last += 1
+        self.counts[op] += 1
+        return self._last, line
+
+    def add_volume(self, image: Image) -> int:
+        """Write the volume into the folder; a worker gets to know it by load() or with its first predict()."""
+        self._last += 1
+        volume = self._last
+        # Only the grid is kept, not the caller's voxels.
+        grid = replace(image, array=np.broadcast_to(np.uint8(0), image.shape))
+        self._volumes[volume] = encode_image(image, self.folder, volume), grid
+        return volume
+
+    def load(self, volume: int) -> tuple[int, bytes]:
+        self._known.add(volume)
+        return self.request("load_volume", **self._volumes[volume][0])
+
+    def remove_volume(self, volume: int) -> tuple[int, bytes] | None:
+        """Delete the volume; returns what to send, None if the worker does not have it."""
+        if self._volumes.pop(volume, None) is None:
+            return None
+        remove_files(self.folder, f"volume-{volume}.npy")
+        if volume not in self._known:
+            return None
+        self._known.discard(volume)
+        return self.request("unload_volume", volume=volume)
+
+    def predict(
+        self, volume: int, models: Sequence[ModelPackage | str | Path], options: Options = Options(), measures: bool = False
+    ) -> tuple[int, bytes]:
+        """models: packages or their files. A worker that does not have the volume yet is told of it first."""
+        if volume not in self._volumes:
+            raise UserError("This volume was not loaded, or was unloaded; load it again.")
+        paths = [os.path.abspath(m.path if isinstance(m, ModelPackage) else Path(m).expanduser()) for m in models]
+        fields = {"volume": volume, "models": paths, "options": encode_options(options), "measures": measures}
+        dumps(fields)  # refused before the volume is announced
+        before = b"" if volume in self._known else self.load(volume)[1]
+        number, line = self.request("predict", **fields)
+        self._images[number] = self._volumes[volume][1]
+        return number, before + line
+
+    def result(self, event: Event) -> WorkerPrediction:
+        """What a "result" holds; its files are deleted. ProtocolError where it is not valid."""
+        image = self._images.get(event.id) if event.id is not None else None
+        if image is None:
+            raise ProtocolError("it is the result of no request")
+        return decode_prediction(event.data, self.folder, image)
+
+    def forget(self, request: int) -> None:
+        """The request is over: whatever it left behind is deleted."""
+        self._images.pop(request, None)
+        remove_files(self.folder, f"result-{request}-*")
+
+
+class WorkerClient:
+    """A worker process, started with the first call that needs it and again after it died or was killed.
+
+    python: the interpreter that runs it. environment: its variables (default: this process's). Every failure is a
+    WorkerError with one sentence, and the next call works again. One call at a time, none from
+    within progress() or cancelled(); cancel() may come from anywhere.
+    """
+
+    def __init__(self, python: str = sys.executable, environment: Mapping[str, str] | None = None) -> None:
+        self._python, self._environment = python, environment
+        self.folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+        self.session = Session(self.folder)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._events: deque[Event] = deque()
+        self._log = b""
+        self._calls = threading.RLock()
+        self._running: threading.Thread | None = None
+        self._stop, self._idle = threading.Event(), threading.Event()
+        self._idle.set()
+        self._answered = self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process id while it lives."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    @property
+    def log(self) -> str:
+        """The last of what the worker and its libraries wrote on stderr."""
+        return self._log.decode("utf-8", "replace")
+
+    # ------------------------------------------------------------------------------------------------------------ calls
+
+    def start(self) -> dict[str, Any]:
+        """Start the worker where there is none; returns its hello (protocol, core, python, pid)."""
+        with self._calls:
+            return self._start()
+
+    def load_volume(self, image: Image) -> int:
+        """Give the worker a volume, once for any number of predictions; returns its id."""
+        with self._calls:
+            self._start()
+            volume = self.session.add_volume(image)
+            try:
+                self._call(*self.session.load(volume))
+            except BaseException:
+                self.session.remove_volume(volume)
+                raise
+            return volume
+
+    def unload_volume(self, volume: int) -> None:
+        with self._calls:
+            request = self.session.remove_volume(volume)
+            if request is not None and self.pid is not None:
+                self._call(*request)
+
+    def ping(self) -> dict[str, Any]:
+        """What the worker holds: volumes, models, engines, engines_made."""
+        with self._calls:
+            self._start()
+            return self._call(*self.session.request("ping")).data
+
+    def predict(
+        self,
+        volume: int,
+        models: Sequence[ModelPackage | str | Path],
+        options: Options = Options(),
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        measures: bool = False,
+    ) -> WorkerPrediction:
+        """predict() of the core, in the worker: the same result, on the grid of the loaded image, and the same errors.
+
+        measures: also measure() the result there. Raises Cancelled after cancel(), or when cancelled() says so.
+        """
+        with self._calls:
+            self._stop.clear()
+            self._idle.clear()
+            self._running = threading.current_thread()
+            try:
+                self._start(cancelled)
+                number, line = self.session.predict(volume, models, options, measures)
+                try:
+                    return self.session.result(self._call(number, line, progress, cancelled))
+                except ProtocolError as e:
+                    self._kill()
+                    raise WorkerError(f"The worker's result is not valid ({e}); try again, or reinstall UNetSegmentation.", "worker") from e
+                finally:
+                    self.session.forget(number)
+            finally:
+                self._running = None
+                self._idle.set()
+
+    def cancel(self) -> None:
+        """End the running predict(), which raises Cancelled: ask, wait CANCEL_S at most, then kill the worker."""
+        running = self._running
+        self._stop.set()
+        if running is not None and running is not threading.current_thread():
+            self._idle.wait(2 * CANCEL_S + 1)
+
+    def close(self) -> None:
+        """End the worker and delete the temporary folder."""
+        with self._calls:
+            self._closed = True
+            if self._process is not None:
+                try:
+                    self._process.stdin.write(dumps({"op": "shutdown"}))  # type: ignore[union-attr]
+                    self._process.wait(1)
+                except (OSError, ValueError, subprocess.TimeoutExpired):
+                    pass
+                self._kill()
+            remove_folder(self.folder)
+
+    def __enter__(self) -> WorkerClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------------------------------------------------- process
+
+    def _start(self, cancelled: Callable[[], bool] | None = None) -> dict[str, Any]:
+        if self._closed:
+            raise WorkerError("The worker was closed; open a new one.", "worker")
+        if self._process is not None and self._process.poll() is not None:
+            self._kill()
+        if self._process is None:
+            # A session of its own, so that the whole tree can be killed.
+            if os.name == "nt":
+                own: dict[str, Any] = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
+            else:
+                own = {"start_new_session": True}
+            pipe = subprocess.PIPE
+            try:
+                self._process = subprocess.Popen(
+                    command(self._python, self.folder),
+                    stdin=pipe,
+                    stdout=pipe,
+                    stderr=pipe,
+                    bufsize=0,
+                    cwd=working_folder(),
+                    env=child_environment(self._python, self._environment),
+                    **own,
+                )
+            except OSError as e:
+                text = f"The worker cannot be started with the Python at {self._python} ({e.strerror or e}); choose another Python."
+                raise WorkerError(text, "worker") from e
+            self._log = b""
+            self._chunks = queue.SimpleQueue()
+            self._events.clear()
+            threading.Thread(target=_pump, args=(self._process.stdout, self._chunks.put), daemon=True).start()
+            self._logger = threading.Thread(target=_pump, args=(self._process.stderr, self._note), daemon=True)
+            self._logger.start()
+            self._call(None, self.session.connect(), None, cancelled)
+        assert self.session.hello is not None
+        return self.session.hello
+
+    def _note(self, data: bytes) -> None:
+        self._log = (self._log + data)[-_LOG_BYTES:]
+
+    def _write(self, data: bytes) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            while data:
+                data = data[self._process.stdin.write(data) or 0 :]
+        except OSError:
+            pass  # it died: the end of its stdout follows whatever it still had to say
+
+    def _died(self) -> None:
+        """The worker's pipe is closed: raise the sentence that says why."""
+        process, started = self._process, self.session.hello is not None
+        assert process is not None
+        try:
+            process.wait(1)
+        except subprocess.TimeoutExpired:
+            pass
+        code = process.poll()
+        self._kill()
+        self._logger.join(1)
+        if started or (code is not None and code < 0):
+            raise ending(-signal.SIGTERM if code is None else code)
+        reason = next((line.strip() for line in reversed(self.log.splitlines()) if line.strip()), f"exit code {code}")[:200]
+        raise WorkerError(f"The Python at {self._python} cannot run the worker ({reason}); choose another Python.", "worker")
+
+    def _kill(self) -> None:
+        """End the process and all that it started; the next call starts another."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.poll() is None:
+            try:
+                if sys.platform == "win32":
+                    subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, creationflags=0x08000000)
+                else:
+                    os.killpg(process.pid, signal.SIGKILL)
+            except OSError:
+                process.kill()
+            process.wait()
+        assert process.stdin is not None
+        try:
+            process.stdin.close()  # the other two are closed by the threads that read them
+        except OSError:
+            pass
+        remove_files(self.folder, "result-*")
+
+    def _call(
+        self,
+        number: int | None,
+        data: bytes,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Event:
+        """Send a request and return its answer; number None waits for the hello. Leaves no worker behind that is still
+        busy with it: whatever interrupts the wait, a progress() that raises included, kills it."""
+        try:
+            return self._converse(number, data, progress, cancelled)
+        except BaseException:
+            if self._process is not None and not self._answered:
+                self._kill()
+            raise
+
+    def _converse(self, number: int | None, data: bytes, progress: Progress | None, cancelled: Callable[[], bool] | None) -> Event:
+        self._answered = False
+        deadline = time.monotonic() + START_S if number is None else None
+        asked: float | None = None
+        self._write(data)
+        while True:
+            try:
+                event = self._next(_POLL_S)
+            except WorkerError as e:
+                raise (e if asked is None else Cancelled()) from None
+            now = time.monotonic()
+            if event is not None and event.kind == "fatal":
+                self._kill()
+                raise event.error()
+            if event is not None and (event.kind == "hello" if number is None else event.id == number and event.final):
+                self._answered = True
+                if event.kind == "cancelled" or asked is not None:
+                    raise Cancelled
+                if event.kind == "error":
+                    raise event.error()
+                return event
+            if event is not None and event.kind == "progress" and event.id == number and progress is not None and asked is None:
+                progress(float(event.data["fraction"]), event.data["text"])
+            if asked is None and self._running is not None and (self._stop.is_set() or (cancelled is not None and cancelled())):
+                asked = now
+                if number is None:
+                    raise Cancelled
+                self._write(self.session.request("cancel", target=number)[1])
+            if asked is not None and now - asked > CANCEL_S:
+                raise Cancelled
+            if deadline is not None and now > deadline:
+                self._kill()
+                raise WorkerError(f"The worker did not start within {START_S:.0f} seconds; try again.", "worker")
+
+    def _next(self, timeout: float) -> Event | None:
+        if not self._events:
+            try:
+                data = self._chunks.get(timeout=timeout)
+            except queue.Empty:
+                return None
+            if not data:
+                self._died()
+            self._events.extend(self.session.feed(data))
+        return self._events.popleft() if self._events else None
+
+
+def _pump(pipe: Any, put: Callable[[bytes], None]) -> None:
+    """Everything that comes out of a pipe; b"" at its end."""
+    with pipe:
+        while True:
+            try:
+                data = os.read(pipe.fileno(), 1 << 16)
+            except (OSError, ValueError):
+                data = b""
+            put(data)
+            if not data:
+                return

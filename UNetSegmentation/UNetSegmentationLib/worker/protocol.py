@@ -1,0 +1,373 @@
+"""What the worker and its client say: JSON lines on stdin and stdout, and arrays as .npy files in a private folder.
+
+requests   {"op": "hello", "protocol"} first, then, each with an "id" of its own: load_volume {volume, file, geometry},
+           unload_volume {volume}, predict {volume, models, options, measures}, cancel {target}, ping, shutdown
+answers    {"event": "hello", "protocol", "core", "python", "pid"} unasked; for an id any number of "progress"
+           {fraction, text}, then one of "done", "result", "cancelled", "error" {error: a sentence, kind}
+errors     kind is "user" (the input), "memory" or "internal"; the worker lives on after all of them
+arrays     volume-<id>.npy is the client's and stays until it is unloaded; result-<id>-<name>.npy is written by the worker,
+           read and deleted by the client; the client deletes the folder (0700), or the worker when the client died
+
+Nothing is pickled, and both sides check everything that they receive.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..image import Box, Image, UserError, check_geometry
+from ..inference.predict import Options, Prediction
+from ..model import _NEEDS, Label, card_schema, schema_errors
+
+PROTOCOL = 1
+FOLDER_PREFIX = "unetseg-worker-"
+KINDS = ("user", "memory", "internal")
+MAX_LINE = 4 << 20  # a card, whose labels a result repeats, has at most 1 MB
+_FILE = re.compile(r"(volume|result)-[0-9]+(-[a-z_]+)?\.npy")
+_MAPS = ("uncertainty", "mutual_information", "probabilities")
+# Windows cannot delete a file that is mapped, so there arrays are read instead.
+_MAPPED: Literal["r"] | None = None if os.name == "nt" else "r"
+
+
+class ProtocolError(Exception):
+    """The other side said something that the protocol does not know."""
+
+
+@dataclass(frozen=True, eq=False)
+class WorkerPrediction(Prediction):
+    """A Prediction, and what measure() says of it where that was asked for."""
+
+    measures: list[dict[str, Any]] | None = None
+
+
+# --------------------------------------------------------------------------------------------------------------- lines
+
+
+class Lines:
+    """Cuts a stream of bytes into lines; a line that is too long comes out as None."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+        self._skipping = False
+
+    def feed(self, data: bytes) -> list[bytes | None]:
+        out: list[bytes | None] = []
+        *complete, rest = data.split(b"\n")
+        for part in complete:
+            line = bytes(self._rest + part)
+            self._rest.clear()
+            if self._skipping or len(line) > MAX_LINE:
+                out.append(None)
+            elif line.strip():
+                out.append(line)
+            self._skipping = False
+        if not self._skipping:
+            self._rest += rest
+        if len(self._rest) > MAX_LINE:
+            self._rest.clear()
+            self._skipping = True
+        return out
+
+
+def dumps(message: dict[str, Any]) -> bytes:
+    """One line; UserError for a number that is not finite, which JSON cannot hold."""
+    try:
+        return json.dumps(message, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+    except ValueError as e:
+        raise UserError("One of the settings is not a finite number; correct it and try again.") from e
+
+
+def loads(line: bytes | None) -> dict[str, Any]:
+    def constant(text: str) -> None:
+        raise ValueError(text)
+
+    if line is None:
+        raise ProtocolError("The message is too long.")
+    try:
+        message = json.loads(line.decode("utf-8"), parse_constant=constant)
+    except (ValueError, RecursionError) as e:
+        raise ProtocolError("The message is not a line of JSON.") from e
+    if not isinstance(message, dict):
+        raise ProtocolError("The message is not a JSON object.")
+    return message
+
+
+def get(message: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+    """A field of a message; True is no int here."""
+    value = message.get(name)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ProtocolError(f"The message has no valid {name!r}.")
+    return value
+
+
+def numbers(message: dict[str, Any], name: str, count: int, kind: type | tuple[type, ...] = (int, float)) -> tuple[Any, ...]:
+    values: list[Any] = get(message, name, list)
+    if len(values) != count or not all(_is_number(v, kind) for v in values):
+        raise ProtocolError(f"The message's {name!r} is not {count} numbers.")
+    return tuple(values)
+
+
+def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def strings(message: dict[str, Any], name: str) -> tuple[str, ...]:
+    values = get(message, name, list)
+    if not all(isinstance(v, str) for v in values):
+        raise ProtocolError(f"The message's {name!r} is not a list of strings.")
+    return tuple(values)
+
+
+# -------------------------------------------------------------------------------------------------------------- arrays
+
+
+def save_array(folder: Path, name: str, array: np.ndarray) -> str:
+    """Returns the name. UserError where the disk is full."""
+    flags = array.flags
+    try:
+        # numpy writes an array that is not contiguous voxel by voxel.
+        np.save(folder / name, array if flags.c_contiguous or flags.f_contiguous else np.ascontiguousarray(array), allow_pickle=False)
+    except OSError as e:
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError:
+            pass
+        raise UserError(f"The temporary folder {folder} cannot hold the volume ({e.strerror or e}); free some disk space.") from e
+    return name
+
+
+def load_array(folder: Path, name: str) -> np.ndarray:
+    """A file of the folder, memory-mapped read-only (Windows: read)."""
+    if not _FILE.fullmatch(name) or (folder / name).is_symlink():
+        raise ProtocolError(f"{name!r} is no name of an array.")
+    try:
+        array = np.load(folder / name, mmap_mode=_MAPPED, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise ProtocolError(f"The array {name} cannot be read ({e}).") from e
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        raise ProtocolError(f"The array {name} does not hold numbers.")
+    return array.view(np.ndarray)
+
+
+def remove_files(folder: Path, pattern: str = "*.npy") -> None:
+    """Delete arrays of the protocol, and nothing else that may lie there."""
+    for path in list(folder.glob(pattern)):
+        if _FILE.fullmatch(path.name):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError:
+                pass
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete the folder of a session with its arrays; it stays if it holds anything else."""
+    if not folder.name.startswith(FOLDER_PREFIX):
+        return
+    for _ in range(3):  # the other thread may just be writing a result
+        remove_files(folder)
+        try:
+            folder.rmdir()
+            return
+        except OSError:
+            pass
+
+
+# --------------------------------------------------------------------------------------------------- images and options
+
+
+def encode_image(image: Image, folder: Path, volume: int) -> dict[str, Any]:
+    """Write the array and say where it lies; UserError for an image that no worker would take."""
+    check_geometry(image)
+    if image.array.dtype.kind not in "biuf":
+        raise UserError(f"{image.source or 'The image'} holds {image.array.dtype}, not numbers; convert it to a scalar volume.")
+    geometry = {
+        "spacing": [float(v) for v in image.spacing],
+        "origin": [float(v) for v in image.origin],
+        "direction": [float(v) for v in image.direction],
+        "source": None if image.source is None else str(image.source),
+    }
+    return {"volume": volume, "file": save_array(folder, f"volume-{volume}.npy", image.array), "geometry": geometry}
+
+
+def decode_image(message: dict[str, Any], folder: Path) -> Image:
+    geometry = get(message, "geometry", dict)
+    spacing, origin = numbers(geometry, "spacing", 3), numbers(geometry, "origin", 3)
+    source = geometry.get("source")
+    array = load_array(folder, get(message, "file", str))
+    if array.ndim not in (3, 4) or not (source is None or isinstance(source, str)):
+        raise ProtocolError("The volume is no image.")
+    image = Image(array, spacing, origin, numbers(geometry, "direction", 9), None if source is None else Path(source))  # type: ignore[arg-type]
+    check_geometry(image)
+    return image
+
+
+def _encode_box(box: Box) -> list[list[int]]:
+    return [[int(v) for v in box.start], [int(v) for v in box.stop]]
+
+
+def _decode_box(message: dict[str, Any], name: str) -> Box:
+    corners = get(message, name, list)
+    if len(corners) != 2:
+        raise ProtocolError(f"The message's {name!r} is no box.")
+    ends = {"start": corners[0], "stop": corners[1]}
+    return Box(numbers(ends, "start", 3, int), numbers(ends, "stop", 3, int))
+
+
+def encode_options(options: Options) -> dict[str, Any]:
+    """All fields of Options, as JSON."""
+    if options.at is not None and not all(math.isfinite(v) for v in options.at):
+        raise UserError("The point must be three numbers in mm.")
+    if options.roi is not None and len(options.roi.start) != 3:
+        raise UserError("The ROI is empty; give it a size along every axis.")
+    out = {f.name: getattr(options, f.name) for f in fields(Options)}
+    out["roi"] = None if options.roi is None else _encode_box(options.roi)
+    out["at"] = None if options.at is None else [float(v) for v in options.at]
+    return out
+
+
+_OPTIONS: dict[str, type | tuple[type, ...]] = {
+    "tta": str,
+    "overlap": (int, float),
+    "batch": int,
+    "engine": str,
+    "device": str,
+    "precision": str,
+    "threads": int,
+    "uncertainty": bool,
+    "probabilities": bool,
+    "postprocess": bool,
+}
+
+
+def decode_options(data: dict[str, Any]) -> Options:
+    unknown = set(data) - {f.name for f in fields(Options)}
+    if unknown:
+        raise ProtocolError(f"There is no option {sorted(unknown)[0]!r}.")
+    out: dict[str, Any] = {name: get(data, name, kind) for name, kind in _OPTIONS.items() if data.get(name) is not None}
+    if not (1 <= out.get("batch", 1) <= 1024 and 0 <= out.get("threads", 0) <= 4096):
+        raise UserError("The batch must be from 1 to 1024 and the threads from 0 to 4096; correct them.")
+    if data.get("roi") is not None:
+        out["roi"] = _decode_box(data, "roi")
+    if data.get("at") is not None:
+        out["at"] = numbers(data, "at", 3)
+    intensity = data.get("intensity")
+    if intensity is not None:
+        schema = card_schema()
+        errors = list(schema_errors(intensity, schema["properties"]["intensity"], schema, "the intensity"))
+        errors = errors or [f"the intensity lacks {key!r}" for key in _NEEDS.get(intensity["mode"], ()) if key not in intensity]
+        if errors:
+            raise UserError(f"The window is not valid: {errors[0]}; correct it.")
+        out["intensity"] = intensity
+    return Options(**out)
+
+
+# ---------------------------------------------------------------------------------------------------------- predictions
+
+
+def encode_prediction(prediction: Prediction, folder: Path, request: int, measures: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Write the arrays and say where they lie. Of the labels only the box of what is not 0 travels, of the maps the ROI."""
+    arrays: dict[str, Any] = {}
+
+    def put(name: str, array: np.ndarray, box: Box) -> None:
+        part = array[_within(box)]
+        file = None if box.empty else save_array(folder, f"result-{request}-{name}.npy", part)
+        arrays[name] = {"file": file, "box": _encode_box(box), "dtype": array.dtype.name, "shape": list(array.shape)}
+
+    inside = Box.around(prediction.labels.array[prediction.roi.slices])
+    put("labels", prediction.labels.array, inside.shifted(prediction.roi.start) if inside else Box((0, 0, 0), (0, 0, 0)))
+    for name in _MAPS:
+        image = getattr(prediction, name)
+        if image is not None:
+            put(name, image.array, prediction.roi)
+    return {
+        "arrays": arrays,
+        "label_defs": [asdict(label) for label in prediction.label_defs],
+        "model_name": prediction.model_name,
+        "roi": _encode_box(prediction.roi),
+        "engines": list(prediction.engines),
+        "warnings": list(prediction.warnings),
+        "seconds": prediction.seconds,
+        "tiles": prediction.tiles,
+        "measures": measures,
+    }
+
+
+def decode_prediction(message: dict[str, Any], folder: Path, image: Image) -> WorkerPrediction:
+    """The prediction on the grid of `image`; the files are deleted. The maps are the caller's own arrays."""
+    arrays = get(message, "arrays", dict)
+    labels = tuple(_decode_label(item) for item in get(message, "label_defs", list))
+    maps: dict[str, Image | None] = {name: image.like(_decode_array(arrays, name, folder, image)) for name in _MAPS if name in arrays}
+    return WorkerPrediction(
+        labels=image.like(_decode_array(arrays, "labels", folder, image)),
+        label_defs=labels,
+        model_name=get(message, "model_name", str),
+        roi=_decode_box(message, "roi"),
+        engines=strings(message, "engines"),
+        warnings=strings(message, "warnings"),
+        seconds=get(message, "seconds", (int, float)),
+        tiles=get(message, "tiles", int),
+        measures=_decode_measures(message.get("measures")),
+        **maps,
+    )
+
+
+def _within(box: Box) -> Any:
+    """The index of a box in an array with or without channels."""
+    return (..., *box.slices)
+
+
+def _decode_array(arrays: dict[str, Any], name: str, folder: Path, image: Image) -> np.ndarray:
+    entry = get(arrays, name, dict)
+    box, dtype = _decode_box(entry, "box"), get(entry, "dtype", str)
+    lead = tuple(get(entry, "shape", list)[:-3])
+    if dtype not in (("uint8", "uint16") if name == "labels" else ("float32",)) or box & Box.whole(image.shape) != box:
+        raise ProtocolError(f"The result's {name} do not fit the volume.")
+    if len(lead) != (name == "probabilities") or not all(isinstance(n, int) and 0 < n <= 65536 for n in lead):
+        raise ProtocolError(f"The result's {name} have an unknown shape.")
+    full = np.zeros((*lead, *image.shape), dtype)
+    if entry.get("file") is None:
+        return full
+    file = get(entry, "file", str)
+    if not file.startswith("result-"):
+        raise ProtocolError(f"{file!r} is no result.")
+    part = load_array(folder, file)
+    if part.dtype != full.dtype or part.shape != (*lead, *box.shape):
+        raise ProtocolError(f"The result's {name} are not what was announced.")
+    full[_within(box)] = part
+    del part
+    remove_files(folder, file)
+    return full
+
+
+def _decode_label(item: Any) -> Label:
+    if not isinstance(item, dict):
+        raise ProtocolError("The result has no valid labels.")
+    terminology = get(item, "terminology", dict)
+    codes = {str(key): list(strings(terminology, key)) for key in terminology}
+    return Label(get(item, "value", int), get(item, "name", str), numbers(item, "color", 3, int), codes)  # type: ignore[arg-type]
+
+
+def _decode_measures(items: Any) -> list[dict[str, Any]] | None:
+    """measure()'s dictionaries; JSON has made lists of its points."""
+    if items is None:
+        return None
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ProtocolError("The result has no valid measures.")
+    out = []
+    for item in items:
+        item = dict(item)
+        if item.get("center") is not None:
+            item["center"] = numbers(item, "center", 3)
+        for key in ("longest_points", "perpendicular_points"):
+            if item.get(key) is not None:
+                item[key] = [numbers({key: point}, key, 3) for point in get(item, key, list)]
+        out.append(item)
+    return out

@@ -1,0 +1,309 @@
+"""The worker's side: volumes, verified models and warm engines stay; predict() runs in the main thread.
+
+One thread reads the requests, so that a cancel, a ping or the client's end is seen while a network runs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import platform
+import queue
+import re
+import signal
+import stat
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..engines import Engine, choose_engine
+from ..image import Image, UserError
+from ..inference.predict import Cancelled, Options, predict
+from ..measure import measure
+from ..model import ModelPackage
+from .protocol import (
+    FOLDER_PREFIX,
+    PROTOCOL,
+    Lines,
+    ProtocolError,
+    decode_image,
+    decode_options,
+    dumps,
+    encode_prediction,
+    get,
+    loads,
+    remove_files,
+    remove_folder,
+    strings,
+)
+
+_WARM = 8  # models and engines kept; an ensemble of five folds and a few others
+_PROGRESS_S = 0.05
+_WATCH_S = 0.5
+_GOING_S = 1.0
+_MAX_TRACEBACK = 8000
+_NO_MEMORY = "There was not enough memory; close other programs, draw a smaller ROI, lower the batch, or choose a smaller model."
+_MEMORY = re.compile(
+    r"bad.?alloc|(failed|unable|could not|cannot) (to )?allocate|out of memory|alloc_?failed|memory is full|failed memory allocation", re.I
+)
+
+Stamp = tuple[str, int, int]
+
+
+def serve(source: int, sink: int, arguments: Sequence[str]) -> int:
+    """Serve the client on the other end of two file descriptors until it goes; arguments: its folder and process id."""
+    try:
+        folder, parent = Path(arguments[0]), int(arguments[1])
+        status = folder.lstat()
+        ours = os.name == "nt" or (status.st_uid == os.getuid() and not status.st_mode & 0o077)
+        if not (stat.S_ISDIR(status.st_mode) and folder.name.startswith(FOLDER_PREFIX) and ours):
+            raise ValueError(f"{folder} is not a private folder of a client")
+    except (IndexError, ValueError, OSError) as e:
+        print(f"The worker is started by its client, with a folder and a process id: {e}", file=sys.stderr)
+        return 2
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shared terminal is the client's to answer
+    _Server(source, sink, folder, parent).run()
+    return 0
+
+
+class _Server:
+    def __init__(self, source: int, sink: int, folder: Path, parent: int) -> None:
+        self._source, self._sink, self._folder = source, sink, folder
+        self._parent_gone = _watch_parent(parent)
+        self._writing = threading.Lock()
+        self._queue: queue.SimpleQueue[tuple[int, str, dict[str, Any]]] = queue.SimpleQueue()
+        self._state = threading.Lock()  # of the two sets
+        self._pending: set[int] = set()
+        self._cancelled: set[int] = set()
+        self._greeted = False
+        self._volumes: dict[int, Image] = {}
+        self._packages: dict[Stamp, ModelPackage] = {}
+        self._engines: dict[tuple[Stamp, str, str, str, int], Engine] = {}
+        self._engines_made = 0
+
+    def run(self) -> None:
+        for target in (self._read, self._watch):
+            threading.Thread(target=target, daemon=True).start()
+        hello = {"event": "hello", "protocol": PROTOCOL, "core": __version__, "python": platform.python_version(), "pid": os.getpid()}
+        self._write(b"\n" + dumps(hello))  # the line break ends whatever was printed before
+        while True:
+            self._answer(*self._queue.get())
+
+    def _write(self, data: bytes) -> None:
+        with self._writing:
+            try:
+                while data:
+                    data = data[os.write(self._sink, data) :]
+            except OSError:
+                self._leave()
+
+    def _leave(self) -> None:
+        """The client closed its pipe. Its folder is deleted if it is gone; one that lives may go on with another worker.
+
+        Not sys.exit: the main thread may be in a network for minutes.
+        """
+        until = time.monotonic() + _GOING_S  # a process that is killed closes its files a moment before it is gone
+        while not (gone := self._parent_gone()) and time.monotonic() < until:
+            time.sleep(0.005)
+        if gone:
+            remove_folder(self._folder)
+        os._exit(0)
+
+    # ------------------------------------------------------------------------------------------------- reader's thread
+
+    def _watch(self) -> None:
+        """A client killed while a process of its own holds the pipe open sends no end of file."""
+        while not self._parent_gone():
+            time.sleep(_WATCH_S)
+        self._leave()
+
+    def _read(self) -> None:
+        lines = Lines()
+        while True:
+            try:
+                data = os.read(self._source, 1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                self._leave()
+            for line in lines.feed(data):
+                request: dict[str, Any] = {}
+                try:
+                    request = loads(line)
+                    self._receive(request)
+                except Exception as e:
+                    number = request.get("id")
+                    self._write(dumps({"id": number if type(number) is int else None, **_failure(e)}))
+
+    def _receive(self, request: dict[str, Any]) -> None:
+        op = get(request, "op", str)
+        if op == "hello":
+            spoken = get(request, "protocol", int)
+            self._greeted = spoken == PROTOCOL
+            if not self._greeted:
+                raise UserError(f"The worker speaks protocol {PROTOCOL} and its client {spoken}; reinstall UNetSegmentation in both.")
+            return
+        if op == "shutdown":
+            os._exit(0)
+        if not self._greeted:
+            raise UserError("The client did not say which protocol it speaks; reinstall UNetSegmentation.")
+        number = get(request, "id", int)
+        if op == "cancel":
+            with self._state:
+                self._cancelled |= {get(request, "target", int)} & self._pending
+        elif op == "ping":
+            held = {"volumes": sorted(self._volumes), "models": len(self._packages), "engines": len(self._engines)}
+            self._write(dumps({"event": "done", "id": number, **held, "engines_made": self._engines_made}))
+        elif op in ("load_volume", "unload_volume", "predict"):
+            with self._state:
+                if number in self._pending:
+                    raise ProtocolError(f"The id {number} is already in use.")
+                self._pending.add(number)
+            self._queue.put((number, op, request))
+        else:
+            raise ProtocolError(f"There is no request {op[:40]!r}.")
+
+    # --------------------------------------------------------------------------------------------------- main thread
+
+    def _answer(self, number: int, op: str, request: dict[str, Any]) -> None:
+        try:
+            answer = getattr(self, "_" + op)(number, request)
+        except Cancelled:
+            answer = {"event": "cancelled"}
+        except Exception as e:
+            answer = _failure(e)
+        if answer["event"] in ("error", "cancelled"):
+            remove_files(self._folder, f"result-{number}-*")
+        if answer.get("kind") == "memory":
+            self._engines.clear()
+            self._packages.clear()
+            gc.collect()
+        with self._state:
+            self._pending.discard(number)
+            self._cancelled.discard(number)
+        self._write(dumps({"id": number, **answer}))
+
+    def _load_volume(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
+        self._volumes[get(request, "volume", int)] = decode_image(request, self._folder)
+        return {"event": "done"}
+
+    def _unload_volume(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
+        self._volumes.pop(get(request, "volume", int), None)
+        return {"event": "done"}
+
+    def _predict(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
+        image = self._volumes.get(get(request, "volume", int))
+        if image is None:
+            raise UserError("The worker does not have this volume; choose it again.")
+        options = decode_options(get(request, "options", dict))
+        names, wants_measures = strings(request, "models"), get(request, "measures", bool)
+        last = float("-inf")
+
+        def progress(fraction: float, text: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _PROGRESS_S or fraction >= 1:
+                last = time.monotonic()
+                self._write(dumps({"event": "progress", "id": number, "fraction": fraction, "text": text}))
+
+        def cancelled() -> bool:
+            return number in self._cancelled
+
+        progress(0.0, "loading the model")
+        models, engines = [], []
+        for name in names:
+            if cancelled():
+                raise Cancelled
+            model, engine = self._warm(name, options, max(_WARM, len(names)))
+            models.append(model)
+            engines.append(engine)
+        prediction = predict(image, models, options, progress, cancelled, engines)
+        if cancelled():
+            raise Cancelled
+        measures = measure(prediction.labels, prediction.label_defs, image) if wants_measures else None
+        return {"event": "result", **encode_prediction(prediction, self._folder, number, measures)}
+
+    def _warm(self, name: str, options: Options, keep: int) -> tuple[ModelPackage, Engine]:
+        """A verified model and its engine, made only when the file or the choice of engine is new."""
+        path = Path(name)
+        try:
+            status = path.stat()
+        except OSError:
+            raise UserError(f"There is no model package {path}; check the name.") from None
+        stamp = (name, status.st_mtime_ns, status.st_size)
+        if stamp not in self._packages:
+            for old in [s for s in self._packages if s[0] == name]:
+                del self._packages[old]
+            for key in [k for k in self._engines if k[0][0] == name]:
+                del self._engines[key]
+            self._packages[stamp] = ModelPackage.read(path)
+        package = self._packages[stamp] = self._packages.pop(stamp)  # the last in a dict is the one used last
+        choice = (stamp, options.engine, options.device, options.precision, options.threads)
+        if choice not in self._engines:
+            self._engines[choice] = choose_engine(package, options.engine, options.device, options.precision, options.threads)
+            self._engines_made += 1
+        engine = self._engines[choice] = self._engines.pop(choice)
+        while len(self._packages) > keep:
+            del self._packages[next(iter(self._packages))]
+        while len(self._engines) > keep:
+            del self._engines[next(iter(self._engines))]
+        return package, engine
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """What a person should read; what a programmer should read goes to stderr, bounded."""
+    chain: list[BaseException] = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) and before not in chain and len(chain) < 10:
+        chain.append(before)
+    if any(isinstance(e, MemoryError) or _MEMORY.search(str(e)) for e in chain):
+        text = str(error) if isinstance(error, UserError) and type(chain[-1]).__module__.startswith("torch") else _NO_MEMORY
+        return {"event": "error", "kind": "memory", "error": text}
+    if isinstance(error, UserError):
+        return {"event": "error", "kind": "user", "error": str(error)}
+    if isinstance(error, ProtocolError):
+        return {"event": "error", "kind": "internal", "error": str(error)}
+    text = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK:]
+    print(text, file=sys.stderr, flush=True)
+    if isinstance(error, ImportError):
+        name = (error.name or "").split(".")[0] or next(iter(re.findall(r"importing (\w+)|named '(\w+)", str(error))), ("", ""))[0]
+        package = "onnxruntime" if name.startswith("onnxruntime") else name or "that runs the network"
+        more = ", and on Windows the Microsoft Visual C++ Redistributable" if os.name == "nt" else ""
+        reason = (str(error).splitlines() or [""])[0][:200]
+        return {"event": "error", "kind": "user", "error": f"The package {package} cannot be loaded ({reason}); install it again{more}."}
+    return {
+        "event": "error",
+        "kind": "internal",
+        "error": f"Something unexpected went wrong ({type(error).__name__}: {str(error)[:200]}); please report it with the log.",
+    }
+
+
+def _watch_parent(pid: int) -> Callable[[], bool]:
+    """A function that says whether the client's process is gone."""
+    if sys.platform == "win32":
+        import ctypes
+
+        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+        kernel.OpenProcess.restype = ctypes.c_void_p
+        kernel.WaitForSingleObject.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
+        handle = kernel.OpenProcess(0x00100000, False, pid)  # SYNCHRONIZE; an open handle keeps the id from being used again
+        return lambda: not handle or kernel.WaitForSingleObject(handle, 0) == 0
+    first = os.getppid()
+
+    def gone() -> bool:
+        if first == pid and os.getppid() != pid:  # also true of a client that nobody has waited for yet
+            return True
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        return False
+
+    return gone
