@@ -359,7 +359,7 @@ def test_dicom_seg_of_another_scan(series, tmp_path):
 
 def test_dicom_seg_of_nothing(series, tmp_path):
     p = dicom_prediction(series, defs=(BONE,))
-    with pytest.raises(UserError, match="nothing was found, so there is no DICOM SEG to write"):
+    with pytest.raises(UserError, match="Nothing was found, so there is no DICOM SEG to write"):
         write_segmentation(p, tmp_path / "x.dcm", series)
 
 

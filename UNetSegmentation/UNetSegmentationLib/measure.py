@@ -39,7 +39,7 @@ def _one(labels: Image, label: Label, values: np.ndarray | None) -> dict[str, An
     count = int(mask.sum())
     center = np.array([a.mean() for a in np.nonzero(mask)]) + box.start
     out.update(voxels=count, volume_mm3=count * voxel, volume_ml=count * voxel / 1000, center=labels.index_to_point(center[::-1].tolist()))
-    labelled, counts = components(mask)
+    labelled, counts = components(mask, corners=True)  # a thin lesion on a slant hangs together by its voxels' corners
     out.update(_diameters(labels, mask if len(counts) < 3 else labelled == 1 + counts[1:].argmax(), box))
     if values is not None:
         inside = values[box.slices][mask].astype(np.float64)

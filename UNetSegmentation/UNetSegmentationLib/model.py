@@ -210,7 +210,24 @@ def schema_errors(value: Any, schema: dict[str, Any], root: dict[str, Any] | Non
                 yield f"{at} has the unknown entry {key!r}"
 
 
-_NEEDS = {"window": ("level", "width"), "percentile": ("low", "high"), "ct-foreground": ("low", "high", "mean", "std")}
+_INTENSITY_NEEDS = {"window": ("level", "width"), "percentile": ("low", "high"), "ct-foreground": ("low", "high", "mean", "std")}
+
+
+def intensity_errors(intensity: Any, at: str) -> Iterator[str]:
+    """What is wrong with a card-style "intensity" entry."""
+    schema = card_schema()
+    errors = list(schema_errors(intensity, schema["properties"]["intensity"], schema, at))
+    yield from errors
+    if errors:
+        return
+    mode = intensity["mode"]
+    missing = [k for k in _INTENSITY_NEEDS.get(mode, ()) if k not in intensity]
+    if missing:
+        yield f"{at} lacks {', '.join(missing)}"
+    elif mode in ("percentile", "ct-foreground") and not intensity["low"] < intensity["high"]:
+        yield f"{at}.low is not below high"
+    elif mode == "percentile" and not 0 <= intensity["low"] < intensity["high"] <= 100:
+        yield f"{at}.low and high are not percentages"
 
 
 def check_card(data: Any) -> Card:
@@ -232,13 +249,8 @@ def check_card(data: Any) -> Card:
     values = [label.value for label in card.labels]
     if len(set(values)) != len(values):
         raise wrong("two labels share one value")
-    missing = [k for k in _NEEDS.get(card.intensity["mode"], ()) if k not in card.intensity]
-    if missing:
-        raise wrong(f"card.intensity lacks {', '.join(missing)}")
-    if card.intensity["mode"] in ("percentile", "ct-foreground") and not card.intensity["low"] < card.intensity["high"]:
-        raise wrong("card.intensity.low is not below high")
-    if card.intensity["mode"] == "percentile" and not 0 <= card.intensity["low"] < card.intensity["high"] <= 100:
-        raise wrong("card.intensity.low and high are not percentages")
+    for error in intensity_errors(card.intensity, "card.intensity"):
+        raise wrong(error)
     flips = data.get("flip_axes", ())
     if len(set(flips)) != len(flips):
         raise wrong("card.flip_axes names an axis twice")

@@ -111,7 +111,7 @@ def _write_dicom(prediction: Prediction, path: Path, image: Image | None) -> Non
         raise UserError(f"The result has {labels.shape[0]} slices and the DICOM series {len(files)}; write .seg.nrrd instead.")
     found = present(labels.array, prediction.label_defs)
     if not found:
-        raise UserError("nothing was found, so there is no DICOM SEG to write")
+        raise UserError("Nothing was found, so there is no DICOM SEG to write; try another ROI or model, or write .seg.nrrd.")
     try:
         import highdicom  # noqa: F401
         import pydicom

@@ -11,9 +11,11 @@ import SimpleITK as sitk
 from .image import Box
 
 
-def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Face-connected components of a (z, y, x) mask: their map (0 = none) and voxel counts, [0] for the background."""
-    labelled = sitk.GetArrayFromImage(sitk.ConnectedComponent(sitk.GetImageFromArray(np.ascontiguousarray(mask, np.uint8))))
+def components(mask: np.ndarray, corners: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Components of a (z, y, x) mask: their map (0 = none) and voxel counts, [0] for the background. Voxels that share a
+    face hang together, with `corners` also those that share an edge or a corner."""
+    binary = sitk.GetImageFromArray(np.ascontiguousarray(mask, np.uint8))
+    labelled = sitk.GetArrayFromImage(sitk.ConnectedComponent(binary, corners))
     return labelled, np.bincount(labelled.ravel())
 
 

@@ -29,7 +29,11 @@ class OpenVINOEngine:
         self._text = f"OpenVINO {openvino.__version__.split('-')[0]}, {target}, {kind}{note}"
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        return np.array(self._model(np.ascontiguousarray(batch, np.float32))[0], np.float32)
+        try:
+            return np.array(self._model(np.ascontiguousarray(batch, np.float32))[0], np.float32)
+        except RuntimeError as e:
+            reason = str(e).splitlines()[0][:200]
+            raise UserError(f"OpenVINO failed while it ran the network ({reason}); try a smaller ROI or another engine.") from e
 
     def describe(self) -> str:
         return self._text

@@ -18,6 +18,7 @@ def gpu_device() -> str | None:
 
 def load_network(package: ModelPackage) -> torch.nn.Module:
     """The package's network in evaluation mode, in float32 on the CPU."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     if package.safetensors is None or "network" not in package.card.data:
@@ -25,7 +26,7 @@ def load_network(package: ModelPackage) -> torch.nn.Module:
     try:
         model = build(package.card.data["network"])
         model.load_state_dict({k: v.float() for k, v in load(package.safetensors).items()})
-    except (ValueError, RuntimeError, TypeError) as e:
+    except (ValueError, RuntimeError, TypeError, SafetensorError) as e:
         raise UserError(f"The weights of {package.path.name} do not fit the network of its card ({str(e).splitlines()[0]}).") from e
     return model.eval()
 

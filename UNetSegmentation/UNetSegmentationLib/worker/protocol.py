@@ -25,7 +25,7 @@ import numpy as np
 
 from ..image import Box, Image, UserError, check_geometry
 from ..inference.predict import Options, Prediction
-from ..model import _NEEDS, Label, card_schema, schema_errors
+from ..model import Label, intensity_errors
 
 PROTOCOL = 1
 FOLDER_PREFIX = "unetseg-worker-"
@@ -260,11 +260,8 @@ def decode_options(data: dict[str, Any]) -> Options:
         out["at"] = numbers(data, "at", 3)
     intensity = data.get("intensity")
     if intensity is not None:
-        schema = card_schema()
-        errors = list(schema_errors(intensity, schema["properties"]["intensity"], schema, "the intensity"))
-        errors = errors or [f"the intensity lacks {key!r}" for key in _NEEDS.get(intensity["mode"], ()) if key not in intensity]
-        if errors:
-            raise UserError(f"The window is not valid: {errors[0]}; correct it.")
+        for error in intensity_errors(intensity, "the intensity"):
+            raise UserError(f"The window is not valid: {error}; correct it.")
         out["intensity"] = intensity
     return Options(**out)
 
