@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 # A box of about twice the size of the nodule, R0,R1,A0,A1,S0,S1 in mm, as a person would draw it.
 ROI = 8.3,35.6,105.2,134.8,-630,-595
 
-.PHONY: demo test lint check bench clean
+.PHONY: demo test lint clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/unetseg sample --folder demo/sample

@@ -89,11 +89,11 @@ def in_place_of(mask, image):
 
 
 @pytest.mark.parametrize("name", ["lung-nodule-2d", "hippocampus-3d"])
-def test_same_mask_in_all_48_orientations(name, data):
+def test_same_mask_in_all_48_orientations(name, request):
     if name == "lung-nodule-2d":
         image = nodule_phantom()
     else:
-        image = read_image(data / "msd_hippocampus" / "images" / "hippocampus_003.nii.gz")
+        image = read_image(request.getfixturevalue("data") / "msd_hippocampus" / "images" / "hippocampus_003.nii.gz")
         image = image.crop(Box((4, 4, 4), (32, 44, 30)))
     model = find_model(name)
     base = predict(image, [model], Options(tta="none"))
