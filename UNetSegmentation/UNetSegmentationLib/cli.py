@@ -348,7 +348,7 @@ def _app() -> Any:
         else:
             table = Table(caption=escape(f"imported models: {user_models_folder()}"))
             for name in ("model", "task", "segments", "size", "measured Dice", "licence"):
-                table.add_column(name)
+                table.add_column(name, no_wrap=name in ("model", "size"))
             for path, card in cards:
                 scores = card.data.get("metrics", {}).get("dice")
                 numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float))} if isinstance(scores, dict) else {}
