@@ -122,11 +122,13 @@ def test_export_runs_at_any_size_and_equals_pytorch(tmp_path, norm):
     torch.manual_seed(0)
     model = build(UNetConfig(dimensions=2, in_channels=3, channels=(4, 8, 8), norm=norm)).eval()
     rng = np.random.default_rng(0)
-    cases = [rng.random((n, 3, h, w), np.float32) for n, h, w in ((1, 32, 48), (2, 16, 64))]
-    card = {**release.LUNG_CARD, "divisor": [4, 4]}
-    package = export(model, card, tmp_path / "x.unet.zip", cases)
-    got = predict(Image(rng.integers(-1000, 400, (3, 50, 60)).astype(np.int16)), [package], Options(tta="none"))
-    assert got.labels.shape == (3, 50, 60)
+    images = [Image(rng.integers(-1000, 400, (3, h, 60)).astype(np.int16)) for h in (50, 130)]
+    card = {**release.LUNG_CARD, "divisor": [4, 4], "patch": [64, 48]}
+    package = export(model, card, tmp_path / "x.unet.zip", images)
+    assert predict(images[1], [package], Options(tta="none")).labels.shape == (3, 130, 60)
+    with pytest.raises(SystemExit, match="differ by"):
+        export(model, card, tmp_path / "y.unet.zip", images, tolerance=0)
+    assert not (tmp_path / "y.unet.zip").exists()
 
 
 def test_bundled_figures_are_those_of_the_results():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,6 +272,7 @@ image = Image(np.zeros((4, 5, 6), np.uint8))
 picture.save_picture(image, Prediction(image, (), "toy-1.0.0", Box.whole(image.shape)), sys.argv[1], (0, 1))
 assert "matplotlib.pyplot" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.png")], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(tmp_path / "x.png")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2] / "UNetSegmentation")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.png").stat().st_size > 1000

@@ -562,7 +562,7 @@ def test_bad_input_is_the_sentence_of_predict(client, tmp_path, image, make_pack
     for options, words in (
         (replace(QUICK, overlap=float("nan")), "finite"),
         (replace(QUICK, batch=0), "batch"),
-        (replace(QUICK, intensity={"mode": "window", "level": 1}), "lacks 'width'"),
+        (replace(QUICK, intensity={"mode": "window", "level": 1}), "lacks width"),
         (replace(QUICK, intensity={"mode": "magic"}), "must be one of"),
     ):
         with pytest.raises(UserError, match=words):

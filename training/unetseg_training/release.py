@@ -27,7 +27,7 @@ from UNetSegmentationLib.model import RESOURCES, SUFFIX, ModelPackage, write_pac
 from UNetSegmentationLib.networks import UNetConfig, build
 
 from . import hippocampus_3d, lung_nodule_2d
-from .data import Source, fold_of, hippocampi, lidc_crops, lidc_cubes, load
+from .data import Source, fold_of, hippocampi, lidc_crops, lidc_cubes
 from .export import export
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -195,20 +195,10 @@ def main() -> None:
     model.load_state_dict(torch.load(options.run / "checkpoint.pt", weights_only=True)["average"])
     model.eval()
 
-    inputs = []
-    for _, source, _ in list(_cases(options.name))[:5]:
-        case = load(source, card["spacing"], card["intensity"], len(card["labels"]))
-        sizes = [n // d * d for n, d in zip(case.labels.shape[-config.dimensions :], card["divisor"])]
-        cut = tuple(slice(0, n) for n in sizes)
-        values = case.values.astype(np.float32)
-        # Three neighbouring slices as channels, or the volume itself.
-        stack = values[0, : config.in_channels] if config.dimensions == 2 else values
-        inputs.append(stack[(slice(None), *cut)][None])
-    inputs = [x for x in inputs if x.shape[1] == config.in_channels]
-
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        draft = export(model, card, Path(folder) / f"draft{SUFFIX}", inputs)
+        images = [read_image(source.image) for _, source, _ in list(_cases(options.name))[:5]]
+        draft = export(model, card, Path(folder) / f"draft{SUFFIX}", images)
         rows = score(draft, options.name)
         labels = [label.name for label in draft.card.labels]
         metrics = summary(rows, labels, f"python -m unetseg_training.release {options.name} runs/{options.name}")
