@@ -23,7 +23,6 @@ _EXPORTS = {
     "Options": "inference.predict",
     "Prediction": "inference.predict",
     "Cancelled": "inference.predict",
-    "measure": "measure",
 }
 __all__ = [*_EXPORTS, "__version__"]
 

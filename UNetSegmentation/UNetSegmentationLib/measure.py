@@ -36,14 +36,16 @@ def _one(labels: Image, label: Label, values: np.ndarray | None) -> dict[str, An
     if box is None:
         return out
     mask = mask[box.slices]
-    count = int(mask.sum())
-    center = np.array([a.mean() for a in np.nonzero(mask)]) + box.start
+    profiles = [mask.sum(axis=tuple(b for b in range(3) if b != a)) for a in range(3)]
+    count = int(profiles[0].sum())
+    center = np.array([np.average(np.arange(len(p)), weights=p) for p in profiles]) + box.start
     out.update(voxels=count, volume_mm3=count * voxel, volume_ml=count * voxel / 1000, center=labels.index_to_point(center[::-1].tolist()))
     labelled, counts = components(mask, corners=True)  # a thin lesion on a slant hangs together by its voxels' corners
     out.update(_diameters(labels, mask if len(counts) < 3 else labelled == 1 + counts[1:].argmax(), box))
     if values is not None:
-        inside = values[box.slices][mask].astype(np.float64)
-        out.update(mean_hu=float(inside.mean()), std_hu=float(inside.std()), min_hu=float(inside.min()), max_hu=float(inside.max()))
+        inside = values[box.slices][mask]
+        out.update(mean_hu=float(inside.mean(dtype=np.float64)), std_hu=float(inside.std(dtype=np.float64)))
+        out.update(min_hu=float(inside.min()), max_hu=float(inside.max()))
     return out
 
 

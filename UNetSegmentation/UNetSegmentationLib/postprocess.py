@@ -14,9 +14,24 @@ from .image import Box
 def components(mask: np.ndarray, corners: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Components of a (z, y, x) mask: their map (0 = none) and voxel counts, [0] for the background. Voxels that share a
     face hang together, with `corners` also those that share an edge or a corner."""
-    binary = sitk.GetImageFromArray(np.ascontiguousarray(mask, np.uint8))
-    labelled = sitk.GetArrayFromImage(sitk.ConnectedComponent(binary, corners))
-    return labelled, np.bincount(labelled.ravel())
+    found = sitk.ConnectedComponent(sitk.GetImageFromArray(np.ascontiguousarray(mask, np.uint8)), corners)
+    view = sitk.GetArrayViewFromImage(found)  # valid while `found` lives
+    n = int(max(plane.max() for plane in view)) + 1
+    # Plane by plane and in the smallest type: bincount and 32-bit maps of a 512x512x400 CT took 2 GB.
+    labelled = view.astype(np.min_scalar_type(n))
+    return labelled, _per_component(labelled, n)
+
+
+def _per_component(labelled: np.ndarray, n: int, weights: Sequence[np.ndarray] | None = None) -> np.ndarray:
+    """Voxels of each component; with weights (one array for each axis, whose product counts), their weighted sum."""
+    total = np.zeros(n, np.int64 if weights is None else np.float64)
+    plane_weights = None if weights is None else np.outer(weights[1], weights[2]).ravel()
+    for z, plane in enumerate(labelled):
+        if weights is None:
+            total += np.bincount(plane.ravel(), minlength=n)
+        else:
+            total += np.bincount(plane.ravel(), plane_weights, n) * weights[0][z]
+    return total
 
 
 def clean(labels: np.ndarray, values: Sequence[int], rules: dict[str, Any], spacing: Sequence[float], focus: Box | None = None) -> None:
@@ -55,9 +70,12 @@ def clean(labels: np.ndarray, values: Sequence[int], rules: dict[str, Any], spac
 def _central_mass(labelled: np.ndarray, n: int, focus: Box) -> np.ndarray:
     """Voxels of each component weighted by a Gaussian at the focus' centre, sigma a quarter of its size along each axis;
     a component at the centre itself comes before all others."""
-    at = np.nonzero(labelled)
-    distance = sum(((a - (low + high - 1) / 2) / max((high - low) / 4, 0.5)) ** 2 for a, low, high in zip(at, focus.start, focus.stop))
-    mass = np.bincount(labelled[at], np.exp(-0.5 * distance), n)
+    weights = [
+        np.exp(-0.5 * ((np.arange(size) - (low + high - 1) / 2) / max((high - low) / 4, 0.5)) ** 2)
+        for size, low, high in zip(labelled.shape, focus.start, focus.stop)
+    ]
+    mass = _per_component(labelled, n, weights)
+    mass[0] = 0
     middle = tuple(slice(max(0, (a + b - 1) // 2), max(0, (a + b) // 2 + 1)) for a, b in zip(focus.start, focus.stop))
     mass[np.unique(labelled[middle])] += mass.sum()
     return mass
