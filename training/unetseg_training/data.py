@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from UNetSegmentationLib.image import Box, Grid, Image, read_image, reorient, sample
+from UNetSegmentationLib.image import Box, Grid, read_image, reorient, sample
 from UNetSegmentationLib.intensity import normaliser
 
 
@@ -80,8 +80,3 @@ def fold_of(patients: list[str], folds: int = 5, seed: int = 20261122) -> dict[s
     names = sorted(set(patients))
     order = np.random.default_rng(seed).permutation(len(names))
     return {names[i]: rank % folds for rank, i in enumerate(order)}
-
-
-def reference(source: Source) -> Image:
-    assert source.mask is not None
-    return read_image(source.mask)

@@ -142,7 +142,7 @@ def score(package: ModelPackage, name: str, tta: str | None = None) -> list[dict
         box = Box.around(truth.array > 0)
         assert box is not None
         roi = twice(box, image.shape) if boxed else Box.whole(image.shape)
-        prediction = predict(image, [package], Options(roi=roi, tta=tta))
+        prediction = predict(image, [package], Options(roi=roi, tta=tta, engine="onnx", device="cpu"))
         row: dict[str, Any] = {"set": kind, "case": source.image.name, "seconds": round(prediction.seconds, 3)}
         for label in package.card.labels:
             row[label.name] = round(dice(prediction.labels.array == label.value, truth.array == label.value), 4)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -68,7 +68,8 @@ class Prediction:
     float32, 0 (certain) to 1 (all labels equally likely). mutual_information: the part of it on which the TTA copies
     and models disagree (Houlsby et al. 2011), same scale; None with a single copy. probabilities: (k, z, y, x) float32,
     one channel for each output of the network (background first for softmax). Maps are 0 outside the ROI.
-    roi: the box that was computed, in the image's index space (z, y, x).
+    roi: the box that was computed, in the image's index space (z, y, x). engines: what ran, for each model; tiles:
+    network inputs computed or skipped as air, TTA copies counted.
     """
 
     labels: Image
@@ -81,7 +82,7 @@ class Prediction:
     engines: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
-    tiles: int = field(default=0, compare=False)
+    tiles: int = 0
 
 
 def predict(
@@ -104,7 +105,7 @@ def predict(
     roi, focus = _region(image, models[0].card, options)
     target = _canonical_box(roi, orientation, image.shape)
 
-    notes = [w for w in warnings_for(options.intensity or models[0].card.intensity, image.channels)]
+    notes = warnings_for(options.intensity or models[0].card.intensity, image.channels)
     engines = engines or [choose_engine(m, options.engine, options.device, options.precision, options.threads) for m in models]
     axes = {m.card.slice_axis for m in models if m.card.dimensions == 2}
     roll = axes.pop() if len(axes) == 1 and all(m.card.dimensions == 2 for m in models) else 0
