@@ -69,8 +69,8 @@ LUNG_CARD: dict[str, Any] = {
     "postprocess": {"largest_component": True, "fill_holes": True},
     "licence": "Apache-2.0. Trained on LIDC-IDRI (CC BY 3.0, Armato et al. 2011, The Cancer Imaging Archive).",
     "training_data": [
-        "LIDC-IDRI, 779 nodules of 435 patients (crops, consensus of at least 2 radiologists), CC BY 3.0",
-        "LIDC-IDRI, 110 nodules (1 mm cubes, one radiologist), CC BY 3.0",
+        "LIDC-IDRI, 617 nodules (crops, consensus of at least 2 radiologists), four of five folds, CC BY 3.0",
+        "LIDC-IDRI, 87 nodules (1 mm cubes, one radiologist), four of five folds, CC BY 3.0",
         "LIDC-IDRI-0001, whole scan, CC BY 3.0",
         "elastix 3DCT_lung, Apache-2.0 (background only)",
     ],
@@ -109,7 +109,7 @@ HIPPOCAMPUS_CARD: dict[str, Any] = {
     "roi_mm": None,
     "postprocess": {"largest_component": True},
     "licence": "CC BY-SA 4.0, as its data. Trained on the Medical Segmentation Decathlon, Task04 (Antonelli et al. 2022).",
-    "training_data": ["Medical Segmentation Decathlon Task04 Hippocampus, 189 crops, CC BY-SA 4.0"],
+    "training_data": ["Medical Segmentation Decathlon Task04 Hippocampus, 151 crops, four of five folds, CC BY-SA 4.0"],
 }
 
 
