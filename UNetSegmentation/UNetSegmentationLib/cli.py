@@ -89,7 +89,7 @@ def parse_roi(text: str, image: Image) -> Box:
 
 def _stem(path: Path) -> str:
     name = path.name
-    for suffix in (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".png", ".tif", ".tiff", ".jpg", ".jpeg", ".dcm"):
+    for suffix in (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES, ".nhdr", ".mhd", ".dcm"):
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name
@@ -162,14 +162,12 @@ def _check_names(targets: Sequence[Path], maps: Sequence[Path], picture: Path | 
 
 def _check_fit(image: Image, targets: Sequence[Path], truth: Image | None) -> None:
     """Refuse results that this image cannot give, before anything is computed."""
+    from .output import check_fit
+
     if truth is not None and not truth.same_grid(image):
         raise UserError(f"{truth.source} does not lie on the grid of {image.source}; give a label map of the same scan.")
     for path in targets:
-        name = path.name.lower()
-        if name.endswith(".dcm") and not image.dicom_files:
-            raise UserError(f"{path} needs the scan's own DICOM series; open the scan from its DICOM folder, or write .seg.nrrd.")
-        if name.endswith(PICTURE_SUFFIXES) and image.shape[0] != 1:
-            raise UserError(f"{path} would hold one picture but {image.source} has {image.shape[0]} slices; write .seg.nrrd.")
+        check_fit(path, image)
 
 
 def _report(image: Image, prediction: Prediction, truth: Image | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
 from .image import Box, Image, UserError, check_geometry
 from .model import Label
+from .output import present
 
 if TYPE_CHECKING:
     from .inference.predict import Prediction
@@ -122,7 +123,7 @@ def write_prediction(prediction: Prediction, volume_node: Any, segmentation_node
     # Relative to the segmentation, so that a node that keeps its own transform shows the mask at the same world place.
     fresh = segmentation_node is None or not segmentation_node.GetSegmentation().GetNumberOfSegments()
     to_node = np.eye(4) if fresh else np.linalg.inv(_to_world(segmentation_node)) @ _to_world(volume_node)
-    present, layer, box = _label_layer(prediction)
+    occurring, layer, box = _label_layer(prediction)
 
     if segmentation_node is None:
         scene = volume_node.GetScene()
@@ -140,14 +141,14 @@ def write_prediction(prediction: Prediction, volume_node: Any, segmentation_node
     earlier = _earlier_segments(segmentation, prediction.label_defs) if replace else {}
     _empty(segmentation, set(earlier.values()))
     for label in prediction.label_defs:
-        if label not in present and label.value in earlier:
+        if label not in occurring and label.value in earlier:
             segmentation.RemoveSegment(earlier[label.value])
     # One layer for all labels, and for them alone: MODE_REPLACE on a layer shared with segments of another lattice
     # resamples those (voxels are lost), and a layer for each of a hundred labels makes saving and loading slow.
     matrix = to_node @ _ijk_to_ras(volume_node)
-    shared = oriented_labelmap(layer, box.start, matrix) if present else None
-    boxes = _label_boxes(layer) if earlier and present else {}
-    for value, label in enumerate(present, 1):
+    shared = oriented_labelmap(layer, box.start, matrix) if occurring else None
+    boxes = _label_boxes(layer) if earlier and occurring else {}
+    for value, label in enumerate(occurring, 1):
         if label.value in earlier:
             # Through Slicer's logic, so that this segment's surface follows and the others' surfaces are kept.
             mask = (layer[boxes[value].slices] == value).astype(np.uint8)
@@ -291,14 +292,10 @@ def _label_layer(prediction: Prediction) -> tuple[list[Label], np.ndarray, Box]:
     if box is None:
         return [], values[:0], Box((0, 0, 0), (0, 0, 0))
     crop = values[box.slices]
-    size = 1 + max([int(crop.max()), *(label.value for label in prediction.label_defs)])
-    counts = np.zeros(size, np.int64)
-    for plane in crop:  # np.bincount takes eight bytes a voxel
-        counts += np.bincount(plane.ravel(), minlength=size)
-    present = [label for label in prediction.label_defs if counts[label.value]]
-    table = np.zeros(size, np.uint8 if len(present) < 256 else np.uint16)
-    table[[label.value for label in present]] = range(1, len(present) + 1)
-    return present, table[crop], box
+    found = list(present(crop, prediction.label_defs))
+    table = np.zeros(int(crop.max()) + 1, np.uint8 if len(found) < 256 else np.uint16)
+    table[[label.value for label in found]] = range(1, len(found) + 1)
+    return found, table[crop], box
 
 
 def _label_boxes(layer: np.ndarray) -> dict[int, Box]:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .image import IDENTITY, Image, UserError, atomic_path, write_image
+from .image import IDENTITY, PICTURE_SUFFIXES, VOLUME_SUFFIXES, Image, UserError, atomic_path, write_image
 from .model import Label
+from .postprocess import voxel_counts
 
 if TYPE_CHECKING:
     from .inference.predict import Prediction
 
-LABELMAPS = (".nii.gz", ".nii", ".nrrd", ".mha")
-SUFFIXES = (".seg.nrrd", ".dcm", *LABELMAPS, ".png", ".tif", ".tiff")
+SUFFIXES = (".seg.nrrd", ".dcm", *VOLUME_SUFFIXES, ".png", ".tif", ".tiff")
 
 # What a DICOM SEG says of a label whose model names no codes.
 CATEGORY = ("SCT", "49755003", "Morphologically Abnormal Structure")
@@ -36,6 +36,15 @@ def check_suffix(path: str | Path) -> None:
         raise UserError(f"{path} cannot be written in any known format; end the name in {', '.join(SUFFIXES)}.")
 
 
+def check_fit(path: str | Path, image: Image | None) -> None:
+    """UserError where a result of this image cannot be written to a name with a known suffix."""
+    name = str(path).lower()
+    if name.endswith(".dcm") and not (image and image.dicom_files):
+        raise UserError(f"{path} needs the scan's own DICOM series; open the scan from its DICOM folder, or write .seg.nrrd.")
+    if name.endswith(PICTURE_SUFFIXES) and image and image.shape[0] != 1:
+        raise UserError(f"{path} would hold one picture but {image.source} has {image.shape[0]} slices; write .seg.nrrd.")
+
+
 def write_segmentation(prediction: Prediction, path: str | Path, image: Image | None = None) -> None:
     """Write a prediction's labels; the name's suffix says how.
 
@@ -50,7 +59,7 @@ def write_segmentation(prediction: Prediction, path: str | Path, image: Image | 
         write_image(labels, path, _slicer_header(prediction))
     elif name.endswith(".dcm"):
         _write_dicom(prediction, Path(path), image)
-    elif name.endswith(LABELMAPS):
+    elif name.endswith(VOLUME_SUFFIXES):
         write_image(labels, path)
     else:
         # A picture has no third axis, so a direction that needs one has no place in it.
@@ -59,10 +68,8 @@ def write_segmentation(prediction: Prediction, path: str | Path, image: Image | 
 
 def present(labels: np.ndarray, label_defs: Iterable[Label]) -> tuple[Label, ...]:
     """The labels that have at least one voxel in a (z, y, x) labelmap."""
-    found: set[int] = set()
-    for plane in labels:
-        found.update(np.unique(plane).tolist())
-    return tuple(label for label in label_defs if label.value in found)
+    counts = voxel_counts(labels, int(labels.max(initial=0)) + 1)
+    return tuple(label for label in label_defs if label.value < len(counts) and counts[label.value])
 
 
 # -------------------------------------------------------------------------------------------------------------- Slicer
@@ -103,10 +110,9 @@ def _slicer_header(prediction: Prediction) -> dict[str, str]:
 
 
 def _write_dicom(prediction: Prediction, path: Path, image: Image | None) -> None:
+    check_fit(path, image)
     files = image.dicom_files if image is not None else ()
     labels = prediction.labels
-    if not files:
-        raise UserError(f"{path} needs the scan's own DICOM series; open the scan from its DICOM folder, or write .seg.nrrd.")
     if len(files) != labels.shape[0]:
         raise UserError(f"The result has {labels.shape[0]} slices and the DICOM series {len(files)}; write .seg.nrrd instead.")
     found = present(labels.array, prediction.label_defs)
