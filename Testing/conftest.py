@@ -56,7 +56,7 @@ def make_card(**changes: Any) -> dict[str, Any]:
 
 
 def make_onnx(kind: str, card: dict[str, Any]) -> bytes:
-    """A pointwise network of the card's shape that looks at the middle one of its input channels, x.
+    """A pointwise network of the card's shape that looks at the middle one of its image channels, x.
 
     "threshold": softmax gives the label i (1, 2, ...) nearest to x, 0 below 0.5; "identity": sigmoid gives x.
     """
@@ -64,10 +64,11 @@ def make_onnx(kind: str, card: dict[str, Any]) -> bytes:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    inputs = len(card["channels"]) * (2 * card.get("context_slices", 0) + 1)
+    images = len(card["channels"]) * (2 * card.get("context_slices", 0) + 1)
+    inputs = images + (4 if card["task"] == "click" else 0)
     n = len(card["labels"])
     axes = ["D", "H", "W"][3 - card["dimensions"] :]
-    constants = {"middle": np.array([inputs // 2])}
+    constants = {"middle": np.array([images // 2])}
     nodes = [helper.make_node("Gather", ["image", "middle"], ["x"], axis=1)]
     if kind == "threshold":
         # i * x - i * i / 2 is the largest for the i nearest to x.

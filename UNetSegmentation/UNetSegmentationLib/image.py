@@ -209,6 +209,26 @@ class Orientation:
         order = [2 - self.axes[p] for p in (2, 1, 0)]
         return array[self._reversals()].transpose([*range(lead), *(lead + int(a) for a in np.argsort(order))])
 
+    def canonical_box(self, box: Box, shape: Sequence[int]) -> Box:
+        """A box (z, y, x) of an image of `shape`, in the canonical view."""
+        start, stop = [], []
+        for p in (2, 1, 0):
+            axis = 2 - self.axes[p]
+            a, b = box.start[axis], box.stop[axis]
+            if self.flips[p]:
+                a, b = shape[axis] - b, shape[axis] - a
+            start.append(a)
+            stop.append(b)
+        return Box(tuple(start), tuple(stop))
+
+    def original_box(self, box: Box, shape: Sequence[int]) -> Box:
+        """The inverse of `canonical_box`; shape: of the original image."""
+        start, stop = [0] * 3, [0] * 3
+        for p, a, b in zip((2, 1, 0), box.start, box.stop):
+            axis = 2 - self.axes[p]
+            start[axis], stop[axis] = (shape[axis] - b, shape[axis] - a) if self.flips[p] else (a, b)
+        return Box(tuple(start), tuple(stop))
+
     def _reversals(self) -> Any:
         return (..., *(slice(None, None, -1 if self.flips[p] else 1) for p in (2, 1, 0)))
 
@@ -267,7 +287,7 @@ class Grid:
 
     @property
     def is_identity(self) -> bool:
-        return all(s == 1 for s in self.scale)
+        return all(s == 1 for s in self.scale) and not any(self.offset)
 
     def cover(self, box: Box) -> Box:
         """The lattice box needed to interpolate linearly everywhere inside an image box."""

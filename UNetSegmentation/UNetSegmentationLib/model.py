@@ -134,8 +134,8 @@ class Card:
 
     @property
     def inputs(self) -> int:
-        """Channels of the network's input."""
-        return len(self.data["channels"]) * (2 * self.context + 1)
+        """Channels of the network's input; a click model also gets positive and negative clicks, box and former mask."""
+        return len(self.data["channels"]) * (2 * self.context + 1) + 4 * (self.data["task"] == "click")
 
     @property
     def outputs(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ import torch
 from safetensors.torch import save
 from torch import nn
 from UNetSegmentationLib.engines import Engine, make_engine
-from UNetSegmentationLib.image import Image
-from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.model import ModelPackage, write_package
 from UNetSegmentationLib.networks import UNet
 
@@ -99,16 +97,18 @@ class _Compared:
         return f"{self.first.describe()} against {self.second.describe()}"
 
 
-def export(model: UNet, card: dict[str, Any], path: Path, images: Sequence[Image], tolerance: float = 1e-4) -> ModelPackage:
-    """Write the package, unless ONNX and PyTorch differ by more than `tolerance` in a logit when predict() runs on an image."""
+def export(
+    model: UNet, card: dict[str, Any], path: Path, drive: Callable[[ModelPackage, Engine], object], tolerance: float = 1e-4
+) -> ModelPackage:
+    """Write the package, unless ONNX and PyTorch differ by more than `tolerance` in a logit while drive(package, engine)
+    runs it on real cases through the deployed path."""
     model.load_state_dict({k: v.half().float() if v.is_floating_point() else v for k, v in model.state_dict().items()})
     weights = save({k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()})
     config = model.config
     example = torch.zeros(1, config.in_channels, *(2 * d for d in config.divisor))
     package = write_package(path, {**card, "network": config.to_json()}, to_onnx(model, example), weights)
     pair = _Compared(make_engine(package, "onnx", "cpu", "fp32", 0), make_engine(package, "torch", "cpu", "fp32", 0))
-    for image in images:
-        predict(image, [package], Options(tta="none"), engines=[pair])
+    drive(package, pair)
     if pair.worst > tolerance:
         path.unlink()
         raise SystemExit(f"ONNX and PyTorch differ by {pair.worst:.2g}, more than {tolerance:g}; no package was written.")

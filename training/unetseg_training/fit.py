@@ -19,6 +19,7 @@ from torch.nn import functional
 from UNetSegmentationLib.networks import UNet, UNetConfig, build
 
 Batch = Callable[[int], tuple[Tensor, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,18 @@ def _rate(schedule: Schedule, step: int) -> float:
 
 
 def fit(
-    config: UNetConfig, schedule: Schedule, batch: Batch, folder: Path, validate: Callable[[UNet], dict[str, float]] | None = None
+    config: UNetConfig,
+    schedule: Schedule,
+    batch: Batch,
+    folder: Path,
+    validate: Callable[[UNet], dict[str, float]] | None = None,
+    loss_of: Loss = dice_ce,
 ) -> UNet:
     """Train, or go on from folder/checkpoint.pt; returns the network with the averaged (EMA) weights.
 
-    batch(step) gives inputs [N, C, ...] float32 and labels [N, ...] int64; each step's loss goes to folder/curve.jsonl.
+    batch(step) gives inputs [N, C, ...] float32 and what loss_of(logits, ...) takes, by default labels [N, ...] int64;
+    each step's loss goes to folder/curve.jsonl. A batch with after(logits) is told the network's answer; its state()
+    is saved with the checkpoint and given back to restore().
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(schedule.seed)
@@ -77,6 +85,8 @@ def fit(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+        if hasattr(batch, "restore"):
+            batch.restore(state["batch"])
         lines = [line for line in curve.read_text().splitlines() if json.loads(line)["step"] <= start]
         print(f"resumed at step {start}", flush=True)
     recent: list[float] = []
@@ -88,7 +98,7 @@ def fit(
         x, y = batch(step)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(x)
-        loss = dice_ce(logits.float(), y)
+        loss = loss_of(logits.float(), y)
         if not torch.isfinite(loss):
             raise SystemExit(f"The loss is not a number at step {step}; lower the learning rate or look for bad intensities.")
         optimizer.zero_grad(set_to_none=True)
@@ -102,6 +112,8 @@ def fit(
                     a.lerp_(b, 1 - keep)
                 else:
                     a.copy_(b)
+        if hasattr(batch, "after"):
+            batch.after(logits.detach().float())
         recent.append(float(loss.detach()))
         done = step + 1
         if done % schedule.save_every == 0 or done == schedule.steps:
@@ -114,6 +126,8 @@ def fit(
             lines.append(json.dumps(row))
             recent = []
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            if hasattr(batch, "state"):
+                state["batch"] = batch.state()
             torch.save(state, saved.with_suffix(".part"))
             curve.with_suffix(".part").write_text("\n".join(lines) + "\n")
             curve.with_suffix(".part").replace(curve)

@@ -2,6 +2,7 @@
 
     python -m unetseg_training.release lung-nodule-2d runs/lung-nodule-2d
     python -m unetseg_training.release hippocampus-3d runs/hippocampus-3d
+    python -m unetseg_training.release lung-nodule-click runs/lung-nodule-click
 
 The package goes to the core's resources/models; the curve and the score of every held-out case to training/results.
 """
@@ -20,13 +21,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from UNetSegmentationLib.engines import Engine
 from UNetSegmentationLib.image import Box, Image, read_image
+from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import RESOURCES, SUFFIX, ModelPackage, write_package
 from UNetSegmentationLib.networks import UNetConfig, build
 
-from . import hippocampus_3d, lung_nodule_2d
+from . import hippocampus_3d, lung_nodule_2d, lung_nodule_click, score_click
 from .data import Source, fold_of, hippocampi, lidc_crops, lidc_cubes
 from .export import export
 
@@ -112,6 +115,31 @@ HIPPOCAMPUS_CARD: dict[str, Any] = {
     "training_data": ["Medical Segmentation Decathlon Task04 Hippocampus, 151 crops, four of five folds, CC BY-SA 4.0"],
 }
 
+CLICK_CARD: dict[str, Any] = {
+    **{k: LUNG_CARD[k] for k in ("format", "version", "channels", "display", "labels", "activation", "licence")},
+    "name": "lung-nodule-click",
+    "title": "Lung nodule or mass, by clicks",
+    "description": "3D U-Net that outlines the one lung nodule or mass that is clicked on (3 to 80 mm, slices to 5 mm) in chest CT. "
+    "More clicks correct it. Not a diagnosis.",
+    "task": "click",
+    "dimensions": 3,
+    "spacing": list(lung_nodule_click.SPACING),
+    "patch": list(lung_nodule_click.PATCH),
+    "divisor": [4, 8, 8],
+    "intensity": {"mode": "window", "level": lung_nodule_click.LEVEL, "width": lung_nodule_click.WIDTH},
+    "training_data": [
+        "LIDC-IDRI, 616 nodules (crops, consensus of at least 2 radiologists), four of five folds, CC BY 3.0",
+        "LIDC-IDRI, 86 nodules (1 mm cubes, one radiologist), four of five folds, CC BY 3.0",
+        "LIDC-IDRI-0001 (lung without its nodule), CC BY 3.0",
+        "elastix 3DCT_lung, Apache-2.0 (background only)",
+    ],
+}
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lung-nodule-2d": (lung_nodule_2d, LUNG_CARD),
+    "hippocampus-3d": (hippocampus_3d, HIPPOCAMPUS_CARD),
+    "lung-nodule-click": (lung_nodule_click, CLICK_CARD),
+}
+
 
 def twice(box: Box, shape: tuple[int, ...]) -> Box:
     """A box of twice the size about the same centre, inside the image."""
@@ -129,6 +157,17 @@ def _cases(name: str) -> Iterator[tuple[str, Source, bool]]:
             yield from ((kind, s, kind == "cube") for s in sources if fold[s.patient] == lung_nodule_2d.HELD_OUT)
 
 
+def drive(package: ModelPackage, engine: Engine) -> None:
+    """Five real cases through the deployed path."""
+    if package.card.data["task"] == "click":
+        for source in lidc_cubes()[:5]:
+            image, truth = _read(source)
+            score_click.play(ClickSession(image, package, engine), truth.array > 0, tuple(np.argwhere(truth.array)[0]), 3)
+    else:
+        for _, source, _ in list(_cases(package.card.name))[:5]:
+            predict(read_image(source.image), [package], Options(tta="none"), engines=[engine])
+
+
 def _read(source: Source) -> tuple[Image, Image]:
     assert source.mask is not None
     return read_image(source.image), read_image(source.mask)
@@ -136,6 +175,8 @@ def _read(source: Source) -> tuple[Image, Image]:
 
 def score(package: ModelPackage, name: str, tta: str | None = None) -> list[dict[str, Any]]:
     """Dice of every held-out case and label, through the deployed path."""
+    if package.card.data["task"] == "click":
+        return list(score_click.held_out(package))
     rows = []
     for kind, source, boxed in _cases(name):
         image, truth = _read(source)
@@ -152,12 +193,17 @@ def score(package: ModelPackage, name: str, tta: str | None = None) -> list[dict
 
 def summary(rows: list[dict[str, Any]], labels: list[str], command: str) -> dict[str, Any]:
     """The card's "metrics"."""
+    held_out = "fold 0 of 5, split by patient, not trained on"
+    if "dice_1" in rows[0]:
+        groups = dict(score_click.table(rows))
+        whole = groups["all crops"]
+        return {"dice": {labels[0]: whole["dice_1"]}, "cases": whole["cases"], "held_out": held_out, "command": command, "clicks": groups}
     main = [r for r in rows if r["set"] == "crop"]
     out: dict[str, Any] = {
         "dice": {n: round(float(np.mean([r[n] for r in main])), 4) for n in labels},
         "dice_10th_percentile": {n: round(float(np.percentile([r[n] for r in main], 10)), 4) for n in labels},
         "cases": len(main),
-        "held_out": "fold 0 of 5, split by patient, not trained on",
+        "held_out": held_out,
         "command": command,
     }
     cubes = [r for r in rows if r["set"] == "cube"]
@@ -185,11 +231,11 @@ def plot(curve: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("lung-nodule-2d", "hippocampus-3d"))
+    parser.add_argument("name", choices=list(MODELS))
     parser.add_argument("run", type=Path, help="the folder that the training wrote")
     parser.add_argument("--output", type=Path, default=RESOURCES / "models")
     options = parser.parse_args()
-    module, card = (lung_nodule_2d, LUNG_CARD) if options.name == "lung-nodule-2d" else (hippocampus_3d, HIPPOCAMPUS_CARD)
+    module, card = MODELS[options.name]
     config: UNetConfig = module.CONFIG
     model = build(config)
     model.load_state_dict(torch.load(options.run / "checkpoint.pt", weights_only=True)["average"])
@@ -197,8 +243,7 @@ def main() -> None:
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        images = [read_image(source.image) for _, source, _ in list(_cases(options.name))[:5]]
-        draft = export(model, card, Path(folder) / f"draft{SUFFIX}", images)
+        draft = export(model, card, Path(folder) / f"draft{SUFFIX}", drive)
         rows = score(draft, options.name)
         labels = [label.name for label in draft.card.labels]
         metrics = summary(rows, labels, f"python -m unetseg_training.release {options.name} runs/{options.name}")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..engines import Engine, choose_engine
-from ..image import Box, Grid, Image, Orientation, UserError, check_geometry, reorient, resample_back, sample
+from ..image import Box, Grid, Image, UserError, check_geometry, reorient, resample_back, sample
 from ..intensity import check_finite, is_air, normaliser, warnings_for
 from ..model import Card, Label, ModelPackage
 from ..postprocess import clean
@@ -103,7 +103,7 @@ def predict(
     _check_input(image, models, options)
     canonical, orientation = reorient(image)
     roi, focus = _region(image, models[0].card, options)
-    target = _canonical_box(roi, orientation, image.shape)
+    target = orientation.canonical_box(roi, image.shape)
 
     notes = warnings_for(options.intensity or models[0].card.intensity, image.channels)
     engines = engines or [choose_engine(m, options.engine, options.device, options.precision, options.threads) for m in models]
@@ -123,7 +123,7 @@ def predict(
         result.put(band, probabilities / len(streams), inner / len(streams))
 
     if options.postprocess:
-        box = _canonical_box(focus, orientation, image.shape) if focus else None
+        box = orientation.canonical_box(focus, image.shape) if focus else None
         clean(result.labels, [label.value for label in card.labels], card.postprocess, canonical.spacing, box)
 
     def back(array: np.ndarray | None) -> Image | None:
@@ -204,19 +204,6 @@ def _region(image: Image, card: Card, options: Options) -> tuple[Box, Box | None
     if (box & whole).empty:
         raise UserError("The ROI lies outside the image; move it onto the image.")
     return box & whole, box
-
-
-def _canonical_box(box: Box, orientation: Orientation, shape: Sequence[int]) -> Box:
-    """A box of the image's own index space, in the canonical view."""
-    start, stop = [], []
-    for p in (2, 1, 0):
-        axis = 2 - orientation.axes[p]
-        a, b = box.start[axis], box.stop[axis]
-        if orientation.flips[p]:
-            a, b = shape[axis] - b, shape[axis] - a
-        start.append(a)
-        stop.append(b)
-    return Box(tuple(start), tuple(stop))
 
 
 # -------------------------------------------------------------------------------------------------------------- running

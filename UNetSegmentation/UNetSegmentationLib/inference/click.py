@@ -1,0 +1,353 @@
+"""Prompted segmentation: clicks and a box in, one lesion's mask out.
+
+>>> session = ClickSession(read_image("ct.nii.gz"))
+>>> session.add_point((-62.1, -14.0, -120.5))                  # LPS mm, on the nodule
+>>> session.add_point((-55.0, -14.0, -120.5), positive=False)  # this vessel is not part of it
+>>> session.mask, session.measure()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engines import Engine, choose_engine
+from ..image import Box, Grid, Image, UserError, check_geometry, reorient, resample_back, sample
+from ..intensity import check_finite, normaliser, warnings_for
+from ..measure import measure
+from ..model import ModelPackage, find_model
+from ..postprocess import components
+from .predict import Options
+
+MODEL = "lung-nodule-click"
+# Standard deviation of a click's Gaussian, in voxels (z, y, x) of the model's grid.
+CLICK_SIGMA = (1.6, 2.8, 2.8)
+# How much coarser the grid may get for what is larger than a patch.
+ZOOMS = (1.0, 1.5, 2.25, 3.4)
+# A click beside a small nodule still means it: this many voxels of the model's grid (2 mm) are forgiven.
+_REACH = 3
+_BORDER_VOXELS = 6
+_NOTHING = "Nothing was found here; click inside the nodule, or draw a box around it."
+
+Index = Sequence[float]
+Point = tuple[float, float, float]
+
+
+def prompt_channels(
+    shape: Sequence[int],
+    positive: Sequence[Index],
+    negative: Sequence[Index],
+    box: tuple[Index, Index] | None,
+    previous: np.ndarray | None,
+) -> np.ndarray:
+    """What a click model gets beside the image: float32 (4, z, y, x) of positive clicks, negative clicks, box, previous mask.
+
+    Points are (z, y, x) indices of the patch, whole or not, and may lie outside it. box: its first and last corner.
+    previous: (z, y, x), 0..1. A click is a Gaussian of CLICK_SIGMA; of several the largest value counts.
+    """
+    out = np.zeros((4, *shape), np.float32)
+    for channel, points in zip(out, (positive, negative)):
+        for point in points:
+            falls = [np.exp(-0.5 * ((np.arange(n) - p) / s) ** 2).astype(np.float32) for n, p, s in zip(shape, point, CLICK_SIGMA)]
+            np.maximum(channel, falls[0][:, None, None] * falls[1][:, None] * falls[2], out=channel)
+    if box is not None:
+        inside = tuple(slice(max(0, round(a)), max(0, round(b) + 1)) for a, b in zip(*box))
+        out[2][inside] = 1
+    if previous is not None:
+        out[3] = previous
+    return out
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The mask after a prompt: mask (z, y, x) uint8 of 0 and 1 in `box` of the image's index space (both empty where
+    nothing was found); text: a sentence for the person, or "". zoom: how much coarser than the model's grid it ran."""
+
+    box: Box
+    mask: np.ndarray
+    text: str = ""
+    zoom: float = 1.0
+
+    @property
+    def found(self) -> bool:
+        return not self.box.empty
+
+
+_EMPTY = Answer(Box((0, 0, 0), (0, 0, 0)), np.zeros((0, 0, 0), np.uint8))
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Indices (z, y, x) of the canonical image."""
+
+    positive: tuple[Point, ...] = ()
+    negative: tuple[Point, ...] = ()
+    box: tuple[Point, Point] | None = None
+
+
+class ClickSession:
+    """One image, one lesion at a time.
+
+    image: a CT in HU, any spacing and direction. model: a click package, its name or file. engine: a ready one of that
+    model, else options chooses. The same prompts give the same mask. Raises UserError for an image or a model that
+    cannot be clicked on.
+    """
+
+    def __init__(
+        self, image: Image, model: ModelPackage | str | Path | None = None, engine: Engine | None = None, options: Options = Options()
+    ) -> None:
+        check_geometry(image)
+        package = model if isinstance(model, ModelPackage) else find_model(str(model or MODEL))
+        card = package.card
+        if card.data["task"] != "click":
+            raise UserError(f"{card.name} does not work from clicks; choose a click model, such as {MODEL}.")
+        if image.n_channels != len(card.data["channels"]) or min(image.shape) < 2:
+            raise UserError(
+                f"{image.source or 'The image'} is no scalar volume of several slices, which {card.name} needs; choose a CT scan."
+            )
+        self.image, self.card = image, card
+        self.warnings = tuple(warnings_for(card.intensity, image.channels))
+        self._canonical, self._orientation = reorient(image)
+        self._engine = engine or choose_engine(package, options.engine, options.device, options.precision, options.threads)
+        self._normalise = normaliser(card.intensity, self._canonical.channels)
+        self._history: list[tuple[_Prompts, Answer]] = [(_Prompts(), _EMPTY)]  # answers in the canonical index space
+
+    # ---------------------------------------------------------------------------------------------------------- prompts
+
+    def add_point(self, point: Point, positive: bool = True) -> Answer:
+        """A click in LPS mm on what is (or, not positive, is not) part of the lesion."""
+        prompts, answer = self._history[-1]
+        index = self._index(point)
+        if positive:
+            prompts = replace(prompts, positive=(*prompts.positive, index))
+        else:
+            prompts = replace(prompts, negative=(*prompts.negative, index))
+        return self._ask(prompts, answer)
+
+    def add_box(self, corner: Point, opposite: Point) -> Answer:
+        """Two opposite corners in LPS mm of a box about the lesion; it takes the place of an earlier box."""
+        ends = np.array([self._index(corner, clip=True), self._index(opposite, clip=True)])
+        if not (np.ptp(ends, axis=0) > 0).all():
+            raise UserError("The box is flat or lies outside the image; draw it around the lesion.")
+        prompts, answer = self._history[-1]
+        first, last = (tuple(float(v) for v in e) for e in (ends.min(0), ends.max(0)))
+        return self._ask(replace(prompts, box=(first, last)), answer)  # type: ignore[arg-type]
+
+    def set_mask(self, mask: np.ndarray, start: Sequence[int] = (0, 0, 0)) -> None:
+        """Go on from a mask that a person corrected: (z, y, x) of 0 and 1 whose first voxel is the image's voxel `start`."""
+        placed = Box(tuple(start), tuple(a + n for a, n in zip(start, mask.shape)))
+        if placed & Box.whole(self.image.shape) != placed:
+            raise UserError("The mask does not fit the image; take one of the same scan.")
+        inside = Box.around(mask)
+        prompts = self._history[-1][0]
+        if inside is None:
+            self._history.append((prompts, _EMPTY))
+            return
+        part = self._orientation.canonical((mask[inside.slices] > 0).astype(np.uint8))
+        self._history.append((prompts, Answer(self._orientation.canonical_box(inside.shifted(start), self.image.shape), part)))
+
+    def undo(self) -> Answer:
+        """Back to before the last prompt or set_mask(); at the beginning, nothing."""
+        if len(self._history) > 1:
+            self._history.pop()
+        return self.answer
+
+    def clear(self) -> None:
+        """The next lesion: no prompts, no mask, nothing to undo."""
+        del self._history[1:]
+
+    # ---------------------------------------------------------------------------------------------------------- results
+
+    @property
+    def answer(self) -> Answer:
+        answer = self._history[-1][1]
+        if not answer.found:
+            return answer
+        box = self._orientation.original_box(answer.box, self.image.shape)
+        return replace(answer, box=box, mask=np.ascontiguousarray(self._orientation.original(answer.mask)))
+
+    @property
+    def mask(self) -> np.ndarray:
+        """uint8 (z, y, x) of 0 and 1 on the image's grid."""
+        out, answer = np.zeros(self.image.shape, np.uint8), self.answer
+        out[answer.box.slices] = answer.mask
+        return out
+
+    @property
+    def prompts(self) -> list[tuple[Point, bool]]:
+        """The clicks so far: LPS mm, and whether positive."""
+        found = self._history[-1][0]
+        return [
+            (self._canonical.index_to_point(p[::-1]), kind)
+            for group, kind in ((found.positive, True), (found.negative, False))
+            for p in group
+        ]
+
+    def measure(self) -> dict[str, Any]:
+        """measure() of the mask; 0 voxels where there is none."""
+        answer = self.answer
+        box = answer.box if answer.found else Box((0, 0, 0), (1, 1, 1))
+        part = self.image.crop(box)
+        labels = part.like((answer.mask if answer.found else np.zeros((1, 1, 1), np.uint8)) * np.uint8(self.card.labels[0].value))
+        return measure(labels, self.card.labels[:1], part)[0]
+
+    # ---------------------------------------------------------------------------------------------------------- running
+
+    def _index(self, point: Point, clip: bool = False) -> Point:
+        if not all(math.isfinite(v) for v in point):
+            raise UserError("The point must be three numbers in mm.")
+        index = self._canonical.point_to_index(point)[::-1]
+        if clip:
+            index = tuple(min(max(v, 0.0), n - 1.0) for v, n in zip(index, self._canonical.shape))  # type: ignore[assignment]
+        elif any(not -0.5 <= v <= n - 0.5 for v, n in zip(index, self._canonical.shape)):
+            raise UserError("The point lies outside the image; click inside it.")
+        return index
+
+    def _ask(self, prompts: _Prompts, before: Answer) -> Answer:
+        frame = self._frame(prompts, before)
+        answer = _EMPTY
+        for _ in range(2 * len(ZOOMS)):
+            answer, border = self._run(frame, prompts, before)
+            wider = self._wider(frame, answer, border)
+            if wider is None:
+                break
+            frame = wider
+        self._history.append((prompts, replace(answer, text="" if answer.found else _NOTHING)))
+        return self.answer
+
+    def _spacing(self, zoom: float) -> np.ndarray:
+        return np.array(self.card.data["spacing"][::-1], float) * zoom / self._canonical.spacing[::-1]
+
+    def _frame(self, prompts: _Prompts, before: Answer) -> tuple[np.ndarray, float]:
+        """The patch's centre (canonical index) and zoom: about everything that is known of the lesion."""
+        points = [np.array(p) for p in prompts.positive]
+        if prompts.box is not None:
+            points += [np.array(p) for p in prompts.box]
+        if before.found:
+            points += [np.array(before.box.start), np.array(before.box.stop) - 1]
+        points = points or [np.array(p) for p in prompts.negative]
+        low, high = np.min(points, 0), np.max(points, 0)
+        size = np.array(self.card.data["patch"])
+        for zoom in ZOOMS:
+            # 4 voxels on each side, for the mask to grow and the network to see where the lesion ends.
+            if before.zoom <= zoom and ((high - low) / self._spacing(zoom) <= size - 8).all():
+                break
+        return (low + high) / 2, zoom
+
+    def _wider(self, frame: tuple[np.ndarray, float], answer: Answer, border: bool) -> tuple[np.ndarray, float] | None:
+        """Where to look again when the mask touches the patch's border."""
+        centre, zoom = frame
+        if not border:
+            return None
+        middle = (np.array(answer.box.start) + answer.box.stop - 1) / 2
+        extent = np.array(answer.box.shape) / self._spacing(zoom)
+        moved = np.abs(middle - centre) / self._spacing(zoom)
+        if (extent <= 0.7 * np.array(self.card.data["patch"])).all() and moved.max() >= 2:
+            return middle, zoom
+        larger = [z for z in ZOOMS if z > zoom]
+        return (middle, larger[0]) if larger else None
+
+    def _run(self, frame: tuple[np.ndarray, float], prompts: _Prompts, before: Answer) -> tuple[Answer, bool]:
+        """The network once: the mask, and whether it touches a border beyond which the image goes on."""
+        centre, zoom = frame
+        size = tuple(self.card.data["patch"])
+        scale = self._spacing(zoom)
+        # On a voxel of the image: at the model's own spacing nothing is interpolated.
+        grid = Grid(size, tuple(scale), tuple(np.floor(centre + 0.5) - np.array(size) // 2 * scale))
+        whole = Box.whole(size)
+        values = sample(self._canonical.channels, grid, whole)
+        check_finite(values, str(self.image.source or "The image"))
+
+        def on_patch(points: Sequence[Point]) -> list[tuple[float, ...]]:
+            return [tuple((np.array(p) - grid.offset) / grid.scale) for p in points]
+
+        positive, negative = on_patch(prompts.positive), on_patch(prompts.negative)
+        box = tuple(on_patch(prompts.box)) if prompts.box is not None else None
+        channels = prompt_channels(size, positive, negative, box, self._sampled(before, grid))  # type: ignore[arg-type]
+        logits = self._engine.run(np.concatenate([self._normalise(values), channels])[None])[0]
+        probability = 1 / (1 + np.exp(np.clip(logits[0] - logits[1], -60, 60)))
+
+        mask = probability > 0.5
+        kept = _touched(mask, positive, box)
+        _carve(kept, positive, negative)
+        inside = Box.around(kept)
+        if inside is None:
+            return replace(_EMPTY, zoom=zoom), False
+        # What was dropped must not bleed back in, while what is just below 0.5 places the edge between the voxels.
+        probability[mask & ~kept] = 0
+        near = inside.grown((1, 1, 1)) & whole
+        low = [math.floor(a * s + o) for a, s, o in zip(near.start, grid.scale, grid.offset)]
+        high = [math.ceil((b - 1) * s + o) + 1 for b, s, o in zip(near.stop, grid.scale, grid.offset)]
+        target = Box(tuple(low), tuple(high)) & Box.whole(self._canonical.shape)
+        native = resample_back(probability[None], whole, grid, target)[0] > 0.5
+        for point in prompts.negative:
+            at = tuple(math.floor(p + 0.5) - a for p, a in zip(point, target.start))
+            if all(0 <= i < n for i, n in zip(at, target.shape)):
+                native[at] = False
+        found = Box.around(native)
+        if found is None:
+            return replace(_EMPTY, zoom=zoom), False
+        answer = Answer(found.shifted(target.start), native[found.slices].astype(np.uint8), zoom=zoom)
+        return answer, self._touches_border(kept, grid)
+
+    def _sampled(self, answer: Answer, grid: Grid) -> np.ndarray | None:
+        """The former mask on the patch."""
+        if not answer.found:
+            return None
+        last = [(n - 1) * s + o for n, s, o in zip(grid.shape, grid.scale, grid.offset)]
+        region = Box(tuple(math.floor(o) - 2 for o in grid.offset), tuple(math.ceil(v) + 3 for v in last))
+        canvas = np.zeros(region.shape, np.float32)
+        inside = answer.box & region
+        if inside.empty:
+            return None
+        canvas[inside.relative_to(region).slices] = answer.mask[inside.relative_to(answer.box).slices]
+        shifted = replace(grid, offset=tuple(o - a for o, a in zip(grid.offset, region.start)))
+        return (sample(canvas[None], shifted, Box.whole(grid.shape))[0] >= 0.5).astype(np.float32)
+
+    def _touches_border(self, kept: np.ndarray, grid: Grid) -> bool:
+        for axis in range(3):
+            for end, n in ((0, -0.5), (grid.shape[axis] - 1, self._canonical.shape[axis] - 0.5)):
+                at = end * grid.scale[axis] + grid.offset[axis]
+                more = at - grid.scale[axis] > n if end == 0 else at + grid.scale[axis] < n
+                if more and np.count_nonzero(kept.take(end, axis)) >= _BORDER_VOXELS:
+                    return True
+        return False
+
+
+def _touched(mask: np.ndarray, positive: Sequence[Index], box: tuple[Index, ...] | None) -> np.ndarray:
+    """The components that a positive click touches, or lies just beside; without clicks, the largest in the box."""
+    labelled, counts = components(mask, corners=True)
+    keep = np.zeros(len(counts), bool)
+    for point in positive:
+        around = tuple(slice(max(0, round(p) - _REACH), max(0, round(p) + _REACH + 1)) for p in point)
+        values = labelled[around]
+        if values.any():
+            place = np.argwhere(values) + [a.start for a in around]
+            nearest = place[((place - np.array(point)) ** 2).sum(1).argmin()]
+            keep[labelled[tuple(nearest)]] = True
+    if not positive and box is not None:
+        inside = tuple(slice(max(0, round(a)), max(0, round(b) + 1)) for a, b in zip(*box))
+        share = np.bincount(labelled[inside].ravel(), minlength=len(counts))
+        share[0] = 0
+        keep[share.argmax()] = share.any()
+    keep[0] = False
+    return keep[labelled]
+
+
+def _carve(kept: np.ndarray, positive: Sequence[Index], negative: Sequence[Index]) -> None:
+    """A negative click never stays inside: a ball about it goes, up to half the way to the nearest positive click."""
+    for point in negative:
+        at = tuple(math.floor(p + 0.5) for p in point)
+        if not all(0 <= i < n for i, n in zip(at, kept.shape)) or not kept[at]:
+            continue
+        half = min((math.dist(point, p) / 2 for p in positive), default=4.0)
+        grid = np.ogrid[tuple(slice(0, n) for n in kept.shape)]
+        kept &= sum((g - p) ** 2 for g, p in zip(grid, point)) > min(4.0, half) ** 2
+        kept[at] = False
+        if positive:
+            kept &= _touched(kept, positive, None)

@@ -1,0 +1,162 @@
+"""How good a click model is with a person's clicks: held-out nodules, and whole scans.
+
+    python -m unetseg_training.score_click [PACKAGE] [--limit N]
+
+The first click is a random voxel of the nodule, each next one lies deepest in the largest connected error, positive or
+negative, as a person would place it. Everything runs through ClickSession, the deployed path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from UNetSegmentationLib.image import Box, Image, read_image
+from UNetSegmentationLib.inference.click import MODEL, ClickSession
+from UNetSegmentationLib.inference.predict import Options
+from UNetSegmentationLib.measure import dice
+from UNetSegmentationLib.model import ModelPackage, find_model
+
+from .data import data_folder, lidc_crops, lidc_cubes
+from .lung_nodule_click import HELD_OUT, distance, load, sources
+
+CLICKS = 5
+
+
+def next_click(mask: np.ndarray, truth: np.ndarray, spacing: np.ndarray) -> tuple[tuple[int, ...], bool] | None:
+    """The voxel (z, y, x) and whether it is positive; None where the mask is right. spacing: (z, y, x) mm."""
+    best: tuple[int, np.ndarray, bool] | None = None
+    box = Box.around((mask > 0) | (truth > 0))
+    assert box is not None
+    box = box.grown((1, 1, 1)) & Box.whole(truth.shape)
+    a, b = mask[box.slices] > 0, truth[box.slices] > 0
+    for wrong, positive in ((b & ~a, True), (a & ~b, False)):
+        if wrong.any():
+            parts = sitk.RelabelComponent(sitk.ConnectedComponent(sitk.GetImageFromArray(wrong.astype(np.uint8))))
+            largest = sitk.GetArrayFromImage(parts) == 1
+            if best is None or largest.sum() > best[0]:
+                best = int(largest.sum()), largest, positive
+    if best is None:
+        return None
+    depth = distance(np.pad(best[1], 1), spacing)[1:-1, 1:-1, 1:-1]
+    at = np.unravel_index(depth.argmin(), depth.shape)
+    return tuple(int(i + s) for i, s in zip(at, box.start)), best[2]
+
+
+def play(session: ClickSession, truth: np.ndarray, first: tuple[int, ...], clicks: int = CLICKS) -> tuple[list[float], list[float]]:
+    """Dice after each click, and the seconds that each took."""
+    session.clear()
+    scores, seconds = [], []
+    spacing = np.array(session.image.spacing[::-1])
+    click: tuple[tuple[int, ...], bool] | None = (first, True)
+    for _ in range(clicks):
+        if click is not None:
+            began = time.perf_counter()
+            session.add_point(session.image.index_to_point(click[0][::-1]), click[1])
+            seconds.append(time.perf_counter() - began)
+        scores.append(dice(session.mask, truth))
+        click = next_click(session.mask, truth, spacing)
+    return scores, seconds
+
+
+def held_out(package: ModelPackage, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """A row for each held-out nodule: Dice after 1 to CLICKS clicks, the worst of two further first clicks, and what kind it is."""
+    rng = np.random.default_rng(20261122)
+    crops, cubes, fold = sources()
+    with open(data_folder() / "lidc_nodules" / "index.csv", newline="", encoding="utf-8") as f:
+        texture = {row["file"]: row["texture"] for row in csv.DictReader(f)}
+    engine = ClickSession(read_image(crops[0].image), package, options=Options(engine="onnx", device="cpu"))._engine
+    for kind, group in (("crop", lidc_crops()), ("cube", lidc_cubes())):
+        for source in [s for s in group if fold[s.patient] == HELD_OUT][:limit]:
+            assert source.mask is not None
+            image, truth = read_image(source.image), read_image(source.mask).array > 0
+            session = ClickSession(image, package, engine)
+            inside = np.argwhere(truth)
+            firsts = [tuple(int(v) for v in inside[rng.integers(len(inside))]) for _ in range(3)]
+            scores, seconds = play(session, truth, firsts[0])
+            others = [play(session, truth, first, 1)[0][0] for first in firsts[1:]]
+            scan = load(source)
+            yield {
+                "set": kind,
+                "case": source.image.name,
+                "diameter_mm": round(scan.diameter, 1),
+                "texture": texture.get(source.image.name, ""),
+                "attached": int(not scan.isolated),
+                **{f"dice_{n + 1}": round(s, 4) for n, s in enumerate(scores)},
+                "first_click_worst_of_3": round(min(scores[0], *others), 4),
+                "seconds": round(float(np.median(seconds)), 3),
+            }
+
+
+def whole_scans() -> Iterator[tuple[str, Image, np.ndarray]]:
+    """Scans that nothing was trained on, each with one lesion's truth. The pyradiomics sample where it is on this machine."""
+    folder = data_folder() / "chest_ct"
+    yield "LIDC-IDRI-0001", read_image(folder / "LIDC-IDRI-0001_ct.nii.gz"), read_image(folder / "LIDC-IDRI-0001_nodule.nii.gz").array > 0
+    tumour = read_image(folder / "LUNG1-001_lungL1_lungR2_cord3_gtv4.nii.gz").array == 4
+    yield "LUNG1-001", read_image(folder / "LUNG1-001_ct.nii.gz"), tumour
+    sample = Path("demo/sample")
+    for name in ("lung1", "lung2"):
+        if (sample / f"{name}_image.nrrd").exists():
+            yield f"sample {name}", read_image(sample / f"{name}_image.nrrd"), read_image(sample / f"{name}_label.nrrd").array > 0
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    out: dict[str, float] = {"cases": len(rows)}
+    for n in (1, 3, 5):
+        out[f"dice_{n}"] = round(float(np.mean([r[f"dice_{n}"] for r in rows])), 4)
+    out["dice_3_10th_percentile"] = round(float(np.percentile([r["dice_3"] for r in rows], 10)), 4)
+    out["found"] = round(float(np.mean([r["first_click_worst_of_3"] > 0.3 for r in rows])), 4)
+    return out
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Summaries of all, and by diameter, texture and attachment."""
+    for kind in ("crop", "cube"):
+        part = [r for r in rows if r["set"] == kind]
+        if part:
+            yield f"all {kind}s", summary(part)
+    rows = [r for r in rows if r["set"] == "crop"]
+    for low, high in ((0, 6), (6, 10), (10, 20), (20, 40)):
+        part = [r for r in rows if low <= r["diameter_mm"] < high]
+        if part:
+            yield f"{low}-{high} mm", summary(part)
+    for name, values in (("ground glass", ("1", "2")), ("part-solid", ("3",)), ("solid", ("4", "5"))):
+        part = [r for r in rows if r["texture"] in values]
+        if part:
+            yield name, summary(part)
+    for name, flag in (("free", 0), ("attached", 1)):
+        part = [r for r in rows if r["attached"] == flag]
+        if part:
+            yield name, summary(part)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", nargs="?", default=MODEL)
+    parser.add_argument("--limit", type=int, help="only so many of each set")
+    options = parser.parse_args()
+    package = find_model(options.package)
+    rows = list(held_out(package, options.limit))
+    for name, figures in table(rows):
+        print(f"{name:14}", figures)
+    print("median seconds a click:", np.median([r["seconds"] for r in rows]))
+    for name, image, truth in whole_scans():
+        session = ClickSession(image, package, options=Options(engine="onnx", device="cpu"))
+        inside = np.argwhere(truth)
+        rng = np.random.default_rng(1)
+        middle = inside[((inside - inside.mean(0)) ** 2).sum(1).argmin()]
+        firsts = [middle, *(inside[rng.integers(len(inside))] for _ in range(4))]
+        played = [play(session, truth, tuple(int(v) for v in first)) for first in firsts]
+        print(f"{name}: Dice after 1 to {CLICKS} clicks, first click in the middle and at four random places:")
+        for scores, seconds in played:
+            print("   ", " ".join(f"{s:.3f}" for s in scores), f" {max(seconds):.2f} s at most")
+
+
+if __name__ == "__main__":
+    main()
