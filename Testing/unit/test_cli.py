@@ -604,3 +604,51 @@ def test_parsers_name_the_option():
         cli.parse_point("1;2;3")
     with pytest.raises(UserError, match="--roi must be 6 numbers"):
         cli.parse_roi("1,2", Image(np.zeros((3, 3, 3))))
+
+
+# ---------------------------------------------------------------------------------------------------------------- click
+
+
+@pytest.fixture
+def clicked(tmp_path, make_package):
+    """A scan with two blocks, and a click package that is a threshold."""
+    array = np.zeros((12, 40, 40), np.float32)
+    array[4:8, 10:16, 10:16] = array[4:8, 10:16, 24:30] = 1
+    scan = tmp_path / "scan.nrrd"
+    write_image(Image(array), scan)
+    package = make_package(task="click", spacing=[1, 1, 1], patch=[16, 24, 24])
+    return scan, package.path, array
+
+
+def test_click_outlines_what_is_clicked_on(clicked, tmp_path, unetseg):
+    scan, package, array = clicked
+    out, report = tmp_path / "o.nrrd", tmp_path / "o.json"
+    # A RAS of -12, -12, 6 is the LPS voxel (12, 12, 6).
+    code, _, stderr = unetseg("click", scan, "--at=-12,-12,6", "-m", package, "-o", out, "--json", report, "--engine", "onnx")
+    assert code == 0, stderr
+    labels = read_image(out).array
+    assert labels[:, :, :20].sum() == 4 * 6 * 6 and not labels[:, :, 20:].any()
+    assert json.loads(report.read_text())["labels"][0]["voxels"] == 144
+    both = tmp_path / "both.nrrd"
+    code, _, stderr = unetseg("click", scan, "--at=-12,-12,6", "--at=-26,-12,6", "--not=-29,-10,6", "-m", package, "-o", both, "-q")
+    assert code == 0, stderr
+    labels = read_image(both).array
+    assert labels[6, 12, 12] == labels[6, 12, 26] == 1 and labels[6, 10, 29] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ((), "Nothing was clicked on"),
+        (("--at=-2,-2,2",), "Nothing was found here"),
+        (("--at=-200,-2,2",), "outside the image"),
+        (("--at=-12,-12,6", "--not=1,2"), "--not must be 3 numbers"),
+        (("--box=0,-10,0,-10,0,0",), "flat"),
+    ],
+)
+def test_click_refuses_in_one_sentence_and_writes_nothing(clicked, tmp_path, unetseg, options, sentence):
+    scan, package, _ = clicked
+    out = tmp_path / "o.nrrd"
+    code, _, stderr = unetseg("click", scan, *options, "-m", package, "-o", out)
+    assert code == 2 and sentence in stderr and stderr.count("\n") == 1
+    assert not out.exists()

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,10 +29,12 @@ from .image import (
     write_image,
 )
 from .inference.augment import TTA
+from .inference.click import MODEL as CLICK_MODEL
+from .inference.click import ClickSession
 from .inference.predict import Options, Prediction, predict
 from .intensity import display_range, expects_hu, parse_window, presets
 from .measure import dice, measure
-from .model import ModelPackage, find_model, model_files, user_models_folder, write_package
+from .model import Card, ModelPackage, find_model, model_files, user_models_folder, write_package
 
 
 def main() -> None:
@@ -65,9 +67,9 @@ def _numbers(text: str, n: int, what: str) -> list[float]:
     return values
 
 
-def parse_point(text: str) -> tuple[float, float, float]:
+def parse_point(text: str, option: str = "--at") -> tuple[float, float, float]:
     """ "R,A,S" in mm, as Slicer shows it, to LPS."""
-    r, a, s = _numbers(text, 3, "--at")
+    r, a, s = _numbers(text, 3, option)
     return -r, -a, s
 
 
@@ -221,6 +223,53 @@ def _print_report(report: dict[str, Any]) -> None:
     console.print(table)
 
 
+def _write(
+    image: Image,
+    prediction: Prediction,
+    truth: Image | None,
+    card: Card,
+    targets: Sequence[Path],
+    maps: Mapping[Path, Image],
+    picture: Path | None,
+    shown: dict[str, Any],
+    report_file: Path | None,
+    quiet: bool,
+) -> None:
+    """Everything that a command leaves behind. shown: the picture's window."""
+    from .output import write_segmentation
+
+    report = _report(image, prediction, truth)
+    # DICOM first: it asks most of the input, and where it fails nothing else should have been written.
+    for path in sorted(targets, key=lambda p: p.suffix.lower() != ".dcm"):
+        write_segmentation(prediction, path, image)
+    for path, values in maps.items():
+        write_image(values, path)
+    if picture:
+        from .picture import save_picture
+
+        save_picture(
+            image,
+            prediction,
+            picture,
+            window=display_range(shown, image.channels),
+            measures=report["labels"],
+            title=f"{_stem(Path(str(image.source)))} - {prediction.model_name}",
+            unit="HU" if expects_hu(card.intensity) else "",
+        )
+    text = json.dumps(report, indent=2)
+    if str(report_file) == "-":
+        print(text)
+    elif report_file:
+        with atomic_path(report_file) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    for warning in report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if not quiet:
+        _print_report(report)
+        for path in [*targets, *maps, *([picture] if picture else [])]:
+            print(f"wrote {path}", file=sys.stderr)
+
+
 def _app() -> Any:
     import typer
     from rich.console import Console
@@ -271,13 +320,10 @@ def _app() -> Any:
         quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no table.")] = False,
     ) -> None:
         """Segment an image and write the result."""
-        from .output import write_segmentation
-
         packages = [find_model(m) for m in model]
         targets = output or [Path(f"{_stem(images[0])}.seg.nrrd")]
         maps = [p for p in (uncertainty, probabilities) if p]
-        to_stdout = str(report_file) == "-"
-        _check_names(targets, maps, picture, None if to_stdout else report_file)
+        _check_names(targets, maps, picture, None if str(report_file) == "-" else report_file)
         chosen = display or packages[0].card.data.get("display")
         shown = parse_window(chosen) if chosen and (picture or display) else packages[0].card.intensity
         with _cancellable(), _progress(not quiet and sys.stderr.isatty()) as progress:
@@ -299,38 +345,50 @@ def _app() -> Any:
                 postprocess=postprocess,
             )
             prediction = predict(image, packages, options, progress)
-        report = _report(image, prediction, truth)
-        # DICOM first: it asks most of the input, and where it fails nothing else should have been written.
-        for path in sorted(targets, key=lambda p: p.suffix.lower() != ".dcm"):
-            write_segmentation(prediction, path, image)
-        if uncertainty and prediction.uncertainty:
-            write_image(prediction.uncertainty, uncertainty)
-        if probabilities and prediction.probabilities:
-            write_image(prediction.probabilities, probabilities)
-        if picture:
-            from .picture import save_picture
+        values = ((uncertainty, prediction.uncertainty), (probabilities, prediction.probabilities))
+        maps_written = {p: m for p, m in values if p and m}
+        _write(image, prediction, truth, packages[0].card, targets, maps_written, picture, shown, report_file, quiet)
 
-            save_picture(
-                image,
-                prediction,
-                picture,
-                window=display_range(shown, image.channels),
-                measures=report["labels"],
-                title=f"{_stem(images[0])} - {prediction.model_name}",
-                unit="HU" if expects_hu(packages[0].card.intensity) else "",
-            )
-        text = json.dumps(report, indent=2)
-        if to_stdout:
-            print(text)
-        elif report_file:
-            with atomic_path(report_file) as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
-        for warning in report["warnings"]:
-            print(f"warning: {warning}", file=sys.stderr)
-        if not quiet:
-            _print_report(report)
-            for path in [*targets, *maps, *([picture] if picture else [])]:
-                print(f"wrote {path}", file=sys.stderr)
+    @app.command()
+    def click(
+        images: Annotated[list[Path], typer.Argument(help="A CT scan: an image file or a DICOM folder.")],
+        at: Annotated[list[str], typer.Option(help="R,A,S in mm of a click on the nodule; may be repeated.")] = [],  # noqa: B006
+        not_: Annotated[list[str], typer.Option("--not", help="R,A,S in mm of a click on what is not part of it; may be repeated.")] = [],  # noqa: B006
+        box: Annotated[str | None, typer.Option(help="A box about it: R0,R1,A0,A1,S0,S1 in mm RAS.")] = None,
+        model: Annotated[str, typer.Option("--model", "-m", help="A click model's name or .unet.zip file.")] = CLICK_MODEL,
+        output: Annotated[
+            list[Path], typer.Option("--output", "-o", help=".seg.nrrd, .nii.gz, .nrrd, .mha, .dcm (DICOM SEG); may be repeated.")
+        ] = [],  # noqa: B006
+        engine: Annotated[str, typer.Option(help=f"auto, {', '.join(ENGINES)}.")] = "auto",
+        device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")] = "auto",
+        threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
+        series: Annotated[str | None, typer.Option(help="The series' UID, where a DICOM folder holds several.")] = None,
+        picture: Annotated[Path | None, typer.Option(help="Also write a four-panel PNG.")] = None,
+        report_file: Annotated[Path | None, typer.Option("--json", help="Also write the measures as JSON; - for standard output.")] = None,
+        reference: Annotated[Path | None, typer.Option(help="A label map of the same scan to compare with (Dice).")] = None,
+        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No table.")] = False,
+    ) -> None:
+        """Outline the one lesion that is clicked on: first all --at in their order, then all --not."""
+        package = find_model(model)
+        targets = output or [Path(f"{_stem(images[0])}.seg.nrrd")]
+        _check_names(targets, [], picture, None if str(report_file) == "-" else report_file)
+        points = [(parse_point(text), True) for text in at] + [(parse_point(text, "--not"), False) for text in not_]
+        if not at and box is None:
+            raise UserError("Nothing was clicked on; give --at R,A,S or --box.")
+        with _cancellable():
+            image = _read(images, series)
+            truth = read_image(reference) if reference else None
+            _check_fit(image, targets, truth)
+            session = ClickSession(image, package, options=Options(engine=engine, device=device, threads=threads))
+            if box is not None:
+                r0, r1, a0, a1, s0, s1 = _numbers(box, 6, "--box")
+                session.add_box((-r0, -a0, s0), (-r1, -a1, s1))
+            for point, positive in points:
+                session.add_point(point, positive)
+        if not session.answer.found:
+            raise UserError(session.answer.text)
+        shown = parse_window(package.card.data["display"]) if package.card.data.get("display") else package.card.intensity
+        _write(image, session.prediction(), truth, package.card, targets, {}, picture, shown, report_file, quiet)
 
     @app.command()
     def models(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:

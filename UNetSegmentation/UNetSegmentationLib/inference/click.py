@@ -22,7 +22,7 @@ from ..intensity import check_finite, normaliser, warnings_for
 from ..measure import measure
 from ..model import ModelPackage, find_model
 from ..postprocess import components
-from .predict import Options
+from .predict import Options, Prediction
 
 MODEL = "lung-nodule-click"
 # Standard deviation of a click's Gaussian, in voxels (z, y, x) of the model's grid.
@@ -187,6 +187,13 @@ class ClickSession:
             for group, kind in ((found.positive, True), (found.negative, False))
             for p in group
         ]
+
+    def prediction(self) -> Prediction:
+        """The mask as what predict() gives."""
+        card = self.card
+        labels = self.image.like(self.mask * np.uint8(card.labels[0].value))
+        name = f"{card.name}-{card.version}"
+        return Prediction(labels, card.labels, name, self.answer.box, engines=(self._engine.describe(),), warnings=self.warnings)
 
     def measure(self) -> dict[str, Any]:
         """measure() of the mask; 0 voxels where there is none."""
