@@ -143,8 +143,10 @@ class Cutter:
         at = np.stack(np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in PATCH), indexing="ij"), -1) * _VOXEL * self.zoom
         return ((at @ self.turn.T + self.bend) / spacing + self.centre).astype(np.float32)
 
-    def __call__(self, scan: Scan, arrays: list[np.ndarray], smooth: bool = True) -> tuple[list[np.ndarray], np.ndarray]:
-        """The arrays on the patch, and whether the scan covers each voxel. Coarser than the scan: low-pass as sample()."""
+    def __call__(self, scan: Scan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Values and mask (0..1) on the patch, and whether the scan covers each voxel. Where the patch is coarser than the
+        scan, the values go through a low-pass as in sample(); the mask does not, or small nodules would shrink."""
+        arrays = [scan.values] if scan.mask is None else [scan.values, scan.mask]
         index = self._indices(scan.spacing)
         size = np.array(arrays[0].shape)
         known: np.ndarray = np.all((index >= -0.5) & (index <= size - 0.5), axis=-1)
@@ -152,13 +154,15 @@ class Cutter:
         high = np.clip(np.ceil(index.max((0, 1, 2))).astype(int) + 7, low + 1, size)
         part = tuple(slice(a, b) for a, b in zip(low, high))
         scale = _VOXEL * self.zoom / scan.spacing
-        sigma = [0.5 * math.sqrt(s * s - 1) if smooth and s > 1.2 else 0.0 for s in scale]
-        planes = [_blurred(a[part].astype(np.float32), sigma) for a in arrays]
+        sigma = [0.5 * math.sqrt(s * s - 1) if s > 1.2 else 0.0 for s in scale]
+        planes = [a[part].astype(np.float32) for a in arrays]
+        planes[0] = _blurred(planes[0], sigma)
         grid = torch.from_numpy((2 * (index - low) + 1) / (high - low) - 1).flip(-1).float()
         x = functional.grid_sample(
             torch.from_numpy(np.stack(planes))[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False
         )
-        return list(x[0].numpy()), known
+        values, *mask = x[0].numpy()
+        return values, mask[0] if mask else np.zeros(PATCH, np.float32), known
 
 
 def _blurred(values: np.ndarray, sigma: list[float]) -> np.ndarray:
@@ -226,7 +230,7 @@ class Sampler:
         turn, bend = _turn(rng, 12), self._bend(rng, zoom)
         jitter = rng.uniform(-5, 5, 3) * (0.6, 1, 1) * (rng.random() < 0.5)
         centre = anchor + (turn @ (jitter * _VOXEL * zoom)) / scan.spacing
-        (values, inside), known = Cutter(centre, zoom, turn, bend)(scan, [scan.values, scan.mask])  # type: ignore[list-item]
+        values, inside, known = Cutter(centre, zoom, turn, bend)(scan)
         label = inside >= 0.5
         if not crop or implant:
             label &= known
@@ -264,7 +268,7 @@ class Sampler:
     def _place(self, rng: np.random.Generator, zoom: float) -> np.ndarray:
         scan = self.backgrounds[rng.integers(len(self.backgrounds))]
         place = scan.places[rng.integers(len(scan.places))]
-        return Cutter(place.astype(float), zoom, _turn(rng, 30), self._bend(rng, zoom))(scan, [scan.values])[0][0]
+        return Cutter(place.astype(float), zoom, _turn(rng, 30), self._bend(rng, zoom))(scan)[0]
 
     def _implanted(
         self, values: np.ndarray, label: np.ndarray, known: np.ndarray, zoom: float, rng: np.random.Generator
@@ -287,7 +291,7 @@ class Sampler:
             if not len(spots):
                 return self.fresh(rng)
             cutter = Cutter(spots[rng.integers(len(spots))].astype(float), 1.0, _turn(rng, 12), self._bend(rng, 1.0))
-            (values,), known = cutter(scan, [scan.values])
+            values, _, known = cutter(scan)
         middle = tuple((n - 1) / 2 for n in PATCH)
         return Sample(self._scanner(values, rng), np.zeros(PATCH, bool), known, [middle], [], None, None, int(rng.integers(1, 3)))
 
@@ -372,7 +376,7 @@ def loss(logits: Tensor, target: Tensor) -> Tensor:
     ce = (functional.binary_cross_entropy_with_logits(margin, label, reduction="none") * known).sum() / known.sum()
     p, axes = torch.sigmoid(margin) * known, (1, 2, 3)
     overlap, total = (p * label).sum(axes), (p + label * known).sum(axes)
-    return 2 * ce + (1 - (2 * overlap + 1) / (total + 1)).mean()
+    return ce + (1 - (2 * overlap + 1) / (total + 1)).mean()
 
 
 def sources() -> tuple[list[Source], list[Source], dict[str, int]]:
@@ -388,7 +392,7 @@ def patches(scans: list[Scan]) -> Iterator[Sample]:
         spots = np.argwhere(scan.mask)
         zoom = max(1.0, scan.diameter / 22)
         cutter = Cutter(spots[rng.integers(len(spots))].astype(float), zoom, np.eye(3), np.zeros(3))
-        (values, inside), known = cutter(scan, [scan.values, scan.mask])
+        values, inside, known = cutter(scan)
         image = np.clip((values - (LEVEL - WIDTH / 2)) / WIDTH, 0, 1).astype(np.float32)
         middle = tuple((n - 1) / 2 for n in PATCH)
         yield Sample(image, inside >= 0.5, known, [middle], [], None, None, 3)
