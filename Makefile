@@ -29,7 +29,7 @@ lint: .venv/ready
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet $(TORCH)
-	.venv/bin/pip install --quiet -e ".[test,train,mrml,openvino]"
+	.venv/bin/pip install --quiet -e ".[test,train,mrml,panel,openvino]"
 	touch $@
 
 clean:

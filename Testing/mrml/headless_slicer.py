@@ -49,6 +49,9 @@ class Runtime:
         self._add_logic("Volumes", slicer.vtkSlicerVolumesLogic())
         self._add_logic("Segmentations", slicer.vtkSlicerSegmentationsModuleLogic())
         self._add_logic("Transforms", slicer.vtkSlicerTransformLogic())
+        self._add_logic("Markups", slicer.vtkSlicerMarkupsLogic())
+        self._add_logic("Tables", slicer.vtkSlicerTablesLogic())
+        self._add_logic("Sequences", slicer.vtkSlicerSequencesLogic())
         slicer.vtkMRMLSliceNode.AddDefaultSliceOrientationPresets(self.scene, True)
 
     def _add_logic(self, name: str, logic: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import sys
 from ctypes.util import find_library
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,111 +18,48 @@ slicer = pytest.importorskip("slicer", reason="slicer-core is not installed")
 
 import vtk  # noqa: E402
 from headless_slicer import SliceView  # noqa: E402
-from slicer.util import arrayFromSegmentBinaryLabelmap, vtkMatrixFromArray  # noqa: E402
+from mrml_scenes import (  # noqa: E402
+    LPS,
+    LUNG,
+    NODULE,
+    SHAPE,
+    SURFACE,
+    add_segment,
+    add_transform,
+    add_volume,
+    assert_no_orphans,
+    ball,
+    draw,
+    geometry,
+    predicted,
+    read_back,
+    rotation,
+    segments,
+    snapshot,
+    tag,
+)
+from slicer.util import vtkMatrixFromArray  # noqa: E402
 from UNetSegmentationLib.image import Box, Image, UserError, from_sitk  # noqa: E402
+from UNetSegmentationLib.measure import measure  # noqa: E402
 from UNetSegmentationLib.model import Label  # noqa: E402
 from UNetSegmentationLib.mrml import (  # noqa: E402
     MODEL_TAG,
+    complete,
+    find_map,
+    find_table,
     image_from_volume,
-    oriented_labelmap,
+    image_from_volumes,
+    jump_slices,
+    measure_steps,
+    roi_box,
     segment_mask,
+    write_map_steps,
+    write_measures,
     write_prediction,
+    write_prediction_steps,
     write_scalar_map,
 )
 from vtk.util.numpy_support import vtk_to_numpy  # noqa: E402
-
-SHAPE = (9, 11, 13)
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-SURFACE = "Closed surface"
-TISSUE = {"category": ["SCT", "49755003", "Morphologically Altered Structure"], "type": ["SCT", "27925004", "Nodule"]}
-NODULE = Label(1, "nodule", (230, 159, 0), TISSUE)
-LUNG = Label(2, "lung", (86, 180, 233), {})
-
-
-def rotation(degrees: float = 25.0, axis: tuple[float, float, float] = (1, 2, 3)) -> np.ndarray:
-    transform = vtk.vtkTransform()
-    transform.RotateWXYZ(degrees, *axis)
-    return np.reshape(transform.GetMatrix().GetData(), (4, 4))[:3, :3]
-
-
-def geometry(direction: np.ndarray, spacing: tuple[float, ...] = (0.7, 1.1, 2.3), origin: tuple[float, ...] = (12, -34, 56)) -> np.ndarray:
-    """4x4 from index (x, y, z) to LPS."""
-    matrix = np.eye(4)
-    matrix[:3, :3] = direction * spacing
-    matrix[:3, 3] = origin
-    return matrix
-
-
-def add_volume(array: np.ndarray, to_lps: np.ndarray | None = None, name: str = "CT") -> Any:
-    return slicer.util.addVolumeFromArray(array, LPS @ (np.eye(4) if to_lps is None else to_lps), name)
-
-
-def add_transform(matrix: np.ndarray) -> Any:
-    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLinearTransformNode", "Move")
-    node.SetMatrixTransformToParent(vtkMatrixFromArray(matrix))
-    return node
-
-
-def ball(shape: tuple[int, ...], centre: tuple[float, ...], radius: float) -> np.ndarray:
-    grid = np.indices(shape) - np.reshape(centre, (3, 1, 1, 1))
-    return ((grid**2).sum(0) <= radius**2).astype(np.uint8)
-
-
-def predicted(volume: Any, labels: np.ndarray, defs: tuple[Label, ...] = (NODULE, LUNG), model: str = "lung-2d-1.0.0") -> Any:
-    image = image_from_volume(volume)
-    return SimpleNamespace(labels=image.like(labels), label_defs=defs, model_name=model, uncertainty=None, probabilities=None)
-
-
-def segments(node: Any) -> dict[str, str]:
-    """Name -> ID."""
-    segmentation = node.GetSegmentation()
-    ids = [segmentation.GetNthSegmentID(i) for i in range(segmentation.GetNumberOfSegments())]
-    return {segmentation.GetSegment(i).GetName(): i for i in ids}
-
-
-def read_back(node: Any, name: str, volume: Any) -> np.ndarray:
-    """A segment's voxels through Slicer's own function."""
-    return arrayFromSegmentBinaryLabelmap(node, segments(node)[name], volume).copy()
-
-
-def add_segment(node: Any, name: str, mask: np.ndarray, volume: Any) -> str:
-    """As the Segment Editor does: an empty segment on the shared layer, then its voxels."""
-    matrix = vtk.vtkMatrix4x4()
-    volume.GetIJKToRASMatrix(matrix)
-    segment_id = node.GetSegmentation().AddEmptySegment("", name)
-    labelmap = oriented_labelmap(mask, (0, 0, 0), slicer.util.arrayFromVTKMatrix(matrix))
-    logic = slicer.vtkSlicerSegmentationsModuleLogic
-    assert logic.SetBinaryLabelmapToSegment(labelmap, node, segment_id, logic.MODE_REPLACE)
-    return segment_id
-
-
-def tag(segment: Any, name: str) -> str:
-    value = vtk.reference("")
-    return str(value) if segment.GetTag(name, value) else ""
-
-
-def assert_no_orphans(node: Any) -> None:
-    """No layer holds voxels that belong to no segment."""
-    segmentation = node.GetSegmentation()
-    for i in range(segmentation.GetNumberOfLayers()):
-        owners = {segmentation.GetSegment(s).GetLabelValue() for s in segmentation.GetSegmentIDsForLayer(i)}
-        scalars = segmentation.GetLayerDataObject(i).GetPointData().GetScalars()
-        assert set(np.unique(vtk_to_numpy(scalars))) <= owners | {0}
-
-
-def snapshot(scene: Any) -> tuple[int, list[int]]:
-    """The number of nodes, and the number of segments of each segmentation."""
-    nodes = slicer.util.getNodesByClass("vtkMRMLSegmentationNode", scene)
-    return scene.GetNumberOfNodes(), [n.GetSegmentation().GetNumberOfSegments() for n in nodes]
-
-
-@pytest.fixture
-def labels() -> np.ndarray:
-    out = np.zeros(SHAPE, np.uint8)
-    out[2:7, 3:9, 4:11] = LUNG.value
-    out[3:5, 4:7, 6:9] = NODULE.value
-    return out
-
 
 # ------------------------------------------------------------------------------------------------------------- volumes
 
@@ -178,6 +115,53 @@ def test_the_array_is_a_view_of_the_node(scene: Any) -> None:
     slicer.util.arrayFromVolume(volume)[1, 2, 3] = 7
     assert image.array[1, 2, 3] == 7
     assert image.array.dtype == np.float32
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("change", ["deleted", "other voxels", "larger", "scene closed"])
+def test_the_array_outlives_what_happens_to_the_node(scene: Any, channels: int, change: str) -> None:
+    array = np.random.default_rng(0).integers(0, 255, (*SHAPE, 3), np.uint8)
+    array = array if channels == 3 else array[..., 0].astype(np.int16)
+    volume = slicer.util.addVolumeFromArray(array, nodeClassName=f"vtkMRML{'Vector' if channels == 3 else 'Scalar'}VolumeNode")
+    image = image_from_volume(volume)
+    wanted = image.array.copy()
+    if change == "deleted":
+        scene.RemoveNode(volume)
+    elif change == "scene closed":
+        scene.Clear(0)
+    elif change == "other voxels":
+        slicer.util.updateVolumeFromArray(volume, np.zeros((20, 30, 40), np.float32))
+    else:
+        volume.GetImageData().SetDimensions(40, 30, 20)
+        volume.GetImageData().AllocateScalars(vtk.VTK_SHORT, 1)
+    del volume, array
+    gc.collect()
+    rubbish = [np.full(wanted.nbytes, i % 251, np.uint8) for i in range(500)]  # takes freed memory, if there is any
+    assert np.array_equal(image.array, wanted) and rubbish
+
+
+def test_several_volumes_are_channels(scene: Any) -> None:
+    rng = np.random.default_rng(0)
+    to_lps = geometry(rotation() * (1, 1, -1))
+    arrays = [rng.integers(0, 99, SHAPE).astype(t) for t in (np.int16, np.uint8)]
+    nodes = [add_volume(a, to_lps, n) for a, n in zip(arrays, ("T1", "T2"))]
+    image = image_from_volumes(nodes)
+    assert image.array.dtype == np.int16 and image.array.shape == (2, *SHAPE)
+    assert all(np.array_equal(c, a) for c, a in zip(image.array, arrays))
+    assert image.same_grid(image_from_volume(nodes[0]))
+    rgb = slicer.util.addVolumeFromArray(rng.random((*SHAPE, 3)), LPS @ to_lps, "rgb", "vtkMRMLVectorVolumeNode")
+    image = image_from_volumes([rgb, nodes[1]])
+    assert image.array.dtype == np.float64 and image.n_channels == 4
+    assert np.array_equal(image.array[:3], image_from_volume(rgb).array) and np.array_equal(image.array[3], arrays[1])
+    assert np.shares_memory(image_from_volumes(nodes[:1]).array, slicer.util.arrayFromVolume(nodes[0]))
+
+    nodes[1].SetAndObserveTransformNodeID(add_transform(np.eye(4)).GetID())
+    assert image_from_volumes(nodes).n_channels == 2
+    nodes[1].GetParentTransformNode().SetMatrixTransformToParent(vtkMatrixFromArray(np.diag([1, 1, -1, 1.0])))
+    with pytest.raises(UserError, match="Volume 'T2' does not lie on the grid of 'T1'; resample"):
+        image_from_volumes(nodes)
+    with pytest.raises(UserError, match="No volume was chosen; choose"):
+        image_from_volumes([])
 
 
 def test_channels_of_a_vector_volume_come_first(scene: Any) -> None:
@@ -273,6 +257,101 @@ def test_uneven_scale_along_the_axes_is_only_another_spacing(scene: Any) -> None
 def test_a_volume_without_voxels_is_refused(scene: Any) -> None:
     with pytest.raises(UserError, match="Volume 'empty' has no voxels; load a scan"):
         image_from_volume(scene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "empty"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- ROI
+
+
+def add_roi(center: Any, size: Any, degrees: float = 0.0, name: str = "R") -> Any:
+    """Centre in RAS, turned about it."""
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode", name)
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = rotation(degrees), center
+    node.SetAndObserveObjectToNodeMatrix(vtkMatrixFromArray(matrix))
+    node.SetSize(*size)
+    return node
+
+
+def inside(roi: Any, volume: Any) -> np.ndarray:
+    """The voxels whose centres Slicer says are in the ROI."""
+    planes = vtk.vtkPlanes()
+    roi.GetPlanesWorld(planes)
+    image = image_from_volume(volume)
+    out = [planes.EvaluateFunction((LPS @ [*image.index_to_point(i[::-1]), 1])[:3]) <= 0 for i in np.ndindex(image.shape)]
+    return np.reshape(out, image.shape)
+
+
+@pytest.mark.parametrize("flips", list(itertools.product((1, -1), repeat=3)))
+@pytest.mark.parametrize("turned", [0.0, 35.0])
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_roi_is_the_box_of_voxels_around_it(scene: Any, flips: tuple[int, int, int], turned: float, moved: bool) -> None:
+    volume = add_volume(np.zeros(SHAPE, np.int16), geometry(rotation() * flips))
+    if moved:
+        turn = np.eye(4)
+        turn[:3, :3], turn[:3, 3] = rotation(40, (3, 1, 1)), (5, 6, 7)
+        volume.SetAndObserveTransformNodeID(add_transform(turn).GetID())
+    image = image_from_volume(volume)
+    middle = (LPS @ [*image.index_to_point((5.7, 4.2, 3.9)), 1])[:3]
+    roi = add_roi(middle, (3.1, 4.2, 7.3), turned)
+    box = roi_box(roi, volume)
+    covered = inside(roi, volume)
+    tight = Box.around(covered)
+    assert tight is not None and covered.sum() > 3
+    assert box & tight == tight
+    # A voxel counts when the ROI reaches into it, whether or not to its centre.
+    corners = np.array(corners_of(roi)) @ LPS[:3, :3]
+    index = np.array([image.point_to_index(c) for c in corners])[:, ::-1]
+    assert np.all(np.array(box.start) - 0.5 <= index.min(0) + 1e-3) and np.all(index.max(0) <= np.array(box.stop) - 0.5 + 1e-3)
+    assert np.all(np.array(box.start) + 0.5 >= index.min(0) - 1e-3) and np.all(index.max(0) >= np.array(box.stop) - 1.5 - 1e-3)
+
+    # The same place, by the ROI's own transform.
+    back = np.eye(4)
+    back[:3, 3] = (20, 0, -5)
+    roi.SetCenter(*(middle - back[:3, 3]))
+    roi.SetAndObserveTransformNodeID(add_transform(back).GetID())
+    assert roi_box(roi, volume) == box
+
+
+def corners_of(roi: Any) -> list[Any]:
+    """In world RAS."""
+    matrix, half = slicer.util.arrayFromVTKMatrix(roi.GetObjectToWorldMatrix()), np.array(roi.GetSize()) / 2
+    return [(matrix @ [*(np.array(s) * half), 1])[:3] for s in itertools.product((-1, 1), repeat=3)]
+
+
+def test_an_roi_along_the_voxels_edges_is_exactly_those_voxels(scene: Any) -> None:
+    volume = add_volume(np.zeros(SHAPE, np.int16), geometry(np.eye(3), (2, 3, 4), (0, 0, 0)))
+    # x from voxel 2 to 5, y 1 to 3, z 4 to 6, LPS.
+    roi = add_roi((-(1.5 * 2 + 5.5 * 2) / 2, -(0.5 * 3 + 3.5 * 3) / 2, (3.5 * 4 + 6.5 * 4) / 2), (8, 9, 12))
+    assert roi_box(roi, volume) == Box((4, 1, 2), (7, 4, 6))
+    roi.SetSize(1000, 9, 12)
+    assert roi_box(roi, volume) == Box((4, 1, 0), (7, 4, 13))
+    roi.SetSize(1000, 1000, 1000)
+    assert roi_box(roi, volume) == Box.whole(SHAPE)
+    roi.SetSize(1e-6, 1e-6, 1e-6)
+    assert roi_box(roi, volume).shape == (1, 1, 1)
+
+
+def test_an_roi_outside_or_without_size_is_refused(scene: Any) -> None:
+    volume = add_volume(np.zeros(SHAPE, np.int16))
+    with pytest.raises(UserError, match="ROI 'R' lies outside volume 'CT'; move it"):
+        roi_box(add_roi((500, 0, 0), (10, 10, 10)), volume)
+    with pytest.raises(UserError, match="ROI 'fresh' has no size; draw it"):
+        roi_box(scene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "fresh"), volume)
+    with pytest.raises(UserError, match="has no voxels"):
+        roi_box(add_roi((0, 0, 0), (1, 1, 1)), scene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "empty"))
+
+
+def test_all_slice_views_jump_to_a_point(scene: Any) -> None:
+    names = ("Red", "Yellow", "Green")
+    nodes = [scene.AddNode(slicer.vtkMRMLSliceNode()) for _ in names]
+    for node, name, orientation in zip(nodes, names, ("Axial", "Sagittal", "Coronal")):
+        node.SetLayoutName(name)
+        node.SetOrientation(orientation)
+    jump_slices(scene, (10, 20, 30))
+    for node in nodes:
+        center = slicer.util.arrayFromVTKMatrix(node.GetSliceToRAS())[:3, 3]
+        assert center == pytest.approx((-10, -20, 30))
+        scene.RemoveNode(node)  # named by its layout, it would outlive the scene
 
 
 # ------------------------------------------------------------------------------------------------------------ segments
@@ -454,6 +533,61 @@ def test_surfaces_that_exist_follow_and_none_is_lost(scene: Any, labels: np.ndar
     assert surface(beside).GetNumberOfPoints() == points
 
 
+@pytest.mark.parametrize("handed", [1, -1])
+def test_a_surface_is_the_one_that_slicer_makes(scene: Any, labels: np.ndarray, handed: int) -> None:
+    volume = add_volume(np.zeros(SHAPE, np.int16), geometry(rotation() * (1, 1, handed)))
+    node = write_prediction(predicted(volume, labels), volume)
+    node.GetSegmentation().SetConversionParameter("Smoothing factor", "0.2")
+    node.CreateClosedSurfaceRepresentation()
+    for moved, names in ((np.roll(labels, 1, 0), ["nodule", "lung"]), (labels, ["nodule", "lung", "nodule 2", "lung 2"])):
+        write_prediction(predicted(volume, moved), volume, node, replace=len(names) == 2)
+        assert list(segments(node)) == names
+    made = {name: points(node, name) for name in segments(node)}
+    node.RemoveClosedSurfaceRepresentation()
+    node.CreateClosedSurfaceRepresentation()
+    for name, surface in made.items():
+        assert surface.shape == points(node, name).shape and surface == pytest.approx(points(node, name), abs=1e-4)
+
+
+def points(node: Any, name: str) -> np.ndarray:
+    surface = node.GetSegmentation().GetSegment(segments(node)[name]).GetRepresentation(SURFACE)
+    return vtk_to_numpy(surface.GetPoints().GetData()).copy()
+
+
+def test_a_saved_segmentation_counts_as_changed(scene: Any, labels: np.ndarray, tmp_path: Path) -> None:
+    """Otherwise Slicer would close the scene without asking."""
+    volume = add_volume(np.zeros(SHAPE, np.int16))
+    node = write_prediction(predicted(volume, labels), volume)
+    node.AddDefaultStorageNode()
+    node.GetStorageNode().SetFileName(str(tmp_path / "result.seg.nrrd"))
+    assert node.GetStorageNode().WriteData(node) == 1
+    assert not node.GetModifiedSinceRead()
+    write_prediction(predicted(volume, np.roll(labels, 1, 0)), volume, node)
+    assert node.GetModifiedSinceRead()
+
+
+def test_nothing_is_done_in_long_pieces(scene: Any) -> None:
+    """Counted by the voxels that each piece could touch, as times depend on the machine; see _steps in mrml.py."""
+    shape = (40, 256, 256)
+    volume = add_volume(np.zeros(shape, np.int16))
+    labels = np.zeros(shape, np.uint8)
+    labels[5:35, 20:230, 20:230] = LUNG.value
+    labels[10:20, 50:90, 50:90] = NODULE.value
+    node = None
+    for _ in range(2):
+        steps = write_prediction_steps(predicted(volume, labels), volume, node)
+        pieces = 0
+        try:
+            while True:
+                next(steps)
+                pieces += 1
+        except StopIteration as end:
+            node = end.value
+        # One pass to see what there is, one to write it, and a piece for each segment.
+        assert pieces >= 2 * labels.size / (1 << 20) + 2
+    assert np.array_equal(segment_mask(node, segments(node)["lung"], volume), labels == 2)
+
+
 def test_seg_nrrd_keeps_voxels_names_colours_and_terminology(scene: Any, labels: np.ndarray, tmp_path: Path) -> None:
     volume = add_volume(np.zeros(SHAPE, np.int16), geometry(rotation() * (1, 1, -1)))
     node = write_prediction(predicted(volume, labels), volume)
@@ -602,6 +736,58 @@ def test_a_map_lies_over_its_volume(scene: Any, kind: str) -> None:
     assert scene.GetSingletonNode(f"UNetSegmentation.{kind}", "vtkMRMLColorTableNode") is colors
 
 
+def test_a_map_is_written_anew_and_not_once_more(scene: Any) -> None:
+    volume = add_volume(np.zeros(SHAPE, np.int16), geometry(rotation()))
+    other = add_volume(np.zeros(SHAPE, np.int16), geometry(rotation()), "other")
+    image = image_from_volume(volume)
+    values = [np.full(SHAPE, v, np.float32) for v in (0.2, 0.7)]
+    first = complete(write_map_steps(image.like(values[0]), volume, "uncertainty"))
+    assert first.GetName() == "CT uncertainty" and find_map(volume, "uncertainty") is first
+    first.SetName("doubt")
+    first.GetDisplayNode().SetThreshold(0.3, 1)
+    assert find_map(volume, "probability") is None and find_map(other, "uncertainty") is None
+    before, again = scene.GetNumberOfNodes(), complete(write_map_steps(image.like(values[1]), volume, "uncertainty"))
+    assert again is first and scene.GetNumberOfNodes() == before
+    assert image_from_volume(first).array[0, 0, 0] == np.float32(0.7)
+    assert first.GetName() == "doubt" and first.GetDisplayNode().GetLowerThreshold() == 0.3
+    maps = [first, *(write_scalar_map(image.like(values[0]), v, "m", k) for v, k in ((volume, "probability"), (other, "uncertainty")))]
+    assert len({m.GetID() for m in maps}) == 3
+
+
+@pytest.mark.parametrize("flips", [(1, 1, 1), (1, -1, -1)])
+def test_a_map_of_a_box_lies_where_the_box_lies(scene: Any, flips: tuple[int, int, int]) -> None:
+    volume = add_volume(np.zeros(SHAPE, np.int16), geometry(rotation() * flips))
+    volume.SetAndObserveTransformNodeID(add_transform(np.diag([1, -1, 1, 1.0])).GetID())
+    image = image_from_volume(volume)
+    values = np.random.default_rng(0).random(SHAPE, np.float32)
+    for box in (Box((1, 2, 3), (5, 6, 9)), Box((-3, 2, 3), (5, 60, 9)), Box((0, 0, 0), (1, 1, 1))):
+        node = write_scalar_map(image.like(values), volume, "m", "uncertainty", box)
+        written, part = image_from_volume(node), image.like(values).crop(box & Box.whole(SHAPE))
+        assert np.array_equal(written.array, part.array)
+        assert written.same_grid(part, 1e-6)
+    with pytest.raises(ValueError, match="needs voxels"):
+        write_scalar_map(image.like(values), volume, "m", "uncertainty", Box((50, 0, 0), (60, 1, 1)))
+
+
+def test_a_loaded_scenes_map_and_table_are_found(scene: Any, labels: np.ndarray, tmp_path: Path) -> None:
+    volume = add_volume(np.zeros(SHAPE, np.int16))
+    node = write_prediction(predicted(volume, labels), volume)
+    write_scalar_map(image_from_volume(volume).like(np.ones(SHAPE, np.float32)), volume, "m", "uncertainty")
+    write_measures(measure(predicted(volume, labels).labels, (NODULE, LUNG)), node)
+    scene.SetSaveToXMLString(1)
+    scene.Commit()
+    xml = scene.GetSceneXMLString()
+    scene.SetSaveToXMLString(0)
+    scene.Clear(0)
+    scene.SetLoadFromXMLString(1)
+    scene.SetSceneXMLString(xml)
+    scene.Import()
+    scene.SetLoadFromXMLString(0)
+    volume = slicer.util.getNode("CT")
+    assert find_map(volume, "uncertainty") is slicer.util.getNode("m")
+    assert find_table(slicer.util.getNode("CT segmentation")) is slicer.util.getNode("CT segmentation measures")
+
+
 def test_a_map_of_unknown_kind_or_with_channels_is_a_programming_error(scene: Any) -> None:
     volume = add_volume(np.zeros(SHAPE, np.int16))
     image = image_from_volume(volume)
@@ -609,6 +795,68 @@ def test_a_map_of_unknown_kind_or_with_channels_is_a_programming_error(scene: An
         write_scalar_map(image, volume, "u", "doubt")
     with pytest.raises(ValueError, match="a map is"):
         write_scalar_map(image.like(np.zeros((2, *SHAPE), np.float32)), volume, "p", "probability")
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_measures_become_a_table_with_a_row_for_each_segment(scene: Any, labels: np.ndarray) -> None:
+    volume = add_volume(np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE), geometry(np.eye(3)))
+    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
+    study = hierarchy.CreateStudyItem(hierarchy.GetSceneItemID(), "Study")
+    hierarchy.CreateItem(study, volume)
+    prediction = predicted(volume, labels)
+    node = write_prediction(prediction, volume)
+    absent = Label(9, "absent", (0, 0, 0), {})
+    found = measure(prediction.labels, (NODULE, LUNG, absent), image_from_volume(volume))
+    table = write_measures(found, node)
+    assert [table.GetColumnName(i) for i in range(table.GetNumberOfColumns())] == [
+        "Segment",
+        "Volume [ml]",
+        "Longest diameter [mm]",
+        "Perpendicular diameter [mm]",
+        "Mean",
+        "SD",
+        "Minimum",
+        "Maximum",
+        "Voxels",
+    ]
+    assert table.GetNumberOfRows() == 2
+    assert [table.GetCellText(r, 0) for r in range(2)] == ["nodule", "lung"]
+    assert table.GetTable().GetColumnByName("Volume [ml]").GetValue(1) == found[1]["volume_ml"]
+    assert table.GetTable().GetColumnByName("Mean").GetValue(0) == found[0]["mean_hu"]
+    assert table.GetTable().GetColumnByName("Voxels").GetValue(0) == found[0]["voxels"]
+    assert hierarchy.GetItemParent(hierarchy.GetItemByDataNode(table)) == study
+
+    units = slicer.vtkCodedEntry()
+    units.SetValueSchemeMeaning("[hnsf'U]", "UCUM", "Hounsfield unit")
+    volume.SetVoxelValueUnits(units)
+    again = write_measures(measure(prediction.labels, (LUNG,)), node)
+    assert again is table and table.GetNumberOfRows() == 1
+    assert table.GetColumnName(4) == "Mean [HU]"
+    assert np.isnan(table.GetTable().GetColumnByName("Mean [HU]").GetValue(0)), "measured without an image"
+    given = scene.AddNewNodeByClass("vtkMRMLTableNode", "mine")
+    assert write_measures(found, node, given) is given and given.GetNumberOfRows() == 2
+    assert write_measures([], node, given).GetNumberOfRows() == 0
+
+
+@pytest.mark.parametrize("handed", [1, -1])
+def test_segments_are_measured_as_they_are_now(scene: Any, labels: np.ndarray, handed: int) -> None:
+    values = np.random.default_rng(0).normal(0, 100, SHAPE).astype(np.float32)
+    volume = add_volume(values, geometry(rotation() * (1, 1, handed)))
+    node = write_prediction(predicted(volume, labels), volume)
+    hers = ball(SHAPE, (4, 5, 7), 3)
+    draw(node, segments(node)["nodule"], hers, volume)
+    node.GetSegmentation().AddEmptySegment("", "empty")
+    found = complete(measure_steps(node, volume))
+    want = measure(image_from_volume(volume).like(hers), (NODULE,), image_from_volume(volume))
+    voxels = [("nodule", 1, hers.sum()), ("lung", 2, (labels == 2).sum()), ("empty", 3, 0)]
+    assert [(m["name"], m["value"], m["voxels"]) for m in found] == voxels
+    for key in ("volume_ml", "center", "longest_mm", "perpendicular_mm", "longest_points", "mean_hu", "std_hu", "min_hu", "max_hu"):
+        np.testing.assert_allclose(found[0][key], want[0][key], rtol=1e-6, err_msg=key)
+    assert complete(measure_steps(node, volume, [segments(node)["lung"]]))[0]["name"] == "lung"
+    with pytest.raises(UserError, match="has no segment 'liver'"):
+        complete(measure_steps(node, volume, ["liver"]))
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

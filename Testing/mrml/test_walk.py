@@ -1,75 +1,58 @@
-"""From a volume node to segments with a bundled model, through the module's logic, on real MRML nodes."""
+"""From a volume node to segments, map, table and back, with a bundled model on real data. The module's logic, which does the
+same, needs Slicer's Qt classes and is tested in ../panel."""
 
 from __future__ import annotations
 
-import sys
-import types
 from typing import Any
 
 import numpy as np
 import pytest
-from UNetSegmentationLib.image import UserError, read_image
+from UNetSegmentationLib.image import read_image
 from UNetSegmentationLib.inference.predict import Options, predict
+from UNetSegmentationLib.measure import measure, uncertain_places
 from UNetSegmentationLib.model import find_model
 
 pytest.importorskip("slicer", reason="slicer-core is not installed")
 
 
-@pytest.fixture
-def logic(scene: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """UNetSegmentationLogic. The two base classes and tr() stand in for Slicer's Base/Python/slicer/ScriptedLoadableModule.py
-    and i18n.py, which the wheel lacks; they hold nothing that process() uses."""
-    base = types.ModuleType("slicer.ScriptedLoadableModule")
-    base.ScriptedLoadableModule = base.ScriptedLoadableModuleLogic = type("Base", (), {"__init__": lambda self, parent=None: None})  # type: ignore[attr-defined]
-    i18n = types.ModuleType("slicer.i18n")
-    i18n.tr = lambda text: text  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "slicer.ScriptedLoadableModule", base)
-    monkeypatch.setitem(sys.modules, "slicer.i18n", i18n)
-    sys.modules.pop("UNetSegmentation", None)
-    import UNetSegmentation
-
-    yield UNetSegmentation.UNetSegmentationLogic()
-    sys.modules.pop("UNetSegmentation", None)
-
-
-def load(path: Any) -> Any:
-    """A volume node through Slicer's own reader."""
+def test_a_volume_becomes_segments_that_are_the_prediction(scene: Any, data: Any) -> None:
     import slicer
-
-    return slicer.modules.volumes.logic().AddArchetypeVolume(str(path), "hippocampus", 0)
-
-
-def test_a_volume_becomes_segments_that_are_the_prediction(scene: Any, logic: Any, data: Any) -> None:
+    from mrml_scenes import fingerprint, segments
     from UNetSegmentationLib import mrml
 
     path = data / "msd_hippocampus" / "images" / "hippocampus_003.nii.gz"
-    volume = load(path)
-    node = logic.process(volume, "hippocampus-3d", uncertainty=True)
-    segmentation = node.GetSegmentation()
-    assert segmentation.GetNumberOfSegments() == 2
-    image = mrml.image_from_volume(volume)
-    want = predict(image, [find_model("hippocampus-3d")]).labels.array
-    for label in find_model("hippocampus-3d").card.labels:
-        segment = segmentation.GetSegmentIdBySegmentName(label.name)
-        assert np.array_equal(mrml.segment_mask(node, segment, volume) > 0, want == label.value)
+    volume = slicer.modules.volumes.logic().AddArchetypeVolume(str(path), "hippocampus", 0)
+    before = fingerprint(scene)
+    undo = mrml.Undo(scene)
+    undo.begin()
+    image, model = mrml.image_from_volume(volume), find_model("hippocampus-3d")
+    prediction = predict(image, [model], Options(uncertainty=True))
+    assert prediction.uncertainty is not None
+    node = mrml.write_prediction(prediction, volume)
+    doubt = mrml.write_scalar_map(prediction.uncertainty, volume, "doubt", "uncertainty", prediction.roi)
+    table = mrml.write_measures(measure(prediction.labels, prediction.label_defs, image), node)
+    undo.commit([node, doubt, table])
+
+    assert node.GetSegmentation().GetNumberOfSegments() == 2
+    for label in model.card.labels:
+        mask = mrml.segment_mask(node, segments(node)[label.name], volume)
+        assert np.array_equal(mask > 0, prediction.labels.array == label.value)
     # The same patient read by SimpleITK, which keeps the file's axes, gives the same volumes.
-    other = predict(read_image(path), [find_model("hippocampus-3d")]).labels.array
-    assert np.array_equal(np.bincount(other.ravel()), np.bincount(want.ravel()))
-    maps = [n for n in scene.GetNodesByClass("vtkMRMLScalarVolumeNode") if n.GetName() == "hippocampus uncertainty"]
-    assert len(maps) == 1
+    other = predict(read_image(path), [model]).labels.array
+    assert np.array_equal(np.bincount(other.ravel()), np.bincount(prediction.labels.array.ravel()))
+    assert table.GetNumberOfRows() == 2
+    written = mrml.image_from_volume(doubt)
+    for place in uncertain_places(prediction.uncertainty, limit=5):
+        x, y, z = (round(i) for i in written.point_to_index(place["point"]))
+        assert written.array[z, y, x] == pytest.approx(place["peak"])
 
-
-def test_running_again_replaces_and_bad_input_changes_nothing(scene: Any, logic: Any, data: Any) -> None:
-    volume = load(data / "msd_hippocampus" / "images" / "hippocampus_003.nii.gz")
-    node = logic.process(volume, "hippocampus-3d", tta="none")
-    before = scene.GetNumberOfNodes()
-    assert logic.process(volume, "hippocampus-3d", node, tta="none") is node
-    assert node.GetSegmentation().GetNumberOfSegments() == 2 and scene.GetNumberOfNodes() == before
-    with pytest.raises(UserError, match="point lies outside"):
-        logic.process(volume, "hippocampus-3d", at=(1e4, 0.0, 0.0))
-    with pytest.raises(UserError, match="no model"):
-        logic.process(volume, "liver")
-    assert scene.GetNumberOfNodes() == before and node.GetSegmentation().GetNumberOfSegments() == 2
+    # Again: the same nodes.
+    known = scene.GetNumberOfNodes()
+    assert mrml.write_prediction(prediction, volume, node) is node
+    assert mrml.write_scalar_map(prediction.uncertainty, volume, "doubt", "uncertainty", prediction.roi) is doubt
+    assert scene.GetNumberOfNodes() == known
+    undo.undo()
+    assert fingerprint(scene) == before
 
 
 def test_options_are_those_of_predict() -> None:

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = ROOT / "UNetSegmentation"
 CORE = MODULE / "UNetSegmentationLib"
+PANEL = MODULE / "UNetSegmentationPanel"
 
 # What a file may import beyond the standard library and the core itself; "lazy" only inside functions.
 ALLOWED = {
@@ -31,7 +32,7 @@ LAZY = {
 }
 # Inside the core: cli, worker -> inference -> engines, model, intensity, image. Nothing points back up.
 LEVEL = {"image": 0, "intensity": 1, "model": 1, "networks": 1, "postprocess": 1, "measure": 2, "engines": 2, "output": 2, "picture": 2}
-LEVEL |= {"sample": 2, "inference": 3, "mrml": 4, "cli": 4, "worker": 4, "__main__": 5, "__init__": 5}
+LEVEL |= {"sample": 2, "inference": 3, "environment": 4, "mrml": 4, "cli": 4, "worker": 4, "__main__": 5, "__init__": 5}
 
 
 def imports(path: Path):
@@ -76,6 +77,32 @@ def test_nothing_in_the_core_points_back_up(name):
         target = module.lstrip(".").split(".")[0] if dots > depth else own
         if target and target != own:
             assert LEVEL[target] <= LEVEL[own], f"{name} imports {module}"
+
+
+# Of the panel's files those that the module needs to open import nothing of the core, so that it opens at once.
+QT = {"qt", "ctk", "slicer", "vtk"}
+OPENED = ["UNetSegmentation.py", *(f"UNetSegmentationPanel/{n}.py" for n in ("__init__", "inputs", "models", "packages", "results", "run"))]
+PANEL_FILES = ["UNetSegmentation.py", *sorted(p.relative_to(MODULE).as_posix() for p in PANEL.rglob("*.py"))]
+
+
+@pytest.mark.parametrize("name", PANEL_FILES)
+def test_panel_imports_only_what_it_may(name):
+    for module, inside, typing_only in imports(MODULE / name):
+        top = module.split(".")[0]
+        if not top or top in sys.stdlib_module_names or typing_only or (top == "PyTorchUtils" and inside):
+            continue
+        core_too = inside or name not in OPENED
+        allowed = QT | {"UNetSegmentationPanel", "SampleData"} | ({"UNetSegmentationLib"} if core_too else set())
+        assert top in allowed, f"{name} imports {module}{'' if inside else ' at file scope'}"
+
+
+def test_qt_is_known_to_the_panel_alone():
+    for name in CORE_FILES:
+        assert not {m.split(".")[0] for m, _, _ in imports(CORE / name)} & {"qt", "ctk", "UNetSegmentationPanel"}, name
+
+
+def test_what_opens_the_panel_is_all_there():
+    assert set(OPENED) <= set(PANEL_FILES)
 
 
 def run(code: str) -> subprocess.CompletedProcess:

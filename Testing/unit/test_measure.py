@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from UNetSegmentationLib.image import Box, Image, reorient
-from UNetSegmentationLib.measure import dice, measure
+from UNetSegmentationLib.measure import dice, measure, measure_steps, uncertain_places
 from UNetSegmentationLib.model import Label
 from UNetSegmentationLib.postprocess import clean, components
 
@@ -291,3 +291,113 @@ def test_other_labels_are_left_alone():
 
 def test_an_empty_map_stays_empty():
     assert not cleaned(np.zeros((4, 5, 6), np.uint8), {"largest_component": True, "fill_holes": True, "min_volume_mm3": 3}).any()
+
+
+# ------------------------------------------------------------------------------------------------------ uncertain places
+
+
+def doubt(shape, *peaks, spacing=(0.7, 0.9, 2.0), direction=(1.0, 0, 0, 0, 1, 0, 0, 0, 1)) -> Image:
+    """Uncertainty 0.1 with boxes of some value, and a most uncertain voxel in each."""
+    out = np.full(shape, 0.1, np.float32)
+    for box, value, at, peak in peaks:
+        out[box] = value
+        out[at] = peak
+    return Image(out, spacing, (-70.0, 35.5, 900.0), direction)
+
+
+def test_the_worst_place_comes_first_and_is_its_most_uncertain_voxel():
+    small, large = np.s_[2:4, 2:4, 2:4], np.s_[8:12, 10:15, 10:16]
+    image = doubt((16, 20, 24), (small, 0.9, (3, 2, 3), 1.0), (large, 0.6, (10, 12, 11), 0.7))
+    first, second = uncertain_places(image)
+    voxel = 0.7 * 0.9 * 2 / 1000
+    assert first["point"] == pytest.approx(image.index_to_point((11, 12, 10)))
+    assert (first["peak"], first["volume_ml"]) == (pytest.approx(0.7), pytest.approx(120 * voxel))
+    assert first["score"] == pytest.approx((119 * 0.6 + 0.7) * voxel, rel=1e-5)
+    assert second["point"] == pytest.approx(image.index_to_point((3, 2, 3))) and second["peak"] == 1
+    assert all(type(v) is float for p in (first, second) for k, v in p.items() if k != "point")
+
+
+def test_places_below_the_threshold_are_none():
+    image = doubt((6, 7, 8), (np.s_[1:3, 1:3, 1:3], 0.4, (1, 1, 1), 0.49))
+    assert uncertain_places(image) == []
+    assert uncertain_places(image.like(np.full(image.shape, np.nan, np.float32))) == []
+    (at_it,) = uncertain_places(image, 0.49)
+    assert at_it["volume_ml"] == pytest.approx(0.7 * 0.9 * 2 / 1000)
+    assert uncertain_places(image, 0.4)[0]["volume_ml"] == pytest.approx(8 * 0.7 * 0.9 * 2 / 1000)
+
+
+def test_the_number_of_places_is_limited_to_the_worst():
+    array = np.zeros((3, 40, 40), np.float32)
+    array[1, ::4, ::4] = np.linspace(0.6, 1, 100).reshape(10, 10)
+    places = uncertain_places(Image(array), limit=7)
+    assert [p["peak"] for p in places] == pytest.approx(np.sort(array.ravel())[::-1][:7])
+    assert len(uncertain_places(Image(array))) == 50 and uncertain_places(Image(array), limit=0) == []
+
+
+def test_equal_places_come_in_the_order_of_the_array_and_always_the_same():
+    array = np.zeros((3, 12, 12), np.float32)
+    array[1, 1::4, 1::4] = 1
+    array[1, 1, 2] = 0.5  # of two equal voxels in a region the first one counts
+    array[1, 1, 2] = 1
+    image = Image(array)
+    places = uncertain_places(image)
+    index = [image.point_to_index(p["point"])[:2] for p in places]
+    assert index[0] == (1, 1), "two voxels, so first; and the first of them"
+    assert index[1:] == [(x, y) for y in (1, 5, 9) for x in (1, 5, 9)][1:]
+    assert places == uncertain_places(image)
+
+
+def test_voxels_that_touch_at_a_corner_are_one_place():
+    array = np.zeros((4, 4, 4), np.float32)
+    array[0, 0, 0] = array[1, 1, 1] = 0.8
+    (place,) = uncertain_places(Image(array))
+    assert place["volume_ml"] == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(("order", "signs"), ORIENTATIONS[::7])
+def test_places_lie_where_the_image_lies(order, signs):
+    columns = np.eye(3)[:, list(order)] * signs
+    array = np.zeros((5, 6, 7), np.float32)
+    array[1, 2, 3] = 0.9
+    image = Image(array[:, :, ::-1], (0.7, 0.9, 1.5), (3, 4, 5), tuple(columns.ravel()))
+    (place,) = uncertain_places(image)
+    assert image.point_to_index(place["point"]) == pytest.approx((3, 2, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- pieces
+
+
+def test_measuring_in_pieces_gives_the_same_and_may_leave_large_ones_without_diameters():
+    labels = ellipsoid((17, 8, 11), (0.7, 0.7, 1.25), 30)
+    image = labels.like(np.random.default_rng(0).normal(1000, 1, labels.shape))
+    steps = measure_steps(labels, [THING], image, largest=labels.array.size)
+    pieces = 0
+    try:
+        while True:
+            next(steps)
+            pieces += 1
+    except StopIteration as end:
+        assert end.value == measure(labels, [THING], image)
+    assert pieces >= 15  # at least one for each section
+
+    steps = measure_steps(labels, [THING], image, largest=1000)
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        (small,) = end.value
+    full = one(labels, image)
+    assert small["longest_mm"] is None and small["perpendicular_points"] is None
+    assert all(small[k] == full[k] for k in ("voxels", "volume_ml", "center", "mean_hu", "std_hu", "min_hu", "max_hu"))
+
+
+def test_intensities_of_many_voxels_are_exact():
+    """More than one slab, and a small deviation from a large mean."""
+    values = (30000 + np.random.default_rng(0).normal(0, 0.5, (6, 700, 700))).astype(np.float32)
+    labels = np.ones(values.shape, np.uint8)
+    labels[:, :5] = 0
+    out = one(Image(labels), Image(values))
+    inside = values[:, 5:].astype(np.float64)
+    assert out["mean_hu"] == pytest.approx(inside.mean(), rel=1e-12)
+    assert out["std_hu"] == pytest.approx(inside.std(), rel=1e-9)
+    assert (out["min_hu"], out["max_hu"]) == (inside.min(), inside.max())

@@ -1,15 +1,15 @@
-"""Sizes of a segmented label: volume, axial diameters, intensity."""
+"""Sizes of a segmented label: volume, axial diameters, intensity. Places where a prediction is uncertain."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 
 from .image import Box, Image, reorient
 from .model import Label
-from .postprocess import components
+from .postprocess import components, slabs
 
 
 def measure(labels: Image, label_defs: Sequence[Label], image: Image | None = None) -> list[dict[str, Any]]:
@@ -21,35 +21,76 @@ def measure(labels: Image, label_defs: Sequence[Label], image: Image | None = No
     perpendicular_points (two LPS points each), mean_hu, std_hu, min_hu, max_hu (the image's own units). A label that is
     absent has 0 voxels and None for the rest.
     """
+    steps = measure_steps(labels, label_defs, image)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def measure_steps(
+    labels: Image, label_defs: Sequence[Label], image: Image | None = None, largest: int | None = None
+) -> Generator[None, None, list[dict[str, Any]]]:
+    """measure() in pieces, for a panel. Finding the components of a label is one piece, 20 to 50 ns for each voxel of its
+    box; a label whose box has more voxels than `largest` gets no diameters."""
     canonical, orientation = reorient(labels)
     values = orientation.canonical(image.channels)[0] if image is not None else None
-    return [_one(canonical, label, values) for label in label_defs]
+    out = []
+    for label in label_defs:
+        out.append((yield from _one(canonical, label, values, largest)))
+    return out
 
 
-def _one(labels: Image, label: Label, values: np.ndarray | None) -> dict[str, Any]:
+def _one(labels: Image, label: Label, values: np.ndarray | None, largest: int | None) -> Generator[None, None, dict[str, Any]]:
     voxel = float(np.prod(labels.spacing))
     out: dict[str, Any] = {"value": label.value, "name": label.name, "voxels": 0, "volume_mm3": 0.0, "volume_ml": 0.0}
     keys = ("center", "longest_mm", "perpendicular_mm", "longest_points", "perpendicular_points")
     out.update(dict.fromkeys((*keys, "mean_hu", "std_hu", "min_hu", "max_hu")))
-    mask = labels.array == label.value
-    box = Box.around(mask)
-    if box is None:
-        return out
-    mask = mask[box.slices]
-    profiles = [mask.sum(axis=tuple(b for b in range(3) if b != a)) for a in range(3)]
+    profiles = [np.zeros(n, np.int64) for n in labels.shape]
+    for z in slabs(labels.shape):
+        mask = labels.array[z] == label.value
+        if mask.any():
+            rows = mask.sum(0, np.int64)
+            profiles[0][z] = [np.count_nonzero(plane) for plane in mask]
+            profiles[1] += rows.sum(1)
+            profiles[2] += rows.sum(0)
+        yield
     count = int(profiles[0].sum())
-    center = np.array([np.average(np.arange(len(p)), weights=p) for p in profiles]) + box.start
-    out.update(voxels=count, volume_mm3=count * voxel, volume_ml=count * voxel / 1000, center=labels.index_to_point(center[::-1].tolist()))
-    labelled, counts = components(mask, corners=True)  # a thin lesion on a slant hangs together by its voxels' corners
-    out.update(_diameters(labels, mask if len(counts) < 3 else labelled == 1 + counts[1:].argmax(), box))
+    if not count:
+        return out
+    ends = [np.flatnonzero(p)[[0, -1]] for p in profiles]
+    box = Box(tuple(int(e[0]) for e in ends), tuple(int(e[1]) + 1 for e in ends))
+    center = [np.average(np.arange(len(p)), weights=p) for p in profiles]
+    out.update(voxels=count, volume_mm3=count * voxel, volume_ml=count * voxel / 1000, center=labels.index_to_point(center[::-1]))
+    part = labels.array[box.slices]
+    if largest is None or part.size <= largest:
+        mask = part == label.value
+        labelled, counts = components(mask, corners=True)  # a thin lesion on a slant hangs together by its voxels' corners
+        yield
+        out.update((yield from _diameters(labels, mask if len(counts) < 3 else labelled == 1 + counts[1:].argmax(), box)))
     if values is not None:
-        inside = values[box.slices][mask]
-        out.update(mean_hu=float(inside.mean(dtype=np.float64)), std_hu=float(inside.std(dtype=np.float64)))
-        out.update(min_hu=float(inside.min()), max_hu=float(inside.max()))
+        out.update((yield from _intensity(values[box.slices], part, label.value)))
     return out
 
 
-def _diameters(labels: Image, mask: np.ndarray, box: Box) -> dict[str, Any]:
+def _intensity(values: np.ndarray, labels: np.ndarray, value: int) -> Generator[None, None, dict[str, float]]:
+    """Twice over the voxels, since sums of squares would lose the digits of a small deviation from a large mean."""
+    count, total, squares, low, high = 0, 0.0, 0.0, np.inf, -np.inf
+    for z in slabs(values.shape):
+        inside = values[z][labels[z] == value]
+        if len(inside):
+            count, total = count + len(inside), total + float(inside.sum(dtype=np.float64))
+            low, high = min(low, float(inside.min())), max(high, float(inside.max()))
+        yield
+    mean = total / count
+    for z in slabs(values.shape):
+        squares += float(np.square(np.subtract(values[z][labels[z] == value], mean, dtype=np.float64)).sum())
+        yield
+    return {"mean_hu": mean, "std_hu": float(np.sqrt(squares / count)), "min_hu": low, "max_hu": high}
+
+
+def _diameters(labels: Image, mask: np.ndarray, box: Box) -> Generator[None, None, dict[str, Any]]:
     sx, sy, _ = labels.spacing
     best: tuple[float, int, np.ndarray, int, int] | None = None
     for z, plane in enumerate(mask):
@@ -60,6 +101,7 @@ def _diameters(labels: Image, mask: np.ndarray, box: Box) -> dict[str, Any]:
         at = int(distance.argmax())
         if best is None or distance.flat[at] > best[0] + 1e-9:
             best = float(distance.flat[at]), z, hull, *divmod(at, len(hull))
+        yield
     assert best is not None
     longest, z, hull, i, j = best
     chord, ends = _perpendicular(hull, hull[i], hull[j])
@@ -125,3 +167,51 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     """Dice of two masks; 1 when both are empty."""
     total = int(np.count_nonzero(a)) + int(np.count_nonzero(b))
     return 2 * int(np.count_nonzero(np.logical_and(a, b))) / total if total else 1.0
+
+
+def uncertain_places(uncertainty: Image, threshold: float = 0.5, limit: int = 50) -> list[dict[str, Any]]:
+    """Where a person should look: the connected regions with an uncertainty of `threshold` or more, the worst first.
+
+    uncertainty: (z, y, x), 0..1; NaN counts as certain. Keys: point (LPS mm of the most uncertain voxel, of several the
+    first in the array), peak, volume_ml, score (the uncertainty summed over the region, in ml). Sorted by score, at most
+    `limit`. Voxels that share an edge or a corner hang together. Takes some 8 bytes for each voxel of the box
+    around all (25 where the map is noise).
+    """
+    values = uncertainty.array
+    rows, planes = np.zeros(values.shape[1:], bool), np.zeros(values.shape[0], bool)
+    for slab in slabs(values.shape):
+        high = values[slab] >= threshold
+        rows |= high.any(0)
+        planes[slab] = high.any((1, 2))
+    inside = Box.around(rows)
+    if inside is None:
+        return []
+    hit = np.flatnonzero(planes)
+    box = Box((int(hit[0]), *inside.start), (int(hit[-1]) + 1, *inside.stop))
+    values = values[box.slices]
+    labelled, counts = components(values >= threshold, corners=True)
+    sums, peaks = np.zeros(len(counts)), np.full(len(counts), -np.inf, values.dtype)
+    for regions, plane in zip(labelled, values):
+        at = regions > 0
+        found = regions[at]
+        sums += np.bincount(found, plane[at], len(counts))
+        np.maximum.at(peaks, found, plane[at])
+    chosen = 1 + np.argsort(-sums[1:], kind="stable")[:limit]
+    first: dict[int, tuple[int, int, int]] = {}
+    wanted = np.zeros(len(counts), bool)
+    wanted[chosen] = True
+    for z, (regions, plane) in enumerate(zip(labelled, values)):
+        y, x = np.nonzero(wanted[regions] & (plane == peaks[regions]))
+        for region, at_index in zip(*np.unique(regions[y, x], return_index=True)):
+            first[int(region)] = (int(x[at_index]) + box.start[2], int(y[at_index]) + box.start[1], z + box.start[0])
+            wanted[region] = False
+    ml = float(np.prod(uncertainty.spacing)) / 1000
+    return [
+        {
+            "point": uncertainty.index_to_point(first[region]),
+            "peak": float(peaks[region]),
+            "volume_ml": int(counts[region]) * ml,
+            "score": float(sums[region]) * ml,
+        }
+        for region in map(int, chosen)
+    ]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
 from .image import Box
+
+
+def slabs(shape: Sequence[int], voxels: int = 1 << 19) -> Iterator[slice]:
+    """Slices along z of an array (z, y, x), of about so many voxels each and of one plane at least."""
+    planes = max(1, voxels // max(1, shape[1] * shape[2]))
+    return (slice(z, min(z + planes, shape[0])) for z in range(0, shape[0], planes))
 
 
 def components(mask: np.ndarray, corners: bool = False) -> tuple[np.ndarray, np.ndarray]:

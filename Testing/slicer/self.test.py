@@ -1,8 +1,8 @@
 """Runs the module's self-test in a real Slicer and ends it with an exit code:
 
-    Slicer --no-splash --no-main-window --additional-module-paths UNetSegmentation --python-script Testing/slicer/self-test.py
+    Slicer --no-splash --no-main-window --additional-module-paths UNetSegmentation --python-script Testing/slicer/self.test.py
 
-(A name with a hyphen: slicer-core imports every module that it finds in a folder called slicer.)
+(A name with a point: slicer-core imports every module that it finds in a folder called slicer.)
 
 It installs onnxruntime into that Slicer's Python where it is missing, fetches the sample CT (or takes it from the
 folder in UNETSEG_SAMPLE), and writes what it saw to self_test.log.

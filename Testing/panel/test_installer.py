@@ -1,0 +1,413 @@
+"""The question, the installation and PyTorch's environment as the panel does them, with real pip on wheels made here."""
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+from UNetSegmentationLib import UserError, environment
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="a shell script as launcher")
+_unit = importlib.util.spec_from_file_location("unit_environment", Path(__file__).parents[1] / "unit" / "test_environment.py")
+unit = importlib.util.module_from_spec(_unit)
+_unit.loader.exec_module(unit)
+
+
+@pytest.fixture
+def installer(gui, tmp_path, monkeypatch):
+    """The module, with a site-packages of this test that has numpy 2.0.2, and pip, which installs there for Slicer."""
+    from UNetSegmentationPanel import installer
+
+    unit.without_configuration(monkeypatch)
+    unit.without_proxy(monkeypatch)
+    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(tmp_path / "torch"))
+    monkeypatch.setattr(environment, "TORCH_DISK", dict.fromkeys(environment.TORCH_DISK, 1e6))
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    (site / "numpy-2.0.2.dist-info").mkdir()
+    for name in ("check", "pins", "plan_folder"):
+        monkeypatch.setattr(environment, name, functools.partial(getattr(environment, name), paths=[site]))
+    installer.site = site
+    gui.pip.installed = {"onnxruntime": None, "flatbuffers": None}
+    gui.pip.constraints = []
+
+    def pip(requirements):
+        _, _, options = gui.pip.calls[-1]
+        path = options.get("constraints") or requirements[requirements.index("--constraint") + 1]
+        gui.pip.constraints.append(Path(path).read_text())
+        if "--constraint" not in requirements:
+            requirements = [*requirements, "--constraint", path]
+        # --target does not see what is there already, which Slicer's pip does.
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site), *requirements, "flatbuffers"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise subprocess.CalledProcessError(done.returncode, command, done.stdout + done.stderr)
+
+    gui.pip.run = pip
+    return installer
+
+
+@pytest.fixture
+def wheels(tmp_path):
+    return unit.make_wheels(tmp_path / "wheel folder")
+
+
+class Asked(list):
+    """Stands in for the person: takes the questions, gives the answers in order."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def __call__(self, text):
+        self.append(text)
+        return self.answers.pop(0)
+
+
+def status(installer):
+    return [s.status for s in environment.check(environment.read_requirements(installer.REQUIREMENTS))]
+
+
+# ------------------------------------------------------------------------------------------------------------ onnxruntime
+
+
+@pytest.mark.parametrize("version", ["5.10", "5.12"])
+def test_asks_once_and_installs_from_the_wheel_folder(gui, installer, wheels, version):
+    gui.use_slicer(version)
+    installer.setWheelFolder(str(wheels))
+    asked = Asked(True)
+    assert installer.ensureRequirements(confirm=asked) is True
+    assert len(asked) == 1 and "onnxruntime 1.20.0 and flatbuffers 25.2.10 (0.1 MB)" in asked[0] and str(wheels) in asked[0]
+    assert "numpy" not in asked[0] and gui.pip.constraints == ["numpy==2.0.2"]
+    assert gui.pip.calls[0][0] == ("pip_install" if version == "5.10" else "pip_ensure")
+    assert gui.pip.calls[0][1][0] == "onnxruntime>=1.17"
+    assert status(installer) == ["installed"]
+    assert not [n for n in os.environ if n in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_ONLY_BINARY")]
+    assert installer.ensureRequirements(confirm=asked) is True  # nothing more is asked
+    assert len(asked) == 1 and len(gui.pip.calls) == 1
+
+
+def test_asks_by_slicers_own_dialog(gui, installer, wheels):
+    installer.setWheelFolder(str(wheels))
+    gui.dialogs.answer("OK")
+    assert installer.ensureRequirements()
+    assert "will be installed" in "".join(text for _, text in gui.dialogs.shown)
+
+
+def test_declined_is_declined(gui, installer, wheels):
+    installer.setWheelFolder(str(wheels))
+    assert installer.ensureRequirements(confirm=Asked(False)) is False
+    assert not gui.pip.calls and status(installer) == ["missing"]
+
+
+@pytest.mark.parametrize("version", ["5.10", "5.12"])
+def test_a_failure_is_one_sentence_and_the_next_try_repairs(gui, installer, wheels, version):
+    gui.use_slicer(version)
+    installer.setWheelFolder(str(wheels))
+    pip = gui.pip.run
+
+    def killed(requirements):
+        pip(requirements)
+        (installer.site / "onnxruntime-1.20.0.dist-info" / "RECORD").unlink()
+        raise subprocess.CalledProcessError(1, "pip")
+
+    gui.pip.run = killed
+    with pytest.raises(UserError, match="exit code 1.*Try again"):
+        installer.ensureRequirements(confirm=Asked(True))
+    assert status(installer) == ["broken"]
+    gui.pip.run = pip
+    asked = Asked(True)
+    assert installer.ensureRequirements(confirm=asked)
+    assert asked[0].startswith("onnxruntime is damaged: its installation was cut off.")
+    assert status(installer) == ["installed"]
+
+
+def test_a_pip_that_does_nothing_is_noticed(gui, installer, wheels):
+    installer.setWheelFolder(str(wheels))
+    gui.pip.run = lambda requirements: []
+    with pytest.raises(UserError, match="onnxruntime was not installed"):
+        installer.ensureRequirements(confirm=Asked(True))
+
+
+def test_online_it_says_how_much_before_anything_is_fetched(gui, installer, wheels, tmp_path, monkeypatch):
+    with unit.package_index(tmp_path / "index", wheels) as (address, requests):
+        monkeypatch.setenv("PIP_INDEX_URL", address)
+        asked = Asked(False)
+        assert installer.ensureRequirements(confirm=asked) is False
+    assert "onnxruntime 1.20.0" in asked[0] and "0.1 MB" in asked[0] and "from the network" in asked[0]
+    assert requests and not [path for command, path in requests if command == "GET" and path.endswith(".whl")]
+    assert not gui.pip.calls
+
+
+def test_offline_a_wheel_folder_is_asked_for(gui, installer, wheels, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    (tmp_path / "empty").mkdir()
+    gui.dialogs.answer(str(tmp_path / "empty"), str(wheels))
+    asked = Asked(True, True, True)
+    assert installer.ensureRequirements(confirm=asked)
+    assert "index cannot be reached" in asked[0] and asked[0].endswith("Choose a folder of wheels now?")
+    assert "has no wheel of onnxruntime>=1.17" in asked[1]
+    assert "will be installed from" in asked[2]
+    assert installer.wheelFolder() == str(wheels)
+
+
+@pytest.mark.parametrize("answers", [(False,), (True,)])
+def test_offline_without_a_folder_nothing_happens(gui, installer, monkeypatch, answers):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    gui.dialogs.answer("")  # the file dialog, cancelled
+    assert installer.ensureRequirements(confirm=Asked(*answers)) is False
+    assert installer.wheelFolder() == "" and not gui.pip.calls
+
+
+def test_slicers_testing_mode_waits_for_nobody(gui, installer, tmp_path, monkeypatch):
+    import slicer
+
+    monkeypatch.setattr(type(slicer.app), "testingEnabled", lambda self: True)
+    installer.setWheelFolder(str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="cannot be read"):
+        installer.ensureRequirements()
+
+
+def test_looking_up_can_be_cancelled(gui, installer, monkeypatch):
+    import qt
+
+    code = "import time; time.sleep(60)"
+    monkeypatch.setattr(environment, "plan_step", lambda python, wanted: environment.Step("waiting", (python, "-c", code)))
+
+    def cancel():
+        import slicer
+
+        for widget in slicer.app.topLevelWidgets():
+            if isinstance(widget, qt.QProgressDialog):
+                widget.cancel()
+
+    qt.QTimer.singleShot(300, cancel)
+    assert installer.ensureRequirements(confirm=Asked()) is False
+
+
+def test_importing_it_imports_neither_onnxruntime_nor_torch(gui, installer):
+    assert not {"onnxruntime", "torch", "openvino"} & set(sys.modules)
+
+
+# --------------------------------------------------------------------------------------------------------------- processes
+
+
+class Told:
+    """The callbacks of a job."""
+
+    def __init__(self):
+        self.progress, self.outcomes = [], []
+
+    @property
+    def arguments(self):
+        def outcome(kind):
+            return lambda *values: self.outcomes.append((kind, *values))
+
+        return lambda fraction, text: self.progress.append((fraction, text)), outcome("done"), outcome("error"), outcome("cancelled")
+
+
+def python_step(code, text="working"):
+    return environment.Step(text, (sys.executable, "-c", code))
+
+
+def test_a_job_runs_its_steps_and_tells_the_result(gui, installer):
+    told = Told()
+
+    def steps():
+        done = yield python_step("print('Progress 1 of 4')")
+        done = yield python_step(f"import sys; print({done.output.strip()!r}); print('bad', file=sys.stderr); sys.exit(3)")
+        return done
+
+    job = installer.Job(steps(), *told.arguments)
+    assert not told.progress  # nothing from within the constructor
+    gui.wait(lambda: told.outcomes)
+    assert told.outcomes == [("done", environment.Done(3, "Progress 1 of 4\n", "bad\n"))]
+    assert (None, "working") in told.progress and (0.25, "working") in told.progress and not job.running
+
+
+def test_a_program_that_is_not_there(gui, installer):
+    told = Told()
+
+    def steps():
+        return (yield environment.Step("looking for a GPU", ("there-is-no-such-program",)))
+
+    installer.Job(steps(), *told.arguments)
+    gui.wait(lambda: told.outcomes)
+    assert told.outcomes[0][1].code is None
+
+
+@pytest.mark.parametrize("error, text", [(UserError("The disk is full."), "The disk is full."), (KeyError("x"), "unexpected.*KeyError")])
+def test_errors_are_told_once(gui, installer, error, text):
+    told = Told()
+
+    def steps():
+        yield python_step("pass")
+        raise error
+
+    installer.Job(steps(), *told.arguments)
+    gui.wait(lambda: told.outcomes)
+    ((kind, sentence),) = told.outcomes
+    assert kind == "error" and re.search(text, sentence)
+
+
+@POSIX
+def test_cancel_ends_the_process_behind_a_launcher_and_cleans_up(gui, installer, tmp_path):
+    told = Told()
+    launcher = tmp_path / "PythonSlicer"
+    launcher.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\n')
+    launcher.chmod(0o755)
+    code = "import os, time; print('{\"pid\": %d}' % os.getpid(), 'Progress 1 of 2', sep='\\n', flush=True); time.sleep(60)"
+
+    def steps():
+        yield environment.Step("sleeping", (str(launcher), "-c", code))
+
+    def cleanup():
+        yield python_step(f"open({str(tmp_path / 'cleaned')!r}, 'w')")
+
+    job = installer.Job(steps(), *told.arguments, cleanup=cleanup)
+    gui.wait(lambda: (0.5, "sleeping") in told.progress)
+    pid = job._process.workerPid
+    job.cancel()
+    job.cancel()
+    assert not told.outcomes  # only from the event loop
+    gui.wait(lambda: told.outcomes)
+    assert told.outcomes == [("cancelled",)] and (tmp_path / "cleaned").exists()
+    gui.wait(lambda: not unit.runs(pid))
+
+
+def test_a_job_cancelled_at_once_never_starts(gui, installer):
+    told = Told()
+
+    def steps():
+        raise AssertionError("started")
+        yield
+
+    installer.Job(steps(), *told.arguments).cancel()
+    gui.wait(lambda: told.outcomes)
+    assert told.outcomes == [("cancelled",)]
+
+
+def test_shutdown_is_silent(gui, installer):
+    told = Told()
+
+    def steps():
+        yield python_step("import time; time.sleep(60)")
+
+    job = installer.Job(steps(), *told.arguments)
+    gui.wait(lambda: told.progress)
+    installer.shutdown()
+    end = time.monotonic() + 0.3
+    gui.wait(lambda: time.monotonic() > end)
+    assert not told.outcomes and not job.running
+
+
+# ----------------------------------------------------------------------------------------------------------------- PyTorch
+
+
+@pytest.fixture
+def torch_wheels(installer, tmp_path):
+    folder = tmp_path / "torch wheels"
+    for name in ("numpy", "SimpleITK", "onnxruntime", "onnx", "safetensors"):
+        unit.make_wheel(folder, name, "9.9")
+    unit.make_wheel(folder, "torch", environment.TORCH, files={"torch/__init__.py": unit.TORCH.replace("{version}", environment.TORCH)})
+    installer.setWheelFolder(str(folder))
+    return folder
+
+
+def outcome(gui, told):
+    return gui.wait(lambda: told.outcomes, 60)[0]
+
+
+def test_pytorch_is_planned_made_shown_used_and_removed(gui, installer, torch_wheels):
+    assert installer.describeTorch() == "Not installed" and installer.workerPython() == (None, None)
+    told = Told()
+    installer.planTorch(*told.arguments)
+    kind, plan = outcome(gui, told)
+    assert kind == "done" and "torch 2.13.0" in str(plan)
+    told = Told()
+    installer.createTorch(*told.arguments, variant=plan.variant)
+    kind, own = outcome(gui, told)
+    assert kind == "done" and own.status == "ready" and own == installer.torchEnvironment()
+    assert installer.describeTorch().startswith(f"PyTorch {environment.TORCH} on CPU, ")
+    python, variables = installer.workerPython()
+    assert python == own.python and variables["UNETSEG_PACKAGES"] == str(own.folder / "packages")
+    assert installer.ensureRequirements(confirm=Asked()) is True  # the worker runs there
+    told = Told()
+    installer.removeTorch(*told.arguments[1:3])
+    assert outcome(gui, told)[0] == "done"
+    assert installer.torchEnvironment().status == "none" and not own.folder.exists()
+
+
+def test_pytorch_that_cannot_be_installed_leaves_nothing(gui, installer, torch_wheels):
+    unit.make_wheel(torch_wheels, "torch", environment.TORCH, files={"torch/__init__.py": "raise OSError('a DLL is missing')"})
+    told = Told()
+    installer.createTorch(*told.arguments)
+    kind, sentence = outcome(gui, told)
+    assert kind == "error" and "a DLL is missing" in sentence
+    assert installer.torchEnvironment().status == "none"
+
+
+def test_cancelling_pytorch_leaves_nothing(gui, installer, torch_wheels):
+    told = Told()
+    job = installer.createTorch(*told.arguments)
+    gui.wait(lambda: (None, "installing PyTorch") in told.progress)
+    assert installer.torchEnvironment().status == "broken"
+    job.cancel()
+    assert outcome(gui, told) == ("cancelled",)
+    assert installer.torchEnvironment().status == "none"
+
+
+def test_a_wheel_folder_without_pytorch_does_not_count_for_it(gui, installer, wheels, torch_wheels):
+    assert installer._torchWheels() == str(torch_wheels)
+    installer.setWheelFolder(str(wheels))
+    assert installer._torchWheels() is None
+
+
+def test_a_folder_that_is_not_ours_is_not_removed(gui, installer):
+    folder = installer.torchEnvironment().folder
+    folder.mkdir()
+    (folder / "thesis.docx").touch()
+    told = Told()
+    installer.removeTorch(*told.arguments[1:3])
+    kind, sentence = outcome(gui, told)
+    assert kind == "error" and "is not removed" in sentence and (folder / "thesis.docx").exists()
+    assert "cannot be used" in installer.describeTorch()
+
+
+def test_pytorch_in_slicer_goes_through_its_extension(gui, installer, monkeypatch):
+    import slicer
+
+    assert not installer.torchExtension()
+    with pytest.raises(UserError, match="Extensions Manager"):
+        installer.installTorchInSlicer()
+    calls = []
+
+    class PyTorchUtilsLogic:
+        """As in SlicerPyTorch, PyTorchUtils/PyTorchUtils.py."""
+
+        answer = None
+
+        @staticmethod
+        def torchInstalled():
+            return False
+
+        def installTorch(self, askConfirmation=False, forceComputationBackend=None, torchVersionRequirement=None):
+            calls.append((askConfirmation, torchVersionRequirement))
+            if isinstance(self.answer, Exception):
+                raise self.answer
+            return self.answer
+
+    monkeypatch.setitem(sys.modules, "PyTorchUtils", types.SimpleNamespace(PyTorchUtilsLogic=PyTorchUtilsLogic))
+    monkeypatch.setattr(slicer.modules, "pytorchutils", object(), raising=False)
+    assert installer.installTorchInSlicer() is False  # declined
+    assert calls == [(True, ">=2.4")]
+    PyTorchUtilsLogic.answer = types.ModuleType("torch")
+    assert installer.installTorchInSlicer() is True
+    PyTorchUtilsLogic.answer = RuntimeError("in use")
+    with pytest.raises(UserError, match="could not install PyTorch .in use"):
+        installer.installTorchInSlicer()
