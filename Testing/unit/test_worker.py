@@ -7,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from dataclasses import replace
@@ -16,47 +15,51 @@ from pathlib import Path
 import numpy as np
 import pytest
 from UNetSegmentationLib.image import Box, Image, UserError
-from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
-from UNetSegmentationLib.measure import measure
-from UNetSegmentationLib.model import write_package
-from UNetSegmentationLib.worker.client import Session, WorkerClient, WorkerError, child_environment, command, working_folder
-from UNetSegmentationLib.worker.protocol import FOLDER_PREFIX, MAX_LINE, PROTOCOL, Lines, ProtocolError, decode_options, load_array
-
-DEADLINE = 10.0
-POSIX = pytest.mark.skipif(os.name == "nt", reason="signals and shell scripts")
-QUICK = Options(engine="onnx", device="cpu", threads=1)
-
-
-def until(condition, what: str) -> None:
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, f"waited {DEADLINE:g} s in vain for: {what}"
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    """A zombie that nobody has waited for is not alive."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    try:
-        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+from UNetSegmentationLib.inference.predict import Cancelled, predict
+from UNetSegmentationLib.measure import measure, uncertain_places
+from UNetSegmentationLib.worker import protocol
+from UNetSegmentationLib.worker.client import (
+    Session,
+    WorkerClient,
+    WorkerError,
+    child_environment,
+    command,
+    ending,
+    find_python,
+    new_folder,
+    working_folder,
+)
+from UNetSegmentationLib.worker.protocol import (
+    FOLDER_PREFIX,
+    MAX_LINE,
+    PROTOCOL,
+    Lines,
+    ProtocolError,
+    decode_options,
+    fill_array,
+    load_array,
+    run,
+    save_array,
+)
+from workers import (
+    DEADLINE,
+    MISSING_DLL,
+    NOISE,
+    POSIX,
+    QUICK,
+    alive,
+    greedy_package,
+    oblique_image,
+    script,
+    slow_package,
+    stub,
+    until,
+)
 
 
 @pytest.fixture
 def image() -> Image:
-    rng = np.random.default_rng(3)
-    array = np.zeros((12, 40, 44), np.int16)
-    array[3:8, 10:22, 8:30] = 1
-    array[5:9, 24:36, 12:20] = 2
-    array += rng.integers(0, 2, array.shape, dtype=np.int16) * (rng.random(array.shape) < 0.02)
-    angle = 0.2
-    direction = (np.cos(angle), -np.sin(angle), 0, np.sin(angle), np.cos(angle), 0, 0, 0, -1)
-    return Image(array, (0.7, 0.8, 2.5), (-31.5, 12.25, 100.125), tuple(float(v) for v in direction))
+    return oblique_image()
 
 
 @pytest.fixture
@@ -65,52 +68,15 @@ def client():
         yield client
 
 
-def onnx_package(tmp_path, make_card, nodes, constants, name, **changes):
-    """A package of one channel in 3D whose nodes lead from "image" to "logits" (two channels)."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    axes = ["N", 1, "D", "H", "W"]
-    graph = helper.make_graph(
-        nodes,
-        name,
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, axes)],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 2, "D", "H", "W"])],
-        [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return write_package(tmp_path / f"{name}-1.0.0.unet.zip", make_card(name=name, **changes), model.SerializeToString())
+@pytest.fixture
+def launcher(tmp_path) -> str:
+    """A program that runs Python and stays beside it, as PythonSlicer does."""
+    return script(tmp_path / "PythonSlicer", f'"{sys.executable}" "$@"\nexit $?\n')
 
 
 @pytest.fixture
-def make_slow(tmp_path, toy_card):
-    """make_slow(n): a network that goes round a loop n times in each of its calls."""
-
-    def make(n: int):
-        from onnx import TensorProto, helper
-
-        shape = ["N", 1, "D", "H", "W"]
-        body = helper.make_graph(
-            [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Sin", ["x"], ["y"])],
-            "body",
-            [
-                helper.make_tensor_value_info("i", TensorProto.INT64, []),
-                helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-                helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
-            ],
-            [helper.make_tensor_value_info("go_on", TensorProto.BOOL, []), helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
-        )
-        nodes = [
-            helper.make_node("Loop", ["n", "yes", "image"], ["looped"], body=body),
-            helper.make_node("Concat", ["looped", "image"], ["logits"], axis=1),
-        ]
-        return onnx_package(tmp_path, toy_card, nodes, {"n": np.int64(n), "yes": np.bool_(True)}, f"slow{n}")
-
-    return make
-
-
-@pytest.fixture
-def forever(make_slow):
-    return make_slow(1 << 50)
+def forever(tmp_path, toy_card):
+    return slow_package(tmp_path, toy_card)
 
 
 class Raw:
@@ -132,7 +98,8 @@ class Raw:
         self.messages: list[dict] = []
         self.guard = threading.Timer(6 * DEADLINE, self.process.kill)
         self.guard.start()
-        assert self.next()["event"] == "hello"
+        starting, hello = self.next(), self.next()
+        assert (starting["event"], hello["event"]) == ("starting", "hello") and starting["pid"] == hello["pid"]
         if greet:
             self.say(op="hello", protocol=PROTOCOL)
 
@@ -223,6 +190,7 @@ def test_the_result_is_that_of_predict(client, image, make_package, changes):
     if "intensity" in changes:
         assert through.warnings
     assert through.measures == measure(direct.labels, direct.label_defs, image)
+    assert through.places == (uncertain_places(direct.uncertainty) if options.uncertainty else None)
     through.labels.array[:] = 0  # the caller's own
     assert not list(client.folder.glob("result-*"))
 
@@ -310,8 +278,8 @@ def test_cancel_in_an_endless_network(client, image, forever, make_package, how)
     assert client.session.counts["load_volume"] == 2  # the successor was told of the volume
 
 
-def test_a_worker_that_can_cancel_lives_on(raw, private, make_slow):
-    model = make_slow(300)
+def test_a_worker_that_can_cancel_lives_on(raw, private, tmp_path, toy_card):
+    model = slow_package(tmp_path, toy_card, 300)
     np.save(private / "volume-1.npy", np.ones((64, 64, 64), np.int16))
     geometry = {"spacing": [1, 1, 1], "origin": [0, 0, 0], "direction": [1, 0, 0, 0, 1, 0, 0, 0, 1], "source": None}
     assert raw.ask(op="load_volume", id=1, volume=1, file="volume-1.npy", geometry=geometry) == {"id": 1, "event": "done"}
@@ -334,7 +302,7 @@ def test_interrupted_by_the_callers_own_error(client, image, forever, make_packa
 
 
 @POSIX
-@pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, "signal 9.*memory"), (signal.SIGSEGV, "signal 11.*try again")])
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, "by the system.*memory"), (signal.SIGSEGV, "signal 11.*try again")])
 def test_worker_killed_while_it_works(client, image, forever, make_package, number, words):
     volume = client.load_volume(image)
     with pytest.raises(WorkerError, match=words):
@@ -356,24 +324,24 @@ import numpy as np
 from UNetSegmentationLib.image import Image
 from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.worker.client import WorkerClient
-client = WorkerClient()
+client = WorkerClient(sys.argv[3])
 volume = client.load_volume(Image(np.ones((16, 16, 16), np.int16)))
 copy = "0"
 if sys.argv[2] == "pipe copy":
     os.set_inheritable(client._process.stdin.fileno(), True)
     copy = str(subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL).pid)
 def progress(*a):
-    print(client.pid, client.folder, copy, flush=True)
+    print(client.session.pid, client.folder, copy, flush=True)
 client.predict(volume, [sys.argv[1]], Options(engine="onnx", device="cpu", threads=1), progress)
 """
 
 
 @POSIX
-@pytest.mark.parametrize("case", ["plain", "pipe copy"])
-def test_nothing_is_left_of_a_client_that_was_killed(forever, case):
-    script = subprocess.Popen(
-        [sys.executable, "-c", CLIENT, str(forever.path), case], cwd=working_folder(), stdout=subprocess.PIPE, text=True, bufsize=1
-    )
+@pytest.mark.parametrize("case", ["plain", "pipe copy", "launcher"])
+def test_nothing_is_left_of_a_client_that_was_killed(forever, launcher, case):
+    python = launcher if case == "launcher" else sys.executable
+    arguments = [sys.executable, "-c", CLIENT, str(forever.path), case, python]
+    script = subprocess.Popen(arguments, cwd=working_folder(), stdout=subprocess.PIPE, text=True, bufsize=1)
     copy = 0
     try:
         pid, folder, copy = (t(v) for t, v in zip((int, Path, int), script.stdout.readline().split()))
@@ -387,6 +355,22 @@ def test_nothing_is_left_of_a_client_that_was_killed(forever, case):
         script.stdout.close()
         if copy:
             os.kill(copy, signal.SIGKILL)
+
+
+@POSIX
+def test_a_worker_whose_launcher_was_ended_goes_too(private, launcher):
+    process = subprocess.Popen(
+        command(launcher, private), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment(launcher), cwd=working_folder()
+    )
+    messages = [json.loads(line) for line in (process.stdout.readline() for _ in range(4)) if line.strip()]
+    pid = messages[1]["pid"]
+    assert [m["event"] for m in messages] == ["starting", "hello"] and alive(pid) and pid != process.pid
+    process.kill()
+    until(lambda: not alive(pid), "the worker's end")  # though its pipes are open
+    assert private.exists()  # the client's, who lives
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
 
 
 def test_a_worker_deletes_only_arrays_of_the_protocol(private):
@@ -406,16 +390,10 @@ def test_a_folder_that_is_no_clients_is_refused(tmp_path, case):
         folder.mkdir()
         folder.chmod(0o755 if case == "open to others" else 0o700)
     done = subprocess.run(command(sys.executable, folder), cwd=working_folder(), capture_output=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 2 and b"started by its client" in done.stderr and not done.stdout
+    assert done.returncode == 2 and b"started by its client" in done.stderr and b"hello" not in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------- bad Pythons
-
-
-def script(path: Path, text: str) -> str:
-    path.write_text("#!/bin/sh\n" + textwrap.dedent(text))
-    path.chmod(0o755)
-    return str(path)
 
 
 @POSIX
@@ -449,7 +427,7 @@ def test_another_protocol_is_refused_by_the_worker(private):
     [
         ("echo 'cannot find libpython' >&2; exit 3", "cannot run the worker .*libpython"),
         ("exit 3", "exit code 3"),
-        ("kill -9 $$", "signal 9"),
+        ("kill -9 $$", "memory"),
         (f'PYTHONPATH= exec "{sys.executable}" -S "$@"', "lacks the package numpy"),
     ],
 )
@@ -459,39 +437,68 @@ def test_a_python_that_cannot_run_the_worker(tmp_path, text, words):
             client.start()
 
 
+@POSIX
+def test_a_launcher_between_changes_nothing(launcher, image, make_package, forever):
+    with WorkerClient(launcher) as client:
+        volume = client.load_volume(image)
+        assert client.predict(volume, [make_package()], QUICK).labels.array.any()
+        worker = client.session.pid
+        assert worker != client.pid and alive(worker)
+        with pytest.raises(WorkerError, match="memory"):
+            client.predict(volume, [forever], QUICK, progress=lambda *a: os.kill(client.session.pid, signal.SIGKILL))
+        with pytest.raises(WorkerError, match="memory"):
+            client.predict(volume, [forever], QUICK, progress=lambda *a: os.kill(client.pid, signal.SIGKILL))
+        last = client.session.pid
+        assert client.predict(volume, [make_package()], QUICK).labels.array.any()
+        until(lambda: not alive(last), "the end of the worker whose launcher was killed")
+
+
+def test_slicers_python_is_found_from_within_slicer(monkeypatch, tmp_path):
+    assert find_python() == sys.executable
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "SlicerApp-real"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="PythonSlicer.* was not found; "):
+        find_python()
+    name = script(tmp_path / ("PythonSlicer.bat" if os.name == "nt" else "PythonSlicer"), "")
+    assert os.path.samefile(find_python(), name)
+
+
+def test_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="temporary folder cannot be written .*; free"):
+        new_folder()
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "greeted", "launched", "kind", "words"),
+    [
+        (-9, "", True, False, "memory", "by the system, probably because memory ran out"),
+        (137, "", True, False, "memory", "by the system"),
+        (0xC0000017, "", True, False, "memory", "by the system"),
+        (-11, "", True, False, "worker", r"crashed \(signal 11\)"),
+        (1, "[python-real] exit abnormally", True, True, "memory", "by the system"),
+        (1, "Fatal Python error: Aborted\n...", True, True, "worker", "exit code 1"),
+        (0xC0000005, "", True, False, "worker", "exit code 3221225477"),
+        (127, "error\nno libpython\n", False, False, "worker", "cannot run the worker .no libpython"),
+        (3, "", False, False, "worker", "exit code 3"),
+        (-9, "", False, False, "memory", "by the system"),
+    ],
+)
+def test_the_end_of_a_worker_in_one_sentence(code, log, greeted, launched, kind, words):
+    error = ending(code, "/opt/python", log, greeted, launched)
+    with pytest.raises(WorkerError, match=words):
+        raise error
+    assert error.kind == kind and str(error).endswith(".") and "; " in str(error)
+
+
 def test_a_python_that_is_not_there(tmp_path):
     with WorkerClient(str(tmp_path / "python")) as client:
         with pytest.raises(WorkerError, match="cannot be started.*choose another Python"):
             client.start()
 
 
-def stub(tmp_path, name, text) -> dict[str, str]:
-    """The environment of a worker that finds another module first."""
-    folder = tmp_path / "stubs"
-    folder.mkdir()
-    (folder / f"{name}.py").write_text(textwrap.dedent(text))
-    return {**os.environ, "PYTHONPATH": str(folder)}
-
-
 def test_what_libraries_print_does_no_harm(tmp_path, image, make_package):
-    environment = stub(
-        tmp_path,
-        "sitecustomize",
-        """
-        import os, sys, threading, time
-        print('{"event": "no message", "id": 1}')
-        print("no line break", end="", flush=True)
-        if "UNetSegmentationLib.worker" in sys.orig_argv:
-            def noise():
-                while "UNetSegmentationLib.worker.server" not in sys.modules:
-                    time.sleep(0.001)
-                while True:
-                    os.write(1, b'{"event": "done", "id": 2}\\nnoise')
-                    print("noise")
-                    time.sleep(0.001)
-            threading.Thread(target=noise, daemon=True).start()
-        """,
-    )
+    environment = stub(tmp_path, "sitecustomize", NOISE)
     model = make_package()
     with WorkerClient(environment=environment) as client:
         volume = client.load_volume(image)
@@ -501,8 +508,7 @@ def test_what_libraries_print_does_no_harm(tmp_path, image, make_package):
 
 
 def test_a_missing_library_is_named(tmp_path, image, make_package):
-    text = "raise ImportError('DLL load failed while importing onnxruntime_pybind11_state: The specified module could not be found.')"
-    with WorkerClient(environment=stub(tmp_path, "onnxruntime", text)) as client:
+    with WorkerClient(environment=stub(tmp_path, "onnxruntime", MISSING_DLL)) as client:
         volume = client.load_volume(image)
         with pytest.raises(WorkerError, match="package onnxruntime cannot be loaded .*install it again") as e:
             client.predict(volume, [make_package()], QUICK)
@@ -511,17 +517,7 @@ def test_a_missing_library_is_named(tmp_path, image, make_package):
 
 
 def test_too_little_memory_is_a_sentence(client, tmp_path, image, toy_card, make_package):
-    from onnx import helper
-
-    # 128 TiB of floats: more than any process can address.
-    nodes = [
-        helper.make_node("Expand", ["image", "huge"], ["much"]),
-        helper.make_node("ReduceSum", ["much", "first"], ["x"]),
-        helper.make_node("Concat", ["x", "x"], ["logits"], axis=1),
-    ]
-    constants = {"huge": np.array([1 << 33, 1, 1, 1, 1, 1]), "first": np.array([0])}
-    nodes[1].attribute.append(helper.make_attribute("keepdims", 0))
-    model = onnx_package(tmp_path, toy_card, nodes, constants, "huge")
+    model = greedy_package(tmp_path, toy_card)
     volume = client.load_volume(image)
     pid = client.start()["pid"]
     with pytest.raises(WorkerError, match="not enough memory; .*smaller") as e:
@@ -626,8 +622,10 @@ def test_lines_come_whole_however_they_are_cut():
 def test_session_judges_what_it_hears(tmp_path):
     session = Session(tmp_path)
     assert json.loads(session.connect()) == {"op": "hello", "protocol": PROTOCOL}
+    assert session.feed(b'{"event": "starting", "pid": 0}\n{"event": "starting", "pid": -1}\n') == [] and session.pid is None
     assert session.feed(b"banner\n{}\n") == [] and session.hello is None
-    assert [e.kind for e in session.feed(json.dumps({"event": "hello", "protocol": PROTOCOL}).encode() + b"\n")] == ["hello"]
+    assert [e.kind for e in session.feed(json.dumps({"event": "hello", "protocol": PROTOCOL, "pid": 7}).encode() + b"\n")] == ["hello"]
+    assert session.pid == 7
     for line in (
         b"noise",
         b"{}",
@@ -639,15 +637,15 @@ def test_session_judges_what_it_hears(tmp_path):
         (event,) = session.feed(line + b"\n")
         assert event.kind == "fatal" and "unintelligible" in str(event.error()) and event.error().kind == "worker"
     (event,) = session.feed(b'{"event": "result", "id": 5, "arrays": {}}\n')
-    with pytest.raises(ProtocolError):
-        session.result(event)
+    with pytest.raises(WorkerError, match="not valid .*reinstall"):
+        run(session.result(event))
     session.connect()
     assert session.hello is None
 
 
 def test_a_result_that_does_not_fit_is_refused(tmp_path, image):
     session = Session(tmp_path)
-    volume = session.add_volume(image)
+    volume = run(session.add_volume(image))
     number, line = session.predict(volume, ["model.unet.zip"])
     assert [json.loads(part)["op"] for part in line.splitlines()] == ["load_volume", "predict"]
     np.save(tmp_path / "result-1-labels.npy", np.ones((2, 2, 2), np.uint8))
@@ -668,17 +666,99 @@ def test_a_result_that_does_not_fit_is_refused(tmp_path, image):
     ):
         message = {"event": "result", "id": number, "arrays": {"labels": {**good, **bad}}, **rest}
         (event,) = session.feed(json.dumps(message).encode() + b"\n")
-        with pytest.raises(ProtocolError):
-            session.result(event)
+        with pytest.raises(WorkerError, match="not valid"):
+            run(session.result(event))
     assert (tmp_path / f"volume-{volume}.npy").exists()
     (event,) = session.feed(json.dumps({"event": "result", "id": number, "arrays": {"labels": good}, **rest}).encode() + b"\n")
-    labels = session.result(event).labels
+    labels = run(session.result(event)).labels
     assert labels.array.sum() == 8 and labels.same_grid(image) and not (tmp_path / "result-1-labels.npy").exists()
+
+
+def some_arrays():
+    rng = np.random.default_rng(5)
+    plain = rng.integers(-1000, 1000, (7, 20, 30), np.int16)
+    colours = rng.random((7, 20, 30, 3), np.float32)
+    return {
+        "plain": plain,
+        "fortran": np.asfortranarray(plain),
+        "reversed": plain[::-1, :, ::-1],
+        "permuted": plain.transpose(1, 0, 2),
+        "part": plain[2:5, 3:, ::2],
+        "channels": np.moveaxis(colours, -1, 0),
+        "bool": plain > 0,
+        "big endian": plain.astype(">f8"),
+        "one voxel": plain[:1, :1, :1],
+    }
+
+
+@pytest.mark.parametrize("case", some_arrays())
+@pytest.mark.parametrize("piece", [1, 1000, 1 << 20])
+def test_arrays_travel_in_pieces(tmp_path, monkeypatch, case, piece):
+    monkeypatch.setattr(protocol, "_PIECE", piece)
+    array, name = some_arrays()[case], "volume-1.npy"
+    steps = save_array(tmp_path, name, array)
+    count = 0
+    for _ in steps:
+        count += 1
+        assert not (tmp_path / name).exists()
+    assert count >= array.nbytes / max(piece, array.itemsize) and [p.name for p in tmp_path.iterdir()] == [name]
+    assert np.array_equal(load_array(tmp_path, name), array) and load_array(tmp_path, name).dtype == array.dtype
+    assert np.array_equal(np.load(tmp_path / name), array)
+    run(save_array(tmp_path, name, np.ascontiguousarray(array)))
+    whole = np.zeros([n + 2 for n in array.shape], array.dtype)
+    inside = whole[tuple(slice(1, -1) for _ in array.shape)]
+    run(fill_array(tmp_path, name, inside))
+    assert np.array_equal(inside, array) and np.count_nonzero(whole) == np.count_nonzero(array)
+
+
+def test_an_array_that_was_not_written_to_its_end_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "_PIECE", 1000)
+    array = np.ones((10, 30, 30), np.int16)
+    steps = save_array(tmp_path, "volume-1.npy", array)
+    next(steps)
+    assert [p.name for p in tmp_path.iterdir()] == ["volume-1.npy.part"]
+    steps.close()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "volume-2.npy.part").write_bytes(b"of a client that was killed")
+    protocol.remove_files(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@POSIX
+def test_a_full_disk_is_a_sentence(tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(UserError, match=r"temporary folder .* cannot hold the volume \(.*\); free some disk space"):
+            run(save_array(tmp_path, "volume-1.npy", np.zeros((40, 300, 300), np.int16)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_array_that_is_not_what_was_announced_is_refused(tmp_path):
+    name, target = "result-1-labels.npy", np.zeros((4, 5, 6), np.float32)
+    run(save_array(tmp_path, name, target))
+    whole = (tmp_path / name).read_bytes()
+    for content in (b"", whole[:5], whole[:100], whole[:-1], whole.replace(b"NUMPY\x01", b"NUMPY\x03"), whole.replace(b"<f4", b"|O8")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ProtocolError):
+            run(fill_array(tmp_path, name, target))
+    for other in (target.astype(np.int32), target[:3], np.asfortranarray(target + 1)):
+        run(save_array(tmp_path, name, other))
+        with pytest.raises(ProtocolError, match="announced"):
+            run(fill_array(tmp_path, name, target))
+    with pytest.raises(ProtocolError):
+        run(fill_array(tmp_path, "../other.npy", target))
 
 
 def test_nothing_is_unpickled(tmp_path):
     np.save(tmp_path / "result-1-labels.npy", np.array([print], object), allow_pickle=True)
     with pytest.raises(ProtocolError):
         load_array(tmp_path, "result-1-labels.npy")
+    with pytest.raises(ProtocolError):
+        run(fill_array(tmp_path, "result-1-labels.npy", np.zeros(1, object)))
     with pytest.raises(ProtocolError):
         decode_options({"__class__": "os.system"})

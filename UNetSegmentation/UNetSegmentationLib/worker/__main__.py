@@ -1,4 +1,5 @@
-"""python -m UNetSegmentationLib.worker FOLDER PARENT_PID, as client.command() builds it; protocol.py says what is spoken."""
+"""python -m UNetSegmentationLib.worker FOLDER PARENT_PID [background], as client.command() builds it; protocol.py says what is
+spoken. "background": with a lower priority, which costs nothing where cores are free and keeps a panel smooth where not."""
 
 import json
 import os
@@ -13,7 +14,15 @@ def main() -> int:
     os.close(null)
     os.dup2(2, 1)
     sys.stdout = sys.stderr
+    # Before the imports, which may take a minute: the client may have started a launcher that started this process, and
+    # to end it must know its id.
+    os.write(sink, b'\n{"event":"starting","pid":%d}\n' % os.getpid())
+    if sys.argv[3:] == ["background"]:
+        _stand_back()  # before there are threads, which inherit it
     try:
+        from ..environment import activate
+
+        activate()
         from .server import serve
     except Exception as e:
         name = (getattr(e, "name", None) or "").split(".")[0]
@@ -22,6 +31,15 @@ def main() -> int:
         os.write(sink, b"\n" + json.dumps({"event": "error", "id": None, "kind": "user", "error": text}).encode() + b"\n")
         return 1
     return serve(source, sink, sys.argv[1:])
+
+
+def _stand_back() -> None:
+    if sys.platform == "win32":
+        import ctypes
+
+        ctypes.WinDLL("kernel32").SetPriorityClass(ctypes.c_void_p(-1), 0x4000)  # this process, BELOW_NORMAL_PRIORITY_CLASS
+    else:
+        os.nice(10)
 
 
 if __name__ == "__main__":

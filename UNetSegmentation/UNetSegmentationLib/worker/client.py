@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from .protocol import (
     PROTOCOL,
     Lines,
     ProtocolError,
+    Steps,
     WorkerPrediction,
     decode_prediction,
     dumps,
@@ -42,12 +44,17 @@ from .protocol import (
     loads,
     remove_files,
     remove_folder,
+    run,
 )
 
 CANCEL_S = 0.3  # how long a worker that was asked to cancel may take before it is killed
 START_S = 120.0  # a cold disk and a virus scanner can take most of a minute over the first import of numpy
+LOG_BYTES = 64 << 10  # of what the worker writes on stderr, the last are kept
 _POLL_S = 0.03
-_LOG_BYTES = 64 << 10
+
+
+_EVENTS = ("starting", "hello", "progress", "done", "result", "cancelled", "error")
+_NT_NO_MEMORY = 0xC0000017  # STATUS_NO_MEMORY
 
 
 class WorkerError(UserError):
@@ -60,8 +67,8 @@ class WorkerError(UserError):
 
 @dataclass(frozen=True)
 class Event:
-    """One message of the worker. kind: "hello", "progress", "done", "result", "cancelled", "error", or "fatal": the worker
-    must be killed. id: of the request that it answers; data: the message."""
+    """One message of the worker. kind: "starting", "hello", "progress", "done", "result", "cancelled", "error", or "fatal":
+    the worker must be killed. id: of the request that it answers; data: the message."""
 
     kind: str
     id: int | None
@@ -69,16 +76,34 @@ class Event:
 
     @property
     def final(self) -> bool:
-        return self.kind not in ("hello", "progress")
+        return self.kind not in ("starting", "hello", "progress")
 
     def error(self) -> WorkerError:
         kind = self.data.get("kind")
         return WorkerError(str(self.data.get("error", "")), kind if kind in KINDS else "worker")
 
 
-def command(python: str, folder: Path) -> list[str]:
-    """How the worker is started, by a process that lives as long as it should."""
-    return [python, "-m", f"{__package__}", str(folder), str(os.getpid())]
+def find_python() -> str:
+    """This Python, or Slicer's where this process is Slicer, whose sys.executable is not a Python."""
+    if "python" in Path(sys.executable or "").stem.lower():
+        return sys.executable
+    found = shutil.which("PythonSlicer")
+    if found is None:
+        raise UserError("Slicer's Python (PythonSlicer) was not found; install Slicer again, or choose another Python.")
+    return found
+
+
+def new_folder() -> Path:
+    """A private folder for the arrays of a session."""
+    try:
+        return Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+    except OSError as e:
+        raise UserError(f"The temporary folder cannot be written ({e.strerror or e}); free some disk space or choose another.") from e
+
+
+def command(python: str, folder: Path, background: bool = False) -> list[str]:
+    """How the worker is started, by a process that lives as long as it should. background: with a lower priority."""
+    return [python, "-m", f"{__package__}", str(folder), str(os.getpid()), *(["background"] if background else [])]
 
 
 def working_folder() -> Path:
@@ -98,13 +123,27 @@ def child_environment(python: str, environment: Mapping[str, str] | None = None)
     return out
 
 
-def ending(code: int) -> WorkerError:
-    """The sentence for a worker that ended by itself, by its exit code (negative: a signal)."""
+def cannot_start(python: str, reason: str) -> WorkerError:
+    return WorkerError(f"The worker cannot be started with the Python at {python} ({reason}); choose another Python.", "worker")
+
+
+def ending(code: int, python: str, log: str, greeted: bool, launched: bool = False) -> WorkerError:
+    """The sentence for a worker that ended by itself.
+
+    code: its exit code (negative: a signal). log: the end of its stderr. greeted: it said hello. launched: the code is that
+    of a launcher such as PythonSlicer, which hides how the worker itself ended.
+    """
     number = -code if code < 0 else code - 128 if 128 < code < 160 else 0
+    if not greeted and not number:
+        reason = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), f"exit code {code}")[:200]
+        return WorkerError(f"The Python at {python} cannot run the worker ({reason}); choose another Python.", "worker")
+    # A crash would have left the words of faulthandler.
+    if code == _NT_NO_MEMORY or (launched and code == 1 and "Fatal Python error" not in log):
+        number = 9
     if number == 9:
-        text = "The worker was stopped by the system (signal 9), probably because memory ran out"
+        text = "The worker was stopped by the system, probably because memory ran out"
         return WorkerError(f"{text}; close other programs or draw a smaller ROI, and try again.", "memory")
-    what = f"crashed (signal {number})" if number else f"ended unexpectedly (exit code {code})"
+    what = f"crashed (signal {number})" if number else f"ended unexpectedly (exit code {code})"  # above 2**31 on Windows: a crash
     return WorkerError(f"The worker {what}; try again, and if it happens again choose another engine or device.", "worker")
 
 
@@ -118,6 +157,7 @@ class Session:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.hello: dict[str, Any] | None = None
+        self.pid: int | None = None  # the worker's own, which is not that of its launcher
         self.counts: Counter[str] = Counter()
         self._lines = Lines()
         self._volumes: dict[int, tuple[dict[str, Any], Image]] = {}
@@ -127,7 +167,7 @@ class Session:
 
     def connect(self) -> bytes:
         """A new worker knows nothing yet; returns what to send it first."""
-        self.hello = None
+        self.hello = self.pid = None
         self._lines = Lines()
         self._known.clear()
         self._images.clear()
@@ -149,8 +189,13 @@ class Session:
 
     def _event(self, message: dict[str, Any]) -> Event:
         kind, number = get(message, "event", str), message.get("id")
-        if kind not in ("hello", "progress", "done", "result", "cancelled", "error") or not (number is None or type(number) is int):
+        if kind not in _EVENTS or not (number is None or type(number) is int):
             raise ProtocolError(f"there is no answer {kind[:40]!r}")
+        if kind in ("starting", "hello"):
+            pid = get(message, "pid", int)
+            if pid < 2:  # to kill 0 or -1 would end much more than a worker
+                raise ProtocolError("it has no process id")
+            self.pid = pid
         if kind == "hello":
             spoken = get(message, "protocol", int)
             if spoken != PROTOCOL:
@@ -172,13 +217,13 @@ class Session:
         self.counts[op] += 1
         return self._last, line
 
-    def add_volume(self, image: Image) -> int:
+    def add_volume(self, image: Image) -> Steps[int]:
         """Write the volume into the folder; a worker gets to know it by load() or with its first predict()."""
         self._last += 1
         volume = self._last
         # Only the grid is kept, not the caller's voxels.
         grid = replace(image, array=np.broadcast_to(np.uint8(0), image.shape))
-        self._volumes[volume] = encode_image(image, self.folder, volume), grid
+        self._volumes[volume] = (yield from encode_image(image, self.folder, volume)), grid
         return volume
 
     def load(self, volume: int) -> tuple[int, bytes]:
@@ -209,12 +254,15 @@ class Session:
         self._images[number] = self._volumes[volume][1]
         return number, before + line
 
-    def result(self, event: Event) -> WorkerPrediction:
-        """What a "result" holds; its files are deleted. ProtocolError where it is not valid."""
+    def result(self, event: Event) -> Steps[WorkerPrediction]:
+        """What a "result" holds; its files are deleted. WorkerError where it is not valid: the worker should be killed."""
         image = self._images.get(event.id) if event.id is not None else None
-        if image is None:
-            raise ProtocolError("it is the result of no request")
-        return decode_prediction(event.data, self.folder, image)
+        try:
+            if image is None:
+                raise ProtocolError("it is the result of no request")
+            return (yield from decode_prediction(event.data, self.folder, image))
+        except ProtocolError as e:
+            raise WorkerError(f"The worker's result is not valid ({e}); try again, or reinstall UNetSegmentation.", "worker") from e
 
     def forget(self, request: int) -> None:
         """The request is over: whatever it left behind is deleted."""
@@ -225,14 +273,14 @@ class Session:
 class WorkerClient:
     """A worker process, started with the first call that needs it and again after it died or was killed.
 
-    python: the interpreter that runs it. environment: its variables (default: this process's). Every failure is a
-    WorkerError with one sentence, and the next call works again. One call at a time, none from
+    python: the interpreter that runs it (default: find_python()). environment: its variables (default: this process's).
+    Every failure is a WorkerError with one sentence, and the next call works again. One call at a time, none from
     within progress() or cancelled(); cancel() may come from anywhere.
     """
 
-    def __init__(self, python: str = sys.executable, environment: Mapping[str, str] | None = None) -> None:
-        self._python, self._environment = python, environment
-        self.folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+    def __init__(self, python: str | None = None, environment: Mapping[str, str] | None = None) -> None:
+        self._python, self._environment = python or find_python(), environment
+        self.folder = new_folder()
         self.session = Session(self.folder)
         self._process: subprocess.Popen[bytes] | None = None
         self._chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -265,7 +313,7 @@ class WorkerClient:
         """Give the worker a volume, once for any number of predictions; returns its id."""
         with self._calls:
             self._start()
-            volume = self.session.add_volume(image)
+            volume = run(self.session.add_volume(image))
             try:
                 self._call(*self.session.load(volume))
             except BaseException:
@@ -306,10 +354,12 @@ class WorkerClient:
                 self._start(cancelled)
                 number, line = self.session.predict(volume, models, options, measures)
                 try:
-                    return self.session.result(self._call(number, line, progress, cancelled))
-                except ProtocolError as e:
-                    self._kill()
-                    raise WorkerError(f"The worker's result is not valid ({e}); try again, or reinstall UNetSegmentation.", "worker") from e
+                    answer = self._call(number, line, progress, cancelled)
+                    try:
+                        return run(self.session.result(answer))
+                    except WorkerError:
+                        self._kill()
+                        raise
                 finally:
                     self.session.forget(number)
             finally:
@@ -368,8 +418,7 @@ class WorkerClient:
                     **own,
                 )
             except OSError as e:
-                text = f"The worker cannot be started with the Python at {self._python} ({e.strerror or e}); choose another Python."
-                raise WorkerError(text, "worker") from e
+                raise cannot_start(self._python, e.strerror or str(e)) from e
             self._log = b""
             self._chunks = queue.SimpleQueue()
             self._events.clear()
@@ -381,7 +430,7 @@ class WorkerClient:
         return self.session.hello
 
     def _note(self, data: bytes) -> None:
-        self._log = (self._log + data)[-_LOG_BYTES:]
+        self._log = (self._log + data)[-LOG_BYTES:]
 
     def _write(self, data: bytes) -> None:
         assert self._process is not None and self._process.stdin is not None
@@ -393,19 +442,18 @@ class WorkerClient:
 
     def _died(self) -> None:
         """The worker's pipe is closed: raise the sentence that says why."""
-        process, started = self._process, self.session.hello is not None
+        process = self._process
         assert process is not None
         try:
             process.wait(1)
         except subprocess.TimeoutExpired:
             pass
         code = process.poll()
+        launched = self.session.pid not in (None, process.pid)
         self._kill()
         self._logger.join(1)
-        if started or (code is not None and code < 0):
-            raise ending(-signal.SIGTERM if code is None else code)
-        reason = next((line.strip() for line in reversed(self.log.splitlines()) if line.strip()), f"exit code {code}")[:200]
-        raise WorkerError(f"The Python at {self._python} cannot run the worker ({reason}); choose another Python.", "worker")
+        code = -signal.SIGTERM if code is None else code
+        raise ending(code, self._python, self.log, self.session.hello is not None, launched)
 
     def _kill(self) -> None:
         """End the process and all that it started; the next call starts another."""

@@ -2,8 +2,9 @@
 
 requests   {"op": "hello", "protocol"} first, then, each with an "id" of its own: load_volume {volume, file, geometry},
            unload_volume {volume}, predict {volume, models, options, measures}, cancel {target}, ping, shutdown
-answers    {"event": "hello", "protocol", "core", "python", "pid"} unasked; for an id any number of "progress"
-           {fraction, text}, then one of "done", "result", "cancelled", "error" {error: a sentence, kind}
+answers    unasked {"event": "starting", "pid"} at once and {"event": "hello", "protocol", "core", "python", "pid"} when it
+           can work; for an id any number of "progress" {fraction, text}, then one of "done", "result", "cancelled",
+           "error" {error: a sentence, kind}
 errors     kind is "user" (the input), "memory" or "internal"; the worker lives on after all of them
 arrays     volume-<id>.npy is the client's and stays until it is unloaded; result-<id>-<name>.npy is written by the worker,
            read and deleted by the client; the client deletes the folder (0700), or the worker when the client died
@@ -17,9 +18,10 @@ import json
 import math
 import os
 import re
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -27,14 +29,21 @@ from ..image import Box, Image, UserError, check_geometry
 from ..inference.predict import Options, Prediction
 from ..model import Label, intensity_errors
 
-PROTOCOL = 1
+PROTOCOL = 2
 FOLDER_PREFIX = "unetseg-worker-"
 KINDS = ("user", "memory", "internal")
 MAX_LINE = 4 << 20  # a card, whose labels a result repeats, has at most 1 MB
 _FILE = re.compile(r"(volume|result)-[0-9]+(-[a-z_]+)?\.npy")
+_PART = ".part"  # a file that is still being written
+_PIECE = 1 << 20  # bytes moved between two yields: a few ms, also into memory that the system must first find
+_CUT = 64 << 20  # bytes deleted between two yields
 _MAPS = ("uncertainty", "mutual_information", "probabilities")
 # Windows cannot delete a file that is mapped, so there arrays are read instead.
 _MAPPED: Literal["r"] | None = None if os.name == "nt" else "r"
+
+
+_T = TypeVar("_T")
+Steps = Generator[None, None, _T]  # work in pieces: an event loop takes one at a time, run() all of them
 
 
 class ProtocolError(Exception):
@@ -43,9 +52,19 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class WorkerPrediction(Prediction):
-    """A Prediction, and what measure() says of it where that was asked for."""
+    """A Prediction, what measure() says of it where that was asked for, and the uncertain_places() of its uncertainty."""
 
     measures: list[dict[str, Any]] | None = None
+    places: list[dict[str, Any]] | None = None
+
+
+def run(steps: Steps[_T]) -> _T:
+    """All the pieces, one after the other."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as e:
+            return e.value
 
 
 # --------------------------------------------------------------------------------------------------------------- lines
@@ -129,27 +148,34 @@ def strings(message: dict[str, Any], name: str) -> tuple[str, ...]:
 # -------------------------------------------------------------------------------------------------------------- arrays
 
 
-def save_array(folder: Path, name: str, array: np.ndarray) -> str:
-    """Returns the name. UserError where the disk is full."""
-    flags = array.flags
+def save_array(folder: Path, name: str, array: np.ndarray) -> Steps[str]:
+    """Returns the name. The file appears when it is whole, or never. UserError where the disk is full."""
+    turned = array.flags.f_contiguous and not array.flags.c_contiguous
+    values = array.T if turned else array
+    head = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": turned, "shape": array.shape}
+    path, part = folder / name, folder / f"{name}{_PART}"
     try:
-        # numpy writes an array that is not contiguous voxel by voxel.
-        np.save(folder / name, array if flags.c_contiguous or flags.f_contiguous else np.ascontiguousarray(array), allow_pickle=False)
-    except OSError as e:
+        with open(part, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, head)
+            for block in _blocks(values.shape, values.itemsize):
+                file.write(np.ascontiguousarray(values[block]))
+                yield
+        os.replace(part, path)
+    except BaseException as e:
         try:
-            (folder / name).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
         except OSError:
             pass
-        raise UserError(f"The temporary folder {folder} cannot hold the volume ({e.strerror or e}); free some disk space.") from e
+        if isinstance(e, OSError):
+            raise UserError(f"The temporary folder {folder} cannot hold the volume ({e.strerror or e}); free some disk space.") from e
+        raise
     return name
 
 
 def load_array(folder: Path, name: str) -> np.ndarray:
     """A file of the folder, memory-mapped read-only (Windows: read)."""
-    if not _FILE.fullmatch(name) or (folder / name).is_symlink():
-        raise ProtocolError(f"{name!r} is no name of an array.")
     try:
-        array = np.load(folder / name, mmap_mode=_MAPPED, allow_pickle=False)
+        array = np.load(_path(folder, name), mmap_mode=_MAPPED, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise ProtocolError(f"The array {name} cannot be read ({e}).") from e
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
@@ -157,10 +183,48 @@ def load_array(folder: Path, name: str) -> np.ndarray:
     return array.view(np.ndarray)
 
 
-def remove_files(folder: Path, pattern: str = "*.npy") -> None:
+def fill_array(folder: Path, name: str, target: np.ndarray) -> Steps[None]:
+    """Read a file of the folder into an array of its shape and type."""
+    try:
+        with open(_path(folder, name), "rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("its version is unknown")
+            if np.lib.format.read_array_header_1_0(file) != (target.shape, False, target.dtype) or target.dtype.kind not in "biuf":
+                raise ValueError("it is not what was announced")
+            for block in _blocks(target.shape, target.itemsize):
+                part = target[block]
+                piece = part if part.flags.c_contiguous else np.empty(part.shape, part.dtype)
+                if file.readinto(piece) != piece.nbytes:  # type: ignore[arg-type]
+                    raise ValueError("it ends too early")
+                if piece is not part:
+                    part[...] = piece
+                yield
+    except (OSError, ValueError, EOFError) as e:
+        raise ProtocolError(f"The array {name} cannot be read ({e}).") from e
+
+
+def _path(folder: Path, name: str) -> Path:
+    if not _FILE.fullmatch(name) or (folder / name).is_symlink():
+        raise ProtocolError(f"{name!r} is no name of an array.")
+    return folder / name
+
+
+def _blocks(shape: Sequence[int], itemsize: int) -> Iterator[tuple[int | slice, ...]]:
+    """Indices that cut a C-ordered array, in its order, into pieces of at most about _PIECE bytes."""
+    axis, size = len(shape) - 1, itemsize
+    while axis > 0 and size * shape[axis] <= _PIECE:
+        size *= shape[axis]
+        axis -= 1
+    step = max(1, _PIECE // max(1, size))
+    for lead in np.ndindex(*shape[:axis]):
+        for start in range(0, shape[axis], step):
+            yield (*lead, slice(start, start + step))
+
+
+def remove_files(folder: Path, pattern: str = "*") -> None:
     """Delete arrays of the protocol, and nothing else that may lie there."""
     for path in list(folder.glob(pattern)):
-        if _FILE.fullmatch(path.name):
+        if _FILE.fullmatch(path.name.removesuffix(_PART)):
             try:
                 path.unlink(missing_ok=True)
             except OSError:
@@ -183,7 +247,7 @@ def remove_folder(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------- images and options
 
 
-def encode_image(image: Image, folder: Path, volume: int) -> dict[str, Any]:
+def encode_image(image: Image, folder: Path, volume: int) -> Steps[dict[str, Any]]:
     """Write the array and say where it lies; UserError for an image that no worker would take."""
     check_geometry(image)
     if image.array.dtype.kind not in "biuf":
@@ -194,7 +258,8 @@ def encode_image(image: Image, folder: Path, volume: int) -> dict[str, Any]:
         "direction": [float(v) for v in image.direction],
         "source": None if image.source is None else str(image.source),
     }
-    return {"volume": volume, "file": save_array(folder, f"volume-{volume}.npy", image.array), "geometry": geometry}
+    file = yield from save_array(folder, f"volume-{volume}.npy", image.array)
+    return {"volume": volume, "file": file, "geometry": geometry}
 
 
 def decode_image(message: dict[str, Any], folder: Path) -> Image:
@@ -269,13 +334,14 @@ def decode_options(data: dict[str, Any]) -> Options:
 # ---------------------------------------------------------------------------------------------------------- predictions
 
 
-def encode_prediction(prediction: Prediction, folder: Path, request: int, measures: list[dict[str, Any]] | None) -> dict[str, Any]:
+def encode_prediction(
+    prediction: Prediction, folder: Path, request: int, measures: list[dict[str, Any]] | None, places: list[dict[str, Any]] | None
+) -> dict[str, Any]:
     """Write the arrays and say where they lie. Of the labels only the box of what is not 0 travels, of the maps the ROI."""
     arrays: dict[str, Any] = {}
 
     def put(name: str, array: np.ndarray, box: Box) -> None:
-        part = array[_within(box)]
-        file = None if box.empty else save_array(folder, f"result-{request}-{name}.npy", part)
+        file = None if box.empty else run(save_array(folder, f"result-{request}-{name}.npy", array[box.trailing]))
         arrays[name] = {"file": file, "box": _encode_box(box), "dtype": array.dtype.name, "shape": list(array.shape)}
 
     inside = Box.around(prediction.labels.array[prediction.roi.slices])
@@ -294,17 +360,22 @@ def encode_prediction(prediction: Prediction, folder: Path, request: int, measur
         "seconds": prediction.seconds,
         "tiles": prediction.tiles,
         "measures": measures,
+        "places": places,
     }
 
 
-def decode_prediction(message: dict[str, Any], folder: Path, image: Image) -> WorkerPrediction:
+def decode_prediction(message: dict[str, Any], folder: Path, image: Image) -> Steps[WorkerPrediction]:
     """The prediction on the grid of `image`; the files are deleted. The maps are the caller's own arrays."""
     arrays = get(message, "arrays", dict)
-    labels = tuple(_decode_label(item) for item in get(message, "label_defs", list))
-    maps: dict[str, Image | None] = {name: image.like(_decode_array(arrays, name, folder, image)) for name in _MAPS if name in arrays}
+    label_defs = tuple(_decode_label(item) for item in get(message, "label_defs", list))
+    labels = yield from _decode_array(arrays, "labels", folder, image)
+    maps: dict[str, Image] = {}
+    for name in _MAPS:
+        if name in arrays:
+            maps[name] = image.like((yield from _decode_array(arrays, name, folder, image)))
     return WorkerPrediction(
-        labels=image.like(_decode_array(arrays, "labels", folder, image)),
-        label_defs=labels,
+        labels=image.like(labels),
+        label_defs=label_defs,
         model_name=get(message, "model_name", str),
         roi=_decode_box(message, "roi"),
         engines=strings(message, "engines"),
@@ -312,16 +383,12 @@ def decode_prediction(message: dict[str, Any], folder: Path, image: Image) -> Wo
         seconds=get(message, "seconds", (int, float)),
         tiles=get(message, "tiles", int),
         measures=_decode_measures(message.get("measures")),
+        places=_decode_places(message.get("places")),
         **maps,
     )
 
 
-def _within(box: Box) -> Any:
-    """The index of a box in an array with or without channels."""
-    return (..., *box.slices)
-
-
-def _decode_array(arrays: dict[str, Any], name: str, folder: Path, image: Image) -> np.ndarray:
+def _decode_array(arrays: dict[str, Any], name: str, folder: Path, image: Image) -> Steps[np.ndarray]:
     entry = get(arrays, name, dict)
     box, dtype = _decode_box(entry, "box"), get(entry, "dtype", str)
     lead = tuple(get(entry, "shape", list)[:-3])
@@ -335,11 +402,10 @@ def _decode_array(arrays: dict[str, Any], name: str, folder: Path, image: Image)
     file = get(entry, "file", str)
     if not file.startswith("result-"):
         raise ProtocolError(f"{file!r} is no result.")
-    part = load_array(folder, file)
-    if part.dtype != full.dtype or part.shape != (*lead, *box.shape):
-        raise ProtocolError(f"The result's {name} are not what was announced.")
-    full[_within(box)] = part
-    del part
+    yield from fill_array(folder, file, full[box.trailing])
+    for size in range((folder / file).stat().st_size - _CUT, 0, -_CUT):
+        os.truncate(folder / file, size)  # to delete 400 MB takes 30 ms
+        yield
     remove_files(folder, file)
     return full
 
@@ -352,12 +418,28 @@ def _decode_label(item: Any) -> Label:
     return Label(get(item, "value", int), get(item, "name", str), numbers(item, "color", 3, int), codes)  # type: ignore[arg-type]
 
 
+def _dictionaries(items: Any, what: str) -> list[dict[str, Any]]:
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ProtocolError(f"The result has no valid {what}.")
+    return items
+
+
+def _decode_places(items: Any) -> list[dict[str, Any]] | None:
+    """uncertain_places()'s dictionaries; JSON has made lists of its points."""
+    if items is None:
+        return None
+    out = [{**item, "point": numbers(item, "point", 3)} for item in _dictionaries(items, "places")]
+    for item in out:
+        for key in ("peak", "volume_ml", "score"):
+            get(item, key, (int, float))
+    return out
+
+
 def _decode_measures(items: Any) -> list[dict[str, Any]] | None:
     """measure()'s dictionaries; JSON has made lists of its points."""
     if items is None:
         return None
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ProtocolError("The result has no valid measures.")
+    _dictionaries(items, "measures")
     out = []
     for item in items:
         item = dict(item)

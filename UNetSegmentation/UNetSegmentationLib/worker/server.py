@@ -19,13 +19,13 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .. import __version__
 from ..engines import Engine, choose_engine
 from ..image import Image, UserError
-from ..inference.predict import Cancelled, Options, predict
-from ..measure import measure
+from ..inference.predict import Cancelled, Options, Progress, predict
+from ..measure import measure, uncertain_places
 from ..model import ModelPackage
 from .protocol import (
     FOLDER_PREFIX,
@@ -77,6 +77,7 @@ class _Server:
     def __init__(self, source: int, sink: int, folder: Path, parent: int) -> None:
         self._source, self._sink, self._folder = source, sink, folder
         self._parent_gone = _watch_parent(parent)
+        self._launcher = os.getppid()  # the client, or what stands between it and this process
         self._writing = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[int, str, dict[str, Any]]] = queue.SimpleQueue()
         self._state = threading.Lock()  # of the two sets
@@ -119,8 +120,8 @@ class _Server:
     # ------------------------------------------------------------------------------------------------- reader's thread
 
     def _watch(self) -> None:
-        """A client killed while a process of its own holds the pipe open sends no end of file."""
-        while not self._parent_gone():
+        """A client killed while a process of its own holds the pipe open sends no end of file, nor does a launcher."""
+        while not self._parent_gone() and os.getppid() == self._launcher:
             time.sleep(_WATCH_S)
         self._leave()
 
@@ -161,7 +162,7 @@ class _Server:
         elif op == "ping":
             held = {"volumes": sorted(self._volumes), "models": len(self._packages), "engines": len(self._engines)}
             self._write(dumps({"event": "done", "id": number, **held, "engines_made": self._engines_made}))
-        elif op in ("load_volume", "unload_volume", "predict"):
+        elif op in self._OPS:
             with self._state:
                 if number in self._pending:
                     raise ProtocolError(f"The id {number} is already in use.")
@@ -174,7 +175,7 @@ class _Server:
 
     def _answer(self, number: int, op: str, request: dict[str, Any]) -> None:
         try:
-            answer = getattr(self, "_" + op)(number, request)
+            answer = self._OPS[op](self, number, request)
         except Cancelled:
             answer = {"event": "cancelled"}
         except Exception as e:
@@ -204,6 +205,35 @@ class _Server:
             raise UserError("The worker does not have this volume; choose it again.")
         options = decode_options(get(request, "options", dict))
         names, wants_measures = strings(request, "models"), get(request, "measures", bool)
+        progress, check = self._teller(number), self._checker(number)
+        progress(0.0, "loading the model")
+        models, engines = [], []
+        for name in names:
+            check()
+            model, engine = self._warm(name, options, max(_WARM, len(names)))
+            models.append(model)
+            engines.append(engine)
+        prediction = predict(image, models, options, progress, lambda: number in self._cancelled, engines)
+        check()
+        measures = places = None
+        if wants_measures:
+            progress(1.0, "measuring")
+            measures = measure(prediction.labels, prediction.label_defs, image)
+            check()
+        if prediction.uncertainty is not None:
+            places = uncertain_places(prediction.uncertainty)
+            check()
+        return {"event": "result", **encode_prediction(prediction, self._folder, number, measures, places)}
+
+    # What the main thread does: each takes the request's id and message, and returns the answer or raises.
+    _OPS: ClassVar[dict[str, Callable[[_Server, int, dict[str, Any]], dict[str, Any]]]] = {
+        "load_volume": _load_volume,
+        "unload_volume": _unload_volume,
+        "predict": _predict,
+    }
+
+    def _teller(self, number: int) -> Progress:
+        """Sends a request's progress, but not more often than anybody can see."""
         last = float("-inf")
 
         def progress(fraction: float, text: str) -> None:
@@ -212,22 +242,14 @@ class _Server:
                 last = time.monotonic()
                 self._write(dumps({"event": "progress", "id": number, "fraction": fraction, "text": text}))
 
-        def cancelled() -> bool:
-            return number in self._cancelled
+        return progress
 
-        progress(0.0, "loading the model")
-        models, engines = [], []
-        for name in names:
-            if cancelled():
+    def _checker(self, number: int) -> Callable[[], None]:
+        def check() -> None:
+            if number in self._cancelled:
                 raise Cancelled
-            model, engine = self._warm(name, options, max(_WARM, len(names)))
-            models.append(model)
-            engines.append(engine)
-        prediction = predict(image, models, options, progress, cancelled, engines)
-        if cancelled():
-            raise Cancelled
-        measures = measure(prediction.labels, prediction.label_defs, image) if wants_measures else None
-        return {"event": "result", **encode_prediction(prediction, self._folder, number, measures)}
+
+        return check
 
     def _warm(self, name: str, options: Options, keep: int) -> tuple[ModelPackage, Engine]:
         """A verified model and its engine, made only when the file or the choice of engine is new."""
@@ -294,15 +316,18 @@ def _watch_parent(pid: int) -> Callable[[], bool]:
         handle = kernel.OpenProcess(0x00100000, False, pid)  # SYNCHRONIZE; an open handle keeps the id from being used again
         return lambda: not handle or kernel.WaitForSingleObject(handle, 0) == 0
     first = os.getppid()
+    state = Path(f"/proc/{pid}/stat")
 
     def gone() -> bool:
         if first == pid and os.getppid() != pid:  # also true of a client that nobody has waited for yet
             return True
         try:
             os.kill(pid, 0)
+            if first != pid and state.exists():  # behind a launcher only Linux tells of such a client
+                return state.read_bytes().rpartition(b")")[2].split()[0] == b"Z"
         except ProcessLookupError:
             return True
-        except PermissionError:
+        except (OSError, IndexError):
             pass
         return False
 

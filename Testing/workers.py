@@ -1,0 +1,136 @@
+"""What the tests of the worker share, with and without Qt: waiting, endless networks, and Pythons that misbehave."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from UNetSegmentationLib.image import Image
+from UNetSegmentationLib.inference.predict import Options
+from UNetSegmentationLib.model import ModelPackage, write_package
+
+DEADLINE = 10.0
+POSIX = pytest.mark.skipif(os.name == "nt", reason="signals and shell scripts")
+QUICK = Options(engine="onnx", device="cpu", threads=1)
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, f"waited {DEADLINE:g} s in vain for: {what}"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """A zombie that nobody has waited for is not alive."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def oblique_image() -> Image:
+    """Two bright blocks (1 and 2) and specks, on an oblique left-handed grid."""
+    rng = np.random.default_rng(3)
+    array = np.zeros((12, 40, 44), np.int16)
+    array[3:8, 10:22, 8:30] = 1
+    array[5:9, 24:36, 12:20] = 2
+    array += rng.integers(0, 2, array.shape, dtype=np.int16) * (rng.random(array.shape) < 0.02)
+    angle = 0.2
+    direction = (np.cos(angle), -np.sin(angle), 0, np.sin(angle), np.cos(angle), 0, 0, 0, -1)
+    return Image(array, (0.7, 0.8, 2.5), (-31.5, 12.25, 100.125), tuple(float(v) for v in direction))
+
+
+def onnx_package(
+    folder: Path, make_card: Callable[..., dict[str, Any]], nodes: list[Any], constants: dict[str, Any], name: str
+) -> ModelPackage:
+    """A package of one channel in 3D whose nodes lead from "image" to "logits" (two channels)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    axes = ["N", 1, "D", "H", "W"]
+    graph = helper.make_graph(
+        nodes,
+        name,
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, axes)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 2, "D", "H", "W"])],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return write_package(folder / f"{name}-1.0.0.unet.zip", make_card(name=name), model.SerializeToString())
+
+
+def slow_package(folder: Path, make_card: Callable[..., dict[str, Any]], n: int = 1 << 50) -> ModelPackage:
+    """A network that goes round a loop n times in each of its calls: for ever, if not told."""
+    from onnx import TensorProto, helper
+
+    shape = ["N", 1, "D", "H", "W"]
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Sin", ["x"], ["y"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
+        ],
+        [helper.make_tensor_value_info("go_on", TensorProto.BOOL, []), helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+    )
+    nodes = [
+        helper.make_node("Loop", ["n", "yes", "image"], ["looped"], body=body),
+        helper.make_node("Concat", ["looped", "image"], ["logits"], axis=1),
+    ]
+    return onnx_package(folder, make_card, nodes, {"n": np.int64(n), "yes": np.bool_(True)}, f"slow{n}")
+
+
+def greedy_package(folder: Path, make_card: Callable[..., dict[str, Any]]) -> ModelPackage:
+    """A network that wants 128 TiB of floats: more than any process can address."""
+    from onnx import helper
+
+    nodes = [
+        helper.make_node("Expand", ["image", "huge"], ["much"]),
+        helper.make_node("ReduceSum", ["much", "first"], ["x"]),
+        helper.make_node("Concat", ["x", "x"], ["logits"], axis=1),
+    ]
+    nodes[1].attribute.append(helper.make_attribute("keepdims", 0))
+    return onnx_package(folder, make_card, nodes, {"huge": np.array([1 << 33, 1, 1, 1, 1, 1]), "first": np.array([0])}, "huge")
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text("#!/bin/sh\n" + textwrap.dedent(text))
+    path.chmod(0o755)
+    return str(path)
+
+
+def stub(folder: Path, name: str, text: str) -> dict[str, str]:
+    """The environment of a worker that finds another module first."""
+    folder = folder / "stubs"
+    folder.mkdir()
+    (folder / f"{name}.py").write_text(textwrap.dedent(text))
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+MISSING_DLL = "raise ImportError('DLL load failed while importing onnxruntime_pybind11_state: The specified module could not be found.')"
+NOISE = """
+    import os, sys, threading, time
+    print('{"event": "no message", "id": 1}')
+    print("no line break", end="", flush=True)
+    if "UNetSegmentationLib.worker" in sys.orig_argv:
+        def noise():
+            while "UNetSegmentationLib.worker.server" not in sys.modules:
+                time.sleep(0.001)
+            while True:
+                os.write(1, b'{"event": "done", "id": 2}\\nnoise')
+                print("noise")
+                time.sleep(0.001)
+        threading.Thread(target=noise, daemon=True).start()
+"""
