@@ -1,28 +1,621 @@
-"""The Slicer module. Until its panel is built it is hidden, and serves the Python console and scripts by its logic."""
+"""The Slicer module: panel, logic and self-test. What the panel does in detail lies in UNetSegmentationPanel, and what it
+computes in UNetSegmentationLib, which also works without Slicer."""
 
-from __future__ import annotations
-
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Union
 
+import qt
+import slicer
+import UNetSegmentationPanel
+import vtk
+from slicer import (
+    vtkMRMLMarkupsFiducialNode,
+    vtkMRMLMarkupsROINode,
+    vtkMRMLScalarVolumeNode,
+    vtkMRMLSegmentationNode,
+    vtkMRMLTableNode,
+)
 from slicer.i18n import tr as _
-from slicer.ScriptedLoadableModule import ScriptedLoadableModule, ScriptedLoadableModuleLogic
+from slicer.i18n import translate
+from slicer.parameterNodeWrapper import WithinRange, parameterNodeWrapper
+from slicer.ScriptedLoadableModule import (
+    ScriptedLoadableModule,
+    ScriptedLoadableModuleLogic,
+    ScriptedLoadableModuleTest,
+    ScriptedLoadableModuleWidget,
+)
+from slicer.util import VTKObservationMixin
+from UNetSegmentationPanel import inputs, models, packages, results, run
+
+# ------------------------------------------------------------------------------------------------------------- module
 
 
 class UNetSegmentation(ScriptedLoadableModule):
     def __init__(self, parent: Any) -> None:
         ScriptedLoadableModule.__init__(self, parent)
         self.parent.title = _("U-Net Segmentation")
-        self.parent.categories = ["Segmentation"]
+        self.parent.categories = [translate("qSlicerAbstractCoreModule", "Segmentation")]
+        self.parent.dependencies = ["Segmentations", "Markups"]
         self.parent.contributors = ["UNetSegmentation developers"]
-        self.parent.helpText = _("Segments volumes with U-Nets, without PyTorch and without a server. Not for diagnosis.")
-        self.parent.acknowledgementText = _(
-            "Models trained on LIDC-IDRI (CC BY 3.0) and the Medical Segmentation Decathlon (CC BY-SA 4.0)."
+        self.parent.helpText = _(
+            "Segments volumes with U-Nets on any computer: no PyTorch, no server, no GPU needed. Choose a volume and a model and "
+            "press Apply. For research; not for diagnosis."
+        ) + (
+            ' <a href="https://github.com/UNetSegmentation/SlicerUNetSegmentation">'
+            + _("More information is in the documentation.")
+            + "</a>"
         )
-        self.parent.hidden = True
+        self.parent.acknowledgementText = _(
+            "Models trained on LIDC-IDRI (CC BY 3.0) and the Medical Segmentation Decathlon (CC BY-SA 4.0). "
+            "The sample scans come with pyradiomics (van Griethuysen et al. 2017)."
+        )
+        slicer.app.connect("startupCompleted()", registerSampleData)
+        slicer.app.connect("aboutToQuit()", UNetSegmentationPanel.shutdown)
+
+
+SAMPLES = {"lung1": "UNetLungCT1", "lung2": "UNetLungCT2"}
+
+
+def registerSampleData() -> None:
+    """Two chest CT with a labelled nodule each, in the Sample Data module; see UNetSegmentationLib.sample."""
+    import SampleData
+
+    icons = Path(__file__).parent / "Resources" / "Icons"
+    for name in SAMPLES.values():
+        SampleData.SampleDataLogic.registerCustomSampleDataSource(
+            category="U-Net Segmentation",
+            sampleName=name,
+            thumbnailFileName=str(icons / "UNetSegmentation.png"),
+            uris="",
+            fileNames=f"{name}.nrrd",
+            nodeNames=name,
+            customDownloader=loadSample,
+        )
+
+
+def loadSample(source: Any = None) -> list[Any]:
+    """Load a sample scan and its nodule's label as a segmentation; [volume, segmentation].
+
+    source: of the Sample Data module; None for the first. The files come from UNetSegmentationLib.sample.
+    """
+    from UNetSegmentationLib import UserError
+    from UNetSegmentationLib.sample import fetch_sample
+
+    name = source.sampleName if source is not None else SAMPLES["lung1"]
+    key = next(k for k, v in SAMPLES.items() if v == name)
+    try:
+        with slicer.util.WaitCursor():
+            paths = fetch_sample(progress=lambda _fraction, text: slicer.util.showStatusMessage(text, 3000))
+    except UserError as e:
+        slicer.util.errorDisplay(str(e), windowTitle=_("Sample data"))
+        return []
+    volume = slicer.util.loadVolume(str(paths[key]), {"name": name})
+    label = slicer.util.loadLabelVolume(str(paths[key + "_label"]), {"name": f"{name} label"})
+    segmentation = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", f"{name} nodule by a reader")
+    segmentation.CreateDefaultDisplayNodes()
+    segmentation.SetReferenceImageGeometryParameterFromVolumeNode(volume)
+    slicer.modules.segmentations.logic().ImportLabelmapToSegmentationNode(label, segmentation)
+    slicer.mrmlScene.RemoveNode(label)
+    segmentation.GetDisplayNode().SetVisibility(False)  # the answer is not given away
+    return [volume, segmentation]
+
+
+# ----------------------------------------------------------------------------------------------------------- parameters
+
+
+@parameterNodeWrapper
+class UNetSegmentationParameterNode:
+    """What a scene keeps of the panel.
+
+    channels: the volumes of a model's channels after the first. preset: "" is the model's own window, "custom" is level
+    and width (HU). models: <name>-<version>, several are averaged. tta: "" is the model's own. record: of the last result,
+    see UNetSegmentationPanel.results; the nodes are that result's.
+    """
+
+    volume: vtkMRMLScalarVolumeNode
+    channels: list[vtkMRMLScalarVolumeNode]
+    region: Union[vtkMRMLMarkupsROINode, vtkMRMLMarkupsFiducialNode, None]  # noqa: UP007 - the wrapper knows this form only
+    allFrames: bool = False
+    preset: str = ""
+    level: Annotated[float, WithinRange(-10000, 10000)] = -300
+    width: Annotated[float, WithinRange(1, 20000)] = 1400
+    models: list[str]
+    output: vtkMRMLSegmentationNode
+    replace: bool = True
+    uncertainty: bool = False
+    tta: str = ""
+    device: str = "auto"
+    engine: str = "auto"
+    record: str = ""
+    resultSegmentation: vtkMRMLSegmentationNode
+    resultTable: vtkMRMLTableNode
+    resultUncertainty: vtkMRMLScalarVolumeNode
+
+
+# --------------------------------------------------------------------------------------------------------------- widget
+
+
+class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
+    def __init__(self, parent: Any = None) -> None:
+        ScriptedLoadableModuleWidget.__init__(self, parent)
+        VTKObservationMixin.__init__(self)
+        self.logic: Any = None
+        self.ready = False  # the models are read
+        self._warm = False  # all of the core is imported
+        self._parameters: Any = None
+        self._guiTag: Any = None
+        self._observed: Any = None
+        self._updating = self._closed = self._entered = False
+        self._missing: list[str] = []
+        self._volume: Any = None  # that was chosen last
+        self._region: Any = None  # that is observed
+
+    # ------------------------------------------------------------------------------------------------------- life cycle
+
+    def setup(self) -> None:
+        ScriptedLoadableModuleWidget.setup(self)
+        root = slicer.util.loadUI(self.resourcePath("UI/UNetSegmentation.ui"))
+        self.layout.addWidget(root)
+        self.root, self.ui = root, slicer.util.childWidgetVariables(root)
+        root.setMRMLScene(slicer.mrmlScene)
+        self.logic = UNetSegmentationLogic()
+        self.controller = UNetSegmentationPanel.runController()
+        self.controller.addListener(self._onRun)
+        self.modelList = models.ModelList(self.ui, self._onModels)
+        self.channelRows = inputs.ChannelRows(self.ui, self._onChannels)
+        self.torchRow = packages.TorchRow(self.ui, self._update)
+        self.walk = results.PlaceWalk()
+        self._fillChoices()
+        self._connect()
+        for event, method in (
+            (slicer.mrmlScene.StartCloseEvent, self._onSceneStartClose),
+            (slicer.mrmlScene.EndCloseEvent, self._onSceneEndClose),
+            (slicer.mrmlScene.EndImportEvent, self._onSceneEndClose),
+            (slicer.mrmlScene.NodeAboutToBeRemovedEvent, self._onNodeAboutToBeRemoved),
+            (slicer.mrmlScene.NodeRemovedEvent, self._onNodeRemoved),
+        ):
+            self.addObserver(slicer.mrmlScene, event, method)
+        self.initializeParameterNode()
+        # The core, and with it the models' cards, once the panel is there to be seen.
+        qt.QTimer.singleShot(0, self._readModels)
+
+    def cleanup(self) -> None:
+        """The application quits, or the module is reloaded: a run of this panel ends without a trace."""
+        self._closed = True
+        self.controller.removeListener(self._onRun)
+        self.controller.cancel()
+        self.torchRow.close()
+        self.setParameterNode(None)
+        self.removeObservers()
+
+    def enter(self) -> None:
+        self._entered = True
+        self.initializeParameterNode()
+        if self.ready:
+            self.modelList.read()
+            self._update()
+
+    def exit(self) -> None:
+        self._entered = False
+        self.setParameterNode(None)
+
+    def initializeParameterNode(self) -> None:
+        if self._closed:
+            return
+        self.setParameterNode(self.logic.getParameterNode())
+        if self._parameters.volume is None:
+            self._parameters.volume = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLScalarVolumeNode")
+
+    def setParameterNode(self, parameters: Any) -> None:
+        """Let the widgets show and change these settings; None: of none."""
+        if self._parameters is not None:
+            self._parameters.disconnectGui(self._guiTag)
+            self.removeObserver(self._observed, vtk.vtkCommand.ModifiedEvent, self._onParameters)
+        self._parameters, self._guiTag, self._observed = parameters, None, None
+        self._observeRegion()
+        if parameters is not None:
+            self._guiTag = parameters.connectGui(self.ui)
+            self._observed = parameters.parameterNode
+            self.addObserver(self._observed, vtk.vtkCommand.ModifiedEvent, self._onParameters)
+            self._volume = parameters.volume
+            self._adopt()
+            self._update()
+
+    def _readModels(self) -> None:
+        if self._closed:
+            return
+        self.modelList.read()
+        self.ready = True
+        self._adopt()
+        self._update()
+        steps = UNetSegmentationPanel.warmUp()
+
+        def warm() -> None:
+            if self._closed:
+                return
+            if next(steps, steps) is steps:
+                self._warm = True
+                self._update()
+            else:
+                qt.QTimer.singleShot(20, warm)
+
+        qt.QTimer.singleShot(200, warm)
+
+    def _onSceneStartClose(self, caller: Any, event: Any) -> None:
+        self.setParameterNode(None)
+
+    def _onSceneEndClose(self, caller: Any, event: Any) -> None:
+        if self._entered:
+            self.initializeParameterNode()
+
+    @vtk.calldata_type(vtk.VTK_OBJECT)
+    def _onNodeAboutToBeRemoved(self, caller: Any, event: Any, node: Any) -> None:
+        # A node selector goes on to another node by itself: the next result would go into a segmentation that nobody chose.
+        for name in ("output", "region"):
+            if self._parameters is not None and node is not None and self._parameters.getValue(name) is node:
+                qt.QTimer.singleShot(0, lambda name=name: self._parameters is not None and self._parameters.setValue(name, None))
+
+    def _onNodeRemoved(self, caller: Any, event: Any) -> None:
+        self._update()
+
+    # ---------------------------------------------------------------------------------------------------------- widgets
+
+    def _fillChoices(self) -> None:
+        for selector in (self.ui.volumeSelector, self.ui.regionSelector, self.ui.outputSelector):
+            inputs.letShrink(selector)
+        for value, text in (
+            ("", _("Model default")),
+            ("none", _("None")),
+            ("flips", _("Flips")),
+            ("rotations", _("Rotations")),
+            ("full", _("Flips and rotations")),
+        ):
+            self.ui.ttaCombo.addItem(text, value)
+
+    def _connect(self) -> None:
+        ui = self.ui
+        for combo, name in ((ui.presetCombo, "preset"), (ui.ttaCombo, "tta"), (ui.deviceCombo, "device"), (ui.engineCombo, "engine")):
+            combo.connect("currentIndexChanged(int)", lambda _index, c=combo, n=name: self._onCombo(c, n))
+        ui.levelSpinBox.connect("valueChanged(double)", self._onWindowEdited)
+        ui.widthSpinBox.connect("valueChanged(double)", self._onWindowEdited)
+        ui.drawBoxButton.connect("clicked(bool)", lambda *_: self._placeRegion(inputs.ROI))
+        ui.placePointButton.connect("clicked(bool)", lambda *_: self._placeRegion(inputs.POINTS))
+        ui.applyButton.connect("clicked(bool)", lambda *_: self.onApplyOrCancel())
+        ui.tryAgainButton.connect("clicked(bool)", lambda *_: self.onApply())
+        ui.undoButton.connect("clicked(bool)", lambda *_: self.onUndo())
+        ui.copyButton.connect("clicked(bool)", lambda *_: self.onCopy())
+        ui.exportButton.connect("clicked(bool)", lambda *_: self.onExport())
+        ui.nextPlaceButton.connect("clicked(bool)", lambda *_: self.onNextPlace())
+        ui.mapCheckBox.connect("toggled(bool)", self.onShowMap)
+        # Within the panel only, so that no key of Slicer's is taken.
+        self._shortcuts = []
+        for key, method in (("Ctrl+Return", self.onApply), ("Ctrl+Enter", self.onApply), ("Esc", self.onCancel)):
+            shortcut = qt.QShortcut(qt.QKeySequence(key), self.root)
+            shortcut.setContext(qt.Qt.WidgetWithChildrenShortcut)
+            shortcut.connect("activated()", method)
+            self._shortcuts.append(shortcut)
+
+    # ------------------------------------------------------------------------------------------------ what a person does
+
+    def _onParameters(self, caller: Any, event: Any) -> None:
+        if self._updating or self._parameters is None:
+            return
+        p = self._parameters
+        if p.volume is not self._volume and p.volume is not None and p.output is not None:
+            # The segmentation of the former volume is not the place for this one's.
+            of = p.output.GetNodeReference(vtkMRMLSegmentationNode.GetReferenceImageGeometryReferenceRole())
+            self._volume = p.volume
+            if of is not None and of is not p.volume:
+                p.output = None
+        self._volume = p.volume
+        self._adopt()
+        self._update()
+
+    def _onModels(self) -> None:
+        if self._parameters is not None:
+            self._missing = []
+            self._parameters.models = [m.name for m in self.modelList.selected]
+            self._update()
+
+    def _onChannels(self) -> None:
+        if self._parameters is not None:
+            self._parameters.channels = self.channelRows.nodes
+
+    def _onCombo(self, combo: Any, name: str) -> None:
+        if self._updating or self._parameters is None or combo.currentIndex < 0:
+            return
+        value = combo.itemData(combo.currentIndex)
+        self._parameters.setValue(name, value)
+        if name == "preset":
+            cards = [m.card for m in self.modelList.selected]
+            window = inputs.ownWindow(cards, value)
+            if window is not None:
+                self._parameters.level, self._parameters.width = (float(v) for v in window)
+            self._showWindow()
+
+    def _onWindowEdited(self, *_unused: Any) -> None:
+        parameters = self._parameters
+        if self._updating or parameters is None:
+            return
+        with slicer.util.NodeModify(parameters):
+            parameters.preset = inputs.CUSTOM
+            parameters.level, parameters.width = self.ui.levelSpinBox.value, self.ui.widthSpinBox.value
+        self._showWindow()
+
+    def _showWindow(self) -> None:
+        p = self._parameters
+        inputs.showWindow(p.volume, [m.card for m in self.modelList.selected], p.preset, p.level, p.width)
+
+    def _placeRegion(self, className: str) -> None:
+        if self._parameters is not None:
+            name = _("Segmentation box") if className == inputs.ROI else _("Target")
+            self._parameters.region = inputs.startPlacing(className, name)
+
+    def onApplyOrCancel(self) -> None:
+        if self.controller.running:
+            self.onCancel()
+        else:
+            self.onApply()
+
+    def onApply(self) -> None:
+        p = self._parameters
+        if p is None or self.controller.running or self._problem():
+            return
+        intensity = inputs.chosenIntensity(p.preset, p.level, p.width)
+        options = {"intensity": intensity, "tta": p.tta or None, "device": p.device, "engine": p.engine, "uncertainty": p.uncertainty}
+        self.controller.start(
+            run.Request(
+                volumes=self._volumes(),
+                region=p.region,
+                models=tuple(m.path for m in self.modelList.selected),
+                options=options,
+                segmentation=p.output,
+                replace=p.replace,
+                allFrames=p.allFrames and self.ui.allFramesCheckBox.visible,
+                former=run.Outcome(p.resultSegmentation, p.resultTable, p.resultUncertainty, p.record),
+            )
+        )
+
+    def onCancel(self) -> None:
+        self.controller.cancel()
+
+    def onUndo(self) -> None:
+        outcome = self.controller.undo()
+        if outcome is not None:
+            self._keep(outcome)
+
+    def onCopy(self) -> None:
+        if self._parameters is not None and self._parameters.resultTable is not None:
+            qt.QApplication.clipboard().setText(results.tableText(self._parameters.resultTable, "\t"))
+            slicer.util.showStatusMessage(_("The measures are in the clipboard."), 3000)
+
+    def onExport(self) -> None:
+        p = self._parameters
+        if p is None or p.resultTable is None:
+            return
+        title, name = _("Export the measures"), f"{p.resultTable.GetName()}.csv"
+        path = qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), title, name, _("Comma-separated values (*.csv)"))
+        if path:
+            from UNetSegmentationLib import UserError
+            from UNetSegmentationLib.image import atomic_path
+
+            try:
+                with atomic_path(path) as temporary:
+                    # With the mark that tells spreadsheets of UTF-8.
+                    temporary.write_text(results.tableText(p.resultTable, ","), encoding="utf-8-sig", newline="")
+            except UserError as e:
+                slicer.util.errorDisplay(str(e), windowTitle=title)
+
+    def onNextPlace(self) -> None:
+        self.walk.next()
+        self.ui.placeLabel.text = self.walk.text
+
+    def onShowMap(self, shown: bool) -> None:
+        if not self._updating and self._parameters is not None:
+            results.showMap(self._parameters.resultUncertainty, shown)
+
+    # ---------------------------------------------------------------------------------------------------------- the run
+
+    def _onRun(self) -> None:
+        """The run went on or ended."""
+        if self._closed:
+            return
+        if self.controller.phase == "done":
+            self._keep(self.controller.outcome)
+        self._updateRun()
+
+    def _keep(self, outcome: Any) -> None:
+        """Into the scene's settings, also while another module is open."""
+        parameters = self._parameters or self.logic.getParameterNode()
+        with slicer.util.NodeModify(parameters):
+            parameters.record = outcome.record
+            parameters.resultSegmentation, parameters.resultTable = outcome.segmentation, outcome.table
+            parameters.resultUncertainty = outcome.uncertainty
+            if outcome.segmentation is not None:
+                parameters.output = outcome.segmentation  # the next Apply replaces it, or adds to it
+
+    def _volumes(self) -> tuple[Any, ...]:
+        return (self._parameters.volume, *self.channelRows.nodes)
+
+    def _problem(self) -> str:
+        """Why Apply cannot be pressed, as one sentence; "" where it can."""
+        p, chosen = self._parameters, self.modelList.selected
+        if p is None or not self.ready:
+            return _("The models are being read.")
+        if self.torchRow.working:
+            return _("Wait until PyTorch is installed or removed.")
+        if p.volume is None:
+            return _("Choose a volume.")
+        if p.volume.GetImageData() is None:
+            return _("'{name}' has no voxels; choose another volume.").format(name=p.volume.GetName())
+        if not chosen:
+            return _("Choose a model.")
+        if models.mismatch(chosen):
+            return models.mismatch(chosen)
+        channels = chosen[0].card.data["channels"]
+        for name, node in zip(channels, self._volumes()):
+            if node is None or node.GetImageData() is None:
+                return _("Choose a volume for '{name}'.").format(name=name)
+        if p.region is None and any(m.card.data.get("roi_mm") for m in chosen):
+            size = max(m.card.data.get("roi_mm") or 0 for m in chosen)
+            return _("This model is made for a box of about {mm:g} mm around one target: press Box or Point and mark it.").format(mm=size)
+        return inputs.regionProblem(p.region)
+
+    # ------------------------------------------------------------------------------------------------- what is to be seen
+
+    def _observeRegion(self) -> None:
+        """Apply depends on what is drawn."""
+        region = self._parameters.region if self._parameters is not None else None
+        if region is not self._region:
+            for node, method in ((self._region, self.removeObserver), (region, self.addObserver)):
+                if node is not None:
+                    for event in (vtk.vtkCommand.ModifiedEvent, node.PointModifiedEvent, node.PointPositionDefinedEvent):
+                        method(node, event, self._onRegion)
+            self._region = region
+
+    def _onRegion(self, caller: Any, event: Any) -> None:
+        self._updateRun()
+
+    def _adopt(self) -> None:
+        """The settings' models, chosen in the list."""
+        if self.ready and self._parameters is not None:
+            names = list(self._parameters.models)
+            if names != [m.name for m in self.modelList.selected]:
+                self._missing = self.modelList.select(names)
+
+    def _update(self) -> None:
+        """Let everything show the settings."""
+        p = self._parameters
+        if p is None or self._updating or self._closed:
+            return
+        self._observeRegion()
+        self._updating = True
+        try:
+            self._updateInput(p)
+            self._updateModel()
+            self._updateOutput(p)
+            self._updateResult(p)
+        finally:
+            self._updating = False
+        self._updateRun()
+
+    def _updateInput(self, p: Any) -> None:
+        ui, cards = self.ui, [m.card for m in self.modelList.selected]
+        self.channelRows.show(cards[0].data["channels"] if cards else [""], list(p.channels))
+        ui.allFramesCheckBox.visible = inputs.frames(p.volume) > 1
+        offered = inputs.offeredPresets(cards) if self.ready else []
+        ui.presetLabel.visible = ui.presetCombo.visible = len(offered) > 1
+        if cards and not any(name == p.preset for name, _label in offered):
+            p.preset = inputs.MODEL_DEFAULT
+        _fill(ui.presetCombo, offered, p.preset)
+        window = (p.level, p.width) if p.preset == inputs.CUSTOM else inputs.ownWindow(cards, p.preset) if cards else None
+        for widget in (ui.levelLabel, ui.levelSpinBox, ui.widthSpinBox):
+            widget.visible = window is not None and len(offered) > 1
+        if window is not None:
+            ui.levelSpinBox.value, ui.widthSpinBox.value = window
+
+    def _updateModel(self) -> None:
+        ui, chosen = self.ui, self.modelList.selected
+        text = self.modelList.note or models.mismatch(chosen)
+        if not text and self._missing:
+            text = _("{names} is not installed here; import it or choose another model.").format(names=", ".join(self._missing))
+        if not text and len(chosen) > 1:
+            text = _("The answers of these {n} models are averaged.").format(n=len(chosen))
+        ui.modelMessage.text = text
+        ui.modelMessage.visible = bool(text)
+
+    def _updateOutput(self, p: Any) -> None:
+        ui = self.ui
+        ui.replaceCheckBox.visible = p.output is not None
+        if self._warm:
+            devices, engines = run.deviceChoices(), run.engineChoices()
+            if p.device not in dict(devices):
+                p.device = "auto"  # of a scene from another computer
+            if p.engine not in dict(engines):
+                p.engine = "auto"
+            _fill(ui.deviceCombo, devices, p.device)
+            _fill(ui.engineCombo, engines, p.engine)
+            self.torchRow.show(self.controller.running)
+        _fill(ui.ttaCombo, None, p.tta)
+
+    def _updateResult(self, p: Any) -> None:
+        ui, data = self.ui, results.readRecord(p.record)
+        shown = bool(data) and p.resultSegmentation is not None
+        ui.resultSection.visible = shown
+        ui.segmentsTable.setSegmentationNode(p.resultSegmentation if shown else None)
+        ui.show3DButton.setSegmentationNode(p.resultSegmentation if shown else None)
+        ui.measuresTable.setMRMLTableNode(p.resultTable if shown else None)
+        ui.measuresTable.resizeColumnsToContents()
+        self.walk.set(data.get("places", ()) if shown else ())
+        if not shown:
+            return
+        ui.summaryLabel.text = results.summary(data)
+        warnings = "\n".join(map(str, data.get("warnings", ())))
+        ui.warningFrame.visible, ui.warningLabel.text = bool(warnings), warnings
+        ui.measuresTable.visible = ui.copyButton.visible = ui.exportButton.visible = p.resultTable is not None
+        ui.uncertainWidget.visible = bool(data.get("uncertainty"))
+        ui.mapCheckBox.visible = p.resultUncertainty is not None
+        ui.mapCheckBox.checked = results.mapIsShown(p.resultUncertainty)
+        ui.nextPlaceButton.enabled = bool(self.walk.places)
+        ui.placeLabel.text = self.walk.text
+
+    def _updateRun(self) -> None:
+        """Apply, progress and messages; called often while a run goes on, so it looks at nothing else."""
+        ui, going = self.ui, self.controller
+        problem = "" if going.running else self._problem()
+        ui.applyButton.text = _("Cancel") if going.running else _("Apply")
+        ui.applyButton.enabled = not problem
+        ui.applyButton.toolTip = _("Stop; the scene stays as it is. (Esc)") if going.running else problem or _("Segment. (Ctrl+Return)")
+        ui.undoButton.enabled = going.canUndo
+        ui.progressBar.visible = going.running
+        ui.progressLabel.visible = going.running or bool(problem)
+        if problem:
+            ui.progressLabel.text = problem
+        ui.torchButton.enabled = not going.running
+        if self.modelList.busy != going.running:
+            self.modelList.busy = going.running
+            self.modelList.update()
+        if going.running:
+            percent, left = round(100 * going.fraction), _timeLeft(going.secondsLeft)
+            if ui.progressBar.value != percent:  # it repaints at once
+                ui.progressBar.value = percent
+            ui.progressLabel.text = f"{going.text}, {left}" if left else f"{going.text} …"
+        said = "" if going.running else going.text
+        ui.messageFrame.visible = bool(said)
+        ui.messageLabel.text = said
+        ui.tryAgainButton.visible = going.phase in ("failed", "cancelled") and not problem
+        if said and ui.messageIcon.toolTip != going.phase:
+            ui.messageIcon.toolTip = going.phase
+            kind = qt.QStyle.SP_MessageBoxWarning if going.phase == "failed" else qt.QStyle.SP_MessageBoxInformation
+            ui.messageIcon.setPixmap(self.root.style().standardIcon(kind).pixmap(16, 16))
+
+
+def _fill(combo: Any, choices: Any, value: str) -> None:
+    """Show `value` in a box with these (value, text); None: those that it has."""
+    if choices is not None and choices != [(combo.itemData(i), combo.itemText(i)) for i in range(combo.count)]:
+        combo.clear()
+        for data, text in choices:
+            combo.addItem(text, data)
+    combo.currentIndex = max(0, combo.findData(value))
+
+
+def _timeLeft(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return _("about {n} s left").format(n=max(1, round(seconds)))
+    return _("about {n} min left").format(n=round(seconds / 60))
+
+
+# ---------------------------------------------------------------------------------------------------------------- logic
 
 
 class UNetSegmentationLogic(ScriptedLoadableModuleLogic):
+    def getParameterNode(self) -> UNetSegmentationParameterNode:
+        return UNetSegmentationParameterNode(super().getParameterNode())
+
     def process(
         self,
         volumeNode: Any,
@@ -30,25 +623,149 @@ class UNetSegmentationLogic(ScriptedLoadableModuleLogic):
         segmentationNode: Any = None,
         replace: bool = True,
         progress: Callable[[float, str], None] | None = None,
+        *,
+        roiNode: Any = None,
+        worker: bool = False,
+        cancelled: Callable[[], bool] | None = None,
         **options: Any,
     ) -> Any:
-        """Segment a volume node and return the segmentation node.
+        """Segment a volume node and return the segmentation node. Needs no panel: for the Python console and for scripts.
 
-        model: a name, a .unet.zip file, or several to average. segmentationNode: where to write (None: a new node);
-        replace: take the place of this model's former segments there. options: fields of
-        UNetSegmentationLib.inference.predict.Options, in the image's index space and LPS mm, e.g. at=(x, y, z),
-        tta="flips", uncertainty=True (adds a scalar volume). Runs in the calling thread. Raises
-        UNetSegmentationLib.UserError with one sentence for the person; the scene is then as before.
+        volumeNode: a volume, or one for each channel of the model, in the card's order. model: a name, a .unet.zip file, or
+        several to average. segmentationNode: where to write (None: a new node); replace: take the place of this model's
+        former segments there. progress(fraction, text) is called between batches and cancelled() asked. roiNode: a markups
+        ROI, or a point list whose last point is the target. worker: compute in a child process, which a crash or too little
+        memory cannot take Slicer down with. options: fields of UNetSegmentationLib.inference.predict.Options, in the first
+        image's index space and LPS mm, e.g. at=(x, y, z), tta="flips", uncertainty=True (adds a scalar volume).
+
+        Returns when it is done, without the panel's Undo. Raises UNetSegmentationLib.UserError with one sentence for the
+        person, or Cancelled; the scene is then as before.
 
         >>> import UNetSegmentation
-        >>> node = UNetSegmentation.UNetSegmentationLogic().process(getNode("CT"), at=(-22, -120, -611))
+        >>> logic = UNetSegmentation.UNetSegmentationLogic()
+        >>> node = logic.process(getNode("CT"), at=(-22, -120, -611))
+
+        and for many scans, with no window (Slicer --no-main-window --python-script batch.py):
+
+        >>> for path in sorted(Path("scans").glob("*.nrrd")):
+        ...     volume = slicer.util.loadVolume(str(path))
+        ...     node = logic.process(volume, "hippocampus-3d", worker=True)
+        ...     slicer.util.saveNode(node, f"results/{path.stem}.seg.nrrd")
+        ...     slicer.mrmlScene.Clear()
         """
         from UNetSegmentationLib import Options, find_model, mrml, predict
 
+        volumes = list(volumeNode) if isinstance(volumeNode, (list, tuple)) else [volumeNode]
         packages = [find_model(name) for name in ([model] if isinstance(model, str) else model)]
-        image = mrml.image_from_volume(volumeNode)
-        prediction = predict(image, packages, Options(**options), progress)
-        node = mrml.write_prediction(prediction, volumeNode, segmentationNode, replace)
+        image = mrml.image_from_volumes(volumes)
+        chosen = Options(**{**inputs.regionOptions(roiNode, volumes[0]), **options})
+        if worker:
+            from UNetSegmentationLib.worker.client import WorkerClient
+
+            with WorkerClient() as client:
+                prediction = client.predict(client.load_volume(image), packages, chosen, progress, cancelled)
+        else:
+            prediction = predict(image, packages, chosen, progress, cancelled)
+        node = mrml.write_prediction(prediction, volumes[0], segmentationNode, replace)
         if prediction.uncertainty is not None:
-            mrml.write_scalar_map(prediction.uncertainty, volumeNode, f"{volumeNode.GetName()} uncertainty", "uncertainty")
+            mrml.write_scalar_map(prediction.uncertainty, volumes[0], f"{volumes[0].GetName()} uncertainty", "uncertainty", prediction.roi)
         return node
+
+
+# ----------------------------------------------------------------------------------------------------------------- test
+
+
+class UNetSegmentationTest(ScriptedLoadableModuleTest):
+    """The whole way of a person, in Slicer: load the sample, apply, cancel, undo."""
+
+    ROI_RAS = (8.3, 35.6), (105.2, 134.8), (-630.0, -595.0)  # about twice the nodule of the first sample scan
+
+    DICE = 0.6  # it is 0.650: the model outlines more generously than that label
+
+    def setUp(self) -> None:
+        slicer.mrmlScene.Clear()
+
+    def runTest(self, **_unused: Any) -> None:
+        for test in (self.test_panel, self.test_logic):
+            self.setUp()
+            test()
+        self.delayDisplay("Test passed")
+
+    def test_panel(self) -> None:
+        volume, label = self.load()
+        widget = slicer.util.getNewModuleWidget("UNetSegmentation")
+        try:
+            self.apply(widget, volume, label)
+        finally:
+            widget.cleanup()
+            widget.parent.deleteLater()
+
+    def apply(self, widget: Any, volume: Any, label: Any) -> None:
+        widget.initializeParameterNode()
+        self.wait(lambda: widget.ready, 30, "the models to be read")
+        settings, controller = widget._parameters, widget.controller
+        before = slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSegmentationNode")
+
+        self.delayDisplay("Choose volume, model and box")
+        settings.volume = volume
+        settings.models = ["lung-nodule-2d-1.0.0"]
+        settings.region = self.box()
+        settings.uncertainty = True
+        slicer.app.processEvents()
+        self.assertTrue(widget.ui.applyButton.enabled, widget.ui.applyButton.toolTip)
+
+        self.delayDisplay("Apply and cancel")
+        widget.ui.applyButton.click()
+        self.assertTrue(controller.running)
+        widget.ui.applyButton.click()
+        self.assertEqual(controller.phase, "cancelled")
+        self.assertEqual(slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSegmentationNode"), before)
+
+        self.delayDisplay("Apply")
+        widget.ui.applyButton.click()
+        self.wait(lambda: not controller.running, 300, "the segmentation")
+        self.assertEqual(controller.phase, "done", controller.text)
+        dice = self.dice(settings.output, label, volume)
+        self.delayDisplay(f"Dice {dice:.3f}")
+        self.assertGreater(dice, self.DICE)
+        self.assertEqual(settings.resultTable.GetTable().GetNumberOfRows(), 1)
+        self.assertIsNotNone(settings.resultUncertainty)
+
+        self.delayDisplay("Undo")
+        widget.ui.undoButton.click()
+        slicer.app.processEvents()
+        self.assertEqual(slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSegmentationNode"), before)
+        self.assertIsNone(settings.resultUncertainty)
+
+    def test_logic(self) -> None:
+        self.delayDisplay("Segment without the panel")
+        volume, label = self.load()
+        node = UNetSegmentationLogic().process(volume, roiNode=self.box(), worker=True)
+        self.assertGreater(self.dice(node, label, volume), self.DICE)
+
+    def load(self) -> list[Any]:
+        self.delayDisplay("Load the sample scan")
+        nodes = loadSample()
+        if not nodes:
+            self.skipTest("the sample scans cannot be had here; see UNetSegmentationLib/sample.py")
+        return nodes
+
+    def box(self) -> Any:
+        roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
+        roi.SetCenterWorld([sum(ends) / 2 for ends in self.ROI_RAS])
+        roi.SetSizeWorld([b - a for a, b in self.ROI_RAS])
+        return roi
+
+    def dice(self, segmentation: Any, label: Any, volume: Any) -> float:
+        from UNetSegmentationLib.measure import dice
+        from UNetSegmentationLib.mrml import segment_mask
+
+        masks = (segment_mask(node, node.GetSegmentation().GetNthSegmentID(0), volume) for node in (segmentation, label))
+        return dice(*masks)
+
+    def wait(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        until = time.monotonic() + seconds
+        while not condition():
+            self.assertLess(time.monotonic(), until, f"waited {seconds} s for {what}")
+            slicer.app.processEvents()
+            time.sleep(0.005)

@@ -1,0 +1,107 @@
+"""Photographs the panel in each of its states: python Testing/panel/pictures.py OUT
+
+Light and dark are Slicer's styles; the widths are those of a docked panel. The scan and the model are toys.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+WIDTH, NARROW = 420, 380
+
+
+def main(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="unetseg-pictures-"))
+    os.environ["UNETSEG_MODELS"], os.environ["UNETSEG_ENVIRONMENT"] = str(work / "models"), str(work / "torch")
+    sys.path[:0] = [str(HERE), str(ROOT / "UNetSegmentation"), str(ROOT / "Testing")]
+    from standins.slicergui import finish, start
+
+    gui = start(work / "gui")
+    try:
+        photograph(gui, out, work)
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        status = 1
+    finish(status)
+
+
+def photograph(gui: Any, out: Path, work: Path) -> None:
+    import numpy as np
+    import slicer
+    from workers import slow_package
+
+    def shoot(name: str, width: int = WIDTH, dark: bool = False) -> None:
+        for _ in range(5):
+            gui.process_events()
+        gui.grab(widget, out / f"{name}.png", width, dark)
+
+    widget = gui.open()
+    ui, controller = widget.ui, widget.controller
+    gui.wait(lambda: widget._warm, 60)
+    shoot("empty")
+    shoot("empty-dark", dark=True)
+
+    rng = np.random.default_rng(0)
+    array = rng.normal(-800, 40, (40, 96, 96)).astype(np.int16)
+    z, y, x = np.ogrid[:40, :96, :96]
+    array[((z - 20) * 2.0) ** 2 + (y - 50) ** 2 + (x - 40) ** 2 < 81] = 40
+    matrix = np.diag([0.7, 0.7, 1.4, 1.0])
+    volume = slicer.util.addVolumeFromArray(array, matrix, name="Chest CT, thin slices")
+    volume.CreateDefaultDisplayNodes()
+    roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "Nodule")
+    roi.SetCenterWorld((28, 35, 28))
+    roi.SetSizeWorld((26, 26, 26))
+    settings = widget._parameters
+    settings.models = ["lung-nodule-2d-1.0.0"]
+    shoot("asks-for-a-region")
+    settings.region, settings.uncertainty = roi, True
+    shoot("ready")
+    shoot("narrow", NARROW)
+    ui.advancedSection.collapsed = False
+    ui.detailsButton.click()
+    shoot("advanced-and-details")
+    ui.advancedSection.collapsed = True
+    ui.detailsButton.click()
+
+    slow = slow_package(work, runpy.run_path(str(ROOT / "Testing" / "conftest.py"))["make_card"]).path
+    widget.modelList.importFile(slow)
+    ui.applyButton.click()
+    gui.wait(lambda: controller.text in ("Loading the model", "Segmenting"), 60)
+    controller._pace = time.monotonic() - 12, 0.0
+    controller.fraction = 0.37
+    controller._say("running", "Segmenting")
+    shoot("running")
+    shoot("running-dark", dark=True)
+    os.kill(controller._worker().pid, 9)
+    gui.wait(lambda: not controller.running, 60)
+    shoot("error")
+    shoot("error-narrow-dark", NARROW, dark=True)
+
+    settings.models = ["lung-nodule-2d-1.0.0"]
+    ui.applyButton.click()
+    gui.wait(lambda: not controller.running, 120)
+    shoot("done")
+    shoot("done-narrow", NARROW)
+    shoot("done-dark", dark=True)
+    ui.undoButton.click()
+    shoot("undone")
+    gui.close(widget)
+    sys.modules["UNetSegmentationPanel"].shutdown()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))

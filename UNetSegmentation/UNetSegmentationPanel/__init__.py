@@ -1,0 +1,75 @@
+"""What the panel does, apart from the widget class that Slicer wants: it knows Qt and MRML, the core knows neither Qt nor it.
+
+The panel opens at once, and onnxruntime need not be there yet: so of these files those that the module needs to open
+import nothing of the core at file scope. warmUp() does, a little later.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+_worker: Any = None
+_controller: Any = None
+
+
+def panelWorker() -> Any:
+    """The one worker of the application, for the panel and the effect; its process starts when it is first needed."""
+    global _worker
+    if _worker is None:
+        from .installer import workerPython
+        from .worker import PanelWorker
+
+        _worker = PanelWorker(*workerPython())
+    return _worker
+
+
+def closeWorker() -> None:
+    """End the worker; the next run starts another, with the Python and the packages that there are then."""
+    global _worker
+    if _worker is not None:
+        _worker.shutdown()
+        _worker = None
+
+
+def runController() -> Any:
+    """The one run that can be going on in the application."""
+    global _controller
+    if _controller is None:
+        from .run import RunController
+
+        _controller = RunController(panelWorker, _ensureRequirements)
+    return _controller
+
+
+def _ensureRequirements() -> bool:
+    from .installer import ensureRequirements
+
+    return ensureRequirements()
+
+
+def shutdown() -> None:
+    """The application quits: no process and no file of ours is left."""
+    global _controller
+    if _controller is not None:
+        _controller.cancel()
+        _controller = None
+    closeWorker()
+    if f"{__name__}.installer" in sys.modules:
+        sys.modules[f"{__name__}.installer"].shutdown()
+
+
+def warmUp() -> Iterator[None]:
+    """What the core needs, imported piece by piece while nothing else goes on, so that no run has to wait for it."""
+    for name in (
+        "numpy",
+        "SimpleITK",
+        "UNetSegmentationLib.model",
+        "UNetSegmentationLib.mrml",
+        f"{__name__}.worker",
+        f"{__name__}.installer",
+    ):
+        importlib.import_module(name)
+        yield

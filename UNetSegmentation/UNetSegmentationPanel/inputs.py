@@ -1,0 +1,190 @@
+"""What goes in: the volumes of a model's channels, the region, and the window that scan and network are seen through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import qt
+import slicer
+from slicer.i18n import tr as _
+
+MODEL_DEFAULT, CUSTOM = "", "custom"
+ROI, POINTS = "vtkMRMLMarkupsROINode", "vtkMRMLMarkupsFiducialNode"
+
+
+# --------------------------------------------------------------------------------------------------------------- window
+
+
+def offeredPresets(cards: Sequence[Any]) -> list[tuple[str, str]]:
+    """(name, label) of what the window box offers for these models, the model's own first.
+
+    A preset takes the place of the models' normalisation, so only the kind that all of them were trained with is there:
+    windows in HU for models that see HU through a window, percentiles for those that see percentiles.
+    """
+    from UNetSegmentationLib.intensity import presets
+
+    out = [(MODEL_DEFAULT, _("Model default"))]
+    modes = {card.intensity["mode"] for card in cards}
+    if len(modes) == 1:
+        mode = modes.pop()
+        for preset in presets().values():
+            if preset.intensity()["mode"] == mode:
+                shown = f"{preset.label} ({preset.level:g}, {preset.width:g})" if preset.percentiles is None else preset.label
+                out.append((preset.name, shown))
+        if mode == "window":
+            out.append((CUSTOM, _("Custom")))
+    return out
+
+
+def chosenIntensity(preset: str, level: float, width: float) -> dict[str, Any] | None:
+    """Options.intensity for a choice in the window box; None leaves each model its own."""
+    from UNetSegmentationLib.intensity import presets
+
+    if preset == CUSTOM:
+        return {"mode": "window", "level": level, "width": width}
+    return presets()[preset].intensity() if preset in presets() else None
+
+
+def ownWindow(cards: Sequence[Any], preset: str) -> tuple[float, float] | None:
+    """(level, width) in HU that a preset stands for with these models; None where there is no such pair."""
+    entry = chosenIntensity(preset, 0, 1) if preset != CUSTOM else None
+    entry = entry or (cards[0].intensity if cards and preset == MODEL_DEFAULT else {})
+    return (entry["level"], entry["width"]) if entry.get("mode") == "window" else None
+
+
+def showWindow(volumeNode: Any, cards: Sequence[Any], preset: str, level: float, width: float) -> None:
+    """Show the volume through the chosen window: the model's own display window for "Model default", where it names one."""
+    from UNetSegmentationLib.intensity import display_range, presets
+
+    display = volumeNode.GetScalarVolumeDisplayNode() if volumeNode is not None else None
+    if display is None or volumeNode.GetImageData() is None:
+        return
+    entry = chosenIntensity(preset, level, width)
+    if entry is None:
+        wanted = presets().get(cards[0].data.get("display", "")) if cards else None
+        if wanted is None:
+            return
+        entry = wanted.intensity()
+    if entry["mode"] == "window":
+        low, high = entry["level"] - entry["width"] / 2, entry["level"] + entry["width"] / 2
+    else:
+        low, high = display_range(entry, slicer.util.arrayFromVolume(volumeNode)[None])
+    display.AutoWindowLevelOff()
+    display.SetWindowLevelMinMax(low, high)
+
+
+# ------------------------------------------------------------------------------------------------------------- channels
+
+
+def letShrink(selector: Any) -> None:
+    """A long name of a scan must not make the panel wider than its place."""
+    selector.sizeAdjustPolicy = qt.QComboBox.AdjustToMinimumContentsLengthWithIcon
+
+
+class ChannelRows:
+    """A node selector for each channel of the model after the first, under the volume's own, named as the card names it."""
+
+    def __init__(self, ui: Any, changed: Callable[[], None]) -> None:
+        self.ui, self._changed = ui, changed
+        self._rows: list[tuple[Any, Any]] = []
+        self._names: tuple[str, ...] = ()
+        self._updating = False
+
+    def show(self, names: Sequence[str], nodes: Sequence[Any]) -> None:
+        """names: of all channels; nodes: what is chosen for those after the first."""
+        self._names = tuple(names)
+        self.ui.volumeLabel.text = f"{names[0]}:" if len(names) > 1 else _("Volume:")
+        while len(self._rows) < len(names) - 1:
+            self._addRow()
+        self._updating = True
+        for i, (label, selector) in enumerate(self._rows):
+            used = i + 1 < len(names)
+            label.visible = selector.visible = used
+            if used:
+                label.text = f"{names[i + 1]}:"
+                selector.toolTip = _("The scan for the model's input '{name}', on the same grid as the first.").format(name=names[i + 1])
+                selector.setCurrentNode(nodes[i] if i < len(nodes) else None)
+        self._updating = False
+
+    @property
+    def nodes(self) -> list[Any]:
+        """The chosen nodes after the first, None where none is."""
+        return [selector.currentNode() for _label, selector in self._rows[: max(0, len(self._names) - 1)]]
+
+    def _addRow(self) -> None:
+        label, selector = qt.QLabel(), slicer.qMRMLNodeComboBox()
+        selector.nodeTypes = ["vtkMRMLScalarVolumeNode"]
+        selector.showChildNodeTypes = False
+        selector.addEnabled = selector.removeEnabled = False
+        selector.noneEnabled = True
+        selector.noneDisplay = _("Select a volume")
+        letShrink(selector)
+        selector.setMRMLScene(slicer.mrmlScene)
+        selector.connect("currentNodeChanged(vtkMRMLNode*)", self._onNode)
+        label.setBuddy(selector)
+        row = 1 + len(self._rows)
+        self.ui.inputLayout.insertRow(row, label, selector)
+        before = self._rows[-1][1] if self._rows else self.ui.volumeSelector
+        qt.QWidget.setTabOrder(before, selector)
+        self._rows.append((label, selector))
+
+    def _onNode(self, *_unused: Any) -> None:
+        if not self._updating:
+            self._changed()
+
+
+def frames(volumeNode: Any) -> int:
+    """How many frames the sequence has that steps this volume; 1 for a single volume."""
+    # Asked first, so that a panel that opens on a single volume need not import the core.
+    if volumeNode is None or volumeNode.GetScene().GetFirstNodeByClass("vtkMRMLSequenceBrowserNode") is None:
+        return 1
+    from UNetSegmentationLib import mrml
+
+    found = mrml.sequence_frames(volumeNode)
+    return found[1] if found else 1
+
+
+# --------------------------------------------------------------------------------------------------------------- region
+
+
+def startPlacing(className: str, name: str) -> Any:
+    """A new markups node that the next clicks in a view place; returns it."""
+    scene = slicer.mrmlScene
+    node = scene.AddNewNodeByClass(className, scene.GenerateUniqueName(name))
+    node.CreateDefaultDisplayNodes()
+    selection = scene.GetNodeByID("vtkMRMLSelectionNodeSingleton")
+    interaction = scene.GetNodeByID("vtkMRMLInteractionNodeSingleton")
+    if selection is not None and interaction is not None:
+        selection.SetReferenceActivePlaceNodeClassName(className)
+        selection.SetActivePlaceNodeID(node.GetID())
+        interaction.SwitchToSinglePlaceMode()
+    return node
+
+
+def regionProblem(region: Any) -> str:
+    """Why nothing can be segmented in this region yet, as one sentence; "" where it is usable, or None is chosen."""
+    if region is None:
+        return ""
+    if region.IsA(POINTS):
+        if not region.GetNumberOfControlPoints():
+            return _("Click on the target in a slice view to place the point '{name}'.").format(name=region.GetName())
+        return ""
+    size = [0.0, 0.0, 0.0]
+    region.GetSizeWorld(size)
+    if min(size) <= 0:
+        return _("Draw the box '{name}': click on two opposite corners in a slice view.").format(name=region.GetName())
+    return ""
+
+
+def regionOptions(region: Any, volumeNode: Any) -> dict[str, Any]:
+    """Options.roi of a box, or Options.at (LPS mm) of a point list's last point."""
+    from UNetSegmentationLib import mrml
+
+    if region is None:
+        return {}
+    if region.IsA(POINTS):
+        point = [0.0, 0.0, 0.0]
+        region.GetNthControlPointPositionWorld(region.GetNumberOfControlPoints() - 1, point)
+        return {"at": (-point[0], -point[1], point[2])}
+    return {"roi": mrml.roi_box(region, volumeNode)}

@@ -1,0 +1,335 @@
+"""The list of model packages: what is installed, their cards, import and removal."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import qt
+import slicer
+from slicer.i18n import tr as _
+
+
+@dataclass(frozen=True)
+class Model:
+    """A package in one of the two folders. card: None where it cannot be read, and then `error` says why."""
+
+    path: Path
+    imported: bool
+    card: Any = None
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """<name>-<version>, which a scene remembers."""
+        from UNetSegmentationLib.model import SUFFIX
+
+        return self.path.name.removesuffix(SUFFIX)
+
+    @property
+    def megabytes(self) -> float:
+        return self.path.stat().st_size / 1e6
+
+
+def installedModels() -> list[Model]:
+    """Every package for automatic segmentation, bundled ones first, by its card alone.
+
+    The card is checked; the network's bytes are verified when a package is imported and again before it runs.
+    """
+    from UNetSegmentationLib.model import RESOURCES, model_files
+
+    out = []
+    for path in model_files():
+        imported = RESOURCES not in path.parents
+        try:
+            card = _readCard(path)
+        except Exception as e:
+            out.append(Model(path, imported, error=str(e)))
+            continue
+        if card.data["task"] == "automatic":
+            out.append(Model(path, imported, card))
+    return out
+
+
+def _readCard(path: Path) -> Any:
+    from UNetSegmentationLib.image import UserError
+    from UNetSegmentationLib.model import CARD, MAX_CARD_BYTES, check_card
+
+    try:
+        with zipfile.ZipFile(path) as package:
+            if package.getinfo(CARD).file_size > MAX_CARD_BYTES:
+                raise ValueError("its card is too large")
+            data = json.loads(package.read(CARD).decode("utf-8"))
+    except (zipfile.BadZipFile, KeyError, OSError, ValueError, RuntimeError, RecursionError) as e:
+        raise UserError(f"{path.name} is damaged or not a model package ({e}); remove it and import it again.") from e
+    return check_card(data)
+
+
+def resolve(names: Sequence[str], models: Sequence[Model]) -> tuple[list[Model], list[str]]:
+    """The models of these <name>-<version>, and the names that nothing installed answers to.
+
+    Where that version is not here, another one of the same name is taken.
+    """
+    found: list[Model] = []
+    missing = []
+    for name in names:
+        exact = [m for m in models if m.card and m.name == name]
+        same = [m for m in models if m.card and m.card.name == name.rpartition("-")[0]]
+        if exact or same:
+            found.append((exact or same)[-1])
+        else:
+            missing.append(name)
+    return list(dict.fromkeys(found)), missing
+
+
+def mismatch(models: Sequence[Model]) -> str:
+    """Why these models cannot be averaged, as one sentence; "" where they can."""
+    for other in models[1:]:
+        first, second = models[0].card, other.card
+        names = {"first": first.name, "second": second.name}
+        if [(v.value, v.name) for v in first.labels] != [(v.value, v.name) for v in second.labels]:
+            return _("{first} and {second} do not find the same segments, so they cannot be averaged; choose one of them.").format(**names)
+        if len(first.data["channels"]) != len(second.data["channels"]):
+            return _("{first} and {second} need different numbers of volumes, so they cannot be averaged; choose one of them.").format(
+                **names
+            )
+        if first.activation != second.activation:
+            return _("{first} and {second} end differently, so they cannot be averaged; choose one of them.").format(**names)
+    return ""
+
+
+def importPackage(path: str | Path, replace: Callable[[str], bool]) -> Model | None:
+    """Verify a .unet.zip and copy it into the folder of imported models, all or nothing.
+
+    replace(name) is asked where another package of that name and version is there already; None where it says no.
+    Raises UserError with one sentence for a file that is not a sound package.
+    """
+    from UNetSegmentationLib.image import UserError, atomic_path
+    from UNetSegmentationLib.model import RESOURCES, SUFFIX, ModelPackage, user_models_folder
+
+    path = Path(path)
+    card = ModelPackage.read(path).card
+    if card.data["task"] != "automatic" and card.data["task"] != "click":
+        raise UserError(f"{path} is a model for {card.data['task']}, which this version does not know; update UNetSegmentation.")
+    name = f"{card.name}-{card.version}"
+    if (RESOURCES / "models" / (name + SUFFIX)).exists():
+        raise UserError(f"{name} comes with UNetSegmentation already; give yours another name or version.")
+    target = user_models_folder() / (name + SUFFIX)
+    if target.exists() and target.resolve() != path.resolve() and not replace(name):
+        return None
+    if target.resolve() != path.resolve():
+        with atomic_path(target) as temporary:
+            shutil.copyfile(path, temporary)
+            try:
+                ModelPackage.read(temporary)  # the copy is what will run
+            except UserError as e:
+                raise UserError(str(e).replace(str(temporary), str(path))) from e
+    return Model(target, True, card)
+
+
+# ---------------------------------------------------------------------------------------------------------------- words
+
+
+def dice(card: Any) -> str:
+    """The measured Dice of a card in a few words; "" where none was measured."""
+    scores = card.data.get("metrics", {}).get("dice")
+    numbers = [v for v in scores.values() if isinstance(v, (int, float))] if isinstance(scores, dict) else []
+    if not numbers:
+        return ""
+    if len(numbers) > 3:
+        return _("mean Dice {value:.2f}").format(value=sum(numbers) / len(numbers))
+    return "Dice " + ", ".join(f"{v:.2f}" for v in numbers)
+
+
+def licence(card: Any) -> str:
+    """The licence's name, without what follows its first sentence."""
+    return card.data["licence"].split(". ")[0].rstrip(".")
+
+
+def summary(model: Model) -> str:
+    """Three lines for the list."""
+    if model.card is None:
+        return _("{name}\ncannot be used").format(name=model.name)
+    card = model.card
+    labels = ", ".join(label.name for label in card.labels)
+    measured = dice(card) or _("not measured")
+    kind = _("Automatic, {n}D").format(n="2.5" if card.context else card.dimensions)
+    return "\n".join(
+        (
+            card.data.get("title") or card.name,
+            f"{measured} · {labels}",  # a long list of labels is cut, the score never
+            f"{kind} · {model.megabytes:.0f} MB · {licence(card)}",
+        )
+    )
+
+
+def cardHtml(model: Model) -> str:
+    """A package's card for a person to read. Everything in it is escaped: a package comes from anywhere."""
+
+    def text(value: Any) -> str:
+        return html.escape(str(value))
+
+    def table(rows: Sequence[tuple[str, str]]) -> str:
+        cells = (f'<tr><td style="padding-right:8px">{text(key)}</td><td>{value}</td></tr>' for key, value in rows if value)
+        return f"<table>{''.join(cells)}</table>"
+
+    if model.card is None:
+        return f"<p>{text(model.error)}</p>"
+    card, data = model.card, model.card.data
+    metrics = data.get("metrics", {})
+    scores = metrics.get("dice") if isinstance(metrics.get("dice"), dict) else {}
+    measured = "<br>".join(text(f"{k}: Dice {v:.3f}") for k, v in scores.items() if isinstance(v, (int, float)))
+    if metrics.get("cases"):
+        measured += "<br>" + text(_("on {n} cases").format(n=metrics["cases"]))
+    if metrics.get("held_out"):
+        measured += "<br>" + text(metrics["held_out"])
+    spacing = " × ".join("–" if v is None else f"{v:g}" for v in card.spacing)
+    intensity = card.intensity
+    sees = intensity["mode"]
+    if sees == "window":
+        sees = _("window level {level:g}, width {width:g} HU").format(level=intensity["level"], width=intensity["width"])
+    size = card.data.get("roi_mm")
+    rows = [
+        (_("Segments"), text(", ".join(label.name for label in card.labels))),
+        (_("Input"), text(", ".join(data["channels"]))),
+        (_("Made for"), text(_("a box of about {mm:g} mm around one target").format(mm=size) if size else _("whole volumes"))),
+        (_("Measured"), measured or text(_("nothing is stated"))),
+        (_("Trained on"), "<br>".join(text(v) for v in data.get("training_data", ())) or text(_("nothing is stated"))),
+        (_("Licence"), text(data["licence"])),
+        (_("Voxels"), text(_("{spacing} mm, {sees}").format(spacing=spacing, sees=sees))),
+        (_("Version"), text(f"{card.name} {card.version}, {model.megabytes:.1f} MB")),
+    ]
+    title = text(data.get("title") or card.name)
+    return f"<p><b>{title}</b></p><p>{text(data.get('description', ''))}</p>{table(rows)}"
+
+
+# ----------------------------------------------------------------------------------------------------------------- list
+
+
+class ModelList:
+    """The models' list with its buttons. changed() is called when the choice or what is installed changes."""
+
+    def __init__(self, ui: Any, changed: Callable[[], None]) -> None:
+        self.ui, self._changed = ui, changed
+        self.models: list[Model] = []
+        self.busy = False
+        self.note = ""  # what went wrong with the last import or removal
+        ui.modelList.connect("itemSelectionChanged()", self._onSelection)
+        ui.detailsButton.connect("toggled(bool)", self._onDetails)
+        ui.importButton.connect("clicked(bool)", self._onImport)
+        ui.removeButton.connect("clicked(bool)", self._onRemove)
+        ui.folderButton.connect("clicked(bool)", self._onFolder)
+        self._onDetails(False)
+        self.update()
+
+    def read(self) -> None:
+        """Look again what is installed; what was chosen stays chosen."""
+        chosen = [m.name for m in self.selected]
+        self.models = installedModels()
+        widget = self.ui.modelList
+        blocked = widget.blockSignals(True)
+        widget.clear()
+        for model in self.models:
+            widget.addItem(summary(model))
+            item = widget.item(widget.count - 1)
+            item.setToolTip(model.error or model.name)
+        widget.blockSignals(blocked)
+        if self.models:  # three models are seen without scrolling, and no room is wasted on fewer
+            height = widget.sizeHintForRow(0) * min(3, len(self.models)) + 2 * widget.frameWidth
+            widget.minimumHeight = widget.maximumHeight = height
+        self.select(chosen)
+
+    @property
+    def selected(self) -> list[Model]:
+        """The chosen models that can run, in the list's order."""
+        return [m for i, m in enumerate(self.models) if m.card and self.ui.modelList.item(i).isSelected()]
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Choose the models of these names; returns those that nothing here answers to. changed() is not called."""
+        found, missing = resolve(names, self.models)
+        widget = self.ui.modelList
+        blocked = widget.blockSignals(True)
+        for i, model in enumerate(self.models):
+            widget.item(i).setSelected(model in found)
+        widget.blockSignals(blocked)
+        self.update()
+        return missing
+
+    def update(self) -> None:
+        marked = [m for i, m in enumerate(self.models) if self.ui.modelList.item(i).isSelected()]
+        self.ui.removeButton.enabled = not self.busy and any(m.imported for m in marked)
+        self.ui.removeButton.visible = any(m.imported for m in self.models)
+        self.ui.importButton.enabled = not self.busy
+        self.ui.detailsButton.enabled = bool(marked)
+        if self.ui.detailsButton.checked:
+            self.ui.detailsBrowser.setHtml("<hr>".join(map(cardHtml, marked)))
+
+    def _onSelection(self) -> None:
+        self.note = ""
+        self.update()
+        self._changed()
+
+    def _onDetails(self, shown: bool) -> None:
+        self.ui.detailsBrowser.visible = shown
+        self.update()
+
+    def _onFolder(self, *_unused: Any) -> None:
+        from UNetSegmentationLib.model import user_models_folder
+
+        folder = user_models_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        qt.QDesktopServices.openUrl(qt.QUrl.fromLocalFile(str(folder)))
+
+    def _onImport(self, *_unused: Any) -> None:
+        title, filters = _("Import a model"), _("Model packages (*.unet.zip *.zip)")
+        path = qt.QFileDialog.getOpenFileName(slicer.util.mainWindow(), title, "", filters)
+        if path:
+            self.importFile(path)
+
+    def importFile(self, path: str | Path) -> None:
+        """Import, and choose what was imported; a failure is shown."""
+        from UNetSegmentationLib.image import UserError
+
+        def replace(name: str) -> bool:
+            return slicer.util.confirmYesNoDisplay(
+                _("{name} is installed already. Replace it by this file?").format(name=name), windowTitle=_("Import a model")
+            )
+
+        try:
+            with slicer.util.WaitCursor():
+                model = importPackage(path, replace)
+        except UserError as e:
+            self.note = str(e)
+            self._changed()
+            return
+        if model is None:
+            return
+        self.note = ""
+        self.read()
+        if model.card.data["task"] == "automatic":
+            self.select([model.name])
+            self._changed()
+
+    def _onRemove(self, *_unused: Any) -> None:
+        marked = [m for i, m in enumerate(self.models) if m.imported and self.ui.modelList.item(i).isSelected()]
+        names = ", ".join(m.name for m in marked)
+        if not slicer.util.confirmYesNoDisplay(
+            _("Delete {names} from this computer? The package's file is removed.").format(names=names), windowTitle=_("Remove a model")
+        ):
+            return
+        try:
+            for model in marked:
+                model.path.unlink(missing_ok=True)
+            self.note = ""
+        except OSError as e:
+            self.note = _("{path} cannot be deleted ({reason}); close what uses it and try again.").format(
+                path=e.filename, reason=e.strerror
+            )
+        self.read()
+        self._changed()

@@ -1,0 +1,84 @@
+"""PyTorch for those who want it: one row that says what is there, and installs or removes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import slicer
+from slicer.i18n import tr as _
+
+from . import closeWorker
+
+
+class TorchRow:
+    """changed() is called when PyTorch has come or gone. Nothing is looked up before show()."""
+
+    def __init__(self, ui: Any, changed: Callable[[], None]) -> None:
+        self.ui, self._changed = ui, changed
+        self._job: Any = None
+        self._said = ""
+        self._closed = False
+        ui.torchButton.connect("clicked(bool)", lambda *_: self._onClicked())
+
+    def show(self, busy: bool = False) -> None:
+        """busy: a run goes on, which needs what is installed."""
+        from .installer import describeTorch, torchEnvironment
+
+        ui, ready = self.ui, torchEnvironment().status == "ready"
+        ui.torchStatus.text = self._said or describeTorch()
+        ui.torchButton.text = _("Cancel") if self._job else _("Remove") if ready else _("Install…")
+        ui.torchButton.enabled = not busy
+
+    def close(self) -> None:
+        self._closed = True
+        if self._job is not None:
+            self._job.cancel()
+
+    @property
+    def working(self) -> bool:
+        return self._job is not None
+
+    def _onClicked(self) -> None:
+        from . import installer
+
+        if self._job is not None:
+            self._job.cancel()
+        elif installer.torchEnvironment().status != "ready":
+            self._start(_("Looking up what PyTorch needs …"), installer.planTorch, self._onPlan)
+        elif slicer.util.confirmOkCancelDisplay(
+            _("Remove {what} from this computer?").format(what=installer.describeTorch()), windowTitle="PyTorch"
+        ):
+            closeWorker()
+            self._say(_("Removing …"))
+            self._job = installer.removeTorch(lambda _result: self._onEnd(""), self._onEnd)
+            self.show()
+
+    def _start(self, text: str, begin: Callable[..., Any], onDone: Callable[[Any], None], **more: Any) -> None:
+        self._said = text
+        self._job = begin(self._onProgress, onDone, self._onEnd, lambda: self._onEnd(_("Cancelled.")), **more)
+        self.show()
+
+    def _onPlan(self, plan: Any) -> None:
+        from . import installer
+
+        self._job = None
+        question = _("Download and install {what}? It gets a folder of its own; nothing of Slicer's Python changes.").format(what=plan)
+        if self._closed or not slicer.util.confirmOkCancelDisplay(question, windowTitle="PyTorch"):
+            self._onEnd("")
+            return
+        closeWorker()
+        self._start(_("Installing …"), installer.createTorch, lambda _own: self._onEnd(""), variant=plan.variant or "auto")
+
+    def _onProgress(self, fraction: float | None, text: str) -> None:
+        self._say(text if fraction is None else f"{text} ({100 * fraction:.0f} %)")
+
+    def _onEnd(self, text: str) -> None:
+        self._job, self._said = None, text
+        if not self._closed:
+            self._changed()
+
+    def _say(self, text: str) -> None:
+        self._said = text
+        if not self._closed:
+            self.ui.torchStatus.text = text

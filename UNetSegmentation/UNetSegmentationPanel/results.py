@@ -1,0 +1,128 @@
+"""What came out: a line on how, the warnings, the measures as text, and the walk through the uncertain places."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import slicer
+from slicer.i18n import tr as _
+
+
+def record(prediction: Any, measures: Sequence[dict[str, Any]]) -> str:
+    """What of a prediction is kept in the scene's settings, so that a loaded scene shows its result again."""
+    data = {
+        "model": prediction.model_name,
+        "engines": list(prediction.engines),
+        "seconds": prediction.seconds,
+        "warnings": list(prediction.warnings),
+        "found": sum(bool(m["voxels"]) for m in measures),
+        "places": [{"point": list(p["point"]), "peak": p["peak"], "volume_ml": p["volume_ml"]} for p in prediction.places or ()],
+        "uncertainty": prediction.uncertainty is not None,
+    }
+    return json.dumps(data)
+
+
+def readRecord(text: str) -> dict[str, Any]:
+    """The dictionary of record(); an empty one for a scene that another program wrote."""
+    try:
+        data = json.loads(text) if text else {}
+        if not isinstance(data, dict):
+            return {}
+        for place in data.get("places", ()):
+            x, y, z = (float(v) for v in place["point"])
+            place["point"] = (x, y, z)
+        return data
+    except (ValueError, TypeError, KeyError):
+        return {}
+
+
+def summary(data: dict[str, Any]) -> str:
+    """One line: which model, what it ran on, how long it took, and what it is not for."""
+    engines = "; ".join(dict.fromkeys(data.get("engines", ())))
+    text = _("{model} on {engines}, {seconds:.1f} s.").format(
+        model=data.get("model", "").replace("+", " + "), engines=engines, seconds=float(data.get("seconds", 0))
+    )
+    nothing = [] if data.get("found") else [_("Nothing was found.")]
+    return "\n".join([text, *nothing, _("For research. Not for diagnosis.")])
+
+
+def tableText(tableNode: Any, separator: str) -> str:
+    """A table node as lines with its column titles first, for the clipboard (tabs) or a file (commas)."""
+    table = tableNode.GetTable()
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=separator, lineterminator="\n")
+    columns = range(table.GetNumberOfColumns())
+    writer.writerow([table.GetColumnName(c) for c in columns])
+    for row in range(table.GetNumberOfRows()):
+        writer.writerow([_cell(table.GetValue(row, c).ToString()) for c in columns])
+    return out.getvalue()
+
+
+def _cell(text: str) -> str:
+    # A spreadsheet would run a name that begins like a formula.
+    try:
+        float(text)
+    except ValueError:
+        return "'" + text if text[:1] in ("=", "+", "-", "@") else text
+    return text
+
+
+def showMap(mapNode: Any, shown: bool) -> None:
+    """The map as the foreground of all slice views, or what was there before it."""
+    if mapNode is None:
+        return
+    scene = mapNode.GetScene()
+    for i in range(scene.GetNumberOfNodesByClass("vtkMRMLSliceCompositeNode")):
+        view = scene.GetNthNodeByClass(i, "vtkMRMLSliceCompositeNode")
+        if shown and view.GetForegroundVolumeID() != mapNode.GetID():
+            _FORMER[view.GetID()] = view.GetForegroundVolumeID(), view.GetForegroundOpacity()
+            view.SetForegroundVolumeID(mapNode.GetID())
+            view.SetForegroundOpacity(0.6)
+        elif not shown and view.GetForegroundVolumeID() == mapNode.GetID():
+            former, opacity = _FORMER.pop(view.GetID(), (None, 0.0))
+            view.SetForegroundVolumeID(former if former and scene.GetNodeByID(former) else None)
+            view.SetForegroundOpacity(opacity)
+
+
+_FORMER: dict[str, tuple[str | None, float]] = {}  # what lay in the foreground of a slice view before a map
+
+
+def mapIsShown(mapNode: Any) -> bool:
+    if mapNode is None:
+        return False
+    scene = mapNode.GetScene()
+    views = (
+        scene.GetNthNodeByClass(i, "vtkMRMLSliceCompositeNode") for i in range(scene.GetNumberOfNodesByClass("vtkMRMLSliceCompositeNode"))
+    )
+    return any(v.GetForegroundVolumeID() == mapNode.GetID() and v.GetForegroundOpacity() > 0 for v in views)
+
+
+class PlaceWalk:
+    """Steps through the uncertain places of a record, again from the first after the last."""
+
+    def __init__(self) -> None:
+        self.places: list[dict[str, Any]] = []
+        self._at = -1
+
+    def set(self, places: Sequence[dict[str, Any]]) -> None:
+        if list(places) != self.places:
+            self.places, self._at = list(places), -1
+
+    def next(self) -> None:
+        """Centre the slice views on the next place."""
+        from UNetSegmentationLib import mrml
+
+        if self.places:
+            self._at = (self._at + 1) % len(self.places)
+            mrml.jump_slices(slicer.mrmlScene, self.places[self._at]["point"])
+
+    @property
+    def text(self) -> str:
+        if not self.places:
+            return _("nothing uncertain")
+        n = len(self.places)
+        return _("{n} to check").format(n=n) if self._at < 0 else _("{i} of {n}").format(i=self._at + 1, n=n)
