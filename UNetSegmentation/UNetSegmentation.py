@@ -399,7 +399,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         path = qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), title, name, _("Comma-separated values (*.csv)"))
         if path:
             from UNetSegmentationLib import UserError
-            from UNetSegmentationLib.image import atomic_path
+            from UNetSegmentationLib.files import atomic_path
 
             try:
                 with atomic_path(path) as temporary:

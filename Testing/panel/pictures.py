@@ -75,6 +75,14 @@ def photograph(gui: Any, out: Path, work: Path) -> None:
     ui.advancedSection.collapsed = True
     ui.detailsButton.click()
 
+    ui.applyButton.click()
+    gui.wait(lambda: not controller.running, 120)
+    shoot("done")
+    shoot("done-narrow", NARROW)
+    shoot("done-dark", dark=True)
+    ui.undoButton.click()
+    shoot("undone")
+
     slow = slow_package(work, runpy.run_path(str(ROOT / "Testing" / "conftest.py"))["make_card"]).path
     widget.modelList.importFile(slow)
     ui.applyButton.click()
@@ -88,15 +96,6 @@ def photograph(gui: Any, out: Path, work: Path) -> None:
     gui.wait(lambda: not controller.running, 60)
     shoot("error")
     shoot("error-narrow-dark", NARROW, dark=True)
-
-    settings.models = ["lung-nodule-2d-1.0.0"]
-    ui.applyButton.click()
-    gui.wait(lambda: not controller.running, 120)
-    shoot("done")
-    shoot("done-narrow", NARROW)
-    shoot("done-dark", dark=True)
-    ui.undoButton.click()
-    shoot("undone")
     gui.close(widget)
     sys.modules["UNetSegmentationPanel"].shutdown()
 

@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "UserError": "image",
+    "UserError": "files",
     "Image": "image",
     "Box": "image",
     "read_image": "image",

@@ -16,6 +16,7 @@ import numpy as np
 
 from . import __version__
 from .engines import DEVICES, ENGINES, PRECISIONS, choose_engine, installed, make_engine
+from .files import atomic_path, check_writable
 from .image import (
     PICTURE_SUFFIXES,
     VOLUME_SUFFIXES,
@@ -23,8 +24,6 @@ from .image import (
     Image,
     SeveralSeries,
     UserError,
-    atomic_path,
-    check_writable,
     read_image,
     write_image,
 )

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +19,11 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
+from .files import UserError, atomic_path
+
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-
-
-class UserError(Exception):
-    """Bad input: the message is one clear sentence for the person, saying what is wrong and what to do."""
 
 
 class SeveralSeries(UserError):
@@ -633,39 +629,6 @@ def check_geometry(image: Image) -> None:
     d = np.reshape(image.direction, (3, 3))
     if not np.allclose(d.T @ d, np.eye(3), atol=1e-3):
         raise UserError(f"{name} has axes that are not at right angles (gantry tilt or shear); resample it to a regular grid first.")
-
-
-def check_writable(path: str | Path) -> None:
-    """Refuse a name that could not be written to, before the person waits for a result. Leaves no trace."""
-    path = Path(path)
-    place = path.absolute().parent
-    while not place.exists():
-        place = place.parent
-    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise UserError(f"{path} cannot be written; choose a file name in a folder that you may write to.")
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, moved to it only when the block ends well, so that no half file is ever left."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".unetseg-", suffix="-" + path.name, dir=path.parent)
-        os.close(handle)
-    except OSError as e:
-        raise UserError(f"{path} cannot be written ({e.strerror or e}); choose a folder that you may write to.") from e
-    temporary = Path(name)
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-    except OSError as e:
-        raise UserError(f"{path} cannot be written ({e.strerror or e}); check the disk's space and your rights.") from e
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_image(image: Image, path: str | Path, metadata: dict[str, Any] | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .image import UserError
+from .files import UserError
 
 # Above every lung parenchyma's floor of about -950 HU lies tissue; a tile with nothing above this holds only air.
 AIR_HU = -900

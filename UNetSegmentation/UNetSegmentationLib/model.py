@@ -21,7 +21,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from .image import UserError, atomic_path
+from .files import UserError, atomic_path
 
 RESOURCES = Path(__file__).parent / "resources"
 CARD, ONNX, SAFETENSORS = "model.json", "model.onnx", "model.safetensors"

@@ -1132,27 +1132,29 @@ def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any, t
     """A table node with a row for each label that measure() found, and the units in the columns' titles; return it.
 
     table_node: which one to write anew; None: the segmentation's own, made on first use and placed beside it. Mean, SD
-    and the like are in HU where the reference volume says so, else in its own units.
+    and the like are in HU where the reference volume says so, else in its own units. Rounded to 0.001 ml and 0.1 mm or HU,
+    which is more than a voxel can tell.
     """
     unit = _intensity_unit(segmentation_node)
     columns = (
-        ("Segment", vtk.vtkStringArray, "name"),
-        ("Volume [ml]", vtk.vtkDoubleArray, "volume_ml"),
-        ("Longest diameter [mm]", vtk.vtkDoubleArray, "longest_mm"),
-        ("Perpendicular diameter [mm]", vtk.vtkDoubleArray, "perpendicular_mm"),
-        (f"Mean{unit}", vtk.vtkDoubleArray, "mean_hu"),
-        (f"SD{unit}", vtk.vtkDoubleArray, "std_hu"),
-        (f"Minimum{unit}", vtk.vtkDoubleArray, "min_hu"),
-        (f"Maximum{unit}", vtk.vtkDoubleArray, "max_hu"),
-        ("Voxels", vtk.vtkLongLongArray, "voxels"),
+        ("Segment", vtk.vtkStringArray, "name", None),
+        ("Volume [ml]", vtk.vtkDoubleArray, "volume_ml", 3),
+        ("Longest diameter [mm]", vtk.vtkDoubleArray, "longest_mm", 1),
+        ("Perpendicular diameter [mm]", vtk.vtkDoubleArray, "perpendicular_mm", 1),
+        (f"Mean{unit}", vtk.vtkDoubleArray, "mean_hu", 1),
+        (f"SD{unit}", vtk.vtkDoubleArray, "std_hu", 1),
+        (f"Minimum{unit}", vtk.vtkDoubleArray, "min_hu", 1),
+        (f"Maximum{unit}", vtk.vtkDoubleArray, "max_hu", 1),
+        ("Voxels", vtk.vtkLongLongArray, "voxels", None),
     )
     rows = [m for m in measures if m["voxels"]]
     table = vtk.vtkTable()
-    for title, kind, key in columns:
+    for title, kind, key, digits in columns:
         column = kind()
         column.SetName(title)
         for row in rows:
-            column.InsertNextValue(float("nan") if row[key] is None else row[key])
+            value = float("nan") if row[key] is None else row[key]
+            column.InsertNextValue(value if digits is None else round(value, digits))
         table.AddColumn(column)
     if table_node is None:
         table_node = find_table(segmentation_node)
@@ -1161,7 +1163,9 @@ def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any, t
         table_node = scene.AddNewNodeByClass("vtkMRMLTableNode", scene.GenerateUniqueName(name))
         _place_beside(table_node, segmentation_node)
     table_node.SetNodeReferenceID(SEGMENTATION_ROLE, segmentation_node.GetID())
-    table_node.SetUseColumnNameAsColumnHeader(True)
+    # The former name is all that 5.10 has; later ones warn that it is deprecated.
+    titled = getattr(table_node, "SetUseColumnTitleAsColumnHeader", None) or table_node.SetUseColumnNameAsColumnHeader
+    titled(True)
     table_node.SetAndObserveTable(table)
     return table_node
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .image import IDENTITY, PICTURE_SUFFIXES, VOLUME_SUFFIXES, Image, UserError, atomic_path, write_image
+from .files import UserError, atomic_path
+from .image import IDENTITY, PICTURE_SUFFIXES, VOLUME_SUFFIXES, Image, write_image
 from .model import Label
 from .postprocess import voxel_counts
 

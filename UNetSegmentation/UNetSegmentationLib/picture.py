@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import SimpleITK as sitk
 
-from .image import IDENTITY, Box, Image, UserError, atomic_path, reorient
+from .files import UserError, atomic_path
+from .image import IDENTITY, Box, Image, reorient
 from .model import Label
 
 if TYPE_CHECKING:

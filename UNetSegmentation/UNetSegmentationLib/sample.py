@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from .image import UserError, atomic_path
+from .files import UserError, atomic_path
 from .model import user_data_folder
 
 SDIST = "pyradiomics-3.0.1"

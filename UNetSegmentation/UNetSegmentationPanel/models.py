@@ -58,7 +58,7 @@ def installedModels() -> list[Model]:
 
 
 def _readCard(path: Path) -> Any:
-    from UNetSegmentationLib.image import UserError
+    from UNetSegmentationLib.files import UserError
     from UNetSegmentationLib.model import CARD, MAX_CARD_BYTES, check_card
 
     try:
@@ -110,7 +110,7 @@ def importPackage(path: str | Path, replace: Callable[[str], bool]) -> Model | N
     replace(name) is asked where another package of that name and version is there already; None where it says no.
     Raises UserError with one sentence for a file that is not a sound package.
     """
-    from UNetSegmentationLib.image import UserError, atomic_path
+    from UNetSegmentationLib.files import UserError, atomic_path
     from UNetSegmentationLib.model import RESOURCES, SUFFIX, ModelPackage, user_models_folder
 
     path = Path(path)
@@ -294,7 +294,7 @@ class ModelList:
 
     def importFile(self, path: str | Path) -> None:
         """Import, and choose what was imported; a failure is shown."""
-        from UNetSegmentationLib.image import UserError
+        from UNetSegmentationLib.files import UserError
 
         def replace(name: str) -> bool:
             return slicer.util.confirmYesNoDisplay(
