@@ -31,8 +31,19 @@ LAZY = {
     "engines/torch.py": {"safetensors"},
 }
 # Inside the core: cli, worker -> inference -> engines, model, intensity, image. Nothing points back up.
-LEVEL = {"files": 0, "image": 0, "intensity": 1, "model": 1, "networks": 1, "postprocess": 1, "measure": 2, "engines": 2, "output": 2, "picture": 2}
-LEVEL |= {"sample": 2, "inference": 3, "environment": 4, "mrml": 4, "cli": 4, "worker": 4, "__main__": 5, "__init__": 5}
+LEVEL = {"files": 0, "image": 0, "intensity": 1, "model": 1, "networks": 1, "postprocess": 1, "measure": 2, "engines": 2}
+LEVEL |= {
+    "output": 2,
+    "picture": 2,
+    "sample": 2,
+    "inference": 3,
+    "environment": 4,
+    "mrml": 4,
+    "cli": 4,
+    "worker": 4,
+    "__main__": 5,
+    "__init__": 5,
+}
 
 
 def imports(path: Path):

@@ -17,10 +17,10 @@ import mrmlwidgets
 import qt
 import slicer
 from ctkwidgets import value
-from pythonqt import standin
 from PySide6.QtCore import Property, QObject, Signal
 from PySide6.QtGui import QIcon
 from PySide6.QtWidgets import QApplication
+from pythonqt import standin
 
 
 @standin
@@ -231,9 +231,9 @@ class qSlicerApplication(QApplication):
 @standin
 class qSlicerScriptedLoadableModule(QObject):
     title = value(str, "title", "")
-    categories = value("QStringList", "categories", [])
-    dependencies = value("QStringList", "dependencies", [])
-    contributors = value("QStringList", "contributors", [])
+    categories = value("QStringList", "categories", ())
+    dependencies = value("QStringList", "dependencies", ())
+    contributors = value("QStringList", "contributors", ())
     helpText = value(str, "helpText", "")
     acknowledgementText = value(str, "acknowledgementText", "")
     hidden = value(bool, "hidden", False)

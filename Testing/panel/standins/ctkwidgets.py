@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import Any
 
 import qt
-from pythonqt import standin
 from PySide6.QtCore import Property, QEvent, QRect, QSize, Signal
 from PySide6.QtWidgets import QAbstractButton, QMessageBox, QPushButton, QStyle, QStyleOptionButton, QStylePainter, QWidget
+from pythonqt import standin
 
 
 def value(kind: Any, name: str, default: Any, changed: str = "") -> Property:
@@ -19,6 +19,7 @@ def value(kind: Any, name: str, default: Any, changed: str = "") -> Property:
         return self.__dict__.get("_" + name, default)
 
     def put(self: Any, new: Any) -> None:
+        new = tuple(new) if isinstance(new, list) else new
         if new != get(self):
             self.__dict__["_" + name] = new
             if changed:
@@ -245,8 +246,6 @@ class ctkMessageBox(QMessageBox):
 
     dontShowAgainVisible = value(bool, "dont_show", False)
     dontShowAgainSettingsKey = value(str, "dont_show_key", "")
-
-
 
 
 sys.modules["ctk"] = ctk = ModuleType("ctk")

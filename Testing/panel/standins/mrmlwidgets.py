@@ -13,10 +13,10 @@ import qt
 import slicer
 import vtk
 from ctkwidgets import ctkMenuButton, value
-from pythonqt import dialogs, standin, standins
 from PySide6.QtCore import Property, QItemSelection, Signal
 from PySide6.QtGui import QColor, QStandardItem, QStandardItemModel
 from PySide6.QtWidgets import QComboBox, QTableView, QWidget
+from pythonqt import dialogs, standin, standins
 from vtk.util.misc import calldata_type
 
 
@@ -110,10 +110,10 @@ class qMRMLNodeComboBox(QWidget):
         self._combo.activated.connect(self._activate)
         self.setEnabled(False)
 
-    nodeTypes = value("QStringList", "nodeTypes", [], "_types_changed")
+    nodeTypes = value("QStringList", "nodeTypes", (), "_types_changed")
     showHidden = value(bool, "showHidden", False, "_fill")
     showChildNodeTypes = value(bool, "showChildNodeTypes", True, "_fill")
-    hideChildNodeTypes = value("QStringList", "hideChildNodeTypes", [], "_fill")
+    hideChildNodeTypes = value("QStringList", "hideChildNodeTypes", (), "_fill")
     baseName = value(str, "baseName", "")
     noneEnabled = value(bool, "noneEnabled", False, "_fill")
     addEnabled = value(bool, "addEnabled", True, "_fill")

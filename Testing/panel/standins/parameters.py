@@ -389,11 +389,7 @@ class _Parameter:
             self._value = kept.read(node, name)
             self._writing = False
             me = weakref.ref(self)
-            self._tag = node.AddObserver(vtk.vtkCommand.ModifiedEvent, lambda *_: (p := me()) and p._changed())
-
-    def __del__(self) -> None:
-        if hasattr(self, "_tag"):
-            self.node.RemoveObserver(self._tag)
+            node.AddObserver(vtk.vtkCommand.ModifiedEvent, lambda *_: (parameter := me()) and parameter._changed())
 
     def _changed(self) -> None:
         if not self._writing:
@@ -568,9 +564,7 @@ class _Methods:
     def connectParametersToGui(self, mapping: dict[str, Any]) -> int:
         for name in mapping:
             self._parameter(name)
-        connectors = {
-            name: w if isinstance(w, GuiConnector) else createGuiConnector(w, self.dataType(name)) for name, w in mapping.items()
-        }
+        connectors = {name: w if isinstance(w, GuiConnector) else createGuiConnector(w, self.dataType(name)) for name, w in mapping.items()}
         tag = len(self._guis) and max(self._guis) + 1
         self._guis[tag] = connectors
         for name, connector in connectors.items():

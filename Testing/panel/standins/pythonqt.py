@@ -65,6 +65,20 @@ QT6_ONLY = {
     "QWidget": "accessibleIdentifier setAccessibleIdentifier setScreen",
 }
 
+# Lists of Qt are tuples in PythonQt; here those that a panel may get.
+LISTS = {
+    "QFileDialog": "selectedFiles",
+    "QItemSelectionModel": "selectedColumns selectedIndexes selectedRows",
+    "QListWidget": "findItems selectedItems",
+    "QMessageBox": "buttons",
+    "QObject": "children dynamicPropertyNames",
+    "QProcess": "arguments",
+    "QProcessEnvironment": "keys toStringList",
+    "QSettings": "allKeys childGroups childKeys",
+    "QTableWidget": "findItems selectedItems",
+    "QWidget": "actions",
+}
+
 qt = ModuleType("qt")
 for _module in (QtCore, QtGui, QtWidgets):
     vars(qt).update({n: getattr(_module, n) for n in dir(_module) if re.match(r"Q[A-Z]|Qt$", n) and n not in FORBIDDEN})
@@ -82,7 +96,6 @@ _getters: dict[type, Any] = {}  # PySide6's own, of each class that has one
 
 def _object_getattribute(self: Any, name: str) -> Any:
     return next(_getters[c] for c in type(self).__mro__ if c in _getters)(self, name)
-
 
 
 class Dialogs:
@@ -229,6 +242,8 @@ def _setattr(self: Any, name: str, value: Any) -> None:
     if isinstance(known, property):
         known.__set__(self, value)
     elif type(known) is QtCore.Property:
+        if isinstance(value, int) and type(value) is not bool:
+            value = int(value)  # VTK's enums are ints, but PySide6 does not see it
         if not self.setProperty(name, value):
             raise ValueError(f"Property '{name}' of {cls.__name__} does not accept {value!r}")
     elif name.startswith("_") or isinstance(value, QtCore.SignalInstance):  # PySide6 keeps bound signals so
@@ -250,9 +265,13 @@ def _setattr(self: Any, name: str, value: Any) -> None:
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
+def _normal(text: str) -> str:
+    return bytes(QtCore.QMetaObject.normalizedSignature(text.removeprefix("2").strip())).decode()
+
+
 def _signal(sender: Any, text: str) -> tuple[str, int]:
     """The name of PySide6's signal and the number of its arguments, for an exact signature. ValueError if there is none."""
-    signature = bytes(QtCore.QMetaObject.normalizedSignature(text.removeprefix("2").strip())).decode()
+    signature = _normal(text)
     arguments = signature[signature.find("(") + 1 : -1]
     count = len(arguments.split(",")) if arguments else 0
     for cls in type(sender).__mro__:
@@ -296,20 +315,20 @@ def _connect(sender: Any, *arguments: Any) -> bool:
         lambda a, b, c: slot(*(a, b, c)[:taken]),
     )[given]
     _object_getattribute(sender, name).connect(call)
-    sender.__dict__.setdefault("_slots", []).append((name, signal, slot, call))
+    sender.__dict__.setdefault("_slots", []).append((_normal(signal), slot, call))
     return True
 
 
 def _disconnect(sender: Any, *arguments: Any) -> bool:
     """False where there was nothing to disconnect, as in PythonQt."""
-    signal = arguments[0]
-    name, _ = _signal(sender, signal)
+    name, _ = _signal(sender, arguments[0])
+    signature = _normal(arguments[0])
     slot = arguments[1] if len(arguments) == 2 else getattr(arguments[1], arguments[2].split("(")[0]) if len(arguments) == 3 else None
     kept = sender.__dict__.setdefault("_slots", [])
-    found = [k for k in kept if k[0] == name and (slot is None or k[2] == slot)]
+    found = [k for k in kept if k[0] == signature and (slot is None or k[1] == slot)]
     for entry in found if slot is None else found[:1]:
         kept.remove(entry)
-        _object_getattribute(sender, name).disconnect(entry[3])
+        _object_getattribute(sender, name).disconnect(entry[2])
     return bool(found)
 
 
@@ -324,13 +343,17 @@ def _matches(child: Any, kind: Any) -> bool:
     return kind in [c.__name__ for c in type(child).__mro__] if isinstance(kind, str) else isinstance(child, kind)
 
 
-def _find_children(self: Any, kind: Any, name: str = "") -> list[Any]:
-    found = []
+def _find_children(self: Any, kind: Any, name: str = "") -> tuple[Any, ...]:
+    found: list[Any] = []
     for child in self.children():
         if _matches(child, kind) and (not name or child.objectName == name):
             found.append(child)
         found += _find_children(child, kind, name)
-    return found
+    return tuple(found)
+
+
+def _as_tuple(method: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *arguments: tuple(method(self, *arguments))
 
 
 def _find_child(self: Any, kind: Any, name: str = "") -> Any:
@@ -424,6 +447,9 @@ for _owner, _names in QT6_ONLY.items():
     for _name in _names.split():
         setattr(getattr(qt, _owner), _name, _Absent(_name))
         _absent[_name] = (*_absent.get(_name, ()), getattr(qt, _owner))
+for _owner, _names in LISTS.items():
+    for _name in _names.split():
+        setattr(getattr(qt, _owner), _name, _as_tuple(getattr(getattr(qt, _owner), _name)))
 QtCore.QObject.name = property(lambda self: self.objectName, lambda self, value: self.setObjectName(value))
 QtCore.QObject.className = _class_name
 QtCore.QObject.findChild = _find_child

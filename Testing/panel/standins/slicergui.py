@@ -119,7 +119,7 @@ class Gui:
         import scripted
 
         self.folder = folder
-        self._kept = kept
+        self.kept = list(kept)  # alive as long as the application
         self.dialogs = pythonqt.dialogs
         self.pip = scripted.pip
         self.errors: list[str] = []
