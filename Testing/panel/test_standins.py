@@ -1132,6 +1132,7 @@ def test_the_panel_uses_only_names_that_are_there(gui: Any, path: Path) -> None:
 
 # --- the child process -------------------------------------------------------------------------------------------------
 
+CHILD = "UNETSEG_PANEL_CHILD"
 INNER = """
 import os
 import pytest
@@ -1154,16 +1155,19 @@ def test_after(gui): pass
 @pytest.mark.parametrize(
     ("chosen", "outcome", "code"),
     [
-        ([], ["4 passed", "3 failed", "1 skipped", "1 xfailed", "1 error"], 1),
-        (["-k", "pass or many or skip"], ["3 passed", "1 skipped", "5 deselected"], 0),
-        (["-k", "nothing"], ["9 deselected"], 5),
+        ([], ["5 passed", "3 failed", "1 skipped", "1 xfailed", "1 error"], 1),
+        (["-k", "pass or many or skip or outer"], ["4 passed", "1 skipped", "5 deselected"], 0),
+        (["-k", "nothing"], ["10 deselected"], 5),
     ],
 )
 def test_results_of_the_child_are_reported(tmp_path: Path, chosen: list[str], outcome: list[str], code: int) -> None:
-    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text("utf-8"), "utf-8")
-    (tmp_path / "standins").symlink_to(Path(__file__).parent / "standins")
-    (tmp_path / "test_inner.py").write_text(INNER, "utf-8")
-    environment = {k: v for k, v in os.environ.items() if k != "UNETSEG_PANEL_CHILD"}
+    panel = tmp_path / "panel"
+    panel.mkdir()
+    (panel / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text("utf-8"), "utf-8")
+    (panel / "standins").symlink_to(Path(__file__).parent / "standins")
+    (panel / "test_inner.py").write_text(INNER, "utf-8")
+    (tmp_path / "test_outer.py").write_text(f"import os\ndef test_outer(): assert {CHILD!r} not in os.environ\n")
+    environment = {k: v for k, v in os.environ.items() if k != CHILD}
     command = [sys.executable, "-m", "pytest", "-ra", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path)]
     done = subprocess.run([*command, *chosen], cwd=tmp_path, env=environment, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1]

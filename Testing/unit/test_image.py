@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from UNetSegmentationLib.files import atomic_path, check_writable
 from UNetSegmentationLib.image import (
     Box,
     Grid,
     Image,
     SeveralSeries,
     UserError,
-    atomic_path,
     check_geometry,
-    check_writable,
     from_sitk,
     list_series,
     paste,
