@@ -265,13 +265,11 @@ def test_cancel_at_any_time(gui, worker, image, make_package, when):
         run = Run(gui, worker, 1, big, [model])
         worker.cancel()
         assert not run.ends
-    elif when == "while it is sent":
-        run = Run(gui, worker, 1, big, [model])
-        gui.wait(lambda: list(folder_of(worker).glob("*.part")) if worker._session else None)
-        worker.cancel()
     else:
-        text = "starting the worker" if when == "before the hello" else "reading the result"
-        run = Run(gui, worker, 1, image, [model], progress=lambda f, t: worker.cancel() if t == text else None)
+        texts = {"while it is sent": "sending the volume", "before the hello": "starting the worker"}
+        text = texts.get(when, "reading the result")
+        scan = big if when == "while it is sent" else image
+        run = Run(gui, worker, 1, scan, [model], progress=lambda f, t: worker.cancel() if t == text else None)
     run.end("cancelled")
     left = list(folder_of(worker).iterdir()) if worker._session else []
     assert not [p for p in left if p.suffix != ".npy" or p.name.startswith("result")]
