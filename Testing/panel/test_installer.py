@@ -343,6 +343,34 @@ def test_pytorch_is_planned_made_shown_used_and_removed(gui, installer, torch_wh
     assert installer.torchEnvironment().status == "none" and not own.folder.exists()
 
 
+def test_the_panels_row_installs_and_removes_it(gui, installer, torch_wheels):
+    widget = gui.open()
+    ui = widget.ui
+    gui.wait(lambda: widget._warm, 60)
+    ui.advancedSection.collapsed = False
+    assert (ui.torchStatus.text, ui.torchButton.text) == ("Not installed", "Install…")
+
+    gui.dialogs.answer(False)
+    ui.torchButton.click()
+    assert ui.torchButton.text == "Cancel"
+    gui.wait(lambda: not widget.torchRow.working, 60)
+    assert "torch 2.13.0" in gui.dialogs.texts("message")[-1] and installer.torchEnvironment().status == "none"
+
+    gui.dialogs.answer(True)
+    ui.torchButton.click()
+    gui.wait(lambda: not widget.torchRow.working and installer.torchEnvironment().status == "ready", 120)
+    assert ui.torchButton.text == "Remove" and ui.torchStatus.text.startswith(f"PyTorch {environment.TORCH} on CPU, ")
+
+    gui.dialogs.answer(True)
+    ui.torchButton.click()
+    gui.wait(lambda: not widget.torchRow.working, 120)
+    assert "Remove PyTorch" in gui.dialogs.texts("message")[-1]
+    assert installer.torchEnvironment().status == "none"
+    assert (ui.torchStatus.text, ui.torchButton.text) == ("Not installed", "Install…")
+    gui.close(widget)
+    sys.modules["UNetSegmentationPanel"].closeWorker()
+
+
 def test_pytorch_that_cannot_be_installed_leaves_nothing(gui, installer, torch_wheels):
     unit.make_wheel(torch_wheels, "torch", environment.TORCH, files={"torch/__init__.py": "raise OSError('a DLL is missing')"})
     told = Told()
