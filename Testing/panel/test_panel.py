@@ -535,6 +535,34 @@ def test_add_keeps_the_earlier_segments(panel: Any, install: Any) -> None:
     assert count("vtkMRMLSegmentationNode") == 2
 
 
+def test_measures_are_of_what_masking_left(panel: Any, install: Any) -> None:
+    import slicer
+    from UNetSegmentationLib import mrml
+
+    toy = install()
+    p = panel()
+    node = volume()
+    p.choose(toy)
+    p.run()
+    first = p.settings.resultTable.GetTable().GetColumnByName("Voxels").GetValue(0)
+    segmentation = p.settings.output
+    found = mrml.segment_mask(segmentation, segmentation.GetSegmentation().GetNthSegmentID(0), node)
+    drawn = np.zeros_like(found)
+    drawn[tuple(np.argwhere(found)[0])] = 1
+    mine = slicer.vtkSegment()
+    mine.SetName("mine")
+    matrix = np.diag([1.0, 1.0, 1.0, 1.0])
+    mine.AddRepresentation("Binary labelmap", mrml.oriented_labelmap(drawn, (0, 0, 0), matrix))
+    segmentation.GetSegmentation().AddSegment(mine)
+    editor = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentEditorNode")
+    editor.SetSingletonTag("SegmentEditor")
+    editor.SetAndObserveSegmentationNode(segmentation)
+    p.run()
+    table = p.settings.resultTable.GetTable()
+    left = mrml.segment_mask(segmentation, segmentation.GetSegmentation().GetNthSegmentID(0), node)
+    assert table.GetNumberOfRows() == 1 and table.GetColumnByName("Voxels").GetValue(0) == left.sum() == first - 1
+
+
 def test_uncertain_places_are_visited(panel: Any, install: Any) -> None:
     import slicer
 

@@ -323,13 +323,20 @@ class RunController(VTKObservationMixin):
         written: list[Any] = []
         try:
             editor = _segmentEditor(scene, target)
+            before = _segmentIds(target)
             written.append((yield from mrml.write_prediction_steps(prediction, volume, target, request.replace, editor)))
             uncertainty = None
             if prediction.uncertainty is not None:
                 uncertainty = yield from mrml.write_map_steps(prediction.uncertainty, volume, "uncertainty", prediction.roi)
                 written.append(None if uncertainty is former[0] else uncertainty)
             yield
-            return self._commit(written[0], prediction.measures or [], uncertainty, prediction, request, written)
+            measures = prediction.measures or []
+            if editor is not None and measures:
+                # The worker measured what the network found; masking may have left less of it.
+                tag = mrml.MODEL_TAG, prediction.model_name
+                own = [i for i in _segmentIds(written[0], tag) if request.replace or i not in before]
+                measures = yield from mrml.measure_steps(written[0], volume, own)
+            return self._commit(written[0], measures, uncertainty, prediction, request, written)
         except BaseException:
             if written:
                 undo.commit(written)
@@ -371,6 +378,15 @@ class RunController(VTKObservationMixin):
 
 class _Declined(Exception):
     """The person, or the scene, wants no run after all; the message says so."""
+
+
+def _segmentIds(node: Any, tag: tuple[str, str] | None = None) -> list[str]:
+    """The segments of a segmentation (None: none), or those that carry this tag and value."""
+    if node is None:
+        return []
+    segmentation, text = node.GetSegmentation(), vtk.reference("")
+    ids = [segmentation.GetNthSegmentID(i) for i in range(segmentation.GetNumberOfSegments())]
+    return [i for i in ids if tag is None or (segmentation.GetSegment(i).GetTag(tag[0], text) and text.get() == tag[1])]
 
 
 def _combined(predictions: Sequence[Any]) -> Any:
