@@ -28,6 +28,7 @@ from torch.nn import functional
 from UNetSegmentationLib.image import Box, read_image, reorient
 from UNetSegmentationLib.inference.click import prompt_channels
 from UNetSegmentationLib.networks import UNet, UNetConfig
+from UNetSegmentationLib.postprocess import components
 
 from .data import Source, data_folder, fold_of, lidc_crops, lidc_cubes
 from .fit import Schedule, fit
@@ -310,24 +311,23 @@ class Sampler:
 
 
 def correction(
-    predicted: np.ndarray, label: np.ndarray, known: np.ndarray, rng: np.random.Generator | None
+    predicted: np.ndarray, label: np.ndarray, known: np.ndarray | bool, rng: np.random.Generator | None, spacing: np.ndarray = _VOXEL
 ) -> tuple[tuple[float, ...], bool] | None:
     """The next click of a person who sees the answer, and whether it is positive: in the largest connected error, at its
-    deepest voxel (or, with rng, sometimes anywhere in it). None where there is no error."""
-    best: tuple[float, np.ndarray, bool] | None = None
+    deepest voxel (or, with rng, sometimes anywhere in it). None where there is no error. spacing: mm (z, y, x)."""
+    best: tuple[int, np.ndarray, bool] | None = None
     for wrong, positive in ((label & ~predicted & known, True), (predicted & ~label & known, False)):
-        if wrong.any():
-            parts = sitk.RelabelComponent(sitk.ConnectedComponent(sitk.GetImageFromArray(wrong.astype(np.uint8))))
-            largest = sitk.GetArrayFromImage(parts) == 1
-            if best is None or largest.sum() > best[0]:
-                best = float(largest.sum()), largest, positive
+        labelled, counts = components(wrong)
+        counts[0] = 0
+        if counts.any() and (best is None or counts.max() > best[0]):
+            best = int(counts.max()), labelled == counts.argmax(), positive
     if best is None:
         return None
     _, error, positive = best
     if rng is not None and rng.random() < 0.3:
         spots = np.argwhere(error)
         return tuple(float(v) for v in spots[rng.integers(len(spots))]), positive
-    depth = distance(np.pad(error, 1), _VOXEL)[1:-1, 1:-1, 1:-1]
+    depth = distance(np.pad(error, 1), spacing)[1:-1, 1:-1, 1:-1]
     return tuple(float(v) for v in np.unravel_index(depth.argmin(), depth.shape)), positive
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from UNetSegmentationLib.image import Box, Image, read_image
 from UNetSegmentationLib.inference.click import MODEL, ClickSession
 from UNetSegmentationLib.inference.predict import Options
@@ -24,29 +23,18 @@ from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import ModelPackage, find_model
 
 from .data import data_folder, lidc_crops, lidc_cubes
-from .lung_nodule_click import HELD_OUT, distance, load, sources
+from .lung_nodule_click import HELD_OUT, correction, load, sources
 
 CLICKS = 5
 
 
 def next_click(mask: np.ndarray, truth: np.ndarray, spacing: np.ndarray) -> tuple[tuple[int, ...], bool] | None:
     """The voxel (z, y, x) and whether it is positive; None where the mask is right. spacing: (z, y, x) mm."""
-    best: tuple[int, np.ndarray, bool] | None = None
     box = Box.around((mask > 0) | (truth > 0))
     assert box is not None
     box = box.grown((1, 1, 1)) & Box.whole(truth.shape)
-    a, b = mask[box.slices] > 0, truth[box.slices] > 0
-    for wrong, positive in ((b & ~a, True), (a & ~b, False)):
-        if wrong.any():
-            parts = sitk.RelabelComponent(sitk.ConnectedComponent(sitk.GetImageFromArray(wrong.astype(np.uint8))))
-            largest = sitk.GetArrayFromImage(parts) == 1
-            if best is None or largest.sum() > best[0]:
-                best = int(largest.sum()), largest, positive
-    if best is None:
-        return None
-    depth = distance(np.pad(best[1], 1), spacing)[1:-1, 1:-1, 1:-1]
-    at = np.unravel_index(depth.argmin(), depth.shape)
-    return tuple(int(i + s) for i, s in zip(at, box.start)), best[2]
+    click = correction(mask[box.slices] > 0, truth[box.slices] > 0, True, None, spacing)
+    return None if click is None else (tuple(int(i) + s for i, s in zip(click[0], box.start)), click[1])
 
 
 def play(session: ClickSession, truth: np.ndarray, first: tuple[int, ...], clicks: int = CLICKS) -> tuple[list[float], list[float]]:
