@@ -33,14 +33,15 @@ from UNetSegmentationLib.postprocess import components
 from .data import Source, data_folder, fold_of, lidc_crops, lidc_cubes
 from .fit import Schedule, fit
 
-SPACING = (0.7, 0.7, 1.25)
-PATCH = (24, 48, 48)
+SPACING = (0.8, 0.8, 1.25)
+PATCH = (24, 40, 40)
 LEVEL, WIDTH = -200.0, 1600.0
 CONFIG = UNetConfig(
     dimensions=3,
     in_channels=5,
     out_channels=2,
-    channels=(24, 48, 96, 128),
+    # As slow as 16-32-64-128 and 0.57 of the time of 24-48-96-128: the finest level takes most of it.
+    channels=(16, 32, 96, 160),
     strides=((1, 2, 2), (2, 2, 2), (2, 2, 2)),
     kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
     # The patch always has this size, so its statistics are well defined. Batch norm over six patches of different rounds
@@ -55,7 +56,8 @@ _VOXEL = np.array(SPACING[::-1])
 
 @dataclass
 class Scan:
-    """values: HU (z, y, x) float32; mask: of the nodule, or None; spacing: mm (z, y, x); depth: mm inside the mask."""
+    """values: HU (z, y, x) float32; mask: of the nodule, or None; spacing: mm (z, y, x); depth: mm inside the mask. Of a whole
+    scan, places are where a nodule may be put and tissue where there is none, both indices (z, y, x)."""
 
     values: np.ndarray
     mask: np.ndarray | None
@@ -64,6 +66,7 @@ class Scan:
     diameter: float = 0.0
     isolated: bool = False
     places: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), int))
+    tissue: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), int))
 
 
 def distance(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
@@ -87,18 +90,18 @@ def load(source: Source) -> Scan:
 
 
 def backgrounds() -> list[Scan]:
-    """Whole scans, with the places in their lungs that are far from any nodule that we know."""
+    """Whole scans; a nodule that we know in them stays their mask, so that nothing is learned from it."""
     folder = data_folder()
     pairs = [("chest_ct/LIDC-IDRI-0001_ct.nii.gz", "chest_ct/LIDC-IDRI-0001_nodule.nii.gz"), ("elastix_lung/3DCT_lung.mha", None)]
     out = []
     for name, nodule in pairs:
         scan = load(Source(folder / name, folder / nodule if nodule else None, ""))
         coarse = scan.values[::2, ::4, ::4]
-        places = np.argwhere((coarse > -960) & (coarse < -600)) * (2, 4, 4)
+        places, tissue = (np.argwhere(where) * (2, 4, 4) for where in ((coarse > -960) & (coarse < -600), coarse > -300))
         if scan.mask is not None:
             centre = np.argwhere(scan.mask).mean(0)
-            places = places[(np.abs((places - centre) * scan.spacing) > 45).any(1)]
-        out.append(replace(scan, mask=None, depth=None, places=places))
+            places, tissue = (p[(np.abs((p - centre) * scan.spacing) > 20).any(1)] for p in (places, tissue))
+        out.append(replace(scan, depth=None, places=places, tissue=tissue))
     return out
 
 
@@ -224,9 +227,12 @@ class Sampler:
         scan = group[rng.integers(len(group))]
         implant = crop and scan.isolated and rng.random() < 0.5
         scan = _thick(scan, rng, 0.15 if crop else 0.3)
-        zoom = math.exp(rng.uniform(math.log(0.8), math.log(1.25)))
-        if rng.random() < 0.2:
-            zoom = float(np.clip(scan.diameter / rng.uniform(10, 40), 1 / 3, 1.3))
+        zoom = lung_zoom = math.exp(rng.uniform(math.log(0.8), math.log(1.25)))
+        size = rng.random()
+        if size < 0.15 and not implant:  # up to a mass that fills the patch
+            zoom = float(np.clip(scan.diameter / rng.uniform(10, 70), 0.2, 1.3))
+        elif size < 0.35 and implant:  # a mass in a patch that is zoomed out
+            zoom, lung_zoom = float(np.clip(scan.diameter / rng.uniform(6, 24), 0.2, 1.3)), rng.uniform(1.3, 3.4)
         anchor = _anchor(scan, rng)
         turn, bend = _turn(rng, 12), self._bend(rng, zoom)
         jitter = rng.uniform(-5, 5, 3) * (0.6, 1, 1) * (rng.random() < 0.5)
@@ -238,7 +244,7 @@ class Sampler:
         if not label.any():
             return self.fresh(rng)
         if implant:
-            values, known = self._implanted(values, label, known, zoom, rng)
+            values, known = self._implanted(values, label, known, lung_zoom, rng)
         start = (np.array(PATCH) - 1) / 2 - jitter
         click = np.clip(np.rint(start), 0, np.array(PATCH) - 1).astype(int)
         # Thick slices and the bend can carry the anchor out of the label by more than a person would miss it.
@@ -266,25 +272,28 @@ class Sampler:
         coarse = torch.from_numpy(rng.normal(0, rng.uniform(0, 1.0) * zoom, (1, 3, 3, 4, 4)).astype(np.float32))
         return functional.interpolate(coarse, size=PATCH, mode="trilinear", align_corners=True)[0].movedim(0, -1).numpy()
 
-    def _place(self, rng: np.random.Generator, zoom: float) -> np.ndarray:
+    def _place(self, rng: np.random.Generator, zoom: float, tissue: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Values about a place in a whole scan, and what is known there."""
         scan = self.backgrounds[rng.integers(len(self.backgrounds))]
-        place = scan.places[rng.integers(len(scan.places))]
-        return Cutter(place.astype(float), zoom, _turn(rng, 30), self._bend(rng, zoom))(scan)[0]
+        places = scan.tissue if tissue else scan.places
+        place = places[rng.integers(len(places))]
+        values, nodule, inside = Cutter(place.astype(float), zoom, _turn(rng, 30), self._bend(rng, zoom))(scan)
+        return values, inside & (nodule < 0.01)
 
     def _implanted(
         self, values: np.ndarray, label: np.ndarray, known: np.ndarray, zoom: float, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        lung = self._place(rng, zoom)
-        away = distance(label, _VOXEL * zoom)
+        """In real lung; a nodule keeps 1 mm of what surrounded it, and fades out over 3 more (more where zoomed out)."""
+        lung, there = self._place(rng, zoom)
+        away = distance(label, _VOXEL * max(1.0, zoom / 2))
         weight = np.clip(1 - (away - 1.0) / 3.0, 0, 1) * known
-        return values * weight + lung * (1 - weight), np.ones_like(known)
+        return values * weight + lung * (1 - weight), there | (weight == 1)
 
     def _nothing(self, rng: np.random.Generator) -> Sample:
         """A click on a vessel, the wall, bone, airway or plain lung: nothing is to be marked."""
-        zoom = math.exp(rng.uniform(math.log(0.7), math.log(2)))
-        if rng.random() < 0.5:
-            values = self._place(rng, min(zoom, 1.3))
-            known = np.ones(PATCH, bool)
+        zoom = math.exp(rng.uniform(math.log(0.7), math.log(3.4)))
+        if rng.random() < 0.6:
+            values, known = self._place(rng, zoom, tissue=rng.random() < 0.6)
         else:
             scan = self.cubes[rng.integers(len(self.cubes))]
             assert scan.depth is not None
@@ -292,7 +301,11 @@ class Sampler:
             if not len(spots):
                 return self.fresh(rng)
             cutter = Cutter(spots[rng.integers(len(spots))].astype(float), 1.0, _turn(rng, 12), self._bend(rng, 1.0))
-            values, _, known = cutter(scan)
+            values, nodule, known = cutter(scan)
+            known &= nodule < 0.01
+        if (values > -300).mean() > 0.8 and zoom < 2:
+            # Deep in a mass a close look shows no more than this; the session then looks from further away.
+            return self.fresh(rng)
         middle = tuple((n - 1) / 2 for n in PATCH)
         return Sample(self._scanner(values, rng), np.zeros(PATCH, bool), known, [middle], [], None, None, int(rng.integers(1, 3)))
 
@@ -390,7 +403,7 @@ def patches(scans: list[Scan]) -> Iterator[Sample]:
     for scan in scans:
         assert scan.mask is not None
         spots = np.argwhere(scan.mask)
-        zoom = max(1.0, scan.diameter / 22)
+        zoom = max(1.0, scan.diameter / 24)
         cutter = Cutter(spots[rng.integers(len(spots))].astype(float), zoom, np.eye(3), np.zeros(3))
         values, inside, known = cutter(scan)
         image = np.clip((values - (LEVEL - WIDTH / 2)) / WIDTH, 0, 1).astype(np.float32)
@@ -401,8 +414,8 @@ def patches(scans: list[Scan]) -> Iterator[Sample]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=3400)
-    parser.add_argument("--batch", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args()
     crops, cubes, fold = sources()
 
@@ -431,7 +444,7 @@ def main() -> None:
         return {f"dice_{n + 1}": round(float(np.mean(s)), 4) for n, s in enumerate(scores)}
 
     rounds = Rounds(train, options.batch, Schedule.seed)
-    fit(CONFIG, Schedule(steps=options.steps, learning_rate=1e-3, final_rate=1e-5), rounds, options.folder, validate, loss)
+    fit(CONFIG, Schedule(steps=options.steps, learning_rate=2e-3, final_rate=1e-5, warmup=300, ema=0.999, save_every=400), rounds, options.folder, validate, loss)
 
 
 if __name__ == "__main__":
