@@ -94,6 +94,37 @@ def whole_scans() -> Iterator[tuple[str, Image, np.ndarray]]:
             yield f"sample {name}", read_image(sample / f"{name}_image.nrrd"), read_image(sample / f"{name}_label.nrrd").array > 0
 
 
+# Where nothing is to be found, by HU (from, below), and how many places of each are tried.
+NOWHERE = {"lung": (-1000.0, -700.0), "soft tissue": (0.0, 90.0), "bone": (250.0, 2000.0), "fat": (-130.0, -60.0)}
+PLACES = 15
+
+
+def nowhere(image: Image, truth: np.ndarray, package: ModelPackage) -> Iterator[tuple[str, list[float]]]:
+    """What a click more than 30 mm from the lesion gives, on each kind of tissue, and on the image's outermost voxels: ml.
+
+    Other nodules that the scan may have are in it, so a few ml now and then are no fault."""
+    session = ClickSession(image, package, options=Options(engine="onnx", device="cpu"))
+    rng = np.random.default_rng(3)
+    spacing = np.array(image.spacing[::-1])
+    centre, voxel = np.argwhere(truth).mean(0), float(spacing.prod()) / 1000
+
+    def volumes(spots: np.ndarray) -> list[float]:
+        spots = spots[(np.abs((spots - centre) * spacing) > 30).any(1)]
+        out = []
+        for spot in spots[rng.choice(len(spots), min(PLACES, len(spots)), replace=False)]:
+            session.clear()
+            session.add_point(image.index_to_point(spot[::-1]))
+            out.append(float(session.answer.mask.sum()) * voxel)
+        return out
+
+    coarse = image.channels[0][::2, ::4, ::4]
+    for name, (low, high) in NOWHERE.items():
+        yield name, volumes(np.argwhere((coarse >= low) & (coarse < high)) * (2, 4, 4))
+    faces = np.ones(image.shape, bool)
+    faces[1:-1, 1:-1, 1:-1] = False
+    yield "the edge", volumes(np.argwhere(faces))
+
+
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     out: dict[str, float] = {"cases": len(rows)}
     for n in (1, 3, 5):
@@ -144,6 +175,8 @@ def main() -> None:
         print(f"{name}: Dice after 1 to {CLICKS} clicks, first click in the middle and at four random places:")
         for scores, seconds in played:
             print("   ", " ".join(f"{s:.3f}" for s in scores), f" {max(seconds):.2f} s at most")
+        for tissue, ml in nowhere(image, truth, package):
+            print(f"    a click on {tissue}: found {np.count_nonzero(ml)} of {len(ml)}, at most {max(ml):.1f} ml")
 
 
 if __name__ == "__main__":
