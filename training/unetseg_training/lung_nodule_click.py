@@ -92,7 +92,8 @@ def load(source: Source) -> Scan:
 
 
 def backgrounds() -> list[Scan]:
-    """Whole scans, each followed by itself at half the resolution; a nodule that we know in them stays their mask, so that nothing is learned from it."""
+    """Whole scans, each followed by itself at half the resolution; a nodule that we know in them stays their mask, so that
+    nothing is learned from it."""
     folder = data_folder()
     pairs = [("chest_ct/LIDC-IDRI-0001_ct.nii.gz", "chest_ct/LIDC-IDRI-0001_nodule.nii.gz"), ("elastix_lung/3DCT_lung.mha", None)]
     out = []
@@ -472,7 +473,8 @@ def main() -> None:
         return {f"dice_{n + 1}": round(float(np.mean(s)), 4) for n, s in enumerate(scores)}
 
     rounds = Rounds(train, options.batch, Schedule.seed)
-    fit(CONFIG, Schedule(steps=options.steps, learning_rate=2e-3, final_rate=1e-5, warmup=300, ema=0.999, save_every=400), rounds, options.folder, validate, loss)
+    schedule = Schedule(steps=options.steps, learning_rate=2e-3, final_rate=1e-5, warmup=300, ema=0.999, save_every=400)
+    fit(CONFIG, schedule, rounds, options.folder, validate, loss)
 
 
 if __name__ == "__main__":
