@@ -53,12 +53,12 @@ def oblique_image() -> Image:
 
 
 def onnx_package(
-    folder: Path, make_card: Callable[..., dict[str, Any]], nodes: list[Any], constants: dict[str, Any], name: str
+    folder: Path, make_card: Callable[..., dict[str, Any]], nodes: list[Any], constants: dict[str, Any], name: str, **card: Any
 ) -> ModelPackage:
-    """A package of one channel in 3D whose nodes lead from "image" to "logits" (two channels)."""
+    """A package of one channel in 3D whose nodes lead from "image" (a click model's: and four of prompts) to "logits" (two)."""
     from onnx import TensorProto, helper, numpy_helper
 
-    axes = ["N", 1, "D", "H", "W"]
+    axes = ["N", 5 if card.get("task") == "click" else 1, "D", "H", "W"]
     graph = helper.make_graph(
         nodes,
         name,
@@ -67,11 +67,11 @@ def onnx_package(
         [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return write_package(folder / f"{name}-1.0.0.unet.zip", make_card(name=name), model.SerializeToString())
+    return write_package(folder / f"{name}-1.0.0.unet.zip", make_card(name=name, **card), model.SerializeToString())
 
 
-def slow_package(folder: Path, make_card: Callable[..., dict[str, Any]], n: int = 1 << 50) -> ModelPackage:
-    """A network that goes round a loop n times in each of its calls: for ever, if not told."""
+def slow_package(folder: Path, make_card: Callable[..., dict[str, Any]], n: int = 1 << 50, **card: Any) -> ModelPackage:
+    """A network that goes round a loop n times in each of its calls: for ever, if not told. card: its changes."""
     from onnx import TensorProto, helper
 
     shape = ["N", 1, "D", "H", "W"]
@@ -86,10 +86,11 @@ def slow_package(folder: Path, make_card: Callable[..., dict[str, Any]], n: int 
         [helper.make_tensor_value_info("go_on", TensorProto.BOOL, []), helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
     )
     nodes = [
-        helper.make_node("Loop", ["n", "yes", "image"], ["looped"], body=body),
-        helper.make_node("Concat", ["looped", "image"], ["logits"], axis=1),
+        helper.make_node("Gather", ["image", "first"], ["one"], axis=1),
+        helper.make_node("Loop", ["n", "yes", "one"], ["looped"], body=body),
+        helper.make_node("Concat", ["looped", "one"], ["logits"], axis=1),
     ]
-    return onnx_package(folder, make_card, nodes, {"n": np.int64(n), "yes": np.bool_(True)}, f"slow{n}")
+    return onnx_package(folder, make_card, nodes, {"n": np.int64(n), "yes": np.bool_(True), "first": np.array([0])}, f"slow{n}", **card)
 
 
 def greedy_package(folder: Path, make_card: Callable[..., dict[str, Any]]) -> ModelPackage:

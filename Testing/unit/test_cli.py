@@ -1,5 +1,6 @@
 """The command `unetseg`: results, and for bad input one sentence, exit code 2 and nothing written."""
 
+import csv
 import json
 import os
 import subprocess
@@ -12,7 +13,10 @@ import pytest
 import SimpleITK as sitk
 from UNetSegmentationLib import cli
 from UNetSegmentationLib.image import Box, Image, UserError, read_image, write_image
+from UNetSegmentationLib.inference.click import ClickSession
+from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.model import SUFFIX, ModelPackage
+from UNetSegmentationLib.nodule import COLUMNS, NOTE, describe, row
 
 pytest.importorskip("typer")
 ROOT = Path(__file__).resolve().parents[2]
@@ -636,10 +640,46 @@ def test_click_outlines_what_is_clicked_on(clicked, tmp_path, unetseg):
     assert labels[6, 12, 12] == labels[6, 12, 26] == 1 and labels[6, 10, 29] == 0
 
 
+def test_click_tells_the_nodules_size(clicked, tmp_path, unetseg):
+    scan, package, _ = clicked
+    command = ["click", scan, "--at=-12,-12,6", "-m", package, "--engine", "onnx", "-o", tmp_path / "o.nrrd"]
+    code, out, err = unetseg(*command, "--json", "-", "--csv", tmp_path / "o.csv", "--reference", tmp_path / "o.nrrd")
+    assert code == 2 and "does not exist" in err and not (tmp_path / "o.csv").exists()
+    code, out, err = unetseg(*command, "--json", "-", "--csv", tmp_path / "o.csv")
+    assert code == 0, err
+    report = json.loads(out)
+    image, mask = read_image(scan), read_image(tmp_path / "o.nrrd").array
+    assert report["nodule"] == json.loads(json.dumps(describe(image, mask)))
+    for name, value in zip(COLUMNS, row(describe(image, mask))):
+        assert any(name in line and value in line for line in err.splitlines()), name
+    assert NOTE in err
+    heading, line = csv.reader((tmp_path / "o.csv").read_text("utf-8").splitlines())
+    assert heading == ["Scan", "R (mm)", "A (mm)", "S (mm)", *COLUMNS, "Note"]
+    assert line == ["scan.nrrd", "-12.5", "-12.5", "5.5", *row(describe(image, mask)), NOTE]
+    code, out, err = unetseg(*command, "--csv", "-", "-q")
+    assert code == 0 and out.splitlines()[0] == ",".join(heading) and len(out.splitlines()) == 2
+    assert err == ""
+
+
+def test_click_gives_what_a_session_gives_on_a_real_scan(data, tmp_path, unetseg):
+    image = read_image(data / "chest_ct" / "LIDC-IDRI-0001_ct.nii.gz").crop(Box((30, 220, 220), (50, 300, 300)))
+    write_image(image, tmp_path / "scan.nii.gz")
+    code, _, err = unetseg(
+        "click", tmp_path / "scan.nii.gz", "--at=-57,-86,-116", "--not=-42,-86,-116", "-o", tmp_path / "o.nrrd", "--engine", "onnx"
+    )
+    assert code == 0, err
+    session = ClickSession(read_image(tmp_path / "scan.nii.gz"), options=Options(engine="onnx"))
+    session.add_point((57.0, 86.0, -116.0)), session.add_point((42.0, 86.0, -116.0), positive=False)
+    assert session.mask.sum() > 1000 and np.array_equal(read_image(tmp_path / "o.nrrd").array, session.mask)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ((), "Nothing was clicked on"),
+        (("--at=-12,-12,6", "--json=-", "--csv=-"), "Only one of --json and --csv"),
+        (("--at=-12,-12,6", "--csv=o.nrrd"), "Two results would be written"),
+        (("--box=1,2,3",), "--box must be 6 numbers"),
         (("--at=-2,-2,2",), "Nothing was found here"),
         (("--at=-200,-2,2",), "outside the image"),
         (("--at=-12,-12,6", "--not=1,2"), "--not must be 3 numbers"),
@@ -649,6 +689,7 @@ def test_click_outlines_what_is_clicked_on(clicked, tmp_path, unetseg):
 def test_click_refuses_in_one_sentence_and_writes_nothing(clicked, tmp_path, unetseg, options, sentence):
     scan, package, _ = clicked
     out = tmp_path / "o.nrrd"
+    options = [option.replace("=o.nrrd", f"={out}") for option in options]
     code, _, stderr = unetseg("click", scan, *options, "-m", package, "-o", out)
     assert code == 2 and sentence in stderr and stderr.count("\n") == 1
     assert not out.exists()

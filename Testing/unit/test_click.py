@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from UNetSegmentationLib.image import Box, Image, UserError
-from UNetSegmentationLib.inference.click import CLICK_SIGMA, ClickSession, prompt_channels
-from UNetSegmentationLib.inference.predict import predict
+from UNetSegmentationLib.inference.click import CLICK_SIGMA, ZOOMS, ClickSession, prompt_channels
+from UNetSegmentationLib.inference.predict import Cancelled, predict
+from UNetSegmentationLib.measure import dice
 
 OBLIQUE = tuple(float(v) for v in np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))[0].ravel())
 
@@ -132,6 +133,52 @@ def test_a_negative_click_never_stays_inside(session):
     assert np.array_equal(s.undo().mask, before[s.answer.box.slices]) and np.array_equal(s.mask, before)
 
 
+def test_a_correction_that_the_network_ignores_is_followed_around_the_click(session):
+    array = ball((30, 60, 60), (15, 20, 20), 5, (1, 1, 1))
+    s = session(array)
+    s.add_point(at(s, 15, 20, 20))
+    s.add_point(at(s, 15, 20, 28))  # the network sees only background here
+    # One voxel more than the ball, whose edge falls between the voxels of the patch that has moved.
+    added = (s.mask > 0) & (ball(array.shape, (15, 20, 20), 6, (1, 1, 1)) == 0)
+    assert added[15, 20, 28] and 0 < added.sum() < 300
+    assert np.linalg.norm(np.argwhere(added) - (15, 20, 28), axis=1).max() < 3 * max(CLICK_SIGMA)
+    s.add_point(at(s, 15, 20, 28), positive=False)
+    assert not s.mask[15, 20, 28] and dice(s.mask, array) > 0.85
+
+
+def test_what_does_not_end_is_nothing_until_a_second_click_says_otherwise(session):
+    s = session(np.ones((120, 200, 200), np.float32))
+    answer = s.add_point(at(s, 60, 100, 100))
+    assert not answer.found and "click a second time" in answer.text
+    assert s.add_point(at(s, 60, 100, 110)).found
+
+
+def test_deep_in_soft_tissue_a_ct_model_looks_from_further_away_first(click_package):
+    lung = np.full((120, 160, 160), -900, np.float32)
+    lung[ball(lung.shape, (60, 80, 80), 20, (1, 1, 1)) > 0] = 40
+    ct = {"mode": "window", "level": -200, "width": 1600}
+    for place, wide in (((60, 80, 80), True), ((60, 80, 99), False)):
+        engine = Recording()
+        s = ClickSession(Image(lung, (1, 1, 1), (0, 0, 0)), click_package(intensity=ct), engine)
+        answer = s.add_point(at(s, *place))
+        assert dice(s.mask, lung > 0) > 0.85 and answer.zoom == ZOOMS[-1]
+        seen = np.mean(engine.batches[0][0, 0] > 0.5)  # of soft tissue, in the first look
+        assert seen < 0.8 and (len(engine.batches) <= 2) == wide
+
+
+def test_what_turns_out_small_from_far_away_is_looked_at_again_from_near(click_package):
+    # Soft tissue all around, but for the far corners: the first look is zoomed out, and the lesion fits a patch.
+    values = np.full((120, 160, 160), -900, np.float32)
+    values[40:80, 40:120, 40:120] = 0
+    lesion = ball(values.shape, (60, 80, 80), 3, (1, 1, 1)) > 0
+    values[lesion] = 500
+    engine = Recording(lambda batch: np.where(batch[:, 0] > 0.8, 1.0, 0.0))
+    s = ClickSession(Image(values, (1, 1, 1), (0, 0, 0)), click_package(intensity={"mode": "window", "level": -200, "width": 1600}), engine)
+    answer = s.add_point(at(s, 60, 80, 80))
+    assert answer.zoom == 1 and np.array_equal(s.mask, lesion)
+    assert len(engine.batches) == 2
+
+
 def test_undo_goes_back_step_by_step_and_stops_at_the_beginning(session):
     array = ball((20, 40, 40), (10, 20, 12), 4, (1, 1, 1)) + ball((20, 40, 40), (10, 20, 28), 4, (1, 1, 1))
     s = session(array)
@@ -196,6 +243,128 @@ def test_the_same_clicks_give_the_same_mask(session):
         s.add_point(at(s, 15, 30, 36), positive=False)
         masks.append(s.mask)
     assert masks[0].any() and np.array_equal(*masks)
+
+
+def listening(batch):
+    """What the network sees depends on everything that it is told, so that another history gives another mask."""
+    image, positive, negative, box, previous = (batch[:, i] for i in range(5))
+    return image + 0.3 * positive - 0.3 * negative + 0.05 * box + 0.2 * previous
+
+
+@pytest.fixture
+def noisy(click_package):
+    """A session on noise about two balls, and prompts of all kinds."""
+    shape = (30, 60, 60)
+    values = 0.6 * ball(shape, (15, 30, 26), 7, (1, 1, 1)) + 0.6 * ball(shape, (15, 30, 38), 5, (1, 1, 1))
+    values += np.random.default_rng(2).normal(0, 0.15, shape)
+    image, package = Image(values.astype(np.float32), (1.1, 0.9, 1.3), (7, -20, 300), OBLIQUE), click_package()
+    engine = Recording(listening)
+
+    def point(z, y, x, positive=True):
+        return ("point", *image.index_to_point((x, y, z)), positive)
+
+    brushed = np.zeros((10, 12, 12), np.uint8)
+    brushed[2:8, 2:10, 3:9] = 1
+    box = ("box", *image.index_to_point((18, 21, 8)), *image.index_to_point((46, 39, 22)))
+    prompts = [
+        point(15, 30, 26),
+        point(15, 30, 32, False),
+        box,
+        ("mask", brushed, (10, 24, 30)),
+        point(14, 31, 38),
+        point(15, 36, 26, False),
+    ]
+    return ClickSession(image, package, engine), prompts, lambda: ClickSession(image, package, Recording(listening))
+
+
+def one_by_one(session, prompts):
+    for kind, *rest in prompts:
+        if kind == "point":
+            session.add_point(rest[:3], rest[3])
+        elif kind == "box":
+            session.add_box(rest[:3], rest[3:])
+        else:
+            session.set_mask(*rest)
+    return session.mask
+
+
+def test_replay_gives_what_the_prompts_give_one_by_one(noisy):
+    session, prompts, new = noisy
+    wanted = [one_by_one(new(), prompts[:n]) for n in range(len(prompts) + 1)]
+    assert wanted[1].any() and all(not np.array_equal(a, b) for a, b in zip(wanted, wanted[1:]))
+    for n in (6, 2, 0, 1, 3, 6, 5, 4):
+        answer = session.replay(prompts[:n])
+        assert np.array_equal(session.mask, wanted[n]) and answer.found == bool(n)
+    other = [prompts[0], prompts[4], *prompts[2:4]]
+    session.replay(other)
+    assert np.array_equal(session.mask, one_by_one(new(), other))
+    session.undo()
+    assert np.array_equal(session.replay(other[:3]).mask, one_by_one(new(), other[:3])[session.answer.box.slices])
+
+
+def test_replay_runs_the_network_only_for_what_is_new(noisy):
+    session, prompts, _ = noisy
+    session.replay(prompts)
+    runs = len(session._engine.batches)
+    session.replay([list(p) for p in prompts])  # equal prompts, other objects; the mask in a larger array
+    larger = np.zeros(session.image.shape, np.uint8)
+    larger[10:20, 24:36, 30:42] = prompts[3][1]
+    session.replay([*prompts[:3], ("mask", larger, (0, 0, 0)), *prompts[4:]])
+    session.replay(prompts[:5])
+    assert len(session._engine.batches) == runs and session.seconds == {}
+    session.replay([*prompts[:5], prompts[0]])
+    assert len(session._engine.batches) > runs and set(session.seconds) == {"crop", "network", "paste"}
+
+
+def test_what_a_mask_makes_needless_is_run_only_when_the_mask_is_undone(noisy):
+    session, prompts, new = noisy
+    session.replay(prompts[:4])
+    assert len(session._engine.batches) == 0
+    session.replay(prompts[:5])
+    runs = len(session._engine.batches)
+    assert runs > 0 and np.array_equal(session.mask, one_by_one(new(), prompts[:5]))
+    session.undo(), session.undo()
+    assert len(session._engine.batches) > runs and np.array_equal(session.mask, one_by_one(new(), prompts[:3]))
+    twice = [*prompts, ("mask", prompts[3][1], (11, 22, 20)), prompts[0]]
+    for n in (8, 5, 8, 7, 6, 3, 2):
+        session.replay(twice[:n])
+        assert np.array_equal(session.mask, one_by_one(new(), twice[:n])), n
+    fresh = new()
+    with pytest.raises(UserError, match="outside the image"):
+        fresh.replay([*prompts[:2], ("point", 1e4, 0.0, 0.0, True), *prompts[2:]])
+    assert np.array_equal(fresh.mask, one_by_one(new(), prompts[:2]))
+
+
+def test_a_prompt_that_cannot_be_followed_leaves_those_before_it(noisy):
+    session, prompts, new = noisy
+    outside = ("point", 1e4, 0.0, 0.0, True)
+    with pytest.raises(UserError, match="outside the image"):
+        session.replay([*prompts[:2], outside, prompts[4]])
+    assert np.array_equal(session.mask, one_by_one(new(), prompts[:2]))
+    asked = iter([False, True])
+    with pytest.raises(Cancelled):
+        session.replay(prompts[2:4], lambda: next(asked))
+    assert np.array_equal(session.mask, one_by_one(new(), prompts[2:3]))
+    before = session.mask
+    bad = [("point", 1.0, 2.0, True), ("point", "a", 1.0, 2.0, True), ("box", 1.0, 2.0), ("line", 1.0), (), 3, None]
+    bad += [("mask", np.zeros((2, 2)), (0, 0, 0)), ("mask", [[[1]]], (0, 0, 0)), ("mask", prompts[3][1], (0, 0)), ("mask", prompts[3][1])]
+    for prompt in bad:
+        with pytest.raises(UserError, match="A prompt must be"):
+            session.replay([*prompts[2:3], prompt])
+        assert np.array_equal(session.mask, before)
+
+
+def test_another_lesion_shares_all_but_the_prompts(noisy):
+    session, prompts, new = noisy
+    session.replay(prompts[:2])
+    other = session.another()
+    assert not other.answer.found and other.prompts == [] and session.answer.found
+    other.replay(prompts[4:5])
+    assert np.array_equal(other.mask, one_by_one(new(), prompts[4:5]))
+    assert np.array_equal(session.mask, one_by_one(new(), prompts[:2]))
+    runs = len(session._engine.batches)
+    other.warm()
+    assert len(session._engine.batches) == runs + 1 and np.array_equal(other.mask, one_by_one(new(), prompts[4:5]))
 
 
 def test_what_cannot_be_clicked_on_is_a_sentence_and_changes_nothing(session, click_package, make_package):

@@ -1,5 +1,6 @@
 """The worker through its client and through bare pipes: real child processes, nothing in the place of anything."""
 
+import base64
 import json
 import os
 import shutil
@@ -9,14 +10,18 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from UNetSegmentationLib.image import Box, Image, UserError
-from UNetSegmentationLib.inference.predict import Cancelled, predict
+from UNetSegmentationLib.image import Box, Image, UserError, read_image
+from UNetSegmentationLib.inference.click import ClickSession
+from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
 from UNetSegmentationLib.measure import measure, uncertain_places
+from UNetSegmentationLib.model import find_model
+from UNetSegmentationLib.nodule import describe
 from UNetSegmentationLib.worker import protocol
 from UNetSegmentationLib.worker.client import (
     Session,
@@ -36,6 +41,8 @@ from UNetSegmentationLib.worker.protocol import (
     Lines,
     ProtocolError,
     decode_options,
+    decode_prompts,
+    encode_prompts,
     fill_array,
     load_array,
     run,
@@ -246,6 +253,242 @@ def test_the_folder_is_private_and_gone_after_close(image, make_package):
     assert not client.folder.exists() and not alive(pid)
     with pytest.raises(UserError, match="closed"):
         client.start()
+
+
+# -------------------------------------------------------------------------------------------------------------- clicks
+
+
+@pytest.fixture
+def chest() -> Image:
+    """Balls of 1 in noise below 0.5, on an oblique left-handed grid."""
+    shape, rng = (30, 60, 64), np.random.default_rng(4)
+    array = rng.uniform(0, 0.45, shape)
+    for centre, radius in (((12, 20, 20), 6), ((14, 22, 32), 5), ((16, 44, 44), 7)):
+        away = sum(((g - c) * s) ** 2 for g, c, s in zip(np.indices(shape), centre, (1.5, 0.8, 0.9)))
+        array[away <= radius**2] += 0.5
+    return replace(oblique_image(), array=array.astype(np.float32), spacing=(0.9, 0.8, 1.5))
+
+
+@pytest.fixture
+def clicker(make_package):
+    return make_package(task="click", spacing=[1, 1, 1.5], patch=[16, 24, 24])
+
+
+def click_prompts(image: Image) -> list:
+    def point(z, y, x, positive=True):
+        return ("point", *image.index_to_point((x, y, z)), positive)
+
+    brushed = np.zeros((8, 14, 10), np.uint8)
+    brushed[2:7, 1:12, 2:8] = 1
+    box = ("box", *image.index_to_point((12, 12, 5)), *image.index_to_point((40, 30, 22)))
+    return [point(12, 20, 20), box, point(14, 22, 32), ("mask", brushed, (10, 15, 26)), point(14, 24, 30, False), point(12, 22, 20)]
+
+
+def assert_answers(answer, session, image) -> None:
+    expected = session.answer
+    assert (answer.box, answer.text, answer.zoom, answer.found) == (expected.box, expected.text, expected.zoom, expected.found)
+    assert answer.mask.dtype == np.uint8 and np.array_equal(answer.mask, expected.mask)
+    if answer.measures is not None:
+        assert answer.measures == describe(image, expected.mask, expected.box.start)
+
+
+def test_clicks_give_what_a_session_gives(client, chest, clicker):
+    prompts, volume = click_prompts(chest), client.load_volume(chest)
+    session = ClickSession(chest, clicker, options=QUICK)
+    for n in (1, 2, 3, 4, 5, 6, 4, 2, 0, 1, 6):
+        session.replay(prompts[:n])
+        answer = client.click(volume, clicker, QUICK, "a", prompts[:n], measures=True)
+        assert_answers(answer, session, chest)
+        assert answer.found == bool(n) and answer.engine == session._engine.describe() and answer.warnings == session.warnings
+    one = ClickSession(chest, clicker, options=QUICK)
+    one.add_point(prompts[0][1:4])
+    assert_answers(client.click(volume, clicker, QUICK, "b", prompts[:1]), one, chest)
+    answer = client.click(volume, clicker, QUICK, "a", prompts)
+    assert "network" not in answer.seconds and answer.seconds["all"] >= answer.seconds["load"]  # known prompts are not run again
+    nothing = client.click(volume, clicker, QUICK, "a", [("point", *chest.index_to_point((4, 55, 2)), True)], measures=True)
+    assert not nothing.found and "Nothing was found here" in nothing.text and nothing.measures["voxels"] == 0
+    answer.mask[:] = 0  # the caller's own
+    assert [p.name.split("-")[0] for p in client.folder.iterdir()] == ["volume"]
+
+
+def test_clicks_on_a_real_scan_are_those_of_a_session(client, data):
+    scan = read_image(data / "chest_ct" / "LIDC-IDRI-0001_ct.nii.gz")
+    near = Box((30, 220, 220), (50, 300, 300))
+    image, package = scan.crop(near), find_model("lung-nodule-click")
+    options = Options(engine="onnx", device="cpu")
+    prompts = [("point", 57.0, 86.0, -116.0, True), ("point", 60.0, 86.0, -112.0, True), ("point", 42.0, 86.0, -116.0, False)]
+    session = ClickSession(image, package, options=options)
+    volume = client.load_volume(image)
+    client.click(volume, package, options)
+    for n in (3, 1, 2):
+        session.replay(prompts[:n])
+        assert_answers(client.click(volume, package, options, "nodule", prompts[:n], measures=True), session, image)
+        assert session.mask.sum() > 1000
+
+
+def test_sessions_are_kept_shared_and_dropped(client, chest, clicker, make_package):
+    prompts, volume = click_prompts(chest), client.load_volume(chest)
+    warmed = client.click(volume, clicker, QUICK)
+    assert not warmed.found and warmed.text == "" and "network" in warmed.seconds
+    held = client.ping()
+    assert (held["engines_made"], held["sessions"]) == (1, 1)
+    for lesion in range(10):
+        first = client.click(volume, clicker, QUICK, str(lesion), prompts)
+        assert "network" in first.seconds
+    held = client.ping()
+    assert (held["engines_made"], held["sessions"]) == (1, 8)
+    assert "network" not in client.click(volume, clicker, QUICK, "9", prompts).seconds
+    again = client.click(volume, clicker, QUICK, "0", prompts)  # was dropped, and is run anew
+    assert "network" in again.seconds and np.array_equal(again.mask, first.mask)
+    other = client.load_volume(chest)
+    client.click(other, clicker, QUICK, "0", prompts[:1])
+    client.click(volume, clicker, replace(QUICK, threads=2), "0", prompts[:1])
+    assert client.ping()["sessions"] == 8
+    client.unload_volume(volume)
+    assert client.ping()["sessions"] == 1
+    os.utime(clicker.path, ns=(1, 1))  # another model by the same name
+    client.click(other, clicker, QUICK, "0", prompts[:1])
+    held = client.ping()
+    assert (held["sessions"], held["engines"]) == (1, 1)
+
+
+@POSIX
+def test_a_killed_worker_gives_the_same_answer_again(client, chest, clicker):
+    prompts, volume = click_prompts(chest), client.load_volume(chest)
+    before = client.click(volume, clicker, QUICK, "a", prompts)
+    os.kill(client.pid, signal.SIGKILL)
+    until(lambda: client.pid is None, "the worker's death")
+    after = client.click(volume, clicker, QUICK, "a", prompts)
+    assert after.box == before.box and np.array_equal(after.mask, before.mask)
+    assert client.session.counts["load_volume"] == 2
+
+
+def test_bad_clicks_are_one_sentence(client, chest, clicker, make_package):
+    prompts, volume = click_prompts(chest), client.load_volume(chest)
+    session = ClickSession(chest, clicker, options=QUICK)
+    pid = client.start()["pid"]
+    bad = [("point", 1.0, 2.0, True), ("box", 1.0), ("line", 1.0), (), None, ("mask", np.zeros((2, 2)), (0, 0, 0))]
+    bad += [("point", float("nan"), 0.0, 0.0, True), ("point", 1e4, 0.0, 0.0, True), ("box", 0.0, 0.0, 0.0, 0.0, 9.0, 9.0)]
+    bad += [("mask", np.ones((2, 2, 2), np.uint8), (-1, 0, 0)), ("mask", np.ones((2, 2, 2), np.uint8), (29, 0, 0))]
+    for prompt in bad:
+        with pytest.raises(UserError) as through:
+            client.click(volume, clicker, QUICK, "a", [prompts[0], prompt])
+        assert str(through.value).endswith(".") and "unexpected" not in str(through.value)
+        if prompt and not (prompt[0] == "point" and prompt[1] != prompt[1]):  # a NaN is refused before it travels
+            with pytest.raises(UserError) as direct:
+                session.replay([prompts[0], prompt])
+            assert str(through.value) == str(direct.value)
+    assert_answers(client.click(volume, clicker, QUICK, "a", prompts[:1]), session, chest)
+    with pytest.raises(UserError, match="does not work from clicks"):
+        client.click(volume, make_package(), QUICK, "a", prompts)
+    with pytest.raises(UserError, match="no model package"):
+        client.click(volume, clicker.path.with_name("none.unet.zip"), QUICK, "a", prompts)
+    with pytest.raises(UserError, match="no scalar volume"):
+        client.click(client.load_volume(Image(np.zeros((1, 9, 9), np.int16))), clicker, QUICK)
+    with pytest.raises(UserError, match="load it again"):
+        client.click(99, clicker, QUICK)
+    ragged = np.random.default_rng(0).random((300, 400, 400)) < 0.5
+    with pytest.raises(UserError, match="too ragged"):
+        client.click(volume, clicker, QUICK, "a", [("mask", ragged, (0, 0, 0))])
+    assert client.pid == pid
+
+
+def announced(raw, private, image: Image) -> None:
+    np.save(private / "volume-1.npy", image.array)
+    geometry = {"spacing": [1, 1, 1], "origin": [0, 0, 0], "direction": [1, 0, 0, 0, 1, 0, 0, 0, 1], "source": None}
+    assert raw.ask(op="load_volume", id=1, volume=1, file="volume-1.npy", geometry=geometry)["event"] == "done"
+
+
+CLICK = {"op": "click", "volume": 1, "options": {"engine": "onnx", "threads": 1}, "lesion": "a", "measures": False}
+
+
+def test_a_click_waits_for_its_turn_and_can_be_cancelled_there(raw, private, tmp_path, chest, clicker, toy_card):
+    model = slow_package(tmp_path, toy_card, 300)
+    announced(raw, private, chest)
+    options = {"engine": "onnx", "device": "cpu", "threads": 1, "batch": 1}
+    click = {**CLICK, "model": str(clicker.path), "prompts": [["point", 20.0, 20.0, 12.0, True]]}
+    predict = {"op": "predict", "volume": 1, "models": [str(model.path)], "options": options, "measures": False}
+    raw.say(**predict, id=2)
+    raw.say(**click, id=3)
+    raw.say(**click, id=4)
+    raw.say(op="cancel", id=5, target=3)
+    raw.say(op="cancel", id=6, target=2)
+    ends = []
+    while len(ends) < 3:
+        answer = raw.next()
+        ends += [] if answer["event"] == "progress" else [(answer["id"], answer["event"])]
+    assert ends == [(2, "cancelled"), (3, "cancelled"), (4, "click")]
+
+
+def test_a_click_in_an_endless_network_is_cancelled(client, chest, clicker, tmp_path, toy_card):
+    endless = slow_package(tmp_path, toy_card, task="click", spacing=[1, 1, 1], patch=[8, 8, 8])
+    prompts, volume = click_prompts(chest), client.load_volume(chest)
+    pid, began = client.start()["pid"], time.monotonic()
+    with pytest.raises(Cancelled):
+        client.click(volume, endless, QUICK, "a", prompts, cancelled=lambda: time.monotonic() > began + 1)
+    assert not alive(pid)
+    assert client.click(volume, clicker, QUICK, "a", prompts).found
+
+
+def test_nonsense_clicks_are_answered_and_survived(raw, private, chest, clicker):
+    announced(raw, private, chest)
+    good = {**CLICK, "model": str(clicker.path), "prompts": []}
+    mask = encode_prompts([("mask", np.ones((2, 2, 2)), (0, 0, 0))])[0]
+    assert mask[:3] == ["mask", [0, 0, 0], [2, 2, 2]]
+    bomb = base64.b64encode(zlib.compress(bytes(1 << 24))).decode()
+    prompts = [3, None, {}, [3], [[]], [["point"]], [["point", 1, 2, 3]], [["point", 1, 2, 3, 4]], [["point", 1, "2", 3, True]]]
+    prompts += [[["box", 1, 2, 3]], [["mask"]], [["mask", *mask[1:3]]], [["mask", *mask[1:3], "?"]], [["mask", *mask[1:3], "aaaa"]]]
+    prompts += [[["mask", *mask[1:3], bomb]], [["mask", [0, 0, 0], [2, 2, 9], mask[3]]], [["mask", [0, 0, 0], [-2, -2, 2], mask[3]]]]
+    prompts += [[["mask", [0, 0, 0], [1 << 20] * 3, bomb]], [["mask", [0, 0.5, 0], [2, 2, 2], mask[3]]], [["line", 1, 2]]]
+    bad = [{"prompts": p} for p in prompts]
+    bad += [
+        {"lesion": 3},
+        {"lesion": None},
+        {"measures": 1},
+        {"model": None},
+        {"model": [str(clicker.path)]},
+        {"volume": "1"},
+        {"volume": 9},
+    ]
+    bad += [{"options": 3}, {"options": {"evil": 1}}, {"options": {"engine": "magic"}}]
+    for number, change in enumerate(bad, 10):
+        answer = raw.ask(**{**good, **change, "id": number})
+        assert answer["event"] == "error" and answer["error"].endswith(".") and answer["kind"] in ("user", "internal"), change
+        assert "unexpectedly" not in answer["error"] and "Something" not in answer["error"], change
+    assert raw.ask(**good, id=2)["event"] == "click"
+
+
+def test_an_answer_that_does_not_fit_is_refused(tmp_path, chest):
+    session = Session(tmp_path)
+    volume = run(session.add_volume(chest))
+    mask = encode_prompts([("mask", np.ones((2, 2, 2)), (0, 0, 0))])[0][1:]
+    good = {"box": [[0, 0, 0], [2, 2, 2]], "mask": mask, "text": "", "zoom": 1.0, "measures": None, "seconds": {"a": 1.0}}
+    good |= {"warnings": [], "engine": "x"}
+    far = encode_prompts([("mask", np.ones((2, 2, 2)), (29, 0, 0))])[0][1:]
+    empty = encode_prompts([("mask", np.zeros((2, 2, 2)), (0, 0, 0))])[0][1:]
+    bad = [{"box": [[0, 0, 0], [2, 2, 3]]}, {"box": [[0, 0, 0], [0, 0, 0]]}, {"box": 3}, {"mask": None}, {"mask": "file"}, {"text": None}]
+    bad += [{"mask": far, "box": [[29, 0, 0], [31, 2, 2]]}, {"mask": empty, "box": [[0, 0, 0], [0, 0, 0]]}, {"seconds": {"a": "1"}}]
+    bad += [{"zoom": "1"}, {"measures": 3}, {"measures": {"center": [1]}}, {"warnings": [1]}, {"engine": None}]
+    for change in bad:
+        number, line = session.click(volume, "model.unet.zip", prompts=click_prompts(chest))
+        (event,) = session.feed(json.dumps({"event": "click", "id": number, **good, **change}).encode() + b"\n")
+        with pytest.raises(WorkerError, match="not valid"):
+            session.click_result(event)
+    number, line = session.click(volume, "model.unet.zip", QUICK, "a", click_prompts(chest))
+    assert [json.loads(part)["op"] for part in line.splitlines()] == ["click"]
+    (event,) = session.feed(json.dumps({"event": "click", "id": number, **good}).encode() + b"\n")
+    assert event.final and session.click_result(event).mask.sum() == 8
+    with pytest.raises(WorkerError, match="no request"):
+        session.click_result(event)
+
+
+def test_prompts_travel_as_json(chest):
+    prompts = click_prompts(chest)
+    again = decode_prompts(json.loads(json.dumps(encode_prompts(prompts))))
+    assert [p for p in again if p[0] != "mask"] == [p for p in prompts if p[0] != "mask"]
+    kind, mask, start = again[3]
+    assert (kind, start) == ("mask", (12, 16, 28)) and mask.shape == (5, 11, 6) and mask.all()
+    assert decode_prompts(encode_prompts([("mask", np.zeros((3, 3, 3)), (1, 1, 1))]))[0][1].size == 0
 
 
 # ------------------------------------------------------------------------------------------------------ cancel and death

@@ -19,6 +19,8 @@ _EXPORTS = {
     "write_image": "image",
     "ModelPackage": "model",
     "find_model": "model",
+    "ClickSession": "inference.click",
+    "describe": "nodule",
     "predict": "inference.predict",
     "Options": "inference.predict",
     "Prediction": "inference.predict",

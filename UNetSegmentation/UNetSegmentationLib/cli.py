@@ -1,4 +1,5 @@
-"""The command `unetseg`. Exit codes: 0 done, 2 bad input (one sentence on stderr, nothing written), 130 cancelled."""
+"""The command `unetseg`. Exit codes: 0 done, 2 bad input (one sentence on stderr, nothing written), 130 cancelled; 1 where
+`dataset check` found problems."""
 
 # No `from __future__ import annotations`: typer reads the commands' annotations, which name what only _app() imports.
 
@@ -29,11 +30,13 @@ from .image import (
 )
 from .inference.augment import TTA
 from .inference.click import MODEL as CLICK_MODEL
-from .inference.click import ClickSession
+from .inference.click import ClickSession, Prompt
 from .inference.predict import Options, Prediction, predict
 from .intensity import display_range, expects_hu, parse_window, presets
 from .measure import dice, measure
 from .model import Card, ModelPackage, find_model, model_files, user_models_folder, write_package
+from .nodule import COLUMNS, csv_text, describe
+from .nodule import row as nodule_row
 
 
 def main() -> None:
@@ -143,11 +146,13 @@ def _read(images: Sequence[Path], series: str | None) -> Image:
         return read_image(list(images), uids[choice - 1])
 
 
-def _check_names(targets: Sequence[Path], maps: Sequence[Path], picture: Path | None, report_file: Path | None) -> None:
+def _check_names(targets: Sequence[Path], maps: Sequence[Path], picture: Path | None, *texts: Path | None) -> None:
     """Refuse names that could not be written to, before anything is computed."""
     from .output import check_suffix
 
-    everything = [p for p in (*targets, *maps, picture, report_file) if p]
+    if sum(str(p) == "-" for p in texts) > 1:
+        raise UserError("Only one of --json and --csv can go to standard output; give the other a file name.")
+    everything = [p for p in (*targets, *maps, picture, *texts) if p and str(p) != "-"]
     for path in everything:
         check_writable(path)
         if sum(path.absolute() == other.absolute() for other in everything) > 1:
@@ -222,6 +227,30 @@ def _print_report(report: dict[str, Any]) -> None:
     console.print(table)
 
 
+def _print_nodule(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    nodule = report["nodule"]
+    title = f"{report['model']} on {Path(report['image']).name}: {', '.join(report['engines'])}"
+    table = Table(title=escape(title), caption=escape(nodule["note"]), show_header=False)
+    for name, value in zip(COLUMNS, nodule_row(nodule)):
+        table.add_row(name, value)
+    if "dice" in report["labels"][0]:
+        table.add_row("Dice", f"{report['labels'][0]['dice']:.3f}")
+    Console(stderr=True).print(table)
+
+
+def _write_text(path: Path | None, text: str) -> None:
+    """To a file, or to standard output where it is "-"."""
+    if str(path) == "-":
+        print(text)
+    elif path:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
 def _write(
     image: Image,
     prediction: Prediction,
@@ -233,11 +262,15 @@ def _write(
     shown: dict[str, Any],
     report_file: Path | None,
     quiet: bool,
+    nodule: dict[str, Any] | None = None,
+    csv_file: Path | None = None,
 ) -> None:
-    """Everything that a command leaves behind. shown: the picture's window."""
+    """Everything that a command leaves behind. shown: the picture's window. nodule: describe() of what was clicked on."""
     from .output import write_segmentation
 
     report = _report(image, prediction, truth)
+    if nodule is not None:
+        report["nodule"] = nodule
     # DICOM first: it asks most of the input, and where it fails nothing else should have been written.
     for path in sorted(targets, key=lambda p: p.suffix.lower() != ".dcm"):
         write_segmentation(prediction, path, image)
@@ -255,16 +288,16 @@ def _write(
             title=f"{_stem(Path(str(image.source)))} - {prediction.model_name}",
             unit="HU" if expects_hu(card.intensity) else "",
         )
-    text = json.dumps(report, indent=2)
-    if str(report_file) == "-":
-        print(text)
-    elif report_file:
-        with atomic_path(report_file) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+    _write_text(report_file, json.dumps(report, indent=2))
+    if nodule is not None:
+        x, y, z = nodule["center"]
+        place = [f"{v:.1f}" for v in (-x, -y, z)]
+        cells = [Path(str(image.source)).name, *place, *nodule_row(nodule)]
+        _write_text(csv_file, csv_text([cells], ("Scan", "R (mm)", "A (mm)", "S (mm)", *COLUMNS), nodule["note"]).rstrip("\n"))
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if not quiet:
-        _print_report(report)
+        (_print_report if nodule is None else _print_nodule)(report)
         for path in [*targets, *maps, *([picture] if picture else [])]:
             print(f"wrote {path}", file=sys.stderr)
 
@@ -280,6 +313,7 @@ def _app() -> Any:
     )
     model_app = typer.Typer(help="Look into and make model packages.", no_args_is_help=True)
     app.add_typer(model_app, name="model")
+    app.add_typer(_dataset_app(), name="dataset")
 
     def version(value: bool) -> None:
         if value:
@@ -322,7 +356,7 @@ def _app() -> Any:
         packages = [find_model(m) for m in model]
         targets = output or [Path(f"{_stem(images[0])}.seg.nrrd")]
         maps = [p for p in (uncertainty, probabilities) if p]
-        _check_names(targets, maps, picture, None if str(report_file) == "-" else report_file)
+        _check_names(targets, maps, picture, report_file)
         chosen = display or packages[0].card.data.get("display")
         shown = parse_window(chosen) if chosen and (picture or display) else packages[0].card.intensity
         with _cancellable(), _progress(not quiet and sys.stderr.isatty()) as progress:
@@ -364,14 +398,20 @@ def _app() -> Any:
         series: Annotated[str | None, typer.Option(help="The series' UID, where a DICOM folder holds several.")] = None,
         picture: Annotated[Path | None, typer.Option(help="Also write a four-panel PNG.")] = None,
         report_file: Annotated[Path | None, typer.Option("--json", help="Also write the measures as JSON; - for standard output.")] = None,
+        csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the nodule's row as CSV; - for standard output.")] = None,
         reference: Annotated[Path | None, typer.Option(help="A label map of the same scan to compare with (Dice).")] = None,
         quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No table.")] = False,
     ) -> None:
-        """Outline the one lesion that is clicked on: first all --at in their order, then all --not."""
+        """Outline the one nodule that is clicked on, and say its size: first --box, then all --at in their order, then all --not."""
         package = find_model(model)
         targets = output or [Path(f"{_stem(images[0])}.seg.nrrd")]
-        _check_names(targets, [], picture, None if str(report_file) == "-" else report_file)
-        points = [(parse_point(text), True) for text in at] + [(parse_point(text, "--not"), False) for text in not_]
+        _check_names(targets, [], picture, report_file, csv_file)
+        prompts: list[Prompt] = []
+        if box is not None:
+            r0, r1, a0, a1, s0, s1 = _numbers(box, 6, "--box")
+            prompts.append(("box", -r0, -a0, s0, -r1, -a1, s1))
+        prompts += [("point", *parse_point(text), True) for text in at]
+        prompts += [("point", *parse_point(text, "--not"), False) for text in not_]
         if not at and box is None:
             raise UserError("Nothing was clicked on; give --at R,A,S or --box.")
         with _cancellable():
@@ -379,15 +419,13 @@ def _app() -> Any:
             truth = read_image(reference) if reference else None
             _check_fit(image, targets, truth)
             session = ClickSession(image, package, options=Options(engine=engine, device=device, threads=threads))
-            if box is not None:
-                r0, r1, a0, a1, s0, s1 = _numbers(box, 6, "--box")
-                session.add_box((-r0, -a0, s0), (-r1, -a1, s1))
-            for point, positive in points:
-                session.add_point(point, positive)
-        if not session.answer.found:
-            raise UserError(session.answer.text)
+            answer = session.replay(prompts)
+            if not answer.found:
+                raise UserError(answer.text)
+            nodule = describe(image, answer.mask, answer.box.start)
         shown = parse_window(package.card.data["display"]) if package.card.data.get("display") else package.card.intensity
-        _write(image, session.prediction(), truth, package.card, targets, {}, picture, shown, report_file, quiet)
+        prediction = session.prediction()
+        _write(image, prediction, truth, package.card, targets, {}, picture, shown, report_file, quiet, nodule, csv_file)
 
     @app.command()
     def models(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
@@ -508,6 +546,168 @@ def _app() -> Any:
             raise UserError(f"{card} must hold a JSON object.")
         made = write_package(output, data, network.read_bytes(), safetensors.read_bytes() if safetensors else None)
         print(f"wrote {made.path}")
+
+    return app
+
+
+def _dataset_app() -> Any:
+    """The commands on dataset folders."""
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .dataset import EXPORTS, INDEX, OBJECTIONS, SPLITS, Dataset, modality, read_mask
+    from .model import DEFAULT_COLORS, Label
+
+    app = typer.Typer(help="Collect annotated cases to train from, in one folder.", no_args_is_help=True)
+    Folder = Annotated[Path, typer.Argument(help="The dataset's folder.")]
+
+    def named_labels(texts: Sequence[str]) -> list[Label]:
+        out = []
+        for i, text in enumerate(texts):
+            value, _, name = text.rpartition("=")
+            if not name.strip() or not (value or str(i + 1)).isdigit():
+                raise UserError(f"--label {text} must be VALUE=NAME, such as 1=nodule.")
+            out.append(Label(int(value or i + 1), name.strip(), DEFAULT_COLORS[i % len(DEFAULT_COLORS)], {}))
+        return out
+
+    @app.command()
+    def add(
+        folder: Folder,
+        images: Annotated[list[Path], typer.Argument(help="The image file or DICOM folder; several for several channels.")],
+        mask: Annotated[Path, typer.Option("--mask", "-m", help="The corrected mask: .seg.nrrd, or a label map on the image's grid.")],
+        model_mask: Annotated[Path | None, typer.Option(help="The model's own mask, to record what was changed.")] = None,
+        model: Annotated[str, typer.Option(help="Which model made it.")] = "",
+        name: Annotated[str | None, typer.Option(help="The case's name (no patient's name); default: made from the voxels.")] = None,
+        patient: Annotated[
+            str | None, typer.Option(help="Groups a patient's cases; only a salted hash is kept. Default: the PatientID.")
+        ] = None,
+        label: Annotated[list[str], typer.Option(help="VALUE=NAME of the mask's labels, for a new dataset; may be repeated.")] = [],  # noqa: B006
+        channel: Annotated[list[str], typer.Option(help="A channel's name, for a new dataset; may be repeated.")] = [],  # noqa: B006
+        by: Annotated[str, typer.Option(help="Who annotated it, if that is to be kept.")] = "",
+        dated: Annotated[bool, typer.Option("--dated", help="Keep today's date.")] = False,
+        split: Annotated[str | None, typer.Option(help=f"{', '.join(SPLITS)}. Default: where the patient's other cases are.")] = None,
+        allow: Annotated[list[str], typer.Option(help=f"Accept what is refused otherwise: {', '.join(OBJECTIONS)}.")] = [],  # noqa: B006
+        series: Annotated[str | None, typer.Option(help="The series' UID, where a DICOM folder holds several.")] = None,
+    ) -> None:
+        """Add a case, or a new version of one; creates the dataset where there is none. Only voxels, geometry and modality leave."""
+        with _cancellable():
+            image = _read(images, series)
+            array, named = read_mask(mask, image)
+            own = read_mask(model_mask, image)[0] if model_mask else None
+            new = not (folder.expanduser() / INDEX).exists()
+            if new:
+                labels = named_labels(label) or list(named)
+                if not labels:
+                    raise UserError(f"{folder} is a new dataset and {mask} does not name its labels; give --label 1=NAME.")
+                n = image.n_channels
+                channels = channel or ([modality(image) or "image"] if n == 1 else [f"channel {i}" for i in range(n)])
+                dataset = Dataset.create(folder, folder.absolute().name, labels, channels)
+            else:
+                dataset = Dataset.open(folder)
+            try:
+                entry = dataset.add(
+                    image,
+                    array,
+                    name=name,
+                    patient=patient,
+                    labels=named_labels(label) or named or None,
+                    model_mask=own,
+                    model=model,
+                    by=by,
+                    dated=dated,
+                    split=split,
+                    allow=allow,
+                )
+            except UserError:
+                if new:
+                    dataset.discard()
+                raise
+        print(f"{entry.name} version {entry.version}, {len(dataset.entries)} cases in {folder}")
+        for what, change in entry.changes.items():
+            print(f"  {what}: {change['added']} voxels added, {change['removed']} removed, Dice with the model's {change['dice']:.3f}")
+
+    @app.command(name="list")
+    def list_cases(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+        """The cases with their patients (hashed), splits and versions."""
+        dataset = Dataset.open(folder)
+        entries = dataset.entries.values()
+        if as_json:
+            keys = ("name", "patient", "split", "version")
+            print(json.dumps([{k: getattr(e, k) for k in keys} | {"record": e.record} for e in entries], indent=2, ensure_ascii=False))
+            return
+        table = Table(title=escape(f"{dataset.name}: {', '.join(d.name for d in dataset.labels)}"))
+        for column in ("case", "patient", "split", "version", "size", "voxels", "changed"):
+            table.add_column(column, no_wrap=column in ("case", "patient"))
+        for e in entries:
+            marked = ", ".join(f"{k} {v}" for k, v in e.record["voxels_by_label"].items())
+            changed = ", ".join(f"{k} +{c['added']} -{c['removed']}" for k, c in e.changes.items())
+            size = " x ".join(map(str, e.record["geometry"]["size"]))
+            table.add_row(e.name, e.patient, e.split or "-", str(e.version), size, escape(marked), escape(changed) or "-")
+        Console().print(table)
+
+    @app.command()
+    def check(
+        folder: Folder,
+        hashes: Annotated[bool, typer.Option(help="Read every file and compare its hash.")] = True,
+        clean: Annotated[bool, typer.Option("--clean", help="Remove files of no case that are older than a day.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    ) -> None:
+        """Whether the folder is whole; `unetseg-train check` looks into the images and masks."""
+        dataset = Dataset.open(folder)
+        gone = dataset.clean() if clean else []
+        problems = dataset.check(hashes)
+        if as_json:
+            print(json.dumps([{"case": p.case, "what": p.what, "cure": p.cure} for p in problems], indent=2))
+        else:
+            for problem in problems:
+                print(problem)
+            removed = f", {len(gone)} leftovers removed" if clean else ""
+            print(f"{len(dataset.entries)} cases, {len(problems)} problems{removed}")
+        if problems:
+            raise typer.Exit(1)
+
+    @app.command()
+    def split(
+        folder: Folder,
+        fractions: Annotated[str, typer.Option(help="Of train, validation and test.")] = "0.7,0.15,0.15",
+        seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
+        again: Annotated[bool, typer.Option("--again", help="Also deal anew what is dealt already.")] = False,
+    ) -> None:
+        """Deal the patients into train, validation and test; who is dealt stays where he is."""
+        for part, names in Dataset.open(folder).split(_numbers(fractions, 3, "--fractions"), seed, again).items():
+            print(f"{part}: {len(names)} cases")
+
+    @app.command()
+    def export(
+        folder: Folder,
+        target: Annotated[Path, typer.Argument(help="A new folder.")],
+        kind: Annotated[str, typer.Option("--as", help=f"{', '.join(EXPORTS)}.")],
+    ) -> None:
+        """Copy the cases as nnU-Net, MONAI or ITK-SNAP read them."""
+        with _cancellable():
+            print(f"wrote {Dataset.open(folder).export(target, kind)}")
+
+    @app.command()
+    def remove(
+        folder: Folder,
+        case: Annotated[str, typer.Argument(help="The case's name.")],
+        erase: Annotated[bool, typer.Option("--erase", help="Delete all of its versions; it cannot be brought back.")] = False,
+    ) -> None:
+        """Take a case out; without --erase its files stay and `restore` brings it back."""
+        Dataset.open(folder).remove(case, erase)
+        print(f"{case} is {'erased' if erase else 'removed'}")
+
+    @app.command()
+    def restore(
+        folder: Folder,
+        case: Annotated[str, typer.Argument(help="The case's name.")],
+        version: Annotated[int | None, typer.Option(help="Make this former version the current one.")] = None,
+    ) -> None:
+        """Bring a removed case or a former version back."""
+        entry = Dataset.open(folder).restore(case, version)
+        print(f"{entry.name} version {entry.version}")
 
     return app
 

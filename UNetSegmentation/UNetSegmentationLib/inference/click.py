@@ -8,8 +8,11 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from ..intensity import check_finite, normaliser, warnings_for
 from ..measure import measure
 from ..model import ModelPackage, find_model
 from ..postprocess import components
-from .predict import Options, Prediction
+from .predict import Cancelled, Options, Prediction
 
 MODEL = "lung-nodule-click"
 # Standard deviation of a click's Gaussian, in voxels (z, y, x) of the model's grid.
@@ -31,11 +34,16 @@ CLICK_SIGMA = (1.6, 2.8, 2.8)
 ZOOMS = (1.0, 1.5, 2.25, 3.4)
 # A click beside a small nodule still means it: this many voxels of the model's grid (2 mm) are forgiven.
 _REACH = 3
+# A patch with more than this share of voxels above this HU shows neither lung nor a nodule's edge.
+SOFT_TISSUE_HU, SOFT_SHARE = -300.0, 0.8
 _BORDER_VOXELS = 6
 _NOTHING = "Nothing was found here; click inside the nodule, or draw a box around it."
+_ENDLESS = "Nothing that ends was found here; if it is a lesion, click a second time on it, or draw a box around it."
 
 Index = Sequence[float]
 Point = tuple[float, float, float]
+# ("point", x, y, z, positive) | ("box", x0, y0, z0, x1, y1, z1), both in LPS mm | ("mask", array (z, y, x), start (z, y, x))
+Prompt = Sequence[Any]
 
 
 def prompt_channels(
@@ -79,6 +87,7 @@ class Answer:
 
 
 _EMPTY = Answer(Box((0, 0, 0), (0, 0, 0)), np.zeros((0, 0, 0), np.uint8))
+_LATER = replace(_EMPTY)  # stands for an answer that a mask which follows makes needless
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,41 @@ class _Prompts:
     positive: tuple[Point, ...] = ()
     negative: tuple[Point, ...] = ()
     box: tuple[Point, Point] | None = None
+    made: tuple[tuple[Any, ...], ...] = ()  # all of them in order, as _comparable() has them
+
+
+def crop_mask(mask: np.ndarray, start: Sequence[int]) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The part of a mask that is not 0 (bool; empty where all is 0) and where its first voxel lies."""
+    inside = Box.around(mask) or Box((0, 0, 0), (0, 0, 0))
+    return mask[inside.slices] > 0, tuple(int(a) + int(b) for a, b in zip(inside.start, start))
+
+
+def check_prompt(prompt: Prompt) -> Prompt:
+    """The prompt, of plain numbers; UserError for what is none."""
+    try:
+        if prompt[0] == "point":
+            _, x, y, z, positive = prompt
+            return "point", float(x), float(y), float(z), bool(positive)
+        if prompt[0] == "box":
+            _, *ends = prompt
+            if len(ends) == 6:
+                return "box", *(float(v) for v in ends)
+        if prompt[0] == "mask":
+            _, mask, start = prompt
+            z, y, x = (int(v) for v in start)
+            if np.ndim(mask) == 3 and mask.dtype.kind in "biuf":
+                return "mask", mask, (z, y, x)
+    except (TypeError, ValueError, LookupError, AttributeError):
+        pass
+    raise UserError("A prompt must be a point or a box in mm, or a mask of three dimensions.")
+
+
+def _comparable(prompt: Prompt) -> tuple[Any, ...]:
+    """Equal for prompts that do the same; a mask by its content, so that no session holds every mask that was ever sent."""
+    if prompt[0] != "mask":
+        return tuple(prompt)
+    part, start = crop_mask(prompt[1], prompt[2])
+    return "mask", start, part.shape, hashlib.sha256(np.packbits(part).tobytes()).digest()
 
 
 class ClickSession:
@@ -95,7 +139,7 @@ class ClickSession:
 
     image: a CT in HU, any spacing and direction. model: a click package, its name or file. engine: a ready one of that
     model, else options chooses. The same prompts give the same mask. Raises UserError for an image or a model that
-    cannot be clicked on.
+    cannot be clicked on. seconds: where the time since the last replay() went.
     """
 
     def __init__(
@@ -116,6 +160,24 @@ class ClickSession:
         self._engine = engine or choose_engine(package, options.engine, options.device, options.precision, options.threads)
         self._normalise = normaliser(card.intensity, self._canonical.channels)
         self._history: list[tuple[_Prompts, Answer]] = [(_Prompts(), _EMPTY)]  # answers in the canonical index space
+        self._noting = False  # replay() is at prompts before a mask
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def another(self) -> ClickSession:
+        """A session for another lesion of the same image, which shares all but the prompts: it costs nothing to make."""
+        out = copy.copy(self)
+        out._history, out.seconds = [(_Prompts(), _EMPTY)], {}
+        return out
+
+    def warm(self) -> None:
+        """Run once at the image's middle, so that the first click has nothing left to load."""
+        middle = tuple((n - 1) / 2 for n in self._canonical.shape)
+        prompts = _Prompts(positive=(middle,))  # type: ignore[arg-type]
+        try:
+            self._run(self._frame(prompts, _EMPTY), prompts, _EMPTY)
+        except UserError:
+            pass  # of this place in the image; a click elsewhere may do
 
     # ---------------------------------------------------------------------------------------------------------- prompts
 
@@ -123,6 +185,7 @@ class ClickSession:
         """A click in LPS mm on what is (or, not positive, is not) part of the lesion."""
         prompts, answer = self._history[-1]
         index = self._index(point)
+        prompts = _noted(prompts, ("point", *point, positive))
         if positive:
             prompts = replace(prompts, positive=(*prompts.positive, index))
         else:
@@ -135,6 +198,7 @@ class ClickSession:
         if not (np.ptp(ends, axis=0) > 0).all():
             raise UserError("The box is flat or lies outside the image; draw it around the lesion.")
         prompts, answer = self._history[-1]
+        prompts = _noted(prompts, ("box", *corner, *opposite))
         first, last = (tuple(float(v) for v in e) for e in (ends.min(0), ends.max(0)))
         return self._ask(replace(prompts, box=(first, last)), answer)  # type: ignore[arg-type]
 
@@ -144,12 +208,49 @@ class ClickSession:
         if placed & Box.whole(self.image.shape) != placed:
             raise UserError("The mask does not fit the image; take one of the same scan.")
         inside = Box.around(mask)
-        prompts = self._history[-1][0]
+        prompts = _noted(self._history[-1][0], ("mask", mask, start))
         if inside is None:
             self._history.append((prompts, _EMPTY))
             return
         part = self._orientation.canonical((mask[inside.slices] > 0).astype(np.uint8))
         self._history.append((prompts, Answer(self._orientation.canonical_box(inside.shifted(start), self.image.shape), part)))
+
+    def replay(self, prompts: Sequence[Prompt], cancelled: Callable[[], bool] | None = None) -> Answer:
+        """Bring the session to exactly these prompts, in their order, whatever it had: what both begin with is kept, the rest
+        undone and run anew. The mask is that of the same prompts made one by one. cancelled: asked before each prompt.
+
+        Raises UserError for a prompt that cannot be followed, and Cancelled; the session is then at the prompts before it.
+        """
+        prompts = [check_prompt(p) for p in prompts]
+        made = self._history[-1][0].made
+        common = 0
+        while common < min(len(prompts), len(made)) and _comparable(prompts[common]) == made[common]:
+            common += 1
+        del self._history[common + 1 :]
+        self.seconds = {}
+        masks = [i for i, p in enumerate(prompts) if p[0] == "mask"]
+        try:
+            for i, (kind, *values) in enumerate(prompts[common:], common):
+                if cancelled is not None and cancelled():
+                    raise Cancelled
+                self._noting = bool(masks) and i < masks[-1]
+                if kind == "point":
+                    self.add_point(tuple(values[:3]), values[3])  # type: ignore[arg-type]
+                elif kind == "box":
+                    self.add_box(tuple(values[:3]), tuple(values[3:]))  # type: ignore[arg-type]
+                else:
+                    self.set_mask(*values)
+        finally:
+            self._noting = False
+        return self.answer
+
+    def _catch_up(self) -> None:
+        """Run the last prompts where they were only noted, since what made that needless has gone."""
+        noted = []
+        while self._history[-1][1] is _LATER:
+            noted.append(self._history.pop()[0])
+        for prompts in reversed(noted):
+            self._ask(prompts, self._history[-1][1])
 
     def undo(self) -> Answer:
         """Back to before the last prompt or set_mask(); at the beginning, nothing."""
@@ -165,6 +266,7 @@ class ClickSession:
 
     @property
     def answer(self) -> Answer:
+        self._catch_up()
         answer = self._history[-1][1]
         if not answer.found:
             return answer
@@ -216,15 +318,32 @@ class ClickSession:
         return index
 
     def _ask(self, prompts: _Prompts, before: Answer) -> Answer:
+        if self._noting:
+            self._history.append((prompts, _LATER))
+            return _LATER
+        if before is _LATER:
+            self._catch_up()
+            before = self._history[-1][1]
+        first = not before.found
         frame = self._frame(prompts, before)
-        answer = _EMPTY
+        if first and prompts.box is None and self._sees_lung():
+            frame = frame[0], self._open(*frame)
+        answer, border = self._run(frame, prompts, before)
         for _ in range(2 * len(ZOOMS)):
-            answer, border = self._run(frame, prompts, before)
             wider = self._wider(frame, answer, border)
             if wider is None:
                 break
             frame = wider
-        self._history.append((prompts, replace(answer, text="" if answer.found else _NOTHING)))
+            answer, border = self._run(frame, prompts, before)
+        text = "" if answer.found else _NOTHING
+        if first and answer.found and border and prompts.box is None and len(prompts.positive) < 2:
+            answer, text = replace(_EMPTY, zoom=1.0), _ENDLESS
+        elif first and answer.found and not border:
+            middle, zoom = self._around(answer)
+            if zoom < frame[1]:
+                closer, cut = self._run((middle, zoom), prompts, answer)
+                answer = answer if cut or not closer.found else closer
+        self._history.append((prompts, replace(answer, text=text)))
         return self.answer
 
     def _spacing(self, zoom: float) -> np.ndarray:
@@ -238,13 +357,36 @@ class ClickSession:
         if before.found:
             points += [np.array(before.box.start), np.array(before.box.stop) - 1]
         points = points or [np.array(p) for p in prompts.negative]
-        low, high = np.min(points, 0), np.max(points, 0)
+        return self._fitting(np.min(points, 0), np.max(points, 0), before.zoom)
+
+    def _fitting(self, low: np.ndarray, high: np.ndarray, least: float) -> tuple[np.ndarray, float]:
         size = np.array(self.card.data["patch"])
         for zoom in ZOOMS:
             # 4 voxels on each side, for the mask to grow and the network to see where the lesion ends.
-            if before.zoom <= zoom and ((high - low) / self._spacing(zoom) <= size - 8).all():
+            if least <= zoom and ((high - low) / self._spacing(zoom) <= size - 8).all():
                 break
         return (low + high) / 2, zoom
+
+    def _around(self, answer: Answer) -> tuple[np.ndarray, float]:
+        return self._fitting(np.array(answer.box.start, float), np.array(answer.box.stop) - 1.0, 1.0)
+
+    def _sees_lung(self) -> bool:
+        """Whether the model's window tells lung from soft tissue, which is what _open() goes by."""
+        window = self.card.intensity
+        if window["mode"] != "window":
+            return False
+        return abs(SOFT_TISSUE_HU - window["level"]) < window["width"] / 2
+
+    def _open(self, centre: np.ndarray, zoom: float) -> float:
+        """The closest look of at least `zoom` that shows something other than soft tissue. A patch of nothing else may lie
+        in a mass or in the heart, and the model was taught to tell only from further away."""
+        for zoom in (z for z in ZOOMS if z >= zoom):
+            half = np.array(self.card.data["patch"]) / 2 * self._spacing(zoom)
+            low, high = (np.clip(np.round(centre + way * half).astype(int), 0, self._canonical.shape) for way in (-1, 1))
+            part = self._canonical.channels[0][tuple(slice(a, max(a + 1, b), max(1, (b - a) // 20)) for a, b in zip(low, high))]
+            if np.mean(part > SOFT_TISSUE_HU) <= SOFT_SHARE:
+                break
+        return zoom
 
     def _wider(self, frame: tuple[np.ndarray, float], answer: Answer, border: bool) -> tuple[np.ndarray, float] | None:
         """Where to look again when the mask touches the patch's border."""
@@ -254,13 +396,14 @@ class ClickSession:
         middle = (np.array(answer.box.start) + answer.box.stop - 1) / 2
         extent = np.array(answer.box.shape) / self._spacing(zoom)
         moved = np.abs(middle - centre) / self._spacing(zoom)
-        if (extent <= 0.7 * np.array(self.card.data["patch"])).all() and moved.max() >= 2:
+        if (extent <= 0.8 * np.array(self.card.data["patch"])).all() and moved.max() >= 2:
             return middle, zoom
         larger = [z for z in ZOOMS if z > zoom]
         return (middle, larger[0]) if larger else None
 
     def _run(self, frame: tuple[np.ndarray, float], prompts: _Prompts, before: Answer) -> tuple[Answer, bool]:
         """The network once: the mask, and whether it touches a border beyond which the image goes on."""
+        self._since = time.perf_counter()
         centre, zoom = frame
         size = tuple(self.card.data["patch"])
         scale = self._spacing(zoom)
@@ -276,12 +419,18 @@ class ClickSession:
         positive, negative = on_patch(prompts.positive), on_patch(prompts.negative)
         box = tuple(on_patch(prompts.box)) if prompts.box is not None else None
         channels = prompt_channels(size, positive, negative, box, self._sampled(before, grid))  # type: ignore[arg-type]
-        logits = self._engine.run(np.concatenate([self._normalise(values), channels])[None])[0]
-        probability = 1 / (1 + np.exp(np.clip(logits[0] - logits[1], -60, 60)))
+        batch = np.concatenate([self._normalise(values), channels])[None]
+        self._lap("crop")
+        logits = self._engine.run(batch)[0]
+        self._lap("network")
+        margin = np.clip(logits[1] - logits[0], -60, 60)
+        if before.found or box is not None or len(positive) > 1:
+            _heed(margin, positive, 1.0)
+        _heed(margin, negative, -1.0)
+        probability = 1 / (1 + np.exp(-margin))
 
         mask = probability > 0.5
         kept = _touched(mask, positive, box)
-        _carve(kept, positive, negative)
         inside = Box.around(kept)
         if inside is None:
             return replace(_EMPTY, zoom=zoom), False
@@ -300,7 +449,14 @@ class ClickSession:
         if found is None:
             return replace(_EMPTY, zoom=zoom), False
         answer = Answer(found.shifted(target.start), native[found.slices].astype(np.uint8), zoom=zoom)
-        return answer, self._touches_border(kept, grid)
+        border = self._touches_border(kept, grid)
+        self._lap("paste")
+        return answer, border
+
+    def _lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
 
     def _sampled(self, answer: Answer, grid: Grid) -> np.ndarray | None:
         """The former mask on the patch."""
@@ -326,6 +482,10 @@ class ClickSession:
         return False
 
 
+def _noted(prompts: _Prompts, prompt: Prompt) -> _Prompts:
+    return replace(prompts, made=(*prompts.made, _comparable(check_prompt(prompt))))
+
+
 def _touched(mask: np.ndarray, positive: Sequence[Index], box: tuple[Index, ...] | None) -> np.ndarray:
     """The components that a positive click touches, or lies just beside; without clicks, the largest in the box."""
     labelled, counts = components(mask, corners=True)
@@ -346,15 +506,13 @@ def _touched(mask: np.ndarray, positive: Sequence[Index], box: tuple[Index, ...]
     return keep[labelled]
 
 
-def _carve(kept: np.ndarray, positive: Sequence[Index], negative: Sequence[Index]) -> None:
-    """A negative click never stays inside: a ball about it goes, up to half the way to the nearest positive click."""
-    for point in negative:
+def _heed(margin: np.ndarray, points: Sequence[Index], wanted: float) -> None:
+    """A correction that the network would not follow is followed nevertheless: the log-odds are raised (or, for a negative
+    click, lowered) to `wanted` at the click, and around it as much less as the click's own Gaussian falls."""
+    for point in points:
         at = tuple(math.floor(p + 0.5) for p in point)
-        if not all(0 <= i < n for i, n in zip(at, kept.shape)) or not kept[at]:
+        if not all(0 <= i < n for i, n in zip(at, margin.shape)):
             continue
-        half = min((math.dist(point, p) / 2 for p in positive), default=4.0)
-        grid = np.ogrid[tuple(slice(0, n) for n in kept.shape)]
-        kept &= sum((g - p) ** 2 for g, p in zip(grid, point)) > min(4.0, half) ** 2
-        kept[at] = False
-        if positive:
-            kept &= _touched(kept, positive, None)
+        lacking = wanted - float(margin[at])
+        if lacking * wanted > 0:
+            margin += lacking * prompt_channels(margin.shape, [point], [], None, None)[0]

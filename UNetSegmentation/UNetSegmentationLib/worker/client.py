@@ -3,6 +3,7 @@
 >>> with WorkerClient() as worker:
 ...     volume = worker.load_volume(read_image("ct.nii.gz"))
 ...     prediction = worker.predict(volume, ["lung-nodule-2d-1.0.0.unet.zip"])
+...     answer = worker.click(volume, "lung-nodule-click-0.1.0.unet.zip", prompts=[("point", -62.1, -14.0, -120.5, True)])
 """
 
 from __future__ import annotations
@@ -21,25 +22,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..image import Image, UserError
+from ..inference.click import Prompt
 from ..inference.predict import Cancelled, Options, Progress
 from ..model import ModelPackage
 from .protocol import (
     FOLDER_PREFIX,
     KINDS,
+    MAX_LINE,
     PROTOCOL,
     Lines,
     ProtocolError,
     Steps,
+    WorkerAnswer,
     WorkerPrediction,
+    decode_answer,
     decode_prediction,
     dumps,
     encode_image,
     encode_options,
+    encode_prompts,
     get,
     loads,
     remove_files,
@@ -53,7 +59,8 @@ LOG_BYTES = 64 << 10  # of what the worker writes on stderr, the last are kept
 _POLL_S = 0.03
 
 
-_EVENTS = ("starting", "hello", "progress", "done", "result", "cancelled", "error")
+_EVENTS = ("starting", "hello", "progress", "done", "result", "click", "cancelled", "error")
+_T = TypeVar("_T")
 _NT_NO_MEMORY = 0xC0000017  # STATUS_NO_MEMORY
 
 
@@ -67,8 +74,8 @@ class WorkerError(UserError):
 
 @dataclass(frozen=True)
 class Event:
-    """One message of the worker. kind: "starting", "hello", "progress", "done", "result", "cancelled", "error", or "fatal":
-    the worker must be killed. id: of the request that it answers; data: the message."""
+    """One message of the worker. kind: "starting", "hello", "progress", "done", "result", "click", "cancelled", "error", or
+    "fatal": the worker must be killed. id: of the request that it answers; data: the message."""
 
     kind: str
     id: int | None
@@ -244,13 +251,34 @@ class Session:
         self, volume: int, models: Sequence[ModelPackage | str | Path], options: Options = Options(), measures: bool = False
     ) -> tuple[int, bytes]:
         """models: packages or their files. A worker that does not have the volume yet is told of it first."""
+        paths = [_file(m) for m in models]
+        return self._about(volume, "predict", models=paths, options=encode_options(options), measures=measures)
+
+    def click(
+        self,
+        volume: int,
+        model: ModelPackage | str | Path,
+        options: Options = Options(),
+        lesion: str = "",
+        prompts: Sequence[Prompt] = (),
+        measures: bool = False,
+    ) -> tuple[int, bytes]:
+        """All of a lesion's prompts in their order (see ClickSession.replay); with none, what the first click will need is
+        loaded. lesion: any name, of what the worker keeps from one call to the next. UserError for what is no prompt."""
+        made = encode_prompts(prompts)
+        options = replace(options, roi=None, at=None, intensity=None)
+        return self._about(
+            volume, "click", model=_file(model), options=encode_options(options), lesion=lesion, prompts=made, measures=measures
+        )
+
+    def _about(self, volume: int, op: str, **fields: Any) -> tuple[int, bytes]:
         if volume not in self._volumes:
             raise UserError("This volume was not loaded, or was unloaded; load it again.")
-        paths = [os.path.abspath(m.path if isinstance(m, ModelPackage) else Path(m).expanduser()) for m in models]
-        fields = {"volume": volume, "models": paths, "options": encode_options(options), "measures": measures}
-        dumps(fields)  # refused before the volume is announced
+        fields = {"volume": volume, **fields}
+        if len(dumps(fields)) > MAX_LINE - 1000:  # refused before the volume is announced
+            raise UserError("The mask is too ragged to be sent; smooth it, or correct a smaller one.")
         before = b"" if volume in self._known else self.load(volume)[1]
-        number, line = self.request("predict", **fields)
+        number, line = self.request(op, **fields)
         self._images[number] = self._volumes[volume][1]
         return number, before + line
 
@@ -264,10 +292,24 @@ class Session:
         except ProtocolError as e:
             raise WorkerError(f"The worker's result is not valid ({e}); try again, or reinstall UNetSegmentation.", "worker") from e
 
+    def click_result(self, event: Event) -> WorkerAnswer:
+        """What a "click" holds. WorkerError where it is not valid: the worker should be killed."""
+        image = self._images.pop(event.id, None) if event.id is not None else None
+        try:
+            if image is None:
+                raise ProtocolError("it is the result of no request")
+            return decode_answer(event.data, image)
+        except ProtocolError as e:
+            raise WorkerError(f"The worker's result is not valid ({e}); try again, or reinstall UNetSegmentation.", "worker") from e
+
     def forget(self, request: int) -> None:
         """The request is over: whatever it left behind is deleted."""
         self._images.pop(request, None)
         remove_files(self.folder, f"result-{request}-*")
+
+
+def _file(model: ModelPackage | str | Path) -> str:
+    return os.path.abspath(model.path if isinstance(model, ModelPackage) else Path(model).expanduser())
 
 
 class WorkerClient:
@@ -346,17 +388,51 @@ class WorkerClient:
 
         measures: also measure() the result there. Raises Cancelled after cancel(), or when cancelled() says so.
         """
+        return self._ask(
+            lambda: self.session.predict(volume, models, options, measures),
+            lambda answer: run(self.session.result(answer)),
+            progress,
+            cancelled,
+        )
+
+    def click(
+        self,
+        volume: int,
+        model: ModelPackage | str | Path,
+        options: Options = Options(),
+        lesion: str = "",
+        prompts: Sequence[Prompt] = (),
+        measures: bool = False,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> WorkerAnswer:
+        """A lesion's mask from all of its prompts in their order, as ClickSession.replay() gives it, and with the same errors.
+
+        No prompts: an empty answer, and the first click has nothing left to load. lesion: any name; the worker keeps the
+        sessions of the last few. measures: also describe() the nodule. Raises Cancelled as predict() does.
+        """
+        return self._ask(
+            lambda: self.session.click(volume, model, options, lesion, prompts, measures), self.session.click_result, None, cancelled
+        )
+
+    def _ask(
+        self,
+        make: Callable[[], tuple[int, bytes]],
+        read: Callable[[Event], _T],
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> _T:
+        """A request that may take long, and what its answer holds."""
         with self._calls:
             self._stop.clear()
             self._idle.clear()
             self._running = threading.current_thread()
             try:
                 self._start(cancelled)
-                number, line = self.session.predict(volume, models, options, measures)
+                number, line = make()
                 try:
                     answer = self._call(number, line, progress, cancelled)
                     try:
-                        return run(self.session.result(answer))
+                        return read(answer)
                     except WorkerError:
                         self._kill()
                         raise
@@ -367,7 +443,7 @@ class WorkerClient:
                 self._idle.set()
 
     def cancel(self) -> None:
-        """End the running predict(), which raises Cancelled: ask, wait CANCEL_S at most, then kill the worker."""
+        """End the running predict() or click(), which raises Cancelled: ask, wait CANCEL_S at most, then kill the worker."""
         running = self._running
         self._stop.set()
         if running is not None and running is not threading.current_thread():

@@ -1,10 +1,13 @@
 """What the worker and its client say: JSON lines on stdin and stdout, and arrays as .npy files in a private folder.
 
 requests   {"op": "hello", "protocol"} first, then, each with an "id" of its own: load_volume {volume, file, geometry},
-           unload_volume {volume}, predict {volume, models, options, measures}, cancel {target}, ping, shutdown
+           unload_volume {volume}, predict {volume, models, options, measures}, click {volume, model, options, lesion,
+           prompts, measures}, cancel {target}, ping, shutdown
 answers    unasked {"event": "starting", "pid"} at once and {"event": "hello", "protocol", "core", "python", "pid"} when it
-           can work; for an id any number of "progress" {fraction, text}, then one of "done", "result", "cancelled",
+           can work; for an id any number of "progress" {fraction, text}, then one of "done", "result", "click", "cancelled",
            "error" {error: a sentence, kind}
+clicks     a request holds all of a lesion's prompts in their order, so that the worker may forget or die: prompts that it
+           knows cost nothing, fewer than before undo, none warm it up. A lesion's mask is small and travels in its line.
 errors     kind is "user" (the input), "memory" or "internal"; the worker lives on after all of them
 arrays     volume-<id>.npy is the client's and stays until it is unloaded; result-<id>-<name>.npy is written by the worker,
            read and deleted by the client; the client deletes the folder (0700), or the worker when the client died
@@ -14,22 +17,26 @@ Nothing is pickled, and both sides check everything that they receive.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from ..image import Box, Image, UserError, check_geometry
+from ..inference.click import Answer, Prompt, check_prompt, crop_mask
 from ..inference.predict import Options, Prediction
 from ..model import Label, intensity_errors
 
-PROTOCOL = 2
+PROTOCOL = 3
 FOLDER_PREFIX = "unetseg-worker-"
 KINDS = ("user", "memory", "internal")
 MAX_LINE = 4 << 20  # a card, whose labels a result repeats, has at most 1 MB
@@ -37,6 +44,7 @@ _FILE = re.compile(r"(volume|result)-[0-9]+(-[a-z_]+)?\.npy")
 _PART = ".part"  # a file that is still being written
 _PIECE = 1 << 20  # bytes moved between two yields: a few ms, also into memory that the system must first find
 _CUT = 64 << 20  # bytes deleted between two yields
+_MAX_MASK = 1 << 32  # voxels
 _MAPS = ("uncertainty", "mutual_information", "probabilities")
 # Windows cannot delete a file that is mapped, so there arrays are read instead.
 _MAPPED: Literal["r"] | None = None if os.name == "nt" else "r"
@@ -56,6 +64,17 @@ class WorkerPrediction(Prediction):
 
     measures: list[dict[str, Any]] | None = None
     places: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class WorkerAnswer(Answer):
+    """A click session's Answer: mask (z, y, x) uint8 of 0 and 1 in `box` of the image's index space. measures: describe()
+    of it, where that was asked for; seconds: where the time went; warnings: what a person should know of the image."""
+
+    measures: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    engine: str = ""
 
 
 def run(steps: Steps[_T]) -> _T:
@@ -408,6 +427,98 @@ def _decode_array(arrays: dict[str, Any], name: str, folder: Path, image: Image)
         yield
     remove_files(folder, file)
     return full
+
+
+# --------------------------------------------------------------------------------------------------------------- clicks
+
+
+def _encode_mask(mask: np.ndarray, start: Sequence[int]) -> list[Any]:
+    """[start, shape, text]: what is not 0 of a mask, a bit for each voxel."""
+    part, first = crop_mask(mask, start)
+    packed = zlib.compress(np.packbits(part).tobytes(), 1)
+    return [list(first), list(part.shape), base64.b64encode(packed).decode("ascii")]
+
+
+def _decode_mask(value: Any) -> tuple[np.ndarray, Box]:
+    if not isinstance(value, list) or len(value) != 3 or not isinstance(value[2], str):
+        raise ProtocolError("The message has no valid mask.")
+    ends = {"start": value[0], "shape": value[1]}
+    start, shape = numbers(ends, "start", 3, int), numbers(ends, "shape", 3, int)
+    count = math.prod(shape)
+    if min(shape) < 0 or count > _MAX_MASK:
+        raise ProtocolError("The message has no valid mask.")
+    size = (count + 7) // 8
+    try:
+        # Not a byte more than announced: a few can stand for gigabytes.
+        packed = zlib.decompressobj().decompress(base64.b64decode(value[2], validate=True), size + 1)
+    except (binascii.Error, zlib.error) as e:
+        raise ProtocolError("The message has no valid mask.") from e
+    if len(packed) != size:
+        raise ProtocolError("The message has no valid mask.")
+    mask = np.unpackbits(np.frombuffer(packed, np.uint8), count=count).reshape(shape)
+    return mask, Box(start, tuple(a + n for a, n in zip(start, shape)))
+
+
+def encode_prompts(prompts: Sequence[Prompt]) -> list[list[Any]]:
+    """As JSON, also to keep them with a segment; UserError for what is no prompt."""
+    checked = [check_prompt(p) for p in prompts]
+    return [["mask", *_encode_mask(p[1], p[2])] if p[0] == "mask" else list(p) for p in checked]
+
+
+def decode_prompts(items: Any) -> list[Prompt]:
+    """The inverse of encode_prompts()."""
+    if not isinstance(items, list):
+        raise ProtocolError("The message has no valid 'prompts'.")
+    out: list[Prompt] = []
+    for item in items:
+        if not isinstance(item, list) or not item:
+            raise ProtocolError("The message has no valid 'prompts'.")
+        kind, *rest = item
+        if kind == "mask":
+            mask, box = _decode_mask(rest)
+            out.append((kind, mask, box.start))
+        elif kind == "point" and len(rest) == 4 and isinstance(rest[3], bool):
+            out.append((kind, *numbers({"point": rest[:3]}, "point", 3), rest[3]))
+        elif kind == "box":
+            out.append((kind, *numbers({"box": rest}, "box", 6)))
+        else:
+            raise ProtocolError("The message has no valid 'prompts'.")
+    return out
+
+
+def encode_answer(answer: WorkerAnswer) -> dict[str, Any]:
+    return {
+        "box": _encode_box(answer.box),
+        "mask": _encode_mask(answer.mask, answer.box.start) if answer.found else None,
+        "text": answer.text,
+        "zoom": answer.zoom,
+        "measures": answer.measures,
+        "seconds": {name: round(value, 6) for name, value in answer.seconds.items()},
+        "warnings": list(answer.warnings),
+        "engine": answer.engine,
+    }
+
+
+def decode_answer(message: dict[str, Any], image: Image) -> WorkerAnswer:
+    """What a "click" holds, on the grid of `image`."""
+    box, mask = _decode_box(message, "box"), np.zeros((0, 0, 0), np.uint8)
+    if message.get("mask") is not None:
+        mask, placed = _decode_mask(message["mask"])
+        if placed != box or box & Box.whole(image.shape) != box or not mask.any():
+            raise ProtocolError("The mask does not fit the volume.")
+    elif not box.empty:
+        raise ProtocolError("The mask is missing.")
+    seconds, measures = get(message, "seconds", dict), message.get("measures")
+    return WorkerAnswer(
+        box=box,
+        mask=mask,
+        text=get(message, "text", str),
+        zoom=float(get(message, "zoom", (int, float))),
+        measures=None if measures is None else _decode_measures([measures])[0],  # type: ignore[index]
+        seconds={name: float(get(seconds, name, (int, float))) for name in seconds},
+        warnings=strings(message, "warnings"),
+        engine=get(message, "engine", str),
+    )
 
 
 def _decode_label(item: Any) -> Label:

@@ -1,4 +1,4 @@
-"""The worker's side: volumes, verified models and warm engines stay; predict() runs in the main thread.
+"""The worker's side: volumes, verified models, warm engines and click sessions stay; all work is the main thread's.
 
 One thread reads the requests, so that a cancel, a ping or the client's end is seen while a network runs.
 """
@@ -24,17 +24,22 @@ from typing import Any, ClassVar
 from .. import __version__
 from ..engines import Engine, choose_engine
 from ..image import Image, UserError
+from ..inference.click import ClickSession
 from ..inference.predict import Cancelled, Options, Progress, predict
 from ..measure import measure, uncertain_places
 from ..model import ModelPackage
+from ..nodule import describe
 from .protocol import (
     FOLDER_PREFIX,
     PROTOCOL,
     Lines,
     ProtocolError,
+    WorkerAnswer,
     decode_image,
     decode_options,
+    decode_prompts,
     dumps,
+    encode_answer,
     encode_prediction,
     get,
     loads,
@@ -44,6 +49,7 @@ from .protocol import (
 )
 
 _WARM = 8  # models and engines kept; an ensemble of five folds and a few others
+_SESSIONS = 8  # lesions kept; another one's prompts are run again when they come
 _PROGRESS_S = 0.05
 _WATCH_S = 0.5
 _GOING_S = 1.0
@@ -88,6 +94,7 @@ class _Server:
         self._packages: dict[Stamp, ModelPackage] = {}
         self._engines: dict[tuple[Stamp, str, str, str, int], Engine] = {}
         self._engines_made = 0
+        self._sessions: dict[tuple[int, Engine, str], ClickSession] = {}  # volume, engine, lesion; the last is the one used last
 
     def run(self) -> None:
         for target in (self._read, self._watch):
@@ -160,8 +167,9 @@ class _Server:
             with self._state:
                 self._cancelled |= {get(request, "target", int)} & self._pending
         elif op == "ping":
-            held = {"volumes": sorted(self._volumes), "models": len(self._packages), "engines": len(self._engines)}
-            self._write(dumps({"event": "done", "id": number, **held, "engines_made": self._engines_made}))
+            held: dict[str, Any] = {"volumes": sorted(self._volumes), "models": len(self._packages), "engines": len(self._engines)}
+            held |= {"engines_made": self._engines_made, "sessions": len(self._sessions)}
+            self._write(dumps({"event": "done", "id": number, **held}))
         elif op in self._OPS:
             with self._state:
                 if number in self._pending:
@@ -183,6 +191,7 @@ class _Server:
         if answer["event"] in ("error", "cancelled"):
             remove_files(self._folder, f"result-{number}-*")
         if answer.get("kind") == "memory":
+            self._sessions.clear()
             self._engines.clear()
             self._packages.clear()
             gc.collect()
@@ -192,17 +201,25 @@ class _Server:
         self._write(dumps({"id": number, **answer}))
 
     def _load_volume(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
-        self._volumes[get(request, "volume", int)] = decode_image(request, self._folder)
+        volume = get(request, "volume", int)
+        self._drop_sessions(volume)
+        self._volumes[volume] = decode_image(request, self._folder)
         return {"event": "done"}
 
     def _unload_volume(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
-        self._volumes.pop(get(request, "volume", int), None)
+        volume = get(request, "volume", int)
+        self._drop_sessions(volume)
+        self._volumes.pop(volume, None)
         return {"event": "done"}
 
-    def _predict(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
-        image = self._volumes.get(get(request, "volume", int))
-        if image is None:
+    def _image(self, request: dict[str, Any]) -> tuple[int, Image]:
+        volume = get(request, "volume", int)
+        if volume not in self._volumes:
             raise UserError("The worker does not have this volume; choose it again.")
+        return volume, self._volumes[volume]
+
+    def _predict(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
+        _, image = self._image(request)
         options = decode_options(get(request, "options", dict))
         names, wants_measures = strings(request, "models"), get(request, "measures", bool)
         progress, check = self._teller(number), self._checker(number)
@@ -225,11 +242,51 @@ class _Server:
             check()
         return {"event": "result", **encode_prediction(prediction, self._folder, number, measures, places)}
 
+    def _click(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
+        began = time.perf_counter()
+        volume, image = self._image(request)
+        options = decode_options(get(request, "options", dict))
+        name, lesion, wants_measures = get(request, "model", str), get(request, "lesion", str), get(request, "measures", bool)
+        prompts, check = decode_prompts(request.get("prompts")), self._checker(number)
+        check()
+        model, engine = self._warm(name, options, _WARM)
+        check()
+        session, fresh = self._session(volume, image, lesion, model, engine)
+        loaded = time.perf_counter()
+        answer = session.replay(prompts, lambda: number in self._cancelled)
+        if fresh and not prompts:
+            session.warm()
+        check()
+        done = time.perf_counter()
+        measures = describe(image, answer.mask, answer.box.start) if wants_measures else None
+        seconds = {"load": loaded - began, **session.seconds, "measure": time.perf_counter() - done, "all": time.perf_counter() - began}
+        told = WorkerAnswer(answer.box, answer.mask, answer.text, answer.zoom, measures, seconds, session.warnings, engine.describe())
+        return {"event": "click", **encode_answer(told)}
+
+    def _session(self, volume: int, image: Image, lesion: str, model: ModelPackage, engine: Engine) -> tuple[ClickSession, bool]:
+        """The lesion's own session, or a new one that shares all it can with another lesion's; and whether there was none."""
+        for key in [k for k in self._sessions if k[1] not in self._engines.values()]:
+            del self._sessions[key]  # of an engine that was given up
+        key = volume, engine, lesion
+        session = self._sessions.pop(key, None)
+        sibling = session or next((s for k, s in self._sessions.items() if k[:2] == key[:2]), None)
+        if session is None:
+            session = ClickSession(image, model, engine) if sibling is None else sibling.another()
+        self._sessions[key] = session
+        while len(self._sessions) > _SESSIONS:
+            del self._sessions[next(iter(self._sessions))]
+        return session, sibling is None
+
+    def _drop_sessions(self, volume: int) -> None:
+        for key in [k for k in self._sessions if k[0] == volume]:
+            del self._sessions[key]
+
     # What the main thread does: each takes the request's id and message, and returns the answer or raises.
     _OPS: ClassVar[dict[str, Callable[[_Server, int, dict[str, Any]], dict[str, Any]]]] = {
         "load_volume": _load_volume,
         "unload_volume": _unload_volume,
         "predict": _predict,
+        "click": _click,
     }
 
     def _teller(self, number: int) -> Progress:
