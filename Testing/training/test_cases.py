@@ -1,0 +1,501 @@
+"""Any layout gives the same cases: names, patients, labels, and every voxel of image and mask."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from unetseg_training.cases import Case, CaseSet, Mismatch, UnknownLabel, fill, find_cases, folds
+from UNetSegmentationLib.dataset import Dataset
+from UNetSegmentationLib.files import UserError
+from UNetSegmentationLib.image import Box, Image, read_image, write_image
+from UNetSegmentationLib.inference.predict import Prediction
+from UNetSegmentationLib.model import Label
+from UNetSegmentationLib.output import write_segmentation
+
+SHAPE = (5, 12, 10)
+NAMES = ("a", "b", "c")
+
+
+def scan(i, shift=0.0):
+    array = np.random.default_rng(i).integers(-1000, 400, SHAPE).astype(np.int16)
+    return Image(array, (0.8, 0.8, 2.0), (-10.0 + shift, 20.0, 5.0))
+
+
+def outline(i, values=(1, 2)):
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[1:4, 2:8, 2 : 7 + i % 3] = values[0]
+    mask[2, 4:6, 3:5] = values[1]
+    return mask
+
+
+def put(image, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(image, path)
+
+
+def mask_of(i, values=(1, 2)):
+    return scan(i).like(outline(i, values))
+
+
+def exact(found, names=NAMES, count=3):
+    """Every case gives its own voxels and its own mask."""
+    assert [c.name for c in found.cases] == list(names)[:count]
+    for i, case in enumerate(found.cases):
+        image, mask = found.load(case)
+        assert np.array_equal(image.array, scan(i).array) and np.array_equal(mask, outline(i)) and mask.dtype == np.uint8
+        assert image.same_grid(scan(i), 1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize("folders", [("images", "labels"), ("imagesTr", "labelsTr"), ("Scans", "Masks")])
+def test_pairs_in_two_folders(tmp_path, folders):
+    for i, name in enumerate(NAMES):
+        put(scan(i), tmp_path / folders[0] / f"{name}.nii.gz")
+        put(mask_of(i), tmp_path / folders[1] / (f"{name}.nrrd" if i else f"{name}_seg.nii.gz"))
+    put(scan(9), tmp_path / folders[0] / "bare.nii.gz")
+    (tmp_path / "labels.txt").write_text('# x\n 0 0 0 0 0 0 0 "Clear Label"\n 1 255 0 0 1 1 1 "organ"\n 2 0 255 0 1 1 1 "tumour, left"\n')
+    found = find_cases(tmp_path)
+    exact(found)
+    assert found.layout == "pairs" and [(d.value, d.name) for d in found.labels] == [(1, "organ"), (2, "tumour, left")]
+    assert found.channels == ("CT",) and any("1 images have no mask (bare)" in n for n in found.notes)
+
+
+def test_pairs_in_one_folder(tmp_path):
+    for i, name in enumerate(NAMES):
+        put(scan(i), tmp_path / f"{name}_image.nii.gz")
+        put(mask_of(i), tmp_path / f"{name}_label.nii.gz")
+    exact(find_cases(tmp_path))
+
+
+def test_nnunet_raw(tmp_path):
+    folder = tmp_path / "Dataset001_x"
+    for i, name in enumerate(NAMES):
+        for channel in range(2):
+            put(scan(i if not channel else 50 + i), folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz")
+        put(mask_of(i, (3, 7)), folder / "labelsTr" / f"{name}.nii.gz")
+    put(scan(9), folder / "imagesTs" / "t_0000.nii.gz")
+    put(scan(8), folder / "imagesTs" / "t_0001.nii.gz")
+    data = {"channel_names": {"0": "FLAIR", "1": "T1"}, "labels": {"background": 0, "organ": 3, "tumour": 7, "ignore": 9}}
+    (folder / "dataset.json").write_text(json.dumps({**data, "numTraining": 3, "file_ending": ".nii.gz"}))
+    found = find_cases(folder)
+    assert found.layout == "nnunet" and found.channels == ("FLAIR", "T1") and [d.name for d in found.labels] == ["organ", "tumour"]
+    assert found.values == {3: 1, 7: 2, 9: 0} and [c.name for c in found.annotated] == list(NAMES) and found.cases[-1].split == "test"
+    image, mask = found.load(found.cases[1])
+    assert np.array_equal(image.array, np.stack([scan(1).array, scan(51).array])) and np.array_equal(mask, outline(1))
+    assert not found.load(found.cases[-1])[1].any()
+    (folder / "imagesTr" / "b_0001.nii.gz").unlink()
+    with pytest.raises(UserError, match="Case b: .* has 1 of its 2 channels"):
+        find_cases(folder)
+
+
+def test_msd(tmp_path):
+    data = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "organ", "2": "tumour"}, "test": ["./imagesTs/t.nii.gz"]}
+    data["training"] = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in NAMES]
+    for i, name in enumerate(NAMES):
+        put(scan(i), tmp_path / "imagesTr" / f"{name}.nii.gz")
+        put(mask_of(i), tmp_path / "labelsTr" / f"{name}.nii.gz")
+    put(scan(7), tmp_path / "imagesTs" / "t.nii.gz")
+    (tmp_path / "dataset.json").write_text(json.dumps(data))
+    found = find_cases(tmp_path)
+    assert found.layout == "msd" and [d.name for d in found.labels] == ["organ", "tumour"] and found.channels == ("CT",)
+    exact(found.subset(found.annotated))
+    assert [(c.name, c.split) for c in found.cases if not c.annotated] == [("t", "test")]
+
+
+def test_monai_datalist(tmp_path):
+    items = []
+    for i, name in enumerate(NAMES):
+        put(scan(i), tmp_path / name / "image.nii.gz")
+        put(mask_of(i), tmp_path / name / "label.nii.gz")
+        items.append({"image": f"{name}/image.nii.gz", "label": f"{name}/label.nii.gz", "patient": "p" if i else "q"})
+    (tmp_path / "list.json").write_text(json.dumps({"training": items[:2], "validation": items[2:]}))
+    for place in (tmp_path, tmp_path / "list.json"):
+        found = find_cases(place)
+        exact(found, [f"{n}-image" for n in NAMES])
+        assert found.layout == "monai" and [(c.patient, c.split) for c in found.cases] == [
+            ("q", "train"),
+            ("p", "train"),
+            ("p", "validation"),
+        ]
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a/image.nii.gz", "label": "gone.nii.gz"}]}))
+    with pytest.raises(UserError, match="gone.nii.gz, which does not exist"):
+        find_cases(tmp_path)
+
+
+def test_bids(tmp_path):
+    for i, name in enumerate(("01", "02", "03")):
+        put(scan(i), tmp_path / f"sub-{name}" / "anat" / f"sub-{name}_T1w.nii.gz")
+        put(scan(i), tmp_path / f"sub-{name}" / "anat" / f"sub-{name}_FLAIR.nii.gz")
+        put(mask_of(i), tmp_path / "derivatives" / "manual" / f"sub-{name}" / "anat" / f"sub-{name}_desc-lesion_dseg.nii.gz")
+    put(scan(5), tmp_path / "sub-03" / "anat" / "sub-03_T2w.nii.gz")
+    (tmp_path / "derivatives" / "manual" / "desc-lesion_dseg.tsv").write_text("index\tname\n1\torgan\n2\ttumour\n")
+    found = find_cases(tmp_path)
+    assert found.layout == "bids" and found.channels == ("FLAIR", "T1w") and [d.name for d in found.labels] == ["organ", "tumour"]
+    assert [c.patient for c in found.cases] == ["sub-01", "sub-02", "sub-03"]
+    image, mask = found.load(found.cases[2])
+    assert image.n_channels == 2 and np.array_equal(mask, outline(2))
+
+
+def test_our_own_dataset(tmp_path):
+    labels = [Label(2, "organ", (1, 2, 3), {}), Label(9, "tumour", (4, 5, 6), {})]
+    dataset = Dataset.create(tmp_path / "set", "x", labels, ["CT"])
+    with pytest.raises(UserError, match="is empty; add annotated cases first"):
+        find_cases(tmp_path / "set")
+    for i, name in enumerate(NAMES):
+        dataset.add(scan(i), outline(i, (2, 9)), name=name, patient=str(i // 2))
+    dataset.split((0.5, 0.5, 0))
+    found = find_cases(tmp_path / "set")
+    exact(found)
+    assert found.layout == "unetseg" and [(d.value, d.name, d.color) for d in found.labels] == [
+        (1, "organ", (1, 2, 3)),
+        (2, "tumour", (4, 5, 6)),
+    ]
+    assert {c.split for c in found.cases} == {"train", "validation"} and found.cases[0].patient == found.cases[1].patient
+
+
+def test_what_monai_reads_of_a_dataset_is_what_we_read(tmp_path):
+    pytest.importorskip("monai", reason="monai is not installed")
+    from monai.data import load_decathlon_datalist
+
+    dataset = Dataset.create(tmp_path / "set", "x", [Label(1, "organ", (1, 2, 3), {}), Label(2, "tumour", (4, 5, 6), {})], ["CT"])
+    for i, name in enumerate(NAMES):
+        dataset.add(scan(i), outline(i), name=name)
+    dataset.split((0.4, 0.3, 0.3))
+    exported = dataset.export(tmp_path / "out", "monai")
+    for file in (dataset.folder / "dataset.json", exported / "datalist.json"):
+        found = find_cases(file)
+        for key, split in (("training", "train"), ("validation", "validation"), ("test", "test")):
+            items = load_decathlon_datalist(str(file), True, key)
+            assert [(i["image"], i["label"]) for i in items] == [(str(c.images[0]), str(c.label)) for c in found.cases if c.split == split]
+            assert len(items) == 1
+
+
+def test_luna16_gives_balls(tmp_path):
+    image = scan(0)
+    put(image, tmp_path / "subset0" / "1.2.3.mha")
+    sitk.WriteImage(sitk.ReadImage(str(tmp_path / "subset0" / "1.2.3.mha")), str(tmp_path / "subset0" / "1.2.3.mhd"))
+    (tmp_path / "subset0" / "1.2.3.mha").unlink()
+    center = image.index_to_point((4, 6, 2))
+    rows = ["seriesuid,coordX,coordY,coordZ,diameter_mm", "1.2.3," + ",".join(map(str, center)) + ",4.2", "9.9,0,0,0,5"]
+    (tmp_path / "annotations.csv").write_text("\n".join(rows) + "\n")
+    found = find_cases(tmp_path)
+    assert found.layout == "luna16" and len(found.annotated) == 1 and any("1 annotated scans are not here" in n for n in found.notes)
+    _, mask = found.load(found.cases[0])
+    z, y, x = np.indices(SHAPE)
+    assert np.array_equal(mask, ((x - 4) * 0.8) ** 2 + ((y - 6) * 0.8) ** 2 + ((z - 2) * 2.0) ** 2 <= 2.1**2) and mask.sum() > 20
+    (tmp_path / "annotations.csv").write_text(rows[0] + "\n1.2.3,900,0,0,5\n")
+    broken = find_cases(tmp_path)
+    with pytest.raises(UserError, match=r"Case 1\.2\.3: an annotation at 900, 0, 0 lies outside"):
+        broken.load(broken.cases[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------- DICOM
+
+
+def dicom(folder, i, uid, patient):
+    folder.mkdir(parents=True)
+    image = scan(i)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for z, part in enumerate(image.array):
+        piece = sitk.GetImageFromArray(part)
+        piece.SetSpacing(image.spacing[:2])
+        place = "\\".join(f"{v:g}" for v in image.index_to_point((0, 0, z)))
+        tags = {"0008|0060": "CT", "0010|0020": patient, "0020|000e": uid, "0020|000d": uid + ".1", "0008|0018": f"{uid}.2.{z}"}
+        tags |= {"0020|0032": place, "0020|0037": "1\\0\\0\\0\\1\\0", "0020|0013": str(z), "0018|0050": "2"}
+        for key, value in tags.items():
+            piece.SetMetaData(key, value)
+        writer.SetFileName(str(folder / f"{z}.dcm"))
+        writer.Execute(piece)
+
+
+def test_folders_of_slices_with_a_mask_each(tmp_path):
+    for i, name in enumerate(NAMES[:2]):
+        dicom(tmp_path / "images" / name, i, f"1.2.840.{i + 1}", f"P{i}")
+        put(mask_of(i), tmp_path / "labels" / f"{name}.nii.gz")
+    exact(find_cases(tmp_path), count=2)
+
+
+def ring(x0, y0, x1, y1):
+    """The pixels around a box of pixels, in turn: as LIDC's readers trace the first ones outside a nodule."""
+    top, bottom = [(x, y0) for x in range(x0, x1)], [(x, y1) for x in range(x1, x0, -1)]
+    return top + [(x1, y) for y in range(y0, y1)] + bottom + [(x0, y) for y in range(y1, y0, -1)]
+
+
+def test_lidc_xml_is_what_two_readers_agree_on(tmp_path):
+    dicom(tmp_path / "LIDC-IDRI-9999" / "ct", 0, "1.2.840.7", "LIDC-IDRI-9999")
+
+    def nodule(points, z, inclusion="TRUE"):
+        edges = "".join(f"<edgeMap><xCoord>{x}</xCoord><yCoord>{y}</yCoord></edgeMap>" for x, y in points)
+        return f"<roi><imageZposition>{z}</imageZposition><inclusion>{inclusion}</inclusion>{edges}</roi>"
+
+    def session(*rois):
+        return f"<readingSession><unblindedReadNodule><noduleID>1</noduleID>{''.join(rois)}</unblindedReadNodule></readingSession>"
+
+    sessions = [
+        session(nodule(ring(1, 1, 7, 8), 9.0), nodule([(3, 3)], 11.0)),
+        session(nodule(ring(2, 2, 8, 9), 9.0), nodule(ring(3, 3, 5, 5), 9.0, "FALSE")),
+        session(),
+    ]
+    text = "<ResponseHeader><SeriesInstanceUid>1.2.840.7</SeriesInstanceUid></ResponseHeader>" + "".join(sessions)
+    (tmp_path / "LIDC-IDRI-9999" / "1.xml").write_text(f'<LidcReadMessage xmlns="http://www.nih.gov">{text}</LidcReadMessage>')
+    found = find_cases(tmp_path)
+    assert found.layout == "lidc" and found.channels == ("CT",)
+    image, mask = found.load(found.cases[0])
+    assert np.array_equal(image.array, scan(0).array)
+    expected = np.zeros(SHAPE, np.uint8)
+    expected[2, 3:8, 3:7] = 1
+    expected[2, 4, 4] = 0  # a hole in one of the two
+    assert np.array_equal(mask, expected)
+
+
+def test_rtstruct_gives_the_published_mask_voxel_for_voxel(data, tmp_path):
+    folder = data / "lung_gtv_dicom_rtstruct"
+    found = find_cases(folder)
+    assert found.layout == "dicom" and found.channels == ("CT",) and [d.name for d in found.labels] == ["GTV-1"]
+    image, mask = found.load(found.cases[0])
+    truth = read_image(folder / "pat_3_gtv_expected.nii.gz")
+    assert image.same_grid(truth) and mask.sum() == 4047 and np.array_equal(mask, truth.array)
+    assert find_cases(folder, only=["gtv 1"]).load(found.cases[0])[1].sum() == 4047  # by name, however it is spelled
+    (tmp_path / "x").mkdir()
+    for file in (folder / "pat_3").iterdir():
+        shutil.copy(file, tmp_path / "x")
+    import pydicom
+
+    broken = pydicom.dcmread(tmp_path / "x" / "DCM_RS_00046.dcm")
+    del broken.ROIContourSequence[0].ContourSequence[0].ContourGeometricType
+    broken.save_as(tmp_path / "x" / "DCM_RS_00046.dcm")
+    bad = find_cases(tmp_path)
+    with pytest.raises(UserError, match="^Case x: its annotation DCM_RS_00046.dcm is not as its format asks .*export it again"):
+        bad.load(bad.cases[0])
+    with pytest.raises(UserError, match="There is no label heart; the cases have GTV-1"):
+        find_cases(folder, only=["heart"])
+
+
+def test_dicom_seg_gives_the_mask_that_it_was_made_of(data, tmp_path):
+    pytest.importorskip("highdicom", reason="highdicom is not installed")
+    import pydicom
+    from pydicom.uid import CTImageStorage
+
+    (tmp_path / "case" / "ct").mkdir(parents=True)
+    for file in (data / "ct_dicom_jpeg2000").iterdir():
+        header = pydicom.dcmread(file)  # de-identified so far that it lacks what a SEG must refer to
+        uids = {"SOPClassUID": CTImageStorage, "SOPInstanceUID": f"1.2.826.{header.InstanceNumber}", "SeriesInstanceUID": "1.2.7"}
+        for key, value in {**uids, "StudyInstanceUID": "1.2.8", "FrameOfReferenceUID": "1.2.9"}.items():
+            header[key].value = header[key].value or value
+        header.save_as(tmp_path / "case" / "ct" / f"{file.name[-5:]}.dcm")
+    image = read_image(tmp_path / "case" / "ct")
+    truth = read_image(data / "ct_dicom_jpeg2000_seg.nii.gz").array
+    values = [int(v) for v in np.unique(truth) if v][:3]
+    labels = image.like(np.where(np.isin(truth, values), truth, 0).astype(np.uint8))
+    defs = tuple(Label(v, f"part {v}", (9, 9, 9), {}) for v in values)
+    write_segmentation(Prediction(labels, defs, "m-1", Box.whole(image.shape)), tmp_path / "case" / "seg.dcm", image)
+    found = find_cases(tmp_path)
+    assert found.layout == "dicom" and [d.name for d in found.labels] == [d.name for d in defs] and found.cases[0].name == "case-ct"
+    again, mask = found.load(found.cases[0])
+    assert np.array_equal(again.array, image.array)
+    assert np.array_equal(mask, sum((labels.array == v) * np.uint8(i) for i, v in enumerate(values, 1)))
+    assert found.cases[0].patient.startswith("p-")
+
+
+# -------------------------------------------------------------------------------------------- .seg.nrrd, pictures, values
+
+
+def test_overlapping_segments_by_name(data, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    shutil.copy(data / "odd_files" / "CTChest4.nrrd", tmp_path / "images" / "x.nrrd")
+    shutil.copy(data / "odd_files" / "SegmentationOverlapping.seg.nrrd", tmp_path / "labels" / "x.seg.nrrd")
+    found = find_cases(tmp_path)
+    assert len(found.labels) == 8 and found.labels[7].name == "overlapping sphere" and found.labels[4].color == (22, 197, 71)
+    _, whole = found.load(found.cases[0])
+    flat = read_image(data / "odd_files" / "Segmentation.seg.nrrd").array
+    sphere = whole == 8
+    assert np.array_equal(whole[~sphere], flat[~sphere])
+    one = find_cases(tmp_path, only=["left lung", "right lung"], foreground=True)
+    assert np.array_equal(one.load(one.cases[0])[1], np.isin(flat, (5, 6)))
+    # What lies under the sphere is not lost to whoever asks for the lung alone.
+    only = find_cases(tmp_path, only=["left lung", "Right Lung"])
+    _, lungs = only.load(only.cases[0])
+    assert np.array_equal(lungs, np.select([flat == 6, flat == 5], [1, 2]))
+
+
+def test_a_cropped_segmentation_with_other_values_finds_its_place(tmp_path):
+    image, mask = scan(0), outline(0, (7, 40))
+    box = Box.around(mask)
+    defs = (Label(7, "organ", (1, 1, 1), {}), Label(40, "tumour", (2, 2, 2), {}))
+    part = image.like(mask).crop(box)
+    put(image, tmp_path / "images" / "a.nii.gz")
+    (tmp_path / "labels").mkdir()
+    write_segmentation(Prediction(part, defs, "m-1", Box.whole(part.shape)), tmp_path / "labels" / "a.seg.nrrd")
+    exact(find_cases(tmp_path), count=1)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
+def test_pictures_with_masks_of_0_and_255(tmp_path, suffix):
+    grey = np.random.default_rng(0).integers(0, 255, (20, 30)).astype(np.uint8)
+    mask = np.zeros((20, 30), np.uint8)
+    mask[8:16, 8:24] = 255
+    for name, pixels in (("grey", np.stack([grey] * 3, -1)), ("other", np.stack([grey[::-1]] * 3, -1))):
+        for folder, picture in (("images", pixels), ("masks", mask)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            sitk.WriteImage(sitk.GetImageFromArray(picture, isVector=picture.ndim == 3), str(tmp_path / folder / f"{name}{suffix}"))
+    found = find_cases(tmp_path)
+    image, labels = found.load(found.cases[0])
+    assert found.channels == ("image",) and image.array.shape == (1, 20, 30) and np.array_equal(labels[0], mask // 255)
+    colour = np.stack([grey, grey, grey[:, ::-1]], -1)
+    sitk.WriteImage(sitk.GetImageFromArray(colour, isVector=True), str(tmp_path / "images" / f"grey{suffix}"))
+    found = find_cases(tmp_path)
+    assert found.channels == ("red", "green", "blue") and found.load(found.cases[0])[0].array.shape == (3, 1, 20, 30)
+
+
+def test_real_pictures(data):
+    found = find_cases(data / "sunnybrook")
+    assert len(found.cases) == 55 and len({c.patient for c in found.cases}) == 13 and found.channels == ("image",)
+    image, mask = found.load(found.cases[0])
+    assert image.array.shape == (1, 256, 256) and set(np.unique(mask)) == {0, 1} and mask.sum() == 587
+    eyes = find_cases(data / "chase_db1")
+    assert len(eyes.cases) == 20 and len({c.patient for c in eyes.cases}) == 10 and eyes.channels == ("red", "green", "blue")
+    assert eyes.load(eyes.cases[0])[1].sum() == 66885
+
+
+def test_real_volumes(data):
+    found = find_cases(data / "lidc_nodules")
+    assert len(found.cases) == 779 and len({c.patient for c in found.cases}) == 435 and found.channels == ("CT",)
+    assert found.load(found.cases[0])[1].sum() == 6547
+    hippocampi = find_cases(data / "msd_hippocampus")
+    assert len(hippocampi.cases) == 189 and len(hippocampi.labels) == 2
+    one = find_cases(data / "msd_hippocampus", foreground=True)
+    both, merged = hippocampi.load(hippocampi.cases[0])[1], one.load(one.cases[0])[1]
+    assert len(one.labels) == 1 and np.array_equal(merged, both > 0)
+
+
+# --------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    for i, name in enumerate(NAMES):
+        put(scan(i), tmp_path / "images" / f"{name}.nii.gz")
+        put(mask_of(i), tmp_path / "labels" / f"{name}.nii.gz")
+    return tmp_path
+
+
+def test_a_mask_that_does_not_fit_names_its_case_and_the_cure(pairs):
+    put(scan(0, shift=3.0).like(outline(0)), pairs / "labels" / "a.nii.gz")
+    put(Image(outline(1)[:4], (0.8, 0.8, 2.0)), pairs / "labels" / "b.nii.gz")
+    put(scan(2, shift=0.05).like(outline(2)), pairs / "labels" / "c.nii.gz")  # a header's rounding
+    found = find_cases(pairs)
+    with pytest.raises(Mismatch, match=r"^Case a: its mask a.nii.gz lies up to 3.00 mm beside its image .*; resample it"):
+        found.load(found.cases[0])
+    with pytest.raises(Mismatch, match="^Case b: its mask b.nii.gz has 10 x 12 x 4 voxels and its image 10 x 12 x 5; resample"):
+        found.load(found.cases[1])
+    assert np.array_equal(found.load(found.cases[2])[1], outline(2))
+
+
+def test_an_unknown_label_names_its_case(pairs):
+    found = find_cases(pairs)
+    put(mask_of(1, (1, 6)), pairs / "labels" / "b.nii.gz")
+    with pytest.raises(UnknownLabel, match=r"^Case b: its mask b.nii.gz holds the unknown label 6 \(known: 1 label 1, 2 label 2\)"):
+        found.load(found.cases[1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda p: shutil.rmtree(p / "labels"), "holds no annotated cases"),
+        (lambda p: put(mask_of(0), p / "labels" / "d.nii.gz"), "d.nii.gz has no image of its name"),
+        (
+            lambda p: [put(scan(i).like(np.zeros(SHAPE, np.uint8)), p / "labels" / f"{n}.nii.gz") for i, n in enumerate(NAMES)],
+            "All masks are empty",
+        ),
+        (lambda p: put(scan(0), p / "images" / "a.nrrd"), "have the same name"),
+        (lambda p: (p / "dataset.json").write_text("{"), "is not JSON"),
+    ],
+)
+def test_bad_folders_are_one_sentence(pairs, spoil, said):
+    spoil(pairs)
+    with pytest.raises(UserError, match=said) as e:
+        find_cases(pairs)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda p: put(scan(0).like(outline(0) * np.float32(0.3)), p), "not whole; it is no label map"),
+        (lambda p: put(scan(0), p), "holds the negative value"),
+        (lambda p: p.write_bytes(b""), "is empty"),
+        (lambda p: p.unlink(), "does not exist"),
+    ],
+)
+def test_a_bad_mask_is_its_own_cases_affair(pairs, spoil, said):
+    found = find_cases(pairs)
+    spoil(pairs / "labels" / "a.nii.gz")
+    with pytest.raises(UserError, match=f"^Case a: .*{said}"):
+        found.load(found.cases[0])
+    if (pairs / "labels" / "a.nii.gz").exists():  # and does not keep the others from being found
+        assert len(find_cases(pairs).labels) == 2
+
+
+def test_wrong_names_are_sentences(tmp_path, pairs):
+    with pytest.raises(UserError, match="does not exist"):
+        find_cases(tmp_path / "gone")
+    with pytest.raises(UserError, match="no known layout; choose one of unetseg, nnunet"):
+        find_cases(pairs, "files")
+    with pytest.raises(UserError, match="holds no annotated cases in the layout luna16"):
+        find_cases(pairs, "luna16")
+    with pytest.raises(UserError, match="no regular expression"):
+        find_cases(pairs, patient="(")
+
+
+# ---------------------------------------------------------------------------------------------------------- folds, filling
+
+
+def test_folds_keep_patients_together_and_are_fixed(data):
+    cases = [Case(f"c{i}", f"p{i // 3}", (), None) for i in range(30)]
+    dealt = folds(cases, 5, seed=1)
+    assert [len({f for c, f in zip(cases, dealt) if c.patient == f"p{p}"}) for p in range(10)] == [1] * 10
+    assert sorted({f: dealt.count(f) for f in dealt}.values()) == [6] * 5 and dealt == folds(cases[::-1], 5, seed=1)[::-1]
+    with pytest.raises(UserError, match="10 patients cannot be dealt into 11 folds"):
+        folds(cases, 11)
+    from unetseg_training.data import fold_of
+
+    nodules = find_cases(data / "lidc_nodules").cases
+    dealt_before = fold_of([c.patient for c in nodules])
+    assert [dealt_before[c.patient] for c in nodules] == folds(nodules, 5)
+
+
+def test_patients_of_names_and_of_a_pattern(pairs):
+    assert [c.patient for c in find_cases(pairs, patient="([ab]|c)").cases] == ["a", "b", "c"]
+    assert len({c.patient for c in find_cases(pairs, patient="[a-c]()").cases}) == 1
+    (pairs / "patients.csv").write_text("case,patient\na,x\nb,x\nc,y\n")
+    assert [c.patient for c in find_cases(pairs).cases] == ["x", "x", "y"]
+
+
+def test_a_digest_changes_with_the_voxels(pairs):
+    found = find_cases(pairs)
+    before = [found.digest(c) for c in found.cases]
+    assert len(set(before)) == 3
+    put(mask_of(5), pairs / "labels" / "a.nii.gz")
+    after = [found.digest(c) for c in found.cases]
+    assert after[0] != before[0] and after[1:] == before[1:]
+    assert isinstance(found, CaseSet) and found.subset(found.cases[:1]).cases == found.cases[:1]
+
+
+def test_polygons_hold_the_pixels_whose_centres_they_hold():
+    path = pytest.importorskip("matplotlib.path", reason="matplotlib is not installed")
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        turn = np.sort(rng.uniform(0, 2 * np.pi, 15))
+        polygon = np.stack([20 + 12 * np.cos(turn) * rng.uniform(0.3, 1.2, 15), 15 + 12 * np.sin(turn)], 1)
+        y, x = np.indices((30, 40))
+        inside = path.Path(polygon).contains_points(np.stack([x.ravel(), y.ravel()], 1)).reshape(30, 40)
+        assert np.array_equal(fill([polygon], (30, 40)), inside)
+    outer, inner = np.array([(1, 1), (9, 1), (9, 9), (1, 9)]) - 0.5, np.array([(3, 3), (5, 3), (5, 5), (3, 5)]) - 0.5
+    hole = fill([outer, inner], (12, 12))
+    assert hole.sum() == 64 - 4 and not hole[3:5, 3:5].any() and fill([outer + 100], (12, 12)).sum() == 0

@@ -1,0 +1,197 @@
+"""The check finds each kind of mistake, names its case and the cure, and says nothing of sound data."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from unetseg_training import check as module
+from unetseg_training.cases import find_cases
+from unetseg_training.check import check, run
+from UNetSegmentationLib.files import UserError
+from UNetSegmentationLib.image import Image, read_image, write_image
+
+SHAPE = (6, 20, 18)
+
+
+def scan(i, dtype=np.int16):
+    array = np.random.default_rng(i).normal(-700, 60, SHAPE)
+    array[1:5, 5:13, 5:12] += 700
+    return Image(array.astype(dtype), (0.8, 0.8, 2.0))
+
+
+def outline(second=True):
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[1:5, 5:13, 5:12] = 1
+    if second:
+        mask[2:4, 6:9, 6:9] = 2
+    return mask
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(10):
+        for part, image in (("images", scan(i)), ("labels", scan(i).like(outline()))):
+            (tmp_path / "set" / part).mkdir(parents=True, exist_ok=True)
+            write_image(image, tmp_path / "set" / part / f"c{i}.nii.gz")
+    return tmp_path / "set"
+
+
+def put(folder, name, image=None, mask=None):
+    if image is not None:
+        write_image(image, folder / "images" / f"{name}.nii.gz")
+    if mask is not None:
+        grid = mask if isinstance(mask, Image) else (image or scan(0)).like(mask)
+        write_image(grid, folder / "labels" / f"{name}.nii.gz")
+
+
+def found(folder, **how):
+    """{(case, kind): finding}"""
+    findings = check(find_cases(folder, **how)).findings
+    return {(f.case, f.kind): f for f in findings}
+
+
+def test_nothing_is_said_of_sound_cases(folder):
+    report = check(find_cases(folder))
+    assert report.findings == [] and not report.bad and "nothing was found" in report.table()
+    assert report.data()["labels"][1] == {"value": 2, "name": "label 2", "cases": 10, "median_voxels": 18, "median_ml": 0.02304}
+
+
+def moved(image, mm):
+    return Image(image.array, image.spacing, (mm, 0.0, 0.0))
+
+
+speck = outline()
+speck[0, 0, 0] = 1
+WRONG = {
+    "geometry": (lambda f: put(f, "c3", mask=moved(scan(0).like(outline()), 7.0)), "error", "lies up to 7.00 mm beside", "resample"),
+    "size": (
+        lambda f: put(f, "c3", mask=scan(0).like((scan(3).array > -9999) * np.uint8(2))),
+        "warning",
+        "has 2.76 ml, the others",
+        "marked twice",
+    ),
+    "empty": (lambda f: put(f, "c3", mask=np.zeros(SHAPE, np.uint8)), "warning", "its mask is empty", "mark something"),
+    "duplicate": (lambda f: put(f, "c3", scan(1), outline(False)), "error", "the same voxels as c1, with another mask", "merge the masks"),
+    "leak": (lambda f: put(f, "c3", scan(1)), "error", "has the voxels of c1 but counts as another patient", "give both the same patient"),
+    "intensity": (lambda f: put(f, "c3", scan(3).like(scan(3).array + np.int16(3000))), "warning", "(", "check its units"),
+    "constant": (lambda f: put(f, "c3", scan(3).like(np.full(SHAPE, 7, np.int16))), "error", "is 7 everywhere", "export it again"),
+    "leftover": (lambda f: put(f, "c3", mask=speck), "warning", "1 islet of at most 3 voxels", "erase what is left over"),
+    "spacing": (
+        lambda f: put(f, "c3", Image(scan(3).array, (0.8, 0.8, 9.0)), outline()),
+        "warning",
+        "spacing in z is 9 mm",
+        "check its header",
+    ),
+    "unreadable": (
+        lambda f: (f / "images" / "c3.nii.gz").write_bytes(b"x" * 400),
+        "error",
+        "cannot be read as an image",
+        "complete image file",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_each_mistake_is_found_with_its_case_and_cure(folder, kind):
+    spoil, level, text, cure = WRONG[kind]
+    spoil(folder)
+    f = found(folder)[("c3", kind)]
+    assert f.level == level and text in f.text and cure in f.cure and "\n" not in str(f)
+
+
+def test_an_unknown_label_is_found_among_many_cases(folder, monkeypatch):
+    monkeypatch.setattr("unetseg_training.cases.SCANNED", 2)  # so that finding the cases does not see it
+    put(folder, "c3", mask=np.where(outline() == 2, 9, outline()).astype(np.uint8))
+    f = found(folder)[("c3", "label")]
+    assert f.level == "error" and "the unknown label 9 (known: 1 label 1, 2 label 2)" in f.text
+
+
+def test_a_mirrored_copy_is_suspected(folder):
+    put(folder, "c3", scan(1).like(scan(1).array[:, ::-1].copy()))
+    assert "may be c1 turned or mirrored" in found(folder)[("c3", "duplicate")].text
+
+
+def test_a_mask_beside_its_lesion_is_odd(folder):
+    put(folder, "c3", mask=np.roll(outline(), 8, 1))
+    f = found(folder)[("c3", "intensity")]
+    assert "inside label 1" in f.text or "inside label 2" in f.text
+
+
+def test_an_offset_of_ct_is_suspected(folder):
+    put(folder, "c3", scan(3).like(scan(3).array + np.int16(2024)))
+    (folder / "dataset.json").write_text(
+        json.dumps(
+            {
+                "modality": {"0": "CT"},
+                "labels": {"1": "a", "2": "b"},
+                "training": [{"image": f"images/c{i}.nii.gz", "label": f"labels/c{i}.nii.gz"} for i in range(10)],
+            }
+        )
+    )
+    assert "as if 1024 had been added" in check(find_cases(folder)).table()
+
+
+def test_missing_classes_one_case_and_patients(folder, tmp_path):
+    (folder / "labels.json").write_text('{"1": "organ", "2": "tumour", "3": "node"}')
+    f = found(folder)[("", "missing")]
+    assert f.level == "error" and f.text == "no case has label 3 (node)" and "take the label out" in f.cure
+    (folder / "labels.json").unlink()
+    for i in range(1, 10):
+        put(folder, f"c{i}", mask=outline(False))
+    assert "only one patient has label 2" in found(folder)[("", "missing")].text
+    assert "all 10 cases are of one patient" in found(folder, patient="c()")[("", "one case")].text
+    for i in range(1, 10):
+        for part in ("images", "labels"):
+            (folder / part / f"c{i}.nii.gz").unlink()
+    assert "there is one case only" in found(folder)[("", "one case")].text
+
+
+def test_leaks_between_splits(folder):
+    names = [f"c{i}" for i in range(10)]
+    put(folder, "c9", scan(0), outline())
+    items = [{"image": f"images/{n}.nii.gz", "label": f"labels/{n}.nii.gz", "patient": f"p{i % 7}"} for i, n in enumerate(names)]
+    (folder / "list.json").write_text(json.dumps({"training": items[:6], "validation": items[6:]}))
+    report = check(find_cases(folder / "list.json"))
+    leaks = [f for f in report.errors if f.kind == "leak"]
+    assert any(f.case == "c9" and "is in validation and the same voxels are in train as c0" in f.text for f in leaks)
+    assert {f.case for f in leaks if "its patient is in train and validation" in f.text} == {"c7", "c8", "c9"}
+    assert report.bad >= {"c7", "c8", "c9"}
+
+
+def test_the_table_json_and_picture(folder, tmp_path, capsys):
+    for i in range(8):
+        put(folder, f"c{i}", mask=speck)
+    put(folder, "c9", mask=moved(scan(0).like(outline()), 7.0))
+    errors = run(folder, json_file=tmp_path / "out.json", picture=tmp_path / "out.png")
+    said = capsys.readouterr().out
+    assert errors == 1 and "10 cases (pairs) of 10 patients" in said and "and 3 more: c5, c6, c7" in said and "1 errors, 8 warnings" in said
+    assert max(map(len, said.splitlines())) <= 120
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert data["errors"] == 1 and data["findings"][0]["case"] == "c9" and data["findings"][0]["cure"]
+    pixels = read_image(tmp_path / "out.png").array
+    assert pixels.shape[-1] > 800 and pixels[:3].std() > 10
+    assert run(folder, json_file="-") == 1 and json.loads(capsys.readouterr().out)["cases"] == 10
+    with pytest.raises(UserError, match="end the picture's name in .png"):
+        run(folder, picture=tmp_path / "out.gif", quiet=True)
+
+
+def test_no_picture_of_sound_cases(folder, tmp_path):
+    assert not check(find_cases(folder)).picture(tmp_path / "a.png") and not (tmp_path / "a.png").exists()
+    assert module.LEVELS[0] == "error"
+
+
+def test_real_data(data, tmp_path):
+    report = check(find_cases(data / "sunnybrook"))
+    assert not report.findings and report.data()["patients"] == 13
+    cubes = find_cases(data / "lidc_nodule_cubes")
+    cubes = check(cubes.subset(cubes.cases[:40]))
+    assert not cubes.errors
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    source = data / "msd_hippocampus"
+    for i, p in enumerate(sorted((source / "images").iterdir())[:20]):
+        shutil.copy(p, tmp_path / "images")
+        shutil.copy(source / "labels" / (p.name if i else sorted((source / "labels").iterdir())[1].name), tmp_path / "labels" / p.name)
+    wrong = check(find_cases(tmp_path))  # the first case has the second one's mask
+    assert wrong.bad == {"hippocampus_003"} and wrong.errors[0].kind == "geometry"

@@ -1,0 +1,657 @@
+"""The dataset folder: what is added is there voxel for voxel, what fails leaves nothing, and nobody's name is in it."""
+
+import gzip
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from UNetSegmentationLib import cli
+from UNetSegmentationLib import dataset as module
+from UNetSegmentationLib.dataset import Dataset, UserError, changes, read_mask, read_segments
+from UNetSegmentationLib.image import Image, read_image, write_image
+from UNetSegmentationLib.inference.predict import Prediction
+from UNetSegmentationLib.model import Label
+from UNetSegmentationLib.output import write_segmentation
+
+ROOT = Path(__file__).resolve().parents[2]
+ORGAN = Label(1, "organ", (1, 2, 3), {"category": ["SCT", "123037004", "Anatomical Structure"], "type": ["SCT", "39607008", "Lung"]})
+TUMOUR = Label(5, "tumour", (4, 5, 6), {})
+OBLIQUE = tuple(float(v) for v in np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0].ravel())
+
+
+def scan(seed, dtype=np.int16, direction=OBLIQUE, shape=(6, 11, 9)):
+    array = np.random.default_rng(seed).integers(-100, 200, shape).astype(dtype)
+    return Image(array, (0.7, 0.8, 2.5), (-31.5, 12.25, 100.0), direction)
+
+
+def outline(value=5, shape=(6, 11, 9)):
+    mask = np.zeros(shape, np.uint8)
+    mask[1:5, 2:8, 2:7] = 1
+    mask[2:4, 3:6, 3:5] = value
+    return mask
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return Dataset.create(tmp_path / "set", "Lungs", [ORGAN, TUMOUR], ["CT"])
+
+
+def state(dataset):
+    return (dataset.folder / "dataset.json").read_bytes(), {p for p in dataset.folder.rglob("*") if p.is_file()}
+
+
+def python(code, **how):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "UNetSegmentation"), str(ROOT / "Testing" / "unit")])}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- adding
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32, np.float64, np.int64, np.uint16])
+def test_what_is_added_is_there_voxel_for_voxel(dataset, dtype):
+    image = scan(0, dtype)
+    entry = dataset.add(image, outline(), patient="Jane")
+    back = read_image(entry.images[0])
+    assert np.array_equal(back.array, image.array) and back.same_grid(image, 1e-3)
+    assert np.array_equal(read_image(entry.label).array, outline())
+    assert entry.record["voxels_by_label"] == {"organ": int((outline() == 1).sum()), "tumour": int((outline() == 5).sum())}
+    assert Dataset.open(dataset.folder).entries == dataset.entries and dataset.labels == (ORGAN, TUMOUR)
+    assert not dataset.check()
+
+
+def test_the_same_scan_again_is_a_new_version_and_the_former_one_stays(dataset):
+    first = dataset.add(scan(0), outline(), patient="Jane")
+    corrected = outline()
+    corrected[5, 0, 0:4] = 1
+    second = dataset.add(scan(0), corrected, model_mask=outline(), model="m-1.0.0", by="anna", dated=True)
+    assert (second.name, second.version, second.patient) == (first.name, 2, first.patient)
+    assert second.images == first.images  # the same voxels are not written twice
+    assert [e.version for e in dataset.versions(first.name)] == [1, 2] and len(dataset.entries) == 1
+    assert np.array_equal(read_image(dataset.versions(first.name)[0].label).array, outline())
+    assert second.changes["organ"] == {
+        "added": 4,
+        "removed": 0,
+        "kept": 108,
+        "added_ml": 0.0056,
+        "removed_ml": 0.0,
+        "dice": round(2 * 108 / (108 + 112), 4),
+    }
+    assert second.record["by"] == "anna" and second.record["date"].startswith("20") and "by" not in first.record
+    third = dataset.restore(first.name, version=1)
+    assert third.version == 3 and np.array_equal(read_image(third.label).array, outline())
+
+
+def test_a_datasets_labels_have_names_and_values_of_their_own(tmp_path, dataset):
+    for labels in (
+        [ORGAN, ORGAN],
+        [Label(1, "background", (0, 0, 0), {})],
+        [Label(300, "x", (0, 0, 0), {})],
+        [Label(1, " ", (0, 0, 0), {})],
+    ):
+        with pytest.raises(UserError, match="names of their own and values of their own from 1 to 255"):
+            Dataset.create(tmp_path / "bad", "x", labels, ["CT"])
+    with pytest.raises(UserError, match="already holds a dataset.json"):
+        Dataset.create(dataset.folder, "x", [ORGAN], ["CT"])
+    with pytest.raises(UserError, match="already has a label Tumour"):
+        dataset.add_label(Label(9, "Tumour", (0, 0, 0), {}))
+    dataset.add_label(Label(9, "scar", (0, 0, 0), {}))
+    assert [d.name for d in Dataset.open(dataset.folder).labels] == ["organ", "tumour", "scar"]
+    assert not (tmp_path / "bad" / "dataset.json").exists()
+
+
+def test_what_changed_is_counted_by_label():
+    before, after = np.zeros((1, 4, 4), np.uint8), np.zeros((1, 4, 4), np.uint8)
+    before[0, 0] = 1
+    after[0, 0, :2] = 1
+    after[0, 1] = 5
+    found = changes(before, after, [ORGAN, TUMOUR, Label(7, "none", (0, 0, 0), {})], 0.5)
+    assert found["organ"] == {"added": 0, "removed": 2, "kept": 2, "added_ml": 0.0, "removed_ml": 1.0, "dice": 0.6667}
+    assert found["tumour"]["added"] == 4 and found["tumour"]["dice"] == 0 and "none" not in found
+
+
+def test_several_channels_and_other_label_values(tmp_path):
+    ds = Dataset.create(tmp_path / "set", "Brain", [ORGAN, TUMOUR], ["FLAIR", "T1c"])
+    image = scan(0).like(np.stack([scan(0).array, scan(1).array]))
+    theirs = [Label(1, "Tumour ", (0, 0, 0), {}), Label(2, "organ", (0, 0, 0), {})]
+    mask = np.select([outline() == 5, outline() == 1], [1, 2])
+    entry = ds.add(image, mask, labels=theirs)
+    assert np.array_equal(read_image(entry.images).array, image.array) and np.array_equal(read_image(entry.label).array, outline())
+
+
+def test_a_mask_of_0_and_255_is_the_one_label_there_is(tmp_path):
+    ds = Dataset.create(tmp_path / "set", "One", [ORGAN], ["CT"])
+    entry = ds.add(scan(0), (outline() > 0) * np.uint8(255))
+    assert set(np.unique(read_image(entry.label).array)) == {0, 1}
+
+
+def nan(image):
+    array = image.array.astype(np.float32)
+    array[0, 0, 0] = np.nan
+    return image.like(array)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "how", "said"),
+    [
+        (scan(0), np.zeros((6, 11, 9), np.uint8), {}, "is empty"),
+        (scan(0), outline(7), {}, "the label 7, which the dataset does not have (it has 1 organ, 5 tumour)"),
+        (scan(0), outline()[:5], {}, "has (9, 11, 5) voxels and the image (9, 11, 6)"),
+        (scan(0), Image(outline(), (0.7, 0.8, 2.6)), {}, "does not lie where its image lies"),
+        (scan(0), outline() * 0.3, {}, "not whole"),
+        (
+            scan(0),
+            np.pad(outline()[:, :, :8], ((0, 0), (0, 0), (0, 1))) * (np.arange(6 * 11 * 9).reshape(6, 11, 9) == 137),
+            {},
+            "as an eraser",
+        ),
+        (nan(scan(0)), outline(), {}, "no numbers"),
+        (scan(0).like(np.zeros((6, 11, 9))), outline(), {}, "the same everywhere"),
+        (scan(0).like(np.zeros((2, 6, 11, 9))), outline(), {}, "has 2 channels and the dataset 1 (CT)"),
+        (scan(0), outline(), {"name": "../x"}, "cannot name a case"),
+        (scan(0), outline(), {"name": "Jane Doe"}, "no patient's name"),
+        (scan(0), outline(), {"split": "mine"}, "is no split"),
+        (scan(0), outline(), {"allow": ["all"]}, "nothing that can be allowed"),
+        (scan(0), outline(), {"labels": [Label(1, "organ", (0, 0, 0), {}), Label(5, "scar", (0, 0, 0), {})]}, "the label scar"),
+    ],
+)
+def test_bad_cases_are_refused_in_one_sentence_and_nothing_is_written(dataset, image, mask, how, said):
+    before = state(dataset)
+    with pytest.raises(UserError) as e:
+        dataset.add(image, mask, **how)
+    assert said in str(e.value) and "\n" not in str(e.value)
+    assert state(dataset) == before
+
+
+def test_what_is_refused_can_be_allowed(dataset):
+    dataset.add(scan(0), np.zeros((6, 11, 9), np.uint8), allow=["empty"])
+    dot = np.zeros((6, 11, 9), np.uint8)
+    dot[2, 2, 2] = 5
+    assert dataset.add(scan(1), dot, allow=["leftover"]).record["voxels_by_label"]["tumour"] == 1
+    dataset.add(scan(2), outline(), name="a")
+    with pytest.raises(UserError, match="has another image"):
+        dataset.add(scan(3), outline(), name="a")
+    assert dataset.add(scan(3), outline(), name="a", allow=["image"]).version == 2
+    with pytest.raises(UserError, match="already there as a; add it under that name"):
+        dataset.add(scan(3), outline(), name="b")
+
+
+def test_a_case_is_removed_restored_and_erased(dataset):
+    entry = dataset.add(scan(0), outline())
+    dataset.remove(entry.name)
+    assert not dataset.entries and entry.label.exists() and not dataset.check()
+    assert dataset.restore(entry.name).version == 1
+    dataset.remove(entry.name, erase=True)
+    assert not entry.label.exists() and entry.name not in (dataset.folder / "dataset.json").read_text()
+    other = dataset.add(scan(1), outline())
+    dataset.remove(other.name)
+    dataset.remove(other.name, erase=True)  # also what was removed before
+    assert not other.label.exists() and other.name not in (dataset.folder / "dataset.json").read_text()
+    with pytest.raises(UserError, match=f"has no case {entry.name}"):
+        dataset.remove(entry.name)
+
+
+# ------------------------------------------------------------------------------------------------------------- anonymity
+
+
+def dicom(folder, patient="DOE^JANE-4711"):
+    folder.mkdir()
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    tags = {
+        "0008|0060": "CT",
+        "0010|0010": "Doe^Jane",
+        "0010|0020": patient,
+        "0020|000e": "1.2.3.4",
+        "0020|000d": "1.2.3",
+        "0008|0080": "Mercy",
+    }
+    array = scan(0).array
+    for z, part in enumerate(array):
+        image = sitk.GetImageFromArray(part[None])
+        for key, value in {**tags, "0020|0032": f"0\\0\\{2.5 * z}", "0008|0018": f"1.2.3.4.{z}", "0020|0013": str(z)}.items():
+            image.SetMetaData(key, value)
+        writer.SetFileName(str(folder / f"{z}.dcm"))
+        writer.Execute(image)
+    return read_image(folder)
+
+
+def test_nothing_that_names_a_patient_is_written(dataset, tmp_path):
+    image = dicom(tmp_path / "DOE^JANE-4711")
+    entry = dataset.add(image, outline(), model_mask=outline(), by="anna")
+    content = b""
+    for path in dataset.folder.rglob("*"):
+        assert not re.search("doe|jane|4711", str(path.relative_to(dataset.folder)), re.IGNORECASE)
+        if path.is_file():
+            content += gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    for word in (b"Doe", b"DOE", b"Jane", b"4711", b"Mercy", b"1.2.3.4"):
+        assert word not in content
+    assert entry.record["modality"] == "CT"
+    # The same PatientID is the same patient, in this folder only.
+    assert dataset.add(scan(1), outline(), patient="DOE^JANE-4711").patient == entry.patient
+    other = Dataset.create(tmp_path / "other", "Lungs", [ORGAN, TUMOUR], ["CT"])
+    assert other.patient("DOE^JANE-4711") != entry.patient
+    (dataset.folder / "salt").unlink()
+    with pytest.raises(UserError, match="salt is missing or damaged"):
+        dataset.add(scan(2), outline(), patient="x")
+    assert any("salt" in p.what for p in dataset.check())
+
+
+# --------------------------------------------------------------------------------------------------- writers that are killed
+
+# Runs add() in a child that kills itself with SIGKILL at one point of it.
+CHILD = """
+import os, signal, sys
+import numpy as np
+import SimpleITK as sitk
+from pathlib import Path
+from test_dataset import scan, outline
+from UNetSegmentationLib import dataset as m
+point, folder = sys.argv[1], sys.argv[2]
+def die(*a, **k):
+    os.kill(os.getpid(), signal.SIGKILL)
+def after(function):
+    def wrapped(*a, **k):
+        function(*a, **k)
+        die()
+    return wrapped
+def half(image, path, *a, **k):
+    real(image, path, *a, **k)
+    os.truncate(path, os.path.getsize(path) // 2)
+    die()
+real, write_image = sitk.WriteImage, m.write_image
+if point == "half a file":
+    sitk.WriteImage = half
+elif point == "one file":
+    m.write_image = after(write_image)
+elif point == "all files":
+    m.Dataset._commit = die
+elif point == "locked":
+    m._read_index, kept = (lambda f, n=[0]: die() if (f / m.LOCK).exists() else kept(f)), m._read_index
+elif point == "half an index":
+    def half_json(path, data):
+        path.write_text('{"format": "unetseg')
+        die()
+    m._write_json = half_json
+elif point == "index not moved":
+    m._Lock.mine = die
+elif point == "index moved":
+    m._Lock.__exit__ = die
+m.Dataset.open(folder).add(scan(1), outline(), patient="b")
+"""
+POINTS = ["half a file", "one file", "all files", "locked", "half an index", "index not moved", "index moved"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX kill")
+@pytest.mark.parametrize("point", POINTS)
+def test_a_writer_killed_anywhere_leaves_whole_cases_only(dataset, point, monkeypatch):
+    monkeypatch.setattr(module, "DEAD", -1.0)
+    dataset.add(scan(0), outline(), patient="a")
+    before = json.loads((dataset.folder / "dataset.json").read_text())["cases"]
+    script = CHILD.replace("sys.argv[1], sys.argv[2]", f"{point!r}, {str(dataset.folder)!r}")
+    child = python(script)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL, errors
+    after = Dataset.open(dataset.folder)
+    assert len(after.entries) == (2 if point == "index moved" else 1)
+    assert all(after._data["cases"][n] == case for n, case in before.items())
+    wrong = [p for p in after.check() if "belong to no case" not in p.what]
+    assert not wrong
+    added = after.add(scan(1), outline(), patient="b")  # a dead process's lock is no hindrance
+    assert len(after.entries) == 2 and np.array_equal(read_image(added.images[0]).array, scan(1).array)
+    assert not list(after.folder.glob(".lock"))
+    after.clean(age=0)
+    assert not after.check() and not list(after.folder.glob(".unetseg-*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX kill")
+def test_writers_killed_at_any_moment_lose_no_case_of_others(dataset, monkeypatch):
+    monkeypatch.setattr(module, "DEAD", -1.0)
+    code = f"""
+    import itertools, sys
+    from test_dataset import scan, outline
+    from UNetSegmentationLib import dataset as m
+    m.DEAD = -1.0
+    ds = m.Dataset.open({str(dataset.folder)!r})
+    start = int(sys.stdin.readline())
+    for i in itertools.count(start):
+        print(ds.add(scan(i), outline(), name=f"c{{i}}").name, flush=True)
+    """
+    done = []
+    chance = random.Random(5)
+    for turn in range(4):
+        child = python(code, stdin=subprocess.PIPE)
+        child.stdin.write(f"{1000 * turn}\n")
+        child.stdin.flush()
+        done += [child.stdout.readline().strip() for _ in range(3)]
+        time.sleep(chance.random() * 0.2)
+        child.kill()
+        done += child.communicate()[0].split()
+    dataset.add(scan(9999), outline(), name="last")
+    assert set(done) <= set(dataset.entries) and len(done) >= 12
+    assert [p for p in dataset.check() if "belong to no case" not in p.what] == []
+    assert all(np.array_equal(read_image(e.label).array, outline()) for e in dataset.entries.values())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
+@pytest.mark.parametrize("limit", [300, 1200, 4000])
+def test_a_full_disk_is_a_sentence_and_changes_nothing(dataset, limit):
+    for i in range(4):
+        dataset.add(scan(i), outline())
+    size = (dataset.folder / "dataset.json").stat().st_size
+    assert size > 4000  # so that at one limit the files fit and the index does not
+    before = state(dataset)
+    code = f"""
+    import resource
+    import numpy as np
+    from test_dataset import scan, outline
+    from UNetSegmentationLib.dataset import Dataset, UserError
+    ds = Dataset.open({str(dataset.folder)!r})
+    image = scan(8).like((scan(8).array > 60).astype(np.uint8))
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+    try:
+        ds.add(image, outline())
+    except UserError as e:
+        print(e)
+    """
+    said, errors = python(code).communicate(timeout=60)
+    assert "disk" in said and said.count("\n") == 1, said + errors
+    assert state(dataset) == before
+
+
+@pytest.mark.parametrize("spoil", [lambda p: os.truncate(p, os.path.getsize(p) // 2), lambda p: write_image(scan(7), p)])
+def test_a_file_that_was_not_written_whole_without_a_word_is_noticed(dataset, monkeypatch, spoil):
+    dataset.add(scan(0), outline())
+    before, write = state(dataset), module.write_image
+
+    def silently(image, path):
+        write(image, path)
+        spoil(path)
+
+    monkeypatch.setattr(module, "write_image", silently)
+    with pytest.raises(UserError, match="did not take the case whole; check the disk's space"):
+        dataset.add(scan(1), outline())
+    assert state(dataset) == before
+
+
+# ------------------------------------------------------------------------------------------------------------------ lock
+
+
+def test_two_writers_at_once_lose_nothing(dataset):
+    code = """
+    import sys
+    from test_dataset import scan, outline
+    from UNetSegmentationLib.dataset import Dataset
+    ds = Dataset.open({folder!r})
+    for i in range({first}, {first} + 8):
+        ds.add(scan(i), outline(), name=f"c{{i}}", patient=str(i % 3))
+    """
+    children = [python(textwrap.dedent(code).format(folder=str(dataset.folder), first=100 * k)) for k in range(3)]
+    for child in children:
+        _, errors = child.communicate(timeout=120)
+        assert child.returncode == 0, errors
+    dataset.refresh()
+    assert set(dataset.entries) == {f"c{100 * k + i}" for k in range(3) for i in range(8)} and dataset.revision == 24
+    assert not dataset.check() and len({e.patient for e in dataset.entries.values()}) == 3
+
+
+def foreign(dataset, age):
+    lock = dataset.folder / ".lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "t"}))
+    then = time.time() - age
+    os.utime(lock, (then, then))
+    return lock
+
+
+def test_another_computers_lock_is_waited_for_and_a_stale_one_is_taken_over(dataset, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    lock = foreign(dataset, 0)
+    before = state(dataset)
+    with pytest.raises(UserError, match="being written to by process 1 on elsewhere; try again in a minute, or delete .*lock"):
+        dataset.add(scan(0), outline())
+    assert lock.exists() and state(dataset) == before
+    foreign(dataset, 61)
+    dataset.add(scan(0), outline())
+    assert not lock.exists() and not list(dataset.folder.glob(".[cg]*"))
+    lock.write_text("")  # killed between making and filling it
+    os.utime(lock, (0, 0))
+    dataset.add(scan(1), outline())
+    assert len(dataset.entries) == 2
+
+
+def test_a_case_that_is_erased_while_its_new_version_is_written_is_not_half_there(dataset, monkeypatch):
+    entry = dataset.add(scan(0), outline())
+    other, commit = Dataset.open(dataset.folder), Dataset._commit
+
+    def late(self, change):
+        if self is dataset:
+            other.remove(entry.name, erase=True)
+        return commit(self, change)
+
+    monkeypatch.setattr(Dataset, "_commit", late)
+    with pytest.raises(UserError, match="was erased by another person just now"):
+        dataset.add(scan(0), outline(), by="anna")
+    assert not Dataset.open(dataset.folder).entries and not list(dataset.folder.rglob("*.nii.gz"))
+
+
+def test_a_writer_that_lost_its_lock_begins_again_with_what_the_other_wrote(dataset, monkeypatch):
+    other = Dataset.open(dataset.folder)
+    mine, turns = module._Lock.mine, []
+
+    def robbed(self):
+        if not turns:
+            turns.append(1)
+            (dataset.folder / ".lock").unlink()
+            other.add(scan(1), outline(), name="theirs")
+        return mine(self)
+
+    monkeypatch.setattr(module._Lock, "mine", robbed)
+    dataset.add(scan(0), outline(), name="ours")
+    assert set(Dataset.open(dataset.folder).entries) == {"ours", "theirs"}
+
+
+def test_a_folder_that_is_gone_or_damaged_is_a_sentence(dataset, tmp_path):
+    dataset.add(scan(0), outline())
+    index = dataset.folder / "dataset.json"
+    good = index.read_text()
+    for change, said in (
+        (lambda d: d["cases"][next(iter(d["cases"]))]["versions"][0].update(label="../../etc/passwd"), "is damaged"),
+        (lambda d: d.pop("segments"), "is damaged"),
+        (lambda d: d.update(format_version=9), "newer version"),
+        (lambda d: d.update(format="other"), "another program's"),
+        (lambda d: d["cases"].update({"..": {}}), "is damaged"),
+    ):
+        data = json.loads(good)
+        change(data)
+        index.write_text(json.dumps(data))
+        with pytest.raises(UserError, match=said):
+            Dataset.open(dataset.folder)
+    index.write_text(good[:100])
+    with pytest.raises(UserError, match="is damaged"):
+        dataset.refresh()
+    index.unlink()
+    with pytest.raises(UserError, match="is no dataset"):
+        dataset.add(scan(1), outline())
+    with pytest.raises(UserError, match="is not there; connect its drive"):
+        Dataset.open(tmp_path / "gone")
+    index.write_text(good)
+    dataset.folder.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="is not there"):
+        dataset.add(scan(1), outline())
+
+
+def test_changed_and_missing_files_are_found(dataset):
+    a, b = dataset.add(scan(0), outline()), dataset.add(scan(1), outline())
+    a.label.write_bytes(b"x")
+    b.images[0].unlink()
+    problems = {p.case: str(p) for p in dataset.check()}
+    assert "was changed since it was added; restore it" in problems[a.name] and "is missing" in problems[b.name]
+
+
+# ----------------------------------------------------------------------------------------------------------------- splits
+
+
+def test_patients_are_split_as_a_whole_and_stay_where_they_are(dataset):
+    for i in range(12):
+        dataset.add(scan(i), outline(), name=f"c{i}", patient=str(i // 2))
+    parts = dataset.split((0.5, 0.25, 0.25), seed=3)
+    assert [len(v) for v in parts.values()] == [6, 4, 2] or sum(len(v) for v in parts.values()) == 12
+    assert all(parts.values())
+    where = {n: s for s, names in parts.items() for n in names}
+    assert all(where[f"c{2 * i}"] == where[f"c{2 * i + 1}"] for i in range(6))
+    again = dataset.add(scan(50), outline(), name="more", patient="0")
+    assert again.split == where["c0"]
+    dataset.add(scan(51), outline(), name="new", patient="x")
+    after = {n: s for s, names in dataset.split((0.5, 0.25, 0.25), seed=9).items() for n in names}
+    assert all(after[n] == s for n, s in where.items()) and after["new"]
+    with pytest.raises(UserError, match="put both into the same split"):
+        dataset.add(scan(52), outline(), patient="0", split="test" if where["c0"] != "test" else "train")
+    with pytest.raises(UserError, match="three fractions"):
+        dataset.split((0.5, 0.6, 0.1))
+
+
+def test_too_few_patients_cannot_be_split(dataset):
+    dataset.add(scan(0), outline())
+    with pytest.raises(UserError, match="too few patients"):
+        dataset.split()
+    assert dataset.split((1, 0, 0))["train"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- exports
+
+
+@pytest.fixture
+def filled(dataset):
+    for i in range(6):
+        dataset.add(scan(i, direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)), outline(), name=f"c{i}")
+    dataset.split((0.5, 0.25, 0.25))
+    return dataset
+
+
+def test_nnunet_takes_the_export(filled, tmp_path):
+    folder = filled.export(tmp_path / "raw", "nnunet")
+    assert folder.name == "Dataset501_Lungs" and filled.export(tmp_path / "raw", "nnunet").name == "Dataset502_Lungs"
+    data = json.loads((folder / "dataset.json").read_text())
+    assert data["labels"] == {"background": 0, "organ": 1, "tumour": 2} and data["channel_names"] == {"0": "CT"}
+    names = sorted(p.name.removesuffix("_0000.nii.gz") for p in (folder / "imagesTr").iterdir())
+    assert len(names) == data["numTraining"] and names == sorted(p.name.removesuffix(".nii.gz") for p in (folder / "labelsTr").iterdir())
+    tests = [e.name for e in filled.entries.values() if e.split == "test"]
+    assert tests and {p.name for p in (folder / "imagesTs").iterdir()} == {f"{n}_0000.nii.gz" for n in tests}
+    mask, image = read_image(folder / "labelsTr" / f"{names[0]}.nii.gz"), read_image(folder / "imagesTr" / f"{names[0]}_0000.nii.gz")
+    assert np.array_equal(mask.array, np.where(outline() == 5, 2, outline())) and mask.same_grid(image)
+    fold = json.loads((folder / "splits_final.json").read_text())[0]
+    assert sorted(fold["train"] + fold["val"]) == names and fold["val"]
+    if importlib.util.find_spec("nnunetv2"):  # too large for our own environment
+        from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+
+        verify_dataset_integrity(str(folder), 1)
+
+
+def test_monai_takes_the_export_and_the_folder_itself(filled, tmp_path):
+    folder = filled.export(tmp_path / "monai", "monai")
+    for place, file in ((folder, folder / "datalist.json"), (filled.folder, filled.folder / "dataset.json")):
+        data = json.loads(file.read_text())
+        splits = [e.split for e in filled.entries.values()]
+        for key, split in (("training", "train"), ("validation", "validation"), ("test", "test")):
+            assert len(data[key]) == splits.count(split) > 0
+            items = [{k: place / v for k, v in item.items() if k != "patient"} for item in data[key]]
+            assert all(np.array_equal(read_image(i["label"]).array, outline()) and i["image"].is_file() for i in items)
+
+
+def test_itksnap_takes_the_label_descriptions(filled, tmp_path):
+    folder = filled.export(tmp_path / "snap", "itksnap")
+    # As ITK-SNAP reads a line: sscanf "%d %d %d %d %f %d %d" and a name in quotes.
+    pattern = r'\s*(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s+([\d.]+)\s+(\d)\s+(\d)\s+"([^"]*)"'
+    lines = [re.fullmatch(pattern, line) for line in (folder / "labels.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [(m[1], m[2], m[8]) for m in lines] == [("0", "0", "Clear Label"), ("1", "1", "organ"), ("5", "4", "tumour")]
+    assert len(list((folder / "images").iterdir())) == len(list((folder / "labels").iterdir())) == 6
+
+
+def test_an_export_is_whole_or_not_there(filled, tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        filled.export(tmp_path / "full", "monai")
+    with pytest.raises(UserError, match="no known export"):
+        filled.export(tmp_path / "a", "dicom")
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.shutil, "copyfile", full)
+    with pytest.raises(UserError, match="No space left"):
+        filled.export(tmp_path / "b", "monai")
+    assert {p.name for p in tmp_path.iterdir()} & {"a", "b"} == set() and not list(tmp_path.glob(".unetseg*"))
+
+
+# ------------------------------------------------------------------------------------------------------------- masks, CLI
+
+
+def test_our_own_segmentation_is_read_back_with_names_and_codes(tmp_path):
+    image = scan(0)
+    labels = Prediction(image.like(outline()), (ORGAN, TUMOUR), "m-1", None)
+    write_segmentation(labels, tmp_path / "a.seg.nrrd")
+    array, found = read_mask(tmp_path / "a.seg.nrrd", image)
+    assert [(d.name, d.color, d.terminology) for d in found] == [(d.name, d.color, d.terminology) for d in (ORGAN, TUMOUR)]
+    assert np.array_equal(array, np.where(outline() == 5, 2, outline()))
+    with pytest.raises(UserError, match="names no segments"):
+        write_image(image, tmp_path / "b.nrrd")
+        (tmp_path / "b.nrrd").rename(tmp_path / "b.seg.nrrd")
+        read_segments(tmp_path / "b.seg.nrrd")
+
+
+def test_slicers_overlapping_segments(data):
+    image = read_image(data / "odd_files" / "CTChest4.nrrd")
+    array, found = read_mask(data / "odd_files" / "SegmentationOverlapping.seg.nrrd", image)
+    assert [d.name for d in found][4:] == ["right lung", "left lung", "tissue", "overlapping sphere"]
+    assert found[4].terminology["type"][0] == "SCT"
+    flat, _ = read_mask(data / "odd_files" / "Segmentation.seg.nrrd", image)
+    sphere = array == 8
+    assert sphere.sum() > 1000 and (flat[sphere] > 0).any() and np.array_equal(array[~sphere], flat[~sphere])
+
+
+def unetseg(monkeypatch, capsys, *args):
+    """(exit code, standard output, standard error)"""
+    monkeypatch.setattr(sys, "argv", ["unetseg", "dataset", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return (end.value.code or 0, *capsys.readouterr())
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    def run(*args):
+        return unetseg(monkeypatch, capsys, *args)
+
+    write_image(scan(0), tmp_path / "a.nii.gz")
+    write_image(scan(0).like(outline()), tmp_path / "m.nii.gz")
+    folder, case = tmp_path / "set", (tmp_path / "a.nii.gz", "--mask", tmp_path / "m.nii.gz")
+    code, _, said = run("add", folder, *case, "--label", "1=organ")
+    assert code == 2 and "the label 5" in said and not (folder / "dataset.json").exists()
+    code, _, said = run("add", folder, *case)
+    assert code == 2 and "does not name its labels; give --label 1=NAME" in said
+    labels = ("--label", "1=organ", "--label", "5=tumour", "--patient", "Jane")
+    code, out, said = run("add", folder, *case, "--model-mask", tmp_path / "m.nii.gz", *labels)
+    assert code == 0 and "tumour: 0 voxels added, 0 removed, Dice with the model's 1.000" in out, said
+    assert run("split", folder, "--fractions", "1,0,0")[1].startswith("train: 1 cases")
+    listed = json.loads(run("list", folder, "--json")[1])
+    assert listed[0]["split"] == "train" and listed[0]["version"] == 1 and "Jane" not in str(listed)
+    assert listed[0]["name"] in run("list", folder)[1]
+    assert run("export", folder, tmp_path / "out", "--as", "monai")[0] == 0 and (tmp_path / "out" / "datalist.json").is_file()
+    assert run("check", folder)[:2] == (0, "1 cases, 0 problems\n")
+    assert run("remove", folder, listed[0]["name"])[0] == run("restore", folder, listed[0]["name"])[0] == 0
+    Dataset.open(folder).entries[listed[0]["name"]].label.unlink()
+    code, out, _ = run("check", folder)
+    assert code == 1 and "label.nii.gz of version 1 is missing" in out

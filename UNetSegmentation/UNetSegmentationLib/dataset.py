@@ -1,0 +1,1068 @@
+"""The dataset folder: annotated cases to train from, added one by one by several people, on a network folder too.
+
+    dataset.json     the index: labels, channels, cases with all their versions, hashes, splits. Also what MONAI reads as a
+                     datalist, and nnU-Net as a dataset of its own where the label values are 1, 2, ...
+    salt             with which patients' identities are hashed; whoever has it and an identity can find its cases
+    cases/NAME/X/    the files of one version of a case: image_0000.nii.gz (one for each channel), label.nii.gz, model.nii.gz
+
+A version's files are written under a name of their own and never change; a case is there once the index names it, and the
+index is replaced as a whole under a lock. So a killed writer or a full disk leaves at most files that nobody names, which
+clean() removes. Anonymous by construction: of an image only voxels, geometry and modality are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import numpy as np
+import SimpleITK as sitk
+
+from .files import UserError, atomic_path
+from .image import Image, check_geometry, read_image, to_sitk, write_image
+from .model import DEFAULT_COLORS, Label
+from .postprocess import voxel_counts
+
+T = TypeVar("T")
+
+INDEX, SALT, LOCK, CASES = "dataset.json", "salt", ".lock", "cases"
+FORMAT = "unetseg-dataset"
+SPLITS = ("train", "validation", "test")
+EXPORTS = ("nnunet", "monai", "itksnap")
+# What add() refuses unless it is allowed by name.
+OBJECTIONS = ("empty", "leftover", "image")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# A label with fewer voxels is what an eraser left, unless the person says that it is meant.
+LEFTOVER = 4
+# Seconds after which a lock is nobody's (it is held for one write of the index), or, if its process is gone from this
+# computer, is so at once (but for one of another container with the same name); and how long to wait for one.
+STALE, DEAD, PATIENCE = 60.0, 2.0, 90.0
+# Seconds after which files that no index names are rubbish and not another's case in the making.
+RUBBISH = 24 * 3600.0
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment of a .seg.nrrd: the voxels of `layer` with `value`."""
+
+    label: Label
+    layer: int
+    value: int
+
+
+def read_segments(path: str | Path, voxels: bool = True) -> tuple[Image, list[Segment]]:
+    """The layers of a Slicer segmentation as channels, and its segments in their order; voxels False: a grid of zeros."""
+    path = Path(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as e:
+        raise UserError(f"{path} cannot be read as a segmentation; save it again from Slicer.") from e
+    header = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys() if key.startswith("Segment")}
+    found = []
+    for i in range(sum(bool(re.fullmatch(r"Segment\d+_ID", key)) for key in header)):
+        fields = {k: header.get(f"Segment{i}_{k}", "") for k in ("ID", "Name", "Color", "LabelValue", "Layer", "Tags")}
+        color = [round(255 * float(c)) for c in fields["Color"].split()] or DEFAULT_COLORS[i % len(DEFAULT_COLORS)]
+        entry = re.search(r"TerminologyEntry:([^|]*)", fields["Tags"])
+        label = Label(i + 1, fields["Name"] or fields["ID"], tuple(color), _terminology(entry[1] if entry else ""))  # type: ignore[arg-type]
+        found.append(Segment(label, int(fields["Layer"] or 0), int(fields["LabelValue"] or 1)))
+    if not found:
+        raise UserError(f"{path} names no segments; save the segmentation again from Slicer as .seg.nrrd.")
+    return (read_image(path) if voxels else Image(np.zeros((1, 1, 1), np.uint8))), found
+
+
+def _terminology(entry: str) -> dict[str, list[str]]:
+    """The inverse of Label.terminology_entry()."""
+    parts = entry.split("~")
+    keys = ("", "category", "type", "type_modifier", "", "region", "region_modifier")
+    codes = {key: part.split("^") for key, part in zip(keys, parts) if key}
+    return {key: code for key, code in codes.items() if len(code) == 3 and all(code)}
+
+
+def segment_masks(path: str | Path, image: Image) -> Iterator[tuple[Label, np.ndarray]]:
+    """The segments of a .seg.nrrd as masks on the image's grid (Slicer crops the file to what is marked)."""
+    grid, segments = read_segments(path)
+    layers = [grid.like(layer) for layer in grid.channels]
+    if not image.same_grid(grid):
+        reference = to_sitk(image.like(np.empty(image.shape, np.uint8)))
+        nearest = (sitk.Resample(to_sitk(one), reference, sitk.Transform(), sitk.sitkNearestNeighbor) for one in layers)
+        layers = [image.like(sitk.GetArrayFromImage(one)) for one in nearest]
+    for segment in segments:
+        yield segment.label, layers[segment.layer].array == segment.value
+
+
+def read_mask(path: str | Path, image: Image) -> tuple[np.ndarray, tuple[Label, ...]]:
+    """(label map (z, y, x) on the image's grid, its labels; none where the file does not name them).
+
+    Where segments overlap, the later one wins. Raises UserError where the mask does not fit the image.
+    """
+    path = Path(path)
+    if path.name.lower().endswith(".seg.nrrd"):
+        labels, out = [], np.zeros(image.shape, np.uint16)
+        for label, inside in segment_masks(path, image):
+            out[inside] = label.value
+            labels.append(label)
+        return out, tuple(labels)
+    mask = read_image(path)
+    channels = mask.channels
+    if len(channels) > 1 and not all(np.array_equal(channels[0], c) for c in channels[1:3]):
+        raise UserError(f"{path} holds {len(channels)} channels; save one label map.")
+    _check_fit(image, mask, str(path))
+    return channels[0], ()
+
+
+def _check_fit(image: Image, mask: Image, name: str) -> None:
+    if mask.shape != image.shape:
+        raise UserError(
+            f"{name} has {' x '.join(map(str, mask.shape[::-1]))} voxels and its image {' x '.join(map(str, image.shape[::-1]))}; "
+            "give the mask of this image, or resample it."
+        )
+    plain = image.shape[0] == 1 and (image.dicom_files == ())  # a picture's mask may lack its geometry
+    if not plain and not image.same_grid(mask, 0.1 * min(image.spacing)):
+        raise UserError(f"{name} does not lie where its image lies (spacing, origin or direction differ); resample it to the image.")
+
+
+def changes(before: np.ndarray, after: np.ndarray, labels: Sequence[Label], voxel_ml: float) -> dict[str, dict[str, Any]]:
+    """By label what a person changed: voxels added and removed, the same in ml, and the Dice of the two masks."""
+    out = {}
+    for label in labels:
+        a, b = before == label.value, after == label.value
+        both, n, m = (int(np.count_nonzero(x)) for x in (a & b, a, b))
+        if n or m:
+            out[label.name] = {
+                "added": m - both,
+                "removed": n - both,
+                "kept": both,
+                "added_ml": round((m - both) * voxel_ml, 4),
+                "removed_ml": round((n - both) * voxel_ml, 4),
+                "dice": round(2 * both / (n + m), 4),
+            }
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------- lock
+
+
+class _LockLost(Exception):
+    """Another writer took this lock for a dead one's."""
+
+
+class _Lock:
+    """A lock file that any file system knows: made only if it is not there, with its owner, and taken over when stale.
+
+    Its age is measured against a file made now in the same folder, so that the clocks of two computers do not matter.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self.token = secrets.token_hex(8)
+
+    def __enter__(self) -> _Lock:
+        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": self.token})
+        end = time.monotonic() + PATIENCE
+        pause = 0.02
+        while True:
+            try:
+                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                pass
+            except PermissionError:
+                if os.name != "nt":  # Windows says so of a file that is being removed
+                    raise
+            else:
+                with os.fdopen(handle, "w") as f:
+                    f.write(content)
+                return self
+            owner, age = self._owner()
+            if owner is not None and (age > STALE or (age > DEAD and _is_dead(owner))):
+                self._bury(owner)
+                continue
+            if time.monotonic() > end:
+                who = f"process {owner.get('pid')} on {owner.get('host')}" if owner and owner.get("pid") else "another program"
+                raise UserError(
+                    f"The dataset {self.path.parent} is being written to by {who}; try again in a minute, "
+                    f"or delete {self.path} if that program is gone."
+                )
+            time.sleep(pause)
+            pause = min(0.3, pause * 1.5)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.mine():
+            self.path.unlink(missing_ok=True)
+
+    def mine(self) -> bool:
+        owner, _ = self._owner()
+        return bool(owner) and owner.get("token") == self.token  # type: ignore[union-attr]
+
+    def _owner(self) -> tuple[dict[str, Any] | None, float]:
+        """(owner, age in s); no owner where there is no lock (any more)."""
+        clock = self.path.with_name(f".clock-{self.token}")
+        try:
+            try:
+                clock.touch()
+                age = clock.stat().st_mtime - self.path.stat().st_mtime
+            finally:
+                clock.unlink(missing_ok=True)
+            text = self.path.read_text("utf-8")
+        except (FileNotFoundError, PermissionError):
+            return None, 0.0
+        try:
+            owner = json.loads(text)
+        except ValueError:
+            owner = None  # killed, or not yet done, between making and filling it
+        return (owner if isinstance(owner, dict) else {"token": text}), age
+
+    def _bury(self, owner: dict[str, Any]) -> None:
+        """Remove this very owner's lock. Renaming is atomic, so of two who try only one gets it; a fresh lock taken by mistake
+        is put back, and its owner asks mine() before it changes anything."""
+        grave = self.path.with_name(f".grave-{self.token}")
+        try:
+            os.rename(self.path, grave)
+        except OSError:
+            return
+        try:
+            text = grave.read_text("utf-8")
+            try:
+                taken = json.loads(text).get("token")
+            except (ValueError, AttributeError):
+                taken = text
+            if taken != owner.get("token"):
+                with open(self.path, "x", encoding="utf-8") as f:
+                    f.write(text)
+        except FileExistsError:
+            pass
+        finally:
+            grave.unlink(missing_ok=True)
+
+
+def _is_dead(owner: Mapping[str, Any]) -> bool:
+    """Whether a lock's owner was a process of this computer that is gone."""
+    pid = owner.get("pid")
+    if os.name == "nt" or owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
+        return False  # on Windows os.kill(pid, 0) would end the process
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------------- dataset
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case's current version. images: a file for each channel; label, model: the corrected mask and the model's own.
+
+    patient: the salted hash; split: "train", "validation", "test" or ""; record: the version as it stands in the index.
+    """
+
+    name: str
+    patient: str
+    split: str
+    version: int
+    images: tuple[Path, ...]
+    label: Path
+    model: Path | None
+    record: dict[str, Any]
+
+    @property
+    def changes(self) -> dict[str, dict[str, Any]]:
+        return self.record.get("changes") or {}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a dataset. case: "" for the folder itself."""
+
+    case: str
+    what: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.case + ': ' if self.case else ''}{self.what}; {self.cure}."
+
+
+class Dataset:
+    """A dataset folder. Every read sees the index as it is now; every change is one atomic replacement of it."""
+
+    def __init__(self, folder: Path, data: dict[str, Any]) -> None:
+        self.folder = folder
+        self._data = data
+
+    # ------------------------------------------------------------------------------------------------- make and open
+
+    @classmethod
+    def create(cls, folder: str | Path, name: str, labels: Sequence[Label], channels: Sequence[str]) -> Dataset:
+        """A new, empty dataset; the folder may exist and hold other things, but no dataset. labels: without the background."""
+        folder = Path(folder).expanduser()
+        if (folder / INDEX).exists():
+            raise UserError(f"{folder} already holds a {INDEX}; choose another folder, or open it.")
+        values = [label.value for label in labels]
+        if not labels or not channels or not name.strip():
+            raise UserError("A dataset needs a name, at least one label and at least one channel; give them.")
+        names = ["background", *(label.name.strip().lower() for label in labels)]
+        if len(set(values)) < len(values) or len(set(names)) < len(names) or not all(0 < v < 256 for v in values) or "" in names:
+            raise UserError("A dataset's labels need names of their own and values of their own from 1 to 255; correct them.")
+        data = {
+            "format": FORMAT,
+            "format_version": 1,
+            "name": name.strip(),
+            "revision": 0,
+            "channels": list(channels),
+            "segments": [_label_json(label) for label in labels],
+            "cases": {},
+        }
+        with _reached(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with _Lock(folder):
+                if (folder / INDEX).exists():
+                    raise UserError(f"{folder} was made by another person just now; open it.")
+                if not (folder / SALT).exists():
+                    with atomic_path(folder / SALT) as p:
+                        p.write_text(secrets.token_hex(32) + "\n", "ascii")
+                        _flush(p)
+                _write_index(folder, data)
+        return cls.open(folder)
+
+    def discard(self) -> None:
+        """Undo create(), as long as nobody has added a case."""
+        with _reached(self.folder), _Lock(self.folder):
+            if not any(_read_index(self.folder).get(key) for key in ("cases", "removed")):
+                (self.folder / INDEX).unlink()
+                (self.folder / SALT).unlink(missing_ok=True)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Dataset:
+        folder = Path(folder).expanduser()
+        return cls(folder, _read_index(folder))
+
+    def refresh(self) -> Dataset:
+        """Take in what others have added."""
+        self._data = _read_index(self.folder)
+        return self
+
+    @property
+    def name(self) -> str:
+        return self._data["name"]
+
+    @property
+    def revision(self) -> int:
+        return self._data["revision"]
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return tuple(self._data["channels"])
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        return tuple(
+            Label(d["value"], d["name"], tuple(d.get("color", (230, 159, 0))), d.get("terminology", {})) for d in self._data["segments"]
+        )
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        return {name: self._entry(name, case) for name, case in self._data["cases"].items()}
+
+    def _entry(self, name: str, case: dict[str, Any], version: int | None = None) -> Entry:
+        record = next(v for v in reversed(case["versions"]) if version in (None, v["version"]))
+        files = [self.folder / f for f in record["images"]]
+        model = record.get("model")
+        return Entry(
+            name,
+            case["patient"],
+            case.get("split", ""),
+            record["version"],
+            tuple(files),
+            self.folder / record["label"],
+            self.folder / model if model else None,
+            record,
+        )
+
+    def versions(self, name: str) -> list[Entry]:
+        """All versions of a case, the oldest first."""
+        case = self._case(self._data, name)
+        return [self._entry(name, case, v["version"]) for v in case["versions"]]
+
+    def _case(self, data: dict[str, Any], name: str) -> dict[str, Any]:
+        if name not in data["cases"]:
+            raise UserError(f"The dataset {self.folder} has no case {name}; it has {', '.join(data['cases']) or 'none'}.")
+        return data["cases"][name]
+
+    def _hash(self, *what: str) -> str:
+        """A keyed hash with the folder's salt."""
+        with _reached(self.folder):
+            try:
+                salt = (self.folder / SALT).read_text("ascii").strip()
+            except (FileNotFoundError, UnicodeDecodeError):
+                salt = ""
+        if len(salt) < 32:
+            raise UserError(f"{self.folder / SALT} is missing or damaged, and patients could not be grouped; bring it back from a copy.")
+        return hmac.new(salt.encode(), "\0".join(what).encode(), hashlib.sha256).hexdigest()
+
+    def patient(self, identity: str) -> str:
+        """The key under which a patient's cases are grouped; from it nobody without the salt gets to the identity."""
+        return "p-" + self._hash("patient", identity.strip())[:12]
+
+    # --------------------------------------------------------------------------------------------------------- change
+
+    def add(
+        self,
+        image: Image,
+        mask: Image | np.ndarray,
+        *,
+        name: str | None = None,
+        patient: str | None = None,
+        labels: Sequence[Label] | None = None,
+        model_mask: Image | np.ndarray | None = None,
+        model: str = "",
+        by: str = "",
+        dated: bool = False,
+        split: str | None = None,
+        allow: Collection[str] = (),
+    ) -> Entry:
+        """Add a case, or a new version of it; former versions stay. Nothing is changed unless all is written and read back.
+
+        mask: label values (z, y, x) on the image's grid, the dataset's or, where `labels` says what they are, those of its
+        labels, which are then matched by name. name: made from the voxels where it is not given, so that the same scan is
+        the same case. patient: any identity (PatientID); only its salted hash is kept; default: the DICOM files' PatientID, else
+        the case is a patient of its own. by, dated: who and when, only if wished. allow: "empty", "leftover", "image", which
+        are refused otherwise. Raises UserError.
+        """
+        if unknown := set(allow) - set(OBJECTIONS):
+            raise UserError(f"{sorted(unknown)[0]} is nothing that can be allowed; choose of {', '.join(OBJECTIONS)}.")
+        if name is not None and not NAME.fullmatch(name):
+            raise UserError(f"{name!r} cannot name a case; use up to 64 letters, digits, dots, dashes, underscores (no patient's name).")
+        if split not in (None, "", *SPLITS):
+            raise UserError(f"{split} is no split; choose one of {', '.join(SPLITS)}.")
+        self.refresh()
+        channels = self._check_image(image)
+        corrected = self._check_mask(image, mask, labels, "The mask", allow)
+        own = None if model_mask is None else self._check_mask(image, model_mask, labels, "The model's mask", OBJECTIONS)
+        voxels = hashlib.sha256()
+        for channel in channels:
+            voxels.update(f"{channel.dtype.str} {channel.shape}".encode())
+            voxels.update(channel)
+        digest = voxels.hexdigest()
+        key = name or "case-" + self._hash("voxels", digest)[:10]
+        self._check_twin(self._data, key, digest, allow)
+        identity = patient if patient is not None else _tag(image, "0010|0020")
+        person = self.patient(identity) if identity.strip() else "p-" + self._hash("voxels", digest)[:12]
+        record: dict[str, Any] = {
+            "version": 0,
+            "voxels": digest,
+            "modality": modality(image),
+            "geometry": {
+                "size": list(image.shape[::-1]),
+                "spacing": [float(v) for v in image.spacing],
+                "origin": [float(v) for v in image.origin],
+                "direction": [float(v) for v in image.direction],
+            },
+            "voxels_by_label": {d.name: int(np.count_nonzero(corrected == d.value)) for d in self.labels},
+            "model_name": model,
+            "changes": changes(own, corrected, self.labels, math.prod(image.spacing) / 1000) if own is not None else None,
+        }
+        if by:
+            record["by"] = by
+        if dated:
+            record["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        place = PurePosixPath(CASES, key, secrets.token_hex(6))
+        with _reached(self.folder):
+            try:
+                self._write_files(image, channels, corrected, own, place, record, key)
+                return self._commit(lambda data: self._enter(data, key, record, person, patient is not None, split, allow))
+            except BaseException:
+                shutil.rmtree(self.folder / place, ignore_errors=True)
+                raise
+
+    def _check_image(self, image: Image) -> list[np.ndarray]:
+        """The channels as contiguous arrays of a type that NIfTI has."""
+        check_geometry(image)
+        if image.n_channels != len(self.channels):
+            raise UserError(
+                f"The image has {image.n_channels} channels and the dataset {len(self.channels)} ({', '.join(self.channels)}); give those."
+            )
+        out = []
+        for array in image.channels:
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise UserError("The image has voxels that are no numbers (NaN or infinite); repair or leave it out.")
+            if array.dtype.kind == "f" and array.dtype.itemsize != 4:
+                array = array.astype(np.float32)
+            elif array.dtype.kind == "b":
+                array = array.astype(np.uint8)
+            elif array.dtype.itemsize == 8:
+                narrow = np.int32 if array.size and abs(int(array.min())) < 2**31 and abs(int(array.max())) < 2**31 else np.float32
+                array = array.astype(narrow)
+            if array.min() == array.max():
+                raise UserError("The image is the same everywhere, so there is nothing to learn from it; give the scan itself.")
+            out.append(np.ascontiguousarray(array))
+        return out
+
+    def _check_mask(
+        self, image: Image, mask: Image | np.ndarray, labels: Sequence[Label] | None, what: str, allow: Collection[str]
+    ) -> np.ndarray:
+        """The mask in the dataset's values, uint8."""
+        if isinstance(mask, Image):
+            _check_fit(image, mask, what)
+        array = mask.array if isinstance(mask, Image) else np.asarray(mask)
+        if array.shape != image.shape:
+            raise UserError(f"{what} has {array.shape[::-1]} voxels and the image {image.shape[::-1]}; give the mask of this image.")
+        if array.dtype.kind == "f":
+            whole = np.rint(array)
+            if not np.array_equal(whole, array):
+                raise UserError(f"{what} holds numbers that are not whole; give label values, not probabilities.")
+            array = whole.astype(np.int64)
+        found = map_values(array)
+        mine = {label.name.strip().lower(): label.value for label in self.labels}
+        table = {label.value: label.value for label in self.labels}
+        if labels is not None:
+            table = {label.value: mine[label.name.strip().lower()] for label in labels if label.name.strip().lower() in mine}
+        elif found == [255] and len(mine) == 1 and 255 not in table:
+            table = {255: self.labels[0].value}  # a mask of 0 and 255
+        theirs = {label.value: label.name for label in labels or ()}
+        for value in found:
+            if value not in table:
+                known = ", ".join(f"{d.value} {d.name}" for d in self.labels)
+                raise UserError(
+                    f"{what} holds the label {theirs.get(value, value)}, which the dataset does not have (it has {known}); "
+                    "remove or rename it, or add the label to the dataset."
+                )
+        out = np.zeros(array.shape, np.uint8)
+        for value in found:
+            out[array == value] = table[value]
+        if not found and "empty" not in allow:
+            raise UserError(f"{what} is empty; mark something, or allow an empty mask if the scan has nothing to mark.")
+        if "leftover" not in allow:
+            for label in self.labels:
+                n = int(np.count_nonzero(out == label.value))
+                if 0 < n < LEFTOVER:
+                    raise UserError(f"{what} has only {n} voxels of {label.name}, as an eraser leaves; remove them, or allow leftovers.")
+        return out
+
+    def _check_twin(self, data: dict[str, Any], key: str, digest: str, allow: Collection[str]) -> None:
+        for name, case in data["cases"].items():
+            same = case["versions"][-1]["voxels"] == digest
+            if same and name != key:
+                raise UserError(f"This image is already there as {name}; add it under that name to update it.")
+            if not same and name == key and "image" not in allow:
+                raise UserError(f"The case {key} has another image; choose another name, or allow its image to be replaced.")
+
+    def _write_files(
+        self,
+        image: Image,
+        channels: list[np.ndarray],
+        corrected: np.ndarray,
+        own: np.ndarray | None,
+        place: PurePosixPath,
+        record: dict[str, Any],
+        key: str,
+    ) -> None:
+        """Write a version's files and read them back; the same image is not written twice."""
+        record["files"] = {}
+        former = self._data["cases"].get(key, {}).get("versions", [])
+        twin = next((v for v in reversed(former) if v["voxels"] == record["voxels"] and v["geometry"] == record["geometry"]), None)
+        todo = [("label", f"{place}/label.nii.gz", corrected)]
+        if own is not None:
+            todo.append(("model", f"{place}/model.nii.gz", own))
+        if twin and all((self.folder / f).is_file() for f in twin["images"]):
+            record["images"] = list(twin["images"])
+            record["files"] |= {f: twin["files"][f] for f in twin["images"]}
+        else:
+            record["images"] = [f"{place}/image_{i:04d}.nii.gz" for i in range(len(channels))]
+            todo += [("", name, channel) for name, channel in zip(record["images"], channels)]
+        for role, name, array in todo:
+            if role:
+                record[role] = name
+            path = self.folder / name
+            grid = Image(array, image.spacing, image.origin, image.direction)
+            write_image(grid, path)
+            _flush(path)
+            try:  # ITK does not always notice a full disk
+                back = read_image(path)
+                whole = np.array_equal(back.array, array) and back.same_grid(grid, 0.01 * min(image.spacing))
+            except UserError:
+                whole = False
+            if not whole:
+                raise UserError(f"{self.folder} did not take the case whole; check the disk's space and state, and add the case again.")
+            record["files"][name] = _sha256(path)
+
+    def _enter(
+        self,
+        data: dict[str, Any],
+        key: str,
+        record: dict[str, Any],
+        person: str,
+        named: bool,
+        split: str | None,
+        allow: Collection[str],
+    ) -> Entry:
+        """Put a version into the index, which another may have changed since it was checked."""
+        self._check_twin(data, key, record["voxels"], allow)
+        case = data["cases"].get(key)
+        if case is None:
+            case = data["cases"][key] = {"patient": person, "split": "", "versions": []}
+        elif named:
+            case["patient"] = person
+        kin = {c["split"] for n, c in data["cases"].items() if n != key and c["patient"] == case["patient"] and c.get("split")}
+        if split is not None:
+            if kin and kin != {split}:
+                raise UserError(f"Another case of this patient is in {kin.pop()}; put both into the same split.")
+            case["split"] = split
+        elif kin:
+            case["split"] = kin.pop()
+        if not all((self.folder / f).is_file() for f in record["files"]):
+            raise UserError(f"The case {key} was erased by another person just now; add it again if it is to stay.")
+        record["version"] = max((v["version"] for v in case["versions"]), default=0) + 1
+        case["versions"].append(record)
+        return self._entry(key, case)
+
+    def remove(self, name: str, erase: bool = False) -> None:
+        """Take a case out. Its files and record stay for restore(), unless erase: then no version of it is left."""
+
+        def take(data: dict[str, Any]) -> list[str]:
+            if erase and name in data.get("removed", {}):
+                data["cases"].setdefault(name, {"versions": []})["versions"] += data["removed"].pop(name)["versions"]
+            case = self._case(data, name)
+            del data["cases"][name]
+            if erase:
+                return [f for version in case["versions"] for f in version["files"]]
+            data.setdefault("removed", {})[name] = case
+            return []
+
+        with _reached(self.folder):
+            for place in {(self.folder / f).parent for f in self._commit(take)}:
+                shutil.rmtree(place)
+
+    def restore(self, name: str, version: int | None = None) -> Entry:
+        """Bring a removed case back, or make a former version the current one (as a new version: history only grows)."""
+
+        def back(data: dict[str, Any]) -> Entry:
+            if name in data.get("removed", {}) and name not in data["cases"]:
+                data["cases"][name] = data["removed"].pop(name)
+            case = self._case(data, name)
+            if version is not None:
+                found = next((v for v in case["versions"] if v["version"] == version), None)
+                if not found:
+                    raise UserError(f"{name} has no version {version}; it has 1 to {case['versions'][-1]['version']}.")
+                case["versions"].append({**found, "version": case["versions"][-1]["version"] + 1, "restored": version})
+            return self._entry(name, case)
+
+        with _reached(self.folder):
+            return self._commit(back)
+
+    def add_label(self, label: Label) -> None:
+        """A further label; cases that are there simply have none of it."""
+
+        def more(data: dict[str, Any]) -> None:
+            taken = {"background", *(d["name"].lower() for d in data["segments"])}
+            if label.name.strip().lower() in taken or any(d["value"] == label.value for d in data["segments"]):
+                raise UserError(f"The dataset already has a label {label.name} or the value {label.value}; choose others.")
+            if not 0 < label.value < 256:
+                raise UserError(f"A label's value is from 1 to 255, not {label.value}.")
+            data["segments"].append(_label_json(label))
+
+        with _reached(self.folder):
+            self._commit(more)
+
+    def split(self, fractions: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0, again: bool = False) -> dict[str, list[str]]:
+        """Deal the patients into train, validation and test; returns the cases of each.
+
+        Patients that are dealt already stay where they are, so that what was held out stays held out, unless `again`.
+        The same patients and seed give the same split.
+        """
+        if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
+            raise UserError("A split needs three fractions, for train, validation and test, that sum to 1, such as 0.7,0.15,0.15.")
+
+        def deal(data: dict[str, Any]) -> dict[str, list[str]]:
+            cases = data["cases"]
+            if again:
+                for case in cases.values():
+                    case["split"] = ""
+            people: dict[str, list[str]] = {}
+            for name, case in cases.items():
+                people.setdefault(case["patient"], []).append(name)
+            wanted = [s for s, f in zip(SPLITS, fractions) if f]
+            if len(people) < len(wanted):
+                raise UserError(
+                    f"There are too few patients ({len(people)}) for {len(wanted)} parts; add cases, or set a part to 0 (cross-validate)."
+                )
+            count = Counter({s: 0 for s in SPLITS})
+            order = sorted(people, key=lambda p: hashlib.sha256(f"{seed} {p}".encode()).hexdigest())
+            dealt = {p: next((cases[n]["split"] for n in people[p] if cases[n]["split"]), "") for p in order}
+            for p in order:
+                if dealt[p]:
+                    count[dealt[p]] += len(people[p])
+            new = [p for p in order if not dealt[p]]
+            share = {s: f * len(cases) for s, f in zip(SPLITS, fractions)}
+            for i, p in enumerate(new):
+                # The last ones go where there is nobody yet: small sets would round a part away.
+                empty = [s for s in wanted if not count[s]]
+                part = empty[0] if empty and len(new) - i <= len(empty) else max(wanted, key=lambda s: share[s] - count[s])
+                dealt[p] = part
+                count[part] += len(people[p])
+            for p, part in dealt.items():
+                for n in people[p]:
+                    cases[n]["split"] = part
+            return {s: [n for n, c in cases.items() if c["split"] == s] for s in SPLITS}
+
+        with _reached(self.folder):
+            return self._commit(deal)
+
+    def _commit(self, change: Callable[[dict[str, Any]], T]) -> T:
+        """Read the index, change it, replace it; all under the lock. What `change` raises leaves it as it was."""
+        for attempt in range(5):
+            with _Lock(self.folder) as lock:
+                data = _read_index(self.folder)
+                out = change(data)
+                data["revision"] += 1
+                try:
+                    _write_index(self.folder, data, lock)
+                except _LockLost:
+                    continue
+                except UserError as e:  # on Windows and its shares while another reads the index
+                    if attempt == 4 or not isinstance(e.__cause__, PermissionError):
+                        raise
+                    time.sleep(0.2)
+                    continue
+                self._data = data
+                return out
+        raise UserError(f"The dataset {self.folder} is changed by others all the time; try again.")
+
+    # ---------------------------------------------------------------------------------------------------------- check
+
+    def check(self, hashes: bool = True) -> list[Problem]:
+        """What is wrong with the folder itself: missing or changed files, files nobody names, patients in two splits."""
+        self.refresh()
+        out = []
+        if not (self.folder / SALT).is_file():
+            out.append(Problem("", f"{SALT} is missing, so that no patient can be grouped with earlier cases", "bring it back from a copy"))
+        splits: dict[str, set[str]] = {}
+        for name, case in self._data["cases"].items():
+            splits.setdefault(case["patient"], set()).add(case.get("split", ""))
+            for version in case["versions"]:
+                for file, digest in version["files"].items():
+                    path = self.folder / file
+                    if not path.is_file():
+                        out.append(Problem(name, f"{file} of version {version['version']} is missing", "restore it, or remove the case"))
+                    elif hashes and _sha256(path) != digest:
+                        out.append(Problem(name, f"{file} was changed since it was added", "restore it, or add the case again"))
+        out += [
+            Problem("", f"patient {p} is in {' and '.join(sorted(filter(None, s)))}", "split again")
+            for p, s in splits.items()
+            if len(s - {""}) > 1
+        ]
+        if orphans := self._orphans(RUBBISH):
+            out.append(
+                Problem(
+                    "",
+                    f"{len(orphans)} files or folders belong to no case (a writer was stopped)",
+                    "unetseg dataset check --clean removes them",
+                )
+            )
+        return out
+
+    def _orphans(self, age: float) -> list[Path]:
+        """What no index names and is older than `age` seconds."""
+        cases = [*self._data["cases"].values(), *self._data.get("removed", {}).values()]
+        named = {str(PurePosixPath(f).parent) for case in cases for version in case["versions"] for f in version["files"]}
+        found = [p for p in self.folder.glob(f"{CASES}/*/*") if p.relative_to(self.folder).as_posix() not in named]
+        for pattern in (".unetseg-*", ".clock-*", ".grave-*"):
+            found += self.folder.glob(pattern)
+        now = time.time()
+        return sorted(p for p in found if now - p.stat().st_mtime >= age)
+
+    def clean(self, age: float = RUBBISH) -> list[Path]:
+        """Remove what killed writers left, if it is older than `age` seconds: what is younger may be a case in the making."""
+        self.refresh()
+        with _reached(self.folder):
+            gone = self._orphans(age)
+            for path in gone:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            for empty in self.folder.glob(f"{CASES}/*"):
+                if empty.is_dir() and not any(empty.iterdir()):
+                    empty.rmdir()
+        return gone
+
+    # --------------------------------------------------------------------------------------------------------- export
+
+    def export(self, target: str | Path, kind: str) -> Path:
+        """Copy the current cases for another program; all or nothing. Returns the folder, which must be new or empty.
+
+        "nnunet": a raw dataset (below `target` unless that is named DatasetNNN_name), with splits_final.json; "monai": images/,
+        labels/, datalist.json; "itksnap": images/, labels/, labels.txt (label descriptions).
+        """
+        if kind not in EXPORTS:
+            raise UserError(f"{kind} is no known export; choose one of {', '.join(EXPORTS)}.")
+        self.refresh()
+        if not self._data["cases"]:
+            raise UserError(f"The dataset {self.folder} is empty; add cases first.")
+        target = Path(target).expanduser()
+        if kind == "nnunet" and not re.fullmatch(r"Dataset\d{3}_.+", target.name):
+            taken = {p.name[7:10] for p in target.glob("Dataset[0-9][0-9][0-9]_*")}
+            number = next(f"{n:03d}" for n in range(501, 1000) if f"{n:03d}" not in taken)
+            target = target / f"Dataset{number}_{re.sub(r'[^A-Za-z0-9]+', '_', self.name).strip('_') or 'unetseg'}"
+        if target.is_dir() and any(target.iterdir()):
+            raise UserError(f"{target} is not empty; choose a new folder for the export.")
+        with _reached(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            making = target.parent / f".unetseg-{secrets.token_hex(4)}-{target.name}"
+            making.mkdir()
+            try:
+                {"nnunet": self._export_nnunet, "monai": self._export_monai, "itksnap": self._export_itksnap}[kind](making)
+                if target.is_dir():
+                    target.rmdir()
+                making.rename(target)
+            except BaseException:
+                shutil.rmtree(making, ignore_errors=True)
+                raise
+        return target
+
+    def _export_files(self, entry: Entry, image: str, label: str, consecutive: bool) -> None:
+        """Copy the channels to image.format(channel) and the label map to `label`."""
+        for i, file in enumerate(entry.images):
+            to = Path(image.format(i))
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, to)
+        Path(label).parent.mkdir(parents=True, exist_ok=True)
+        table = self._consecutive()
+        if consecutive and any(a != b for a, b in table.items()):
+            mask = read_image(entry.label)
+            lookup = np.zeros(256, np.uint8)
+            lookup[list(table)] = list(table.values())
+            write_image(mask.like(lookup[mask.array]), label)
+        else:
+            shutil.copyfile(entry.label, label)
+
+    def _consecutive(self) -> dict[int, int]:
+        """The label values -> 1, 2, ..., which nnU-Net asks for."""
+        return {v: i for i, v in enumerate(sorted(label.value for label in self.labels), 1)}
+
+    def _export_nnunet(self, to: Path) -> None:
+        entries = self.entries
+        for entry in entries.values():
+            part = "Ts" if entry.split == "test" else "Tr"
+            self._export_files(
+                entry, str(to / f"images{part}" / (entry.name + "_{:04d}.nii.gz")), str(to / f"labels{part}" / f"{entry.name}.nii.gz"), True
+            )
+        training = [e.name for e in entries.values() if e.split != "test"]
+        if not training:
+            raise UserError("All cases are in test, so there is nothing to train on; split the dataset again.")
+        table = self._consecutive()
+        data = {
+            "name": self.name,
+            "channel_names": {str(i): c for i, c in enumerate(self.channels)},
+            "labels": {"background": 0, **{d.name: table[d.value] for d in sorted(self.labels, key=lambda d: d.value)}},
+            "numTraining": len(training),
+            "file_ending": ".nii.gz",
+        }
+        _write_json(to / "dataset.json", data)
+        held = [e.name for e in entries.values() if e.split == "validation"]
+        if held:  # nnU-Net looks for it in nnUNet_preprocessed/DatasetNNN_name
+            _write_json(to / "splits_final.json", [{"train": [n for n in training if n not in held], "val": held}])
+
+    def _export_monai(self, to: Path) -> None:
+        parts: dict[str, list[dict[str, Any]]] = {"training": [], "validation": [], "test": []}
+        several = len(self.channels) > 1
+        for entry in self.entries.values():
+            pattern = entry.name + ("_{:04d}.nii.gz" if several else ".nii.gz")
+            self._export_files(entry, str(to / "images" / pattern), str(to / "labels" / f"{entry.name}.nii.gz"), False)
+            images = [f"images/{pattern.format(i)}" for i in range(len(self.channels))]
+            item = {"image": images if several else images[0], "label": f"labels/{entry.name}.nii.gz", "patient": entry.patient}
+            parts["training" if entry.split in ("", "train") else entry.split].append(item)
+        head = {
+            "name": self.name,
+            "modality": {str(i): c for i, c in enumerate(self.channels)},
+            "labels": {"0": "background", **{str(d.value): d.name for d in self.labels}},
+            "numTraining": len(parts["training"]),
+            "numTest": len(parts["test"]),
+        }
+        _write_json(to / "datalist.json", head | parts)
+
+    def _export_itksnap(self, to: Path) -> None:
+        several = len(self.channels) > 1
+        for entry in self.entries.values():
+            pattern = entry.name + ("_{:04d}.nii.gz" if several else ".nii.gz")
+            self._export_files(entry, str(to / "images" / pattern), str(to / "labels" / f"{entry.name}.nii.gz"), False)
+        (to / "labels.txt").write_text(label_descriptions(self.labels), "utf-8")
+
+
+def label_descriptions(labels: Sequence[Label]) -> str:
+    """ITK-SNAP's label description file: index, colour, opacity, visible in slices and in 3D, name."""
+    lines = [
+        "# ITK-SnAP Label Description File",
+        "# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL",
+        '    0     0    0    0        0  0  0    "Clear Label"',
+    ]
+    for d in labels:
+        r, g, b = d.color
+        name = d.name.replace('"', "'")
+        lines.append(f'{d.value:5d} {r:5d}{g:5d}{b:5d}        1  1  1    "{name}"')
+    return "\n".join(lines) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------------------- index
+
+
+def _label_json(label: Label) -> dict[str, Any]:
+    out: dict[str, Any] = {"value": int(label.value), "name": label.name.strip(), "color": list(label.color)}
+    return out | ({"terminology": label.terminology} if label.terminology else {})
+
+
+def _views(data: dict[str, Any]) -> dict[str, Any]:
+    """The index's cases as MONAI and nnU-Net look for them."""
+    current = {name: (case, case["versions"][-1]) for name, case in data["cases"].items()}
+    parts: dict[str, list[dict[str, Any]]] = {"training": [], "validation": [], "test": []}
+    for case, version in current.values():
+        images = version["images"]
+        item = {"image": images if len(images) > 1 else images[0], "label": version["label"], "patient": case["patient"]}
+        parts["training" if case.get("split", "") in ("", "train") else case["split"]].append(item)
+    values = sorted(d["value"] for d in data["segments"])
+    out: dict[str, Any] = {**parts, "file_ending": ".nii.gz", "numTraining": sum(c.get("split") != "test" for c, _ in current.values())}
+    out["channel_names"] = {str(i): c for i, c in enumerate(data["channels"])}
+    if values == list(range(1, len(values) + 1)):
+        out["labels"] = {"background": 0, **{d["name"]: d["value"] for d in sorted(data["segments"], key=lambda d: d["value"])}}
+        out["dataset"] = {n: {"images": v["images"], "label": v["label"]} for n, (c, v) in current.items() if c.get("split") != "test"}
+    return out
+
+
+_VIEWS = ("training", "validation", "test", "file_ending", "numTraining", "channel_names", "labels", "dataset")
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False), "utf-8")
+
+
+def _write_index(folder: Path, data: dict[str, Any], lock: _Lock | None = None) -> None:
+    with atomic_path(folder / INDEX) as temporary:
+        _write_json(temporary, {k: v for k, v in data.items() if k not in _VIEWS} | _views(data))
+        _flush(temporary)
+        if json.loads(temporary.read_text("utf-8"))["revision"] != data["revision"]:
+            raise OSError("the index was not written whole")
+        if lock is not None and not lock.mine():
+            raise _LockLost
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """The index, checked as far as the rest relies on it; a folder may come from anybody."""
+    path = folder / INDEX
+    with _reached(folder):
+        if not folder.is_dir():
+            raise UserError(f"The dataset {folder} is not there; connect its drive or network folder, or check the name.")
+        for attempt in range(4):
+            try:
+                text = path.read_text("utf-8")
+                break
+            except FileNotFoundError as e:
+                raise UserError(f"{folder} is no dataset (it has no {INDEX}); choose a dataset's folder or create one.") from e
+            except UnicodeDecodeError as e:
+                raise UserError(f"{path} is damaged; bring it back from a copy.") from e
+            except OSError:  # it is being replaced: Windows and network folders say so
+                if attempt == 3:
+                    raise
+                time.sleep(0.1)
+    try:
+        data = json.loads(text)
+        if data.get("format") != FORMAT:
+            raise UserError(f"{path} is another program's; choose the folder of a UNetSegmentation dataset, or create one.")
+        if data["format_version"] > 1:
+            raise UserError(f"{path} was written by a newer version of UNetSegmentation; update this one.")
+        data["name"], data["revision"] + 1, list(data["channels"])
+        for label in data["segments"]:
+            label["value"] + 1, label["name"].strip()
+        for name, case in [*data["cases"].items(), *data.get("removed", {}).items()]:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"the case {name!r}")
+            case["patient"] + case.get("split", "")
+            for version in case["versions"]:
+                for file in [
+                    *version["images"],
+                    version["label"],
+                    *([version["model"]] if version.get("model") else []),
+                    *version["files"],
+                ]:
+                    parts = PurePosixPath(file).parts
+                    if parts[0] != CASES or ".." in parts or len(parts) != 4 or "\\" in file:
+                        raise ValueError(f"the file {file!r}")
+                version["version"] + 1, version["voxels"].strip()
+            case["versions"][-1]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise UserError(f"{path} is damaged ({e}); bring it back from a copy.") from e
+    return data
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+@contextmanager
+def _reached(folder: Path) -> Iterator[None]:
+    """Failures of the disk or the network become one sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"The folder {folder} cannot be read or written ({e.strerror or e}); check the connection, the disk's space and your rights. "
+            "What was there before is unchanged."
+        ) from e
+
+
+def map_values(array: np.ndarray) -> list[int]:
+    """The values of a label map but 0, in order; np.unique would sort all its voxels."""
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    if low < 0 or high > 1 << 16:
+        return [int(v) for v in np.unique(array) if v]
+    return [int(v) for v in np.flatnonzero(voxel_counts(array, high + 1)) if v]
+
+
+def _flush(path: Path) -> None:
+    """On the disk, not only in its cache: the index must not name what a power cut takes away."""
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+
+
+def _sha256(path: Path) -> str:
+    out = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            out.update(block)
+    return out.hexdigest()
+
+
+def modality(image: Image) -> str:
+    """CT, MR, ... of an image that was read from DICOM files; "" of others."""
+    return _tag(image, "0008|0060")
+
+
+def _tag(image: Image, key: str) -> str:
+    """A tag of the image's first DICOM file; "" where there is none."""
+    if not image.dicom_files:
+        return ""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(image.dicom_files[0])
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return ""
+    return reader.GetMetaData(key).strip() if reader.HasMetaDataKey(key) else ""

@@ -1,0 +1,1064 @@
+"""Annotated cases out of any layout that people keep them in: one CaseSet, whose load() gives image and label map.
+
+Layouts (find_cases knows them by what a folder holds): "unetseg" (UNetSegmentationLib.dataset), "nnunet" (raw), "msd"
+(dataset.json of the Medical Segmentation Decathlon), "monai" (datalist), "bids", "luna16" (.mhd + annotations.csv),
+"lidc" (DICOM + the LIDC's XML contours), "dicom" (DICOM + RTSTRUCT or SEG), "pairs" (images/ + labels/, or both in one folder).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from UNetSegmentationLib.dataset import INDEX, Dataset, map_values, read_segments, segment_masks
+from UNetSegmentationLib.files import UserError
+from UNetSegmentationLib.image import PICTURE_SUFFIXES, Image, read_image
+from UNetSegmentationLib.model import DEFAULT_COLORS, Label
+
+SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", *PICTURE_SUFFIXES)
+IMAGE_FOLDERS = ("imagesTr", "images", "image", "imgs", "img", "scans", "volumes")
+LABEL_FOLDERS = ("labelsTr", "labels", "label", "masks", "mask", "segmentations", "segs", "seg")
+# In one folder with the images, a mask is its image's name with one of these in place of one of those.
+IMAGE_WORDS = ("", "_image", "_img", "_ct", "_mr", "_scan", "-image")
+MASK_WORDS = ("_label", "_labels", "_mask", "_seg", "_segmentation", "_gt", "-label", "-mask", "-seg", "-segmentation", "_1stHO")
+MASK_WORDS_PATTERN = re.compile(r".*[._-](labels?|masks?|seg|segmentation|gt|\dndho|\dstho)$", re.IGNORECASE)
+# How far a mask's corners may lie from the image's, in voxels: headers written by other programs round.
+TOLERANCE = 0.1
+# A map of label values is asked of at most so many files; check() reads all.
+SCANNED = 200
+SPLITS = {"training": "train", "train": "train", "validation": "validation", "val": "validation", "test": "test", "testing": "test"}
+# What begins, or ends, many public names: the rest of the name is another scan or lesion of the same person.
+PATIENTS = (
+    r"(sub-[A-Za-z0-9]+)",
+    r"(LIDC-IDRI-\d{4})",
+    r"(LUNG1-\d{3})",
+    r"(TCGA-\w{2}-\w{4})",
+    r"(.+?)-IM-\d{4}-\d{4}",
+)
+
+
+class Mismatch(UserError):
+    """A mask that does not lie on its image."""
+
+
+class UnknownLabel(UserError):
+    """A mask with a label that the others do not know."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case. images: a file or DICOM folder for each channel (a 4D or colour file holds several); label: the mask's file.
+
+    reader: how the label map is made, a key of READERS. split: "train", "validation", "test" or "" (not decided).
+    series: the UID, where a DICOM folder holds several; extra: what the reader needs besides (spheres of
+    LUNA16, names of the structures that were made one label).
+    """
+
+    name: str
+    patient: str
+    images: tuple[Path, ...]
+    label: Path | None
+    reader: str = "map"
+    split: str = ""
+    series: str = ""
+    extra: tuple[Any, ...] = ()
+
+    @property
+    def annotated(self) -> bool:
+        return self.label is not None or self.reader == "spheres"
+
+
+@dataclass
+class CaseSet:
+    """Cases of one task. labels: values 1, 2, ... in order, as load() gives them; values: what the files hold -> those.
+
+    A value of the files that maps to 0 is known and left out. notes: what was assumed, a sentence each.
+    """
+
+    cases: tuple[Case, ...]
+    labels: tuple[Label, ...]
+    channels: tuple[str, ...]
+    layout: str
+    values: dict[int, int]
+    notes: tuple[str, ...] = ()
+    source: Path | None = None
+
+    @property
+    def annotated(self) -> tuple[Case, ...]:
+        return tuple(c for c in self.cases if c.annotated)
+
+    def subset(self, cases: Iterable[Case]) -> CaseSet:
+        return replace(self, cases=tuple(cases))
+
+    def image(self, case: Case) -> Image:
+        """The image alone, (z, y, x) or (c, z, y, x)."""
+        with _named(case):
+            image = read_image(case.images if len(case.images) > 1 else case.images[0], case.series or None)
+            channels = image.channels
+            if len(self.channels) == 1 and len(channels) in (2, 3, 4) and _is_picture(case.images[0]):
+                image = image.like(channels[0])  # a grey picture that was stored as RGB
+            elif len(self.channels) == 3 and len(channels) == 4 and _is_picture(case.images[0]):
+                image = image.like(channels[:3])  # without its transparency
+            if image.n_channels != len(self.channels):
+                raise UserError(
+                    f"the image has {image.n_channels} channels, the others {len(self.channels)} ({', '.join(self.channels)}); "
+                    "complete or remove it."
+                )
+            return image
+
+    def load(self, case: Case) -> tuple[Image, np.ndarray]:
+        """(image, label map uint8 (z, y, x) on its grid). UserError names the case and the cure; without a mask all is 0."""
+        image = self.image(case)
+        with _named(case):
+            if not case.annotated:
+                return image, np.zeros(image.shape, np.uint8)
+            try:
+                return image, READERS[case.reader](self, case, image)
+            except (AttributeError, KeyError, IndexError, TypeError, ValueError) as e:
+                if case.reader == "map" or case.label is None:
+                    raise
+                raise UserError(f"its annotation {case.label.name} is not as its format asks ({e}); export it again.") from e
+
+    def digest(self, case: Case) -> str:
+        """SHA-256 over the bytes of the case's files and how they are read: another digest, another case."""
+        out = hashlib.sha256(repr((case.reader, case.series, case.extra, sorted(self.values.items()))).encode())
+        for path in (*case.images, *((case.label,) if case.label else ())):
+            for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+                with open(file, "rb") as f:
+                    while block := f.read(1 << 20):
+                        out.update(block)
+        return out.hexdigest()
+
+    def number(self, name: str) -> int:
+        """The value of a label by its name, whatever its case and punctuation; 0 if it is left out."""
+        return next((label.value for label in self.labels if _plain(label.name) == _plain(name)), 0)
+
+
+def folds(cases: Sequence[Case], k: int, seed: int = 20261122) -> list[int]:
+    """The fold of each case, the same for all of a patient: a fixed shuffle of the sorted patients, dealt out in turn."""
+    patients = sorted({c.patient for c in cases})
+    if not 2 <= k <= len(patients):
+        raise UserError(f"{len(patients)} patients cannot be dealt into {k} folds; choose 2 to {len(patients)}, or add cases.")
+    order = np.random.default_rng(seed).permutation(len(patients))
+    fold = {patients[i]: rank % k for rank, i in enumerate(order)}
+    return [fold[c.patient] for c in cases]
+
+
+def find_cases(
+    path: str | Path,
+    layout: str | None = None,
+    *,
+    patient: str | None = None,
+    only: Sequence[str] = (),
+    foreground: bool = False,
+) -> CaseSet:
+    """The cases of a folder (or of a datalist's or dataset.json's file) in whatever layout it has.
+
+    patient: a pattern whose first group, found in a case's name, is its patient. only: names of the labels to keep.
+    foreground: all labels become one. Raises UserError where nothing fits.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give the folder with the images and masks.")
+    if layout is not None and layout not in LAYOUTS:
+        raise UserError(f"{layout} is no known layout; choose one of {', '.join(LAYOUTS)}.")
+    found = None
+    for name, reads in LAYOUTS.items():
+        if layout in (None, name) and (found := reads(path)):
+            found.layout, found.source = name, path
+            break
+    if not found or not found.cases:
+        what = (
+            f"in the layout {layout}"
+            if layout
+            else "(images/ with labels/, nnU-Net, MSD, MONAI, BIDS, LUNA16, LIDC, DICOM with RTSTRUCT or SEG)"
+        )
+        raise UserError(f"{path} holds no annotated cases {what}; give the folder that holds both the images and their masks.")
+    twice = [name for name, n in Counter(c.name for c in found.cases).items() if n > 1]
+    if twice:
+        raise UserError(f"{path} has two cases named {twice[0]}; rename one of them.")
+    if patient is not None:
+        found = found.subset(replace(c, patient=_group(patient, c.name)) for c in found.cases)
+    if only:
+        found = _keep_only(found, only)
+    if foreground:
+        kept = tuple(_plain(label.name) for label in found.labels)
+        one = Label(1, found.labels[0].name if len(found.labels) == 1 else "foreground", DEFAULT_COLORS[0], {})
+        found = replace(found, labels=(one,), values={v: min(k, 1) for v, k in found.values.items()})
+        found.cases = tuple(replace(c, extra=kept) if c.reader in NAMED else c for c in found.cases)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+class _named:
+    """Puts the case's name before a UserError raised inside."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, UserError):
+            same = kind if kind in (Mismatch, UnknownLabel) else UserError
+            raise same(f"Case {self.case.name}: {error}") from error
+
+
+def stem(path: Path) -> str:
+    """The file's name without the suffix of an image."""
+    name = path.name
+    if path.is_dir():
+        return name
+    found = next((s for s in SUFFIXES if name.lower().endswith(s)), None)
+    return name[: -len(found)] if found else path.stem
+
+
+def _is_picture(path: Path) -> bool:
+    return path.name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()
+
+
+def _group(pattern: str, name: str) -> str:
+    try:
+        found = re.search(pattern, name)
+        return (found[1] if found.re.groups else found[0]) if found else name
+    except re.error as e:
+        raise UserError(f"{pattern!r} is no regular expression ({e}); give one whose first group is the patient.") from e
+
+
+def _labels(names: Iterable[str]) -> tuple[Label, ...]:
+    """Labels 1, 2, ... of these names."""
+    return tuple(Label(i, name, DEFAULT_COLORS[(i - 1) % len(DEFAULT_COLORS)], {}) for i, name in enumerate(names, 1))
+
+
+def _numbered(names: dict[int, str]) -> tuple[tuple[Label, ...], dict[int, int]]:
+    """Labels for the values of files, and those values' numbers."""
+    order = sorted(v for v in names if v)
+    if len(order) > 255:
+        raise UserError(f"The masks hold {len(order)} values, which are instances and not labels; give foreground to make them one label.")
+    return _labels(names[v] for v in order), {v: i for i, v in enumerate(order, 1)}
+
+
+def _keep_only(cases: CaseSet, only: Sequence[str]) -> CaseSet:
+    kept = []
+    for name in only:
+        number = cases.number(name)
+        if not number:
+            raise UserError(f"There is no label {name}; the cases have {', '.join(label.name for label in cases.labels)}.")
+        kept.append(number)
+    new = {old: i for i, old in enumerate(kept, 1)}
+    labels = tuple(replace(cases.labels[old - 1], value=i) for old, i in new.items())
+    return replace(cases, labels=labels, values={v: new.get(k, 0) for v, k in cases.values.items()})
+
+
+def _patients(cases: list[Case], notes: list[str]) -> list[Case]:
+    """Patients by the known patterns of names, and by left and right of one person."""
+    names = {c.name for c in cases}
+    out = []
+    for case in cases:
+        patient = next((m[1] for p in PATIENTS if (m := re.match(p, case.name))), None)
+        side = re.fullmatch(r"(.*?)[_-]?(L|R|left|right)", case.name)
+        other = {"L": "R", "R": "L", "left": "right", "right": "left"}
+        if patient is None and side and case.name[: -len(side[2])] + other[side[2]] in names:
+            patient = side[1]
+        out.append(replace(case, patient=patient or case.name))
+    if len({c.patient for c in out}) < len(out):
+        notes.append(f"{len({c.patient for c in out})} patients were recognised in the names of {len(out)} cases.")
+    return out
+
+
+def _table_of_patients(folder: Path, cases: list[Case]) -> list[Case] | None:
+    """Patients from a table beside the images: index.csv, patients.csv or cases.csv with the columns file or case, and patient."""
+    for table in ("index.csv", "patients.csv", "cases.csv"):
+        if (folder / table).is_file():
+            with open(folder / table, newline="", encoding="utf-8-sig") as f:
+                rows = list(csv.DictReader(f))
+            key = next((k for k in ("file", "case", "name") if rows and k in rows[0]), None)
+            if key and "patient" in rows[0]:
+                known = {stem(Path(r[key])): r["patient"] for r in rows}
+                if all(c.name in known for c in cases):
+                    return [replace(c, patient=known[c.name]) for c in cases]
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text("utf-8-sig"))
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON ({e}); correct it.") from e
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}); check your rights and the disk.") from e
+    return data if isinstance(data, dict) else None
+
+
+def _label_names(folder: Path) -> dict[int, str]:
+    """Names by value, from labels.json ({"1": name} or {name: 1}) or an ITK-SNAP description (labels.txt)."""
+    if (folder / "labels.json").is_file():
+        data = _read_json(folder / "labels.json") or {}
+        pairs = [(k, v) if str(k).isdigit() else (v, k) for k, v in data.items()]
+        return {int(v): str(n) for v, n in pairs if str(v).isdigit() and int(v)}
+    if (folder / "labels.txt").is_file():
+        lines = re.findall(r'^\s*(\d+)\s.*"(.*)"\s*$', (folder / "labels.txt").read_text("utf-8", "replace"), re.MULTILINE)
+        return {int(v): n for v, n in lines if int(v)}
+    return {}
+
+
+def _mask_map(path: Path) -> Image:
+    """A label map as it stands in its file: one channel of whole numbers."""
+    mask = read_image(path)
+    channels = mask.channels
+    if len(channels) in (2, 4):  # a picture's last channel is its transparency
+        channels = channels[:-1]
+    if len(channels) == 3 and not all(np.array_equal(channels[0], c) for c in channels[1:]):
+        raise UserError(f"{path} is a coloured picture; save its mask as one grey channel, a value for each label.")
+    if len(channels) not in (1, 3):
+        raise UserError(f"{path} holds {len(channels)} channels; save one label map.")
+    array = channels[0]
+    if path.name.lower().endswith((".jpg", ".jpeg")):  # lossy: what was 0 and 255 is near them
+        array = np.where(array > 127, 255, 0).astype(np.uint8)
+    if array.dtype.kind == "f":
+        whole = np.rint(array)
+        if not np.isfinite(array).all() or np.abs(array - whole).max(initial=0) > 1e-3:
+            raise UserError(f"{path} holds numbers that are not whole; it is no label map (probabilities?). Save the labels.")
+        array = whole.astype(np.int32)
+    if array.min(initial=0) < 0:
+        raise UserError(f"{path} holds the negative value {array.min()}; it is no label map (an image?). Give the masks.")
+    return mask.like(array)
+
+
+def _found_values(path: Path) -> Image:
+    """The values of a mask, as an image of them: masks themselves would fill the memory."""
+    return Image(np.array([[[0, *map_values(_mask_map(path).array)]]]))
+
+
+def _some(paths: Sequence[Path], n: int, read: Callable[[Path], Image]) -> list[Image]:
+    """At most n of the files, spread over all. One that cannot be read is its case's affair, unless none can."""
+    out, error = [], None
+    for i in np.unique(np.linspace(0, len(paths) - 1, min(len(paths), n)).astype(int)):
+        try:
+            out.append(read(paths[i]))
+        except UserError as e:
+            error = e
+    if error and not out:
+        raise error
+    return out
+
+
+def _named_values(paths: Sequence[Path], names: dict[int, str], notes: list[str]) -> tuple[tuple[Label, ...], dict[int, int]]:
+    """Labels and values of plain maps; `names` is what the folder says of them."""
+    values = set[int]()
+    for mask in _some(paths, SCANNED, _found_values):
+        values |= set(mask.array.ravel().tolist()) - {0}
+    if not values and not names:
+        raise UserError(f"All masks are empty ({paths[0]} and the others); give the masks that mark something.")
+    if len(values) == 1 and not names:
+        value = next(iter(values))
+        if value != 1:
+            notes.append(f"The masks hold 0 and {value}; {value} is taken as label 1.")
+        return _labels(["foreground"]), {value: 1}
+    labels, numbers = _numbered({v: names.get(v, f"label {v}") for v in values | set(names)})
+    if any(v != k for v, k in numbers.items()):
+        notes.append("The masks' values " + ", ".join(map(str, numbers)) + f" are numbered 1 to {len(numbers)}.")
+    return labels, numbers
+
+
+def _picture_channels(cases: Sequence[Case], notes: list[str]) -> tuple[str, ...]:
+    """The channels of single-file images, by some of them."""
+    images = _some([c.images[0] for c in cases], 6, read_image)
+    n = images[0].n_channels
+    if _is_picture(cases[0].images[0]) and n in (2, 3, 4):
+        colour = n > 2 and any(not _grey(image.channels) for image in images)
+        if not colour:
+            notes.append("The pictures are grey, stored in colour; one channel is read.")
+        return ("red", "green", "blue") if colour else ("image",)
+    if n > 1:
+        return tuple(f"channel {i}" for i in range(n))
+    if all(image.array.dtype.kind == "i" and -3100 <= image.array.min() < -200 for image in images):
+        notes.append("The images are taken as CT in HU, by their values.")
+        return ("CT",)
+    return ("image",)
+
+
+def _grey(channels: np.ndarray) -> bool:
+    return all(np.array_equal(channels[0], c) for c in channels[1:3])
+
+
+def _scans(folder: Path) -> list[Path]:
+    """Image files, and subfolders that hold a DICOM series each."""
+    return _files(folder) + sorted(p for p in folder.iterdir() if p.is_dir() and any(q.is_file() for q in p.iterdir()))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(SUFFIXES) and not p.name.startswith("."))
+
+
+def _inside(base: Path, name: Any) -> Path:
+    """A path out of a JSON file, relative to it."""
+    if not isinstance(name, str):
+        raise UserError(f"{base} names {name!r} where a file is wanted; correct the list.")
+    path = Path(name).expanduser()
+    return path if path.is_absolute() else base / path
+
+
+# ------------------------------------------------------------------------------------------------------------- readers
+
+
+def _fitting(image: Image, mask: Image, path: Path) -> np.ndarray:
+    """The mask's array if it lies on the image's grid."""
+    if mask.shape != image.shape:
+        raise Mismatch(
+            f"its mask {path.name} has {' x '.join(map(str, mask.shape[::-1]))} voxels and its image "
+            f"{' x '.join(map(str, image.shape[::-1]))}; resample the mask to the image, or give the right one."
+        )
+    tolerance = TOLERANCE * min(image.spacing)
+    if not _is_picture(path) and not image.same_grid(mask, tolerance):
+        corners = ((0, 0, 0), tuple(n - 1 for n in image.shape[::-1]))
+        far = max(math.dist(image.index_to_point(c), mask.index_to_point(c)) for c in corners)
+        raise Mismatch(
+            f"its mask {path.name} lies up to {far:.2f} mm beside its image (another spacing, origin or direction); "
+            "resample it to the image, or copy the image's header if only the header is wrong."
+        )
+    return mask.array
+
+
+def _read_map(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
+    assert case.label
+    array = _fitting(image, _mask_map(case.label), case.label)
+    known = {0: 0, **cases.values}
+    there = map_values(array)
+    bad = [v for v in there if v not in known]
+    if bad:
+        listing = ", ".join(f"{v} {cases.labels[k - 1].name}" for v, k in cases.values.items() if k)
+        raise UnknownLabel(
+            f"its mask {case.label.name} holds the unknown label {bad[0]} (known: {listing}); correct the mask or name the label."
+        )
+    if all(v == known[v] for v in there):
+        return array.astype(np.uint8)
+    out = np.zeros(array.shape, np.uint8)
+    for value in there:
+        if known[value]:
+            out[array == value] = known[value]
+    return out
+
+
+def _number(cases: CaseSet, case: Case, name: str) -> int:
+    """The value of a named mask; the case's extra are the names that were made one label."""
+    return int(_plain(name) in case.extra) if case.extra else cases.number(name)
+
+
+def _painted(cases: CaseSet, case: Case, image: Image, named: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Named masks as one map; where several claim a voxel the later label wins (a tumour over its organ)."""
+    out = np.zeros(image.shape, np.uint8)
+    for name, mask in named:
+        if number := _number(cases, case, name):
+            np.maximum(out, np.where(mask, np.uint8(number), np.uint8(0)), out=out)
+    return out
+
+
+def _read_segments(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
+    """A .seg.nrrd, whose grid Slicer crops to what is marked."""
+    assert case.label
+    return _painted(cases, case, image, ((label.name, mask) for label, mask in segment_masks(case.label, image)))
+
+
+def fill(polygons: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Pixels (y, x) whose centres lie inside the closed polygons ((n, 2) of x, y in pixels); what lies in two is outside."""
+    height, width = shape
+    crossings = np.zeros((height, width + 1), np.int64)
+    for polygon in polygons:
+        for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, 0)):
+            if y0 > y1:
+                x0, y0, x1, y1 = x1, y1, x0, y0
+            rows = np.arange(max(0, math.ceil(y0)), min(height, math.ceil(y1)))
+            if len(rows):
+                at = x0 + (rows - y0) * (x1 - x0) / (y1 - y0)
+                np.add.at(crossings, (rows, np.clip(np.ceil(at), 0, width).astype(int)), 1)
+    return (np.cumsum(crossings, 1)[:, :width] % 2).astype(bool)
+
+
+def _read_contours(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
+    """An RTSTRUCT: the voxels whose centres lie inside a contour of their slice."""
+    import pydicom
+
+    assert case.label
+    file = case.label
+    dataset = pydicom.dcmread(file)
+    names = {r.ROINumber: str(r.ROIName) for r in dataset.StructureSetROISequence}
+    inverse = np.linalg.inv(image.matrix)
+
+    def masks() -> Iterator[tuple[str, np.ndarray]]:
+        for roi in dataset.get("ROIContourSequence", ()):
+            name = names.get(roi.ReferencedROINumber, "")
+            if not _number(cases, case, name):
+                continue
+            slices: dict[int, list[np.ndarray]] = defaultdict(list)
+            for contour in roi.get("ContourSequence", ()):
+                if not contour.ContourGeometricType.startswith("CLOSED_PLANAR"):
+                    continue
+                points = np.array(contour.ContourData, float).reshape(-1, 3) @ inverse[:3, :3].T + inverse[:3, 3]
+                z = points[:, 2]
+                if np.ptp(z) > 0.5:
+                    raise UserError(f"the contours of {name} in {file.name} do not lie in its scan's slices; resample the scan to them.")
+                k = int(np.rint(z.mean()))
+                if not 0 <= k < image.shape[0]:
+                    raise UserError(f"a contour of {name} in {file.name} lies outside its scan; export both together again.")
+                slices[k].append(points[:, :2])
+            mask = np.zeros(image.shape, bool)
+            for k, polygons in slices.items():
+                mask[k] = fill(polygons, image.shape[1:])
+            yield name, mask
+
+    return _painted(cases, case, image, masks())
+
+
+def _read_dicom_seg(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
+    """A DICOM SEG on its scan's grid, frame by frame by position."""
+    import pydicom
+
+    assert case.label
+    dataset = pydicom.dcmread(case.label)
+    names = {s.SegmentNumber: str(s.SegmentLabel) for s in dataset.SegmentSequence}
+    frames = dataset.pixel_array.reshape(-1, dataset.Rows, dataset.Columns)
+    limit = 0.5 * float(dataset.get("MaximumFractionalValue", 1)) if dataset.SegmentationType == "FRACTIONAL" else 0.5
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+
+    def entry(group: Any, sequence: str) -> Any:
+        return (group if sequence in group else shared)[sequence][0]
+
+    masks: dict[str, np.ndarray] = {}
+    axes = np.reshape(image.direction, (3, 3)).T
+    for frame, group in zip(frames, dataset.PerFrameFunctionalGroupsSequence):
+        name = names[entry(group, "SegmentIdentificationSequence").ReferencedSegmentNumber]
+        orientation = np.array(entry(group, "PlaneOrientationSequence").ImageOrientationPatient, float).reshape(2, 3)
+        spacing = [float(v) for v in entry(group, "PixelMeasuresSequence").PixelSpacing][::-1]
+        at = np.array(image.point_to_index([float(v) for v in entry(group, "PlanePositionSequence").ImagePositionPatient]))
+        x, y, z = np.rint(at).astype(int)
+        whole = np.abs(at - (x, y, z)).max() < 0.1 and np.allclose(spacing, image.spacing[:2], rtol=1e-3)
+        if not (whole and np.allclose(orientation, axes[:2], atol=1e-3)):
+            raise UserError(f"{case.label} does not lie on the grid of its scan; convert it to a label map on that grid.")
+        h, w = frame.shape
+        if x < 0 or y < 0 or not 0 <= z < image.shape[0] or y + h > image.shape[1] or x + w > image.shape[2]:
+            raise UserError(f"{case.label} reaches outside its scan; export scan and segmentation together again.")
+        masks.setdefault(name, np.zeros(image.shape, bool))[z, y : y + h, x : x + w] |= frame > limit
+    return _painted(cases, case, image, masks.items())
+
+
+def _read_spheres(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
+    """LUNA16: a ball of the annotated diameter about each point (LPS mm); the challenge has no outlines."""
+    out = np.zeros(image.shape, np.uint8)
+    for ball in case.extra:
+        x, y, z, diameter = ball
+        half = diameter / 2 / np.array(image.spacing)
+        at = np.array(image.point_to_index((x, y, z)))
+        low, high = np.floor(at - half).astype(int), np.ceil(at + half).astype(int) + 1
+        low, high = np.maximum(low, 0), np.minimum(high, image.shape[::-1])
+        if (low >= high).any():
+            raise UserError(f"an annotation at {x:g}, {y:g}, {z:g} lies outside the scan; check the annotations' coordinates.")
+        k, j, i = np.meshgrid(*(np.arange(a, b) for a, b in zip(low[::-1], high[::-1])), indexing="ij")
+        away = (np.stack((i, j, k), -1) - at) * image.spacing
+        part = out[low[2] : high[2], low[1] : high[1], low[0] : high[0]]
+        part[(away**2).sum(-1) <= (diameter / 2) ** 2] = 1
+    return out
+
+
+def _read_lidc(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
+    """LIDC's XML: voxels that at least two readers (or the only one) count to a nodule of 3 mm or more.
+
+    A contour runs through the first pixels outside the nodule, so they are left out.
+    """
+    assert case.label
+    sessions = _lidc_sessions(case.label)
+    votes = np.zeros(image.shape, np.uint8)
+    for nodules in sessions:
+        mine = np.zeros(image.shape, bool)
+        for contours in nodules:
+            part: dict[int, np.ndarray] = {}
+            for z, inclusion, polygon in sorted(contours, key=lambda c: not c[1]):
+                k = round(image.point_to_index((*image.origin[:2], z))[2])
+                if not 0 <= k < image.shape[0] or polygon.min() < 0 or (polygon.max(0) >= image.shape[:0:-1]).any():
+                    raise UserError(f"a contour of {case.label.name} at z = {z:g} mm lies outside the scan; give the series it names.")
+                inside = fill([polygon], image.shape[1:])
+                inside[polygon[:, 1], polygon[:, 0]] = False
+                before = part.setdefault(k, np.zeros(image.shape[1:], bool))
+                part[k] = before | inside if inclusion else before & ~inside
+            for k, inside in part.items():
+                mine[k] |= inside
+        votes += mine
+    return (votes >= min(2, len(sessions))).astype(np.uint8)
+
+
+def _lidc_sessions(path: Path) -> list[list[list[tuple[float, bool, np.ndarray]]]]:
+    """For each reader and nodule the contours: z in mm, whether inside counts, (n, 2) pixels x, y."""
+    out = []
+    for session in _iter(_xml(path), "readingSession"):
+        nodules = []
+        for nodule in _iter(session, "unblindedReadNodule"):
+            contours = []
+            for roi in _iter(nodule, "roi"):
+                points = [(int(_text(e, "xCoord")), int(_text(e, "yCoord"))) for e in _iter(roi, "edgeMap")]
+                if len(points) > 2:  # fewer mark a nodule below 3 mm, which has no outline
+                    contours.append((float(_text(roi, "imageZposition")), _text(roi, "inclusion").upper() == "TRUE", np.array(points)))
+            if contours:
+                nodules.append(contours)
+        out.append(nodules)
+    return out
+
+
+def _xml(path: Path) -> Any:
+    from xml.etree import ElementTree
+
+    try:
+        return ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as e:
+        raise UserError(f"{path} is not XML ({e}); get it again.") from e
+
+
+def _iter(element: Any, name: str) -> Iterator[Any]:
+    return (e for e in element.iter() if e.tag.rpartition("}")[2] == name)
+
+
+def _text(element: Any, name: str) -> str:
+    found = next(_iter(element, name), None)
+    return (found.text or "").strip() if found is not None else ""
+
+
+READERS: dict[str, Callable[[CaseSet, Case, Image], np.ndarray]] = {
+    "map": _read_map,
+    "segments": _read_segments,
+    "contours": _read_contours,
+    "dicom-seg": _read_dicom_seg,
+    "spheres": _read_spheres,
+    "lidc": _read_lidc,
+}
+NAMED = ("segments", "contours", "dicom-seg")
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+
+def _find_unetseg(path: Path) -> CaseSet | None:
+    folder = path.parent if path.name == INDEX else path
+    if not (folder / INDEX).is_file() or not str((_read_json(folder / INDEX) or {}).get("format", "")).startswith("unetseg"):
+        return None
+    dataset = Dataset.open(folder)
+    labels, values = _numbered({label.value: label.name for label in dataset.labels})
+    labels = tuple(replace(theirs, value=ours.value) for ours, theirs in zip(labels, sorted(dataset.labels, key=lambda d: d.value)))
+    cases = tuple(Case(e.name, e.patient, e.images, e.label, split=e.split) for e in dataset.entries.values())
+    if not cases:
+        raise UserError(f"The dataset {folder} is empty; add annotated cases first (unetseg dataset add).")
+    return CaseSet(cases, labels, dataset.channels, "", values)
+
+
+def _find_nnunet(path: Path) -> CaseSet | None:
+    folder = path.parent if path.name == INDEX else path
+    data = _read_json(folder / INDEX) if (folder / INDEX).is_file() else None
+    if not data or "channel_names" not in data or not isinstance(data.get("labels"), dict):
+        return None
+    notes: list[str] = []
+    channels = tuple(str(v) for _, v in sorted(data["channel_names"].items(), key=lambda item: int(item[0])))
+    names: dict[int, str] = {}
+    for name, value in data["labels"].items():
+        if name == "ignore":
+            notes.append("Voxels with the label ignore are taken as background.")
+        elif isinstance(value, list):
+            notes.append(f"The region {name} is of several values; each value is a label of its own.")
+            names |= {int(v): names.get(int(v), f"label {v}") for v in value if int(v)}
+        elif int(value):
+            names[int(value)] = name
+    labels, values = _numbered(names)
+    values |= {int(v): 0 for name, v in data["labels"].items() if name == "ignore" and not isinstance(v, list)}
+    cases: list[Case] = []
+    ending = str(data.get("file_ending", ".nii.gz"))
+    if isinstance(data.get("dataset"), dict):
+        for name, item in data["dataset"].items():
+            cases.append(Case(name, name, tuple(_inside(folder, i) for i in item["images"]), _inside(folder, item["label"])))
+    else:
+        for part, split in (("Tr", ""), ("Ts", "test")):
+            found = sorted((folder / f"images{part}").glob(f"*_[0-9][0-9][0-9][0-9]{ending}"))
+            for name, group in groupby(found, lambda p: p.name[: -len(ending) - 5]):
+                files = tuple(group)
+                if len(files) != len(channels):
+                    raise UserError(f"Case {name}: {folder} has {len(files)} of its {len(channels)} channels; complete or remove it.")
+                mask = folder / f"labels{part}" / f"{name}{ending}"
+                if not mask.is_file() and part == "Tr":
+                    raise UserError(f"Case {name}: {mask} is missing; add its mask or remove the case.")
+                cases.append(Case(name, name, files, mask if mask.is_file() else None, split=split))
+    return CaseSet(tuple(_patients(cases, notes)), labels, channels, "", values, tuple(notes))
+
+
+def _find_msd(path: Path) -> CaseSet | None:
+    """dataset.json with "training": [{"image", "label"}], as MSD's, whose "labels" are {"1": name}."""
+    folder = path.parent if path.name == INDEX else path
+    data = _read_json(folder / INDEX) if (folder / INDEX).is_file() else None
+    if not data or not isinstance(data.get("training"), list) or not isinstance(data.get("labels"), dict):
+        return None
+    names = {int(v): str(n) for v, n in data["labels"].items() if str(v).isdigit() and int(v)}
+    channels = tuple(str(v) for _, v in sorted(data.get("modality", {"0": "image"}).items(), key=lambda item: int(item[0])))
+    notes: list[str] = []
+    cases = _datalist(folder, data)
+    labels, values = _numbered(names)
+    # In nnU-Net's first format the list says case.nii.gz and the files are case_0000.nii.gz.
+    spread = [replace(c, images=_spread(c.images[0], len(channels))) if len(c.images) == 1 else c for c in cases]
+    return CaseSet(tuple(_patients(spread, notes)), labels, channels, "", values, tuple(notes))
+
+
+def _spread(image: Path, n: int) -> tuple[Path, ...]:
+    ending = image.name[len(stem(image)) :]
+    files = tuple(image.with_name(f"{stem(image)}_{i:04d}{ending}") for i in range(n))
+    return files if not image.exists() and all(f.exists() for f in files) else (image,)
+
+
+def _datalist(base: Path, data: dict[str, Any]) -> list[Case]:
+    parts = [(key, split) for key, split in SPLITS.items() if isinstance(data.get(key), list)]
+    several = len({split for _, split in parts if any(isinstance(i, dict) and i.get("label") for i in data[_key(parts, split)])}) > 1
+    cases = []
+    for key, split in parts:
+        for item in data[key]:
+            item = {"image": item} if isinstance(item, str) else item
+            if not isinstance(item, dict) or "image" not in item:
+                raise UserError(f'{base}: an entry of "{key}" has no "image"; correct the list.')
+            images = item["image"] if isinstance(item["image"], list) else [item["image"]]
+            paths = tuple(_inside(base, i) for i in images)
+            label = item.get("label")
+            if isinstance(label, list):
+                raise UserError(f"{base}: {paths[0].name} has several label files; merge them into one map.")
+            name = re.sub(r"_0000$", "", stem(paths[0])) if len(paths) > 1 else stem(paths[0])
+            decided = split if several or split == "test" or not label else ""
+            mask = _inside(base, label) if label else None
+            reader = "segments" if mask and mask.name.lower().endswith(".seg.nrrd") else "map"
+            cases.append(Case(name, str(item.get("patient", name)), paths, mask, reader, decided))
+    names = Counter(c.name for c in cases)
+    # In a folder for each case the files have the same names.
+    return [replace(c, name=f"{c.images[0].parent.name}-{c.name}") if names[c.name] > 1 else c for c in cases]
+
+
+def _key(parts: list[tuple[str, str]], split: str) -> str:
+    return next(key for key, s in parts if s == split)
+
+
+def _find_monai(path: Path) -> CaseSet | None:
+    if path.is_file():
+        lists = [path] if path.suffix == ".json" else []
+    else:
+        lists = sorted(path.glob("*.json"))
+    for file in lists:
+        data = _read_json(file)
+        if not data or not any(isinstance(data.get(key), list) and data[key] for key in SPLITS):
+            continue
+        notes: list[str] = []
+        cases = _datalist(file.parent, data)
+        if not any(c.annotated for c in cases):
+            continue
+        named = {c.name: c.patient for c in cases}
+        cases = [c if named[c.name] != c.name else p for c, p in zip(cases, _patients(cases, notes))]
+        masks = [c.label for c in cases if c.label]
+        for mask in masks:
+            if not mask.exists():
+                raise UserError(f"{file} names {mask}, which does not exist; the list's paths must be relative to its folder.")
+        names = data.get("labels", {})
+        known = {int(v): str(n) for v, n in names.items() if str(v).isdigit() and int(v)} if isinstance(names, dict) else {}
+        labels, values = _labels_of(cases, known or _label_names(file.parent), notes)
+        channels = _channels_of(cases, notes, data.get("modality") or data.get("channel_names"))
+        return CaseSet(tuple(cases), labels, channels, "", values, tuple(notes))
+    return None
+
+
+def _labels_of(cases: Sequence[Case], names: dict[int, str], notes: list[str]) -> tuple[tuple[Label, ...], dict[int, int]]:
+    """Labels of maps and .seg.nrrd alike; the latter are known by their segments' names."""
+    segments = [c.label for c in cases if c.label and c.reader == "segments"]
+    if not segments:
+        return _named_values([c.label for c in cases if c.label], names, notes)
+    found: dict[str, Label] = {}
+    for file in segments:
+        for segment in read_segments(file, voxels=False)[1]:
+            found.setdefault(_plain(segment.label.name), segment.label)
+    if any(c.reader == "map" and c.label for c in cases):
+        raise UserError(f"{segments[0]} is a Slicer segmentation and other masks are plain maps; save all in one of the two kinds.")
+    return tuple(replace(label, value=i) for i, label in enumerate(found.values(), 1)), {}
+
+
+def _channels_of(cases: Sequence[Case], notes: list[str], named: Any = None) -> tuple[str, ...]:
+    if isinstance(named, dict) and named:
+        return tuple(str(v) for _, v in sorted(named.items()))
+    if len(cases[0].images) > 1:
+        return tuple(f"channel {i}" for i in range(len(cases[0].images)))
+    return _picture_channels(cases, notes)
+
+
+def _find_luna16(path: Path) -> CaseSet | None:
+    table = path if path.name == "annotations.csv" else path / "annotations.csv"
+    if not table.is_file():
+        return None
+    with open(table, newline="", encoding="utf-8-sig") as f:
+        rows = list(csv.DictReader(f))
+    columns = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
+    if not rows or any(c not in rows[0] for c in columns):
+        return None
+    balls: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for i, row in enumerate(rows, 2):
+        try:
+            balls[row["seriesuid"]].append(tuple(float(row[c]) for c in columns[1:]))
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{table}, line {i}: not a number ({e}); correct it.") from e
+    cases = [
+        Case(uid, uid, (file,), None, "spheres", extra=tuple(balls[uid]))
+        for file in sorted(table.parent.rglob("*.mhd"))
+        if (uid := stem(file)) in balls
+    ]
+    if not cases:
+        raise UserError(f"{table} names no .mhd file that lies in {table.parent}; put the scans (subset0, ...) beside it.")
+    notes = ["LUNA16 has points and diameters, no outlines: each nodule is a ball; train a detector or a first model, and refine."]
+    missing = len(balls) - len(cases)
+    if missing:
+        notes.append(f"{missing} annotated scans are not here.")
+    return CaseSet(tuple(cases), _labels(["nodule"]), ("CT",), "", {1: 1}, tuple(notes))
+
+
+BIDS = re.compile(r"(sub-[A-Za-z0-9]+)(?:_(ses-[A-Za-z0-9]+))?_(.*?_)?([A-Za-z0-9]+)$")
+
+
+def _find_bids(path: Path) -> CaseSet | None:
+    """sub-*/[ses-*/]*/sub-*_<contrast>.nii.gz with sub-*_..._dseg (or label-..._mask) there or under derivatives/."""
+    if path.is_file() or not any(p.is_dir() for p in path.glob("sub-*")):
+        return None
+    images: dict[tuple[str, str], dict[str, Path]] = defaultdict(dict)
+    masks: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    for file in sorted(path.rglob("sub-*")):
+        found = BIDS.fullmatch(stem(file)) if file.is_file() and file.name.lower().endswith(SUFFIXES) else None
+        if not found:
+            continue
+        key = found[1], found[2] or ""
+        if found[4] in ("dseg", "mask", "roi"):
+            masks[key].append(file)
+        elif "derivatives" not in file.relative_to(path).parts and found[4] != "probseg":
+            images[key].setdefault(found[4], file)
+    usable = [key for key in images if masks[key]]
+    if not usable:
+        return None
+    contrasts = sorted(set.intersection(*(set(images[key]) for key in usable)))
+    if not contrasts:
+        raise UserError(f"{path}: no contrast is there for every annotated subject; complete the images or give a subset.")
+    notes = []
+    cases = []
+    for key in usable:
+        several = sorted(masks[key], key=lambda p: ("_dseg" not in p.name, "desc-" in p.name, str(p)))
+        if len(several) > 1:
+            notes.append(f"{'_'.join(filter(None, key))} has {len(several)} masks; {several[0].name} is used.")
+        cases.append(Case("_".join(filter(None, key)), key[0], tuple(images[key][c] for c in contrasts), several[0]))
+    names: dict[int, str] = {}
+    for table in sorted(path.rglob("*dseg.tsv")):
+        with open(table, newline="", encoding="utf-8-sig") as f:
+            names |= {
+                int(r["index"]): r["name"] for r in csv.DictReader(f, delimiter="\t") if r.get("index", "").isdigit() and int(r["index"])
+            }
+    labels, values = _named_values([c.label for c in cases if c.label], names, notes)
+    return CaseSet(tuple(cases), labels, tuple(contrasts), "", values, tuple(notes))
+
+
+def _find_pairs(path: Path) -> CaseSet | None:
+    if path.is_file():
+        return None
+    notes: list[str] = []
+    folders = {p.name.lower(): p for p in path.iterdir() if p.is_dir()}
+    image_folder = next((folders[n.lower()] for n in IMAGE_FOLDERS if n.lower() in folders), None)
+    label_folder = next((folders[n.lower()] for n in LABEL_FOLDERS if n.lower() in folders), None)
+    cases: list[Case] = []
+    if image_folder and label_folder:
+        images = _by_channel(_scans(image_folder))
+        for mask in _files(label_folder):
+            name = next((n for n in _stripped(stem(mask), MASK_WORDS) if n in images), None)
+            if name is None:
+                raise UserError(f"{mask} has no image of its name in {image_folder}; give both the same name.")
+            cases.append(_pair(name, images[name], mask))
+        bare = sorted(set(images) - {c.name for c in cases})
+        if bare:
+            notes.append(f"{len(bare)} images have no mask ({', '.join(bare[:3])}{', ...' if len(bare) > 3 else ''}) and are left out.")
+    else:
+        files = _files(path)
+        masks = [f for f in files if f.name.lower().endswith(".seg.nrrd") or MASK_WORDS_PATTERN.match(stem(f))]
+        images = _by_channel([f for f in files if f not in masks])
+        for mask in masks:
+            for name in _stripped(stem(mask), MASK_WORDS):
+                found = next((name + w for w in IMAGE_WORDS if name + w in images), None)
+                if found and name not in {c.name for c in cases}:
+                    cases.append(_pair(name, images[found], mask))
+                    break
+    if not cases:
+        return None
+    cases = _table_of_patients(path, cases) or _patients(cases, notes)
+    labels, values = _labels_of(cases, _label_names(path), notes)
+    return CaseSet(tuple(cases), labels, _channels_of(cases, notes), "", values, tuple(notes))
+
+
+def _pair(name: str, images: tuple[Path, ...], mask: Path) -> Case:
+    return Case(name, name, images, mask, "segments" if mask.name.lower().endswith(".seg.nrrd") else "map")
+
+
+def _stripped(name: str, words: Sequence[str]) -> list[str]:
+    """The name, and without each of the words at its end."""
+    return [name, *(name[: -len(w)] for w in sorted(words, key=len, reverse=True) if name.lower().endswith(w.lower()))]
+
+
+def _by_channel(files: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
+    """Files by their name; name_0000, name_0001, ... are the channels of one image, if all are so named."""
+    if files and all(re.search(r"_\d{4}$", stem(f)) for f in files) and any(stem(f).endswith("_0000") for f in files):
+        grouped: dict[str, list[Path]] = defaultdict(list)
+        for f in files:
+            grouped[stem(f)[:-5]].append(f)
+        if len({len(g) for g in grouped.values()}) == 1:
+            return {name: tuple(sorted(group)) for name, group in grouped.items()}
+    out: dict[str, tuple[Path, ...]] = {}
+    for f in files:
+        if stem(f) in out:
+            raise UserError(f"{f} and {out[stem(f)][0].name} have the same name; remove one of them.")
+        out[stem(f)] = (f,)
+    return out
+
+
+def _headers(path: Path) -> list[tuple[Path, Any]]:
+    """The DICOM headers below a folder, without their pixels."""
+    import pydicom
+
+    other = (*SUFFIXES, ".json", ".csv", ".xml", ".txt")
+    tags = ["Modality", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID", "SOPClassUID"]
+    out = []
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.lower().endswith(other)):
+        with open(file, "rb") as f:
+            f.seek(128)
+            if f.read(4) != b"DICM":
+                continue
+        out.append((file, pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)))
+    return out
+
+
+def _series(path: Path) -> tuple[dict[str, tuple[Path, Any]], list[tuple[Path, Any]]]:
+    """Image series (UID -> folder, header) and the files that annotate them."""
+    series: dict[str, tuple[Path, Any]] = {}
+    annotations = []
+    for file, header in _headers(path):
+        if header.get("Modality") in ("RTSTRUCT", "SEG"):
+            annotations.append((file, header))
+        elif header.get("Modality") not in ("RTPLAN", "RTDOSE", "SR", "PR", "KO", None):
+            series.setdefault(str(header.get("SeriesInstanceUID") or file.parent), (file.parent, header))
+    return series, annotations
+
+
+def _of_person(header: Any) -> str:
+    """A patient's key that is not the PatientID itself."""
+    identity = str(header.get("PatientID") or header.get("StudyInstanceUID") or header.get("SeriesInstanceUID", ""))
+    return "p-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def _dicom_name(path: Path, folder: Path, uid: str, taken: set[str]) -> str:
+    name = "-".join(folder.relative_to(path).parts) or path.name
+    if name in taken:
+        name += "-" + hashlib.sha256(uid.encode()).hexdigest()[:6]
+    taken.add(name)
+    return name
+
+
+def _find_dicom(path: Path) -> CaseSet | None:
+    if path.is_file():
+        return None
+    try:
+        import pydicom
+    except ImportError:
+        return None
+    series, annotations = _series(path)
+    if not annotations:
+        return None
+    names: dict[str, str] = {}
+    cases, taken, modalities = [], set[str](), []
+    for file, header in annotations:
+        try:
+            full = pydicom.dcmread(file, stop_before_pixels=True)
+        except (pydicom.errors.InvalidDicomError, OSError, ValueError, KeyError) as e:
+            raise UserError(f"{file} is damaged ({e}); export it again.") from e
+        uid = _referenced(full, series)
+        if uid is None:
+            raise UserError(f"{file} belongs to no image series in {path}; put its scan beside it.")
+        folder, scan = series[uid]
+        if header.Modality == "RTSTRUCT":
+            found = [str(r.ROIName) for r in full.get("StructureSetROISequence", ())]
+        else:
+            found = [str(s.SegmentLabel) for s in full.get("SegmentSequence", ())]
+        for name in found:
+            names.setdefault(_plain(name), name)
+        reader = "contours" if header.Modality == "RTSTRUCT" else "dicom-seg"
+        cases.append(
+            Case(_dicom_name(path, folder, str(full.SOPInstanceUID), taken), _of_person(scan), (folder,), file, reader, series=uid)
+        )
+        modalities.append(str(scan.Modality))
+    if len(set(modalities)) > 1:
+        raise UserError(f"{path} holds scans of several modalities ({', '.join(sorted(set(modalities)))}); give them apart.")
+    if not names:
+        raise UserError(f"The RTSTRUCT or SEG in {path} name no structure; export them again.")
+    return CaseSet(tuple(cases), _labels(names.values()), (modalities[0],), "", {})
+
+
+def _referenced(dataset: Any, series: dict[str, tuple[Path, Any]]) -> str | None:
+    """The series that an RTSTRUCT or SEG was drawn on: the named one, else the only one in its frame of reference."""
+    named = [str(s.SeriesInstanceUID) for s in dataset.get("ReferencedSeriesSequence", ())]
+    frames = [str(dataset.get("FrameOfReferenceUID", ""))]
+    for reference in dataset.get("ReferencedFrameOfReferenceSequence", ()):
+        frames.append(str(reference.get("FrameOfReferenceUID", "")))
+        for study in reference.get("RTReferencedStudySequence", ()):
+            named += [str(s.SeriesInstanceUID) for s in study.get("RTReferencedSeriesSequence", ())]
+    for uid in named:
+        if uid in series:
+            return uid
+    same = [uid for uid, (_, header) in series.items() if str(header.get("FrameOfReferenceUID", "?")) in frames]
+    return same[0] if len(same) == 1 else None
+
+
+def _find_lidc(path: Path) -> CaseSet | None:
+    if path.is_file():
+        return None
+    files = []
+    for p in sorted(path.rglob("*.xml")):
+        with open(p, "rb") as f:
+            if b"LidcReadMessage" in f.read(4096):
+                files.append(p)
+    if not files:
+        return None
+    series, _ = _series(path)
+    cases, taken = [], set[str]()
+    for file in files:
+        uid = _text(_xml(file), "SeriesInstanceUid")
+        if uid in series:
+            folder, header = series[uid]
+            cases.append(Case(_dicom_name(path, folder, uid, taken), _of_person(header), (folder,), file, "lidc", series=uid))
+    if not cases:
+        raise UserError(f"{files[0]} names a series that is not below {path}; put the scans' DICOM folders there.")
+    notes = ["A voxel is nodule where at least two readers agree (or the only one)."]
+    if len(cases) < len(files):
+        notes.append(f"{len(files) - len(cases)} XML files name series that are not here.")
+    return CaseSet(tuple(cases), _labels(["nodule"]), ("CT",), "", {1: 1}, tuple(notes))
+
+
+LAYOUTS: dict[str, Callable[[Path], CaseSet | None]] = {
+    "unetseg": _find_unetseg,
+    "nnunet": _find_nnunet,
+    "msd": _find_msd,
+    "luna16": _find_luna16,
+    "bids": _find_bids,
+    "monai": _find_monai,
+    "pairs": _find_pairs,
+    "lidc": _find_lidc,
+    "dicom": _find_dicom,
+}
