@@ -1,6 +1,7 @@
-"""Runs the module's self-test in a real Slicer and ends it with an exit code:
+"""Runs the modules' self-tests in a real Slicer and ends it with an exit code:
 
-    Slicer --no-splash --no-main-window --additional-module-paths UNetSegmentation --python-script Testing/slicer/self.test.py
+    Slicer --no-splash --no-main-window --additional-module-paths UNetSegmentation UNetSegmentation/SegmentEditorUNetClick \\
+      --python-script Testing/slicer/self.test.py
 
 (A name with a point: slicer-core imports every module that it finds in a folder called slicer.)
 
@@ -19,10 +20,13 @@ import slicer
 def run() -> bool:
     if importlib.util.find_spec("onnxruntime") is None:
         slicer.util.pip_install("onnxruntime")
+    from SegmentEditorUNetClick import SegmentEditorUNetClickTest
+
     from UNetSegmentation import UNetSegmentationTest
 
     with open("self_test.log", "w", encoding="utf-8") as log:
-        suite = unittest.defaultTestLoader.loadTestsFromTestCase(UNetSegmentationTest)
+        load = unittest.defaultTestLoader.loadTestsFromTestCase
+        suite = unittest.TestSuite(map(load, (UNetSegmentationTest, SegmentEditorUNetClickTest)))
         result = unittest.TextTestRunner(log, verbosity=2).run(suite)
     with open("self_test.log", encoding="utf-8") as log:
         print(log.read())

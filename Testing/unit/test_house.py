@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULE = ROOT / "UNetSegmentation"
 CORE = MODULE / "UNetSegmentationLib"
 PANEL = MODULE / "UNetSegmentationPanel"
+EFFECT = MODULE / "SegmentEditorUNetClick"
+MODULES = [MODULE, EFFECT]
 
 # What a file may import beyond the standard library and the core itself; "lazy" only inside functions.
 ALLOWED = {
@@ -37,6 +39,8 @@ LEVEL |= {
     "picture": 2,
     "sample": 2,
     "inference": 3,
+    "dataset": 3,
+    "nodule": 3,
     "environment": 4,
     "mrml": 4,
     "cli": 4,
@@ -92,7 +96,10 @@ def test_nothing_in_the_core_points_back_up(name):
 
 # Of the panel's files those that the module needs to open import nothing of the core, so that it opens at once.
 QT = {"qt", "ctk", "slicer", "vtk"}
-OPENED = ["UNetSegmentation.py", *(f"UNetSegmentationPanel/{n}.py" for n in ("__init__", "inputs", "models", "packages", "results", "run"))]
+OPENED = [
+    "UNetSegmentation.py",
+    *(f"UNetSegmentationPanel/{n}.py" for n in ("__init__", "inputs", "models", "nodules", "packages", "results", "run")),
+]
 PANEL_FILES = ["UNetSegmentation.py", *sorted(p.relative_to(MODULE).as_posix() for p in PANEL.rglob("*.py"))]
 
 
@@ -107,9 +114,20 @@ def test_panel_imports_only_what_it_may(name):
         assert top in allowed, f"{name} imports {module}{'' if inside else ' at file scope'}"
 
 
-def test_qt_is_known_to_the_panel_alone():
+def test_qt_is_known_to_the_panel_and_the_effect_alone():
     for name in CORE_FILES:
         assert not {m.split(".")[0] for m, _, _ in imports(CORE / name)} & {"qt", "ctk", "UNetSegmentationPanel"}, name
+
+
+@pytest.mark.parametrize("path", sorted(EFFECT.rglob("*.py")), ids=lambda p: p.name)
+def test_effect_imports_only_what_it_may(path):
+    """Slicer loads the effect's file alone when it starts: no relative import works there, and what is shared comes later."""
+    for module, inside, _types in imports(path):
+        top = module.split(".")[0]
+        assert top, f"{path.name} imports {module}"
+        later = {"UNetSegmentation", "UNetSegmentationPanel", "UNetSegmentationLib", "qSlicerSegmentationsEditorEffectsPythonQt"}
+        allowed = QT | {"SegmentEditorEffects"} | (later if inside else set())
+        assert top in sys.stdlib_module_names or top in allowed, f"{path.name} imports {module}{'' if inside else ' at file scope'}"
 
 
 def test_what_opens_the_panel_is_all_there():
@@ -151,11 +169,16 @@ assert not {"torch", "slicer", "vtk", "qt"} & set(sys.modules)
     assert done.returncode == 0, done.stderr
 
 
-def test_cmake_lists_exactly_the_files_there_are():
-    text = (MODULE / "CMakeLists.txt").read_text("utf-8").replace("${MODULE_NAME}", "UNetSegmentation")
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.name)
+def test_cmake_lists_exactly_the_files_there_are(module):
+    text = (module / "CMakeLists.txt").read_text("utf-8").replace("${MODULE_NAME}", module.name)
+    assert f"set(MODULE_NAME {module.name})" in text
     listed = set(re.findall(r"^  ([\w./-]+\.(?:py|json|zip|png|ui|txt))$", text, re.M))
-    there = {str(p.relative_to(MODULE)) for p in MODULE.rglob("*") if p.is_file() and "__pycache__" not in p.parts} - {"CMakeLists.txt"}
-    assert listed == there
+    others = [m for m in MODULES if m != module and module in m.parents]
+    files = (p for p in module.rglob("*") if p.is_file() and "__pycache__" not in p.parts and not set(others) & set(p.parents))
+    assert listed == {p.relative_to(module).as_posix() for p in files} - {"CMakeLists.txt"}
+    added = f"add_subdirectory({module.relative_to(ROOT).as_posix()})"
+    assert added in (ROOT / "CMakeLists.txt").read_text("utf-8")
 
 
 def test_wheel_ships_every_resource(tmp_path):

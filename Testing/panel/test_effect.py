@@ -1,0 +1,800 @@
+"""The Segment Editor effect "U-Net Click": real clicks in slice views, real masks, Slicer's own editing and undo."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from UNetSegmentationLib.inference.click import ClickSession
+from UNetSegmentationLib.measure import dice
+
+ANSWER_S = 60.0  # on a machine that has other things to do
+NAME = "U-Net Click"
+MODULE = Path(__file__).resolve().parents[2] / "UNetSegmentation" / "SegmentEditorUNetClick" / "SegmentEditorUNetClick.py"
+SHAPE = (14, 36, 40)
+# Blocks that the toy network tells from nothing: two that touch nothing, and one in two halves.
+A, B, C = ((4, 8), (6, 14), (6, 16)), ((4, 9), (20, 30), (6, 16)), ((5, 9), (8, 26), (24, 34))
+IN_A, IN_B, IN_C, ALSO_IN_C, NOWHERE = (6, 10, 10), (6, 25, 10), (7, 12, 28), (7, 22, 28), (12, 3, 37)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_worker_left() -> Iterator[None]:
+    yield
+    if "UNetSegmentationPanel" in sys.modules:
+        sys.modules["UNetSegmentationPanel"].shutdown()
+
+
+@pytest.fixture
+def toy(models_folder: Path, make_package: Callable[..., Any]) -> Any:
+    """A click model whose network is a threshold at 0.5, among the imported ones."""
+    package = make_package(task="click", spacing=[1, 1, 1], patch=[16, 48, 48], name="toy-click")
+    models_folder.mkdir(exist_ok=True)
+    shutil.copy(package.path, models_folder)
+    return package
+
+
+@pytest.fixture
+def editor(gui: Any, toy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Editor]]:
+    """editor(volume) opens a Segment Editor on it, with an empty segmentation and the effect active."""
+    from standins import effects
+
+    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(Path(os.environ["UNETSEG_MODELS"]).parent / "torch"))
+    sys.modules.pop("SegmentEditorUNetClickLib", None)
+    effects.install()
+    gui.load("SegmentEditorUNetClick", MODULE)
+    opened: list[Editor] = []
+
+    def make(volume: Any, model: str | None = "toy-click-1.0.0", **options: Any) -> Editor:
+        opened.append(Editor(gui, volume, model, **options))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+    import qt
+
+    assert qt.QApplication.overrideCursor() is None
+
+
+def blocks() -> np.ndarray:
+    array = np.zeros(SHAPE, np.int16)
+    for block in (A, B, C):
+        array[tuple(slice(*ends) for ends in block)] = 1
+    return array
+
+
+def place(kind: str) -> np.ndarray:
+    """4x4, index (x, y, z) to LPS."""
+    from mrml_scenes import geometry, rotation
+
+    turn = rotation() * (1, 1, -1 if kind == "left-handed" else 1) if kind != "straight" else np.eye(3)
+    return geometry(turn, (1.0, 1.0, 1.0))
+
+
+def scan(kind: str = "oblique", array: np.ndarray | None = None) -> Any:
+    from mrml_scenes import add_volume
+
+    node = add_volume(blocks() if array is None else array, place(kind))
+    node.CreateDefaultDisplayNodes()
+    return node
+
+
+class Editor:
+    """The test's hands on one Segment Editor widget."""
+
+    def __init__(self, gui: Any, volume: Any, model: str | None, segment: bool = True, active: bool = True) -> None:
+        import slicer
+
+        self.gui, self.volume = gui, volume
+        self.widget = slicer.qMRMLSegmentEditorWidget()
+        self.widget.setMRMLScene(slicer.mrmlScene)
+        self.node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentEditorNode")
+        self.widget.setMRMLSegmentEditorNode(self.node)
+        self.segmentation = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode")
+        self.segmentation.CreateDefaultDisplayNodes()
+        if volume is not None:
+            self.segmentation.SetAndObserveTransformNodeID(volume.GetTransformNodeID())
+            self.segmentation.SetReferenceImageGeometryParameterFromVolumeNode(volume)
+        self.widget.setSegmentationNode(self.segmentation)
+        self.widget.setSourceVolumeNode(volume)
+        if segment:
+            self.widget.setCurrentSegmentID(self.segmentation.GetSegmentation().AddEmptySegment("", "mine"))
+        if model:
+            self.node.SetAttribute(f"{NAME}.Model", model)
+        self.scripted = self.widget.effectByName(NAME)
+        self.effect = self.scripted.self()
+        self.slice = slicer.app.layoutManager().sliceWidget("Red")
+        if active:
+            self.widget.setActiveEffectByName(NAME)
+            self.wait()
+
+    def wait(self) -> None:
+        self.gui.wait(lambda: not self.effect.busy, ANSWER_S)
+        self.gui.process_events()
+
+    def close(self) -> None:
+        if self.widget is not None:
+            self.widget._delete()
+            self.widget = None
+            self.gui.process_events()
+
+    @property
+    def segment(self) -> str:
+        return self.widget.currentSegmentID()
+
+    @property
+    def message(self) -> str:
+        assert self.effect.message == self.effect.messageLabel.text
+        return self.effect.message
+
+    @property
+    def saved(self) -> int:
+        return self.widget._saved
+
+    def ras(self, index: Sequence[float]) -> tuple[float, ...]:
+        """The world's point of a voxel (z, y, x)."""
+        from UNetSegmentationLib.mrml import image_from_volume
+
+        x, y, z = image_from_volume(self.volume).index_to_point(index[::-1])
+        return -x, -y, z
+
+    def xy(self, index: Sequence[float], view: Any = None) -> tuple[int, int]:
+        """Where the voxel is in the view, which is moved there."""
+        import vtk
+
+        node, ras = (view or self.slice).mrmlSliceNode(), self.ras(index)
+        node.JumpSliceByCentering(*ras)
+        back = vtk.vtkMatrix4x4()
+        vtk.vtkMatrix4x4.Invert(node.GetXYToRAS(), back)
+        x, y = back.MultiplyPoint((*ras, 1.0))[:2]
+        return round(x), round(y)
+
+    def event(self, name: str, xy: Sequence[int], control: bool = False, shift: bool = False, alt: bool = False, key: str = "") -> bool:
+        """What the view's interactor tells; whether Slicer's own interaction gets it, too."""
+        interactor, seen = self.slice.sliceView().interactor(), []
+        tag = interactor.AddObserver(name, lambda *_: seen.append(1), 0.0)
+        interactor.SetEventInformation(*xy, int(control), int(shift), key[:1] or "\0", 0, key or None)
+        interactor.SetAltKey(int(alt))
+        interactor.InvokeEvent(name)
+        interactor.RemoveObserver(tag)
+        return bool(seen)
+
+    def press(self, key: str, **modifiers: bool) -> bool:
+        passed = self.event("KeyPressEvent", (0, 0), key=key, **modifiers)
+        self.wait()
+        return passed
+
+    def click(self, index: Sequence[float], wait: bool = True, **modifiers: bool) -> tuple[float, ...]:
+        """A click on a voxel (z, y, x), in the Red view; the point of the world, LPS mm, that the mouse was at."""
+        xy = self.xy(index)
+        point = self.slice.mrmlSliceNode().GetXYToRAS().MultiplyPoint((*xy, 0.0, 1.0))
+        self.event("LeftButtonPressEvent", xy, **modifiers)
+        self.event("LeftButtonReleaseEvent", xy, **modifiers)
+        if wait:
+            self.wait()
+        return -point[0], -point[1], point[2]
+
+    def mask(self, segment: str | None = None) -> np.ndarray:
+        from UNetSegmentationLib.mrml import segment_mask
+
+        return segment_mask(self.segmentation, segment or self.segment, self.volume)
+
+    def names(self) -> list[str]:
+        held = self.segmentation.GetSegmentation()
+        return [held.GetNthSegment(i).GetName() for i in range(held.GetNumberOfSegments())]
+
+    def draw(self, mask: np.ndarray, segment: str | None = None, mode: str = "ModificationModeSet") -> None:
+        """What a brush does, to the selected segment or to another."""
+        from UNetSegmentationLib.mrml import _grid_in, oriented_labelmap
+
+        logic = self.widget._logic
+        self.widget._saveStateForUndo()
+        labelmap = oriented_labelmap(mask.astype(np.uint8), (0, 0, 0), _grid_in(self.segmentation, self.volume))
+        logic.ModifySegmentByLabelmap(self.segmentation, segment or self.segment, labelmap, getattr(logic, mode), True, True)
+        self.gui.process_events()
+
+    def session(self, package: Any) -> ClickSession:
+        from UNetSegmentationLib.mrml import image_from_volume
+
+        return ClickSession(image_from_volume(self.volume), package)
+
+    def dots(self, view: Any = None) -> dict[str, list[tuple[float, float]]]:
+        """Colour -> where discs are in the view."""
+        out = {}
+        renderer = self.scripted.renderer(view or self.slice)
+        for i in range(renderer.GetViewProps().GetNumberOfItems()):
+            actor = renderer.GetViewProps().GetItemAsObject(i)
+            data = actor.GetMapper().GetInputAlgorithm().GetInput()
+            color = actor.GetProperty().GetColor()
+            points = [data.GetPoint(j)[:2] for j in range(data.GetNumberOfPoints())]
+            out["green" if color[1] > color[0] else "red"] = points
+        return out
+
+
+def filled(*boxes: Sequence[Sequence[int]]) -> np.ndarray:
+    out = np.zeros(SHAPE, np.uint8)
+    for box in boxes:
+        out[tuple(slice(*ends) for ends in box)] = 1
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+
+
+def test_it_is_registered_when_slicer_has_started(gui: Any, toy: Any) -> None:
+    import qt
+    import slicer
+    from standins import effects
+
+    effects.install()
+    sys.modules.pop("SegmentEditorUNetClickLib", None)
+    module = gui.load("SegmentEditorUNetClick", MODULE)
+    assert module.hidden and "Segmentations" in module.dependencies
+    factory = sys.modules["qSlicerSegmentationsEditorEffectsPythonQt"].qSlicerSegmentEditorEffectFactory
+    assert [e.name for e in factory._registered] == [NAME]
+    slicer.app.startupCompleted.emit()
+    sys.modules["SegmentEditorUNetClick"].registerEditorEffect()  # a reload of the module
+    (effect,) = factory._registered
+    assert effect.perSegment and not effect.requireSegments and effect.title == NAME
+    assert not effect.icon().isNull() and effect.icon().pixmap(32, 32).toImage().pixelColor(16, 14).alpha() > 0
+    text = effect.helpText()
+    assert "diagnosis" in text and "Ctrl" in text and "<b>N</b>" in text
+    clone = effect.clone()
+    assert clone is not effect and clone.name == NAME and clone.self() is not effect.self()
+    assert isinstance(clone.createCursor(slicer.app.layoutManager().sliceWidget("Red")), qt.QCursor)
+
+
+def test_nothing_of_the_core_is_imported_before_it_is_chosen(editor: Callable[..., Editor]) -> None:
+    known = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("UNetSegmentationPanel")}
+    try:
+        editor(scan(), active=False)
+        assert not [name for name in sys.modules if name.startswith("UNetSegmentationPanel")]
+    finally:
+        sys.modules.update(known)
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("kind", ["straight", "oblique", "left-handed"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_same_clicks_give_the_same_mask_as_in_python(editor: Callable[..., Editor], toy: Any, kind: str, moved: bool) -> None:
+    from mrml_scenes import add_transform, rotation
+
+    volume = scan(kind)
+    if moved:
+        matrix = np.eye(4)
+        matrix[:3, :3], matrix[:3, 3] = rotation(-40, (3, 1, -1)), (20, -5, 11)
+        volume.SetAndObserveTransformNodeID(add_transform(matrix).GetID())
+    e = editor(volume)
+    session, masks = e.session(toy), []
+    for index, positive in ((IN_C, True), (ALSO_IN_C, False), (IN_A, True)):
+        point = e.click(index, control=not positive)
+        session.add_point(point, positive)
+        masks.append(e.mask())
+        assert np.array_equal(masks[-1], session.mask), index
+        assert e.message == ""
+    assert masks[0][IN_C] and not masks[1][ALSO_IN_C] and masks[1].any() and masks[2][IN_A]
+    assert e.saved == 3
+    for mask in (masks[1], masks[0], np.zeros(SHAPE, np.uint8)):
+        e.widget.undo()
+        assert np.array_equal(e.mask(), mask)
+    e.widget.redo()
+    assert np.array_equal(e.mask(), masks[0])
+    session.undo()
+    session.undo()
+    session.add_point(e.click(IN_B))
+    assert np.array_equal(e.mask(), session.mask) and e.mask()[IN_B] and e.mask()[IN_C]
+
+
+def test_a_segmentation_on_another_lattice_gets_the_nearest_voxels(editor: Callable[..., Editor], toy: Any) -> None:
+    from mrml_scenes import add_transform
+
+    e = editor(scan("straight"))
+    shift = np.eye(4)
+    shift[:3, 3] = 0.3, 0.2, -0.4
+    e.volume.SetAndObserveTransformNodeID(add_transform(shift).GetID())  # and the segmentation stays where it was
+    session = e.session(toy)
+    session.add_point(e.click(IN_A))
+    assert dice(e.mask(), session.mask) > 0.99
+    session.add_point(e.click(IN_B))
+    assert dice(e.mask(), filled(A, B)) > 0.99
+    session.add_point(e.click((6, 25, 7), control=True), False)
+    assert dice(e.mask(), session.mask) > 0.99
+
+
+def test_the_bundled_model_on_a_real_scan(editor: Callable[..., Editor], data: Path) -> None:
+    """A node of the scan itself, 5 cm about the nodule: reading all of it is not what is tested."""
+    import slicer
+    from UNetSegmentationLib.image import Box, read_image, write_image
+    from UNetSegmentationLib.inference.click import MODEL
+
+    folder = data / "chest_ct"
+    if not (folder / "LIDC-IDRI-0001_ct.nii.gz").exists():
+        pytest.skip("needs LIDC-IDRI-0001 of the data folder's chest_ct")
+    truth = read_image(folder / "LIDC-IDRI-0001_nodule.nii.gz")
+    found = Box.around(truth.array)
+    assert found is not None
+    box = found.grown((12, 50, 50)) & Box.whole(truth.shape)
+    path = Path(os.environ["UNETSEG_MODELS"]).parent / "part.nrrd"
+    write_image(read_image(folder / "LIDC-IDRI-0001_ct.nii.gz").crop(box), path)
+    volume, inside = slicer.util.loadVolume(str(path)), truth.array[box.slices] > 0
+    if not np.array_equal(slicer.util.arrayFromVolume(volume), read_image(path).array):
+        inside = inside[::-1]  # Slicer's loader turns left-handed volumes
+    at = [int(i) for i in np.round(np.argwhere(inside).mean(0))]
+    e = editor(volume, model=None)
+    assert e.scripted.parameter("Model") == "default"
+    session = e.session(MODEL)
+    session.add_point(e.click(at))
+    assert np.array_equal(e.mask(), session.mask) and dice(e.mask(), inside) > 0.85
+    session.add_point(e.click((at[0], at[1], at[2] + 30), control=True), False)
+    assert np.array_equal(e.mask(), session.mask)
+    assert e.segmentation.GetSegmentation().GetSegment(e.segment).HasTag("UNetSegmentation.Prompts")
+
+
+# ------------------------------------------------------------------------------------------------------------- masking
+
+
+def others(e: Editor) -> tuple[str, str]:
+    """Two more segments, one of them hidden, over parts of the blocks A and C."""
+    held = e.segmentation.GetSegmentation()
+    shown, hidden = held.AddEmptySegment("", "shown"), held.AddEmptySegment("", "hidden")
+    e.draw(filled(((3, 7), (4, 11), (4, 20)), ((5, 9), (8, 20), (24, 29))), shown)
+    e.draw(filled(((6, 9), (11, 14), (10, 20)), ((5, 9), (14, 26), (30, 36))), hidden)
+    e.segmentation.GetDisplayNode().SetSegmentVisibility(hidden, False)
+    return shown, hidden
+
+
+# Testing/mrml/test_editing.py has every combination.
+@pytest.mark.parametrize(
+    ("mask_mode", "overwrite", "by_range"),
+    [
+        (0, "OverwriteNone", True),
+        (3, "OverwriteAllSegments", False),
+        (4, "OverwriteVisibleSegments", False),
+        (5, "OverwriteAllSegments", False),
+    ],
+)
+def test_the_editors_masking_is_slicers(editor: Callable[..., Editor], toy: Any, mask_mode: int, overwrite: str, by_range: bool) -> None:
+    import slicer
+    from UNetSegmentationLib.mrml import _grid_in, oriented_labelmap, segment_mask
+
+    array = blocks()
+    array[:, :, 26:] *= 3  # still one lesion for the network
+    e = editor(scan("left-handed", array))
+    shown, hidden = others(e)
+    e.draw(filled(((5, 8), (20, 26), (20, 30))))  # what the segment had before, partly where it may not be edited
+    e.node.SetOverwriteMode(getattr(e.node, overwrite))
+    e.node.SetMaskMode(mask_mode)
+    e.node.SetMaskSegmentID(hidden)
+    if by_range:
+        e.node.SetSourceVolumeIntensityMask(True)
+        e.node.SetSourceVolumeIntensityMaskRange(1, 2)  # VTK cuts fractions off where voxels are whole numbers
+    e.gui.process_events()
+
+    # What Slicer itself makes of the same answer.
+    twin = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode")
+    twin.Copy(e.segmentation)
+    twin.GetSegmentation().DeepCopy(e.segmentation.GetSegmentation())
+    twin.CreateDefaultDisplayNodes()
+    twin.GetDisplayNode().SetSegmentVisibility(hidden, False)
+    corrected = e.mask()
+    session = e.session(toy)
+    session.set_mask(corrected)
+    point = e.click(IN_C)
+    session.add_point(point)
+    logic = slicer.vtkSlicerSegmentEditorLogic()
+    logic.SetMRMLScene(slicer.mrmlScene)
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentEditorNode")
+    node.Copy(e.node)
+    node.SetAndObserveSegmentationNode(twin)
+    logic.SetSegmentEditorNode(node)
+    labelmap = oriented_labelmap(session.mask, (0, 0, 0), _grid_in(twin, e.volume))
+    logic.ModifySegmentByLabelmap(twin, e.segment, labelmap, logic.ModificationModeSet, True, False)
+
+    assert e.message == "" and not np.array_equal(e.mask(), corrected)
+    for segment in (e.segment, shown, hidden):
+        assert np.array_equal(e.mask(segment), segment_mask(twin, segment, e.volume)), segment
+    assert (e.node.GetMaskMode(), e.node.GetSourceVolumeIntensityMask()) == (mask_mode, by_range)
+
+
+def test_when_masking_leaves_nothing_a_sentence_says_so(editor: Callable[..., Editor]) -> None:
+    import slicer
+
+    e = editor(scan())
+    others(e)
+    e.node.SetMaskMode(slicer.vtkMRMLSegmentationNode.EditAllowedInsideAllSegments)
+    saved = e.saved
+    e.click(IN_B)
+    assert "masking" in e.message and e.message.endswith(".") and e.saved == saved and not e.mask().any()
+    e.node.SetMaskMode(slicer.vtkMRMLSegmentationNode.EditAllowedEverywhere)
+    e.click(IN_B)
+    assert np.array_equal(e.mask(), filled(B)) and e.message == ""
+
+
+# ------------------------------------------------------------------------------------------- brush, undo, and on again
+
+
+def test_correct_by_brush_then_click_on(editor: Callable[..., Editor], toy: Any) -> None:
+    e = editor(scan())
+    session = e.session(toy)
+    first = e.click(IN_A)
+    session.add_point(first)
+    e.draw(filled(((2, 4), (6, 14), (6, 16))), mode="ModificationModeAdd")
+    painted = e.mask()
+    assert painted.sum() > filled(A).sum()
+    session.set_mask(painted)
+    session.add_point(e.click(IN_B))
+    assert np.array_equal(e.mask(), session.mask)
+    # and on, from what was answered
+    session.add_point(e.click(IN_C))
+    assert np.array_equal(e.mask(), session.mask)
+    e.widget.undo()
+    e.widget.undo()
+    assert np.array_equal(e.mask(), painted)
+    e.widget.undo()
+    plain = e.session(toy)
+    plain.add_point(first)
+    plain.add_point(e.click(IN_C))
+    assert np.array_equal(e.mask(), plain.mask)
+
+
+def test_clicks_that_the_brush_contradicts_are_forgotten(editor: Callable[..., Editor]) -> None:
+    e = editor(scan())
+    e.click(IN_A)
+    e.click(IN_B)
+    e.draw(filled(A), mode="ModificationModeRemove")
+    e.click(IN_C)
+    kinds = [(p[0], *p[4:5]) if p[0] == "point" else p[0] for p in e.effect._controller.answered]
+    assert kinds == [("point", True), "mask", ("point", True)]
+    assert not (e.mask() & filled(A)).any()
+
+
+def test_a_segment_that_was_emptied_starts_anew(editor: Callable[..., Editor], toy: Any) -> None:
+    e = editor(scan())
+    e.click(IN_A)
+    e.draw(np.ones(SHAPE), mode="ModificationModeRemove")
+    session = e.session(toy)
+    session.add_point(e.click(IN_B))
+    assert np.array_equal(e.mask(), session.mask) and len(e.effect._controller.answered) == 1
+
+
+def test_a_segment_that_another_one_overwrote_is_gone_on_with_as_it_is(editor: Callable[..., Editor], toy: Any) -> None:
+    e = editor(scan())
+    mine = e.segment
+    e.click(IN_C)
+    e.press("n")
+    assert e.segment != mine
+    e.draw(filled(((5, 9), (8, 14), (24, 34))))
+    from UNetSegmentationLib.mrml import _grid_in, oriented_labelmap
+
+    logic = e.widget._logic
+    part = oriented_labelmap(filled(((5, 9), (8, 14), (24, 34))), (0, 0, 0), _grid_in(e.segmentation, e.volume))
+    logic.ModifySegmentByLabelmap(e.segmentation, e.segment, part, logic.ModificationModeAdd, True, False)
+    e.widget.setCurrentSegmentID(mine)
+    left = e.mask()
+    assert 0 < left.sum() < filled(C).sum()
+    session = e.session(toy)
+    session.set_mask(left)
+    e.node.SetOverwriteMode(e.node.OverwriteNone)
+    session.add_point(e.click(ALSO_IN_C))
+    assert np.array_equal(e.mask(), session.mask)
+
+
+def test_what_changes_the_segment_meanwhile_is_not_overwritten(editor: Callable[..., Editor]) -> None:
+    e = editor(scan())
+    e.click(IN_A)
+    e.click(IN_B, wait=False)
+    e.widget.undo()
+    e.wait()
+    assert "changed meanwhile" in e.message and not e.mask().any() and e.saved == 1
+    e.click(IN_B)
+    assert np.array_equal(e.mask(), filled(B))
+
+
+def test_quick_clicks_all_count(editor: Callable[..., Editor], toy: Any) -> None:
+    e = editor(scan())
+    session = e.session(toy)
+    for index in (IN_A, IN_B, IN_C):
+        session.add_point(e.click(index, wait=False))
+    e.wait()
+    assert np.array_equal(e.mask(), session.mask) and np.array_equal(e.mask(), filled(A, B, C)) and 1 <= e.saved <= 3
+
+
+def test_two_lesions_quickly_one_after_the_other(editor: Callable[..., Editor]) -> None:
+    e = editor(scan(), segment=False)
+    e.click(IN_A, wait=False)
+    e.wait()
+    first = e.segment
+    e.click(ALSO_IN_C, wait=False)
+    e.event("KeyPressEvent", (0, 0), key="n")
+    e.click(IN_B, wait=False)
+    e.wait()
+    assert e.names() == ["Thing 1", "Thing 2"] and e.segment != first
+    assert np.array_equal(e.mask(first), filled(A, C)) and np.array_equal(e.mask(), filled(B))
+
+
+@pytest.mark.parametrize("kind", ["oblique", "left-handed"])
+def test_a_saved_scene_is_gone_on_with(editor: Callable[..., Editor], toy: Any, tmp_path: Path, kind: str) -> None:
+    import slicer
+
+    e = editor(scan(kind))
+    first = e.click(IN_A)
+    e.scripted.setParameter("Positive", 0)
+    path = tmp_path / "scene.mrb"
+    e.gui.save_scene(path)
+    e.close()
+    e.gui.load_scene(path)
+    node = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSegmentEditorNode")
+    assert node.GetAttribute(f"{NAME}.Positive") == "0" and node.GetAttribute(f"{NAME}.Model") == "toy-click-1.0.0"
+    again = editor(slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLScalarVolumeNode"), active=False)
+    slicer.mrmlScene.RemoveNode(again.segmentation)
+    again.segmentation = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSegmentationNode")
+    again.widget.setSegmentationNode(again.segmentation)
+    again.widget.setCurrentSegmentID(again.segmentation.GetSegmentation().GetNthSegmentID(0))
+    again.widget.setActiveEffectByName(NAME)
+    again.wait()
+    again.gui.wait(lambda: again.dots().get("green") is not None)
+    session = again.session(toy)
+    session.add_point(first)
+    assert np.array_equal(again.mask(), session.mask)
+    if kind == "left-handed":  # Slicer's loader flips such volumes, so the mask is known by its place alone
+        session.set_mask(again.mask())
+    session.add_point(again.click(IN_B if kind == "oblique" else (SHAPE[0] - 1 - IN_B[0], *IN_B[1:])))
+    assert np.array_equal(again.mask(), session.mask)
+    assert again.mask().sum() == filled(A, B).sum()
+
+
+# ------------------------------------------------------------------------------------------------- segments and options
+
+
+def test_without_a_segment_the_first_click_makes_one(editor: Callable[..., Editor]) -> None:
+    e = editor(scan(), segment=False)
+    e.click(IN_A)
+    assert e.names() == ["Thing 1"] and np.array_equal(e.mask(), filled(A)) and e.saved == 1
+    e.click(IN_B)
+    assert e.names() == ["Thing 1"] and np.array_equal(e.mask(), filled(A, B))
+    e.press("n")
+    assert e.names() == ["Thing 1", "Thing 2"] and not e.mask().any() and "next lesion" in e.message
+    e.click(IN_C)
+    assert np.array_equal(e.mask(), filled(C)) and e.message == ""
+    for _ in range(4):
+        e.widget.undo()
+    assert e.names() == []
+    e.click(IN_C)
+    assert e.names() == ["Thing 1"] and np.array_equal(e.mask(), filled(C))
+
+
+def test_start_again_empties_the_segment_in_one_step(editor: Callable[..., Editor]) -> None:
+    e = editor(scan())
+    e.click(IN_A)
+    e.click(IN_B)
+    saved = e.saved
+    e.effect.clearButton.click()
+    e.wait()
+    assert not e.mask().any() and e.saved == saved + 1 and not any(e.dots().values())
+    e.click(IN_C)
+    assert np.array_equal(e.mask(), filled(C))
+    e.widget.undo()
+    e.widget.undo()
+    assert np.array_equal(e.mask(), filled(A, B))
+
+
+def test_buttons_keys_and_mouse(editor: Callable[..., Editor]) -> None:
+    e = editor(scan())
+    xy = e.xy(IN_A)
+    # What Slicer's slice views have for themselves stays theirs.
+    for modifiers in ({"shift": True}, {"control": True}, {"control": True, "alt": True}, {"alt": True}, {"control": True, "shift": True}):
+        assert e.event("LeftButtonPressEvent", xy, **modifiers)
+        assert e.event("LeftButtonReleaseEvent", (xy[0] + 20, xy[1]), **modifiers)
+    for name in ("MouseMoveEvent", "RightButtonPressEvent", "MiddleButtonPressEvent", "MouseWheelForwardEvent", "EnterEvent"):
+        assert e.event(name, xy)
+    for key in "bfgrtvVzyqwi123":
+        assert e.press(key)
+    assert e.press("x", control=True) and e.press("n", alt=True)
+    assert not e.mask().any() and e.saved == 0 and not e.effect.busy
+    # What the effect takes.
+    assert not e.event("LeftButtonDoubleClickEvent", xy)
+    assert not e.press("x")
+    assert e.effect.negativeButton.checked and e.scripted.integerParameter("Positive") == 0
+    e.click(IN_A)
+    assert "click on the lesion first" in e.message and not e.mask().any()
+    e.effect.positiveButton.click()
+    assert e.scripted.integerParameter("Positive") == 1
+    assert not e.event("LeftButtonPressEvent", xy) and not e.event("LeftButtonReleaseEvent", xy)
+    e.wait()
+    assert np.array_equal(e.mask(), filled(A)) and e.message == ""
+
+
+def test_another_model_is_chosen_and_a_missing_one_named(editor: Callable[..., Editor], models_folder: Path, make_package: Any) -> None:
+    other = make_package(task="click", spacing=[2, 2, 2], patch=[16, 32, 32], name="other-click", version="2.1.0")
+    shutil.copy(other.path, models_folder)
+    e = editor(scan())
+    combo = e.effect.modelCombo
+    assert combo.visible is not None and [combo.itemData(i) for i in range(combo.count)][0] == "default"
+    combo.setCurrentIndex(combo.findData("other-click-2.1.0"))
+    e.wait()
+    assert e.node.GetAttribute(f"{NAME}.Model") == "other-click-2.1.0"
+    session = e.session(other)
+    session.add_point(e.click(IN_C))
+    assert np.array_equal(e.mask(), session.mask)
+    e.scripted.setParameter("Model", "gone-3.0.0")
+    e.click(IN_A)
+    assert "gone-3.0.0 is not installed" in e.message and np.array_equal(e.mask(), session.mask)
+
+
+def test_without_volume_or_segmentation_a_sentence_says_what_to_do(editor: Callable[..., Editor]) -> None:
+    import slicer
+
+    e = editor(None, segment=False)
+    assert "source volume" in e.message
+    e.volume = scan()
+    e.click(IN_A)
+    assert "source volume" in e.message
+    e.widget.setSourceVolumeNode(e.volume)
+    e.wait()
+    e.click(IN_A)
+    assert e.message == "" and np.array_equal(e.mask(), filled(A))
+    slicer.mrmlScene.RemoveNode(e.segmentation)
+    e.gui.process_events()
+    e.click(IN_A)
+    assert "segmentation" in e.message and not e.effect.busy
+
+
+def test_where_nothing_is_a_sentence_says_so_and_nothing_changes(editor: Callable[..., Editor]) -> None:
+    e = editor(scan())
+    e.click(NOWHERE)
+    assert "Nothing was found here" in e.message and "box" not in e.message and e.saved == 0 and not e.mask().any()
+    e.click(IN_A)
+    assert e.message == ""
+    e.effect.click(e.ras((6, 10, 200)))
+    e.wait()
+    assert "outside the image" in e.message and np.array_equal(e.mask(), filled(A)) and e.saved == 1
+    e.click(IN_B)
+    assert np.array_equal(e.mask(), filled(A, B))
+
+
+def test_a_hidden_segment_is_asked_about(editor: Callable[..., Editor]) -> None:
+    e = editor(scan())
+    display = e.segmentation.GetDisplayNode()
+    display.SetSegmentVisibility(e.segment, False)
+    e.gui.dialogs.answer(False)
+    e.click(IN_A)
+    assert not e.mask().any() and not display.GetSegmentVisibility(e.segment)
+    e.gui.dialogs.answer(True)
+    e.click(IN_A)
+    assert np.array_equal(e.mask(), filled(A)) and display.GetSegmentVisibility(e.segment)
+
+
+# -------------------------------------------------------------------------------------------------- what else may happen
+
+
+@pytest.mark.parametrize("what", ["deactivated", "scene", "volume", "segmentation", "closed"])
+def test_what_goes_while_a_click_is_on_its_way(editor: Callable[..., Editor], what: str) -> None:
+    import qt
+    import slicer
+
+    e = editor(scan())
+    held = e.segmentation.GetSegmentation()
+    e.click(IN_A, wait=False)
+    e.gui.wait(lambda: e.effect._controller.busy)
+    assert qt.QApplication.overrideCursor() is not None
+    if what == "deactivated":
+        e.widget.setActiveEffectByName("")
+    elif what == "scene":
+        e.gui.close_scene()
+    elif what == "closed":
+        e.close()
+    else:
+        slicer.mrmlScene.RemoveNode(getattr(e, what))
+    e.gui.wait(lambda: not e.effect.busy, ANSWER_S)
+    e.gui.process_events()
+    assert qt.QApplication.overrideCursor() is None
+    for i in range(held.GetNumberOfSegments()):
+        assert held.GetNthSegment(i).GetRepresentation("Binary labelmap").IsEmpty()
+    if what == "deactivated":
+        assert not e.dots()
+        e.widget.setActiveEffectByName(NAME)
+        e.wait()
+        e.click(IN_A)
+        assert np.array_equal(e.mask(), filled(A))
+
+
+def test_dots_show_the_clicks_of_the_selected_segment_on_their_slice(editor: Callable[..., Editor]) -> None:
+    e = editor(scan("straight"))
+    e.click(IN_C)
+    e.click((7, 24, 30), control=True)
+    dots = e.dots()
+    at = e.xy(IN_C)
+    e.gui.process_events()
+    dots = e.dots()
+    assert len(dots["green"]) == len(dots["red"]) == 1
+    assert np.abs(np.subtract(dots["green"][0], at)).max() < 2
+    e.slice.mrmlSliceNode().JumpSliceByCentering(*e.ras((10, 10, 10)))
+    assert not any(e.dots().values())
+    e.xy(IN_C)
+    e.widget.undo()
+    e.gui.wait(lambda: not e.dots()["red"])
+    assert len(e.dots()["green"]) == 1
+    e.widget.redo()
+    e.gui.wait(lambda: e.dots()["red"])
+    mine = e.segment
+    e.press("n")
+    e.gui.wait(lambda: not any(e.dots().values()))
+    e.widget.setCurrentSegmentID(mine)
+    e.gui.wait(lambda: e.dots()["green"] and e.dots()["red"])
+    e.widget._onLayoutChanged()
+    e.gui.wait(lambda: e.dots().get("green"))
+    e.widget.setActiveEffectByName("")
+    assert not e.dots()
+
+
+def test_two_editors_do_not_hear_each_other(editor: Callable[..., Editor]) -> None:
+    first, second = editor(scan("straight")), editor(scan("oblique"))
+    for e, _block, index in ((first, A, IN_A), (second, B, IN_B)):
+        e.effect.click(e.ras(index))
+    first.wait()
+    second.wait()
+    assert np.array_equal(first.mask(), filled(A)) and np.array_equal(second.mask(), filled(B))
+
+
+def test_the_panels_module_is_reloaded(editor: Callable[..., Editor], gui: Any) -> None:
+    gui.open()
+    e = editor(scan())
+    e.click(IN_A)
+    gui.reload()
+    e.click(IN_B)
+    assert np.array_equal(e.mask(), filled(A, B))
+
+
+def test_the_editor_leaves_nothing_behind(editor: Callable[..., Editor]) -> None:
+    e = editor(scan())
+    e.click(IN_A)
+    effect, controller = e.effect, e.effect._controller
+    e.close()
+    assert controller.owner is None and not controller._listeners and effect._controller is None
+    assert not effect.Observations and not e.dots()
+
+
+def test_the_self_test_passes_here_too(gui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from standins import effects
+    from UNetSegmentationLib import sample
+
+    if "UNETSEG_SAMPLE" not in os.environ and not all((sample.sample_folder() / name).is_file() for name, _ in sample.FILES.values()):
+        pytest.skip("needs the sample scans: set UNETSEG_SAMPLE")
+    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(Path(os.environ["UNETSEG_MODELS"]).parent / "torch"))
+    sys.modules.pop("SegmentEditorUNetClickLib", None)
+    effects.install()
+    gui.load()
+    gui.load("SegmentEditorUNetClick", MODULE)
+    from SegmentEditorUNetClick import SegmentEditorUNetClickTest
+
+    SegmentEditorUNetClickTest().runTest()
+    assert gui.dialogs.texts("delay")[-1] == "Test passed"
+
+
+def test_the_stand_ins_take_only_what_slicer_takes(editor: Callable[..., Editor]) -> None:
+    import qt
+
+    e = editor(scan(), active=False)
+    with pytest.raises(AttributeError):
+        e.scripted.modifySegment  # noqa: B018
+    with pytest.raises(AttributeError):
+        e.scripted.color = 1
+    with pytest.raises(KeyError, match="cannot be found"):
+        e.scripted.parameter("Unknown")
+    with pytest.raises(TypeError):
+        e.scripted.setParameter("Positive", True)
+    with pytest.raises(TypeError):
+        e.scripted.addOptionsWidget("text")
+    with pytest.raises(TypeError):
+        e.scripted.addActor2D(e.slice, None)
+    with pytest.raises(RuntimeError):
+        e.scripted.modifySegmentByLabelmap(e.segmentation, "none", None, 0)
+    assert e.scripted.setPythonSource.__doc__ and isinstance(e.scripted.optionsLayout(), qt.QFormLayout)

@@ -1,0 +1,1 @@
+"""The effect, which Slicer loads from SegmentEditorEffect.py."""
