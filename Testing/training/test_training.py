@@ -11,7 +11,7 @@ from unetseg_training import augment, hippocampus_3d, lung_nodule_2d, release  #
 from unetseg_training.data import Source, fold_of, hippocampi, lidc_crops, load  # noqa: E402
 from unetseg_training.export import export  # noqa: E402
 from unetseg_training.fit import Schedule, dice_ce, fit  # noqa: E402
-from UNetSegmentationLib.image import Image, read_image, write_image  # noqa: E402
+from UNetSegmentationLib.image import Image, UserError, read_image, write_image  # noqa: E402
 from UNetSegmentationLib.inference.predict import Options, predict  # noqa: E402
 from UNetSegmentationLib.model import RESOURCES, find_model  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig, build  # noqa: E402
@@ -131,7 +131,7 @@ def test_export_runs_at_any_size_and_equals_pytorch(tmp_path, norm):
 
     package = export(model, card, tmp_path / "x.unet.zip", drive)
     assert predict(images[1], [package], Options(tta="none")).labels.shape == (3, 130, 60)
-    with pytest.raises(SystemExit, match="differ by"):
+    with pytest.raises(UserError, match="differ by"):
         export(model, card, tmp_path / "y.unet.zip", drive, tolerance=0)
     assert not (tmp_path / "y.unet.zip").exists()
 

@@ -1,15 +1,23 @@
-"""From a trained network to a model package, with the parity of ONNX and PyTorch checked on real cases first.
+"""From a trained network to a model package and its card in Markdown, with ONNX and PyTorch compared on real cases first.
 
-Weights are rounded to float16 before export: the package halves, the Dice of both first models moves by less than
-1e-3, and ONNX and PyTorch still run the very same numbers (in float32).
+    export_run(model, card, path, items, lineage=lineage(run))     package, and <name>-<version>.md beside it
+    export(model, card, path, drive)                               the package alone; drive(package, engine) runs the cases
+
+Nothing is written unless both give the same numbers. Weights are rounded to float16 before export: the package halves, the
+Dice of both first models moves by less than 1e-3, and ONNX and PyTorch still run the very same numbers (in float32).
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
+import math
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +27,12 @@ import torch
 from safetensors.torch import save
 from torch import nn
 from UNetSegmentationLib.engines import Engine, make_engine
-from UNetSegmentationLib.model import ModelPackage, write_package
+from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.inference.predict import Options, predict
+from UNetSegmentationLib.model import ONNX, SAFETENSORS, SUFFIX, ModelPackage, check_card, write_package
 from UNetSegmentationLib.networks import UNet
+
+from .report import dataset_hash
 
 OPSET = 17  # runs in ONNX Runtime from 1.13, so also in 1.23, the last one for Slicer on macOS
 
@@ -77,40 +89,307 @@ def to_onnx(model: UNet, example: torch.Tensor) -> bytes:
             do_constant_folding=False,
             dynamo=False,
         )
-    data = buffer.getvalue()
+    graph = onnx.load_from_string(buffer.getvalue())
+    _name(graph)
+    data = graph.SerializeToString(deterministic=True)
     onnx.checker.check_model(onnx.load_from_string(data), full_check=True)
     return data
 
 
+def _name(model: onnx.ModelProto) -> None:
+    """Nodes and tensors by the network's own layers, as a person reads them in Netron: encoder.0.first.0.Conv."""
+    known = {value.name for value in (*model.graph.input, *model.graph.output, *model.graph.initializer)}
+    taken = set(known)
+    names: dict[str, str] = {}
+
+    def readable(name: str) -> str:
+        parts = [p for p in re.sub(r"_output_0$", "", name).split("/") if p]
+        # PyTorch writes /encoder.0/first/first.0/Conv: a part that goes on with the next one says nothing of its own.
+        kept = [p for i, p in enumerate(parts) if i + 1 == len(parts) or not parts[i + 1].startswith(p + ".")]
+        return ".".join(kept) or name
+
+    for node in model.graph.node:
+        node.name = readable(node.name)
+        for i, name in enumerate(node.output):
+            if name in known or not name:
+                continue
+            new = readable(name) + (f".{i}" if i else "")
+            while new in taken:
+                new += "_"
+            taken.add(new)
+            names[name] = new
+    for node in model.graph.node:
+        node.input[:] = [names.get(n, n) for n in node.input]
+        node.output[:] = [names.get(n, n) for n in node.output]
+    for value in model.graph.value_info:
+        value.name = names.get(value.name, value.name)
+
+
+def _describe(data: bytes, card: dict[str, Any]) -> bytes:
+    """What Netron shows as the model's properties."""
+    model = onnx.load_from_string(data)
+    model.producer_name, model.graph.name = "UNetSegmentation", card["name"]
+    model.doc_string = card.get("title", "")
+    spacing = " x ".join("own" if v is None else f"{v:g}" for v in card["spacing"])
+    labels = ", ".join(f"{label['value']} {label['name']}" for label in card["labels"])
+    facts = {"version": card["version"], "channels": ", ".join(card["channels"]), "labels": labels, "spacing (x, y, z) mm": spacing}
+    onnx.helper.set_model_props(model, facts | {"licence": card["licence"]})
+    return model.SerializeToString(deterministic=True)
+
+
 class _Compared:
-    """Runs the first engine, and keeps the largest difference to the second."""
+    """Runs the first engine, and keeps the largest difference to the second, and the largest logit."""
 
     def __init__(self, first: Engine, second: Engine) -> None:
-        self.first, self.second, self.worst = first, second, 0.0
+        self.first, self.second, self.worst, self.batches = first, second, 0.0, 0
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         logits = self.first.run(batch)
-        self.worst = max(self.worst, float(np.abs(logits - self.second.run(batch)).max()))
+        difference = float(np.abs(logits - self.second.run(batch)).max())
+        self.worst = max(self.worst, difference if math.isfinite(difference) else math.inf)
+        self.batches += 1
         return logits
 
     def describe(self) -> str:
         return f"{self.first.describe()} against {self.second.describe()}"
 
 
+def _rounded(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """float16 where the numbers fit: a batch norm's variance may be larger than float16 can say."""
+    out = {}
+    for key, value in state.items():
+        if value.is_floating_point():
+            if not torch.isfinite(value).all():
+                raise UserError(
+                    f"The network's {key} holds numbers that are not finite; export the best weights of a run that did not diverge."
+                )
+            half = value.half()
+            value = half if torch.isfinite(half).all() else value.float()
+        out[key] = value.cpu().contiguous()
+    return out
+
+
 def export(
-    model: UNet, card: dict[str, Any], path: Path, drive: Callable[[ModelPackage, Engine], object], tolerance: float = 1e-4
+    model: UNet,
+    card: dict[str, Any],
+    path: Path,
+    drive: Callable[[ModelPackage, Engine], object],
+    tolerance: float = 1e-4,
+    quiet: bool = False,
 ) -> ModelPackage:
     """Write the package, unless ONNX and PyTorch differ by more than `tolerance` in a logit while drive(package, engine)
-    runs it on real cases through the deployed path."""
-    model.load_state_dict({k: v.half().float() if v.is_floating_point() else v for k, v in model.state_dict().items()})
-    weights = save({k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()})
+    runs it on real cases through the deployed path. The model keeps the rounded weights. Raises UserError; what stood at
+    `path` is then untouched."""
+    return _export(model, card, Path(path), drive, tolerance, lambda card, parity: card, quiet)
+
+
+def _export(
+    model: UNet,
+    card: dict[str, Any],
+    path: Path,
+    drive: Callable[[ModelPackage, Engine], object],
+    tolerance: float,
+    finish: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+    quiet: bool,
+) -> ModelPackage:
+    state = _rounded(model.state_dict())
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    weights = save(state)
     config = model.config
     example = torch.zeros(1, config.in_channels, *(2 * d for d in config.divisor))
-    package = write_package(path, {**card, "network": config.to_json()}, to_onnx(model, example), weights)
-    pair = _Compared(make_engine(package, "onnx", "cpu", "fp32", 0), make_engine(package, "torch", "cpu", "fp32", 0))
-    drive(package, pair)
+    card = {**card, "network": config.to_json()}
+    graph = _describe(to_onnx(copy.deepcopy(model).cpu(), example), card)
+    draft = _draft(path, card, graph, weights)
+    pair = _Compared(make_engine(draft, "onnx", "cpu", "fp32", 0), make_engine(draft, "torch", "cpu", "fp32", 0))
+    drive(draft, pair)
+    if not pair.batches:
+        raise UserError("No case was run, so ONNX and PyTorch were not compared and no package was written; name some real cases.")
     if pair.worst > tolerance:
-        path.unlink()
-        raise SystemExit(f"ONNX and PyTorch differ by {pair.worst:.2g}, more than {tolerance:g}; no package was written.")
-    print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, ONNX and PyTorch differ by {pair.worst:.1g} at most")
+        raise UserError(
+            f"ONNX and PyTorch differ by {pair.worst:.2g} in a logit, more than {tolerance:g}; no package was written. "
+            "Update onnx and torch, or train with a smaller learning rate."
+        )
+    parity = {"largest_difference": float(f"{pair.worst:.2g}"), "tolerance": tolerance, "batches": pair.batches}
+    package = write_package(path, finish(card, parity), graph, weights)
+    if not quiet:
+        print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, ONNX and PyTorch differ by {pair.worst:.1g} at most")
     return package
+
+
+def _draft(path: Path, card: dict[str, Any], graph: bytes, weights: bytes) -> ModelPackage:
+    """The package as it would be read, in memory."""
+    files = {ONNX: graph, SAFETENSORS: weights}
+    listed = {n: {"sha256": hashlib.sha256(b).hexdigest(), "size": len(b)} for n, b in files.items()}
+    return ModelPackage(path, check_card({**card, "files": listed}), graph, weights)
+
+
+def export_run(
+    model: UNet,
+    card: dict[str, Any],
+    path: str | Path,
+    items: Iterable[tuple[Any, ...]],
+    lineage: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+    cases: int = 5,
+    tolerance: float = 1e-4,
+    quiet: bool = False,
+) -> ModelPackage:
+    """The package of a trained network, and its card in Markdown beside it.
+
+    path: the package's file, or a folder: then <name>-<version>.unet.zip in it. items: (name, image, ...) as for
+    metrics.evaluate; the first `cases` are run by both engines. lineage: see lineage(). metrics: metrics.summary() of held-out
+    cases; the card keeps what compact() leaves.
+    """
+    path = Path(path)
+    if not str(path).endswith(SUFFIX):
+        path = path / f"{card['name']}-{card['version']}{SUFFIX}"
+    names: list[str] = []
+
+    def drive(package: ModelPackage, engine: Engine) -> None:
+        for item in islice(items, cases):
+            predict(item[1], [package], Options(tta="none", postprocess=False), engines=[engine])
+            names.append(str(item[0]))
+
+    def finish(card: dict[str, Any], parity: dict[str, Any]) -> dict[str, Any]:
+        extra = {"lineage": {**(lineage or {}), "parity": {**parity, "cases": names}}}
+        return {**card, **extra, **({"metrics": compact(metrics)} if metrics else {})}
+
+    package = _export(model, card, path, drive, tolerance, finish, quiet)
+    with atomic_path(card_path(package)) as temporary:
+        temporary.write_text(markdown(package), "utf-8")
+    return package
+
+
+def lineage(run: dict[str, Any], parent: ModelPackage | None = None, **more: Any) -> dict[str, Any]:
+    """Where a model comes from, for its card: from run.json, and the package that it was fine-tuned from."""
+    out: dict[str, Any] = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
+    if parent is not None:
+        out["parent"] = f"{parent.card.name}-{parent.card.version}"
+        out["parent_onnx_sha256"] = parent.card.data["files"][ONNX]["sha256"]
+    digests = {f"{part}/{name}": d for part, cases in (run.get("data") or {}).items() for name, d in cases.items()}
+    if digests:
+        out |= {"dataset_sha256": dataset_hash(digests), "training_cases": len(digests)}
+    out |= {k: run[k] for k in ("seed", "fold", "git_revision", "versions") if run.get(k) is not None}
+    return out | more
+
+
+# ----------------------------------------------------------------------------------------------------------- model card
+
+
+def compact(facts: dict[str, Any]) -> dict[str, Any]:
+    """Of metrics.summary() what a card keeps: means and intervals, no curves. "dice" is {label: mean}, as in every card."""
+    kept = ("dice", "hausdorff95_mm", "surface_dice", "sensitivity", "precision", "volume_error_percent")
+    labels = {
+        name: {k: {x: own[k][x] for x in ("mean", "low", "high", "cases")} for k in kept if k in own}
+        | {k: own[k] for k in ("missed", "false")}
+        for name, own in facts["labels"].items()
+    }
+    out = {"dice": {name: round(own["dice"]["mean"], 4) for name, own in facts["labels"].items()}, "labels": labels}
+    return out | {k: facts[k] for k in ("cases", "patients", "held_out", "tolerance_mm", "command", "seed", "draws") if k in facts}
+
+
+def card_path(package: ModelPackage) -> Path:
+    return package.path.with_name(package.path.name.removesuffix(SUFFIX) + ".md")
+
+
+def _words(text: Any) -> str:
+    """Text of a card inside Markdown: no line breaks, and no marks of Markdown's or HTML's own."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+
+
+def markdown(package: ModelPackage) -> str:
+    """A package's card for people, from what the package itself says: so both cannot disagree."""
+    card, data = package.card, package.card.data
+    metrics, origin = data.get("metrics", {}), data.get("lineage", {})
+    spacing = " x ".join("the image's own" if v is None else f"{v:g}" for v in card.spacing)
+    lines = [f"# {_words(data.get('title') or card.name)}", "", f"`{card.name}` {card.version}. Not for diagnosis.", ""]
+    lines += ["## Intended use", "", _words(data.get("intended_use") or data.get("description") or "Not stated."), ""]
+    lines += [
+        f"- Input: {_words(', '.join(data['channels']))}, {card.dimensions}D, spacing {spacing} mm, intensities: {card.intensity['mode']}",
+        f"- Labels: {', '.join(f'{label.value} {_words(label.name)}' for label in card.labels)}",
+        "- Run it: "
+        + (
+            f"`unetseg segment IMAGE -m {package.path.name} -o MASK.nii.gz`"
+            if data["task"] == "automatic"
+            else "`unetseg click`, or in 3D Slicer by clicks"
+        ),
+        "",
+    ]
+    lines += [
+        "## Data and licence",
+        "",
+        *(f"- {_words(d)}" for d in data.get("training_data", ["Not stated."])),
+        "",
+        _words(data["licence"]),
+        "",
+    ]
+    lines += ["## Measured", "", *_measured(metrics), ""]
+    lines += ["## Limits", "", *(f"- {_words(text)}" for text in _limits(data)), ""]
+    lines += ["## Lineage", ""]
+    known = {
+        "parent": "fine-tuned from",
+        "parent_onnx_sha256": "SHA-256 of the parent's network",
+        "dataset_sha256": "SHA-256 of the training data",
+        "training_cases": "training cases",
+        "date": "date",
+        "seed": "seed",
+        "fold": "fold held out",
+        "git_revision": "program's revision",
+    }
+    lines += [f"- {text}: {_words(origin[key])}" for key, text in known.items() if key in origin]
+    if "versions" in origin:
+        lines.append("- made with: " + ", ".join(f"{_words(k)} {_words(v)}" for k, v in origin["versions"].items()))
+    if "parity" in origin:
+        parity = origin["parity"]
+        lines.append(
+            f"- ONNX and PyTorch differ by {parity['largest_difference']:g} in a logit at most, on {len(parity.get('cases', ()))} cases"
+        )
+    lines += [f"- `{name}`: {entry['size']} bytes, SHA-256 {entry['sha256']}" for name, entry in data["files"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _measured(metrics: dict[str, Any]) -> list[str]:
+    if not metrics:
+        return ["Not measured."]
+    headings = {
+        "dice": "Dice",
+        "hausdorff95_mm": "HD 95 % (mm)",
+        "surface_dice": "surface Dice",
+        "sensitivity": "sensitivity",
+        "precision": "precision",
+    }
+    per = metrics.get("labels") or {name: {"dice": {"mean": value}} for name, value in metrics.get("dice", {}).items()}
+    columns = [k for k in headings if any(k in own for own in per.values())]
+    out = ["| label | " + " | ".join(headings[k] for k in columns) + " |", "|---|" + "---|" * len(columns)]
+    for name, own in per.items():
+        out.append(f"| {_words(name)} | " + " | ".join(_interval(own.get(k)) for k in columns) + " |")
+    where = f"On {metrics['cases']} cases" if "cases" in metrics else "On cases"
+    where += f" of {metrics['patients']} patients" if "patients" in metrics else ""
+    where += f" ({_words(metrics['held_out'])})" if "held_out" in metrics else " (held out)"
+    note = ", through the deployed path; in brackets 95 % bootstrap intervals." if "labels" in metrics else ", through the deployed path."
+    if any("surface_dice" in own for own in per.values()):
+        note += f" Surface Dice at {metrics.get('tolerance_mm', 1.0):g} mm."
+    out += ["", where + note]
+    missed = [
+        f"{_words(n)}: {own['missed']} missed, {own['false']} false" for n, own in per.items() if own.get("missed") or own.get("false")
+    ]
+    out += [f"Cases in which a label was missed or found where there is none: {'; '.join(missed)}."] if missed else []
+    return out + ([f"Command: `{metrics['command']}`"] if "command" in metrics else [])
+
+
+def _interval(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return "–"
+    return f"{figure['mean']:.3f}" + (f" ({figure['low']:.3f} to {figure['high']:.3f})" if figure.get("low") is not None else "")
+
+
+def _limits(data: dict[str, Any]) -> list[str]:
+    """What the card says, and what follows from how the model was made."""
+    out = [data["limits"]] if data.get("limits") else []
+    cases = data.get("metrics", {}).get("patients") or data.get("metrics", {}).get("cases")
+    if cases and cases < 30:
+        out.append(f"Measured on {cases} patients only: the intervals are wide, and rare findings were not seen.")
+    if data.get("roi_mm"):
+        out.append(f"Meant for a box of about {data['roi_mm']:g} mm about its target, not for whole images.")
+    out.append(f"Other inputs than {', '.join(data['channels'])}, other scanners, ages and diseases than in its data: not measured.")
+    return out

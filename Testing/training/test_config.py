@@ -1,0 +1,80 @@
+"""config.yaml: what it may hold, that it survives writing and reading, and one clear sentence for what is wrong."""
+
+import pytest
+
+pytest.importorskip("pydantic")
+yaml = pytest.importorskip("yaml")
+pytest.importorskip("torch")
+
+from unetseg_training import config as c  # noqa: E402
+from UNetSegmentationLib.files import UserError  # noqa: E402
+from UNetSegmentationLib.model import check_card  # noqa: E402
+
+BASE = {"data": {"path": "somewhere"}, "labels": [{"name": "nodule"}], "channels": ["CT"]}
+
+
+def test_what_is_written_is_read_back_and_explains_itself(tmp_path):
+    config = c.parse({**BASE, "fit": {"learning_rate": "1e-3", "minutes": 5}, "input": {"spacing": [None, 1, 2.5]}})
+    c.write(config, tmp_path / "config.yaml", {"input.patch": "it holds every image whole", "labels": "found in the masks"})
+    text = (tmp_path / "config.yaml").read_text("utf-8")
+    assert c.read(tmp_path) == c.read(tmp_path / "config.yaml") == config
+    assert "# Why: it holds every image whole\n  patch: [64, 64, 64]" in text and "# Why: found in the masks\nlabels:" in text
+    assert config.fit.learning_rate == 1e-3 and (config.fit.betas, config.fit.weight_decay, config.fit.patience) == ((0.9, 0.999), 1e-4, 15)
+    for section, field in c.Config.model_fields.items():  # every section and every setting says what it is
+        model = field.annotation
+        assert section + ":" in text
+        for name, setting in getattr(model, "model_fields", {}).items():
+            assert setting.description or name.endswith("_probability"), (section, name)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"fit": {"bach": 3}}, "no setting 'fit.bach'; did you mean 'batch'"),
+        ({"fit": {"batch": 0}}, "fit.batch is 0: .* greater than or equal to 1"),
+        ({"fit": {"batch": "many"}}, "fit.batch is 'many': .* integer"),
+        ({"fit": {"learning_rate": float("nan")}}, "fit.learning_rate is nan"),
+        ({"fit": {"learning_rate": 1e-7}}, r"final_rate \(1e-06\) must not be above"),
+        ({"loss": {"kind": "dic"}}, "loss.kind is 'dic': .*'dice_ce'"),
+        ({"loss": {"class_weights": [1.0]}}, "loss.class_weights needs 2 numbers"),
+        ({"loss": {"class_weights": "median"}}, "loss.class_weights is 'median': .*median-frequency"),
+        ({"input": {"patch": [63, 64, 64]}}, r"multiples of the network's down-sampling \[8, 8, 8\]"),
+        ({"input": {"patch": [64, 64]}}, "input.patch needs 3 numbers for 3D, not 2"),
+        ({"input": {"context_slices": 1}}, "belong to 2D"),
+        ({"input": {"spacing": [1, 2, "x"]}}, "input.spacing.2 is 'x'"),
+        ({"input": {"intensity": {"mode": "window"}}}, "input.intensity lacks level, width"),
+        ({"network": {"strides": [[2, 2]]}}, "4 levels need 3 strides"),
+        ({"augmentation": {"scaling": [1.1, 0.9]}}, "the smaller first"),
+        ({"labels": [{"nam": "x"}]}, "did you mean 'name'"),
+        ({"labels": [{"name": "x"}, {"name": "x"}]}, "two labels share one name"),
+        ({"data": {}}, "'data.path' is missing"),
+    ],
+)
+def test_one_sentence_for_what_is_wrong(change, words):
+    with pytest.raises(UserError, match=words) as e:
+        c.parse({**BASE, **change})
+    assert "\n" not in str(e.value) and str(e.value).startswith("config.yaml: ")
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(UserError, match="make it with: unetseg-train plan"):
+        c.read(tmp_path)
+    path = tmp_path / "config.yaml"
+    for text, words in (("a: [1, 2\nb: 3\n", r"not valid YAML \(line 2\)"), ("- 1\n", "holds no settings"), ("", "holds no settings")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            c.read(path)
+
+
+def test_the_card_is_valid_and_describes_the_network():
+    for changes in (
+        {},
+        {"input": {"dimensions": 2, "patch": [64, 64], "axis": "coronal", "context_slices": 1, "flip_axes": ["x"]}},
+        {"labels": [{"name": "a", "color": [1, 2, 3]}, {"name": "b"}], "network": {"channels": [8, 16], "deep_supervision": True}},
+    ):
+        config = c.parse({**BASE, **changes})
+        card = check_card({**config.card(), "files": {"model.onnx": {"sha256": "0" * 64, "size": 1}}})
+        unet = config.unet()
+        assert (card.inputs, card.outputs) == (unet.in_channels, unet.out_channels)
+        assert [label.value for label in card.labels] == list(range(1, len(card.labels) + 1))
+        assert type(unet).from_json(card.data["network"]) == unet

@@ -1,0 +1,203 @@
+"""Every figure against a value by hand or from another implementation; empty masks; intervals; the deployed path."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+pytest.importorskip("monai", reason="MONAI is not installed")
+pytest.importorskip("torchmetrics", reason="TorchMetrics is not installed")
+import SimpleITK as sitk  # noqa: E402
+from scipy import ndimage  # noqa: E402
+from scipy.spatial.distance import cdist  # noqa: E402
+from unetseg_training import metrics  # noqa: E402
+from UNetSegmentationLib.files import UserError  # noqa: E402
+from UNetSegmentationLib.image import Image, read_image  # noqa: E402
+from UNetSegmentationLib.inference.predict import Options  # noqa: E402
+from UNetSegmentationLib.model import Label, find_model  # noqa: E402
+
+THING = Label(1, "thing", (0, 0, 0), {})
+SPACING = (0.5, 0.8, 2.5)  # x, y, z
+
+
+def block(shape, start, stop):
+    mask = np.zeros(shape, np.uint8)
+    mask[tuple(slice(a, b) for a, b in zip(start, stop))] = 1
+    return mask
+
+
+def blob(seed, shape=(14, 30, 32)):
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 3)
+    return (noise > np.quantile(noise, 0.8)).astype(np.uint8)
+
+
+def only(prediction, truth, **how):
+    return metrics.score(prediction, truth, how.pop("spacing", SPACING), [THING], **how)["thing"]
+
+
+@pytest.mark.parametrize("shift, mm", [((2, 0, 0), 5.0), ((0, 3, 0), 2.4), ((0, 0, 4), 2.0)])
+def test_a_shifted_block_by_hand(shift, mm):
+    shape = (16, 30, 40)
+    truth = block(shape, (4, 8, 10), (10, 18, 30))
+    moved = block(shape, *([a + s for a, s in zip(corner, shift)] for corner in ((4, 8, 10), (10, 18, 30))))
+    row = only(moved, truth)
+    size, overlap = 6 * 10 * 20, np.prod([n - s for n, s in zip((6, 10, 20), shift)])
+    assert row["dice"] == pytest.approx(overlap / size)
+    assert row["sensitivity"] == row["precision"] == pytest.approx(overlap / size)
+    assert row["specificity"] == pytest.approx(1 - (size - overlap) / (np.prod(shape) - size))
+    assert row["hausdorff_mm"] == row["hausdorff95_mm"] == pytest.approx(mm)
+    assert row["volume_ml"] == row["truth_ml"] == pytest.approx(size * 0.5 * 0.8 * 2.5 / 1000)
+    assert row["volume_error_ml"] == row["volume_error_percent"] == 0
+    assert only(moved, truth, tolerance_mm=mm)["surface_dice"] == pytest.approx(1)
+    assert only(moved, truth, tolerance_mm=mm - 0.1)["surface_dice"] < 0.9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_distances_equal_those_of_all_pairs_of_surface_voxels(seed):
+    a, b = blob(seed), blob(seed + 10)
+
+    def surface(mask):
+        inner = ndimage.binary_erosion(np.pad(mask, 1))[1:-1, 1:-1, 1:-1]
+        return np.argwhere(mask.astype(bool) & ~inner) * SPACING[::-1]
+
+    pairs = cdist(surface(a), surface(b))
+    row = only(a, b)
+    assert row["hausdorff_mm"] == pytest.approx(max(pairs.min(0).max(), pairs.min(1).max()), rel=1e-5)
+    assert row["hausdorff95_mm"] == pytest.approx(max(np.percentile(pairs.min(k), 95) for k in (0, 1)), rel=1e-5)
+    measures = sitk.LabelOverlapMeasuresImageFilter()
+    measures.Execute(sitk.GetImageFromArray(a), sitk.GetImageFromArray(b))
+    assert row["dice"] == pytest.approx(measures.GetDiceCoefficient())
+
+
+def test_surface_dice_of_a_block_inside_a_larger_one():
+    inner, outer = block((30, 30, 30), (8, 8, 8), (22, 22, 22)), block((30, 30, 30), (7, 7, 7), (23, 23, 23))
+    for tolerance, low, high in ((0.9, 0, 0), (1.0, 0.7, 1), (1.8, 1, 1)):  # faces are 1 mm apart, corners 1.73 mm
+        assert low <= only(inner, outer, spacing=(1, 1, 1), tolerance_mm=tolerance)["surface_dice"] <= high
+
+
+def test_a_picture_is_measured_in_its_plane():
+    truth, moved = block((1, 40, 40), (0, 10, 10), (1, 20, 20)), block((1, 40, 40), (0, 10, 13), (1, 20, 23))
+    row = only(moved, truth, spacing=(2.0, 1.0, 1.0))
+    assert row["hausdorff_mm"] == pytest.approx(6.0) and row["dice"] == pytest.approx(0.7)
+    assert 0 < row["surface_dice"] < 1
+
+
+def test_empty_masks_give_what_the_table_promises():
+    nothing, thing = np.zeros((6, 8, 8), np.uint8), block((6, 8, 8), (2, 2, 2), (4, 4, 4))
+    p = np.full((1, 6, 8, 8), 0.5, np.float32)
+    absent, missed, false = only(nothing, nothing, probability=p), only(nothing, thing, probability=p), only(thing, nothing, probability=p)
+    keys = metrics.FIGURES[:8]
+    assert [absent[k] for k in keys] == [1, 0, 0, 1, None, 1, None, None] and absent["state"] == "absent"
+    assert [missed[k] for k in keys] == [0, None, None, 0, 0, 1, None, 0.5] and missed["state"] == "missed"
+    assert [false[k] for k in keys] == [0, None, None, 0, None, pytest.approx(1 - 8 / 384), 0, None] and false["state"] == "false"
+    assert missed["volume_error_percent"] == -100 and false["volume_error_percent"] is None
+    assert false["volume_error_ml"] == pytest.approx(0.008)
+
+
+def test_roc_equals_the_rank_statistic_ties_and_all():
+    rng = np.random.default_rng(0)
+    truth = (rng.random((3, 10, 10)) < 0.3).astype(np.uint8)
+    p = np.clip(np.round(rng.random(truth.shape) * 0.6 + 0.3 * truth, 1), 0, 1).astype(np.float32)
+    row = only(truth, truth, probability=p[None])
+    pos, neg = p[truth == 1].astype(float)[:, None], p[truth == 0].astype(float)[None]
+    assert row["auc"] == pytest.approx(np.mean((pos > neg) + 0.5 * (pos == neg)), abs=1e-6)
+    roc = row["roc"]
+    assert len(roc) == len(metrics.FPR) and roc[-1] == 1 and roc == sorted(roc)
+    assert only(truth, truth, probability=truth[None].astype(np.float32))["auc"] == 1
+
+
+def test_intervals_are_seeded_and_near_the_theory():
+    values = np.random.default_rng(1).normal(0.8, 0.1, 200)
+    low, high = metrics.interval(values)
+    assert (low, high) == metrics.interval(values)
+    error = 1.96 * values.std() / np.sqrt(200)
+    assert low == pytest.approx(values.mean() - error, abs=2e-3) and high == pytest.approx(values.mean() + error, abs=2e-3)
+    assert metrics.interval(values, seed=7) != (low, high)
+
+
+def test_scans_of_one_patient_are_not_counted_as_patients():
+    values = np.repeat(np.random.default_rng(2).normal(0.8, 0.1, 20), 10)
+    alone, grouped = metrics.interval(values), metrics.interval(values, np.repeat(np.arange(20).astype(str), 10))
+    assert (grouped[1] - grouped[0]) > 2.5 * (alone[1] - alone[0])
+    assert metrics.interval([0.5, 0.6], ["a", "a"]) is None is metrics.interval([])
+
+
+def volume(*labels):
+    """Blocks of the toy network's values 0, 1, 2 one beside the other."""
+    array = np.zeros((8, 16, 16), np.float32)
+    for value in labels:
+        array[2:6, 2:8, 7 * value - 5 : 7 * value] = value
+    return array
+
+
+def test_evaluate_scores_the_deployed_path_and_writes_it(make_package, tmp_path):
+    labels = [{"value": 1, "name": "one"}, {"value": 2, "name": "two"}]
+    package = make_package(labels=labels)
+    both, second = volume(1, 2), volume(2)
+    names = [Label(1, "two", (0, 0, 0), {}), Label(2, "other", (0, 0, 0), {}), Label(3, "one", (0, 0, 0), {})]
+    truth = np.select([both == 1, both == 2], [3, 1], 0).astype(np.uint8)  # the truth's values are others
+    shown = []
+    rows = metrics.evaluate(
+        package, [("a", Image(both), truth, "P1"), ("b", Image(second), truth, "P2")], labels=names, seen=lambda *a: shown.append(a)
+    )
+    by = {(r["case"], r["label"]): r for r in rows}
+    assert [by[k]["dice"] for k in (("a", "one"), ("a", "two"), ("b", "one"), ("b", "two"))] == [1, 1, 0, 1]
+    assert by["b", "one"]["state"] == "missed" and by["a", "one"]["auc"] == 1
+    assert [len(s[2]) for s in shown] == [2, 2] and set(np.unique(shown[0][0].truth)) == {0, 1, 2}
+    facts = metrics.summary(rows, tolerance_mm=1.0)
+    assert facts["dice"]["mean"] == 0.75 and facts["cases"] == facts["patients"] == 2
+    assert facts["labels"]["one"]["missed"] == 1 and facts["labels"]["one"]["hausdorff_mm"]["cases"] == 1
+    assert "missed" in metrics.table(facts) and "1/2" in metrics.table(facts)
+    metrics.write(tmp_path, rows, facts)
+    assert json.loads((tmp_path / "metrics.json").read_text("utf-8"))["summary"]["dice"]["mean"] == 0.75
+    with open(tmp_path / "metrics.csv", newline="", encoding="utf-8") as f:
+        assert [r["dice"] for r in csv.DictReader(f)] == ["1.0", "1.0", "0.0", "1.0"]
+
+
+def test_what_cannot_be_scored_is_said_in_a_sentence(make_package):
+    package = make_package()
+    with pytest.raises(UserError, match="no case with a mask"):
+        metrics.evaluate(package, [])
+    with pytest.raises(UserError, match="^case7: .*grid"):
+        metrics.evaluate(package, [("case7", Image(volume(1)), np.zeros((2, 2, 2), np.uint8))])
+    with pytest.raises(UserError, match="no label thing"):
+        metrics.evaluate(package, [], labels=[Label(1, "liver", (0, 0, 0), {})])
+    with pytest.raises(UserError, match="by simulated clicks"):
+        metrics.evaluate(find_model("lung-nodule-click"), [])
+
+
+class Half:
+    """An engine that finds everything everywhere."""
+
+    def run(self, batch):
+        return np.stack([np.zeros_like(batch[:, 0]), np.ones_like(batch[:, 0])], 1)
+
+    def describe(self):
+        return "half"
+
+
+def test_a_network_that_is_not_exported_takes_the_same_path(make_package):
+    truth = volume(1).astype(np.uint8)
+    rows = metrics.evaluate(make_package(), [("a", Image(volume(1)), truth)], Options(tta="none"), surfaces=False, engine=Half())
+    assert rows[0]["sensitivity"] == 1 and rows[0]["precision"] == pytest.approx(truth.mean()) and "hausdorff_mm" not in rows[0]
+
+
+def test_changes_are_paired():
+    rows = [{"case": f"c{i}", "patient": f"c{i}", "label": "x", "dice": 0.5 + 0.01 * i} for i in range(20)]
+    better = [{**r, "dice": r["dice"] + 0.02} for r in rows]
+    change = metrics.difference(rows, better)
+    assert change["mean"] == change["low"] == change["high"] == 0.02 and change["cases"] == 20
+    with pytest.raises(UserError, match="share no case"):
+        metrics.difference(rows, [])
+
+
+def test_the_bundled_model_scores_what_its_note_says_on_a_real_case(data):
+    package = find_model("hippocampus-3d")
+    path = sorted((data / "msd_hippocampus" / "images").iterdir())[0]
+    truth = read_image(data / "msd_hippocampus" / "labels" / path.name).array
+    rows = metrics.evaluate(package, [(path.name, read_image(path), truth)], Options(engine="onnx", device="cpu"))
+    for row in rows:
+        assert row["dice"] > 0.8 and row["hausdorff95_mm"] < 4 and row["surface_dice"] > 0.8 and row["auc"] > 0.99
+        assert row["hausdorff95_mm"] <= row["hausdorff_mm"]

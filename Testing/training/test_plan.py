@@ -1,0 +1,146 @@
+"""The plan: what it chooses for which data and machine, and that it says why in files that a person can read."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pydantic")
+pytest.importorskip("lightning")
+pytest.importorskip("monai")
+
+from unetseg_training import config as c  # noqa: E402
+from unetseg_training.plan import Fingerprint, Machine, fingerprint, plan  # noqa: E402
+from UNetSegmentationLib.files import UserError  # noqa: E402
+from UNetSegmentationLib.image import Image  # noqa: E402
+from UNetSegmentationLib.model import Label, find_model  # noqa: E402
+from UNetSegmentationLib.networks import UNetConfig  # noqa: E402
+
+LAPTOP = Machine(2, 16 << 30)
+GPU = Machine(16, 128 << 30, "a GPU", 80 << 30)
+
+
+def cases(n=6, shape=(20, 24, 28), spacing=(1.0, 1.0, 1.0), labels=("a", "b"), channels=("MR",), low=0.0, spot=4):
+    """A CaseSet in memory. Every case: noise, and two boxes as labels; the first is brighter."""
+    rng = np.random.default_rng(0)
+
+    def load(case):
+        values = rng.normal(100 if low == 0 else -700, 20, shape).astype(np.float32)
+        values[0] = low
+        mask = np.zeros(shape, np.uint8)
+        mask[shape[0] // 2 :, 4 : 4 + spot, 4 : 4 + spot] = 1
+        values[mask > 0] += 300
+        if len(labels) > 1:
+            mask[shape[0] // 2 :, 12 : 12 + spot, 4 : 4 + spot] = 2
+        return Image(values, spacing), mask
+
+    made = [SimpleNamespace(name=f"case{i}", patient=f"p{i}", split="") for i in range(n)]
+    found = tuple(Label(i, name, (1, 2, 3), {}) for i, name in enumerate(labels, 1))
+    return SimpleNamespace(cases=made, annotated=made, labels=found, channels=channels, layout="pairs", notes=("said so",), load=load)
+
+
+def of(case_set, machine=LAPTOP, **how):
+    return plan(case_set, "some/My Data", machine=machine, measure=False, **how)
+
+
+def test_files_say_what_and_why(tmp_path):
+    made = of(cases(), quick=True)
+    made.write(tmp_path / "run")
+    assert c.read(tmp_path / "run") == made.config and made.config.model.name == "my-data"
+    text = (tmp_path / "run" / "plan.md").read_text("utf-8")
+    assert "6 annotated cases of 6 patients" in text and "said so" in text and "| a | " in text
+    yaml = (tmp_path / "run" / "config.yaml").read_text("utf-8")
+    for name, why in made.reasons.items():
+        section, _, setting = name.partition(".")
+        assert hasattr(getattr(made.config, section), setting), name
+        assert f"| {name} | " in text and why in text and "Why: " + why[:60] in yaml
+    assert {"input.spacing", "input.patch", "input.intensity", "fit.batch", "fit.steps", "network.channels"} <= set(made.reasons)
+
+
+def test_a_small_volume_is_seen_whole_and_quick_is_quick():
+    quick, full = of(cases(), quick=True).config, of(cases()).config
+    assert quick.input.dimensions == 3 and all(p >= n for p, n in zip(quick.input.patch, (20, 24, 28)))
+    assert quick.fit.minutes and quick.fit.minutes < 10 and quick.fit.batch < 8 <= full.fit.batch <= 16
+    assert full.fit.epochs * full.fit.steps > quick.fit.epochs * quick.fit.steps
+    assert quick.input.intensity == {"mode": "zscore"} and quick.input.flip_axes == ["x", "y", "z"]
+
+
+def test_thick_slices_are_not_halved_first():
+    made = of(cases(shape=(24, 64, 64), spacing=(0.5, 0.5, 4.0), spot=10)).config
+    assert made.input.spacing == (0.5, 0.5, 4.0)
+    assert made.network.strides[0] == (1, 2, 2) and made.network.kernels[0] == (1, 3, 3) and made.network.strides[-1][0] == 2
+    assert all(p % d == 0 for p, d in zip(made.input.patch, made.unet().divisor))
+
+
+@pytest.mark.parametrize(
+    "names, flips", [(("left lung", "right lung"), ["y", "z"]), (("Anterior", "Posterior"), ["x", "z"]), (("a", "b"), ["x", "y", "z"])]
+)
+def test_mirrors_that_would_make_a_label_wrong_are_left_out(names, flips):
+    assert of(cases(labels=names)).config.input.flip_axes == flips
+
+
+def test_ct_is_known_by_its_name_and_by_its_values():
+    for case_set in (cases(channels=("CT",)), cases(low=-1000.0)):
+        intensity = of(case_set).config.input.intensity
+        assert intensity["mode"] == "ct-foreground" and intensity["low"] < intensity["mean"] < intensity["high"]
+    assert of(cases(channels=("T1", "T2"), low=-1000.0)).config.input.intensity["mode"] == "zscore"
+
+
+def test_pictures_and_few_slices_are_2d():
+    flat = of(cases(shape=(1, 120, 100), labels=("a",))).config.input
+    assert (flat.dimensions, flat.context_slices, flat.spacing) == (2, 0, (None, None, None))
+    few = of(cases(shape=(100, 6, 120), spacing=(1.0, 3.0, 1.0))).config.input
+    assert (few.dimensions, few.axis, few.context_slices, few.spacing) == (2, "coronal", 1, (1.0, None, 1.0))
+
+
+def whole_body(n=20):
+    return Fingerprint(
+        n, n, n, [(300, 512, 512)] * n, [(1.5, 0.8, 0.8)] * n, [[78_000_000, 600_000, 40_000]] * n, dict(low=-50, high=200, mean=60, std=40)
+    )
+
+
+def test_the_machine_decides_patch_network_and_spacing():
+    laptop, gpu = (of(cases(), m, found=whole_body()).config for m in (LAPTOP, GPU))
+    assert np.prod(gpu.input.patch) > 4 * np.prod(laptop.input.patch) and gpu.network.channels[0] > laptop.network.channels[0]
+    assert laptop.input.spacing[0] > gpu.input.spacing[0]
+    # Never so coarse that the smallest label (40,000 voxels, a ball of 42 mm) has fewer than 6 voxels across.
+    assert max(laptop.input.spacing) <= 42 / 6
+    tight = of(cases(), Machine(2, 1 << 30), found=whole_body()).config
+    assert tight.fit.batch < 8 and tight.fit.batch * tight.fit.accumulate >= 8
+    assert of(cases(), GPU, found=whole_body()).reasons["fit.batch"].startswith("the field's 8 to 16")
+
+
+def test_more_minutes_are_more_steps():
+    steps = [of(cases(shape=(40, 48, 48)), minutes=m).config.fit.steps for m in (30, 120)]
+    assert steps[1] > 2.5 * steps[0]
+
+
+def test_fine_tuning_keeps_the_input_and_levels_of_its_base():
+    card = find_model("hippocampus-3d").card
+    made = of(
+        cases(labels=("Anterior hippocampus", "Posterior hippocampus")), base=(card, UNetConfig.from_json(card.data["network"]))
+    ).config
+    assert made.unet() == UNetConfig.from_json(card.data["network"]) and made.input.patch == card.patch
+    assert made.input.intensity == card.intensity and made.fit.learning_rate < 1e-3
+
+
+def test_nothing_to_learn_is_said():
+    none = cases(0)
+    with pytest.raises(UserError, match="no annotated cases"):
+        fingerprint(none)
+    empty = cases()
+    whole = empty.load
+    empty.load = lambda case: (whole(case)[0], np.zeros((20, 24, 28), np.uint8))
+    with pytest.raises(UserError, match="All masks of the dataset are empty"):
+        fingerprint(empty)
+    broken = cases()
+    broken.load = lambda case: (Image(np.full((20, 24, 28), np.nan, np.float32)), np.ones((20, 24, 28), np.uint8))
+    with pytest.raises(UserError, match="Case case0 has 13440 voxels that are NaN"):
+        fingerprint(broken)
+
+
+def test_a_step_is_measured_here():
+    from unetseg_training.plan import _measured
+
+    net = {"channels": (4, 8), "strides": ((2, 2),), "kernels": ((3, 3), (3, 3))}
+    assert 0 < _measured(net, 2, 1, 2, (32, 32), 2, "32", False) < 60

@@ -1,0 +1,448 @@
+"""The cache and the training: exact after kill -9, the same on two devices, and nothing lost when something goes wrong."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("monai")
+pytest.importorskip("pydantic")
+L = pytest.importorskip("lightning")
+
+from unetseg_training import config as c  # noqa: E402
+from unetseg_training import prepare as p  # noqa: E402
+from unetseg_training import train as t  # noqa: E402
+from unetseg_training.cases import Case, find_cases  # noqa: E402
+from unetseg_training.data import Source, load  # noqa: E402
+from UNetSegmentationLib.files import UserError  # noqa: E402
+from UNetSegmentationLib.image import Image, write_image  # noqa: E402
+from UNetSegmentationLib.networks import UNetConfig  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+# A turned image, so that cached cases must be reoriented as predict() does it.
+TURNED = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These networks are too small to share: two threads would mostly wait for one another on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_cases(folder, n=4, labels=2):
+    """Noise, in which a bright ball is label 1 and a dark one label 2, in places of their own in each case."""
+    rng = np.random.default_rng(1)
+    for i in range(n):
+        grid = np.indices((12, 14, 16))
+        values = rng.normal(0, 0.3, grid.shape[1:]).astype(np.float32)
+        mask = np.zeros(values.shape, np.uint8)
+        for label, bright in ((1, 3), (2, -3))[:labels]:
+            at = [6, 4 + 6 * (label - 1), rng.integers(4, 12)]
+            ball = sum((g - a) ** 2 for g, a in zip(grid, at)) <= 9
+            values[ball], mask[ball] = bright, label
+        write_image(Image(values, (1.0, 1.0, 1.5), (0, 0, 0), TURNED), folder / "images" / f"case{i}.nii.gz")
+        write_image(Image(mask, (1.0, 1.0, 1.5), (0, 0, 0), TURNED), folder / "labels" / f"case{i}.nii.gz")
+
+
+def configuration(folder, **changes):
+    names = [label.name for label in find_cases(folder).labels]
+    fit = {"epochs": 3, "steps": 4, "batch": 2, "warmup": 2, "precision": "32", "validate_cases": 1, "accelerator": "cpu", "ema": 0.5}
+    base = {
+        "data": {"path": str(folder), "folds": 2},
+        "labels": [{"name": n} for n in names],
+        "channels": ["MR"],
+        "input": {"patch": [16, 16, 16], "spacing": [1, 1, 1], "flip_axes": ["x"]},
+        "network": {"channels": [4, 8], "deep_supervision": True},
+        "fit": {**fit, **changes.pop("fit", {})},
+    }
+    return c.parse({**base, **changes})
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("balls")
+    write_cases(folder)
+    return folder
+
+
+@pytest.fixture
+def config(dataset):
+    return configuration(dataset)
+
+
+def weights(folder):
+    return torch.load(folder / t.CHECKPOINT, weights_only=True)["state_dict"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------------------------------------------------------ cache
+
+
+def test_a_cached_case_is_what_predict_computes(dataset, config, tmp_path):
+    cases = find_cases(dataset)
+    case = p.prepare(cases, config, tmp_path)[0]
+    expected = load(Source(cases.cases[0].images[0], cases.cases[0].label, "p"), config.input.spacing, config.input.intensity, 2)
+    assert case.values.shape == expected.values.shape and np.allclose(case.values, expected.values, atol=2e-3)
+    assert np.array_equal(case.labels, expected.labels) and case.spacing == pytest.approx(expected.spacing[::-1])
+    assert case.counts == tuple(int((case.labels == k).sum()) for k in range(3))
+    assert all((case.labels[tuple(case.places(k).T)] == k).all() and len(case.places(k)) == case.counts[k] for k in (1, 2))
+
+
+def test_the_cache_is_used_again_until_something_changes(tmp_path):
+    write_cases(tmp_path / "data", 3)
+    config, cache = configuration(tmp_path / "data"), tmp_path / "cache"
+    told = []
+
+    def ready(config=config):
+        told.clear()
+        found = p.prepare(find_cases(tmp_path / "data"), config, cache, progress=lambda done, of, name: told.append(name))
+        return {f.name: (f.path, f.digest) for f in found}, told[:-1]
+
+    first, made = ready()
+    assert made == ["case0", "case1", "case2"] == sorted(first)
+    assert ready() == (first, [])
+    image = tmp_path / "data" / "images" / "case1.nii.gz"
+    mask = tmp_path / "data" / "labels" / "case1.nii.gz"
+    image.write_bytes((tmp_path / "data" / "images" / "case0.nii.gz").read_bytes())
+    mask.write_bytes((tmp_path / "data" / "labels" / "case0.nii.gz").read_bytes())
+    second, made = ready()
+    assert made == ["case1"] and second["case1"][1] == first["case0"][1] != first["case1"][1]
+    _, made = ready(configuration(tmp_path / "data", input={**config.input.model_dump(), "spacing": [2, 2, 2]}))
+    assert len(made) == 3
+    for damage in (lambda b: b[:-5], lambda b: b[:-5] + b"?????", lambda b: b"", lambda b: b"\xff" * 20):
+        path = second["case2"][0]
+        path.write_bytes(damage(path.read_bytes()))
+        again, made = ready()
+        assert made == ["case2"] and again == second
+    old = cache / ".unetseg-half-written"
+    old.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    ready()
+    assert not old.exists()
+
+
+def test_what_does_not_fit_is_named_with_its_cure(config):
+    image = Image(np.zeros((4, 5, 6), np.float32))
+    with pytest.raises(UserError, match=r"Case x: its mask has \(6, 5, 3\) voxels but its image \(6, 5, 4\); export"):
+        p.compute(image, np.zeros((3, 5, 6), np.uint8), config, "x")
+    with pytest.raises(UserError, match="Case x: its mask holds the value 255 but the configuration names 2 labels; correct"):
+        p.compute(image, np.full((4, 5, 6), 255, np.uint8), config, "x")
+    with pytest.raises(UserError, match=r"Case x has 2 channels but the configuration names 1 \(MR\)"):
+        p.compute(Image(np.zeros((2, 4, 5, 6), np.float32)), np.zeros((4, 5, 6), np.uint8), config, "x")
+    with pytest.raises(UserError, match="Case x has 120 voxels that are NaN"):
+        p.compute(Image(np.full((4, 5, 6), np.nan, np.float32)), np.zeros((4, 5, 6), np.uint8), config, "x")
+
+
+class FullDisk:
+    """No file may become longer than `size` bytes: a disk that is full."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __enter__(self):
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def __exit__(self, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+        signal.signal(signal.SIGXFSZ, self.handler)
+
+
+def test_a_full_disk_leaves_no_half_file(dataset, config, tmp_path):
+    with FullDisk(4000), pytest.raises(UserError, match="cannot be written .*check the disk's space"):
+        p.prepare(find_cases(dataset), config, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    t.train(replace_fit(config, epochs=1), tmp_path / "run" / "a", cache=tmp_path / "cache")
+    before = (tmp_path / "run" / "a" / t.CHECKPOINT).read_bytes()
+    longer = replace_fit(config, epochs=1, validate_cases=1)
+    (tmp_path / "run" / "a" / t.RUN).unlink()
+
+    class Fill(L.Callback):
+        def on_train_epoch_start(self, *_):
+            self.disk = FullDisk(len(before) // 2)
+            self.disk.__enter__()
+
+    fill = Fill()
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            t.train(longer, tmp_path / "run" / "b", cache=tmp_path / "cache", callbacks=[fill])
+    finally:
+        fill.disk.__exit__()
+    assert not [f for f in (tmp_path / "run" / "b").iterdir() if f.name.startswith(".unetseg")]
+    assert not (tmp_path / "run" / "b" / t.CHECKPOINT).exists()
+
+
+def replace_fit(config, **changes):
+    return config.model_copy(update={"fit": config.fit.model_copy(update=changes)})
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+class Losses(L.Callback):
+    def __init__(self):
+        self.values, self.rates = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        self.values.append(float(outputs["loss"]))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_it_learns_and_writes_what_reproduces_it(dataset, tmp_path):
+    config = configuration(
+        dataset, fit={"epochs": 10, "steps": 10, "batch": 4, "validate_every": 5, "learning_rate": 1e-2, "accumulate": 1}
+    )
+    seen = Losses()
+    folder = tmp_path / "run" / "fold1-seed2"
+    result = t.train(config, folder, fold=1, seed=2, callbacks=[seen])
+    assert np.mean(seen.values[-10:]) < 0.6 * np.mean(seen.values[:10])
+    assert result.dice > 0.5 and result.labels.keys() == {label.name for label in config.labels}
+    assert max(seen.rates) == pytest.approx(1e-2) and seen.rates[-1] < 1e-4
+    run = json.loads((folder / "run.json").read_text("utf-8"))
+    assert run["finished"] and run["dice"] == result.dice and run["steps"] == 100 and run["epochs"] == 10 and run["resumed"] == 0
+    assert run["seed"] == config.fit.seed + 2 and run["fold"] == 1 and {"torch", "lightning", "python"} <= run["versions"].keys()
+    assert c.parse(run["config"]) == config and "git_revision" in run
+    train = run["training_cases"]
+    assert sorted(train + run["validation_cases"]) == ["case0", "case1", "case2", "case3"] and len(train) == 2
+    digests = {case.name: find_cases(dataset).digest(case) for case in find_cases(dataset).cases}
+    assert run["data"]["train"] == {name: digests[name] for name in train}
+    again, network = t.load_run(folder)
+    assert again == config and same(network.state_dict(), result.network.state_dict()) and not network.training
+    # Once finished, it is not trained again.
+    assert t.train(config, folder, fold=1, seed=2).dice == result.dice and weights(folder)
+    # What was kept is the average of the weights at the best epoch, not the last network.
+    final = weights(folder)
+    assert not same({k[6:]: v for k, v in final.items() if k.startswith("model.")}, network.state_dict())
+
+
+def test_killed_with_sigkill_it_ends_with_the_very_same_weights(dataset, config, tmp_path):
+    config = replace_fit(config, epochs=4, steps=6, accumulate=2)
+    c.write(config, tmp_path / "config.yaml")
+    t.train(config, tmp_path / "whole" / "run", cache=tmp_path / "cache")
+    code = f"""
+import os, signal, sys, torch
+torch.set_num_threads(1)
+import lightning as L
+from pathlib import Path
+from unetseg_training import config, train
+class Kill(L.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if trainer.global_step == 15:  # in the middle of the third epoch
+            os.kill(os.getpid(), signal.SIGKILL)
+folder = Path({str(tmp_path)!r})
+train.train(config.read(folder), folder / "killed" / "run", cache=folder / "cache", callbacks=[Kill()])
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    folder = tmp_path / "killed" / "run"
+    assert not json.loads((folder / t.RUN).read_text("utf-8"))["finished"]
+    assert torch.load(folder / t.CHECKPOINT, weights_only=True)["global_step"] == 12
+    result = t.train(config, folder, cache=tmp_path / "cache")
+    assert same(weights(folder), weights(tmp_path / "whole" / "run"))
+    whole, killed = (torch.load(tmp_path / f / "run" / t.CHECKPOINT, weights_only=True) for f in ("whole", "killed"))
+    for a, b in zip(whole["optimizer_states"][0]["state"].values(), killed["optimizer_states"][0]["state"].values()):
+        assert same(a, b)
+    assert whole["lr_schedulers"] == killed["lr_schedulers"]
+    assert (folder / t.WEIGHTS).read_bytes() == (tmp_path / "whole" / "run" / t.WEIGHTS).read_bytes()
+    assert json.loads((folder / t.RUN).read_text("utf-8"))["resumed"] == 1 and result.epoch >= 0
+    # Another setting is another training: it does not go on as if it were this one.
+    (folder / t.RUN).unlink()
+    with pytest.raises(UserError, match=r"trained with other settings \(fit.learning_rate\)"):
+        t.train(replace_fit(config, learning_rate=2e-3), folder, cache=tmp_path / "cache")
+    (folder / t.CHECKPOINT).write_bytes(b"half")
+    with pytest.raises(UserError, match="is damaged .*delete it and train again"):
+        t.train(config, folder, cache=tmp_path / "cache")
+
+
+def environment():
+    paths = [str(ROOT / "UNetSegmentation"), str(ROOT / "training"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def test_two_gloo_processes_have_the_loss_of_one(dataset, config, tmp_path):
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("needs PyTorch with gloo")
+    config = replace_fit(config, epochs=2, steps=3, batch=4)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"cache": str(tmp_path / "cache")})})
+    c.write(config, tmp_path / "config.yaml")
+    alone = Losses()
+    one = t.train(config, tmp_path / "one", callbacks=[alone])
+    code = f"""
+import json, torch
+torch.set_num_threads(1)
+import lightning as L
+from pathlib import Path
+from unetseg_training import config, train
+values = []
+class Keep(L.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        values.append(float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")))
+folder = Path({str(tmp_path)!r})
+result = train.train(config.read(folder), folder / "two", callbacks=[Keep()])
+(folder / f"losses{{train._rank()}}.json").write_text(json.dumps([values, result.dice]))
+"""
+    (tmp_path / "child.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "child.py")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        values, dice = json.loads((tmp_path / f"losses{rank}.json").read_text())
+        assert values == pytest.approx(alone.values, abs=2e-5) and dice == pytest.approx(one.dice, abs=0.02)
+    assert json.loads((tmp_path / "two" / t.RUN).read_text("utf-8"))["devices"] == 2
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(weights(tmp_path / "one").values(), weights(tmp_path / "two").values()))
+
+
+def test_a_loss_that_is_no_number_names_step_and_cases(dataset, config, tmp_path):
+    class Break(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.global_step == 5:
+                next(module.model.parameters()).data.fill_(float("nan"))
+
+    with pytest.raises(UserError, match=r"The loss is not a number at step 6 \(cases case\d.*lower fit.learning_rate"):
+        t.train(config, tmp_path / "run", callbacks=[Break()])
+    state = torch.load(tmp_path / "run" / t.CHECKPOINT, weights_only=True)
+    assert state["global_step"] == 4 and all(torch.isfinite(v).all() for v in state["state_dict"].values())
+
+
+def test_early_stopping_and_the_end_of_time(dataset, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(t.HeldOut, "score", lambda self, index, network: {"ball": 0.5})
+    config = replace_fit(config, epochs=30, steps=1, patience=3)
+    t.train(config, tmp_path / "a", cache=tmp_path / "cache")
+    assert json.loads((tmp_path / "a" / t.RUN).read_text("utf-8"))["epochs"] == 4  # the best is the first
+    t.train(replace_fit(config, minutes=1e-6), tmp_path / "b", cache=tmp_path / "cache")
+    assert json.loads((tmp_path / "b" / t.RUN).read_text("utf-8"))["epochs"] == 1
+
+
+def cases_of(*patients, split=""):
+    return [Case(f"case{i}", patient, (Path("i"),), Path("m"), split=split) for i, patient in enumerate(patients)]
+
+
+def test_datasets_that_cannot_be_learnt_from(dataset, config, tmp_path):
+    with pytest.raises(UserError, match="holds no annotated cases; add"):
+        t.held_out([], config, 0)
+    with pytest.raises(UserError, match=r"one annotated case only \(case0\).*annotate another"):
+        t.held_out(cases_of("a"), config, 0)
+    with pytest.raises(UserError, match=r"All 2 cases of .* are of one patient \(a\)"):
+        t.held_out(cases_of("a", "a"), config, 0)
+    with pytest.raises(UserError, match="There is no fold 2; .* has the folds 0 to 1"):
+        t.held_out(cases_of("a", "b", "c"), config, 2)
+    with pytest.raises(UserError, match="does not say which cases are for validation"):
+        t.held_out(cases_of("a", "b"), config, None)
+    train, check = t.held_out(
+        cases_of("a", "b", split="train") + cases_of("c", split="validation") + cases_of("d", split="test"), config, None
+    )
+    assert [x.patient for x in train + check] == ["a", "b", "c"]
+    with pytest.raises(UserError, match="fit.batch is 3, which 2 devices"):
+        t.make_job(replace_fit(config, batch=3), tmp_path / "cache").source(0, 2)
+    named = config.model_copy(update={"labels": [*config.labels, c.LabelEntry(name="spleen")]})
+    with pytest.raises(UserError, match="now has the labels .* the configuration .*spleen"):
+        t.train(named, tmp_path / "run")
+
+
+def test_a_label_that_no_training_case_holds(tmp_path):
+    write_cases(tmp_path / "data", 4)
+    for i in range(4):  # label 2 in case 3 alone
+        if i != 3:
+            path = tmp_path / "data" / "labels" / f"case{i}.nii.gz"
+            from UNetSegmentationLib.image import read_image
+
+            mask = read_image(path)
+            write_image(mask.like(np.where(mask.array == 2, 0, mask.array)), path)
+    config = configuration(tmp_path / "data")
+    of = t.held_out(find_cases(tmp_path / "data").annotated, config, 0)
+    fold = 0 if "case3" in [x.name for x in of[1]] else 1
+    with pytest.raises(UserError, match=rf"Label 2 \(.*\) is in none of the training cases of fold {fold} .*train another fold"):
+        t.train(config, tmp_path / "run", fold=fold)
+
+
+class Rounds:
+    """A source that depends on the network's answers, as the click model's does."""
+
+    def __init__(self):
+        self.memory = 0.0
+
+    def batch(self, step):
+        g = torch.Generator().manual_seed(step)
+        x = torch.randn((2, 1, 8, 8), generator=g) + self.memory
+        return x, (x[:, 0] > 0).long()
+
+    def after(self, logits):
+        self.memory = 0.9 * self.memory + float(logits.mean())
+
+    def state(self):
+        return {"memory": self.memory, "spare": torch.tensor([1, 2])}
+
+    def restore(self, state):
+        self.memory = state["memory"]
+
+
+def test_another_source_and_loss_can_be_plugged_in_and_resumed(tmp_path):
+    fit = c.Fit(epochs=4, steps=3, batch=2, precision="32", accelerator="cpu", warmup=1)
+
+    def job():
+        from torch.nn import functional
+
+        made = t.Job(UNetConfig(2, 1, 2, (4, 8)), fit, lambda rank, devices: Rounds(), lambda: functional.cross_entropy)
+        return made
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if trainer.global_step == 8:
+                raise InterruptedError
+
+    result = t.run(job(), tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        t.run(job(), tmp_path / "stopped", callbacks=[Stop()])
+    t.run(job(), tmp_path / "stopped")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+    assert torch.load(tmp_path / "whole" / t.CHECKPOINT, weights_only=True)["source"]["memory"] != 0
+    assert np.isnan(result.dice) and result.epoch == 3
+
+
+def test_fine_tuning_starts_from_weights_and_keeps_what_is_frozen(dataset, config, tmp_path):
+    first = t.train(replace_fit(config, epochs=1), tmp_path / "a", cache=tmp_path / "cache")
+    start = first.network.state_dict()
+
+    def freeze(network):
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(not name.startswith("encoder"))
+
+    second = t.train(replace_fit(config, epochs=2), tmp_path / "b", cache=tmp_path / "cache", start=start, freeze=freeze)
+    after = second.network.state_dict()
+    for name, value in start.items():
+        assert torch.allclose(value, after[name], atol=1e-6) == name.startswith("encoder"), name
+    with pytest.raises(UserError, match="All layers are frozen"):
+        t.train(config, tmp_path / "c", cache=tmp_path / "cache", freeze=lambda network: network.requires_grad_(False))
+
+
+def test_the_schedule_warms_up_and_falls_as_a_cosine():
+    fit = c.Fit(epochs=10, steps=10, warmup=10, learning_rate=1e-3, final_rate=1e-6)
+    rates = [fit.learning_rate * t.rate(fit, s) for s in range(100)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) * 1e-4) and rates[-1] == pytest.approx(1e-6)
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:])) and rates[54] == pytest.approx(5e-4, rel=0.05)
+
+
+def test_auto_precision_and_devices(monkeypatch):
+    assert t.precision_here(c.Fit(precision="16")) == "16" and t.precision_here(c.Fit(accelerator="cpu")) in ("32", "bf16")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert t._topology(c.Fit()) == (4, 2)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setenv("SLURM_NTASKS", "6")
+    monkeypatch.setenv("SLURM_NNODES", "3")
+    assert t._topology(c.Fit()) == (2, 3)

@@ -1,0 +1,151 @@
+"""The command `unetseg-train`, from a dataset to a report, and one sentence with exit code 2 for bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+for name in ("typer", "rich", "monai", "pydantic", "lightning", "yaml"):
+    pytest.importorskip(name)
+
+from test_train import environment, write_cases  # noqa: E402
+from unetseg_training import cli  # noqa: E402
+from unetseg_training import config as c  # noqa: E402
+from UNetSegmentationLib.files import UserError  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("plan", ...) -> (exit code, stdout, stderr) in this process."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["unetseg-train", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_cases(folder, 4, 1)
+    return folder
+
+
+@pytest.fixture
+def run(dataset, tmp_path):
+    """A run's folder with a configuration that trains in a second."""
+    config = c.parse(
+        {
+            "model": {"name": "balls"},
+            "data": {"path": str(dataset), "folds": 2},
+            "labels": [{"name": _label(dataset)}],
+            "channels": _channels(dataset),
+            "input": {"patch": [16, 16, 16], "spacing": [1, 1, 1]},
+            "network": {"channels": [4, 8]},
+            "fit": {"epochs": 2, "steps": 2, "batch": 2, "warmup": 1, "precision": "32", "accelerator": "cpu"},
+        }
+    )
+    c.write(config, tmp_path / "run" / "config.yaml")
+    return tmp_path / "run"
+
+
+def _label(folder):
+    from unetseg_training.cases import find_cases
+
+    return find_cases(folder).labels[0].name
+
+
+def _channels(folder):
+    from unetseg_training.cases import find_cases
+
+    return list(find_cases(folder).channels)
+
+
+def test_plan_writes_a_configuration_that_fit_takes(command, dataset, tmp_path):
+    code, out, err = command("plan", dataset, "-o", tmp_path / "run", "--quick")
+    assert code == 0, err
+    assert "4 annotated cases" in out and f"next: unetseg-train fit {tmp_path / 'run'}" in out
+    config = c.read(tmp_path / "run")
+    assert config.data.path == str(dataset) and config.fit.epochs * config.fit.steps > 0
+    code, _, err = command("plan", dataset, "-o", tmp_path / "run")
+    assert code == 2 and "holds a plan already" in err and err.count("\n") == 1
+
+
+def test_from_a_configuration_to_a_report(command, run):
+    code, out, err = command("fit", run, "--fold", "all", "--quiet")
+    assert code == 0, err
+    assert out.count("on held-out cases, best in epoch") == 2 and "mean Dice of 2 trainings" in out
+    for fold in (0, 1):
+        folder = run / f"fold{fold}-seed0"
+        assert json.loads((folder / "run.json").read_text("utf-8"))["finished"]
+        assert {"best.safetensors", "last.ckpt", "report.html", "live.jsonl"} <= {p.name for p in folder.iterdir()}
+    assert (run / "cache").is_dir()
+    code, _, err = command("fit", run)
+    assert code == 2 and "add --resume to go on with it, or --restart" in err
+    code, out, err = command("fit", run, "--resume", "--quiet")
+    assert code == 0 and out.count("on held-out cases") == 1, err
+    code, out, err = command("evaluate", run / "fold0-seed0")
+    assert code == 0 and (run / "fold0-seed0" / "metrics.json").is_file(), err
+    code, out, err = command("pictures", run)
+    assert code == 0 and (run / "augmentation.png").is_file(), err
+
+
+def test_seeds_differ_and_restart_begins_anew(command, run):
+    assert command("fit", run, "--seed", "0,1", "--quiet")[0] == 0
+    first, second = ((run / f"fold0-seed{s}" / "best.safetensors").read_bytes() for s in (0, 1))
+    assert first != second
+    assert command("fit", run, "--restart", "--quiet")[0] == 0
+    assert (run / "fold0-seed0" / "best.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (("plan", "nowhere", "-o", "x"), "nowhere"),
+        (("fit", "nowhere"), "make it with: unetseg-train plan"),
+        (("fit", "{run}", "--fold", "7"), "--fold must be 0 to 1, or all, not '7'"),
+        (("fit", "{run}", "--seed", "one"), "--seed must be whole numbers"),
+        (("fit", "{run}", "--resume", "--restart"), "exclude each other"),
+        (("evaluate", "{run}"), "holds no run; name the folder of a fold"),
+        (("export", "{run}"), "holds no run"),
+        (("report", "{run}/nothing"), ""),
+        (("pictures", "{run}", "--case", "nobody"), "There is no case 'nobody'"),
+        (("finetune", "no-such-model", "{run}", "-o", "x"), "There is no model 'no-such-model'"),
+    ],
+)
+def test_bad_input_is_one_sentence(command, run, monkeypatch, tmp_path, words, told):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*(w.format(run=run) for w in words))
+    assert code == 2 and err.startswith("unetseg-train: ") and told in err and err.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_folds_and_seeds_are_parsed():
+    assert cli.parse_folds("all", 3) == [0, 1, 2] and cli.parse_folds("split", 3) == [None] and cli.parse_folds("0,2", 3) == [0, 2]
+    assert cli.parse_seeds("all") == [0, 1, 2, 3, 4] and cli.parse_seeds("3") == [3]
+    with pytest.raises(UserError):
+        cli.parse_folds("-1", 3)
+
+
+def test_the_installed_command_says_what_it_can():
+    done = subprocess.run([sys.executable, "-m", "unetseg_training.cli", "--help"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("check", "plan", "fit", "evaluate", "report", "export", "finetune", "pictures"):
+        assert name in done.stdout

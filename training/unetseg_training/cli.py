@@ -1,0 +1,394 @@
+"""The command `unetseg-train`: check, plan, fit, evaluate, report, export, finetune. Exit codes as of `unetseg`: 0 done,
+1 the check found errors, 2 bad input (one sentence on stderr), 130 stopped (what is trained so far is kept)."""
+
+# No `from __future__ import annotations`: typer reads the commands' annotations, which name what only _app() imports.
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+from UNetSegmentationLib.files import UserError
+
+
+def main() -> None:
+    """The entry point of `unetseg-train`."""
+    names = ("torch", "lightning", "monai", "pydantic", "rich", "safetensors", "typer", "yaml")
+    if missing := [name for name in names if find_spec(name) is None]:
+        sys.exit(f'unetseg-train: {", ".join(missing)} not installed; run: pip install "unet-segmentation[cli,train]"')
+    try:
+        _app()(standalone_mode=True)
+    except UserError as e:
+        print(f"unetseg-train: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("unetseg-train: stopped; go on with: unetseg-train fit RUN --resume", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def _bar(text: str) -> Iterator[Callable[[int, int, str], None]]:
+    """progress(done, of, case) as a line that is gone afterwards."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = [TextColumn(text), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[name]}")]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(text, total=1, name="")
+        yield lambda done, of, name: bar.update(task, completed=done, total=of, name=name)
+
+
+def leaf(run: Path, fold: int | None, seed: int) -> Path:
+    """The folder of one fold and seed."""
+    return run / f"{'split' if fold is None else f'fold{fold}'}-seed{seed}"
+
+
+def parse_folds(text: str, k: int) -> list[int | None]:
+    """ "0", "0,2", "all", or "split" for the dataset's own."""
+    if text == "split":
+        return [None]
+    if text == "all":
+        return list(range(k))
+    return [*_whole(text, k, "fold")]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0", "0,2", or "all" for five."""
+    return list(range(5)) if text == "all" else _whole(text, 10**6, "seed")
+
+
+def _whole(text: str, below: int, what: str) -> list[int]:
+    try:
+        values = [int(v) for v in text.split(",")]
+    except ValueError:
+        values = [-1]
+    if any(not 0 <= v < below for v in values):
+        raise UserError(f"--{what} must be {'0 to ' + str(below - 1) if what == 'fold' else 'whole numbers from 0'}, or all, not {text!r}.")
+    return values
+
+
+def fit_run(
+    run: Path,
+    folds: Sequence[int | None],
+    seeds: Sequence[int],
+    *,
+    resume: bool,
+    restart: bool,
+    quiet: bool = False,
+    **how: Any,
+) -> list[Any]:
+    """Train each fold with each seed, those that are finished left as they are; the Results."""
+    from . import report, watch
+    from .config import read
+    from .train import CHECKPOINT, RUN, find, train
+
+    config = read(run)
+    results = []
+    case_set = how.pop("case_set", None) or find(config)
+    for fold in folds:
+        for seed in seeds:
+            folder = leaf(run, fold, seed)
+            if not (resume or restart) and ((folder / CHECKPOINT).exists() or (folder / RUN).exists()):
+                raise UserError(f"{folder} holds a training already; add --resume to go on with it, or --restart to begin anew.")
+            with _bar("pre-processing") as progress:
+                result = train(
+                    config,
+                    folder,
+                    case_set,
+                    fold=fold,
+                    seed=seed,
+                    resume=not restart,
+                    callbacks=watch.callbacks(folder, config, bar=not quiet),
+                    progress=progress,
+                    **how,
+                )
+            try:
+                report.write(folder)
+            except UserError as e:  # a report that fails must not look like a training that failed
+                print(f"no report was written: {e}", file=sys.stderr)
+            parts = ", ".join(f"{name} {value:.3f}" for name, value in result.labels.items())
+            print(f"{folder}: Dice {result.dice:.3f} ({parts}) on held-out cases, best in epoch {result.epoch + 1}")
+            results.append(result)
+    if len(results) > 1:
+        print(f"mean Dice of {len(results)} trainings: {sum(r.dice for r in results) / len(results):.3f}")
+    return results
+
+
+def _read(run: Path) -> Any:
+    from .config import read
+
+    return read(run)
+
+
+def _app() -> Any:
+    import typer
+
+    app = typer.Typer(
+        help="Train segmentation models: check the data, plan, fit, evaluate, export.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    data_argument = typer.Argument(help="The dataset: a folder or its index file, in any of the layouts.", show_default=False)
+    run_argument = typer.Argument(help="The run's folder, with config.yaml.", show_default=False)
+    leaf_argument = typer.Argument(help="The folder of a fold, such as RUN/fold0-seed0.", show_default=False)
+    layout_option = typer.Option(help="The dataset's layout, where it is not recognised.")
+    patient_option = typer.Option(help="Regular expression whose first group is the patient in a case's name.")
+    only_option = typer.Option(help="A label to learn, others are left out; may be given several times.")
+    foreground_option = typer.Option("--foreground", help="Learn all labels as one.")
+    fold_option = typer.Option(help="Fold: 0, 1, ..., several with commas, all, or split (the dataset's own).")
+    seed_option = typer.Option(help="Seed: 0, 1, ..., several with commas, or all (five).")
+
+    @app.command()
+    def check(
+        data: Annotated[str, data_argument],
+        layout: Annotated[str | None, layout_option] = None,
+        patient: Annotated[str | None, patient_option] = None,
+        only: Annotated[list[str] | None, only_option] = None,
+        foreground: Annotated[bool, foreground_option] = False,
+        json_file: Annotated[str | None, typer.Option("--json", help="Also write all findings as JSON here; - for stdout.")] = None,
+        picture: Annotated[Path | None, typer.Option(help="Also draw the worst cases here (.png).")] = None,
+    ) -> None:
+        """Look for what spoils a training: masks that do not fit, empty or unknown labels, duplicates, leaks, outliers."""
+        from .check import run as check_run
+
+        errors = check_run(
+            data, layout, json_file=json_file, picture=picture, patient=patient, only=tuple(only or ()), foreground=foreground
+        )
+        if errors:
+            raise typer.Exit(1)
+
+    @app.command()
+    def plan(
+        data: Annotated[str, data_argument],
+        output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder to make.")],
+        quick: Annotated[bool, typer.Option("--quick", help="A first model in about ten minutes.")] = False,
+        minutes: Annotated[float | None, typer.Option(help="Training time to plan for.", min=0.1)] = None,
+        layout: Annotated[str | None, layout_option] = None,
+        patient: Annotated[str | None, patient_option] = None,
+        only: Annotated[list[str] | None, only_option] = None,
+        foreground: Annotated[bool, foreground_option] = False,
+        base: Annotated[str | None, typer.Option(help="A model package to fine-tune from, by name or file.")] = None,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plan that is there.")] = False,
+    ) -> None:
+        """Choose spacing, patch, network and training for a dataset on this machine: config.yaml, and plan.md with the reasons."""
+        _plan(data, output, quick, minutes, layout, patient, only, foreground, base, overwrite)
+
+    @app.command()
+    def fit(
+        run: Annotated[Path, run_argument],
+        fold: Annotated[str, fold_option] = "0",
+        seed: Annotated[str, seed_option] = "0",
+        resume: Annotated[bool, typer.Option("--resume", help="Go on where it was stopped or killed.")] = False,
+        restart: Annotated[bool, typer.Option("--restart", help="Begin anew; what was trained is replaced.")] = False,
+        quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    ) -> None:
+        """Train what config.yaml describes."""
+        if resume and restart:
+            raise UserError("--resume and --restart exclude each other; give one.")
+        config = _read(run)
+        fit_run(run, parse_folds(fold, config.data.folds), parse_seeds(seed), resume=resume, restart=restart, quiet=quiet)
+
+    @app.command()
+    def pictures(
+        run: Annotated[Path, run_argument],
+        output: Annotated[Path | None, typer.Option("--output", "-o", help="The picture; else RUN/augmentation.png.")] = None,
+        case: Annotated[str | None, typer.Option(help="The case to show; else the first.")] = None,
+    ) -> None:
+        """Draw what each random change of the augmentation does to a case."""
+        from . import transforms
+        from .prepare import prepare
+        from .train import find
+
+        config = _read(run)
+        case_set = find(config)
+        chosen = [c for c in case_set.annotated if case is None or c.name == case][:1]
+        if not chosen:
+            raise UserError(
+                f"There is no case {case!r} in {config.data.path}; there are {', '.join(c.name for c in case_set.annotated[:5])}, …"
+            )
+        target = output or run / "augmentation.png"
+        transforms.draw(config, prepare(case_set, config, Path(config.data.cache or run / "cache"), chosen)[0], target)
+        print(f"wrote {target}")
+
+    @app.command()
+    def evaluate(
+        folder: Annotated[Path, leaf_argument],
+        data: Annotated[str | None, typer.Option(help="Another dataset to score, all of it; else the fold's held-out cases.")] = None,
+    ) -> None:
+        """Score held-out cases through the path that the program uses: metrics.csv, metrics.json, report.html."""
+        from . import metrics, report
+        from .train import LiveEngine, live_package, load_run
+
+        config, network = load_run(folder)
+        case_set, cases = _scored(folder, config, data)
+        with _bar("scoring") as progress:
+            rows = metrics.evaluate(
+                live_package(config.card()),
+                metrics.case_items(case_set, cases),
+                labels=case_set.labels,
+                engine=LiveEngine(network),
+                seen=report.Worst(folder, config.input.intensity),
+                progress=lambda done, name: progress(done, len(cases), name),
+            )
+        told = f"unetseg-train evaluate {folder.name}" + (f" --data {Path(data).name}" if data else "")
+        where = Path(data).name if data else f"the held-out cases of {folder.name}"
+        facts = metrics.summary(rows, tolerance_mm=1.0, held_out=where, command=told)
+        metrics.write(folder, rows, facts)
+        print(metrics.table(facts))
+        print(f"wrote {report.write(folder)}")
+
+    @app.command()
+    def report(folder: Annotated[Path, leaf_argument]) -> None:
+        """Write report.html: curves, a table of the cases, the worst as pictures."""
+        from .report import write
+
+        print(f"wrote {write(folder)}")
+
+    @app.command()
+    def export(
+        folder: Annotated[Path, leaf_argument],
+        output: Annotated[Path | None, typer.Option("--output", "-o", help="The .unet.zip to write, or a folder for it.")] = None,
+        base: Annotated[str | None, typer.Option(help="The package that it was fine-tuned from, for its lineage.")] = None,
+    ) -> None:
+        """Make a model package, after ONNX and PyTorch agreed on held-out cases."""
+        import json
+
+        from UNetSegmentationLib.model import find_model
+
+        from . import metrics
+        from .export import export_run, lineage
+        from .train import RUN, load_run
+
+        config, network = load_run(folder)
+        case_set, cases = _scored(folder, config, None)
+        try:
+            scored = json.loads((folder / "metrics.json").read_text("utf-8"))["summary"]
+        except (OSError, ValueError, KeyError):
+            scored = None
+            print("no metrics.json yet; for figures on the card run evaluate first", file=sys.stderr)
+        origin = lineage(json.loads((folder / RUN).read_text("utf-8")), find_model(base) if base else None)
+        made = export_run(network, config.card(), output or folder, metrics.case_items(case_set, cases), origin, scored)
+        print(f"wrote {made.path}")
+
+    @app.command()
+    def finetune(
+        base: Annotated[str, typer.Argument(help="The model package to start from, by name or file.", show_default=False)],
+        data: Annotated[str, data_argument],
+        output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder to make.")],
+        freeze: Annotated[list[str] | None, typer.Option(help="Layers to keep, e.g. encoder; may be given several times.")] = None,
+        replay: Annotated[str | None, typer.Option(help="The base model's own dataset, to train on as well.")] = None,
+        share: Annotated[float, typer.Option(help="Part of the patches that come from it.", min=0, max=1)] = 0.25,
+        quick: Annotated[bool, typer.Option("--quick", help="In about ten minutes.")] = False,
+        minutes: Annotated[float | None, typer.Option(help="Training time to plan for.", min=0.1)] = None,
+        fold: Annotated[str, fold_option] = "0",
+        seed: Annotated[str, seed_option] = "0",
+        resume: Annotated[bool, typer.Option("--resume", help="Go on where it was stopped or killed.")] = False,
+        layout: Annotated[str | None, layout_option] = None,
+    ) -> None:
+        """Go on from a model package with other cases, labels, channels or spacing."""
+        from UNetSegmentationLib.model import find_model
+
+        from . import finetune as tuning
+        from . import metrics
+        from .cases import find_cases
+        from .report import write as write_report
+        from .train import LiveEngine, live_package
+
+        folds, seeds = parse_folds(fold, 50), parse_seeds(seed)
+        if len(folds) * len(seeds) > 1:
+            raise UserError("finetune trains one fold with one seed at a time; give one of each.")
+        package = find_model(base)
+        if not (resume and (output / "config.yaml").exists()):
+            _plan(data, output, quick, minutes, layout, None, None, False, base, False)
+        config = _read(output)
+        start = tuning.start_from(
+            package, config.unet(), [label.name for label in config.labels], config.channels, config.input.spacing, config.input.intensity
+        )
+        print(start.sentence)
+        frozen = tuple(freeze or ())
+        old = find_cases(Path(replay)) if replay else None
+        again = (tuning.replay_set(old, [label.name for label in config.labels], config.channels), share) if old else None
+        (result,) = fit_run(
+            output,
+            folds,
+            seeds,
+            resume=resume,
+            restart=False,
+            start=start.state,
+            freeze=(lambda network: tuning.freeze(network, frozen)) if frozen else None,
+            replay=again,
+        )
+        facts = None
+        if old:
+            items = list(metrics.case_items(old, old.annotated[:: max(1, len(old.annotated) // 20)]))
+            facts = tuning.forgetting(package, live_package(config.card()), items, labels=old.labels, engine=LiveEngine(result.network))
+            print(facts["verdict"])
+        tuning.write(result.folder, start, package, frozen, facts)
+        print(f"wrote {write_report(result.folder)}")
+
+    return app
+
+
+def _scored(folder: Path, config: Any, data: str | None) -> tuple[Any, Sequence[Any]]:
+    """The dataset and the cases of it to score: the run's held-out ones, or all of another dataset."""
+    import json
+
+    from .cases import find_cases
+    from .train import RUN, find
+
+    if data:
+        case_set = find_cases(Path(data))
+        return case_set, case_set.annotated
+    case_set = find(config)
+    names = set(json.loads((folder / RUN).read_text("utf-8")).get("validation_cases", ()))
+    cases = [c for c in case_set.annotated if c.name in names]
+    if not cases:
+        raise UserError(
+            f"The held-out cases of {folder} are no longer in {config.data.path}; put them back, or name another dataset with --data."
+        )
+    return case_set, cases
+
+
+def _plan(
+    data: str,
+    output: Path,
+    quick: bool,
+    minutes: float | None,
+    layout: str | None,
+    patient: str | None,
+    only: list[str] | None,
+    foreground: bool,
+    base: str | None,
+    overwrite: bool,
+) -> None:
+    from UNetSegmentationLib.files import check_writable
+    from UNetSegmentationLib.model import find_model
+    from UNetSegmentationLib.networks import UNetConfig
+
+    from .cases import find_cases
+    from .plan import plan as make_plan
+
+    if (output / "config.yaml").exists() and not overwrite:
+        raise UserError(f"{output} holds a plan already; add --overwrite to replace it, or choose another folder.")
+    check_writable(output / "config.yaml")
+    old = None
+    if base:
+        card = find_model(base).card
+        if "network" not in card.data:
+            raise UserError(f"{base} does not describe its network, so it cannot be trained on; choose a package with PyTorch weights.")
+        old = card, UNetConfig.from_json(card.data["network"])
+    case_set = find_cases(Path(data), layout, patient=patient, only=tuple(only or ()), foreground=foreground)
+    settings = {"layout": layout, "patient": patient, "only": list(only or ()), "foreground": foreground}
+    with _bar("reading the cases") as progress:
+        made = make_plan(case_set, data, quick=quick, minutes=minutes, data=settings, base=old, progress=progress)
+    made.write(output)
+    print(made.markdown())
+    print(f"wrote {output / 'config.yaml'} and {output / 'plan.md'}; next: unetseg-train fit {output}")
+
+
+if __name__ == "__main__":
+    main()

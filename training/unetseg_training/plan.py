@@ -1,0 +1,560 @@
+"""From a dataset and this machine to a configuration, with the reason for each choice.
+
+    plan(case_set, path, quick=True).write(run_folder)   # config.yaml, plan.md
+
+Rules after nnU-Net's fingerprint (Isensee et al. 2021), with this machine's speed instead of a fixed GPU: spacing is the
+cases' median, a patch is as large as the budget of voxels allows, levels halve an axis while 4 voxels remain.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.image import reorient
+from UNetSegmentationLib.intensity import check_finite
+
+from . import config as config_file
+from .config import Config, Fit
+
+if TYPE_CHECKING:
+    from UNetSegmentationLib.model import Card
+    from UNetSegmentationLib.networks import UNetConfig
+
+    from .cases import CaseSet
+
+READ_AT_MOST = 150  # cases of a fingerprint; medians of more say the same
+# Bytes of activations and gradients for each voxel and feature map, summed over the levels: measured (3D and 2D, CPU).
+_BYTES = {"bf16": 40, "16": 40, "32": 80}
+_BASE_BYTES = 600 << 20  # PyTorch, Lightning and MONAI themselves
+
+
+@dataclass(frozen=True)
+class Machine:
+    """cores; memory and gpu_memory in bytes; gpu: its name, "" for none."""
+
+    cores: int
+    memory: int
+    gpu: str = ""
+    gpu_memory: int = 0
+
+    @classmethod
+    def here(cls) -> Machine:
+        import torch
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        memory = _memory()
+        if torch.cuda.is_available():
+            return cls(cores, memory, torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1])
+        if torch.backends.mps.is_available():
+            return cls(cores, memory, "Apple GPU", memory // 2)
+        return cls(cores, memory)
+
+    def __str__(self) -> str:
+        text = f"{self.cores} cores, {self.memory / 2**30:.0f} GB of memory"
+        return text + (f", {self.gpu} with {self.gpu_memory / 2**30:.0f} GB" if self.gpu else ", no GPU")
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine, or of the container that we run in."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30  # Windows has no sysconf; what a laptop has at least
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(name).read_text()))
+        except (OSError, ValueError):
+            pass
+    return total
+
+
+@dataclass
+class Fingerprint:
+    """What the cases are like. Per case, in canonical order (z, y, x): shape, spacing (mm), voxels of each class.
+
+    intensity: of label voxels over all cases, first channel: low (0.5 %), high (99.5 %), mean, std; zeros: share of voxels
+    that are exactly 0; hu: whether the values look like HU; read: cases looked at, of `cases`.
+    """
+
+    cases: int
+    patients: int
+    read: int
+    shapes: list[tuple[int, int, int]] = field(default_factory=list)
+    spacings: list[tuple[float, float, float]] = field(default_factory=list)
+    counts: list[list[int]] = field(default_factory=list)
+    intensity: dict[str, float] = field(default_factory=dict)
+    zeros: float = 0.0
+    hu: bool = False
+
+    @property
+    def median_spacing(self) -> tuple[float, ...]:
+        return tuple(float(v) for v in np.median(self.spacings, 0))
+
+    def frequencies(self) -> list[float]:
+        """Of each class, its part of the voxels of the cases that hold it."""
+        table = np.array(self.counts, float)
+        total = table.sum(1)
+        return [float(c.sum() / total[c > 0].sum()) if c.any() else 0.0 for c in table.T]
+
+
+def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | None = None) -> Fingerprint:
+    """Read the cases (evenly chosen ones, of very many) and measure them."""
+    cases = [c for c in case_set.annotated if c.split != "test"]
+    if not cases:
+        raise UserError("The dataset holds no annotated cases; add images with their masks, or check the folder's name.")
+    step = max(1.0, len(cases) / READ_AT_MOST)
+    chosen = [cases[int(i * step)] for i in range(min(len(cases), READ_AT_MOST))]
+    out = Fingerprint(len(cases), len({c.patient for c in cases}), len(chosen))
+    inside: list[np.ndarray] = []
+    lows, ranges, zeros = [], [], []
+    rng = np.random.default_rng(0)
+    n = len(case_set.labels)
+    for i, case in enumerate(chosen):
+        if progress:
+            progress(i, len(chosen), case.name)
+        image, mask = case_set.load(case)
+        check_finite(image.channels, f"Case {case.name}")
+        canonical, orientation = reorient(image)
+        truth = orientation.canonical(mask)
+        out.shapes.append(canonical.shape)
+        out.spacings.append(tuple(float(s) for s in canonical.spacing[::-1]))  # type: ignore[arg-type]
+        out.counts.append(np.bincount(truth.ravel(), minlength=n + 1)[: n + 1].tolist())
+        values = canonical.channels[0]
+        label = values[truth > 0].ravel()
+        if len(label):
+            inside.append(rng.choice(label, min(len(label), 20000), replace=False).astype(np.float64))
+        thin = values.ravel()[:: max(1, values.size // 200000)]
+        lows.append(float(np.percentile(thin, 0.5)))
+        ranges.append(float(np.percentile(thin, 99.5)) - lows[-1])
+        zeros.append(float((thin == 0).mean()))
+    if not inside:
+        raise UserError("All masks of the dataset are empty, so there is nothing to learn; check that they are the annotated ones.")
+    every = np.concatenate(inside)
+    low, high = np.percentile(every, [0.5, 99.5])
+    clipped = np.clip(every, low, high)
+    out.intensity = {"low": float(low), "high": float(high), "mean": float(clipped.mean()), "std": float(clipped.std())}
+    out.zeros = float(np.median(zeros))
+    # Air is at -1000 in nearly every CT; MR and pictures have nothing below 0.
+    out.hu = float(np.median(lows)) < -300 and float(np.median(ranges)) > 500
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------------ plan
+
+
+@dataclass
+class Plan:
+    config: Config
+    reasons: dict[str, str]
+    fingerprint: Fingerprint
+    machine: Machine
+    notes: tuple[str, ...] = ()
+
+    def write(self, folder: str | Path) -> None:
+        """config.yaml with the reasons as comments, and plan.md to read."""
+        folder = Path(folder)
+        config_file.write(self.config, folder / "config.yaml", self.reasons)
+        with atomic_path(folder / "plan.md") as temporary:
+            temporary.write_text(self.markdown(), "utf-8")
+
+    def markdown(self) -> str:
+        f, c = self.fingerprint, self.config
+        names = ["background", *(label.name for label in c.labels)]
+        low, high = np.min(f.shapes, 0)[::-1], np.max(f.shapes, 0)[::-1]
+        lines = [
+            f"# Plan of {c.model.name}",
+            "",
+            f"{f.cases} annotated cases of {f.patients} patients in `{c.data.path}`"
+            + (f" ({f.read} of them looked at)" if f.read < f.cases else "")
+            + f"; this machine has {self.machine}. Change `config.yaml`, not this file.",
+            "",
+            "## The data",
+            "",
+            f"- size: {' x '.join(map(str, low))} to {' x '.join(map(str, high))} voxels (x, y, z)",
+            f"- spacing: median {' x '.join(f'{s:.3g}' for s in f.median_spacing[::-1])} mm",
+            "- inside the labels the values run from {low:.4g} to {high:.4g} (mean {mean:.4g}, standard deviation {std:.4g})".format(
+                **f.intensity
+            ),
+            *(f"- {note}" for note in self.notes),
+            "",
+            "| class | part of the voxels | in cases |",
+            "|---|---|---|",
+        ]
+        table = np.array(f.counts)
+        for k, (name, share) in enumerate(zip(names, f.frequencies())):
+            lines.append(f"| {name} | {100 * share:.3g} % | {int((table[:, k] > 0).sum())} of {f.read} |")
+        lines += ["", "## What was chosen, and why", "", "| setting | value | why |", "|---|---|---|"]
+        data = c.model_dump(mode="json")
+        for name, why in self.reasons.items():
+            section, _, setting = name.partition(".")
+            value = data[section][setting] if setting else data[section]
+            lines.append(f"| {name} | `{config_file._flow(value)}` | {why} |")
+        return "\n".join(lines) + "\n"
+
+
+# Words in a label's name that a mirror would make wrong.
+_SIDES = {
+    "x": r"\b(left|right|l|r|lt|rt)\b",
+    "y": r"\b(anterior|posterior|ventral|dorsal)\b",
+    "z": r"\b(superior|inferior|upper|lower|cranial|caudal)\b",
+}
+
+
+def plan(
+    case_set: CaseSet,
+    path: str | Path,
+    *,
+    quick: bool = False,
+    minutes: float | None = None,
+    machine: Machine | None = None,
+    measure: bool = True,
+    data: dict[str, Any] | None = None,
+    found: Fingerprint | None = None,
+    base: tuple[Card, UNetConfig] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Plan:
+    """Choose a configuration for a dataset on a machine (this one).
+
+    minutes: of training; else 3 hours on a CPU, 1 on a GPU, and 6 minutes with `quick`. measure: time a step of the network
+    here (a few seconds), else estimate it. data: further entries of the section "data". base: card and network to fine-tune
+    from, whose input and levels then hold.
+    """
+    machine = machine or Machine.here()
+    f = found or fingerprint(case_set, progress)
+    why: dict[str, str] = {}
+    gpu = bool(machine.gpu)
+    minutes = minutes or (6 if quick else 60 if gpu else 180)
+    where = "a GPU" if gpu else f"{machine.cores} CPU cores"
+
+    # Dimensions, and the frame (slice axis first in 2D).
+    sizes = np.median(f.shapes, 0)
+    dims = 3 if sizes.min() >= 8 else 2
+    flat = int(np.argmin(sizes))
+    picture = bool(sizes.min() < 2)
+    if base is not None:
+        dims = base[0].dimensions
+        flat = base[0].slice_axis if dims == 2 else flat
+    order = [0, 1, 2] if dims == 3 else [flat, *(a for a in range(3) if a != flat)]
+    context = 0 if dims == 3 or picture else 1
+    why["input.dimensions"] = (
+        f"the median image has {sizes.min():.0f} slices along its shortest axis, enough for a volume"
+        if dims == 3
+        else "the images are single slices"
+        if picture
+        else f"the median image has {sizes.min():.0f} slices only, too few to halve; each slice sees its neighbours"
+    )
+
+    # Spacing, (z, y, x) here.
+    spacing = list(f.median_spacing)
+    coarse = int(np.argmax(spacing))
+    others = [s for a, s in enumerate(spacing) if a != coarse]
+    text = "the cases' median"
+    if dims == 3 and spacing[coarse] > 3 * max(others):
+        spacing[coarse] = max(float(np.percentile([s[coarse] for s in f.spacings], 10)), max(others))
+        text = "the cases' median; across the thick slices the 10th percentile, so that thin ones are not blurred"
+    axes = order if dims == 3 else order[1:]
+    physical = [float(np.median([n[a] * s[a] for n, s in zip(f.shapes, f.spacings)])) for a in range(3)]
+
+    # The largest size of patch, in voxels, that a step may have.
+    if dims == 3:
+        budget = 160_000 if quick else 220_000 if not gpu else 2_100_000 if machine.gpu_memory > 20 << 30 else 1_000_000
+        reach = 12 if quick else 40 if not gpu else 100
+    else:
+        budget = 192**2 if quick else 256**2 if not gpu else 512**2
+        reach = 4 if quick else 8 if not gpu else 16
+    median = math.prod(physical[a] / spacing[a] for a in axes)
+    if median > reach * budget:
+        # As coarse as the budget asks, but never so coarse that the smallest label is thinner than 6 voxels.
+        factor = (median / (reach * budget)) ** (1 / len(axes))
+        thin = _smallest(f) / 6
+        wanted = [max(s, min(s * factor, thin)) for s in spacing]
+        if any(wanted[a] > 1.01 * spacing[a] for a in axes):
+            spacing = [wanted[a] if a in axes else spacing[a] for a in range(3)]
+            median = math.prod(physical[a] / spacing[a] for a in axes)
+            text += f", made coarser for {where}: the median image then has {median / 1e6:.1f} million voxels"
+    same = dims == 2 and picture and len(set(f.spacings)) == 1
+    spacing = [float(f"{s:.3g}") for s in spacing]
+    chosen: list[float | None] = [None if same or (dims == 2 and a == flat) else spacing[a] for a in (2, 1, 0)]
+    why["input.spacing"] = "all pictures have the same" if same else text
+
+    # Patch and network.
+    shapes = np.array([[n[a] * s[a] / spacing[a] for a in axes] for n, s in zip(f.shapes, f.spacings)])
+    large = np.percentile(shapes, 95, 0)
+    raw = np.array([max(4.0, v) for v in large])
+    whole = math.prod(raw) <= 1.3 * budget
+    if not whole:
+        raw = _shrunk(raw, [spacing[a] for a in axes], budget)
+    top = 4 if quick else 6 if gpu else 5
+    strides, kernels = _levels(raw, [spacing[a] for a in axes], top)
+    divisor = [math.prod(s[i] for s in strides) for i in range(dims)]
+    patch = [max(d, (math.ceil(v / d - 0.01) if whole else round(v / d)) * d) for v, d in zip(raw, divisor)]
+    why["input.patch"] = "it holds nearly every image whole" if whole else f"as large as a step on {where} allows (about {budget:,} voxels)"
+    maps, cap = (32, 320) if gpu and not quick else (16, 96 if quick else 128)
+    channels = [min(cap, maps * 2**i) for i in range(len(strides) + 1)]
+    why["network.channels"] = (
+        f"{len(channels)} levels, until about 4 voxels are left of an axis; {maps} feature maps at full size for {where}"
+    )
+    uneven = any(len(set(s)) > 1 for s in strides)
+    if uneven:
+        why["network.strides"] = "an axis of thick slices is not halved until the others are as coarse"
+    supervise = not quick and len(channels) >= 4
+    if supervise:
+        why["network.deep_supervision"] = "coarse levels learn sooner, for a few percent of time"
+
+    old: dict[str, Any] = {}
+    if base is not None:
+        card, unet = base
+        if unet.padding != "same":
+            raise UserError(f"{card.name} has a network without padding, which cannot be fine-tuned here; choose another model.")
+        old, text = unet.to_json(), f"that of {card.name}, which it is fine-tuned from"
+        context, chosen = card.context, list(card.spacing)
+        patch, divisor = list(card.patch[3 - dims :]), list(unet.divisor)
+        channels, strides, kernels = list(unet.channels), [list(v) for v in unet.strides], [list(v) for v in unet.kernels]
+        supervise = unet.deep_supervision
+        why |= dict.fromkeys(("input.dimensions", "input.spacing", "input.patch", "network.channels"), text)
+        why.pop("network.strides", None)
+        why.pop("network.deep_supervision", None)
+        kept = [card.spacing[2 - a] or spacing[a] for a in axes]
+        shapes = np.array([[n[a] * v[a] / k for a, k in zip(axes, kept)] for n, v in zip(f.shapes, f.spacings)])
+
+    # Intensity.
+    names: list[str] = list(case_set.channels)
+    ct = (
+        len(names) == 1 and (re.search(r"\bct\b", names[0], re.IGNORECASE) is not None or f.hu) and f.intensity["low"] < f.intensity["high"]
+    )
+    intensity: dict[str, Any]
+    if ct:
+        intensity = {"mode": "ct-foreground", **{k: float(f"{v:.5g}") for k, v in f.intensity.items()}}
+        intensity["std"] = max(intensity["std"], 1.0)
+        why["input.intensity"] = "CT in HU: clipped to what the labels hold (0.5 to 99.5 %), then scaled by their mean and deviation"
+    elif f.zeros > 0.3:
+        intensity = {"mode": "zscore", "nonzero": True}
+        why["input.intensity"] = f"each image by its own mean and deviation, without its empty background ({100 * f.zeros:.0f} % zeros)"
+    else:
+        intensity = {"mode": "zscore"}
+        why["input.intensity"] = "each image by its own mean and standard deviation: its units mean nothing by themselves"
+
+    if base is not None:
+        intensity, why["input.intensity"] = dict(base[0].intensity), text
+
+    # Mirrors.
+    label_names = [label.name for label in case_set.labels]
+    spoken = " ".join(re.sub(r"[_\W]+", " ", n.lower()) for n in label_names)
+    barred = [a for a, words in _SIDES.items() if re.search(words, spoken)]
+    usable = {2 - a for a in axes}  # 0: x
+    flips = [a for i, a in enumerate("xyz") if i in usable and a not in barred]
+    why["input.flip_axes"] = "a mirrored image is as good an example" + (
+        f", but along {', '.join(barred)} the labels' names would be wrong" if barred else ""
+    )
+
+    # Steps.
+    precision = _precision_here(Fit(accelerator="auto" if gpu else "cpu"))
+    voxels = math.prod(patch)
+    per_patch = _activation_bytes(patch, channels, strides, precision)
+    room = max(0.0, 0.7 * (machine.gpu_memory if gpu else machine.memory) - _BASE_BYTES)
+    wanted_batch = (2 if dims == 3 else 4) if quick else 8 if dims == 3 else 12
+    batch = max(1, min(wanted_batch, int(room // per_patch)))
+    checkpointing = room < per_patch
+    accumulate = math.ceil(wanted_batch / batch)
+    why["fit.batch"] = (
+        "small: many quick steps learn more in ten minutes than few large ones"
+        if quick
+        else f"the field's 8 to 16; a patch takes about {per_patch / 2**30:.2g} GB"
+        + (f", so {accumulate} batches make a step" if accumulate > 1 else "")
+    )
+    if checkpointing:
+        why["network.checkpointing"] = f"a patch would take {per_patch / 2**30:.1f} GB, more than there is"
+    net: dict[str, Any] = {k: old[k] for k in ("norm", "activation", "residual", "down") if k in old}
+    net |= {"channels": channels, "strides": strides, "kernels": kernels, "deep_supervision": supervise, "checkpointing": checkpointing}
+    n_in = len(names) * (2 * context + 1)
+    second = None
+    if measure:
+        second = _measured(net, dims, n_in, len(label_names) + 1, patch, batch, precision, gpu)
+        how = "measured here"
+    if not second:
+        second, how = _estimated(patch, channels, strides, kernels, n_in, batch, machine), "estimated"
+    second = (second + batch * voxels * 2e-7 / (1 if not gpu else max(1, machine.cores - 1))) * accumulate  # with the patches' making
+    tiles = math.prod(max(1.0, math.ceil(2 * v / p - 1)) for v, p in zip(np.median(shapes, 0), patch)) * (1 if dims == 3 else sizes[flat])
+    one_case = 0.2 + second / accumulate / batch / 3 * tiles
+    held = max(1, round(f.cases / min(5, max(2, f.patients))))
+    checks = min(held, 6 if quick else 20)
+    most = 50_000 if gpu else 25_000
+    total = int(min(most, max(100, 60 * minutes / second)))
+    epochs = 12 if quick else 100
+    steps = max(1, total // epochs)
+    every = int(min(5, max(1, math.ceil(checks * one_case / (0.2 * steps * second)))))
+    spent = checks * one_case / every
+    steps = max(5 if quick else 1, int(steps * steps * second / (steps * second + spent)))
+    total = epochs * steps
+    why["fit.steps"] = (
+        f"{total} steps of {second:.2g} s ({how}) and {epochs // every} validations of about {checks * one_case:.0f} s fill "
+        f"{_span(total * second + spent * epochs)}"
+    )
+    if every > 1:
+        why["fit.validate_every"] = "so that validation takes no more than a fifth of the time"
+    why["fit.validate_cases"] = f"of {held} held-out cases a fold; unetseg-train evaluate scores all of them"
+    rare = min((v for v in f.frequencies()[1:] if v > 0), default=1.0)
+    foreground = 0.67 if rare < 1e-3 else 0.5
+    rarest = label_names[int(np.argmin([v or 2 for v in f.frequencies()[1:]]))]
+    why["fit.foreground"] = f"the rarest label ({rarest}) has {100 * rare:.2g} % of the voxels"
+    fit: dict[str, Any] = {
+        "epochs": epochs,
+        "steps": steps,
+        "batch": batch,
+        "accumulate": accumulate,
+        "foreground": foreground,
+        "warmup": max(5, min(200, total // 20)),
+        "ema": float(f"{min(0.999, max(0.9, 1 - 20 / total)):.4g}"),
+        "validate_every": every,
+        "validate_cases": checks,
+        "minutes": float(f"{1.35 * minutes:.3g}") if quick else None,
+    }
+    if base is not None:
+        fit["learning_rate"], why["fit.learning_rate"] = 3e-4, "lower than from scratch, so that what is known is changed and not lost"
+    why["fit.ema"] = "an average over about the last twentieth of the training"
+    if quick:
+        why["fit.minutes"] = "the end in any case, should this machine be busier than when it was measured"
+    name = re.sub(r"[^a-z0-9]+", "-", Path(path).name.lower()).strip("-")[:64] or "my-model"
+    settings: dict[str, Any] = {
+        "model": {
+            "name": name,
+            "title": name.replace("-", " "),
+            "training_data": [f"{Path(path).name}: {f.cases} cases of {f.patients} patients"],
+        },
+        "data": {"path": str(Path(path).absolute()), "layout": case_set.layout, **(data or {})},
+        "labels": [_label(label) for label in case_set.labels],
+        "channels": names,
+        "input": {
+            "dimensions": dims,
+            "axis": "axial" if dims == 3 else ("axial", "coronal", "sagittal")[flat],
+            "context_slices": context,
+            "spacing": chosen,
+            "patch": patch,
+            "intensity": intensity,
+            "padding": base[0].data.get("padding", "zero") if base else "zero",
+            "flip_axes": flips,
+        },
+        "network": net,
+        "fit": fit,
+    }
+    settings["data"]["folds"] = settings["data"].get("folds") or max(2, min(5, f.patients))
+    return Plan(config_file.parse(settings, "the plan"), why, f, machine, tuple(case_set.notes))
+
+
+def _label(label: Any) -> dict[str, Any]:
+    return {"name": label.name, "color": list(label.color) if label.color else None, "terminology": label.terminology or None}
+
+
+def _span(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
+
+
+def _smallest(f: Fingerprint) -> float:
+    """The diameter in mm of the sphere that has the median volume of the smallest label."""
+    table = np.array(f.counts, float)[:, 1:] * np.prod(f.spacings, 1)[:, None]
+    volumes = [float(np.median(c[c > 0])) for c in table.T if (c > 0).any()]
+    return 2 * (3 * min(volumes) / (4 * math.pi)) ** (1 / 3)
+
+
+def _shrunk(shape: np.ndarray, spacing: Sequence[float], budget: float) -> np.ndarray:
+    """The shape made smaller until it has `budget` voxels: the longest edges in mm first, so that a patch tends to a cube."""
+    size = shape.astype(float).copy()
+    while math.prod(size) > budget:
+        mm = size * spacing
+        size[int(np.argmax(np.where(size > 8, mm, 0)))] *= 0.95
+        if (size <= 8).all():
+            break
+    return size
+
+
+def _levels(size: np.ndarray, spacing: Sequence[float], most: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Strides and kernels: an axis is halved while 4 voxels would remain and it is not far coarser than the finest."""
+    now, mm = np.array(size, float), np.array(spacing, float)
+    strides: list[list[int]] = []
+    kernels: list[list[int]] = []
+    while True:
+        fine = mm <= 2 * mm.min() * 1.001
+        kernels.append([3 if f and n >= 3 else 1 for f, n in zip(fine, now)])
+        stride = [2 if f and n >= 8 else 1 for f, n in zip(fine, now)]
+        if len(strides) + 1 >= most or max(stride) == 1:
+            return strides, kernels
+        strides.append(stride)
+        now, mm = now / stride, mm * stride
+
+
+def _pyramid(patch: Sequence[int], channels: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
+    """(voxels, feature maps) of each level."""
+    out, voxels = [], float(math.prod(patch))
+    for level, n in enumerate(channels):
+        out.append((voxels, n))
+        if level < len(strides):
+            voxels /= math.prod(strides[level])
+    return out
+
+
+def _activation_bytes(patch: Sequence[int], channels: Sequence[int], strides: Sequence[Sequence[int]], precision: str) -> float:
+    return _BYTES[precision] * sum(v * n for v, n in _pyramid(patch, channels, strides))
+
+
+def _estimated(patch: Sequence[int], channels: Sequence[int], strides: Any, kernels: Any, n_in: int, batch: int, machine: Machine) -> float:
+    """Seconds of a step from its arithmetic: forward and twice that backward, two convolutions down and two up a level."""
+    flops, before = 0.0, n_in
+    for (voxels, n), kernel in zip(_pyramid(patch, channels, strides), kernels):
+        flops += 2 * voxels * math.prod(kernel) * (before * n + n * n + 3 * n * n)
+        before = n
+    return 3 * flops * batch / (20e12 if machine.gpu else machine.cores * 2.5e10)
+
+
+def _precision_here(fit: Fit) -> str:
+    from .train import precision_here
+
+    return precision_here(fit)
+
+
+def _measured(
+    net: dict[str, Any], dims: int, n_in: int, n_out: int, patch: Sequence[int], batch: int, precision: str, gpu: bool
+) -> float | None:
+    """Seconds of a step of this network on this machine: the fastest of up to three after one to warm up; None where the
+    memory does not do. On a CPU what the step itself used of it, so that a busy machine plans as an idle one."""
+    import torch
+    from UNetSegmentationLib.networks import UNetConfig, build
+
+    device = torch.device(("cuda" if torch.cuda.is_available() else "mps") if gpu else "cpu")
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    try:
+        with torch.random.fork_rng():
+            model = build(UNetConfig(dims, n_in, n_out, **net)).to(device)
+            optimizer = torch.optim.AdamW(model.parameters())
+            x = torch.zeros(batch, n_in, *patch, device=device)
+        times: list[float] = []
+        begun = time.perf_counter()
+        for _ in range(4):
+            began, used = time.perf_counter(), time.process_time()
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                out = model(x)
+            first = out[0] if isinstance(out, list) else out
+            first.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            wait()
+            wall, cpu = time.perf_counter() - began, (time.process_time() - used) / torch.get_num_threads()
+            times.append(wall if gpu else min(wall, 1.1 * cpu))
+            if time.perf_counter() - begun > 20 and len(times) > 1:
+                break
+        return min(times[1:])
+    except (RuntimeError, MemoryError):
+        return None

@@ -1,0 +1,127 @@
+"""The patches of a step: which case, where in it, and what is changed at random, all from (seed, step, number in the batch).
+
+So a resumed training, one with other worker processes, and one on several devices see the very same patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from UNetSegmentationLib.image import Box
+
+from . import transforms
+from .config import Config
+from .prepare import Prepared
+from .transforms import IMAGE, LABEL
+
+
+class Source(Protocol):
+    """Where batches come from. One with after(logits) is told the network's answer before it is asked for the next batch;
+    state() is saved with the checkpoint and given to restore(): only tensors, numbers, texts, lists and dictionaries."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs [N, C, ...] float32, and what the loss takes: by default classes [N, ...] int64."""
+        ...
+
+    def names(self, step: int) -> list[str]:
+        """The cases of that batch, for a sentence."""
+        ...
+
+
+def cut(case: Prepared, centre: Sequence[int] | np.ndarray, config: Config, margin: Sequence[int]) -> dict[str, Any]:
+    """The patch about a voxel of a case, and `margin` voxels more on each side; 0 beyond the image. A patch keeps inside
+    the image where it can, and holds the whole of a smaller image."""
+    patch = config.input.patch
+    flat = config.input.dimensions == 2
+    starts = []
+    for at, p, n in zip(centre[-len(patch) :], patch, case.shape[-len(patch) :]):
+        low, high = sorted((0, n - p))
+        starts.append(min(max(int(at) - p // 2, low), high))
+    box = Box(tuple(s - m for s, m in zip(starts, margin)), tuple(s + p + m for s, p, m in zip(starts, patch, margin)))
+    inside = box & Box.whole(case.shape[-len(patch) :])
+    place: Any = inside.relative_to(box).slices
+    there: Any = inside.slices
+    k = config.input.context_slices if flat else 0
+    image = np.zeros((len(case.values) * (2 * k + 1), *box.shape), np.float32)
+    label = np.zeros((1, *box.shape), np.float32)
+    if flat:
+        planes = np.clip(np.arange(centre[0] - k, centre[0] + k + 1), 0, case.shape[0] - 1)
+        values = case.values[(slice(None), planes, *there)]
+        image[(slice(None), *place)] = values.reshape(-1, *values.shape[2:])
+        label[(0, *place)] = case.labels[(int(centre[0]), *there)]
+    else:
+        image[(slice(None), *place)] = case.values[(slice(None), *there)]
+        label[(0, *place)] = case.labels[there]
+    ends = [np.repeat(v, 2 * k + 1).reshape(-1, *(1,) * len(patch)) for v in (case.low, case.high)]
+    return {
+        IMAGE: torch.from_numpy(image),
+        LABEL: torch.from_numpy(label),
+        "low": torch.from_numpy(ends[0]),
+        "high": torch.from_numpy(ends[1]),
+    }
+
+
+class Patches:
+    """A Source of random patches. The first fit.foreground of each batch is centred on a label: first the label is drawn,
+    then a case that holds it, then the voxel, so that a rare label is seen as often as a common one.
+
+    replay: other cases, drawn instead with the probability `share`. part: (rank, devices): this device's of the batch.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Prepared],
+        config: Config,
+        seed: int,
+        part: tuple[int, int] = (0, 1),
+        replay: Sequence[Prepared] = (),
+        share: float = 0,
+    ) -> None:
+        self.config, self.seed, self.part, self.share = config, seed, part, share if replay else 0.0
+        self.pools = [list(cases), list(replay)]
+        self.holding = [
+            {k: found for k in range(1, len(config.labels) + 1) if (found := [c for c in pool if c.counts[k]])} for pool in self.pools
+        ]
+        self._made: dict[tuple[float, ...], tuple[Any, tuple[int, ...]]] = {}
+
+    def _numbers(self) -> range:
+        return range(self.part[0], self.config.fit.batch, self.part[1])
+
+    def draw(self, step: int, number: int) -> tuple[Prepared, np.ndarray, np.random.Generator]:
+        """Case, centre voxel, and what is left of the sample's random numbers."""
+        rng = np.random.default_rng((self.seed, step, number))
+        pool = int(rng.random() < self.share)
+        holding = self.holding[pool]
+        if number < round(self.config.fit.batch * self.config.fit.foreground) and holding:
+            label = list(holding)[rng.integers(len(holding))]
+            case = holding[label][rng.integers(len(holding[label]))]
+            places = case.places(label)
+            # A label's voxel, and anywhere within a quarter of the patch of it.
+            spread = [0] * (3 - len(self.config.input.patch)) + [p // 4 for p in self.config.input.patch]
+            near = [int(rng.integers(-s, s + 1)) for s in spread]
+            centre = np.clip(places[rng.integers(len(places))] + near, 0, np.array(case.shape) - 1)
+        else:
+            case = self.pools[pool][rng.integers(len(self.pools[pool]))]
+            centre = np.array([rng.integers(n) for n in case.shape])
+        return case, centre, rng
+
+    def sample(self, step: int, number: int) -> tuple[Tensor, Tensor]:
+        case, centre, rng = self.draw(step, number)
+        spacing = tuple(round(float(s), 2) for s in case.spacing[-self.config.input.dimensions :])
+        if spacing not in self._made:
+            self._made[spacing] = transforms.make(self.config, spacing)
+        steps, margin = self._made[spacing]
+        steps.set_random_state(int(rng.integers(2**31)))
+        out = steps(cut(case, centre, self.config, margin))
+        return out[IMAGE], out[LABEL][0].long()
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        images, labels = zip(*(self.sample(step, i) for i in self._numbers()))
+        return torch.stack(images), torch.stack(labels)
+
+    def names(self, step: int) -> list[str]:
+        return sorted({self.draw(step, i)[0].name for i in self._numbers()})

@@ -1,0 +1,769 @@
+"""The training: PyTorch Lightning, resumable exactly after a kill at any moment, on one device or many.
+
+    train(config, folder) -> Result
+
+Batches come from a Source by their number, weights are validated through predict(), and after each epoch everything that
+the next one depends on goes to last.ckpt at once (network, average, optimizer, schedule, early stopping, the source's
+state). A run that is killed repeats the epoch it was in, and ends with the very weights of one that was not.
+
+Other trainings than that of a Config (a click model's rounds) make their own Job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.inference.predict import Options, predict
+from UNetSegmentationLib.model import Card, ModelPackage
+from UNetSegmentationLib.networks import UNet, UNetConfig, build
+
+from .config import Config, Fit
+from .prepare import Prepared, prepare
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of lightning's own dependencies, at import
+    import lightning as L
+    from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+    from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+
+if TYPE_CHECKING:
+    from .cases import Case, CaseSet
+    from .sampling import Source
+
+CHECKPOINT, WEIGHTS, RUN = "last.ckpt", "best.safetensors", "run.json"
+# Settings that may differ when a run goes on: they change where and how fast it runs, not what comes out.
+_FREE: dict[str, set[str] | None] = {
+    "fit": {"workers", "accelerator", "devices", "nodes", "strategy", "minutes", "deterministic"},
+    "data": {"path", "cache"},
+    "model": None,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- validation
+
+
+class LiveEngine:
+    """The engine of a network that is being trained: predict() runs it as it would run a package."""
+
+    def __init__(self, network: UNet) -> None:
+        self.network = network
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        device = next(self.network.parameters()).device
+        was = self.network.training
+        self.network.eval()
+        with torch.inference_mode():
+            logits = self.network(torch.from_numpy(np.ascontiguousarray(batch, np.float32)).to(device)).float().cpu().numpy()
+        self.network.train(was)
+        return logits
+
+    def describe(self) -> str:
+        return "the network in training"
+
+
+def live_package(card: dict[str, Any]) -> ModelPackage:
+    """A package without files, for predict(..., engines=[LiveEngine(network)])."""
+    return ModelPackage(Path(f"{card['name']}-{card['version']}"), Card(card), b"", None)
+
+
+class Validator(Protocol):
+    def __len__(self) -> int: ...
+
+    def score(self, index: int, network: UNet) -> dict[str, float]:
+        """The Dice of each label of held-out case `index`, by the label's name; NaN where there is none to be found."""
+        ...
+
+    def name(self, index: int) -> str: ...
+
+
+class HeldOut:
+    """Whole held-out cases through predict(), on their own grids."""
+
+    def __init__(self, case_set: CaseSet, cases: Sequence[Case], config: Config) -> None:
+        self.case_set, self.config = case_set, config
+        limit = config.fit.validate_cases or len(cases)
+        step = max(1.0, len(cases) / limit)
+        self.cases = [cases[int(i * step)] for i in range(min(limit, len(cases)))]
+        self.package = live_package(config.card())
+        self.examples: list[tuple[str, np.ndarray, np.ndarray, np.ndarray, tuple[float, float, float]]] = []
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def name(self, index: int) -> str:
+        return self.cases[index].name
+
+    def score(self, index: int, network: UNet) -> dict[str, float]:
+        case = self.cases[index]
+        image, truth = self.case_set.load(case)
+        found = predict(image, [self.package], Options(tta="none"), engines=[LiveEngine(network)]).labels.array
+        if len(self.examples) >= 4:
+            self.examples = [e for e in self.examples if e[0] != case.name]
+        if len(self.examples) < 4:
+            self.examples.append((case.name, image.channels[0], truth, found.astype(np.uint8), image.spacing))
+        out = {}
+        for value, label in enumerate(self.config.labels, 1):
+            a, b = found == value, truth == value
+            total = int(a.sum()) + int(b.sum())
+            out[label.name] = 2 * int((a & b).sum()) / total if total else math.nan
+        return out
+
+
+# ------------------------------------------------------------------------------------------------------------------ jobs
+
+
+@dataclass
+class Job:
+    """What is trained. prepare() is called once on each machine, then source(rank, devices) and loss() on each device.
+
+    identity: what a checkpoint must have been made with to be gone on from, flat, JSON-able; record: what run.json says.
+    """
+
+    network: UNetConfig
+    fit: Fit
+    source: Callable[[int, int], Source]
+    loss: Callable[[], Callable[[Any, Tensor], Tensor]]
+    validator: Validator | None = None
+    prepare: Callable[[], None] = lambda: None
+    start: dict[str, Tensor] | None = None
+    freeze: Callable[[UNet], object] | None = None
+    seed: int = 0
+    identity: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """network: the averaged weights of the best epoch, in evaluation mode. dice: its mean over labels; NaN without validation."""
+
+    network: UNet
+    dice: float
+    labels: dict[str, float]
+    epoch: int
+    folder: Path
+
+
+def held_out(cases: Sequence[Case], config: Config, fold: int | None) -> tuple[list[Case], list[Case]]:
+    """Training and validation cases. fold: of the patient-wise folds; None: the dataset's own split. Test cases are in
+    neither."""
+    from .cases import folds
+
+    named = [c for c in cases if c.split != "test"]
+    what = config.data.path
+    if not named:
+        raise UserError(f"{what} holds no annotated cases; add images with their masks, or check the folder's name.")
+    if len(named) == 1:
+        raise UserError(
+            f"{what} holds one annotated case only ({named[0].name}); a model needs at least two, one to learn from and one to be "
+            "checked on: annotate another."
+        )
+    if fold is None:
+        train = [c for c in named if c.split in ("", "train")]
+        check = [c for c in named if c.split == "validation"]
+        if not check or not train:
+            raise UserError(f"{what} does not say which cases are for validation; train a fold (--fold 0), or mark them in the dataset.")
+        return train, check
+    patients = len({c.patient for c in named})
+    if patients == 1:
+        raise UserError(
+            f"All {len(named)} cases of {what} are of one patient ({named[0].patient}), so nothing shows how well the model does on "
+            "another; add a second patient, or correct data.patient."
+        )
+    k = min(config.data.folds, patients)
+    if not 0 <= fold < k:
+        raise UserError(f"There is no fold {fold}; {what} has the folds 0 to {k - 1}.")
+    of = folds(named, k, config.data.fold_seed)
+    return [c for c, f in zip(named, of) if f != fold], [c for c, f in zip(named, of) if f == fold]
+
+
+def make_job(
+    config: Config,
+    cache: Path,
+    case_set: CaseSet | None = None,
+    *,
+    fold: int | None = 0,
+    seed: int = 0,
+    start: dict[str, Tensor] | None = None,
+    freeze: Callable[[UNet], object] | None = None,
+    replay: tuple[CaseSet, float] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Job:
+    """The Job of a configuration."""
+    from . import losses
+    from .sampling import Patches
+
+    case_set = case_set or find(config)
+    _check_labels(config, case_set)
+    train, check = held_out(case_set.annotated, config, fold)
+    base = replay[0].annotated if replay else ()
+    kept: dict[str, list[Prepared]] = {}
+
+    identity: dict[str, Any] = {
+        f"{section}.{name}": value
+        for section, values in config.model_dump(mode="json").items()
+        for name, value in (values.items() if isinstance(values, dict) else [("", values)])
+        if section not in _FREE or (_FREE[section] is not None and name not in (_FREE[section] or ()))
+    }
+    identity |= {"fold": fold, "seed": seed, "cases": [c.name for c in train]}
+    if start is not None:
+        identity["start"] = hashlib.sha256(save_tensors({k: v.contiguous() for k, v in start.items()})).hexdigest()
+
+    def load() -> None:
+        if not kept:
+            # Held-out cases are read at validation as predict() reads them; the network never sees their cached form.
+            kept["train"] = prepare(case_set, config, cache, train, progress)
+            kept["base"] = prepare(replay[0], config, cache, base, progress) if replay else []
+            _check_classes(config, kept["train"] + kept["base"], fold)
+            identity["data"] = hashlib.sha256("".join(c.digest for c in kept["train"] + kept["base"]).encode()).hexdigest()
+
+    def source(rank: int, devices: int) -> Source:
+        load()
+        if config.fit.batch % devices:
+            raise UserError(f"fit.batch is {config.fit.batch}, which {devices} devices cannot share evenly; make it a multiple.")
+        return Patches(kept["train"], config, config.fit.seed + seed, (rank, devices), kept["base"], replay[1] if replay else 0)
+
+    def loss() -> losses.LossOf:
+        load()
+        return losses.make(config.loss, len(config.labels) + 1, [c.counts for c in kept["train"]])
+
+    record = {
+        "config": config.model_dump(mode="json"),
+        "fold": fold,
+        "training_cases": [c.name for c in train],
+        "validation_cases": [c.name for c in check],
+        "data": kept,
+    }
+    validator = HeldOut(case_set, check, config)
+    return Job(config.unet(), config.fit, source, loss, validator, load, start, freeze, config.fit.seed + seed, identity, record)
+
+
+def find(config: Config) -> CaseSet:
+    """The dataset that a configuration names."""
+    from .cases import find_cases
+
+    data = config.data
+    return find_cases(Path(data.path), data.layout, patient=data.patient, only=data.only, foreground=data.foreground)
+
+
+def _check_labels(config: Config, case_set: CaseSet) -> None:
+    have, want = [label.name for label in case_set.labels], [label.name for label in config.labels]
+    if have != want:
+        raise UserError(
+            f"{config.data.path} now has the labels {', '.join(have)}, the configuration {', '.join(want)}; "
+            "plan again, or correct one of them."
+        )
+
+
+def _check_classes(config: Config, cases: Sequence[Prepared], fold: int | None) -> None:
+    for value, label in enumerate(config.labels, 1):
+        if not any(c.counts[value] for c in cases):
+            where = "the training cases" if fold is None else f"the training cases of fold {fold}"
+            raise UserError(
+                f"Label {value} ({label.name}) is in none of {where} ({len(cases)}: {', '.join(c.name for c in cases[:3])}"
+                f"{', …' if len(cases) > 3 else ''}); annotate it in one, train another fold, or leave it out with data.only."
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------- lightning
+
+
+class _Steps(Sampler[int]):
+    """The numbers of this epoch's batches."""
+
+    def __init__(self, module: Training) -> None:
+        self.module = module
+
+    def __len__(self) -> int:
+        return self.module.job.fit.steps * self.module.job.fit.accumulate
+
+    def __iter__(self) -> Any:
+        # Not current_epoch: just after a resume it still is the epoch before.
+        first = self.module.trainer.global_step * self.module.job.fit.accumulate
+        return iter(range(first, first + len(self)))
+
+
+class _Batches(Dataset[Any]):
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, step: int) -> tuple[int, Tensor, Tensor]:
+        return (step, *self.source.batch(step))
+
+
+class Batches(L.LightningDataModule):
+    """The Source and the held-out cases, as Lightning asks for them."""
+
+    def __init__(self, job: Job, module: Training) -> None:
+        super().__init__()
+        self.job, self.module = job, module
+
+    def prepare_data(self) -> None:
+        self.job.prepare()
+
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        rank, devices = self.trainer.global_rank, self.trainer.world_size
+        self.module.source = self.job.source(rank, devices)
+        self.module.loss = self.job.loss()
+        if self.module.source_state is not None:
+            self.module.source.restore(self.module.source_state)  # type: ignore[attr-defined]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        source = self.module.source
+        assert source is not None
+        workers = _workers(self.job.fit, self.module.device)
+        if hasattr(source, "after"):
+            workers = 0  # the next batch depends on the network's answer to this one
+        return DataLoader(
+            _Batches(source),
+            batch_size=None,
+            sampler=_Steps(self.module),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.module.device.type == "cuda",
+            worker_init_fn=_one_thread if workers else None,
+        )
+
+    def val_dataloader(self) -> Any:
+        assert self.trainer is not None
+        count = len(self.job.validator) if self.job.validator else 0
+        rank, devices = self.trainer.global_rank, self.trainer.world_size
+        # As many for each device, lest one skips the validation that the others wait in; -1 is no case.
+        return [i if i < count else -1 for i in range(rank, -(-count // devices) * devices, devices)]
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _workers(fit: Fit, device: torch.device) -> int:
+    if fit.workers is not None:
+        return fit.workers
+    # On a CPU the network wants the cores; patches take a few percent of a step.
+    return 0 if device.type == "cpu" else min(8, max(1, (os.cpu_count() or 2) - 1))
+
+
+class Training(L.LightningModule):
+    """The network, the average of its weights, and a step. `network` is a name of Lightning's own, so it is `model`."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.job = job
+        torch.manual_seed(job.seed)
+        self.model = build(job.network)
+        if job.start is not None:
+            self.model.load_state_dict(job.start)
+        if job.freeze:
+            job.freeze(self.model)
+        self.average = build(job.network, deep_supervision=job.network.deep_supervision)
+        self.average.load_state_dict(self.model.state_dict())
+        self.average.requires_grad_(False)
+        self.source: Source | None = None
+        self.source_state: Any = None
+        self.loss: Callable[[Any, Tensor], Tensor] | None = None
+        self.scores: list[tuple[str, dict[str, float]]] = []
+        self.last_scores: dict[str, float] = {}
+
+    # -- learning
+
+    def training_step(self, batch: tuple[int, Tensor, Tensor], batch_idx: int) -> Tensor:
+        step, x, y = batch
+        assert self.loss is not None and self.source is not None
+        output = self.model(x)
+        with torch.autocast(x.device.type, enabled=False):
+            loss = self.loss([o.float() for o in output] if isinstance(output, list) else output.float(), y)
+        if not torch.isfinite(loss):
+            cases = f" (cases {', '.join(self.source.names(step))})" if hasattr(self.source, "names") else ""
+            raise UserError(
+                f"The loss is not a number at step {step + 1}{cases}; look at these images for extreme values, lower "
+                "fit.learning_rate or set fit.precision to 32, and train again: the last good epoch is kept."
+            )
+        if hasattr(self.source, "after"):
+            self.source.after((output[0] if isinstance(output, list) else output).detach().float())
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        done = self.trainer.global_step
+        keep = min(self.job.fit.ema, done / (done + 9)) if done else 0.0
+        with torch.no_grad():
+            for a, b in zip(self.average.state_dict().values(), self.model.state_dict().values()):
+                if a.dtype.is_floating_point:
+                    a.lerp_(b, 1 - keep)
+                else:
+                    a.copy_(b)
+
+    def configure_optimizers(self) -> Any:
+        fit = self.job.fit
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        if not weights:
+            raise UserError("All layers are frozen, so nothing can be learnt; freeze fewer.")
+        optimizer = torch.optim.AdamW(weights, fit.learning_rate, betas=fit.betas, weight_decay=fit.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, fit))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- validation
+
+    def on_validation_epoch_start(self) -> None:
+        self.scores = []
+
+    def validation_step(self, index: int, batch_idx: int) -> None:
+        validator = self.job.validator
+        assert validator is not None
+        index = int(index)
+        if index < 0:
+            return
+        with torch.autocast(self.device.type, enabled=False):
+            self.scores.append((validator.name(index), validator.score(index, self.average)))
+
+    def on_validation_epoch_end(self) -> None:
+        rows = self.scores
+        if self.trainer.world_size > 1:
+            parts: list[Any] = [None] * self.trainer.world_size
+            dist.all_gather_object(parts, rows)
+            rows = sorted((row for part in parts for row in part), key=lambda r: r[0])
+        self.scores = rows
+        means: dict[str, float] = {}
+        for name in dict.fromkeys(n for _, row in rows for n in row):
+            values = [row[name] for _, row in rows if name in row and not math.isnan(row[name])]
+            if values:
+                means[name] = float(np.mean(values))
+        if not means:
+            raise UserError("The validation cases hold none of the labels; train another fold, or annotate them.")
+        self.last_scores = means
+        for name, value in means.items():
+            self.log(f"dice/{name}", value)
+        self.log("dice", float(np.mean(list(means.values()))))
+
+    def examples(self) -> list[Any]:
+        """(name, image (z, y, x), truth, prediction, spacing) of up to four cases of the last validation."""
+        return list(getattr(self.job.validator, "examples", []))
+
+    # -- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["identity"] = json.dumps(self.job.identity)
+        if self.source is not None and hasattr(self.source, "state"):
+            checkpoint["source"] = self.source.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.source_state = checkpoint.get("source")
+        if self.source is not None and self.source_state is not None:
+            self.source.restore(self.source_state)  # type: ignore[attr-defined]
+
+
+def rate(fit: Fit, step: int) -> float:
+    """The learning rate of an optimizer step, as a part of fit.learning_rate: a linear warm-up, then half a cosine."""
+    warmup = min(fit.warmup, fit.epochs * fit.steps // 2)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, fit.epochs * fit.steps - 1 - warmup))
+    last = fit.final_rate / fit.learning_rate
+    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """All or nothing, on the disk itself before the name changes."""
+    with atomic_path(path) as temporary, temporary.open("wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+class _Checkpoints(TorchCheckpointIO):
+    """Whole checkpoint files or none, read without unpickling anything but tensors and plain values."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        _write(Path(path), buffer.getbuffer())
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return _load_checkpoint(Path(path))
+
+
+def _load_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises half a dozen types for a damaged file
+        raise UserError(f"{path} is damaged ({str(e).splitlines()[0][:100]}); delete it and train again.") from e
+
+
+class Keeper(Checkpoint):
+    """After each epoch: the best averaged weights, then the checkpoint; and an end when the time is used up."""
+
+    def __init__(self, folder: Path, fit: Fit) -> None:
+        super().__init__()
+        self.folder, self.fit = folder, fit
+        self.best, self.epoch, self.labels = -math.inf, -1, dict[str, float]()
+        self.seconds, self._since = 0.0, 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
+        self._since = self._since or time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        now = time.monotonic()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        dice = trainer.callback_metrics.get("dice")
+        validated = module.job.validator is not None and (trainer.current_epoch + 1) % self.fit.validate_every == 0
+        value = float(dice) if dice is not None and validated else -math.inf
+        if value > self.best or (self.best == -math.inf and not module.job.validator) or self.epoch < 0:
+            self.best, self.epoch, self.labels = max(value, self.best), trainer.current_epoch, dict(module.last_scores)
+            if trainer.is_global_zero:
+                weights = {k: v.detach().cpu().contiguous() for k, v in module.average.state_dict().items()}
+                _write(self.folder / WEIGHTS, save_tensors(weights, {"network": json.dumps(module.job.network.to_json())}))
+        trainer.save_checkpoint(self.folder / CHECKPOINT)
+        if self.fit.minutes and self.seconds > 60 * self.fit.minutes:
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "epoch": self.epoch, "labels": self.labels, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.epoch, self.labels, self.seconds = state["best"], state["epoch"], state["labels"], state["seconds"]
+
+
+# ------------------------------------------------------------------------------------------------------------------ train
+
+
+def train(
+    config: Config,
+    folder: Path,
+    case_set: CaseSet | None = None,
+    *,
+    fold: int | None = 0,
+    seed: int = 0,
+    resume: bool = True,
+    callbacks: Sequence[Callback] = (),
+    start: dict[str, Tensor] | None = None,
+    freeze: Callable[[UNet], object] | None = None,
+    replay: tuple[CaseSet, float] | None = None,
+    cache: Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Result:
+    """Train one fold with one seed in `folder`, or go on there. UserError in one sentence for what the person can cure.
+
+    case_set: else what config.data names. seed: added to fit.seed. start: weights to begin from; freeze(network) is called
+    before the optimizer is made; replay: (other cases, the probability of a patch of theirs). cache: else data.cache, else
+    `cache` beside the folder. progress(done, of, case) while cases are pre-processed.
+    """
+    cache = cache or (Path(config.data.cache) if config.data.cache else folder.parent / "cache")
+    job = make_job(config, cache, case_set, fold=fold, seed=seed, start=start, freeze=freeze, replay=replay, progress=progress)
+    return run(job, folder, resume=resume, callbacks=callbacks)
+
+
+def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Callback] = ()) -> Result:
+    """Train a Job in `folder`; see train()."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    saved = folder / CHECKPOINT
+    if not resume and _rank() == 0:
+        for name in (CHECKPOINT, WEIGHTS, RUN):
+            (folder / name).unlink(missing_ok=True)
+    going_on = resume and saved.exists()
+    if _rank() == 0:
+        job.prepare()
+    if going_on:
+        if _rank() == 0:
+            _check_identity(json.loads(_load_checkpoint(saved).get("identity", "{}")), job.identity, folder)
+        if (done := _read_run(folder)).get("finished"):
+            return Result(load_weights(folder, job.network), done["dice"], done["dice_by_label"], done["best_epoch"], folder)
+    devices, nodes = _topology(job.fit)
+    module = Training(job)
+    keeper = Keeper(folder, job.fit)
+    patience = max(1, round(job.fit.patience / job.fit.validate_every))
+    stopping = [EarlyStopping("dice", mode="max", patience=patience, check_finite=False)] if job.validator else []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Lightning's advice about workers, cores and loggers
+            trainer = L.Trainer(
+                accelerator=job.fit.accelerator,
+                devices=devices,
+                num_nodes=nodes,
+                strategy=job.fit.strategy if devices * nodes == 1 or job.fit.strategy != "auto" else "ddp",
+                precision=_precision(job.fit),  # type: ignore[arg-type]
+                max_epochs=job.fit.epochs,
+                check_val_every_n_epoch=job.fit.validate_every,
+                accumulate_grad_batches=job.fit.accumulate,
+                gradient_clip_val=job.fit.clip or None,
+                deterministic="warn" if job.fit.deterministic else None,
+                sync_batchnorm=job.network.norm == "batch" and devices * nodes > 1,
+                callbacks=[*stopping, *callbacks, keeper],
+                plugins=[_Checkpoints()],
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=False,
+                limit_val_batches=1.0 if job.validator else 0,
+                default_root_dir=folder,
+            )
+            if trainer.is_global_zero:
+                _record(job, folder, trainer, going_on)
+            trainer.fit(module, datamodule=Batches(job, module), ckpt_path=str(saved) if going_on else None)
+    except torch.OutOfMemoryError as e:
+        raise UserError("The GPU's memory is full; make fit.batch or input.patch smaller, or set network.checkpointing.") from e
+    except MemoryError as e:
+        raise UserError("The memory is full; make fit.batch or input.patch smaller, or set network.checkpointing.") from e
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    dice = keeper.best if keeper.best > -math.inf else math.nan
+    if trainer.is_global_zero:
+        end = {"finished": True, "dice": dice, "dice_by_label": keeper.labels, "best_epoch": keeper.epoch}
+        end |= {"epochs": trainer.current_epoch, "seconds": round(keeper.seconds, 1), "steps": trainer.global_step}
+        _write_run(folder, {**_read_run(folder), **end})
+    trainer.strategy.barrier()
+    return Result(load_weights(folder, job.network), dice, keeper.labels, keeper.epoch, folder)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def _topology(fit: Fit) -> tuple[int, int]:
+    """Devices on each machine, and machines: of torchrun or SLURM where they started us."""
+    if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    if "SLURM_NTASKS" in os.environ and int(os.environ["SLURM_NTASKS"]) > 1:
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return fit.devices, fit.nodes
+
+
+def _precision(fit: Fit) -> str:
+    return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[precision_here(fit)]
+
+
+def precision_here(fit: Fit) -> str:
+    """ "32", "bf16" or "16": what "auto" is on this machine."""
+    if fit.precision != "auto":
+        return fit.precision
+    if fit.accelerator != "cpu" and torch.cuda.is_available():
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "16"
+    if fit.accelerator in ("auto", "mps") and torch.backends.mps.is_available():
+        return "32"
+    # avx512_bf16 or AMX multiply bf16 at twice the speed and more; elsewhere it is emulated, and slower than float32.
+    return "bf16" if bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()) else "32"
+
+
+def _check_identity(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    differ = sorted(k.rstrip(".") for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    if differ:
+        raise UserError(
+            f"{folder} was trained with other settings ({', '.join(differ[:4])}{', …' if len(differ) > 4 else ''}), so it cannot go on "
+            "exactly; put them back, or start anew with --restart or in another folder."
+        )
+
+
+def load_weights(folder: Path, network: UNetConfig) -> UNet:
+    """The best averaged weights of a run, in evaluation mode on the CPU."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{folder} holds no trained weights ({WEIGHTS}); train it first: unetseg-train fit {folder.parent}.")
+    model = build(network)
+    try:
+        model.load_state_dict(load_tensors(path.read_bytes()))
+    except Exception as e:  # SafetensorError, or torch's RuntimeError for other shapes
+        raise UserError(f"{path} does not fit the network of its run ({str(e).splitlines()[0][:100]}); train it again.") from e
+    return model.eval()
+
+
+def load_run(folder: str | Path) -> tuple[Config, UNet]:
+    """The configuration and the best network of a run's folder (RUN/fold0-seed0), as run.json has them."""
+    from .config import parse
+
+    folder = Path(folder)
+    run = _read_run(folder)
+    if "config" not in run:
+        raise UserError(f"{folder} holds no run; name the folder of a fold, such as RUN/fold0-seed0.")
+    config = parse(run["config"], str(folder / RUN))
+    return config, load_weights(folder, config.unet())
+
+
+# ----------------------------------------------------------------------------------------------------------------- record
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / RUN).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_run(folder: Path, data: dict[str, Any]) -> None:
+    text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
+    _write(folder / RUN, text.encode("utf-8"))
+
+
+def _record(job: Job, folder: Path, trainer: L.Trainer, going_on: bool) -> None:
+    """run.json: all that is needed to train the same again."""
+    data = dict(job.record)
+    kept = data.pop("data", None)
+    if kept:
+        data["data"] = {part: {c.name: c.digest for c in cases} for part, cases in kept.items() if cases}
+    data |= {
+        "seed": job.seed,
+        "network": job.network.to_json(),
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else trainer.strategy.root_device.type,
+        "devices": trainer.world_size,
+        "precision": str(trainer.precision),
+        "started": _read_run(folder).get("started") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "resumed": _read_run(folder).get("resumed", 0) + 1 if going_on else 0,
+        "finished": False,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_run(folder, data)
+
+
+def versions() -> dict[str, str]:
+    out = {"python": platform.python_version()}
+    for name in ("unet-segmentation", "torch", "lightning", "monai", "numpy", "SimpleITK", "safetensors"):
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            from UNetSegmentationLib import __version__
+
+            if name == "unet-segmentation":
+                out[name] = __version__
+    return out
+
+
+def git_revision() -> str | None:
+    """The commit of the program's own checkout, with "+" where files were changed; None where there is none."""
+    place = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=place, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        status = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=place, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if status.strip() else "")
