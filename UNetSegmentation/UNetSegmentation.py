@@ -27,7 +27,7 @@ from slicer.ScriptedLoadableModule import (
     ScriptedLoadableModuleWidget,
 )
 from slicer.util import VTKObservationMixin
-from UNetSegmentationPanel import inputs, models, packages, results, run
+from UNetSegmentationPanel import inputs, models, nodules, packages, results, run
 
 # ------------------------------------------------------------------------------------------------------------- module
 
@@ -111,7 +111,8 @@ class UNetSegmentationParameterNode:
 
     channels: the volumes of a model's channels after the first. preset: "" is the model's own window, "custom" is level
     and width (HU). models: <name>-<version>, several are averaged. tta: "" is the model's own. record: of the last result,
-    see UNetSegmentationPanel.results; the nodes are that result's.
+    see UNetSegmentationPanel.results; the nodes are that result's. nodules: the segmentation that is clicked into, with
+    clickModel ("" is the first one); earlier: that of an earlier study, `days` before (0: not said).
     """
 
     volume: vtkMRMLScalarVolumeNode
@@ -132,6 +133,10 @@ class UNetSegmentationParameterNode:
     resultSegmentation: vtkMRMLSegmentationNode
     resultTable: vtkMRMLTableNode
     resultUncertainty: vtkMRMLScalarVolumeNode
+    nodules: vtkMRMLSegmentationNode
+    clickModel: str = ""
+    earlier: vtkMRMLSegmentationNode
+    days: int = 0
 
 
 # --------------------------------------------------------------------------------------------------------------- widget
@@ -166,6 +171,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.modelList = models.ModelList(self.ui, self._onModels)
         self.channelRows = inputs.ChannelRows(self.ui, self._onChannels)
         self.torchRow = packages.TorchRow(self.ui, self._update)
+        self.nodules = nodules.NoduleSection(self.ui, root, self._keepChoice)
         self.walk = results.PlaceWalk()
         self._fillChoices()
         self._connect()
@@ -187,6 +193,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.controller.removeListener(self._onRun)
         self.controller.cancel()
         self.torchRow.close()
+        self.nodules.close()
         self.setParameterNode(None)
         self.removeObservers()
 
@@ -195,10 +202,12 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.initializeParameterNode()
         if self.ready:
             self.modelList.read()
+            self.nodules.read()
             self._update()
 
     def exit(self) -> None:
         self._entered = False
+        self.nodules.leave()
         self.setParameterNode(None)
 
     def initializeParameterNode(self) -> None:
@@ -227,6 +236,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self._closed:
             return
         self.modelList.read()
+        self.nodules.read()
         self.ready = True
         self._adopt()
         self._update()
@@ -245,6 +255,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _onSceneStartClose(self, caller: Any, event: Any) -> None:
         self.setParameterNode(None)
+        self.nodules.closeScene()
 
     def _onSceneEndClose(self, caller: Any, event: Any) -> None:
         if self._entered:
@@ -253,7 +264,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def _onNodeAboutToBeRemoved(self, caller: Any, event: Any, node: Any) -> None:
         # A node selector goes on to another node by itself: the next result would go into a segmentation that nobody chose.
-        for name in ("output", "region"):
+        for name in ("output", "region", "nodules", "earlier"):
             if self._parameters is not None and node is not None and self._parameters.getValue(name) is node:
                 qt.QTimer.singleShot(0, lambda name=name: self._parameters is not None and self._parameters.setValue(name, None))
 
@@ -263,7 +274,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     # ---------------------------------------------------------------------------------------------------------- widgets
 
     def _fillChoices(self) -> None:
-        for selector in (self.ui.volumeSelector, self.ui.regionSelector, self.ui.outputSelector):
+        for selector in (getattr(self.ui, f"{name}Selector") for name in ("volume", "region", "output", "nodule", "earlier")):
             inputs.letShrink(selector)
         for value, text in (
             ("", _("Model default")),
@@ -291,7 +302,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.mapCheckBox.connect("toggled(bool)", self.onShowMap)
         # Within the panel only, so that no key of Slicer's is taken.
         self._shortcuts = []
-        for key, method in (("Ctrl+Return", self.onApply), ("Ctrl+Enter", self.onApply), ("Esc", self.onCancel)):
+        for key, method in (("Ctrl+Return", self.onApply), ("Ctrl+Enter", self.onApply), ("Esc", self.onEscape)):
             shortcut = qt.QShortcut(qt.QKeySequence(key), self.root)
             shortcut.setContext(qt.Qt.WidgetWithChildrenShortcut)
             shortcut.connect("activated()", method)
@@ -303,15 +314,26 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self._updating or self._parameters is None:
             return
         p = self._parameters
-        if p.volume is not self._volume and p.volume is not None and p.output is not None:
-            # The segmentation of the former volume is not the place for this one's.
-            of = p.output.GetNodeReference(vtkMRMLSegmentationNode.GetReferenceImageGeometryReferenceRole())
+        if p.volume is not self._volume and p.volume is not None:
             self._volume = p.volume
-            if of is not None and of is not p.volume:
-                p.output = None
+            self._leaveSegmentations(p)
         self._volume = p.volume
         self._adopt()
         self._update()
+
+    def _leaveSegmentations(self, p: Any) -> None:
+        """The segmentations of the former volume are not the place for this one's."""
+        for name in ("output", "nodules"):
+            node = p.getValue(name)
+            of = node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole()) if node is not None else None
+            if of is not None and of is not p.volume:
+                p.setValue(name, None)
+        if p.nodules is None and self._warm:
+            p.nodules = nodules.former(p.volume)
+
+    def _keepChoice(self, name: str, value: Any) -> None:
+        """Into the scene's settings, also while another module is open."""
+        (self._parameters or self.logic.getParameterNode()).setValue(name, value)
 
     def _onModels(self) -> None:
         if self._parameters is not None:
@@ -381,6 +403,12 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def onCancel(self) -> None:
         self.controller.cancel()
 
+    def onEscape(self) -> None:
+        if self.controller.running:
+            self.onCancel()
+        else:
+            self.nodules.tool.disarm()
+
     def onUndo(self) -> None:
         outcome = self.controller.undo()
         if outcome is not None:
@@ -395,18 +423,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         p = self._parameters
         if p is None or p.resultTable is None:
             return
-        title, name = _("Export the measures"), f"{p.resultTable.GetName()}.csv"
-        path = qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), title, name, _("Comma-separated values (*.csv)"))
-        if path:
-            from UNetSegmentationLib import UserError
-            from UNetSegmentationLib.files import atomic_path
-
-            try:
-                with atomic_path(path) as temporary:
-                    # With the mark that tells spreadsheets of UTF-8.
-                    temporary.write_text(results.tableText(p.resultTable, ","), encoding="utf-8-sig", newline="")
-            except UserError as e:
-                slicer.util.errorDisplay(str(e), windowTitle=title)
+        results.saveText(_("Export the measures"), f"{p.resultTable.GetName()}.csv", results.tableText(p.resultTable, ","))
 
     def onNextPlace(self) -> None:
         self.walk.next()
@@ -499,6 +516,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._updateResult(p)
         finally:
             self._updating = False
+        if self._warm:
+            self.nodules.show(p)
         self._updateRun()
 
     def _updateInput(self, p: Any) -> None:
@@ -573,7 +592,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.progressLabel.visible = going.running or bool(problem)
         if problem:
             ui.progressLabel.text = problem
-        ui.torchButton.enabled = not going.running
+        self.torchRow.block(going.running)
         if self.modelList.busy != going.running:
             self.modelList.busy = going.running
             self.modelList.update()
@@ -681,12 +700,13 @@ class UNetSegmentationTest(ScriptedLoadableModuleTest):
     ROI_RAS = (8.3, 35.6), (105.2, 134.8), (-630.0, -595.0)  # about twice the nodule of the first sample scan
 
     DICE = 0.6  # it is 0.650: the model outlines more generously than that label
+    CLICK_DICE = 0.5  # of one click; what the models reach is in the README
 
     def setUp(self) -> None:
         slicer.mrmlScene.Clear()
 
     def runTest(self, **_unused: Any) -> None:
-        for test in (self.test_panel, self.test_logic):
+        for test in (self.test_panel, self.test_click, self.test_logic):
             self.setUp()
             test()
         self.delayDisplay("Test passed")
@@ -736,6 +756,34 @@ class UNetSegmentationTest(ScriptedLoadableModuleTest):
         slicer.app.processEvents()
         self.assertEqual(slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSegmentationNode"), before)
         self.assertIsNone(settings.resultUncertainty)
+
+    def test_click(self) -> None:
+        volume, label = self.load()
+        widget = slicer.util.getNewModuleWidget("UNetSegmentation")
+        try:
+            widget.initializeParameterNode()
+            self.wait(lambda: widget._warm, 60, "the panel to be ready")
+            widget._parameters.volume = volume
+            slicer.app.processEvents()
+            tool = widget.nodules.tool
+            self.delayDisplay("Click a nodule")
+            widget.ui.clickButton.click()
+            self.assertTrue(tool.armed)
+            tool.click([sum(ends) / 2 for ends in self.ROI_RAS])
+            self.wait(lambda: not tool.busy, 300, "the nodule")
+            self.assertIsNotNone(widget._parameters.nodules, tool.text)
+            dice = self.dice(widget._parameters.nodules, label, volume)
+            self.delayDisplay(f"Dice {dice:.3f}")
+            self.assertGreater(dice, self.CLICK_DICE)
+            self.wait(lambda: widget.ui.noduleTable.rowCount == 1, 30, "the table")
+
+            self.delayDisplay("Undo the click")
+            widget.ui.undoClickButton.click()
+            slicer.app.processEvents()
+            self.assertIsNone(widget._parameters.nodules)
+        finally:
+            widget.cleanup()
+            widget.parent.deleteLater()
 
     def test_logic(self) -> None:
         self.delayDisplay("Segment without the panel")

@@ -259,7 +259,7 @@ def nnunet(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     (work / "minutes_trainer.py").write_text(TRAINER, "utf-8")
     told = work / "facts.json"
     folders = {f"nnUNet_{k}": str(work / k) for k in ("raw", "preprocessed", "results")}
-    environment = {**os.environ, **folders, "nnUNet_compile": "0"}
+    environment = {**os.environ, **folders, "nnUNet_compile": "0", "nnUNet_def_n_proc": str(min(4, os.cpu_count() or 1))}
     environment |= {"BENCHMARK_MINUTES": str(options.minutes), "BENCHMARK_FACTS": str(told)}
 
     def run(command: Path, *arguments: str) -> None:

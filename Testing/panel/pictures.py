@@ -82,6 +82,7 @@ def photograph(gui: Any, out: Path, work: Path) -> None:
     shoot("done-dark", dark=True)
     ui.undoButton.click()
     shoot("undone")
+    photograph_nodules(gui, widget, volume, shoot)
 
     slow = slow_package(work, runpy.run_path(str(ROOT / "Testing" / "conftest.py"))["make_card"]).path
     widget.modelList.importFile(slow)
@@ -98,6 +99,64 @@ def photograph(gui: Any, out: Path, work: Path) -> None:
     shoot("error-narrow-dark", NARROW, dark=True)
     gui.close(widget)
     sys.modules["UNetSegmentationPanel"].shutdown()
+
+
+def photograph_nodules(gui: Any, widget: Any, volume: Any, shoot: Any) -> None:
+    """The section "Click a nodule", with nodules that were clicked into the made scan."""
+    import numpy as np
+    import slicer
+
+    ui, section, settings = widget.ui, widget.nodules, widget._parameters
+    array = slicer.util.arrayFromVolume(volume)
+    z, y, x = np.ogrid[:40, :96, :96]
+    for (k, j, i), mm, hu in (((12, 24, 70), 4.0, 20), ((28, 74, 66), 6.5, -560)):
+        array[((z - k) * 1.4) ** 2 + ((y - j) * 0.7) ** 2 + ((x - i) * 0.7) ** 2 < mm**2] = hu
+    array[34:, :12, :12] = -1024
+    slicer.util.arrayFromVolumeModified(volume)
+    ui.runSection.collapsed = ui.modelSection.collapsed = ui.inputSection.collapsed = True
+
+    def settle() -> None:
+        gui.process_events()
+        gui.wait(lambda: not section.tool.busy, 120)
+        for _ in range(40):
+            gui.process_events()
+            time.sleep(0.01)
+
+    shoot("nodules-none")
+    ui.clickButton.click()
+    settle()
+    shoot("nodules-armed")
+    for at in ((28.0, 35.0, 28.0), (49.0, 16.8, 16.8), (46.2, 51.8, 39.2)):
+        section.tool.click(at)
+        settle()
+        if at[0] != 46.2:
+            section.tool.next()
+    shoot("nodules")
+    shoot("nodules-narrow", NARROW)
+    shoot("nodules-dark", dark=True)
+    section.tool.next()
+    section.tool.click((3.0, 3.0, 52.0))
+    settle()
+    shoot("nodules-nothing-found")
+    earlier = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "CT of last year, nodules")
+    earlier.SetReferenceImageGeometryParameterFromVolumeNode(volume)
+    from mrml_scenes import add_segment
+    from UNetSegmentationLib.mrml import segment_mask
+
+    held = settings.nodules.GetSegmentation()
+    for i in range(2):
+        mask = segment_mask(settings.nodules, held.GetNthSegmentID(i), volume)
+        mask[:, : int(np.nonzero(mask)[1].min()) + 3 + i] = 0
+        add_segment(earlier, held.GetNthSegment(i).GetName(), mask, volume)
+    settings.earlier, settings.days = earlier, 182
+    settle()
+    table = ui.noduleTable
+    table.horizontalScrollBar().setValue(table.horizontalScrollBar().maximum)
+    shoot("nodules-follow-up")
+    shoot("nodules-follow-up-wide", 1100)
+    section.tool.disarm()
+    settings.earlier = None
+    ui.runSection.collapsed = ui.modelSection.collapsed = ui.inputSection.collapsed = False
 
 
 if __name__ == "__main__":

@@ -439,3 +439,44 @@ def test_pytorch_in_slicer_goes_through_its_extension(gui, installer, monkeypatc
     PyTorchUtilsLogic.answer = RuntimeError("in use")
     with pytest.raises(UserError, match="could not install PyTorch .in use"):
         installer.installTorchInSlicer()
+
+
+def test_the_panels_row_leaves_it_to_the_extension_where_that_is_there(gui, installer, monkeypatch):
+    import slicer
+    from UNetSegmentationPanel import packages
+
+    answers, asked, there = [None, RuntimeError("in use"), types.ModuleType("torch")], [], []
+
+    class PyTorchUtilsLogic:
+        @staticmethod
+        def torchInstalled():
+            return False
+
+        def installTorch(self, askConfirmation=False, forceComputationBackend=None, torchVersionRequirement=None):
+            asked.append(askConfirmation)
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            there.extend(["2.9.1"] if answer else [])
+            return answer
+
+    def version(name):
+        if not there:
+            raise missing(name)
+        return there[0]
+
+    missing = packages.metadata.PackageNotFoundError
+    monkeypatch.setattr(packages, "metadata", types.SimpleNamespace(version=version, PackageNotFoundError=missing))
+    monkeypatch.setitem(sys.modules, "PyTorchUtils", types.SimpleNamespace(PyTorchUtilsLogic=PyTorchUtilsLogic))
+    monkeypatch.setattr(slicer.modules, "pytorchutils", object(), raising=False)
+    widget = gui.open()
+    gui.wait(lambda: widget._warm, 60)
+    ui = widget.ui
+    ui.advancedSection.collapsed = False
+    for text in ("Nothing was installed.", "The PyTorch extension could not install PyTorch (in use); restart Slicer and try again."):
+        ui.torchButton.click()
+        assert ui.torchStatus.text == text and ui.torchButton.enabled
+    ui.torchButton.click()
+    assert ui.torchStatus.text == "PyTorch 2.9.1 in Slicer's Python" and not ui.torchButton.enabled
+    assert asked == [True] * 3 and installer.torchEnvironment().status == "none"  # no folder of its own was made
+    gui.close(widget)

@@ -201,6 +201,8 @@ FULL = {
     "version": "1.0.0",
     "title": "A toy",
     "description": "of a model",
+    "intended_use": "tests",
+    "limits": "it is a toy",
     "task": "automatic",
     "dimensions": 2,
     "axis": "coronal",
@@ -225,7 +227,7 @@ FULL = {
     "training_data": ["LIDC-IDRI"],
     "metrics": {"dice": {"a": 0.8}},
     "network": {"levels": 3},
-    "lineage": {},
+    "lineage": {"parent": "toy-0.9.0", "dataset_sha256": "0" * 64, "date": "2026-11-22", "training_cases": 3, "versions": {}, "note": 1},
     "files": {ONNX: {"sha256": "0" * 64, "size": 3}, SAFETENSORS: {"sha256": "f" * 64, "size": 1}},
 }
 VALUES = [

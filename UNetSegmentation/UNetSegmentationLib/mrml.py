@@ -15,6 +15,8 @@ without a copy of its voxels.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,17 +31,26 @@ from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
 from . import measure
 from .image import Box, Image, UserError, check_geometry
+from .inference.click import Prompt, crop_mask
 from .model import Label
 from .postprocess import slabs
+from .worker.protocol import ProtocolError, decode_prompts, encode_prompts
 
 if TYPE_CHECKING:
     from .inference.predict import Prediction
 
 MODEL_TAG = "UNetSegmentation.Model"
+# Of a segment that was clicked at: its prompts, mask_digest() of it as the answer left it, and the model that was asked. Not
+# MODEL_TAG, whose segments the next prediction may replace.
+PROMPTS_TAG = "UNetSegmentation.Prompts"
+DIGEST_TAG = PROMPTS_TAG + ".Digest"
+CLICK_MODEL_TAG = "UNetSegmentation.ClickModel"
 MAP_ATTRIBUTE = "UNetSegmentation.Map"
+DOTS_ATTRIBUTE = "UNetSegmentation.Dots"
 # Node references: from a map to its volume, and from a table to its segmentation.
 VOLUME_ROLE = "UNetSegmentation.Volume"
 SEGMENTATION_ROLE = "UNetSegmentation.Segmentation"
+NODULES_ROLE = "UNetSegmentation.Nodules"
 # Below this, a map shows the scan beneath it.
 MAP_THRESHOLD = 0.05
 # RGB at 0, at the middle and at 1.
@@ -47,14 +58,18 @@ MAP_COLORS = {
     "uncertainty": ((1.0, 1.0, 0.4), (1.0, 0.6, 0.0), (0.8, 0.0, 0.0)),
     "probability": ((0.27, 0.0, 0.33), (0.13, 0.57, 0.55), (0.99, 0.91, 0.14)),
 }
+_DOTS = {True: ("Clicks", (0.1, 0.85, 0.25)), False: ("Clicks, not part of it", (0.95, 0.15, 0.15))}
+_DOT_PERCENT = 1.2  # of the view
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _LABELMAP = slicer.vtkSegmentationConverter.GetBinaryLabelmapRepresentationName()
+_SURFACE = slicer.vtkSegmentationConverter.GetClosedSurfaceRepresentationName()
 _GEOMETRY = slicer.vtkSegmentationConverter.GetReferenceImageGeometryParameterName()
 _COLORS = "UNetSegmentation."  # the singleton tag of a map's colours: this and its kind
 # Scalars of the labelmaps that predictions are written as bear this name; it tells Undo what a prediction wrote.
 _WRITTEN = "UNetSegmentation"
 # The components of a box of so many voxels take 50 ms, in one piece.
 _LARGEST_MEASURED = 2 << 20
+_SURFACE_VOXELS = 56
 
 
 class _Changed(UserError):
@@ -350,6 +365,369 @@ def measure_steps(segmentation_node: Any, volume_node: Any, segment_ids: Sequenc
     return out
 
 
+# ------------------------------------------------------------------------------------------------- segments by clicking
+
+
+def prompts_text(prompts: Sequence[Prompt], volume_node: Any) -> str:
+    """Prompts (in LPS mm of the world) as the text of PROMPTS_TAG: in the volume's own coordinates, so that a transform
+    that volume and segmentation get later does no harm. UserError for what is no prompt or for a non-linear transform."""
+    return json.dumps(encode_prompts(_moved(prompts, np.linalg.inv(_to_world(volume_node)))), separators=(",", ":"))
+
+
+def prompts_from_text(text: str, volume_node: Any) -> list[Prompt]:
+    """The inverse of prompts_text(), where the volume is now; an empty list for a text that is none."""
+    try:
+        prompts = decode_prompts(json.loads(text)) if text else []
+    except (ValueError, RecursionError, ProtocolError):
+        return []
+    return _moved(prompts, _to_world(volume_node))
+
+
+def _moved(prompts: Sequence[Prompt], matrix: np.ndarray) -> list[Prompt]:
+    """matrix: 4x4, RAS to RAS."""
+    if np.array_equal(matrix, np.eye(4)):
+        return [tuple(p) for p in prompts]  # to the last bit
+    matrix = _LPS @ matrix @ _LPS
+    out: list[Prompt] = []
+    for kind, *values in prompts:
+        if kind != "mask":
+            points = np.reshape(values[: len(values) // 3 * 3], (-1, 3))
+            moved = points @ matrix[:3, :3].T + matrix[:3, 3]
+            values = [*_floats(moved.ravel()), *values[len(values) // 3 * 3 :]]
+        out.append((kind, *values))
+    return out
+
+
+def mask_digest(mask: np.ndarray, start: Sequence[int]) -> str:
+    """The same for the same voxels, whatever box of zeros is around them. start: of the mask's first voxel, (z, y, x)."""
+    part, first = crop_mask(mask, start)
+    first = first if part.size else (0, 0, 0)
+    return hashlib.sha256(repr((first, part.shape)).encode() + np.packbits(part).tobytes()).hexdigest()[:32]
+
+
+def segment_part_steps(segmentation_node: Any, segment_id: str, volume_node: Any) -> Steps[tuple[np.ndarray, tuple[int, ...]]]:
+    """segment_mask() without the zeros around it, in pieces: mask and the index (z, y, x) of its first voxel.
+
+    An empty segment gives an empty mask at (0, 0, 0). Raises UserError as segment_mask() does, and when it is edited meanwhile.
+    """
+    shape = image_from_volume(volume_node).shape
+    _check_has(segmentation_node, segment_id)
+    segmentation, grid = segmentation_node.GetSegmentation(), _grid_in(segmentation_node, volume_node)
+    labelmap = segmentation.GetSegment(segment_id).GetRepresentation(_LABELMAP)
+    extent = None if labelmap is None else _extent_box(labelmap, grid)
+    box = Box.whole(shape) if extent is None else extent & Box.whole(shape)
+    empty = np.zeros((0, 0, 0), np.uint8), (0, 0, 0)
+    if box.empty:
+        return empty
+    mask = (yield from _held_steps(segmentation, [segment_id], box, grid)).view(np.uint8)
+    _, inside = yield from _survey_steps(mask)
+    return empty if inside is None else (mask[inside.slices].copy(), inside.shifted(box.start).start)
+
+
+def segment_tag(segment: Any, name: str) -> str:
+    """The value of a segment's tag; "" where it has none."""
+    value = vtk.reference("")
+    return str(value) if segment.GetTag(name, value) else ""
+
+
+def find_nodules(volume_node: Any) -> Any:
+    """The last segmentation that nodules of this volume were clicked into, or None."""
+    for node in reversed(_nodes(volume_node.GetScene(), "vtkMRMLSegmentationNode")):
+        segmentation = node.GetSegmentation()
+        clicked = any(segmentation.GetNthSegment(i).HasTag(PROMPTS_TAG) for i in range(segmentation.GetNumberOfSegments()))
+        if clicked and node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole()) is volume_node:
+            return node
+    return None
+
+
+def show_dots(scene: Any, positive: bool, points: Sequence[Sequence[float]]) -> None:
+    """The clicks of one kind, and no others, as small locked dots at these points of the world (RAS mm).
+
+    They are not saved with the scene: the segments hold the prompts.
+    """
+    node = _dots(scene, positive)
+    if not points:
+        _remove_dots(node)
+        return
+    if node is None:
+        name, color = _DOTS[positive]
+        node = slicer.vtkMRMLMarkupsFiducialNode()
+        node.SetName(name)
+        node.SetAttribute(DOTS_ATTRIBUTE, name)
+        node.SetSaveWithScene(False)
+        node.SetHideFromEditors(True)
+        node.SetLocked(True)
+        node = scene.AddNode(node)
+        node.CreateDefaultDisplayNodes()
+        display = node.GetDisplayNode()
+        display.SetSaveWithScene(False)
+        display.SetColor(*color)
+        display.SetSelectedColor(*color)
+        display.SetUseGlyphScale(True)
+        display.SetGlyphScale(_DOT_PERCENT)
+        display.SetPointLabelsVisibility(False)
+        display.SetPropertiesLabelVisibility(False)
+    now = [tuple(node.GetNthControlPointPositionWorld(i)) for i in range(node.GetNumberOfControlPoints())]
+    if now != [tuple(map(float, p)) for p in points]:
+        with slicer.util.NodeModify(node):
+            node.RemoveAllControlPoints()
+            for point in points:
+                node.AddControlPointWorld(vtk.vtkVector3d(point), "")
+
+
+def remove_dots(scene: Any) -> None:
+    for positive in _DOTS:
+        _remove_dots(_dots(scene, positive))
+
+
+def _dots(scene: Any, positive: bool) -> Any:
+    nodes = _nodes(scene, "vtkMRMLMarkupsFiducialNode")
+    return next((n for n in nodes if n.GetAttribute(DOTS_ATTRIBUTE) == _DOTS[positive][0]), None)
+
+
+def _remove_dots(node: Any) -> None:
+    if node is not None and node.GetScene() is not None:
+        _remove_node(node)
+
+
+def write_clicked_steps(
+    mask: np.ndarray,
+    start: Sequence[int],
+    volume_node: Any,
+    segmentation_node: Any = None,
+    segment_id: str | None = None,
+    *,
+    name: str = "Nodule",
+    color: Sequence[int] = (255, 255, 0),
+    tags: dict[str, str] | None = None,
+) -> Steps[tuple[Any, str]]:
+    """Give one segment these voxels and no others, in pieces; the segmentation node and the segment's ID.
+
+    mask: (z, y, x) of 0 and 1, not empty, whose first voxel is the volume's voxel `start`. segmentation_node None: a new one,
+    which shows surfaces. segment_id None: a new segment of this name, or this name and a number, and colour (0..255).
+    No voxel of another segment changes, overlapping or not; surfaces that the node has are updated, coarse ones for what is large. tags:
+    set with the voxels. The scene changes in the last piece, all at once. UserError as write_prediction_steps(), or where the segment
+    is gone.
+    """
+    _check_accepts(segmentation_node)
+    check = _still_there(volume_node, segmentation_node)
+    while True:
+        segmentation = segmentation_node.GetSegmentation() if segmentation_node is not None else None
+        fresh = segmentation is None or not segmentation.GetNumberOfSegments()
+        grid = _ijk_to_ras(volume_node) if fresh else _grid_in(segmentation_node, volume_node)
+        names = [_SURFACE] if segmentation is None else [n for n in _representations(segmentation) if n != _LABELMAP]
+        labelmap = oriented_labelmap(mask.astype(np.uint8), start, grid)
+        labelmap.GetPointData().GetScalars().SetName(_WRITTEN)
+        yield
+        coarse = _coarser(mask, start, grid) if names == [_SURFACE] else (mask, start, grid)
+        derived = _derive(segmentation or slicer.vtkSegmentation(), *coarse, names) if names else {}
+        yield
+        try:
+            relaid = yield from _leave_steps(segmentation, segment_id)
+        except _Changed:
+            check()
+            if segmentation is None or segmentation.GetSegment(segment_id) is None:
+                raise UserError("The segment was removed meanwhile, so nothing was written.") from None
+            continue
+        check()
+        if segmentation is None or fresh != bool(segmentation.GetNumberOfSegments()):
+            break
+
+    scene, node, state = volume_node.GetScene(), segmentation_node, None if segmentation_node is None else _State(segmentation_node)
+    try:
+        if node is None:
+            node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", scene.GenerateUniqueName(f"{volume_node.GetName()} nodules"))
+            _place_beside(node, volume_node)
+        if node.GetDisplayNode() is None:
+            node.CreateDefaultDisplayNodes()
+        if fresh:
+            node.SetAndObserveTransformNodeID(volume_node.GetTransformNodeID())
+            node.SetReferenceImageGeometryParameterFromVolumeNode(volume_node)
+            node.GetSegmentation().SetSourceRepresentationName(_LABELMAP)
+        segmentation = node.GetSegmentation()
+        for other, copy in relaid.items():
+            segmentation.GetSegment(other).AddRepresentation(_LABELMAP, copy)
+        segment = slicer.vtkSegment() if segment_id is None else segmentation.GetSegment(segment_id)
+        if segment_id is None:
+            segment.SetName(_free_name(segmentation, name))
+            segment.SetColor(*(c / 255 for c in color))
+            segment.SetNameAutoGenerated(False)
+            segment.SetColorAutoGenerated(False)
+        for key, value in (tags or {}).items():
+            segment.SetTag(key, value)
+        segment.SetLabelValue(1)
+        segment.AddRepresentation(_LABELMAP, labelmap)
+        for key, data in derived.items():
+            segment.AddRepresentation(key, data)
+        if segment_id is None:
+            segmentation.AddSegment(segment)
+            segment_id = segmentation.GetSegmentIdBySegment(segment)
+    except BaseException:
+        if state is not None:
+            state.mark()
+            state.restore()
+        elif node is not None:
+            _remove_node(node)
+        raise
+    return node, segment_id
+
+
+def _coarser(mask: np.ndarray, start: Sequence[int], grid: np.ndarray) -> tuple[np.ndarray, Sequence[int], np.ndarray]:
+    """A mask of at most _SURFACE_VOXELS across, and its place, for a surface to look at: that of a larger one would hold the
+    event loop for 70 ms and more. A voxel of it is where at least half of its block is."""
+    step = -(-max(mask.shape) // _SURFACE_VOXELS)
+    if step == 1:
+        return mask, start, grid
+    shape = [-(-n // step) for n in mask.shape]
+    padded = np.zeros([n * step for n in shape], np.uint8)
+    padded[tuple(slice(0, n) for n in mask.shape)] = mask
+    blocks = padded.reshape([v for n in shape for v in (n, step)]).sum((1, 3, 5), dtype=np.uint16)
+    place = np.diag([step, step, step, 1.0])
+    place[:3, 3] = np.array(start[::-1]) + (step - 1) / 2
+    return (2 * blocks >= step**3).astype(np.uint8), (0, 0, 0), grid @ place
+
+
+def _leave_steps(segmentation: Any, segment_id: str | None) -> Steps[dict[str, Any]]:
+    """ID -> labelmap of those who share a layer with a segment, without its voxels: what is taken out of a layer must not be
+    left in it without an owner."""
+    if segment_id is None:
+        return {}
+    labelmap = _segment(segmentation, segment_id).GetRepresentation(_LABELMAP)
+    staying = _layers(segmentation).get(labelmap, set()) - {segment_id}
+    if not staying:
+        return {}
+    copy = yield from _only_steps(labelmap, {_segment(segmentation, i).GetLabelValue() for i in staying})
+    if _layers(segmentation).get(labelmap, set()) - {segment_id} != staying:
+        raise _Changed
+    return dict.fromkeys(staying, copy)
+
+
+def remove_segment(segmentation_node: Any, segment_id: str) -> None:
+    """Remove a segment; those that share its layer keep their voxels."""
+    segmentation = segmentation_node.GetSegmentation()
+    for other, copy in complete(_leave_steps(segmentation, segment_id)).items():
+        segmentation.GetSegment(other).AddRepresentation(_LABELMAP, copy)
+    # With a labelmap of its own there is nothing that removing it could erase from the others'.
+    segmentation.GetSegment(segment_id).AddRepresentation(_LABELMAP, slicer.vtkOrientedImageData())
+    segmentation.RemoveSegment(segment_id)
+
+
+# ---------------------------------------------------------------------------------------------------- the Segment Editor
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What the Segment Editor has to take out of a segment and then to put into it: labelmaps of 0 and 1 on the
+    segmentation's lattice, None where there is nothing. digest: mask_digest() of the segment then; None: not known before,
+    as it lies on another lattice than the volume."""
+
+    removed: Any
+    added: Any
+    digest: str | None
+
+
+def edit_steps(
+    mask: np.ndarray | None, start: Sequence[int], volume_node: Any, segmentation_node: Any, segment_id: str | None, editor: Any
+) -> Steps[Edit]:
+    """How a segment becomes this mask wherever the editor's masking lets it be edited, in pieces; changes no voxel.
+
+    mask: (z, y, x) of 0 and 1 whose first voxel is the volume's voxel `start`; None empties the segment.
+    segment_id None: a segment that is yet to be made. editor: a vtkMRMLSegmentEditorNode, whose editable area and intensity
+    range count here, box by box, as Slicer's own mask takes 2 s on a CT. What happens to other segments is its overwrite mode's
+    affair when the voxels are added. Sets the reference geometry of a segmentation that has none.
+    UserError where the masking leaves nothing of the mask, and as segment_mask() raises it.
+    """
+    segmentation, grid = segmentation_node.GetSegmentation(), _grid_in(segmentation_node, volume_node)
+    nothing = np.zeros((0, 0, 0), np.uint8)
+    mask = nothing if mask is None else mask
+    held: np.ndarray = nothing
+    first: tuple[int, ...] = (0, 0, 0)
+    if segment_id is not None:
+        held, first = yield from segment_part_steps(segmentation_node, segment_id, volume_node)
+    parts = [(part, Box(tuple(a), tuple(i + n for i, n in zip(a, part.shape)))) for part, a in ((mask, start), (held, first))]
+    boxes = [box for _, box in parts if not box.empty]
+    if not boxes:
+        return Edit(None, None, mask_digest(held, first))
+    box = Box(tuple(map(min, zip(*(b.start for b in boxes)))), tuple(map(max, zip(*(b.stop for b in boxes)))))
+    added, removed = (np.zeros(box.shape, np.uint8) for _ in range(2))
+    for array, (part, of) in zip((added, removed), parts):
+        if not of.empty:
+            array[of.relative_to(box).slices] = part > 0
+    after = removed.copy()
+    limits = _Limits(editor, volume_node, segmentation_node, segmentation, {segment_id} if segment_id else set(), grid)
+    limits.taken = None
+    barred = (yield from limits.steps(box)) if limits.masked else None
+    some = left = False
+    for z in slabs(box.shape):
+        some |= bool(added[z].any())
+        removed[z] &= added[z] ^ 1
+        if barred is not None:
+            for array in (added, removed):
+                array[z][barred[z] > 0] = 0
+        left |= bool(added[z].any())
+        after[z] = after[z] & (removed[z] ^ 1) | added[z]
+        yield
+    if some and not left:
+        raise UserError(
+            "Nothing of the result is left by the Segment Editor's masking; set its editable area to everywhere, or click elsewhere."
+        )
+    lattice = _lattice(segmentation_node, volume_node)
+    edits = [_on_lattice(array, box.start, grid, lattice) for array in (removed, added)]
+    same = all(edit is None or exact for edit, exact in edits)
+    return Edit(edits[0][0], edits[1][0], mask_digest(after, box.start) if same else None)
+
+
+def agreeing(prompts: Sequence[Prompt], mask: np.ndarray, start: Sequence[int], volume_node: Any) -> list[Prompt]:
+    """The points among the prompts that a mask corrected by hand agrees with: positive ones inside it, negative ones outside.
+
+    mask: (z, y, x) of 0 and 1 whose first voxel is the volume's voxel `start`.
+    """
+    image, out = image_from_volume(volume_node), []
+    for prompt in prompts:
+        if prompt[0] == "point":
+            at = [int(np.floor(i + 0.5)) - a for i, a in zip(image.point_to_index(prompt[1:4])[::-1], start)]
+            inside = all(0 <= i < n for i, n in zip(at, mask.shape)) and bool(mask[tuple(at)])
+            if inside == prompt[4]:
+                out.append(prompt)
+    return out
+
+
+def _lattice(segmentation_node: Any, volume_node: Any) -> np.ndarray:
+    """4x4 of the lattice that a segmentation is edited on, index (x, y, z) to its coordinates; the volume's where it has none."""
+    segmentation = segmentation_node.GetSegmentation()
+    if not segmentation.GetConversionParameter(_GEOMETRY):
+        segmentation_node.SetReferenceImageGeometryParameterFromVolumeNode(volume_node)
+    image, matrix = slicer.vtkOrientedImageData(), vtk.vtkMatrix4x4()
+    slicer.vtkSegmentationConverter.DeserializeImageGeometry(segmentation.GetConversionParameter(_GEOMETRY), image, False)
+    image.GetImageToWorldMatrix(matrix)
+    return arrayFromVTKMatrix(matrix)
+
+
+def _on_lattice(mask: np.ndarray, start: Sequence[int], grid: np.ndarray, lattice: np.ndarray) -> tuple[Any, bool]:
+    """The voxels of a mask that are not 0 as a labelmap on a lattice, None where there are none, and whether they are the same
+    ones: on another lattice than the mask's the nearest are taken."""
+    inside = Box.around(mask)
+    if inside is None:
+        return None, True
+    part = np.ascontiguousarray(mask[inside.slices])
+    labelmap = oriented_labelmap(part, inside.shifted(start).start, grid)
+    box = _extent_box(labelmap, lattice)
+    if box is not None:
+        return oriented_labelmap(part, box.start, lattice), True
+    extent = labelmap.GetExtent()
+    corners = np.array([(*c, 1) for c in product(*((a - 0.5, b + 0.5) for a, b in zip(extent[::2], extent[1::2])))])
+    there = (np.linalg.inv(lattice) @ grid @ corners.T)[2::-1]
+    low, high = np.floor(there.min(1)).astype(int), np.ceil(there.max(1)).astype(int)
+    out = slicer.vtkOrientedImageData()
+    slicer.vtkOrientedImageDataResample.ResampleOrientedImageToReferenceOrientedImage(
+        labelmap, _oriented(tuple(high - low + 1), tuple(low), lattice), out
+    )
+    return out, False
+
+
+# ------------------------------------------------------------------------------------------- segments: the plan, the act
+
+
 def oriented_labelmap(mask: np.ndarray, start: Sequence[int], ijk_to_ras: np.ndarray) -> Any:
     """A vtkOrientedImageData of one box of a grid.
 
@@ -359,9 +737,6 @@ def oriented_labelmap(mask: np.ndarray, start: Sequence[int], ijk_to_ras: np.nda
     out = _oriented(mask.shape, start, ijk_to_ras)
     out.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(mask).ravel(), deep=True))
     return out
-
-
-# ------------------------------------------------------------------------------------------- segments: the plan, the act
 
 
 @dataclass
@@ -391,7 +766,7 @@ def _plan_steps(prediction: Prediction, volume_node: Any, node: Any, segmentatio
         fresh = segmentation is None or not segmentation.GetNumberOfSegments()
         grid = _ijk_to_ras(volume_node) if fresh else _grid_in(node, volume_node)
         names = [] if fresh else [n for n in _representations(segmentation) if n != _LABELMAP]
-        layers = [] if fresh else [(i, *_label_of(segmentation.GetSegment(i))) for i in _ids(segmentation)]
+        layers = [] if fresh else [(i, *label_of(segmentation.GetSegment(i))) for i in _ids(segmentation)]
         return fresh, grid.tolist(), names, layers
 
     while True:
@@ -1163,11 +1538,43 @@ def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any, t
         table_node = scene.AddNewNodeByClass("vtkMRMLTableNode", scene.GenerateUniqueName(name))
         _place_beside(table_node, segmentation_node)
     table_node.SetNodeReferenceID(SEGMENTATION_ROLE, segmentation_node.GetID())
+    _title_columns(table_node)
+    table_node.SetAndObserveTable(table)
+    return table_node
+
+
+def find_rows(segmentation_node: Any) -> Any:
+    """The table that write_rows() made for this segmentation, or None."""
+    for node in _nodes(segmentation_node.GetScene(), "vtkMRMLTableNode"):
+        if node.GetNodeReference(NODULES_ROLE) is segmentation_node:
+            return node
+    return None
+
+
+def write_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], segmentation_node: Any) -> Any:
+    """A table node of texts for a segmentation's nodules, made on first use and placed beside it; return it."""
+    table = vtk.vtkTable()
+    for i, title in enumerate(columns):
+        column = vtk.vtkStringArray()
+        column.SetName(title)
+        for row in rows:
+            column.InsertNextValue(row[i])
+        table.AddColumn(column)
+    node = find_rows(segmentation_node)
+    if node is None:
+        scene = segmentation_node.GetScene()
+        node = scene.AddNewNodeByClass("vtkMRMLTableNode", scene.GenerateUniqueName(f"{segmentation_node.GetName()} table"))
+        _place_beside(node, segmentation_node)
+        node.SetNodeReferenceID(NODULES_ROLE, segmentation_node.GetID())
+    _title_columns(node)
+    node.SetAndObserveTable(table)
+    return node
+
+
+def _title_columns(table_node: Any) -> None:
     # The former name is all that 5.10 has; later ones warn that it is deprecated.
     titled = getattr(table_node, "SetUseColumnTitleAsColumnHeader", None) or table_node.SetUseColumnNameAsColumnHeader
     titled(True)
-    table_node.SetAndObserveTable(table)
-    return table_node
 
 
 def _intensity_unit(segmentation_node: Any) -> str:
@@ -1337,7 +1744,7 @@ def _unchanged(labelmap: Any) -> Callable[[], None]:
     return check
 
 
-def _label_of(segment: Any) -> tuple[Any, int, int]:
+def label_of(segment: Any) -> tuple[Any, int, int]:
     """A segment's labelmap, when that was changed last, and its value there."""
     labelmap = segment.GetRepresentation(_LABELMAP)
     return labelmap, labelmap.GetMTime() if labelmap is not None else 0, segment.GetLabelValue()

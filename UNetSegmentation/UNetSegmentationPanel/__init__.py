@@ -13,6 +13,7 @@ from typing import Any
 
 _worker: Any = None
 _controller: Any = None
+_clicks: Any = None
 
 
 def panelWorker() -> Any:
@@ -44,6 +45,21 @@ def runController() -> Any:
     return _controller
 
 
+def clickController() -> Any:
+    """The one lesion that is clicked at in the panel."""
+    global _clicks
+    if _clicks is None:
+        _clicks = newClickController()
+    return _clicks
+
+
+def newClickController() -> Any:
+    """Another one, which clicks at a lesion of its own with the same worker: each Segment Editor has one."""
+    from .clicks import ClickController
+
+    return ClickController(panelWorker, _ensureRequirements)
+
+
 def _ensureRequirements() -> bool:
     from .installer import ensureRequirements
 
@@ -52,10 +68,13 @@ def _ensureRequirements() -> bool:
 
 def shutdown() -> None:
     """The application quits: no process and no file of ours is left."""
-    global _controller
+    global _controller, _clicks
     if _controller is not None:
         _controller.cancel()
         _controller = None
+    if _clicks is not None:
+        _clicks.end()
+        _clicks = None
     closeWorker()
     if f"{__name__}.installer" in sys.modules:
         sys.modules[f"{__name__}.installer"].shutdown()

@@ -37,8 +37,8 @@ class Model:
         return self.path.stat().st_size / 1e6
 
 
-def installedModels() -> list[Model]:
-    """Every package for automatic segmentation, bundled ones first, by its card alone.
+def installedModels(task: str = "automatic") -> list[Model]:
+    """Every package for this task ("automatic" or "click"), bundled ones first, by its card alone.
 
     The card is checked; the network's bytes are verified when a package is imported and again before it runs.
     """
@@ -52,7 +52,7 @@ def installedModels() -> list[Model]:
         except Exception as e:
             out.append(Model(path, imported, error=str(e)))
             continue
-        if card.data["task"] == "automatic":
+        if card.data["task"] == task:
             out.append(Model(path, imported, card))
     return out
 
@@ -314,7 +314,7 @@ class ModelList:
         self.read()
         if model.card.data["task"] == "automatic":
             self.select([model.name])
-            self._changed()
+        self._changed()
 
     def _onRemove(self, *_unused: Any) -> None:
         marked = [m for i, m in enumerate(self.models) if m.imported and self.ui.modelList.item(i).isSelected()]

@@ -1,8 +1,12 @@
-"""PyTorch for those who want it: one row that says what is there, and installs or removes it."""
+"""PyTorch for those who want it: one row that says what is there, and installs or removes it.
+
+With the PyTorch extension it goes into Slicer's Python, through that extension alone; without, into a folder of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import slicer
@@ -18,7 +22,7 @@ class TorchRow:
         self.ui, self._changed = ui, changed
         self._job: Any = None
         self._said = ""
-        self._closed = False
+        self._closed = self._extensions = False
         ui.torchButton.connect("clicked(bool)", lambda *_: self._onClicked())
 
     def show(self, busy: bool = False) -> None:
@@ -26,9 +30,16 @@ class TorchRow:
         from .installer import describeTorch, torchEnvironment
 
         ui, ready = self.ui, torchEnvironment().status == "ready"
-        ui.torchStatus.text = self._said or describeTorch()
+        version = self._slicersTorch() if not ready else ""
+        there = _("PyTorch {version} in Slicer's Python").format(version=version) if version else describeTorch()
+        ui.torchStatus.text = self._said or there
         ui.torchButton.text = _("Cancel") if self._job else _("Remove") if ready else _("Install…")
-        ui.torchButton.enabled = not busy
+        self._extensions = bool(version)
+        self.block(busy)
+
+    def block(self, busy: bool) -> None:
+        """busy: a run goes on. What the PyTorch extension has put there is that extension's to remove."""
+        self.ui.torchButton.enabled = not busy and not self._extensions
 
     def close(self) -> None:
         self._closed = True
@@ -39,11 +50,36 @@ class TorchRow:
     def working(self) -> bool:
         return self._job is not None
 
+    @staticmethod
+    def _slicersTorch() -> str:
+        """The version of the PyTorch that the PyTorch extension put into Slicer's Python; "" where it did not."""
+        from .installer import torchExtension
+
+        try:
+            return metadata.version("torch") if torchExtension() else ""
+        except metadata.PackageNotFoundError:
+            return ""
+
+    def _installInSlicer(self) -> None:
+        """The PyTorch extension asks, shows and waits by itself."""
+        from UNetSegmentationLib import UserError
+
+        from .installer import installTorchInSlicer
+
+        closeWorker()  # the next one is to see it
+        try:
+            text = "" if installTorchInSlicer() else _("Nothing was installed.")
+        except UserError as e:
+            text = str(e)
+        self._onEnd(text)
+
     def _onClicked(self) -> None:
         from . import installer
 
         if self._job is not None:
             self._job.cancel()
+        elif installer.torchEnvironment().status == "none" and installer.torchExtension():
+            self._installInSlicer()
         elif installer.torchEnvironment().status != "ready":
             self._start(_("Looking up what PyTorch needs …"), installer.planTorch, self._onPlan)
         elif slicer.util.confirmOkCancelDisplay(

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import qt
 import slicer
 from slicer.i18n import tr as _
 
@@ -53,21 +54,42 @@ def summary(data: dict[str, Any]) -> str:
 def tableText(tableNode: Any, separator: str) -> str:
     """A table node as lines with its column titles first, for the clipboard (tabs) or a file (commas)."""
     table = tableNode.GetTable()
+    columns = range(table.GetNumberOfColumns())
+    cells = [[table.GetValue(row, c).ToString() for c in columns] for row in range(table.GetNumberOfRows())]
+    return rowsText([[table.GetColumnName(c) for c in columns], *cells], separator)
+
+
+def rowsText(rows: Sequence[Sequence[str]], separator: str) -> str:
+    """The first row holds the titles."""
     out = io.StringIO()
     writer = csv.writer(out, delimiter=separator, lineterminator="\n")
-    columns = range(table.GetNumberOfColumns())
-    writer.writerow([table.GetColumnName(c) for c in columns])
-    for row in range(table.GetNumberOfRows()):
-        writer.writerow([_cell(table.GetValue(row, c).ToString()) for c in columns])
+    writer.writerow(rows[0])
+    for row in rows[1:]:
+        writer.writerow([cell(text) for text in row])
     return out.getvalue()
 
 
-def _cell(text: str) -> str:
+def saveText(title: str, name: str, text: str) -> None:
+    """Ask for a .csv file and write it, whole or not at all."""
+    path = qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), title, name, _("Comma-separated values (*.csv)"))
+    if path:
+        from UNetSegmentationLib import UserError
+        from UNetSegmentationLib.files import atomic_path
+
+        try:
+            with atomic_path(path) as temporary:
+                # With the mark that tells spreadsheets of UTF-8.
+                temporary.write_text(text, encoding="utf-8-sig", newline="")
+        except UserError as e:
+            slicer.util.errorDisplay(str(e), windowTitle=title)
+
+
+def cell(text: str) -> str:
     # A spreadsheet would run a name that begins like a formula.
     try:
         float(text)
     except ValueError:
-        return "'" + text if text[:1] in ("=", "+", "-", "@") else text
+        return "'" + text if len(text) > 1 and text[0] in "=+-@" else text
     return text
 
 

@@ -165,7 +165,7 @@ class RunController(VTKObservationMixin):
         if self._request is not request:
             return  # cancelled meanwhile, or the scene was closed
         if failure is not None:
-            self._end("failed", _sentence(failure))
+            self._end("failed", sentence(failure))
         elif not ready:
             self._end("cancelled", _("Nothing was installed, so nothing was segmented."))
         else:
@@ -190,7 +190,7 @@ class RunController(VTKObservationMixin):
         except _Declined as e:
             self._end("cancelled", str(e))
         except Exception as e:
-            self._end("failed", _sentence(e))
+            self._end("failed", sentence(e))
         finally:
             self._stepping = False
             if self._steps is not steps:
@@ -269,7 +269,7 @@ class RunController(VTKObservationMixin):
 
         volumes = request.volumes
         options = Options(**request.options, **inputs.regionOptions(request.region, volumes[0]))
-        key = _key(volumes)
+        key = volumeKey(volumes)
         yield
         image = yield from mrml.image_steps(volumes)
         answers: list[tuple[str, Any]] = []
@@ -307,7 +307,7 @@ class RunController(VTKObservationMixin):
             raise value
         if kind == "cancelled":
             raise _Declined(_("Cancelled. The scene is as it was before."))
-        if _key(volumes) != key:
+        if volumeKey(volumes) != key:
             text = _("'{name}' was changed during the run, so nothing was written; apply again.")
             raise UserError(text.format(name=volumes[0].GetName()))
         return value
@@ -396,7 +396,7 @@ def _combined(predictions: Sequence[Any]) -> Any:
     return replace(first, warnings=warnings, seconds=sum(p.seconds for p in predictions), uncertainty=None, places=None)
 
 
-def _key(volumes: Sequence[Any]) -> Any:
+def volumeKey(volumes: Sequence[Any]) -> Any:
     """Changes with the voxels of the volumes and with their place."""
     from UNetSegmentationLib import mrml
 
@@ -414,7 +414,7 @@ def _segmentEditor(scene: Any, segmentation: Any) -> Any:
     return editor if segmentation is not None and editor is not None and editor.GetSegmentationNode() is segmentation else None
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     from UNetSegmentationLib import UserError
 
     if isinstance(error, UserError):

@@ -15,7 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import qt
 from UNetSegmentationLib.image import Image, UserError
@@ -38,6 +38,9 @@ from UNetSegmentationLib.worker.client import (
 )
 from UNetSegmentationLib.worker.protocol import WorkerPrediction, remove_folder
 
+if TYPE_CHECKING:
+    from UNetSegmentationLib.worker.protocol import WorkerAnswer
+
 KEPT_VOLUMES = 2
 BUDGET_S = 0.01  # of each round of the event loop
 _WAIT = object()  # what a job's steps yield when only an event of the worker can bring them on
@@ -57,6 +60,7 @@ class PanelWorker:
         self._process: ChildProcess | None = None
         self._volumes: dict[Hashable, int] = {}  # the last is the one used last
         self._job: _Job | None = None
+        self._waiting: list[_Job] = []
         self._events: deque[Event] = deque()
         self._log = b""
         self._began = 0.0  # when the process was started
@@ -64,7 +68,7 @@ class PanelWorker:
 
     @property
     def state(self) -> str:
-        """ "stopped", "starting", "busy" (with a predict()) or "ready"."""
+        """ "stopped", "starting", "busy" (with a predict() or a click()) or "ready"."""
         if self._job is not None:
             return "busy"
         if self._process is None or self._session is None:
@@ -109,15 +113,52 @@ class PanelWorker:
         """
         if self._closed:
             raise UserError("The worker was closed; open the module again.")
-        if self._job is not None:
+        if self._prediction is not None:
             raise UserError("The worker is busy; wait for the running segmentation or cancel it.")
-        self._job = job = _Job(volumeKey, onProgress, onResult, onError, onCancelled)
+        job = _Job(volumeKey, onProgress, onResult, onError, onCancelled)
         job.steps = self._steps(job, image, models, options, measures)
-        self._wake()
+        self._take(job)
+
+    def click(
+        self,
+        volumeKey: Hashable,
+        image: Image | Callable[[], Image],
+        model: ModelPackage | str | Path,
+        options: Options,
+        lesion: str,
+        prompts: Sequence[tuple[Any, ...]],
+        onAnswer: Callable[[WorkerAnswer], Any],
+        onError: Callable[[WorkerError], Any],
+        measures: bool = True,
+    ) -> None:
+        """The mask of one lesion for all its prompts, in order: see Session.click(). Returns at once.
+
+        volumeKey, image: as for predict(). lesion: names what is clicked at, so that the worker need compute only what a
+        prompt adds; no prompts: load the model and be ready. Exactly one callback follows, unless a newer click of the
+        lesion takes the place of one that still waits, or forgetClicks() does: then none. While another click or a
+        predict() runs it waits for its turn.
+        """
+        if self._closed:
+            raise UserError("The worker was closed; open the module again.")
+        self._drop(lesion)
+        job = _Job(volumeKey, _ignore, onAnswer, onError, lambda: onError(WorkerError("The worker was closed; click again.", "worker")))
+        job.lesion = lesion
+        job.steps = self._clickSteps(job, image, model, options, tuple(prompts), measures)
+        self._take(job)
+
+    def forgetClicks(self, lesion: str) -> None:
+        """Nobody wants the answers of this lesion any more: what waits is dropped, and of what runs nothing is told."""
+        self._drop(lesion)
+        job = self._job
+        if job is not None and job.lesion == lesion:
+            job.onResult = job.onError = _ignore
+            job.onCancelled = _ignore
+            if job.outcome is not None:
+                job.outcome = _ignore, ()
 
     def cancel(self) -> None:
         """End the running predict(): onCancelled() is called as soon as the worker has stopped, or was killed after CANCEL_S."""
-        job = self._job
+        job = self._prediction
         if job is None or job.asked:
             return
         job.asked = True
@@ -137,11 +178,11 @@ class PanelWorker:
     def shutdown(self) -> None:
         """End the worker, delete its folder and take no more work; a running predict() is cancelled. At most a second."""
         self._closed = True
-        if self._job is not None:
-            self._job.asked = True
-            if not self._working:
-                self._job.steps.close()
-            self._settle(self._job, self._job.onCancelled)
+        for job in filter(None, [self._job, *self._waiting]):
+            job.asked = True
+            if job is not self._job or not self._working:
+                job.steps.close()
+            self._settle(job, job.onCancelled)
         process = self._process
         if process is not None:
             self._kill()
@@ -151,6 +192,23 @@ class PanelWorker:
 
     # -------------------------------------------------------------------------------------------------------------- job
 
+    @property
+    def _prediction(self) -> _Job | None:
+        """The predict() that runs or waits for a click."""
+        return next((job for job in [self._job, *self._waiting] if job is not None and job.lesion is None), None)
+
+    def _take(self, job: _Job) -> None:
+        if self._job is None:
+            self._job = job
+        else:
+            self._waiting.append(job)
+        self._wake()
+
+    def _drop(self, lesion: str) -> None:
+        for job in [job for job in self._waiting if job.lesion == lesion]:
+            self._waiting.remove(job)
+            job.steps.close()
+
     def _steps(
         self,
         job: _Job,
@@ -159,6 +217,35 @@ class PanelWorker:
         options: Options,
         measures: bool,
     ) -> Generator[Any, None, WorkerPrediction]:
+        volume = yield from self._readySteps(job, image)
+        assert self._session is not None and self._process is not None
+        job.number, line = self._session.predict(volume, models, options, measures)
+        self._process.write(line)
+        while job.answer is None:
+            yield _WAIT
+        job.note = 1.0, "reading the result"
+        yield
+        return (yield from self._session.result(job.answer))
+
+    def _clickSteps(
+        self,
+        job: _Job,
+        image: Image | Callable[[], Image],
+        model: ModelPackage | str | Path,
+        options: Options,
+        prompts: tuple[tuple[Any, ...], ...],
+        measures: bool,
+    ) -> Generator[Any, None, WorkerAnswer]:
+        volume = yield from self._readySteps(job, image)
+        assert self._session is not None and self._process is not None and job.lesion is not None
+        job.number, line = self._session.click(volume, model, options, job.lesion, prompts, measures)
+        self._process.write(line)
+        while job.answer is None:
+            yield _WAIT
+        return self._session.click_result(job.answer)
+
+    def _readySteps(self, job: _Job, image: Image | Callable[[], Image]) -> Generator[Any, None, int]:
+        """A worker that runs and the number of the job's volume in it."""
         self._launch()
         assert self._session is not None
         volume = self._volumes.pop(job.key, None)
@@ -178,15 +265,7 @@ class PanelWorker:
                 self._kill()
                 raise WorkerError(f"The worker did not start within {START_S:.0f} seconds; try again.", "worker")
             yield _WAIT
-        number, line = self._session.predict(volume, models, options, measures)
-        job.number = number
-        assert self._process is not None
-        self._process.write(line)
-        while job.answer is None:
-            yield _WAIT
-        job.note = 1.0, "reading the result"
-        yield
-        return (yield from self._session.result(job.answer))
+        return volume
 
     def _wake(self) -> None:
         if not self._awake:
@@ -252,6 +331,9 @@ class PanelWorker:
             self._session.forget(job.number)
         if job.forget and job.key in self._volumes:
             self._unload(job.key)
+        if self._waiting:
+            self._job = self._waiting.pop(0)
+            self._wake()
         callback, arguments = job.outcome
         _call(callback, *arguments)
 
@@ -350,19 +432,20 @@ class PanelWorker:
 
 
 class _Job:
-    """A predict() on its way."""
+    """A predict() on its way, or a click() at a lesion."""
 
     def __init__(
         self,
         key: Hashable,
         onProgress: Callable[[float, str], Any],
-        onResult: Callable[[WorkerPrediction], Any],
+        onResult: Callable[[Any], Any],
         onError: Callable[[WorkerError], Any],
         onCancelled: Callable[[], Any],
     ) -> None:
         self.key = key
         self.onProgress, self.onResult, self.onError, self.onCancelled = onProgress, onResult, onError, onCancelled
-        self.steps: Generator[Any, None, WorkerPrediction]
+        self.steps: Generator[Any, None, Any]
+        self.lesion: str | None = None
         self.number: int | None = None  # of its request
         self.answer: Event | None = None
         self.note: tuple[float, str] | None = None  # progress to be told
@@ -473,6 +556,10 @@ class ChildProcess:
         on, self._on = self._on, None
         if on is not None:
             on[2](code, reason)
+
+
+def _ignore(*_unused: Any) -> None:
+    pass
 
 
 def _call(callback: Callable[..., Any], *arguments: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import mrmlwidgets
 import qt
 import slicer
+import vtk
 from ctkwidgets import value
 from PySide6.QtCore import Property, QObject, Signal
 from PySide6.QtGui import QIcon
@@ -90,11 +91,34 @@ class qSlicerCoreIOManager:
         return "NodeFile"
 
 
+class qMRMLSliceView:
+    """Libs/MRML/Widgets/qMRMLSliceView.h and ctkVTKAbstractView.h, without a picture: VTK's interactor, which a test lets invoke
+    the events of the mouse, and the cursor."""
+
+    def __init__(self) -> None:
+        self._interactor = vtk.vtkRenderWindowInteractor()
+        self.cursor_of_the_test: Any = None
+
+    def interactor(self) -> Any:
+        return self._interactor
+
+    def setViewCursor(self, cursor: Any) -> None:
+        if not isinstance(cursor, qt.QCursor):
+            raise ValueError("called with wrong argument types")
+        self.cursor_of_the_test = cursor
+
+    def unsetViewCursor(self) -> None:
+        self.cursor_of_the_test = None
+
+
 class qMRMLSliceWidget:
-    """The logic and the nodes of a slice view, without its picture."""
+    """The logic, the nodes and the view of a slice, without its picture."""
 
     def __init__(self, logic: Any) -> None:
-        self._logic = logic
+        self._logic, self._view = logic, qMRMLSliceView()
+
+    def sliceView(self) -> Any:
+        return self._view
 
     def sliceLogic(self) -> Any:
         return self._logic
@@ -125,7 +149,7 @@ class qSlicerLayoutManager(QObject):
             logic.SetMRMLApplicationLogic(application_logic)
             application_logic.GetSliceLogics().AddItem(logic)
             logic.SetMRMLScene(slicer.mrmlScene)
-            logic.AddSliceNode(name)
+            logic.SetSliceNode(slicer.mrmlScene.GetSingletonNode(name, "vtkMRMLSliceNode"))  # the layout's, as qMRMLSliceWidget does
             logic.ResizeSliceNode(256, 256)
             self._slices[name] = qMRMLSliceWidget(logic)
 

@@ -521,11 +521,18 @@ def findChildWidgetForParameter(widget: Any, parameter: str) -> Any:
 # --- the decorator ---------------------------------------------------------------------------------------------------
 
 
+# The garbage collector sees that only the node's observers hold the wrappers, and not that the scene holds the node: it would
+# clear the observers of a node that lives, whose next event then ends Python.
+_alive: list[Any] = []
+
+
 class _Methods:
     """What the decorator adds to the class."""
 
     def __init__(self, parameterNode: Any, prefix: str | None = None) -> None:
         self.parameterNode = parameterNode
+        if not any(node is parameterNode for node in _alive):
+            _alive.append(parameterNode)
         self._guis: dict[int, dict[str, GuiConnector]] = {}
         self._updating = False
         self._parameters = {

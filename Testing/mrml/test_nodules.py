@@ -1,0 +1,227 @@
+"""Clicked segments in the scene: written and taken back alone, with prompts that survive files, and dots that are seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("slicer", reason="slicer-core is not installed")
+
+from mrml_scenes import (
+    LPS,
+    SHAPE,
+    SURFACE,
+    add_segment,
+    add_transform,
+    add_volume,
+    assert_no_orphans,
+    ball,
+    fingerprint,
+    geometry,
+    read_back,
+    rotation,
+    segments,
+    tag,
+)
+from UNetSegmentationLib import UserError, mrml
+from UNetSegmentationLib.mrml import complete, write_clicked_steps
+
+GRIDS = {"plain": np.eye(3), "oblique": rotation(), "left-handed": rotation() @ np.diag([1, 1, -1])}
+MASK, START = np.ones((2, 3, 2), np.uint8), (4, 5, 6)
+PROMPTS = [
+    ("point", 1.5, -2.25, 1 / 3, True),
+    ("box", -1.0, -2.0, -3.0, 4.0, 5.0, 6.0),
+    ("mask", np.array([[[0, 1], [1, 1]]], np.uint8), (3, 4, 5)),
+    ("point", -7.0, 8.0, 9.0, False),
+]
+
+
+def full(mask: np.ndarray = MASK, start: tuple[int, ...] = START) -> np.ndarray:
+    out = np.zeros(SHAPE, np.uint8)
+    out[tuple(slice(a, a + n) for a, n in zip(start, mask.shape))] = mask
+    return out
+
+
+def volume(grid: str = "oblique") -> Any:
+    return add_volume(np.full(SHAPE, -800, np.int16), geometry(GRIDS[grid]))
+
+
+def same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(
+        a[0] == b[0] and all(np.array_equal(v, w) for v, w in zip(a[1:], b[1:], strict=True)) for a, b in zip(some, others)
+    )
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_new_nodule(scene: Any, grid: str) -> None:
+    node = volume(grid)
+    out, segment = complete(write_clicked_steps(MASK, START, node, name="Nodule 1", color=(255, 0, 51), tags={"a": "b"}))
+    assert np.array_equal(read_back(out, "Nodule 1", node), full())
+    held = out.GetSegmentation().GetSegment(segment)
+    assert held.GetColor() == (1.0, 0.0, 0.2) and tag(held, "a") == "b"
+    assert held.GetRepresentation(SURFACE).GetNumberOfPoints() > 0
+    mask, start = complete(mrml.segment_part_steps(out, segment, node))
+    assert np.array_equal(mask, MASK) and start == START
+    assert mrml.find_nodules(node) is None
+    held.SetTag(mrml.PROMPTS_TAG, "[]")
+    assert mrml.find_nodules(node) is out
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_nodule_that_shares_its_layer_is_written_alone(scene: Any, moved: bool) -> None:
+    node = volume()
+    if moved:
+        node.SetAndObserveTransformNodeID(add_transform(LPS @ geometry(rotation(10), (1, 1, 1))).GetID())
+    out, segment = complete(write_clicked_steps(MASK, START, node, name="Nodule 1"))
+    others = {"far": ball(SHAPE, (2, 2, 2), 1.5), "near": full(start=(6, 8, 8))}
+    for name, mask in others.items():
+        add_segment(out, name, mask, node)
+    out.GetSegmentation().CollapseBinaryLabelmaps(False)
+    assert out.GetSegmentation().GetNumberOfLayers() == 1
+    larger = np.ones((4, 5, 5), np.uint8)  # over "near", which keeps what it has
+    again, same_id = complete(write_clicked_steps(larger, (4, 5, 5), node, out, segment, tags={"new": "yes"}))
+    assert again is out and same_id == segment and tag(out.GetSegmentation().GetSegment(segment), "new") == "yes"
+    assert np.array_equal(read_back(out, "Nodule 1", node), full(larger, (4, 5, 5)))
+    for name, mask in others.items():
+        assert np.array_equal(read_back(out, name, node), mask)
+    assert_no_orphans(out)
+    mrml.remove_segment(out, segment)
+    assert list(segments(out)) == list(others)
+    for name, mask in others.items():
+        assert np.array_equal(read_back(out, name, node), mask)
+    assert_no_orphans(out)
+
+
+def test_the_surface_of_a_mass_lies_where_its_voxels_do(scene: Any) -> None:
+    shape, size = (70, 130, 125), 118
+    node = add_volume(np.zeros(shape, np.int16), geometry(GRIDS["oblique"], (0.7, 0.6, 1.1)))
+    mask = ball((60, size, size), (29.5, 58.5, 58.5), 29.0)
+    out, segment = complete(write_clicked_steps(mask, (5, 6, 4), node))
+    surface = out.GetSegmentation().GetSegment(segment).GetRepresentation(SURFACE)
+    points = np.array([surface.GetPoint(i) for i in range(surface.GetNumberOfPoints())])
+    centre = LPS @ geometry(GRIDS["oblique"], (0.7, 0.6, 1.1)) @ (4 + 58.5, 6 + 58.5, 5 + 29.5, 1)
+    assert np.allclose((points.max(0) + points.min(0)) / 2, centre[:3], atol=0.4)
+    across = np.linalg.norm((points - centre[:3]) @ (LPS[:3, :3] @ GRIDS["oblique"]) / (0.7, 0.6, 1.1), axis=1)
+    assert 27 < across.min() and across.max() < 31 and 1000 < len(points) < 20000
+
+
+def test_undo_takes_each_click_back_exactly(scene: Any) -> None:
+    node = volume()
+    before, steps, seen, out, segment = None, [], [], None, None
+    for mask in (MASK, np.ones((3, 3, 3), np.uint8), np.ones((1, 2, 2), np.uint8)):
+        undo = mrml.Undo(scene, 1)
+        seen.append(fingerprint(scene))
+        undo.begin(out)
+        out, segment = complete(write_clicked_steps(mask, START, node, out, segment, tags={mrml.PROMPTS_TAG: f"[{len(steps)}]"}))
+        undo.commit([out])
+        steps.append(undo)
+    for undo, before in zip(reversed(steps), reversed(seen)):
+        undo.undo()
+        assert fingerprint(scene) == before
+
+
+def test_a_segment_removed_meanwhile_or_a_wrong_place_changes_nothing(scene: Any) -> None:
+    node = volume()
+    out, segment = complete(write_clicked_steps(MASK, START, node))
+    add_segment(out, "other", ball(SHAPE, (2, 2, 2), 1.5), node)
+    state = fingerprint(scene)
+    closed = write_clicked_steps(MASK, (1, 1, 1), node, out, segment)
+    next(closed)
+    closed.close()
+    assert fingerprint(scene) == state
+    steps = write_clicked_steps(MASK, (1, 1, 1), node, out, segment)
+    next(steps)
+    out.GetSegmentation().RemoveSegment(segment)
+    with pytest.raises(UserError, match="removed"):
+        complete(steps)
+    steps = write_clicked_steps(MASK, (1, 1, 1), node, out)
+    next(steps)
+    scene.RemoveNode(out)
+    with pytest.raises(UserError, match="was removed while"):
+        complete(steps)
+
+
+def test_prompts_as_text(scene: Any) -> None:
+    node = volume()
+    text = mrml.prompts_text(PROMPTS, node)
+    assert "|" not in text and "\n" not in text  # Slicer's file has tags as name:value|name:value|
+    assert same(mrml.prompts_from_text(text, node), PROMPTS)
+    # Where the volume goes, there go its prompts.
+    move = np.eye(4)
+    move[:3, :3], move[:3, 3] = rotation(40), (5, 6, 7)
+    node.SetAndObserveTransformNodeID(add_transform(move).GetID())
+    moved = mrml.prompts_from_text(text, node)
+    r, a, s, _ = move @ (-1.5, 2.25, 1 / 3, 1)
+    assert np.allclose(moved[0][1:4], (-r, -a, s)) and moved[0][4] is True and same(moved[2:3], PROMPTS[2:3])
+    assert np.allclose(mrml.prompts_from_text(mrml.prompts_text(moved, node), node)[3][1:4], moved[3][1:4])
+    for bad in ("", "no JSON", "{}", '[["point", 1]]', '[["mask", [0,0,0], [9,9,9], "AAAA"]]', "[[]]", "[" * 5000):
+        assert mrml.prompts_from_text(bad, node) == []
+    with pytest.raises(UserError):
+        mrml.prompts_text([("circle", 1)], node)
+
+
+def test_prompts_survive_a_file(scene: Any, tmp_path: Path) -> None:
+    import slicer
+
+    node = volume()
+    text = mrml.prompts_text(PROMPTS, node)
+    tags = {mrml.PROMPTS_TAG: text, mrml.DIGEST_TAG: mrml.mask_digest(MASK, START)}
+    out, _ = complete(write_clicked_steps(MASK, START, node, name="Nodule 1", tags=tags))
+    add_segment(out, "other", ball(SHAPE, (2, 2, 2), 1.5), node)
+    path = tmp_path / "nodules.seg.nrrd"
+    out.AddDefaultStorageNode(str(path))
+    assert out.GetStorageNode().WriteData(out)
+    scene.RemoveNode(out)
+    back = slicer.modules.segmentations.logic().LoadSegmentationFromFile(str(path), True, "back")
+    held = back.GetSegmentation().GetSegment(segments(back)["Nodule 1"])
+    assert tag(held, mrml.PROMPTS_TAG) == text
+    mask, start = complete(mrml.segment_part_steps(back, segments(back)["Nodule 1"], node))
+    assert mrml.mask_digest(mask, start) == tag(held, mrml.DIGEST_TAG)
+
+
+def test_the_digest_is_of_the_voxels_alone() -> None:
+    first = mrml.mask_digest(MASK, START)
+    assert first == mrml.mask_digest(full(), (0, 0, 0)) == mrml.mask_digest(MASK * 7, START)
+    assert first != mrml.mask_digest(MASK, (4, 5, 7)) and first != mrml.mask_digest(MASK[:1], START)
+    assert mrml.mask_digest(np.zeros((2, 2, 2)), START) == mrml.mask_digest(np.zeros((1, 1, 1)), START)
+
+
+def test_rows_are_a_table_of_texts(scene: Any) -> None:
+    node = volume()
+    out, _ = complete(write_clicked_steps(MASK, START, node))
+    table = mrml.write_rows(["Nodule", "Mean (mm)"], [["Nodule 1", "5.4"], ["Nodule 2", "-"]], out)
+    assert mrml.write_rows(["Nodule"], [["Nodule 2"]], out) is table and mrml.find_rows(out) is table
+    assert table.GetNumberOfRows() == 1 and table.GetCellText(0, 0) == "Nodule 2"
+    assert mrml.find_table(out) is None  # that of the measures of an automatic run is another one
+
+
+def test_dots_are_seen_small_and_cannot_be_moved(scene: Any, runtime: Any) -> None:
+    """Through Slicer's own displayable manager of markups."""
+    import slicer
+    from headless_slicer import SliceView
+
+    factory = slicer.vtkMRMLSliceViewDisplayableManagerFactory.GetInstance()
+    factory.SetMRMLApplicationLogic(runtime.application_logic)
+    if not factory.IsDisplayableManagerRegistered("vtkMRMLMarkupsDisplayableManager"):
+        factory.RegisterDisplayableManager("vtkMRMLMarkupsDisplayableManager")
+    node = add_volume(np.full((20, 40, 40), -800, np.int16), np.diag([-1, -1, 1, 1.0]))
+    view = SliceView(runtime, "Dots", "Axial", (200, 200))
+    view.show(node)
+    view.node.JumpSliceByCentering(20, 20, 10)
+    before = view.picture()
+    points = {True: (14.0, 20.0, 10.0), False: (26.0, 20.0, 10.0)}
+    for positive, point in points.items():
+        mrml.show_dots(scene, positive, [point])
+    after = view.picture()
+    green, red = (view.pixel(after, points[p]).astype(int) for p in (True, False))
+    assert green[1] > 2 * green[0] and red[0] > 2 * red[1]
+    changed = np.count_nonzero((before != after).any(2))
+    assert 8 < changed < 0.01 * before.shape[0] * before.shape[1] * 2
+    for dots in slicer.util.getNodesByClass("vtkMRMLMarkupsFiducialNode", scene):
+        assert dots.GetLocked() and not dots.GetSaveWithScene() and dots.GetHideFromEditors()
+    mrml.show_dots(scene, True, [])
+    mrml.remove_dots(scene)
+    assert not slicer.util.getNodesByClass("vtkMRMLMarkupsNode", scene)

@@ -1,0 +1,624 @@
+"""The section "Click a nodule", clicked: in the slice views, on a made scan, with a network that is a threshold."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from workers import POSIX
+
+RUN_S = 60.0  # a click on a machine that has other things to do
+SHAPE, SPACING = (48, 96, 96), (0.8, 0.8, 1.25)  # (z, y, x) voxels, (x, y, z) mm
+BALLS = {"left": ((24, 48, 30), 7.0), "right": ((20, 40, 70), 4.5)}  # index (z, y, x), radius in mm
+PROMPTS_TAG = "UNetSegmentation.Prompts"
+
+
+def made_scan() -> np.ndarray:
+    """Lung with two solid balls, the second one on a vessel."""
+    rng = np.random.default_rng(5)
+    array = rng.normal(-850, 25, SHAPE)
+    grid = np.indices(SHAPE)
+    for at, radius in BALLS.values():
+        mm = sum(((g - c) * s) ** 2 for g, c, s in zip(grid, at, SPACING[::-1]))
+        array = np.where(mm <= radius**2, rng.normal(30, 15, SHAPE), array)
+    vessel = ((grid[0] - 20) * SPACING[2]) ** 2 + ((grid[1] - 40) * SPACING[1]) ** 2 <= 1.5**2
+    return np.where(vessel & (grid[2] > 70), 40, array).astype(np.int16)
+
+
+def truth(name: str) -> np.ndarray:
+    at, radius = BALLS[name]
+    return sum(((g - c) * s) ** 2 for g, c, s in zip(np.indices(SHAPE), at, SPACING[::-1])) <= radius**2
+
+
+def scan(name: str = "CT") -> Any:
+    import slicer
+
+    node = slicer.util.addVolumeFromArray(made_scan(), np.diag([*SPACING, 1.0]), name)
+    node.CreateDefaultDisplayNodes()
+    return node
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_worker_left() -> Iterator[None]:
+    yield
+    if "UNetSegmentationPanel" in sys.modules:
+        sys.modules["UNetSegmentationPanel"].shutdown()
+
+
+TISSUE = {"category": ["SCT", "49755003", "Morphologically Altered Structure"], "type": ["SCT", "27925004", "Nodule"]}
+TOY = {
+    "name": "aclick",
+    "task": "click",
+    "spacing": [*SPACING],
+    "patch": [32, 48, 48],
+    "intensity": {"mode": "window", "level": -400, "width": 1000},
+    "labels": [{"value": 1, "name": "lung nodule", "color": [230, 159, 0], "terminology": TISSUE}],
+}
+
+
+@pytest.fixture
+def panel(gui: Any, monkeypatch: pytest.MonkeyPatch, models_folder: Path, make_package: Callable[..., Any]) -> Callable[[], Hands]:
+    """panel() opens the module on an empty scene, with the toy model for clicks chosen."""
+    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(Path(os.environ["UNETSEG_MODELS"]).parent / "torch"))
+    models_folder.mkdir(exist_ok=True)
+    shutil.copy(make_package(**TOY).path, models_folder)
+
+    def open_() -> Hands:
+        hands = Hands(gui, gui.open())
+        hands.settings.clickModel = "aclick-1.0.0"
+        return hands
+
+    return open_
+
+
+class Hands:
+    """The test's hands on one widget of the module, and on the slice views."""
+
+    def __init__(self, gui: Any, widget: Any) -> None:
+        self.gui, self.widget, self.ui = gui, widget, widget.ui
+        gui.wait(lambda: widget._warm, RUN_S)
+
+    @property
+    def settings(self) -> Any:
+        return self.widget._parameters
+
+    @property
+    def tool(self) -> Any:
+        return self.widget.nodules.tool
+
+    @property
+    def node(self) -> Any:
+        return self.settings.nodules
+
+    def ras(self, index: tuple[float, ...]) -> tuple[float, ...]:
+        """World RAS mm of an index (z, y, x) of the scan."""
+        import vtk
+
+        matrix, world = vtk.vtkMatrix4x4(), vtk.vtkMatrix4x4()
+        self.settings.volume.GetIJKToRASMatrix(matrix)
+        parent = self.settings.volume.GetParentTransformNode()
+        if parent is not None:
+            parent.GetMatrixTransformToWorld(world)
+        return tuple(world.MultiplyPoint(matrix.MultiplyPoint([*index[::-1], 1.0]))[:3])
+
+    def click(self, index: tuple[float, ...], ctrl: bool = False, view: str = "Red", wait: bool = True) -> None:
+        """A click of the left button at an index (z, y, x), in a slice view that shows it."""
+        import slicer
+        import vtk
+
+        widget, ras = slicer.app.layoutManager().sliceWidget(view), self.ras(index)
+        node, interactor = widget.mrmlSliceNode(), widget.sliceView().interactor()
+        node.JumpSliceByCentering(*ras)
+        to_xy = vtk.vtkMatrix4x4()
+        vtk.vtkMatrix4x4.Invert(node.GetXYToRAS(), to_xy)
+        x, y = (round(v) for v in to_xy.MultiplyPoint([*ras, 1.0])[:2])
+        for event in ("LeftButtonPressEvent", "LeftButtonReleaseEvent"):
+            interactor.SetEventInformation(x, y, int(ctrl), 0)
+            interactor.InvokeEvent(event)
+        if wait:
+            self.settle()
+
+    def settle(self) -> None:
+        self.gui.process_events()
+        self.gui.wait(lambda: not self.tool.busy, RUN_S)
+        lists = (self.widget.nodules.now, self.widget.nodules.earlier)
+        self.gui.wait(lambda: not any(each._timer.active or each._pieces.busy for each in lists), RUN_S)
+        self.gui.process_events()
+
+    def mask(self, name: str, node: Any = None) -> np.ndarray:
+        from UNetSegmentationLib.mrml import segment_mask
+
+        return segment_mask(node or self.node, self.segments(node)[name], self.settings.volume)
+
+    def segments(self, node: Any = None) -> dict[str, str]:
+        from mrml_scenes import segments
+
+        return segments(node or self.node)
+
+    def tag(self, name: str, tag: str = PROMPTS_TAG) -> str:
+        from UNetSegmentationLib.mrml import segment_tag
+
+        return segment_tag(self.node.GetSegmentation().GetSegment(self.segments()[name]), tag)
+
+    def table(self) -> list[list[str]]:
+        table = self.ui.noduleTable
+        return [[table.item(i, j).text() for j in range(table.columnCount)] for i in range(table.rowCount)]
+
+    @contextmanager
+    def unanswered(self) -> Iterator[None]:
+        """The worker holds its breath, so that a click is on its way as long as this lasts."""
+        from UNetSegmentationPanel import panelWorker
+
+        pid = panelWorker().pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    def arm(self) -> None:
+        self.gui.click(self.ui.clickButton)
+        assert self.tool.armed
+        self.settle()
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return float(2 * np.count_nonzero((a > 0) & (b > 0)) / (np.count_nonzero(a) + np.count_nonzero(b)))
+
+
+def dots(positive: bool) -> list[tuple[float, ...]]:
+    import slicer
+
+    wanted = "Clicks" if positive else "Clicks, not part of it"
+    for node in slicer.util.getNodesByClass("vtkMRMLMarkupsFiducialNode"):
+        if node.GetAttribute("UNetSegmentation.Dots") == wanted:
+            return [tuple(node.GetNthControlPointPositionWorld(i)) for i in range(node.GetNumberOfControlPoints())]
+    return []
+
+
+def test_a_click_makes_a_nodule(panel: Any) -> None:
+    import slicer
+
+    p = panel()
+    assert not p.ui.clickButton.enabled and p.ui.clickMessage.text == "Choose a volume."
+    p.settings.volume = scan()
+    p.gui.process_events()
+    assert p.ui.clickButton.enabled and not p.ui.noduleTable.visible and p.node is None
+    p.arm()
+    assert p.ui.clickMessage.text == "Click on the nodule in a slice view."
+    assert slicer.app.layoutManager().sliceWidget("Green").sliceView().cursor_of_the_test is not None
+    p.click(BALLS["left"][0])
+
+    assert list(p.segments()) == ["Nodule 1"] and p.tool.segment == p.segments()["Nodule 1"]
+    assert dice(p.mask("Nodule 1"), truth("left")) > 0.9
+    segment = p.node.GetSegmentation().GetNthSegment(0)
+    assert segment.GetRepresentation("Closed surface").GetNumberOfPoints() > 100
+    assert "Nodule" in p.tag("Nodule 1", "TerminologyEntry")
+    assert p.tag("Nodule 1", "UNetSegmentation.ClickModel") == "aclick-1.0.0"
+    assert p.node.GetNodeReference(p.node.GetReferenceImageGeometryReferenceRole()) is p.settings.volume
+    assert np.allclose(dots(True), [p.ras(BALLS["left"][0])], atol=0.8) and not dots(False)
+    (row,) = p.table()
+    assert row[0] == "Nodule 1" and float(row[2]) == pytest.approx(4 / 3 * np.pi * 7**3, rel=0.1)
+    assert p.ui.noduleTable.currentRow() == 0 and p.ui.noduleNote.visible and p.ui.noduleNote.text == "By size only; not a diagnosis."
+    p.gui.click(p.ui.clickButton)
+    assert not p.tool.armed and slicer.app.layoutManager().sliceWidget("Green").sliceView().cursor_of_the_test is None
+    p.click(BALLS["right"][0])
+    assert list(p.segments()) == ["Nodule 1"]
+
+
+def begun(panel: Any, *names: str) -> Any:
+    """A panel with a scan and these nodules clicked."""
+    p = panel()
+    p.settings.volume = scan()
+    p.gui.process_events()
+    p.arm()
+    for i, name in enumerate(names):
+        if i:
+            p.gui.click(p.ui.nextNoduleButton)
+        p.click(BALLS[name][0])
+    return p
+
+
+def everything(node: Any) -> Any:
+    from mrml_scenes import segments_print
+
+    held = node.GetSegmentation()
+    prompts = [node.GetSegmentation().GetNthSegment(i).HasTag(PROMPTS_TAG) for i in range(held.GetNumberOfSegments())]
+    return segments_print(held), prompts
+
+
+VESSEL = (20, 40, 80)  # of the nodule on the right
+
+
+def test_clicks_refine_and_undo_brings_back_exactly_what_was(panel: Any) -> None:
+    import slicer
+
+    slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "A reader's")
+    p = begun(panel, "right")
+    assert p.node.GetName() == "CT nodules"
+    states = [(everything(p.node), p.tag("Nodule 1"))]
+    p.click(VESSEL, ctrl=True, view="Green")
+    assert not p.mask("Nodule 1")[VESSEL] and len(dots(False)) == 1
+    states.append((everything(p.node), p.tag("Nodule 1")))
+    p.gui.click(p.ui.negativeButton)
+    assert p.ui.negativeButton.checked
+    p.click((20, 40, 84))
+    assert len(dots(False)) == 2 and p.tag("Nodule 1").count("false") == 2 and len(p.segments()) == 1
+    for state in reversed(states):
+        p.gui.click(p.ui.undoClickButton)
+        assert (everything(p.node), p.tag("Nodule 1")) == state
+    p.settle()
+    assert not dots(False) and len(dots(True)) == 1
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert p.node is None and not p.ui.noduleTable.visible and not dots(True) and not p.ui.undoClickButton.enabled
+    assert not p.ui.negativeButton.checked
+    p.click(BALLS["right"][0])
+    assert list(p.segments()) == ["Nodule 1"]
+
+
+def test_the_next_nodule_leaves_the_others_alone(panel: Any) -> None:
+    p = begun(panel, "left", "right")
+    assert list(p.segments()) == ["Nodule 1", "Nodule 2"] and dice(p.mask("Nodule 2"), truth("right")) > 0.8
+    before = p.mask("Nodule 1")
+    colors = {p.node.GetSegmentation().GetNthSegment(i).GetColor() for i in range(2)}
+    assert len(colors) == 2
+    # Over the first one: they overlap, and it keeps every voxel.
+    p.gui.click(p.ui.nextNoduleButton)
+    p.click((24, 48, 32))
+    assert len(p.segments()) == 3 and (p.mask("Nodule 3") & before).any()
+    assert np.array_equal(p.mask("Nodule 1"), before)
+    assert [row[0] for row in p.table()] == ["Nodule 1", "Nodule 2", "Nodule 3"] and len(dots(True)) == 3
+
+
+def test_nothing_found_is_a_sentence_and_changes_nothing(panel: Any) -> None:
+    p = begun(panel, "left")
+    state, points = everything(p.node), dots(True)
+    p.gui.click(p.ui.nextNoduleButton)
+    p.click((2, 4, 90))
+    assert p.ui.clickMessage.text.startswith("Nothing was found here")
+    assert everything(p.node) == state and dots(True) == points
+    p.click((2, 4, 90), ctrl=True)
+    assert p.ui.clickMessage.text == "Click on the nodule first, then on what is not part of it."
+    p.click((500, 48, 30))
+    assert "outside the image" in p.ui.clickMessage.text and list(p.segments()) == ["Nodule 1"]
+
+
+def prompts_of(p: Any, name: str) -> list[Any]:
+    from UNetSegmentationLib.mrml import prompts_from_text
+
+    return prompts_from_text(p.tag(name), p.settings.volume)
+
+
+def by_python(p: Any, prompts: list[Any]) -> np.ndarray:
+    from UNetSegmentationLib import Options
+    from UNetSegmentationLib.inference.click import ClickSession
+    from UNetSegmentationLib.mrml import image_from_volume
+
+    session = ClickSession(image_from_volume(p.settings.volume), p.tool.model.path, options=Options(threads=1))
+    session.replay(prompts)
+    return session.mask
+
+
+def test_the_panel_gives_what_python_gives_also_under_a_transform(panel: Any) -> None:
+    from mrml_scenes import add_transform, rotation
+
+    p = panel()
+    p.settings.volume = volume = scan()
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = rotation(20), (30, -12, 7)
+    volume.SetAndObserveTransformNodeID(add_transform(matrix).GetID())
+    p.arm()
+    p.click(BALLS["right"][0])
+    p.click(VESSEL, ctrl=True)
+    assert p.node.GetParentTransformNode() is volume.GetParentTransformNode()
+    points = [(True, BALLS["right"][0]), (False, VESSEL)]
+    prompts = prompts_of(p, "Nodule 1")
+    for (kind, *point, positive), (wanted, at) in zip(prompts, points, strict=True):
+        r, a, s = p.ras(at)
+        # The views' pixels are no voxels; a quarter of one is near enough.
+        assert kind == "point" and positive is wanted and np.allclose(point, (-r, -a, s), atol=0.8)
+    assert np.array_equal(p.mask("Nodule 1"), by_python(p, prompts))
+    assert dice(p.mask("Nodule 1"), truth("right")) > 0.8
+
+
+def paint(p: Any, name: str, mask: np.ndarray) -> None:
+    """As the Segment Editor does it: voxels into the segment's labelmap."""
+    from mrml_scenes import draw
+
+    draw(p.node, p.segments()[name], mask.astype(np.uint8), p.settings.volume)
+
+
+def test_a_corrected_mask_is_what_the_next_click_goes_on_from(panel: Any) -> None:
+    p = begun(panel, "right")
+    mine = truth("right")
+    mine[:, :, :66] = False
+    paint(p, "Nodule 1", mine)
+    p.settle()
+    p.click(VESSEL, ctrl=True)
+    prompts = prompts_of(p, "Nodule 1")
+    assert [prompt[0] for prompt in prompts] == ["point", "mask", "point"]
+    kept = np.zeros(SHAPE, np.uint8)
+    start, shape = prompts[1][2], prompts[1][1].shape
+    kept[tuple(slice(a, a + n) for a, n in zip(start, shape))] = prompts[1][1]
+    assert np.array_equal(kept, mine)
+    assert np.array_equal(p.mask("Nodule 1"), by_python(p, prompts))
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert np.array_equal(p.mask("Nodule 1"), mine)
+
+
+@pytest.mark.parametrize("suffix", [".mrb", ".seg.nrrd"])
+def test_a_saved_nodule_is_refined_later(panel: Any, tmp_path: Path, suffix: str) -> None:
+    import slicer
+
+    p = begun(panel, "left", "right")
+    p.click(VESSEL, ctrl=True)
+    before, text = p.mask("Nodule 2"), p.tag("Nodule 2")
+    first = p.mask("Nodule 1")
+    if suffix == ".mrb":
+        p.gui.save_scene(tmp_path / "scene.mrb")
+        p.gui.load_scene(tmp_path / "scene.mrb")
+        assert not [
+            n for n in slicer.util.getNodesByClass("vtkMRMLMarkupsFiducialNode") if n.GetName() not in ("Clicks", "Clicks, not part of it")
+        ]
+    else:
+        path = tmp_path / "nodules.seg.nrrd"
+        assert slicer.util.saveNode(p.node, str(path))
+        p.gui.close_scene()
+        volume = scan()
+        node = slicer.util.loadSegmentation(str(path))
+        p.settings.volume, p.settings.nodules = volume, node
+    p.gui.wait(lambda: p.node is not None, RUN_S)
+    p.settle()
+    assert list(p.segments()) == ["Nodule 1", "Nodule 2"] and p.tag("Nodule 2") == text
+    assert np.array_equal(p.mask("Nodule 2"), before)
+    assert len(dots(True)) == 2 and len(dots(False)) == 1 and len(p.table()) == 2
+
+    p.ui.noduleTable.setCurrentCell(1, 0)
+    p.arm()
+    p.click((20, 40, 84), ctrl=True)
+    prompts = prompts_of(p, "Nodule 2")
+    assert [(k, v[-1]) for k, *v in prompts] == [("point", True), ("point", False), ("point", False)]  # no mask: it is as it was left
+    assert np.array_equal(p.mask("Nodule 2"), by_python(p, prompts)) and np.array_equal(p.mask("Nodule 1"), first)
+    for _ in range(2):  # beyond what was clicked in this session
+        p.gui.click(p.ui.undoClickButton)
+        p.settle()
+    assert np.array_equal(p.mask("Nodule 2"), by_python(p, prompts[:1])) and np.array_equal(p.mask("Nodule 1"), first)
+
+
+def test_a_box_is_a_prompt_too(panel: Any) -> None:
+    import slicer
+
+    p = begun(panel)
+    p.gui.click(p.ui.clickBoxButton)
+    interaction = slicer.mrmlScene.GetNodeByID("vtkMRMLInteractionNodeSingleton")
+    assert interaction.GetCurrentInteractionMode() == interaction.Place
+    p.click(BALLS["right"][0])  # belongs to the box
+    assert p.node is None
+    (roi,) = slicer.util.getNodesByClass("vtkMRMLMarkupsROINode")
+    roi.SetCenterWorld(p.ras(BALLS["left"][0]))
+    roi.SetSizeWorld([20, 20, 20])
+    interaction.SwitchToViewTransformMode()
+    p.gui.wait(lambda: p.node is not None, RUN_S)
+    p.settle()
+    assert prompts_of(p, "Nodule 1")[0][0] == "box" and dice(p.mask("Nodule 1"), truth("left")) > 0.8
+    p.gui.wait(lambda: not slicer.util.getNodesByClass("vtkMRMLMarkupsROINode"), RUN_S)
+
+
+def test_a_key_arms_and_escape_disarms(panel: Any) -> None:
+    p = panel()
+    p.settings.volume = scan()
+    p.gui.process_events()
+    p.gui.press(p.widget.root, "Ctrl+Shift+K")
+    assert p.tool.armed and p.ui.clickButton.checked
+    p.gui.press(p.widget.root, "Esc")
+    assert not p.tool.armed and not p.ui.clickButton.checked
+    p.arm()
+    p.gui.leave(p.widget)
+    assert not p.tool.armed
+
+
+def test_drags_and_shift_stay_slicers(panel: Any) -> None:
+    import slicer
+
+    p = begun(panel)
+    heard: list[str] = []
+    interactor = slicer.app.layoutManager().sliceWidget("Red").sliceView().interactor()
+    tags = [interactor.AddObserver(e, lambda c, e: heard.append(e)) for e in ("LeftButtonPressEvent", "LeftButtonReleaseEvent")]
+    for shift, ctrl, to in ((1, 0, 100), (0, 1, 140)):
+        interactor.SetEventInformation(100, 100, ctrl, shift)
+        interactor.InvokeEvent("LeftButtonPressEvent")
+        interactor.SetEventInformation(to, 100, ctrl, shift)
+        interactor.InvokeEvent("LeftButtonReleaseEvent")
+    assert len(heard) == 4 and p.node is None and not p.tool.busy
+    interactor.SetEventInformation(100, 100, 0, 0)
+    interactor.InvokeEvent("LeftButtonPressEvent")
+    interactor.InvokeEvent("LeftButtonReleaseEvent")
+    assert len(heard) == 4 and p.tool.busy
+    p.settle()
+    for tag in tags:
+        interactor.RemoveObserver(tag)
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def test_the_table_follows_edits_and_leads_to_the_nodule(panel: Any, tmp_path: Path) -> None:
+    import qt
+    import slicer
+
+    p = begun(panel, "left", "right")
+    one, two = p.table()
+    half = truth("left")
+    half[:24] = False
+    paint(p, "Nodule 1", half)
+    p.settle()
+    assert float(p.table()[0][2]) < 0.7 * float(one[2]) and p.table()[1] == two
+
+    p.ui.noduleTable.setCurrentCell(1, 0)
+    p.ui.noduleTable.setCurrentCell(0, 0)
+    center = slicer.app.layoutManager().sliceWidget("Green").mrmlSliceNode().GetSliceToRAS()
+    assert np.allclose([center.GetElement(i, 3) for i in range(3)], p.ras((26, 48, 30)), atol=2)
+    assert p.tool.segment == p.segments()["Nodule 1"]
+
+    p.gui.click(p.ui.copyNodulesButton)
+    lines = qt.QApplication.clipboard().text().splitlines()
+    assert lines[0].split("\t")[:2] == ["Nodule", "Side"] and lines[-1] == "By size only; not a diagnosis."
+    p.gui.dialogs.answer(str(tmp_path / "nodules.csv"))
+    p.gui.click(p.ui.exportNodulesButton)
+    with open(tmp_path / "nodules.csv", encoding="utf-8-sig", newline="") as f:
+        titles, *rows = csv.reader(f)
+    assert titles[-1] == "Note" and [r[0] for r in rows] == ["Nodule 1", "Nodule 2"] and rows[0][-1] == "By size only; not a diagnosis."
+    from UNetSegmentationLib.mrml import find_rows
+
+    node = find_rows(p.node)
+    assert [node.GetCellText(i, 0) for i in range(node.GetNumberOfRows())] == ["Nodule 1", "Nodule 2"]
+
+    p.node.GetSegmentation().RemoveSegment(p.segments()["Nodule 1"])
+    p.settle()
+    assert [row[0] for row in p.table()] == ["Nodule 2"] and node.GetNumberOfRows() == 1 and not p.tool.segment
+
+
+def test_follow_up(panel: Any) -> None:
+    import slicer
+    from mrml_scenes import add_segment
+
+    p = begun(panel, "left")
+    earlier = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Last year")
+    earlier.SetReferenceImageGeometryParameterFromVolumeNode(p.settings.volume)
+    small = p.mask("Nodule 1").copy()
+    small[small.nonzero()[0].max() - 3 :] = 0
+    add_segment(earlier, "L1", small, p.settings.volume)
+    add_segment(earlier, "Gone", truth("right").astype(np.uint8), p.settings.volume)
+    p.settings.earlier = earlier
+    p.settle()
+    now, then = np.count_nonzero(p.mask("Nodule 1")), np.count_nonzero(small)
+    assert p.table()[0][-4:] == ["L1", f"{100 * (now / then - 1):+.0f}", "days?", "growth"]
+    assert p.ui.goneLabel.text == "Not matched in this study: Gone."
+    p.ui.daysSpinBox.value = 90
+    p.settle()
+    assert p.settings.days == 90
+    assert p.table()[0][-2] == f"{90 * np.log(2) / np.log(now / then):.0f}"
+    assert "BTS 2015" in p.ui.noduleTable.item(0, 0).toolTip()
+    p.settings.earlier = None
+    p.settle()
+    assert len(p.table()[0]) == 10
+
+
+# ------------------------------------------------------------------------------------------------------- in between
+
+
+@POSIX
+@pytest.mark.parametrize("what", ["scene", "volume", "other volume", "module", "segment", "segmentation", "voxels"])
+def test_what_happens_while_a_click_runs_breaks_nothing(panel: Any, what: str) -> None:
+    import slicer
+
+    p = begun(panel, "left")
+    gui, volume = p.gui, p.settings.volume
+    with p.unanswered():
+        p.click((24, 48, 33), wait=False)
+        gui.wait(lambda: p.tool._controller.busy, RUN_S)
+        if what == "scene":
+            gui.close_scene()
+        elif what == "volume":
+            slicer.mrmlScene.RemoveNode(volume)
+        elif what == "other volume":
+            p.settings.volume = scan("Another")
+        elif what == "module":
+            p = Hands(gui, gui.reload())
+        elif what == "segment":
+            p.node.GetSegmentation().RemoveSegment(p.segments()["Nodule 1"])
+        elif what == "segmentation":
+            slicer.mrmlScene.RemoveNode(p.node)
+        else:
+            slicer.util.arrayFromVolume(volume)[0, 0, 0] = -900
+            slicer.util.arrayFromVolumeModified(volume)
+        gui.process_events()
+    p.settle()
+    known = slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
+    counts = [n.GetSegmentation().GetNumberOfSegments() for n in known]
+    assert counts == {"scene": [], "segmentation": [], "segment": [0]}.get(what, [1])
+    assert all(p.tag("Nodule 1").count("true") == 1 for _ in range(what in ("module", "voxels")))
+    if what == "voxels":
+        assert "was changed meanwhile" in p.ui.clickMessage.text
+    if what in ("segment", "segmentation", "other volume"):
+        assert "removed meanwhile, so nothing was written" in p.ui.clickMessage.text
+    # And on it goes.
+    if what in ("scene", "volume"):
+        p.settings.volume = scan()
+    gui.process_events()
+    if not p.tool.armed:
+        p.arm()
+    if p.tool.segment:
+        gui.click(p.ui.nextNoduleButton)
+    p.click(BALLS["right"][0])
+    assert dice(p.mask(list(p.segments())[-1]), truth("right")) > 0.8
+
+
+@POSIX
+def test_a_worker_that_dies_is_a_sentence_and_the_next_click_works(panel: Any) -> None:
+    from UNetSegmentationPanel import panelWorker
+
+    p = begun(panel, "left")
+    state = everything(p.node)
+    with p.unanswered():
+        p.click((24, 48, 33), wait=False)
+        p.gui.wait(lambda: p.tool._controller.busy, RUN_S)
+        os.kill(panelWorker().pid, signal.SIGKILL)
+    p.settle()
+    assert "worker was stopped" in p.ui.clickMessage.text and everything(p.node) == state and len(dots(True)) == 1
+    p.click((24, 48, 33))
+    assert p.tag("Nodule 1").count("true") == 2
+
+
+def test_quick_clicks_all_count(panel: Any) -> None:
+    p = begun(panel, "right")
+    for x in (80, 84, 88):
+        p.click((20, 40, x), ctrl=True, wait=False)
+    p.settle()
+    assert p.tag("Nodule 1").count("false") == 3 and len(dots(False)) == 3
+    assert np.array_equal(p.mask("Nodule 1"), by_python(p, prompts_of(p, "Nodule 1")))
+
+
+def test_the_model_that_comes_with_the_module(panel: Any) -> None:
+    p = panel()
+    p.settings.clickModel, p.settings.volume = "", scan()
+    p.gui.process_events()
+    assert p.ui.clickModelCombo.visible and p.tool.model.card.name == "lung-nodule-click"
+    p.arm()
+    p.click(BALLS["left"][0])
+    assert dice(p.mask("Nodule 1"), truth("left")) > 0.7
+    assert p.tag("Nodule 1", "UNetSegmentation.ClickModel").startswith("lung-nodule-click-")
+
+
+def leftovers() -> list[str]:
+    import slicer
+
+    nodes = (slicer.mrmlScene.GetNthNode(i) for i in range(slicer.mrmlScene.GetNumberOfNodes()))
+    kinds = ("vtkMRMLSegmentationNode", "vtkMRMLMarkupsNode", "vtkMRMLTableNode")
+    return [n.GetName() for n in nodes if any(n.IsA(kind) for kind in kinds)]
+
+
+def test_closing_the_panel_leaves_the_segments_alone(panel: Any) -> None:
+    import slicer
+
+    p = begun(panel, "left")
+    node = p.node
+    p.gui.close(p.widget)
+    assert leftovers() == [node.GetName(), f"{node.GetName()} table"]
+    interactor, heard = slicer.app.layoutManager().sliceWidget("Red").sliceView().interactor(), []
+    tag = interactor.AddObserver("LeftButtonPressEvent", lambda c, e: heard.append(e))
+    interactor.InvokeEvent("LeftButtonPressEvent")
+    interactor.RemoveObserver(tag)
+    assert heard
+    assert sys.modules["UNetSegmentationPanel"].clickController().owner is None

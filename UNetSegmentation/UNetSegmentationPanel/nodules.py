@@ -1,0 +1,889 @@
+"""Click a nodule: clicks from the slice views, nodules as segments with their dots, and the table of what they measure.
+
+No widget is known here but the slice views; the scene is written in pieces of a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import qt
+import slicer
+import vtk
+from slicer.i18n import tr as _
+from slicer.util import VTKObservationMixin
+
+from . import clickController
+from .run import sentence
+
+COLORS = ((255, 217, 47), (102, 194, 255), (255, 127, 80), (178, 223, 138), (231, 138, 195), (190, 174, 250), (94, 220, 200))
+# Beyond this neither a nodule nor a mass is measured, but an organ, which would take long.
+LARGEST_VOXELS = 2 << 20
+_SHOWN_ROWS = 8  # of the table without scrolling
+_BUDGET_S = 0.01
+_STILL_PIXELS = 3  # a hand that clicks is not quite still
+_SETTLE_MS = 200  # after the last stroke of a brush
+
+
+class Pieces:
+    """Generators run one after the other, a few milliseconds in each turn of the event loop."""
+
+    def __init__(self, failed: Callable[[str], None], idle: Callable[[], None] = lambda: None) -> None:
+        self._failed, self._idle = failed, idle
+        self._queue: deque[Generator[Any, None, Any]] = deque()
+        self._working = False
+        self._timer = qt.QTimer()
+        self._timer.setInterval(0)
+        self._timer.connect("timeout()", self._tick)
+
+    def add(self, steps: Generator[Any, None, Any]) -> None:
+        self._queue.append(steps)
+        self._timer.start()
+
+    def clear(self) -> None:
+        self._timer.stop()
+        queue, self._queue = self._queue, deque()
+        for steps in list(queue)[int(self._working) :]:
+            steps.close()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._queue)
+
+    def _tick(self) -> None:
+        if self._working or not self._queue:
+            self._timer.stop()
+            return
+        queue, until = self._queue, time.monotonic() + _BUDGET_S
+        self._working, error, ended = True, "", False
+        try:
+            while queue is self._queue and time.monotonic() < until:
+                next(queue[0])
+        except StopIteration:
+            ended = True
+        except Exception as e:
+            ended, error = True, sentence(e)
+        finally:
+            self._working = False
+        if queue is not self._queue:
+            queue[0].close()  # cleared from within
+        elif ended:
+            queue.popleft()
+        if error:
+            self._failed(error)
+        if ended and not self._queue:
+            self._idle()
+
+
+# ---------------------------------------------------------------------------------------------------------------- views
+
+
+class ViewClicks:
+    """Clicks of the left button into slice views: clicked(ras, positive). With Ctrl they are negative. Shift, the other buttons
+    and the wheel stay Slicer's; so do all clicks while something else is being placed.
+
+    Slicer's own place mode knows no click with a modifier, so the views' interactors are listened to, before Slicer does.
+    """
+
+    def __init__(self, clicked: Callable[[Sequence[float], bool], None]) -> None:
+        self._clicked = clicked
+        self._observed: list[tuple[Any, Any, list[int]]] = []
+        self._pressed: tuple[int, int] | None = None
+        self._layouts: Any = None
+
+    @property
+    def on(self) -> bool:
+        return self._layouts is not None
+
+    def start(self) -> None:
+        manager = slicer.app.layoutManager()
+        if self.on or manager is None:
+            return
+        self._layouts = manager
+        manager.connect("layoutChanged(int)", self._again)
+        self._observe()
+
+    def stop(self) -> None:
+        if self.on:
+            self._layouts.disconnect("layoutChanged(int)", self._again)
+            self._layouts = None
+            self._leave()
+
+    def _again(self, *_unused: Any) -> None:
+        self._leave()
+        self._observe()
+
+    def _observe(self) -> None:
+        commands = vtk.vtkCommand
+        for name in self._layouts.sliceViewNames():
+            widget = self._layouts.sliceWidget(name)
+            view = widget.sliceView()
+            interactor, node, tags = view.interactor(), widget.mrmlSliceNode(), []
+
+            def heard(caller: Any, event: str, node: Any = node, tags: list[int] = tags) -> None:
+                self._heard(caller, event, node, tags)
+
+            for event in (commands.LeftButtonPressEvent, commands.LeftButtonReleaseEvent, commands.LeftButtonDoubleClickEvent):
+                tags.append(interactor.AddObserver(event, heard, 10.0))
+            view.setViewCursor(qt.QCursor(qt.Qt.CrossCursor))
+            self._observed.append((interactor, view, tags))
+
+    def _leave(self) -> None:
+        for interactor, view, tags in self._observed:
+            for tag in tags:
+                interactor.RemoveObserver(tag)
+            view.unsetViewCursor()
+        self._observed = []
+
+    def _heard(self, interactor: Any, event: str, node: Any, tags: list[int]) -> None:
+        mode = slicer.mrmlScene.GetNodeByID("vtkMRMLInteractionNodeSingleton")
+        placing = mode is not None and mode.GetCurrentInteractionMode() == mode.Place
+        if placing or interactor.GetShiftKey() or interactor.GetAltKey():
+            self._pressed = None
+            return
+        negative, at = bool(interactor.GetControlKey()), interactor.GetEventPosition()
+        if not negative:  # a drag with Ctrl is Slicer's, and what is aborted here nobody else hears
+            for tag in tags:
+                interactor.GetCommand(tag).SetAbortFlag(1)
+        if event == "LeftButtonPressEvent":
+            self._pressed = at
+        elif event == "LeftButtonReleaseEvent":
+            pressed, self._pressed = self._pressed, None
+            if pressed is not None and max(abs(a - b) for a, b in zip(pressed, at)) <= _STILL_PIXELS:
+                ras = node.GetXYToRAS().MultiplyPoint([float(at[0]), float(at[1]), 0.0, 1.0])
+                self._clicked(ras[:3], not negative)
+
+
+# -------------------------------------------------------------------------------------------------------------- nodules
+
+
+@dataclass(eq=False)
+class _Lesion:
+    """A nodule that is clicked at. segment: its ID, None before the first answer. label: the labelmap as it was written."""
+
+    volume: Any
+    node: Any
+    segment: str | None
+    model: Any
+    key: str
+    label: Any = None
+
+    def part(self) -> Any:
+        return self.node.GetSegmentation().GetSegment(self.segment) if self.there else None
+
+    @property
+    def there(self) -> bool:
+        node = self.node
+        if node is None or not self.segment or node.GetScene() is None:
+            return False
+        # While it is removed a node still knows its scene.
+        return node.GetScene().GetNodeByID(node.GetID()) is node and node.GetSegmentation().GetSegment(self.segment) is not None
+
+
+@dataclass
+class _Step:
+    undo: Any
+    lesion: _Lesion
+    prompts: list[Any]  # before it
+
+
+class NoduleTool(VTKObservationMixin):
+    """Nodules of one volume, clicked into one segmentation. changed() is called when something to be seen has changed.
+
+    text: a sentence for the person, or "". segmentation: None before the first nodule. kept(segmentation) is called when one
+    was made. A mask that a person corrects meanwhile is what the next click goes on from.
+    """
+
+    def __init__(self, changed: Callable[[], None], kept: Callable[[Any], None]) -> None:
+        super().__init__()
+        self._changed, self._kept = changed, kept
+        self.volume: Any = None
+        self.segmentation: Any = None
+        self.model: Any = None  # of models.Model
+        self.options: dict[str, str] = {}
+        self.negative = False
+        self.text = ""
+        self.measured: dict[str, dict[str, Any]] = {}  # digest of a mask: what the worker measured of it
+        self._lesion: _Lesion | None = None
+        self._steps: list[_Step] = []
+        self._unrecorded = False
+        self._keys = itertools.count(1)
+        self._pieces = Pieces(self._say, changed)
+        self._views = ViewClicks(self.click)
+        self._controller: Any = None
+
+    # ---------------------------------------------------------------------------------------------------------- outside
+
+    def use(self, volume: Any, segmentation: Any, model: Any, options: dict[str, str]) -> None:
+        """What is chosen. Another volume, segmentation or model ends the nodule that was clicked at."""
+        if (volume, segmentation, model, options) == (self.volume, self.segmentation, self.model, self.options):
+            return
+        other = volume is not self.volume or model != self.model or options != self.options
+        moved = segmentation is not self.segmentation
+        self.volume, self.segmentation, self.model, self.options = volume, segmentation, model, options
+        if other or (moved and (self._lesion is None or self._lesion.node is not segmentation)):
+            lost = self.busy and self._lesion is not None
+            self._pieces.clear()
+            self.next()
+            if lost:
+                self._say(_("The volume, the segmentation or the model was changed or removed meanwhile, so nothing was written."))
+        if volume is None or model is None:
+            self.disarm()
+        self.showDots()
+
+    @property
+    def armed(self) -> bool:
+        return self._views.on
+
+    @property
+    def busy(self) -> bool:
+        return self._pieces.busy or (self._mine and self._controller.busy)
+
+    @property
+    def segment(self) -> str:
+        """The ID of the nodule that the next click refines; "" where it makes a new one."""
+        return self._lesion.segment or "" if self._lesion is not None and self._lesion.there else ""
+
+    def arm(self) -> None:
+        """The next clicks in the slice views are prompts."""
+        if self.volume is None or self.model is None:
+            return
+        interaction = slicer.mrmlScene.GetNodeByID("vtkMRMLInteractionNodeSingleton")
+        if interaction is not None:
+            interaction.SwitchToViewTransformMode()
+        self._views.start()
+        self._begin().warm()
+        self._say("")
+
+    def disarm(self) -> None:
+        self._views.stop()
+        self._changed()
+
+    def click(self, ras: Sequence[float], positive: bool = True) -> None:
+        """A prompt at a point of the world, RAS mm; negative() turns it round."""
+        positive = positive and not self.negative
+        self._pieces.add(self._promptSteps(lambda c: c.addPoint(ras, positive), positive))
+
+    def box(self, roi: Any) -> None:
+        """The box of a markups ROI as a prompt."""
+        self._pieces.add(self._promptSteps(lambda c: c.addRoi(roi), True))
+
+    def next(self) -> None:
+        """The next click is on another nodule."""
+        self._lesion = None
+        if self._mine:
+            self._controller.end()
+        self.negative = False
+        self._say("")
+
+    def select(self, segmentId: str) -> None:
+        """The next click refines this nodule, from the prompts that are stored with it. Not while an answer is awaited."""
+        if segmentId == self.segment or self.busy or None in (self.segmentation, self.volume, self.model):
+            return
+        lesion = _Lesion(self.volume, self.segmentation, segmentId, self.model, self._key())
+        if not lesion.there:
+            return
+        from UNetSegmentationLib import mrml
+
+        self._resume(lesion, mrml.prompts_from_text(mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG), self.volume))
+        if self.armed:
+            self._controller.warm()
+        self._say("")
+
+    @property
+    def canUndo(self) -> bool:
+        self._steps = [s for s in self._steps if s.undo.can_undo]
+        return bool(self._steps) or bool(self._mine and self._controller.prompts)
+
+    def undo(self) -> None:
+        """Take the last prompt back; the segment is exactly as it was before it."""
+        if not self.canUndo or self._pieces.busy:
+            return
+        if self._mine and self._controller.busy:
+            self._controller.cancel()
+        elif self._steps:
+            step = self._steps.pop()
+            lesion = step.lesion
+            ours = self.segmentation is lesion.node
+            step.undo.undo()
+            lesion.label = None
+            if not lesion.there:
+                lesion.segment = None
+            if lesion.node.GetScene() is None:
+                lesion.node = None
+                if ours:  # the selector would go on to another segmentation, which nobody chose
+                    self._keep(None)
+            self._resume(lesion, step.prompts)
+        else:
+            self._unrecorded = True
+            self._controller.undo()
+        self._say("")
+
+    def close(self) -> None:
+        """Nothing of it is left but the segments."""
+        self._views.stop()
+        self._pieces.clear()
+        self._lesion, self._steps = None, []
+        self.removeObservers()
+        if self._controller is not None:
+            self._controller.removeListener(self)
+            self._controller = None
+        if self.volume is not None or self.segmentation is not None:
+            from UNetSegmentationLib import mrml
+
+            mrml.remove_dots(slicer.mrmlScene)
+
+    def forgetScene(self) -> None:
+        """The scene is closed."""
+        self._pieces.clear()
+        self._views.stop()
+        self._steps, self._lesion = [], None
+        self.volume = self.segmentation = None
+        if self._mine:
+            self._controller.end()
+        self._say("")
+
+    # ------------------------------------------------------------------------------------------------------ controller's
+
+    def onAnswer(self, answer: Any) -> None:
+        lesion, prompts = self._lesion, list(self._controller.answered)
+        if lesion is not None:
+            self._pieces.add(self._writeSteps(lesion, answer, prompts))
+
+    def onError(self, text: str) -> None:
+        self._unrecorded = False
+        self._say(text)
+
+    def onChanged(self) -> None:
+        if self._lesion is not None and not self._mine:
+            self._lesion = None  # the volume is gone, or another one clicks now
+        self.showDots()
+        self._changed()
+
+    # --------------------------------------------------------------------------------------------------------- machinery
+
+    @property
+    def _mine(self) -> bool:
+        return self._controller is not None and self._controller.owner is self
+
+    def _say(self, text: str) -> None:
+        self.text = text
+        self._changed()
+
+    def _key(self) -> str:
+        return f"panel-{id(self)}-{next(self._keys)}"
+
+    def _keep(self, node: Any) -> None:
+        self.segmentation = node
+        self._kept(node)
+
+    def _begin(self) -> Any:
+        """The controller, at the lesion, or at a new one."""
+        if self._lesion is None or not self._mine:
+            lesion = self._lesion or _Lesion(self.volume, self.segmentation, None, self.model, self._key())
+            self._resume(lesion, [])
+        return self._controller
+
+    def _resume(self, lesion: _Lesion, prompts: Sequence[Any]) -> None:
+        from UNetSegmentationLib import Options
+
+        if self._controller is None:
+            self._controller = clickController()
+            self._controller.addListener(self)
+        self._lesion = lesion
+        self._controller.begin(lesion.volume, lesion.model.path, lesion.key, prompts, self, Options(**self.options))
+
+    def _promptSteps(self, prompt: Callable[[Any], None], positive: bool) -> Generator[Any, None, None]:
+        from UNetSegmentationLib import mrml
+
+        if self.volume is None or self.model is None:
+            return
+        lesion = self._lesion
+        if lesion is not None and lesion.segment and not lesion.there:
+            self.next()  # a person removed it: this click is on another one
+            lesion = None
+        controller = self._begin()
+        lesion = self._lesion
+        if not positive and not controller.prompts and not lesion.there:
+            self._say(_("Click on the nodule first, then on what is not part of it."))
+            return
+        if lesion.there and not controller.busy and not self._isAsWritten(lesion):
+            mask, start = yield from mrml.segment_part_steps(lesion.node, lesion.segment, lesion.volume)
+            if mrml.mask_digest(mask, start) != mrml.segment_tag(lesion.part(), mrml.DIGEST_TAG):
+                controller.setMask(mask, start)
+        if controller is self._controller and self._mine:
+            self.text = ""
+            prompt(controller)
+
+    @staticmethod
+    def _isAsWritten(lesion: _Lesion) -> bool:
+        from UNetSegmentationLib import mrml
+
+        return lesion.label is not None and lesion.label == mrml.label_of(lesion.part())
+
+    def _writeSteps(self, lesion: _Lesion, answer: Any, prompts: list[Any]) -> Generator[Any, None, None]:
+        from UNetSegmentationLib import mrml
+
+        unrecorded, self._unrecorded = self._unrecorded, False
+        if lesion.segment and not lesion.there:
+            self._say(_("The segment was removed meanwhile, so nothing was written."))
+            return
+        if answer.box.empty:
+            if lesion.there:
+                mrml.remove_segment(lesion.node, lesion.segment)
+            lesion.segment = lesion.label = None
+            self._changed()
+            return
+        scene, label = lesion.volume.GetScene(), lesion.model.card.labels[0]
+        before = [] if not lesion.there else mrml.prompts_from_text(mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG), lesion.volume)
+        node = lesion.node if lesion.node is not None and lesion.node.GetScene() is scene else self.segmentation
+        names = [] if node is None else [node.GetSegmentation().GetNthSegment(i).GetName() for i in range(_count(node))]
+        number = 1 + max((int(m[1]) for m in (re.fullmatch(re.escape(_("Nodule")) + r" (\d+)", n) for n in names) if m), default=0)
+        digest = mrml.mask_digest(answer.mask, answer.box.start)
+        tags = {
+            mrml.PROMPTS_TAG: mrml.prompts_text(prompts, lesion.volume),
+            mrml.DIGEST_TAG: digest,
+            mrml.CLICK_MODEL_TAG: lesion.model.name,
+        }
+        if label.terminology_entry():
+            tags[slicer.vtkSegment.GetTerminologyEntryTagName()] = label.terminology_entry()
+        yield
+        undo = mrml.Undo(scene, 1)
+        undo.begin(node)
+        written, segment = yield from mrml.write_clicked_steps(
+            answer.mask,
+            answer.box.start,
+            lesion.volume,
+            node,
+            lesion.segment,
+            name=f"{_('Nodule')} {number}",
+            color=COLORS[(number - 1) % len(COLORS)],
+            tags=tags,
+        )
+        undo.commit([written])
+        lesion.node, lesion.segment = written, segment
+        lesion.label = mrml.label_of(lesion.part())
+        if answer.measures:
+            self.measured[digest] = answer.measures
+        if not unrecorded:
+            self._steps.append(_Step(undo, lesion, before))
+        if written is not self.segmentation:
+            self._keep(written)
+        self.showDots()
+        self._say(answer.text)
+
+    def showDots(self) -> None:
+        """The prompts of all nodules as small dots: of the one at hand those that were just made, of the others the stored ones."""
+        from UNetSegmentationLib import mrml
+
+        if self.volume is None or self.volume.GetScene() is None:
+            mrml.remove_dots(slicer.mrmlScene)
+            return
+        points: dict[bool, list[Any]] = {True: [], False: []}
+        prompts = list(self._controller.prompts) if self._mine else []
+        if self.segmentation is not None and self.segmentation.GetScene() is not None:
+            held = self.segmentation.GetSegmentation()
+            for i in range(held.GetNumberOfSegments()):
+                if held.GetNthSegmentID(i) != self.segment:
+                    prompts += mrml.prompts_from_text(mrml.segment_tag(held.GetNthSegment(i), mrml.PROMPTS_TAG), self.volume)
+        for kind, *values in prompts:
+            if kind == "point":
+                points[values[3]].append((-values[0], -values[1], values[2]))
+        for positive, wanted in points.items():
+            mrml.show_dots(self.volume.GetScene(), positive, wanted)
+
+
+def former(volume: Any) -> Any:
+    """The segmentation that nodules of this volume were clicked into before, or None."""
+    from UNetSegmentationLib import mrml
+
+    return mrml.find_nodules(volume)
+
+
+def _count(node: Any) -> int:
+    return node.GetSegmentation().GetNumberOfSegments()
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+@dataclass
+class Row:
+    """A segment and what describe() says of it; measures None where it is empty or no nodule's size."""
+
+    segment: str
+    name: str
+    measures: dict[str, Any] | None
+    label: Any = field(default=None, repr=False)
+    digest: str = ""
+
+
+class NoduleList(VTKObservationMixin):
+    """What the segments of a segmentation measure, kept up to date while they are edited. changed() follows each change.
+
+    known: digest of a mask: its measures, which need not be made again.
+    """
+
+    def __init__(self, changed: Callable[[], None], known: dict[str, dict[str, Any]]) -> None:
+        super().__init__()
+        self._changed, self._known = changed, known
+        self.node: Any = None
+        self.volume: Any = None
+        self.rows: list[Row] = []
+        self._again = False
+        self._pieces = Pieces(lambda text: logging.info("The nodules were not measured: %s", text))
+        self._timer = qt.QTimer()
+        self._timer.setSingleShot(True)
+        self._timer.setInterval(_SETTLE_MS)
+        self._timer.connect("timeout()", self._measure)
+
+    def use(self, node: Any, volume: Any) -> None:
+        """volume: whose intensities count, unless the segmentation has one of its own."""
+        if node is not None:
+            own = node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole())
+            volume = own if own is not None and own.IsA("vtkMRMLScalarVolumeNode") else volume
+        if node is self.node and volume is self.volume:
+            return
+        self.close()
+        self.node, self.volume = node, volume
+        if node is not None:
+            kinds = slicer.vtkSegmentation
+            for event in (kinds.SegmentAdded, kinds.SegmentRemoved, kinds.SegmentModified, kinds.SourceRepresentationModified):
+                self.addObserver(node, event, self._onSegments)
+            self.addObserver(node, node.TransformModifiedEvent, self._onSegments)
+        self._timer.start(0)
+
+    def close(self) -> None:
+        self._timer.stop()
+        self._pieces.clear()
+        self.removeObservers()
+        self.node, self.volume, self.rows = None, None, []
+
+    def _onSegments(self, caller: Any, event: Any) -> None:
+        self._timer.start(_SETTLE_MS)
+
+    def _measure(self) -> None:
+        self._pieces.clear()
+        self._pieces.add(self._steps())
+
+    def _steps(self) -> Generator[Any, None, None]:
+        from UNetSegmentationLib import mrml, nodule
+
+        node, volume = self.node, self.volume
+        rows, former = [], {row.segment: row for row in self.rows}
+        usable = node is not None and volume is not None and volume.GetImageData() is not None
+        if usable and (node.GetScene() is None or volume.GetScene() is None):
+            usable = False
+        held = node.GetSegmentation() if usable else None
+        image = mrml.image_from_volume(volume) if usable else None
+        for segment in [held.GetNthSegmentID(i) for i in range(held.GetNumberOfSegments())] if usable else ():
+            part = held.GetSegment(segment)
+            if part is None:
+                continue
+            label, row = mrml.label_of(part), former.get(segment)
+            place = (image.spacing, image.origin, image.direction)
+            if row is not None and row.label == (label, place):
+                rows.append(Row(segment, part.GetName(), row.measures, row.label, row.digest))
+                continue
+            mask, start = yield from mrml.segment_part_steps(node, segment, volume)
+            digest = mrml.mask_digest(mask, start)
+            measures = row.measures if row is not None and row.digest == digest and row.label[1] == place else self._known.get(digest)
+            if measures is None and 0 < mask.size <= LARGEST_VOXELS:
+                measures = nodule.describe(image, mask, start)
+            rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, place), digest))
+            yield
+        self.rows = rows
+        self._changed()
+
+
+def growth(before: Sequence[Row], after: Sequence[Row], days: int) -> tuple[dict[str, list[str]], dict[str, str], list[Row]]:
+    """Segment ID of the later study: the cells of growthColumns(), and a sentence; and the earlier nodules without a successor."""
+    from UNetSegmentationLib import nodule
+
+    old, new = [[r for r in rows if r.measures and r.measures["voxels"]] for rows in (before, after)]
+    cells = {r.segment: ["-", "-", "-", _("new")] for r in new}
+    texts, gone = {}, []
+    for i, j in nodule.match([r.measures for r in old], [r.measures for r in new]):
+        if i is not None and j is None:
+            gone.append(old[i])
+        elif i is not None and j is not None:
+            found = nodule.follow_up(old[i].measures, new[j].measures, days or 1)  # the change itself needs no days
+            time = "-" if found["doubling_days"] is None else f"{found['doubling_days']:.0f}" if days else _("days?")
+            name = {"growth": _("growth"), "stable": _("stable"), "smaller": _("smaller")}[found["growth"]]
+            cells[new[j].segment] = [old[i].name, f"{found['volume_change_percent']:+.0f}", time, name]
+            texts[new[j].segment] = found["text"] if days else ""
+    return cells, texts, gone
+
+
+def growthColumns() -> list[str]:
+    return [_("Earlier"), _("Volume change (%)"), _("Doubling time (days)"), _("Growth")]
+
+
+# -------------------------------------------------------------------------------------------------------------- section
+
+
+class NoduleSection(VTKObservationMixin):
+    """The panel's section. keep(name, value) puts a choice into the scene's settings."""
+
+    KEY = "Ctrl+Shift+K"  # no key of Slicer's
+
+    def __init__(self, ui: Any, root: Any, keep: Callable[[str, Any], None]) -> None:
+        super().__init__()
+        self.ui, self._keep = ui, keep
+        self.models: list[Any] = []
+        self._days = 0
+        self._shown: tuple[list[str], list[list[str]]] = ([], [])
+        self._updating = False
+        self._roi: Any = None  # that is being drawn
+        self.tool = NoduleTool(self._updateTool, lambda node: keep("nodules", node))
+        self.now = NoduleList(self._updateTable, self.tool.measured)
+        self.earlier = NoduleList(self._updateTable, {})
+        ui.clickButton.connect("clicked(bool)", self._onArm)
+        ui.negativeButton.connect("toggled(bool)", self._onNegative)
+        ui.nextNoduleButton.connect("clicked(bool)", lambda *_: self.tool.next())
+        ui.clickBoxButton.connect("clicked(bool)", lambda *_: self._onBox())
+        ui.undoClickButton.connect("clicked(bool)", lambda *_: self.tool.undo())
+        ui.clickModelCombo.connect("currentIndexChanged(int)", self._onModel)
+        ui.noduleTable.connect("itemSelectionChanged()", self._onRow)
+        ui.noduleTable.connect("cellClicked(int,int)", lambda *_: self._onRow())
+        ui.copyNodulesButton.connect("clicked(bool)", lambda *_: self._onCopy())
+        ui.exportNodulesButton.connect("clicked(bool)", lambda *_: self._onExport())
+        ui.daysSpinBox.connect("valueChanged(int)", lambda days: None if self._updating else keep("days", int(days)))
+        # Seen wherever the mouse is, as long as the panel is shown.
+        self._shortcut = qt.QShortcut(qt.QKeySequence(self.KEY), root)
+        self._shortcut.setContext(qt.Qt.ApplicationShortcut)
+        self._shortcut.connect("activated()", lambda: self._onArm(not self.tool.armed))
+
+    def read(self) -> None:
+        """Look again which models there are."""
+        from .models import installedModels
+
+        self.models = [m for m in installedModels("click") if m.card is not None]
+
+    def show(self, settings: Any) -> None:
+        """Let the section show the scene's settings."""
+        from .models import resolve
+
+        ui, self._updating = self.ui, True
+        try:
+            # The newest of each name, the bundled one first.
+            found, _missing = resolve([settings.clickModel], self.models) if settings.clickModel else ([], [])
+            model = found[0] if found else self.models[0] if self.models else None
+            names = [m.name for m in self.models]
+            combo = ui.clickModelCombo
+            if names != [combo.itemData(i) for i in range(combo.count)]:
+                combo.clear()
+                for m in self.models:
+                    combo.addItem(m.card.data.get("title") or m.card.name, m.name)
+            combo.currentIndex = names.index(model.name) if model is not None else -1
+            ui.clickModelLabel.visible = combo.visible = len(names) > 1
+            ui.daysSpinBox.value = self._days = settings.days
+        finally:
+            self._updating = False
+        self.tool.use(settings.volume, settings.nodules, model, {"engine": settings.engine, "device": settings.device})
+        self.now.use(settings.nodules, settings.volume)
+        self.earlier.use(settings.earlier if settings.earlier is not settings.nodules else None, None)
+        self._updateTool()
+        self._updateTable()
+
+    def leave(self) -> None:
+        """Another module is opened: clicks are Slicer's again."""
+        self.tool.disarm()
+        self._endBox()
+
+    def closeScene(self) -> None:
+        self._endBox()
+        self.tool.forgetScene()
+        for each in (self.now, self.earlier):
+            each.close()
+
+    def close(self) -> None:
+        self._endBox()
+        for each in (self.tool, self.now, self.earlier):
+            each.close()
+
+    # ------------------------------------------------------------------------------------------------ what a person does
+
+    def _onArm(self, on: bool) -> None:
+        if on:
+            self.tool.arm()
+        else:
+            self.tool.disarm()
+
+    def _onNegative(self, on: bool) -> None:
+        self.tool.negative = bool(on)
+        self._updateTool()
+
+    def _onModel(self, index: int) -> None:
+        if not self._updating and index >= 0:
+            self._keep("clickModel", self.ui.clickModelCombo.itemData(index))
+
+    def _onBox(self) -> None:
+        from . import inputs
+
+        self._endBox()
+        if not self.tool.armed:
+            self.tool.arm()
+        self._roi = inputs.startPlacing(inputs.ROI, _("Nodule box"))
+        interaction = slicer.mrmlScene.GetNodeByID("vtkMRMLInteractionNodeSingleton")
+        if interaction is not None:
+            self.addObserver(interaction, interaction.InteractionModeChangedEvent, self._onMode)
+
+    def _onMode(self, interaction: Any, event: Any) -> None:
+        if interaction.GetCurrentInteractionMode() != interaction.Place:
+            qt.QTimer.singleShot(0, self._drawn)  # the second corner is set after the mode
+
+    def _drawn(self) -> None:
+        from . import inputs
+
+        roi = self._roi
+        if roi is not None and roi.GetScene() is not None and not inputs.regionProblem(roi):
+            self.tool.box(roi)
+        self._endBox()
+
+    def _endBox(self) -> None:
+        """The prompt has the box now."""
+        self.removeObservers()
+        roi, self._roi = self._roi, None
+        if roi is not None and roi.GetScene() is not None:
+            qt.QTimer.singleShot(_SETTLE_MS, lambda: roi.GetScene() is not None and roi.GetScene().RemoveNode(roi))
+
+    def _onRow(self) -> None:
+        """Centre the views on the chosen nodule; the next click refines it."""
+        from UNetSegmentationLib import mrml
+
+        chosen = {item.row() for item in self.ui.noduleTable.selectedItems()}
+        if self._updating or len(chosen) != 1 or not max(chosen) < len(self.now.rows):
+            return
+        row = self.now.rows[chosen.pop()]
+        if row.measures and row.measures["voxels"]:
+            mrml.jump_slices(slicer.mrmlScene, row.measures["center"])
+        self.tool.select(row.segment)
+
+    def _onCopy(self) -> None:
+        from .results import rowsText
+
+        columns, rows = self._shown
+        qt.QApplication.clipboard().setText(rowsText([columns, *rows, [self.ui.noduleNote.text]], "\t"))
+        slicer.util.showStatusMessage(_("The table is in the clipboard."), 3000)
+
+    def _onExport(self) -> None:
+        from UNetSegmentationLib import nodule
+
+        from .results import cell, saveText
+
+        columns, rows = self._shown
+        if self.now.node is not None:
+            text = nodule.csv_text([[cell(text) for text in row] for row in rows], columns)
+            saveText(_("Save the nodules"), f"{self.now.node.GetName()}.csv", text)
+
+    # ------------------------------------------------------------------------------------------------- what is to be seen
+
+    def _updateTool(self) -> None:
+        ui, tool = self.ui, self.tool
+        ready = tool.volume is not None and tool.model is not None
+        ui.clickButton.enabled = ready
+        ui.clickButton.checked = tool.armed
+        ui.negativeButton.enabled = ui.clickBoxButton.enabled = ready
+        ui.nextNoduleButton.enabled = ready and bool(tool.segment) and not tool.busy
+        ui.negativeButton.checked = tool.negative
+        ui.undoClickButton.enabled = tool.canUndo
+        text = tool.text
+        if not text and tool.busy:
+            text = _("Looking …")
+        elif not text and not ready:
+            text = _("Choose a volume.") if tool.volume is None else _("There is no model for clicks; import one.")
+        elif not text and tool.armed:
+            text = _("Click on the nodule in a slice view.")
+            if tool.segment:
+                name = tool.segmentation.GetSegmentation().GetSegment(tool.segment).GetName()
+                text = _("{name}: click on what is missing, Ctrl+click on what is too much, or press Next nodule.").format(name=name)
+        if ui.clickMessage.text != text:
+            ui.clickMessage.text = text
+        ui.clickMessage.visible = bool(text)
+        self._mark()
+
+    def _mark(self) -> None:
+        """Select the row of the nodule at hand."""
+        table, segment = self.ui.noduleTable, self.tool.segment
+        at = next((i for i, row in enumerate(self.now.rows) if row.segment == segment), -1)
+        if table.rowCount == len(self.now.rows) and {item.row() for item in table.selectedItems()} != ({at} if at >= 0 else set()):
+            self._updating, before = True, self._updating
+            if at < 0:
+                table.clearSelection()
+            else:
+                table.selectRow(at)
+            self._updating = before
+
+    def _updateTable(self) -> None:
+        from UNetSegmentationLib import mrml, nodule
+
+        ui, rows = self.ui, self.now.rows
+        columns, gone = [_("Nodule"), *nodule.COLUMNS], []
+        texts = [[row.name, *(nodule.row(row.measures) if row.measures else ["-"] * len(nodule.COLUMNS))] for row in rows]
+        tips: dict[str, str] = {}
+        if self.earlier.node is not None and rows:
+            grown, tips, gone = growth(self.earlier.rows, rows, self._days)
+            columns += growthColumns()
+            for text, row in zip(texts, rows):
+                text += grown.get(row.segment, ["-"] * 4)
+        shown = bool(rows)
+        ui.noduleTable.visible = ui.noduleTools.visible = ui.followUpWidget.visible = shown
+        ui.goneLabel.text = _("Not matched in this study: {names}.").format(names=", ".join(r.name for r in gone))
+        ui.goneLabel.visible = bool(gone)
+        if (columns, texts) != self._shown:
+            self._shown = columns, texts
+            self._fill(columns, texts, [tips.get(row.segment, "") for row in rows])
+            node = self.now.node
+            if node is not None and node.GetScene() is not None:
+                held = node.GetSegmentation()
+                clicked = any(mrml.segment_tag(held.GetNthSegment(i), mrml.PROMPTS_TAG) for i in range(_count(node)))
+                if clicked or mrml.find_rows(node) is not None:
+                    mrml.write_rows(columns, texts, node)
+        self._mark()
+
+    def _fill(self, columns: Sequence[str], rows: Sequence[Sequence[str]], tips: Sequence[str]) -> None:
+        table, self._updating, before = self.ui.noduleTable, True, self._updating
+        table.clearSelection()  # of rows that had fewer columns
+        table.setColumnCount(len(columns))
+        table.setRowCount(len(rows))
+        # A docked panel is narrow: the unit stands under the name.
+        table.setHorizontalHeaderLabels([title.replace(" (", "\n(") for title in columns])
+        table.horizontalHeader().setHighlightSections(False)
+        table.verticalHeader().hide()
+        table.verticalHeader().setDefaultSectionSize(table.fontMetrics().height() + 6)
+        for j, title in enumerate(columns):
+            table.horizontalHeaderItem(j).setToolTip(_headerTip(title))
+        for i, row in enumerate(rows):
+            for j, text in enumerate(row):
+                item = qt.QTableWidgetItem(text)
+                number = text != "-" and re.search(r"\(|HU", columns[j])
+                item.setTextAlignment(
+                    int(qt.Qt.AlignVCenter) | int(qt.Qt.AlignRight if number else qt.Qt.AlignLeft if j == 0 else qt.Qt.AlignHCenter)
+                )
+                item.setToolTip(tips[i] or f"{columns[j]}: {text}")
+                table.setItem(i, j, item)
+        table.resizeColumnsToContents()
+        shown = min(len(rows), _SHOWN_ROWS) * table.verticalHeader().defaultSectionSize
+        extra = table.horizontalHeader().sizeHint.height() + table.horizontalScrollBar().sizeHint.height() + 2 * table.frameWidth
+        table.minimumHeight = table.maximumHeight = shown + extra
+        self._updating = before
+
+
+def _headerTip(title: str) -> str:
+    """What is meant by a column; the guidelines are named in UNetSegmentationLib.nodule."""
+    known = {
+        "Side": _("By position against the body's midline."),
+        "Mean (mm)": _("Mean of the longest and the perpendicular diameter of the axial section (Fleischner, Lung-RADS)."),
+        "Solid part (mm)": _("Mean diameter of the solid part of a part-solid nodule."),
+        _("Growth"): _("A change of volume of 25 % or more (BTS 2015)."),
+        "Size class": _("Lung-RADS v2022 by size and texture only; not a diagnosis."),
+    }
+    return known.get(title, title)
