@@ -193,7 +193,7 @@ def test_rows_are_a_table_of_texts(scene: Any) -> None:
     node = volume()
     out, _ = complete(write_clicked_steps(MASK, START, node))
     table = mrml.write_rows(["Nodule", "Mean (mm)"], [["Nodule 1", "5.4"], ["Nodule 2", "-"]], out)
-    assert mrml.write_rows(["Nodule"], [["Nodule 2"]], out) is table and mrml.find_rows(out) is table
+    assert mrml.write_rows(["Nodule"], [["Nodule 2"]], out) is table and mrml.find_table(out, mrml.NODULES_ROLE) is table
     assert table.GetNumberOfRows() == 1 and table.GetCellText(0, 0) == "Nodule 2"
     assert mrml.find_table(out) is None  # that of the measures of an automatic run is another one
 

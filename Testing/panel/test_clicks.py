@@ -479,9 +479,9 @@ def test_the_table_follows_edits_and_leads_to_the_nodule(panel: Any, tmp_path: P
     with open(tmp_path / "nodules.csv", encoding="utf-8-sig", newline="") as f:
         titles, *rows = csv.reader(f)
     assert titles[-1] == "Note" and [r[0] for r in rows] == ["Nodule 1", "Nodule 2"] and rows[0][-1] == "By size only; not a diagnosis."
-    from UNetSegmentationLib.mrml import find_rows
+    from UNetSegmentationLib.mrml import NODULES_ROLE, find_table
 
-    node = find_rows(p.node)
+    node = find_table(p.node, NODULES_ROLE)
     assert [node.GetCellText(i, 0) for i in range(node.GetNumberOfRows())] == ["Nodule 1", "Nodule 2"]
 
     p.node.GetSegmentation().RemoveSegment(p.segments()["Nodule 1"])

@@ -87,7 +87,7 @@ def unetseg(monkeypatch, capfd):
 def subprocess_run(*arguments, **environment):
     env = {**os.environ, "PYTHONPATH": str(ROOT / "UNetSegmentation"), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "UNetSegmentationLib", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=env, timeout=120)
 
 
 def one_sentence(result, sentence):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from UNetSegmentationLib.image import Box, Image, UserError
 from UNetSegmentationLib.inference.click import CLICK_SIGMA, ZOOMS, ClickSession, prompt_channels
-from UNetSegmentationLib.inference.predict import Cancelled, predict
+from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
 from UNetSegmentationLib.measure import dice
 
 OBLIQUE = tuple(float(v) for v in np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))[0].ravel())
@@ -177,6 +177,29 @@ def test_what_turns_out_small_from_far_away_is_looked_at_again_from_near(click_p
     answer = s.add_point(at(s, 60, 80, 80))
     assert answer.zoom == 1 and np.array_equal(s.mask, lesion)
     assert len(engine.batches) == 2
+
+
+def test_flipped_copies_are_averaged_where_the_card_asks_for_it(click_package):
+    array = ball((30, 60, 60), (15, 20, 20), 5, (1, 1, 1))
+
+    def lopsided(batch):  # sees half of what is there, on the side of the low columns
+        half = batch[:, 0].copy()
+        half[..., batch.shape[-1] // 2 :] *= 0.8
+        return half
+
+    for tta, copies in (("none", 1), ("flips", 2), ("flips", 4)):
+        engine = Recording(lopsided)
+        package = click_package(flip_axes=["x", "y"][: copies // 2], tta=tta)
+        s = ClickSession(Image(array, (1, 1, 1), (0, 0, 0)), package, engine)
+        s.add_point(at(s, 15, 20, 20))
+        assert np.array_equal(s.mask, array)
+        (batch,) = engine.batches
+        assert len(batch) == copies
+        assert copies == 1 or any(np.array_equal(np.flip(batch[0], -1), other) for other in batch[1:])
+    plain = Recording()
+    s = ClickSession(s.image, package, plain, Options(tta="none"))
+    s.add_point(at(s, 15, 20, 20))
+    assert len(plain.batches[0]) == 1
 
 
 def test_undo_goes_back_step_by_step_and_stops_at_the_beginning(session):

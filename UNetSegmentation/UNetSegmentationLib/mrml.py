@@ -1495,12 +1495,26 @@ class SequenceOutput:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def find_table(segmentation_node: Any) -> Any:
-    """The table that write_measures() made for this segmentation, or None."""
+def find_table(segmentation_node: Any, role: str = SEGMENTATION_ROLE) -> Any:
+    """The table that write_measures() (or, with NODULES_ROLE, write_rows()) made for this segmentation, or None."""
     for node in _nodes(segmentation_node.GetScene(), "vtkMRMLTableNode"):
-        if node.GetNodeReference(SEGMENTATION_ROLE) is segmentation_node:
+        if node.GetNodeReference(role) is segmentation_node:
             return node
     return None
+
+
+def _show_table(table: Any, node: Any, segmentation_node: Any, role: str, name: str) -> Any:
+    """Let `node`, else the segmentation's own table node, which is made on first use, show a vtkTable."""
+    if node is None:
+        node = find_table(segmentation_node, role)
+    if node is None:
+        scene = segmentation_node.GetScene()
+        node = scene.AddNewNodeByClass("vtkMRMLTableNode", scene.GenerateUniqueName(f"{segmentation_node.GetName()} {name}"))
+        _place_beside(node, segmentation_node)
+    node.SetNodeReferenceID(role, segmentation_node.GetID())
+    _title_columns(node)
+    node.SetAndObserveTable(table)
+    return node
 
 
 def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any, table_node: Any = None) -> Any:
@@ -1531,24 +1545,7 @@ def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any, t
             value = float("nan") if row[key] is None else row[key]
             column.InsertNextValue(value if digits is None else round(value, digits))
         table.AddColumn(column)
-    if table_node is None:
-        table_node = find_table(segmentation_node)
-    if table_node is None:
-        scene, name = segmentation_node.GetScene(), f"{segmentation_node.GetName()} measures"
-        table_node = scene.AddNewNodeByClass("vtkMRMLTableNode", scene.GenerateUniqueName(name))
-        _place_beside(table_node, segmentation_node)
-    table_node.SetNodeReferenceID(SEGMENTATION_ROLE, segmentation_node.GetID())
-    _title_columns(table_node)
-    table_node.SetAndObserveTable(table)
-    return table_node
-
-
-def find_rows(segmentation_node: Any) -> Any:
-    """The table that write_rows() made for this segmentation, or None."""
-    for node in _nodes(segmentation_node.GetScene(), "vtkMRMLTableNode"):
-        if node.GetNodeReference(NODULES_ROLE) is segmentation_node:
-            return node
-    return None
+    return _show_table(table, table_node, segmentation_node, SEGMENTATION_ROLE, "measures")
 
 
 def write_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], segmentation_node: Any) -> Any:
@@ -1560,15 +1557,7 @@ def write_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], segmentati
         for row in rows:
             column.InsertNextValue(row[i])
         table.AddColumn(column)
-    node = find_rows(segmentation_node)
-    if node is None:
-        scene = segmentation_node.GetScene()
-        node = scene.AddNewNodeByClass("vtkMRMLTableNode", scene.GenerateUniqueName(f"{segmentation_node.GetName()} table"))
-        _place_beside(node, segmentation_node)
-        node.SetNodeReferenceID(NODULES_ROLE, segmentation_node.GetID())
-    _title_columns(node)
-    node.SetAndObserveTable(table)
-    return node
+    return _show_table(table, None, segmentation_node, NODULES_ROLE, "table")
 
 
 def _title_columns(table_node: Any) -> None:

@@ -845,7 +845,7 @@ class NoduleSection(VTKObservationMixin):
             if node is not None and node.GetScene() is not None:
                 held = node.GetSegmentation()
                 clicked = any(mrml.segment_tag(held.GetNthSegment(i), mrml.PROMPTS_TAG) for i in range(_count(node)))
-                if clicked or mrml.find_rows(node) is not None:
+                if clicked or mrml.find_table(node, mrml.NODULES_ROLE) is not None:
                     mrml.write_rows(columns, texts, node)
         self._mark()
 

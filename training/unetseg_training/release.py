@@ -118,7 +118,7 @@ HIPPOCAMPUS_CARD: dict[str, Any] = {
 CLICK_CARD: dict[str, Any] = {
     **{k: LUNG_CARD[k] for k in ("format", "channels", "display", "labels", "activation", "licence")},
     "name": "lung-nodule-click",
-    "version": "0.1.0",
+    "version": "0.2.0",
     "title": "Lung nodule or mass, by clicks",
     "description": "3D U-Net that outlines the one lung nodule or mass that is clicked on (3 to 80 mm, slices to 5 mm) in chest CT. "
     "More clicks correct it. Not a diagnosis.",

@@ -25,6 +25,7 @@ from ..intensity import check_finite, normaliser, warnings_for
 from ..measure import measure
 from ..model import ModelPackage, find_model
 from ..postprocess import components
+from .augment import views
 from .predict import Cancelled, Options, Prediction
 
 MODEL = "lung-nodule-click"
@@ -159,6 +160,8 @@ class ClickSession:
         self._canonical, self._orientation = reorient(image)
         self._engine = engine or choose_engine(package, options.engine, options.device, options.precision, options.threads)
         self._normalise = normaliser(card.intensity, self._canonical.channels)
+        flips = sorted("zyx".index(a) - 3 for a in card.data.get("flip_axes", ()))
+        self._views = views("none" if (options.tta or card.data.get("tta", "none")) == "none" else "flips", flips, 1.0)
         self._history: list[tuple[_Prompts, Answer]] = [(_Prompts(), _EMPTY)]  # answers in the canonical index space
         self._noting = False  # replay() is at prompts before a mask
         self.seconds: dict[str, float] = {}
@@ -421,9 +424,10 @@ class ClickSession:
         channels = prompt_channels(size, positive, negative, box, self._sampled(before, grid))  # type: ignore[arg-type]
         batch = np.concatenate([self._normalise(values), channels])[None]
         self._lap("crop")
-        logits = self._engine.run(batch)[0]
+        logits = self._engine.run(np.concatenate([view.forward(batch) for view in self._views]))
         self._lap("network")
-        margin = np.clip(logits[1] - logits[0], -60, 60)
+        margins = np.clip(logits[:, 1] - logits[:, 0], -60, 60)
+        margin = np.mean([view.backward(m)[0] for view, m in zip(self._views, margins)], 0)
         if before.found or box is not None or len(positive) > 1:
             _heed(margin, positive, 1.0)
         _heed(margin, negative, -1.0)
