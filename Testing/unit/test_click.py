@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from UNetSegmentationLib.image import Box, Image, UserError
+from UNetSegmentationLib.inference import click
 from UNetSegmentationLib.inference.click import CLICK_SIGMA, ZOOMS, ClickSession, prompt_channels
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
 from UNetSegmentationLib.measure import dice
@@ -156,27 +157,48 @@ def test_what_does_not_end_is_nothing_until_a_second_click_says_otherwise(sessio
 def test_deep_in_soft_tissue_a_ct_model_looks_from_further_away_first(click_package):
     lung = np.full((120, 160, 160), -900, np.float32)
     lung[ball(lung.shape, (60, 80, 80), 20, (1, 1, 1)) > 0] = 40
-    ct = {"mode": "window", "level": -200, "width": 1600}
     for place, wide in (((60, 80, 80), True), ((60, 80, 99), False)):
         engine = Recording()
-        s = ClickSession(Image(lung, (1, 1, 1), (0, 0, 0)), click_package(intensity=ct), engine)
+        s = ClickSession(Image(lung, (1, 1, 1), (0, 0, 0)), click_package(intensity=CT_WINDOW), engine)
         answer = s.add_point(at(s, *place))
         assert dice(s.mask, lung > 0) > 0.85 and answer.zoom == ZOOMS[-1]
         seen = np.mean(engine.batches[0][0, 0] > 0.5)  # of soft tissue, in the first look
         assert seen < 0.8 and (len(engine.batches) <= 2) == wide
 
 
-def test_what_turns_out_small_from_far_away_is_looked_at_again_from_near(click_package):
+CT_WINDOW = {"mode": "window", "level": -200, "width": 1600}
+
+
+def test_what_turns_out_small_from_far_away_is_looked_at_again_from_near(click_package, monkeypatch):
     # Soft tissue all around, but for the far corners: the first look is zoomed out, and the lesion fits a patch.
+    monkeypatch.setattr(click, "_likely", lambda *_: True)
     values = np.full((120, 160, 160), -900, np.float32)
     values[40:80, 40:120, 40:120] = 0
     lesion = ball(values.shape, (60, 80, 80), 3, (1, 1, 1)) > 0
     values[lesion] = 500
     engine = Recording(lambda batch: np.where(batch[:, 0] > 0.8, 1.0, 0.0))
-    s = ClickSession(Image(values, (1, 1, 1), (0, 0, 0)), click_package(intensity={"mode": "window", "level": -200, "width": 1600}), engine)
+    s = ClickSession(Image(values, (1, 1, 1), (0, 0, 0)), click_package(intensity=CT_WINDOW), engine)
     answer = s.add_point(at(s, 60, 80, 80))
     assert answer.zoom == 1 and np.array_equal(s.mask, lesion)
     assert len(engine.batches) == 2
+
+
+def test_what_has_no_lung_around_it_is_nothing_until_a_second_click_says_otherwise(click_package):
+    lesion = ball((120, 160, 160), (60, 80, 80), 8, (1, 1, 1)) > 0
+    for around, found in ((-900, True), (0, False)):
+        values = np.where(lesion, 500, around).astype(np.float32)
+        engine = Recording(lambda batch: np.where(batch[:, 0] > 0.8, 1.0, 0.0))
+        s = ClickSession(Image(values, (1, 1, 1), (0, 0, 0)), click_package(intensity=CT_WINDOW), engine)
+        answer = s.add_point(at(s, 60, 80, 80))
+        assert answer.found == found and ("lung around" in answer.text) != found
+        assert s.add_point(at(s, 60, 80, 83)).found and s.answer.text == ""
+        assert dice(s.mask, lesion) > 0.8
+
+
+def test_air_is_no_lesion(click_package):
+    air = Image(np.full((60, 80, 80), -1000, np.float32), (1, 1, 1), (0, 0, 0))
+    s = ClickSession(air, click_package(intensity=CT_WINDOW), Recording(lambda batch: batch[:, 1]))  # a ball at every click
+    assert not s.add_point(at(s, 30, 40, 40)).found
 
 
 def test_flipped_copies_are_averaged_where_the_card_asks_for_it(click_package):

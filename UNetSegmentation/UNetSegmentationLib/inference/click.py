@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
 
 from ..engines import Engine, choose_engine
 from ..image import Box, Grid, Image, UserError, check_geometry, reorient, resample_back, sample
@@ -37,8 +38,12 @@ ZOOMS = (1.0, 1.5, 2.25, 3.4)
 _REACH = 3
 # A patch with more than this share of voxels above this HU shows neither lung nor a nodule's edge.
 SOFT_TISSUE_HU, SOFT_SHARE = -300.0, 0.8
+# 1 to 4 mm around 99 of 100 LIDC nodules, 0.33 or more of the voxels are below -500 HU; around what the network takes for
+# a lesion on a click on bone, fat or an organ, mostly none.
+LUNG_HU, LUNG_SHARE, AIR_HU = -500.0, 0.3, -850.0
 _BORDER_VOXELS = 6
 _NOTHING = "Nothing was found here; click inside the nodule, or draw a box around it."
+_NO_LUNG = "No lesion with lung around it was found here; if it is one, click a second time on it, or draw a box around it."
 _ENDLESS = "Nothing that ends was found here; if it is a lesion, click a second time on it, or draw a box around it."
 
 Index = Sequence[float]
@@ -327,25 +332,29 @@ class ClickSession:
         if before is _LATER:
             self._catch_up()
             before = self._history[-1][1]
-        first = not before.found
+        first = not before.found and prompts.box is None
+        in_lung = first and self._sees_lung()
         frame = self._frame(prompts, before)
-        if first and prompts.box is None and self._sees_lung():
+        if in_lung:
             frame = frame[0], self._open(*frame)
-        answer, border = self._run(frame, prompts, before)
+        answer, border, likely = self._run(frame, prompts, before)
         for _ in range(2 * len(ZOOMS)):
             wider = self._wider(frame, answer, border)
+            if wider is None and in_lung and answer.found and not likely:
+                # A part of a mass, or of an organ: what is around it will tell.
+                wider = next(((frame[0], z) for z in ZOOMS if z > frame[1]), None)
             if wider is None:
                 break
             frame = wider
-            answer, border = self._run(frame, prompts, before)
+            answer, border, likely = self._run(frame, prompts, before)
         text = "" if answer.found else _NOTHING
-        if first and answer.found and border and prompts.box is None and len(prompts.positive) < 2:
-            answer, text = replace(_EMPTY, zoom=1.0), _ENDLESS
-        elif first and answer.found and not border:
+        if first and answer.found and len(prompts.positive) < 2 and (border or (in_lung and not likely)):
+            answer, text = replace(_EMPTY), _ENDLESS if border else _NO_LUNG
+        elif not before.found and answer.found and not border:
             middle, zoom = self._around(answer)
             if zoom < frame[1]:
-                closer, cut = self._run((middle, zoom), prompts, answer)
-                answer = answer if cut or not closer.found else closer
+                closer, cut, still = self._run((middle, zoom), prompts, answer)
+                answer = closer if closer.found and not cut and (still or not in_lung) else answer
         self._history.append((prompts, replace(answer, text=text)))
         return self.answer
 
@@ -404,8 +413,9 @@ class ClickSession:
         larger = [z for z in ZOOMS if z > zoom]
         return (middle, larger[0]) if larger else None
 
-    def _run(self, frame: tuple[np.ndarray, float], prompts: _Prompts, before: Answer) -> tuple[Answer, bool]:
-        """The network once: the mask, and whether it touches a border beyond which the image goes on."""
+    def _run(self, frame: tuple[np.ndarray, float], prompts: _Prompts, before: Answer) -> tuple[Answer, bool, bool]:
+        """The network once: the mask, whether it touches a border beyond which the image goes on, and whether it is likely
+        to be a lesion of the lung."""
         self._since = time.perf_counter()
         centre, zoom = frame
         size = tuple(self.card.data["patch"])
@@ -437,7 +447,7 @@ class ClickSession:
         kept = _touched(mask, positive, box)
         inside = Box.around(kept)
         if inside is None:
-            return replace(_EMPTY, zoom=zoom), False
+            return replace(_EMPTY, zoom=zoom), False, False
         # What was dropped must not bleed back in, while what is just below 0.5 places the edge between the voxels.
         probability[mask & ~kept] = 0
         near = inside.grown((1, 1, 1)) & whole
@@ -451,11 +461,12 @@ class ClickSession:
                 native[at] = False
         found = Box.around(native)
         if found is None:
-            return replace(_EMPTY, zoom=zoom), False
+            return replace(_EMPTY, zoom=zoom), False, False
         answer = Answer(found.shifted(target.start), native[found.slices].astype(np.uint8), zoom=zoom)
         border = self._touches_border(kept, grid)
+        likely = _likely(values[0], kept, np.array(self.card.data["spacing"][::-1]) * zoom)
         self._lap("paste")
-        return answer, border
+        return answer, border, likely
 
     def _lap(self, name: str) -> None:
         now = time.perf_counter()
@@ -488,6 +499,18 @@ class ClickSession:
 
 def _noted(prompts: _Prompts, prompt: Prompt) -> _Prompts:
     return replace(prompts, made=(*prompts.made, _comparable(check_prompt(prompt))))
+
+
+def _likely(values: np.ndarray, mask: np.ndarray, spacing: np.ndarray) -> bool:
+    """Whether HU values (z, y, x) show a lesion of the lung in `mask`: it is more than air, and what is around it is lung to
+    LUNG_SHARE at least. spacing: mm (z, y, x)."""
+    if values[mask].mean() < AIR_HU:
+        return False
+    image = sitk.GetImageFromArray(mask.astype(np.uint8))
+    image.SetSpacing([float(v) for v in spacing[::-1]])
+    away = sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(image, False, False, True))
+    around = (away > 1) & (away <= max(4.0, 2.2 * float(spacing.min())))
+    return bool(around.any()) and float((values[around] < LUNG_HU).mean()) >= LUNG_SHARE
 
 
 def _touched(mask: np.ndarray, positive: Sequence[Index], box: tuple[Index, ...] | None) -> np.ndarray:
