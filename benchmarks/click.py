@@ -23,7 +23,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.model import ModelPackage, find_model
 from UNetSegmentationLib.worker.client import WorkerClient
 from UNetSegmentationLib.worker.protocol import WorkerAnswer
+from worker import Panel  # benchmarks/worker.py
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (300, 512, 512)
@@ -119,20 +119,7 @@ class Scene:
             self._mrml.remove_segment(node, self._segments.pop(next(iter(self._segments))))
 
 
-class Panel:
-    """The panel's worker, and the gaps between the beats of a timer while its event loop runs."""
-
-    def __init__(self) -> None:
-        sys.path.insert(0, str(ROOT / "Testing" / "panel" / "standins"))
-        import pythonqt  # noqa: F401  # makes the module qt
-        import qt
-
-        self.qt, self.application = qt, qt.QApplication.instance() or qt.QApplication([])
-        from UNetSegmentationPanel.worker import PanelWorker
-
-        self.worker = PanelWorker(sys.executable)
-        self.gaps: dict[str, list[float]] = {"idle": [], "busy": []}
-
+class ClickPanel(Panel):
     def click(self, image: Image, model: ModelPackage, options: Options, lesion: int, prompts: Prompts, write: Write | None) -> Any:
         """(answer, seconds until it came, until it was painted)."""
         began, ends, loop = time.perf_counter(), [], self.qt.QEventLoop()
@@ -159,23 +146,6 @@ class Panel:
         if not isinstance(ends[0], WorkerAnswer):
             raise SystemExit(str(ends[0]))
         return ends[0], ends[1], time.perf_counter() - began
-
-    def idle(self, seconds: float) -> None:
-        loop = self.qt.QEventLoop()
-        self.qt.QTimer.singleShot(round(1000 * seconds), loop.quit)
-        self._run("idle", loop)
-
-    def _run(self, what: str, loop: Any) -> None:
-        beats = [time.perf_counter()]
-        timer = self.qt.QTimer()
-        timer.setInterval(5)
-        timer.connect("timeout()", lambda: beats.append(time.perf_counter()))
-        timer.start()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # PythonQt's name of exec() is PySide6's old one
-            loop.exec_()
-        timer.stop()
-        self.gaps[what] += [1000 * (b - a) for a, b in zip(beats, [*beats[1:], time.perf_counter()])]
 
 
 def clicks(person: Person, count: int, ask: Callable[[int, Prompts], tuple[WorkerAnswer, float, float]]) -> list[dict[str, Any]]:
@@ -266,7 +236,7 @@ def main() -> None:
             return answer, came, time.perf_counter() - began
 
         rows["client"] = clicks(Person(image, truth), arguments.lesions, ask)
-    panel = Panel() if importlib.util.find_spec("PySide6") else None
+    panel = ClickPanel() if importlib.util.find_spec("PySide6") else None
     if panel is not None:
         write = None if scene is None else (lambda answer, lesion: scene.write(answer, 1000 + lesion))
         panel.click(image, model, options, 0, [], None)

@@ -310,12 +310,7 @@ def write_prediction_steps(
             name = scene.GenerateUniqueName(f"{volume_node.GetName()} segmentation")
             node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", name)
             _place_beside(node, volume_node)
-        if node.GetDisplayNode() is None:
-            node.CreateDefaultDisplayNodes()
-        if fresh:
-            node.SetAndObserveTransformNodeID(volume_node.GetTransformNodeID())
-            node.SetReferenceImageGeometryParameterFromVolumeNode(volume_node)
-            node.GetSegmentation().SetSourceRepresentationName(_LABELMAP)
+        _dress(node, volume_node if fresh else None)
         check = _still_there(volume_node, node)
         for _ in _carry_out(plan, node.GetSegmentation(), prediction.model_name):
             yield
@@ -538,12 +533,7 @@ def write_clicked_steps(
         if node is None:
             node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", scene.GenerateUniqueName(f"{volume_node.GetName()} nodules"))
             _place_beside(node, volume_node)
-        if node.GetDisplayNode() is None:
-            node.CreateDefaultDisplayNodes()
-        if fresh:
-            node.SetAndObserveTransformNodeID(volume_node.GetTransformNodeID())
-            node.SetReferenceImageGeometryParameterFromVolumeNode(volume_node)
-            node.GetSegmentation().SetSourceRepresentationName(_LABELMAP)
+        _dress(node, volume_node if fresh else None)
         segmentation = node.GetSegmentation()
         for other, copy in relaid.items():
             segmentation.GetSegment(other).AddRepresentation(_LABELMAP, copy)
@@ -1814,6 +1804,16 @@ def _color_node(scene: Any, kind: str) -> Any:
             color = (float(np.interp(i / 255, (0, 0.5, 1), rgb[:, c])) for c in range(3))
             node.SetColor(i, f"{i / 255:.2f}", *color, 1.0)
     return node
+
+
+def _dress(segmentation_node: Any, volume_node: Any) -> None:
+    """A display, and for a segmentation without segments the transform and the geometry of its volume (None: it keeps its own)."""
+    if segmentation_node.GetDisplayNode() is None:
+        segmentation_node.CreateDefaultDisplayNodes()
+    if volume_node is not None:
+        segmentation_node.SetAndObserveTransformNodeID(volume_node.GetTransformNodeID())
+        segmentation_node.SetReferenceImageGeometryParameterFromVolumeNode(volume_node)
+        segmentation_node.GetSegmentation().SetSourceRepresentationName(_LABELMAP)
 
 
 def _place_beside(node: Any, other: Any) -> None:

@@ -337,24 +337,24 @@ class ClickSession:
         frame = self._frame(prompts, before)
         if in_lung:
             frame = frame[0], self._open(*frame)
-        answer, border, likely = self._run(frame, prompts, before)
+        answer, border, likely = self._run(frame, prompts, before, in_lung)
         for _ in range(2 * len(ZOOMS)):
             wider = self._wider(frame, answer, border)
-            if wider is None and in_lung and answer.found and not likely:
+            if wider is None and answer.found and not likely:
                 # A part of a mass, or of an organ: what is around it will tell.
                 wider = next(((frame[0], z) for z in ZOOMS if z > frame[1]), None)
             if wider is None:
                 break
             frame = wider
-            answer, border, likely = self._run(frame, prompts, before)
+            answer, border, likely = self._run(frame, prompts, before, in_lung)
         text = "" if answer.found else _NOTHING
-        if first and answer.found and len(prompts.positive) < 2 and (border or (in_lung and not likely)):
+        if first and answer.found and len(prompts.positive) < 2 and (border or not likely):
             answer, text = replace(_EMPTY), _ENDLESS if border else _NO_LUNG
         elif not before.found and answer.found and not border:
             middle, zoom = self._around(answer)
             if zoom < frame[1]:
-                closer, cut, still = self._run((middle, zoom), prompts, answer)
-                answer = closer if closer.found and not cut and (still or not in_lung) else answer
+                closer, cut, still = self._run((middle, zoom), prompts, answer, in_lung)
+                answer = closer if closer.found and not cut and still else answer
         self._history.append((prompts, replace(answer, text=text)))
         return self.answer
 
@@ -413,9 +413,9 @@ class ClickSession:
         larger = [z for z in ZOOMS if z > zoom]
         return (middle, larger[0]) if larger else None
 
-    def _run(self, frame: tuple[np.ndarray, float], prompts: _Prompts, before: Answer) -> tuple[Answer, bool, bool]:
-        """The network once: the mask, whether it touches a border beyond which the image goes on, and whether it is likely
-        to be a lesion of the lung."""
+    def _run(self, frame: tuple[np.ndarray, float], prompts: _Prompts, before: Answer, in_lung: bool = False) -> tuple[Answer, bool, bool]:
+        """The network once: the mask, whether it touches a border beyond which the image goes on, and, where it should be in
+        the lung, whether it is likely to be a lesion there (else True)."""
         self._since = time.perf_counter()
         centre, zoom = frame
         size = tuple(self.card.data["patch"])
@@ -464,7 +464,7 @@ class ClickSession:
             return replace(_EMPTY, zoom=zoom), False, False
         answer = Answer(found.shifted(target.start), native[found.slices].astype(np.uint8), zoom=zoom)
         border = self._touches_border(kept, grid)
-        likely = _likely(values[0], kept, np.array(self.card.data["spacing"][::-1]) * zoom)
+        likely = not in_lung or _likely(values[0], kept, np.array(self.card.data["spacing"][::-1]) * zoom)
         self._lap("paste")
         return answer, border, likely
 
