@@ -21,9 +21,9 @@ from unetseg_training import config as c  # noqa: E402
 from unetseg_training import prepare as p  # noqa: E402
 from unetseg_training import train as t  # noqa: E402
 from unetseg_training.cases import Case, find_cases  # noqa: E402
-from unetseg_training.data import Source, load  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
-from UNetSegmentationLib.image import Image, write_image  # noqa: E402
+from UNetSegmentationLib.image import Box, Grid, Image, read_image, reorient, sample, write_image  # noqa: E402
+from UNetSegmentationLib.intensity import normaliser  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,9 +95,14 @@ def same(a, b):
 def test_a_cached_case_is_what_predict_computes(dataset, config, tmp_path):
     cases = find_cases(dataset)
     case = p.prepare(cases, config, tmp_path)[0]
-    expected = load(Source(cases.cases[0].images[0], cases.cases[0].label, "p"), config.input.spacing, config.input.intensity, 2)
-    assert case.values.shape == expected.values.shape and np.allclose(case.values, expected.values, atol=2e-3)
-    assert np.array_equal(case.labels, expected.labels) and case.spacing == pytest.approx(expected.spacing[::-1])
+    image, mask = (reorient(read_image(path))[0] for path in (cases.cases[0].images[0], cases.cases[0].label))
+    grid = Grid.over(image, config.input.spacing)
+    whole = Box.whole(grid.shape)
+    values = normaliser(config.input.intensity, image.channels)(sample(image.channels, grid, whole))
+    shares = sample(np.stack([mask.array == k for k in range(3)]).astype(np.float32), grid, whole)
+    assert case.values.shape == values.shape and np.allclose(case.values, values, atol=2e-3)
+    assert np.array_equal(case.labels, shares.argmax(0))
+    assert case.spacing == pytest.approx([s * k for s, k in zip(image.spacing[::-1], grid.scale)])
     assert case.counts == tuple(int((case.labels == k).sum()) for k in range(3))
     assert all((case.labels[tuple(case.places(k).T)] == k).all() and len(case.places(k)) == case.counts[k] for k in (1, 2))
 

@@ -32,6 +32,8 @@ LABEL_FOLDERS = ("labelsTr", "labels", "label", "masks", "mask", "segmentations"
 IMAGE_WORDS = ("", "_image", "_img", "_ct", "_mr", "_scan", "-image")
 MASK_WORDS = ("_label", "_labels", "_mask", "_seg", "_segmentation", "_gt", "-label", "-mask", "-seg", "-segmentation", "_1stHO")
 MASK_WORDS_PATTERN = re.compile(r".*[._-](labels?|masks?|seg|segmentation|gt|\dndho|\dstho)$", re.IGNORECASE)
+# What a label is called whose name nobody wrote down.
+UNNAMED = re.compile(r"label \d+|foreground")
 # How far a mask's corners may lie from the image's, in voxels: headers written by other programs round.
 TOLERANCE = 0.1
 # A map of label values is asked of at most so many files; check() reads all.

@@ -34,7 +34,7 @@ def _f(default: Any, text: str, **limits: Any) -> Any:
 
 
 class Data(_Strict):
-    path: str = _f(..., "The dataset's folder, or its index file.", min_length=1)
+    path: str = _f(..., "The dataset's folder, or its index file; $VARIABLES are filled in.", min_length=1)
     layout: str | None = _f(None, "How the dataset is laid out; null finds out.")
     patient: str | None = _f(None, "Regular expression whose first group is the patient in a case's name; null keeps the layout's.")
     only: list[str] = _f([], "Names of the labels to learn; empty learns all.")
@@ -167,6 +167,7 @@ class Model(_Strict):
     training_data: list[str] = _f([], "What it was trained on.")
     tta: Literal["none", "flips", "rotations", "full"] = _f("none", "Test-time augmentation when it is used.")
     roi_mm: Positive | None = _f(None, "Meant for a box of this size about a target; null: for whole images.")
+    display: str | None = _f(None, "The window preset to look at the images with, by its name.")
     postprocess: dict[str, Any] = _f({}, "largest_component, fill_holes, min_volume_mm3.")
 
 
@@ -232,6 +233,8 @@ class Config(_Strict):
             "training_data": model.training_data,
             "network": self.unet().to_json(),
         }
+        if model.display:
+            card["display"] = model.display
         if data.dimensions == 2:
             card |= {"axis": data.axis, "context_slices": data.context_slices}
         return json.loads(json.dumps(card))  # tuples become lists, as in a card that was read

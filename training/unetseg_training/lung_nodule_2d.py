@@ -1,6 +1,6 @@
 """lung-nodule-2d: one slice and its neighbours in, the nodule of the middle slice out.
 
-    python -m unetseg_training.lung_nodule_2d runs/lung-nodule-2d
+    python -m unetseg_training.lung_nodule_2d runs/lung-nodule-2d [--from PACKAGE]
 
 The LIDC crops are tight in z, so they hardly show what a slice without the nodule looks like; those slices come from
 the LIDC cubes and from the lungs of whole chest CT. Thick slices (to 5 mm) are made from thin ones by averaging.
@@ -10,139 +10,185 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from UNetSegmentationLib.networks import UNet, UNetConfig
+from torch import Tensor
+from UNetSegmentationLib.image import Box, read_image
+from UNetSegmentationLib.inference.predict import Options, predict
+from UNetSegmentationLib.measure import dice
+from UNetSegmentationLib.model import find_model
+from UNetSegmentationLib.networks import UNet
 
-from . import augment
-from .data import Case, Source, data_folder, fold_of, lidc_crops, lidc_cubes, load
-from .fit import Schedule, fit
+from . import finetune, losses, transforms
+from .cases import Case, CaseSet
+from .config import Config, read
+from .lidc import data_folder, nodules, part
+from .prepare import Prepared, prepare
+from .train import Job, LiveEngine, live_package, run
+from .transforms import IMAGE, LABEL
+from .watch import Watch
 
-SPACING = (0.7, 0.7, None)
-INTENSITY = {"mode": "window", "level": -300, "width": 1400}
-CONTEXT = 1
-# Batch norm: with instance norm the result would depend on how much of the slice the network sees at once.
-CONFIG = UNetConfig(dimensions=2, in_channels=2 * CONTEXT + 1, out_channels=2, channels=(24, 48, 96, 192, 192), norm="batch")
-PATCH, WIDE = 80, 112  # voxels: the network's patch, and what is cut out before rotation and scaling
-PHASE_2 = 4000  # from this step on, milder augmentation and mostly crops: what the first phase blurred gets sharp again
-HELD_OUT = 0  # the fold that the card's figures come from
+CONFIG = Path(__file__).resolve().parents[1] / "models" / "lung-nodule-2d.yaml"
+# Of sixteen patches, eleven show crops, three cubes and two whole scans; how often slices are averaged to thicker ones.
+CROPS, CUBES, THICK = 11, 3, 0.3
 
 
-def sources() -> tuple[list[Source], list[Source], list[Source], dict[str, int]]:
-    """Crops, cubes, whole scans, and the fold of each patient (the cubes show patients of the crops)."""
-    crops, cubes = lidc_crops(), lidc_cubes()
+def scans() -> CaseSet:
+    """Whole chest CT, for what is not a nodule: one with its nodule's mask, one without a nodule."""
     folder = data_folder()
-    scans = [
-        Source(folder / "chest_ct/LIDC-IDRI-0001_ct.nii.gz", folder / "chest_ct/LIDC-IDRI-0001_nodule.nii.gz", "LIDC-IDRI-0001"),
-        Source(folder / "elastix_lung/3DCT_lung.mha", None, "elastix"),
-    ]
-    return crops, cubes, scans, fold_of([s.patient for s in crops + cubes])
+    one = Case(
+        "LIDC-IDRI-0001",
+        "LIDC-IDRI-0001",
+        (folder / "chest_ct/LIDC-IDRI-0001_ct.nii.gz",),
+        folder / "chest_ct/LIDC-IDRI-0001_nodule.nii.gz",
+    )
+    other = Case("3DCT_lung", "elastix", (folder / "elastix_lung/3DCT_lung.mha",), None)
+    return CaseSet((one, other), nodules()[0].labels, ("CT",), "pairs", nodules()[0].values)
 
 
-class Sampler:
-    """Draws 2.5D patches: of eight, five (later six) from the crops, two (one) from the cubes and one from whole scans."""
+class Slices:
+    """A Source of 2.5D patches."""
 
-    def __init__(self, crops: list[Case], cubes: list[Case], scans: list[Case], batch: int, seed: int) -> None:
-        self.crops, self.cubes, self.scans = crops, cubes, scans
-        self.batch, self.seed = batch, seed
-        # Where in a whole scan a patch may be centred: soft tissue within or beside lung.
-        self.places = []
+    def __init__(self, crops: list[Prepared], cubes: list[Prepared], scans: list[Prepared], config: Config, part: tuple[int, int] = (0, 1)):
+        self.crops, self.cubes, self.scans, self.config, self.part = crops, cubes, scans, config, part
+        self.steps, margin = transforms.make(config, config.input.spacing[1::-1])  # type: ignore[arg-type]
+        self.half = config.input.patch[0] // 2 + margin[0]
+        # Where in a whole scan's slice a patch may be centred: in the lung, whose values lie between air's and water's.
+        self.near = []
         for case in scans:
             coarse = case.values[0, :, ::4, ::4].astype(np.float32)
-            lung = (coarse > 0.05) & (coarse < 0.35)
-            near = [np.argwhere(plane) * 4 for plane in lung]
-            self.places.append(near)
+            self.near.append([np.argwhere(plane) * 4 for plane in (coarse > 0.05) & (coarse < 0.35)])
 
-    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rng = np.random.default_rng((self.seed, step))
-        x = np.zeros((self.batch, 2 * CONTEXT + 1, WIDE, WIDE), np.float32)
-        y = np.zeros((self.batch, WIDE, WIDE), np.float32)
-        for i in range(self.batch):
-            x[i], y[i] = self._one(rng, i, step < PHASE_2)
-        g = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        scale, bend = ((0.7, 1.4), 1.0) if step < PHASE_2 else ((0.85, 1.2), 0.5)
-        xs, ys = augment.spatial(torch.from_numpy(x), torch.from_numpy(y), (PATCH, PATCH), g, 180, scale, bend, (0, 1))
-        return augment.intensity(xs, g, 0.04, 0.04, 0.1), ys
+    def names(self, step: int) -> list[str]:
+        return [f"of step {step}"]
 
-    def _one(self, rng: np.random.Generator, i: int, early: bool) -> tuple[np.ndarray, np.ndarray]:
-        kind = i % 8
-        if kind < (5 if early else 6):
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        made = [self._sample(step, i) for i in range(self.part[0], self.config.fit.batch, self.part[1])]
+        images, labels = zip(*made)
+        return torch.stack(images), torch.stack(labels)
+
+    def _sample(self, step: int, i: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((self.config.fit.seed, step, i))
+        kind, centre = rng.integers(16), None
+        if kind < CROPS:
             case = self.crops[rng.integers(len(self.crops))]
-            z, centre = int(rng.integers(case.labels.shape[0])), None
-        elif kind < 7:
+            z = int(rng.integers(case.shape[0]))
+        elif kind < CROPS + CUBES:
             case = self.cubes[rng.integers(len(self.cubes))]
             inside = np.flatnonzero(case.labels.any((1, 2)))
-            low, high = max(0, inside[0] - 8), min(len(case.labels) - 1, inside[-1] + 8)
-            z, centre = int(rng.integers(low, high + 1)), None
+            z = int(rng.integers(max(0, inside[0] - 8), min(case.shape[0] - 1, inside[-1] + 8) + 1))
         else:
             n = int(rng.integers(len(self.scans)))
             case = self.scans[n]
-            z = int(rng.integers(case.labels.shape[0]))
-            spots = self.places[n][z]
+            z = int(rng.integers(case.shape[0]))
+            spots = self.near[n][z]
             centre = spots[rng.integers(len(spots))] if len(spots) else None
-        return self._patch(case, z, centre, rng, 0.5 if early else 0.25)
+        x, y = self._cut(case, z, centre, rng)
+        self.steps.set_random_state(int(rng.integers(2**31)))
+        ends = torch.tensor([case.low[0], case.high[0]]).reshape(2, 1, 1, 1).expand(2, len(x), 1, 1)
+        out = self.steps({IMAGE: torch.from_numpy(x), LABEL: torch.from_numpy(y), "low": ends[0], "high": ends[1]})
+        return out[IMAGE], out[LABEL][0].long()
 
-    def _patch(
-        self, case: Case, z: int, centre: np.ndarray | None, rng: np.random.Generator, thicken: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        depth = case.labels.shape[0]
+    def _cut(self, case: Prepared, z: int, centre: np.ndarray | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Planes (2 * context + 1, y, x) and label (1, y, x) about a slice, with the margin that the warp needs."""
+        depth, h, w = case.shape
+        context, half = self.config.input.context_slices, self.half
         thick = 1
-        if rng.random() < thicken:
-            thick = int(rng.integers(1, max(1, min(round(5 / case.spacing[2]), depth // 2)) + 1))
-        planes = []
-        for k in range(-CONTEXT, CONTEXT + 1):
-            at = np.clip(z + k * thick + np.arange(thick) - thick // 2, 0, depth - 1)
-            planes.append(case.values[0, at].mean(0, dtype=np.float32))
-        at = np.clip(z + np.arange(thick) - thick // 2, 0, depth - 1)
-        label = (case.labels[at].mean(0) >= 0.5).astype(np.float32)
+        if rng.random() < THICK:
+            thick = int(rng.integers(1, max(1, min(round(5 / case.spacing[0]), depth // 2)) + 1))
+        slab = np.arange(thick) - thick // 2
+        planes = [
+            case.values[0, np.clip(z + k * thick + slab, 0, depth - 1)].mean(0, dtype=np.float32) for k in range(-context, context + 1)
+        ]
         if rng.random() < 0.1:
-            planes = [planes[CONTEXT]] * len(planes)
+            planes = [planes[context]] * len(planes)
+        label = (case.labels[np.clip(z + slab, 0, depth - 1)].mean(0) >= 0.5).astype(np.float32)
         stack = np.stack([*planes, label])
-        h, w = label.shape
-        shift = rng.integers(-10, 11, 2)
-        cy, cx = (centre if centre is not None else (h // 2, w // 2)) + shift
-        mode = "reflect" if centre is not None or rng.random() < 0.7 else "constant"
-        pad = WIDE // 2 + 12
-        if mode == "reflect":
-            # More than one reflection would repeat the nodule; edges go on instead.
-            once = [min(pad, n - 1) for n in (h, w)]
-            stack = np.pad(stack, ((0, 0), (once[0], once[0]), (once[1], once[1])), mode="reflect")
-            rest = [pad - o for o in once]
-            stack = np.pad(stack, ((0, 0), (rest[0], rest[0]), (rest[1], rest[1])), mode="edge")
-        else:
-            stack = np.pad(stack, ((0, 0), (pad, pad), (pad, pad)))
-        top, left = int(np.clip(cy, 0, h)) + pad - WIDE // 2, int(np.clip(cx, 0, w)) + pad - WIDE // 2
-        stack = stack[:, top : top + WIDE, left : left + WIDE]
-        return stack[:-1], stack[-1]
+        row, column = (centre if centre is not None else np.array([h // 2, w // 2])) + rng.integers(-10, 11, 2)
+        rows, columns = (np.arange(at - half, at + half) for at in (int(np.clip(row, 0, h)), int(np.clip(column, 0, w))))
+        if centre is not None or rng.random() < 0.7:
+            # As predict() pads: reflected once (more would repeat the nodule), then the edge goes on.
+            return _split(stack[:, _reflected(rows, h)[:, None], _reflected(columns, w)])
+        stack = stack[:, np.clip(rows, 0, h - 1)[:, None], np.clip(columns, 0, w - 1)]
+        return _split(stack * (((rows >= 0) & (rows < h))[:, None] & (columns >= 0) & (columns < w)))
+
+
+def _reflected(index: np.ndarray, n: int) -> np.ndarray:
+    return np.clip(np.where(index < 0, -index, np.where(index > n - 1, 2 * (n - 1) - index, index)), 0, n - 1)
+
+
+def _split(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.ascontiguousarray(stack[:-1]), np.ascontiguousarray(stack[-1:])
+
+
+def twice(box: Box, shape: tuple[int, ...]) -> Box:
+    """A box of twice the size about the same centre, inside the image."""
+    return box.grown([(n + 1) // 2 for n in box.shape]) & Box.whole(shape)
+
+
+def region(case: Case, truth: np.ndarray, cube: bool) -> Box:
+    """What the model is given of a held-out case: a whole crop, of a cube a box of twice the nodule's size."""
+    whole = Box.whole(truth.shape)
+    box = Box.around(truth)
+    return twice(box, truth.shape) if cube and box else whole
+
+
+class HeldOut:
+    """Every third held-out crop and every second cube, through predict()."""
+
+    def __init__(self, config: Config) -> None:
+        self.package = live_package(config.card())
+        self.cases = [(c, False) for c in part(nodules()[0], True)[::3]] + [(c, True) for c in part(nodules()[1], True)[::2]]
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def name(self, index: int) -> str:
+        return self.cases[index][0].name
+
+    def score(self, index: int, network: UNet) -> dict[str, float]:
+        case, cube = self.cases[index]
+        assert case.label is not None
+        truth = read_image(case.label).array > 0
+        options = Options(tta="none", roi=region(case, truth, cube))
+        found = predict(read_image(case.images[0]), [self.package], options, engines=[LiveEngine(network)]).labels.array
+        return {"cubes" if cube else "crops": dice(found, truth)}
+
+
+def job(config: Config, cache: Path, start: dict[str, Tensor] | None = None) -> Job:
+    kept: dict[str, list[Prepared]] = {}
+
+    def load() -> None:
+        if not kept:
+            for name, case_set, cases in (
+                ("crops", nodules()[0], part(nodules()[0], False)),
+                ("cubes", nodules()[1], part(nodules()[1], False)),
+                ("scans", scans(), list(scans().cases)),
+            ):
+                kept[name] = prepare(case_set, config, cache, cases)
+
+    def source(rank: int, devices: int) -> Slices:
+        load()
+        return Slices(kept["crops"], kept["cubes"], kept["scans"], config, (rank, devices))
+
+    record: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": kept}
+    make_loss = lambda: losses.make(config.loss, 2)  # noqa: E731
+    return Job(config.unet(), config.fit, source, make_loss, HeldOut(config), load, start, seed=config.fit.seed, record=record)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=5600)
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--from", dest="base", help="a package to go on from")
+    parser.add_argument("--epochs", type=int)
     options = parser.parse_args()
-    crops, cubes, scans, fold = sources()
-
-    def keep(items: list[Source], held_out: bool) -> list[Case]:
-        return [load(s, SPACING, INTENSITY, 1) for s in items if (fold.get(s.patient) == HELD_OUT) == held_out]
-
-    train = Sampler(keep(crops, False), keep(cubes, False), keep(scans, False), options.batch, Schedule.seed)
-    check = Sampler(keep(crops, True), keep(cubes, True), train.scans, 64, 1)
-    fixed = [check(i) for i in range(4)]
-    print(len(train.crops), "crops,", len(train.cubes), "cubes to train on;", len(check.crops), "and", len(check.cubes), "held out")
-
-    def validate(model: UNet) -> dict[str, float]:
-        hit = total = 0.0
-        with torch.no_grad():
-            for x, y in fixed:
-                p = model(x).argmax(1)  # type: ignore[union-attr]
-                hit += 2.0 * float(((p == 1) & (y == 1)).sum())
-                total += float((p == 1).sum() + (y == 1).sum())
-        return {"patch_dice": round(hit / total, 4)}
-
-    fit(CONFIG, Schedule(steps=options.steps, restart_at=PHASE_2), train, options.folder, validate)
+    config = read(CONFIG)
+    if options.epochs:
+        config = config.model_copy(update={"fit": config.fit.model_copy(update={"epochs": options.epochs})})
+    start = finetune.start_from(find_model(options.base), config.unet()).state if options.base else None
+    run(job(config, options.folder.parent / "cache", start), options.folder, callbacks=[Watch(options.folder, ["crops", "cubes"])])
 
 
 if __name__ == "__main__":

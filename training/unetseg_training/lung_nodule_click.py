@@ -1,6 +1,6 @@
 """lung-nodule-click: a patch of CT and the person's prompts in, the nodule that they mean out.
 
-    python -m unetseg_training.lung_nodule_click runs/lung-nodule-click
+    python -m unetseg_training.lung_nodule_click runs/lung-nodule-click [--from PACKAGE]
 
 Prompts are simulated as a person places them (Sakinis et al. 2019, arXiv:1903.08205; Isensee et al. 2025,
 arXiv:2503.08373): a first click anywhere in the nodule, near its edge or just outside, sometimes a box; then, on the
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,16 @@ from torch import Tensor
 from torch.nn import functional
 from UNetSegmentationLib.image import Box, read_image, reorient
 from UNetSegmentationLib.inference.click import SOFT_SHARE, SOFT_TISSUE_HU, prompt_channels
+from UNetSegmentationLib.model import find_model
 from UNetSegmentationLib.networks import UNet, UNetConfig
 from UNetSegmentationLib.postprocess import components
 
-from .data import Source, data_folder, fold_of, lidc_crops, lidc_cubes
-from .fit import Schedule, fit
+from . import finetune
+from .cases import Case
+from .config import Fit
+from .lidc import data_folder, nodules, part
+from .train import Job, LiveEngine, run
+from .watch import Watch
 
 SPACING = (0.8, 0.8, 1.25)
 PATCH = (24, 40, 40)
@@ -48,10 +52,9 @@ CONFIG = UNetConfig(
     # had reached a Dice of 0.53 after 800 steps, and 0.41 with its running averages.
     norm="instance",
 )
-HELD_OUT = 0
-# From this step on, milder augmentation and more crops: what the first phase blurred gets sharp again. Until then a click in
-# the middle of 162 held-out crops had given a Dice of 0.81, and 0.85 in the largest slice, with as much marked outside as missed.
-PHASE_2 = 7400
+# After this part of the steps, milder augmentation and more crops: what the first phase blurred gets sharp again. Until then a
+# click in the middle of 162 held-out crops had given a Dice of 0.81, 0.85 in the largest slice, as much too much as too little.
+EARLY_PART = 0.74
 # Their whole scans are used to judge the finished model, so nothing of them is trained on.
 JUDGED = ("LIDC-IDRI-0001",)
 _VOXEL = np.array(SPACING[::-1])
@@ -81,12 +84,12 @@ def distance(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(image, False, False, True))
 
 
-def load(source: Source) -> Scan:
-    image, _ = reorient(read_image(source.image))
+def load(case: Case) -> Scan:
+    image, _ = reorient(read_image(case.images[0]))
     values, spacing = image.array.astype(np.float32), np.array(image.spacing[::-1])
-    if source.mask is None:
+    if case.label is None:
         return Scan(values, None, spacing)
-    mask = reorient(read_image(source.mask))[0].array > 0
+    mask = reorient(read_image(case.label))[0].array > 0
     outside = distance(mask, spacing)
     shell = (outside > 2) & (outside < 4)
     isolated = bool(shell.any()) and float(values[shell].mean()) < -650
@@ -101,7 +104,7 @@ def backgrounds() -> list[Scan]:
     pairs = [("chest_ct/LIDC-IDRI-0001_ct.nii.gz", "chest_ct/LIDC-IDRI-0001_nodule.nii.gz"), ("elastix_lung/3DCT_lung.mha", None)]
     out = []
     for name, nodule in pairs:
-        scan = load(Source(folder / name, folder / nodule if nodule else None, ""))
+        scan = load(Case(name, "", (folder / name,), folder / nodule if nodule else None))
         coarse = scan.values[::2, ::4, ::4]
         places, tissue = (np.argwhere(where) * (2, 4, 4) for where in ((coarse > -960) & (coarse < -600), coarse > -300))
         if scan.mask is not None:
@@ -399,25 +402,29 @@ def correction(
 
 
 class Rounds:
-    """The batches of fit(): each sample stays for its rounds, and gets a correction on the network's answer after each."""
+    """A Source: each sample stays for its rounds, and gets a correction on the network's answer after each. From the step
+    `late` on its fresh samples are those of the second phase."""
 
-    def __init__(self, sampler: Sampler, batch: int, seed: int) -> None:
-        self.sampler, self.batch, self.seed = sampler, batch, seed
+    def __init__(self, sampler: Sampler, count: int, seed: int, late: int) -> None:
+        self.sampler, self.count, self.seed, self.late = sampler, count, seed, late
         self.samples: list[Sample] = []
         self.step = 0
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+    def names(self, step: int) -> list[str]:
+        return [f"of step {step}"]
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
         self.step = step
+        self.sampler.mix = EARLY if step < self.late else LATE
         if not self.samples:
             rng = np.random.default_rng((self.seed, step, 0))
-            self.samples = [self.sampler.fresh(rng) for _ in range(self.batch)]
+            self.samples = [self.sampler.fresh(rng) for _ in range(self.count)]
         x = np.stack([s.channels() for s in self.samples])
         y = np.stack([np.stack([s.label, s.known]) for s in self.samples])
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def after(self, logits: Tensor) -> None:
         rng = np.random.default_rng((self.seed, self.step, 1))
-        self.sampler.mix = EARLY if self.step < PHASE_2 else LATE
         for i, (sample, answer) in enumerate(zip(self.samples, logits)):
             predicted = (answer[1] > answer[0]).numpy()
             sample.rounds -= 1
@@ -447,61 +454,72 @@ def loss(logits: Tensor, target: Tensor) -> Tensor:
     return ce + (1 - (2 * overlap + 1) / (total + 1)).mean()
 
 
-def sources() -> tuple[list[Source], list[Source], dict[str, int]]:
-    crops, cubes = lidc_crops(), lidc_cubes()
-    return crops, cubes, fold_of([s.patient for s in crops + cubes])
+class HeldOut:
+    """Every third held-out crop and every second cube: Dice after one, two and three clicks, on the network's own patch."""
+
+    def __init__(self) -> None:
+        held = part(nodules()[0], True)[::3] + part(nodules()[1], True)[::2]
+        held = [c for c in held if c.patient not in JUDGED]
+        self.names = [c.name for c in held]
+        self.cases = held
+        self.scans: list[Scan] = []
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def score(self, index: int, network: UNet) -> dict[str, float]:
+        if not self.scans:
+            self.scans = [load(case) for case in self.cases]
+        sample, scores = patch(self.scans[index], np.random.default_rng((7, index))), []
+        engine = LiveEngine(network)
+        for _ in range(3):
+            answer = engine.run(sample.channels()[None])[0]
+            predicted = answer[1] > answer[0]
+            a, b = predicted & sample.known, sample.label & sample.known
+            scores.append(2 * int((a & b).sum()) / max(1, int(a.sum()) + int(b.sum())))
+            if next_ := correction(predicted, sample.label, sample.known, None):
+                (sample.positive if next_[1] else sample.negative).append(next_[0])
+            sample.previous = predicted.astype(np.float32)
+        return {f"{n} click{'s' * (n > 1)}": score for n, score in enumerate(scores, 1)}
 
 
-def patches(scans: list[Scan]) -> Iterator[Sample]:
-    """Held-out nodules as fit() watches them: not turned, a first click at a fixed place inside."""
-    rng = np.random.default_rng(7)
-    for scan in scans:
-        assert scan.mask is not None
-        spots = np.argwhere(scan.mask)
-        zoom = max(1.0, scan.diameter / 24)
-        cutter = Cutter(spots[rng.integers(len(spots))].astype(float), zoom, np.eye(3), np.zeros((3, 1, 1, 1), np.float32))
-        values, inside, known = cutter(scan)
-        image = np.clip((values - (LEVEL - WIDTH / 2)) / WIDTH, 0, 1).astype(np.float32)
-        middle = tuple((n - 1) / 2 for n in PATCH)
-        yield Sample(image, inside >= 0.5, known, [middle], [], None, None, 3)
+def patch(scan: Scan, rng: np.random.Generator) -> Sample:
+    """A held-out nodule as it is, with a first click at a place inside."""
+    assert scan.mask is not None
+    spots = np.argwhere(scan.mask)
+    zoom = max(1.0, scan.diameter / 24)
+    cutter = Cutter(spots[rng.integers(len(spots))].astype(float), zoom, np.eye(3), np.zeros((3, 1, 1, 1), np.float32))
+    values, inside, known = cutter(scan)
+    image = np.clip((values - (LEVEL - WIDTH / 2)) / WIDTH, 0, 1).astype(np.float32)
+    middle = tuple((n - 1) / 2 for n in PATCH)
+    return Sample(image, inside >= 0.5, known, [middle], [], None, None, 3)
+
+
+def job(fit: Fit, start: dict[str, Tensor] | None = None) -> Job:
+    """A training of Rounds; one that goes on from weights has the late phase's samples from the first step on."""
+    late = 0 if start is not None else round(EARLY_PART * fit.epochs * fit.steps)
+
+    def source(rank: int, devices: int) -> Rounds:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # the arrays are small
+        crops, cubes = ([load(c) for c in part(s, False) if c.patient not in JUDGED] for s in nodules()[:2])
+        return Rounds(Sampler(crops, cubes, backgrounds()), fit.batch // devices, fit.seed + rank, late)
+
+    return Job(CONFIG, fit, source, lambda: loss, HeldOut(), start=start, seed=fit.seed, record={"fit": fit.model_dump(mode="json")})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--from", dest="base", help="a package to go on from")
+    parser.add_argument("--epochs", type=int, default=50, help="of 200 steps")
     options = parser.parse_args()
-    crops, cubes, fold = sources()
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # the arrays are small
-
-    def keep(items: list[Source], held_out: bool) -> list[Scan]:
-        return [load(s) for s in items if (fold[s.patient] == HELD_OUT) == held_out and s.patient not in JUDGED]
-
-    train = Sampler(keep(crops, False), keep(cubes, False), backgrounds())
-    check = keep(crops, True)[::3] + keep(cubes, True)[::2]
-    print(len(train.crops), "crops,", len(train.cubes), "cubes to train on;", len(check), "held-out nodules watched", flush=True)
-
-    def validate(model: UNet) -> dict[str, float]:
-        samples, scores = list(patches(check)), [[], [], []]  # type: ignore[var-annotated]
-        with torch.no_grad():
-            for turn in range(3):
-                for start in range(0, len(samples), 12):
-                    group = samples[start : start + 12]
-                    logits = model(torch.from_numpy(np.stack([s.channels() for s in group])))
-                    for sample, answer in zip(group, logits):  # type: ignore[arg-type]
-                        predicted = (answer[1] > answer[0]).numpy()
-                        a, b = predicted & sample.known, sample.label & sample.known
-                        scores[turn].append(2 * (a & b).sum() / max(1, a.sum() + b.sum()))
-                        next_ = correction(predicted, sample.label, sample.known, None)
-                        if next_:
-                            (sample.positive if next_[1] else sample.negative).append(next_[0])
-                        sample.previous = predicted.astype(np.float32)
-        return {f"dice_{n + 1}": round(float(np.mean(s)), 4) for n, s in enumerate(scores)}
-
-    rounds = Rounds(train, options.batch, Schedule.seed)
-    schedule = Schedule(options.steps, 2e-3, 1e-5, 300, ema=0.999, save_every=400, restart_at=PHASE_2, restart_rate=6e-4)
-    fit(CONFIG, schedule, rounds, options.folder, validate, loss)
+    start = finetune.start_from(find_model(options.base)).state if options.base else None
+    rate = 6e-4 if start else 2e-3
+    fit = Fit(epochs=options.epochs, steps=200, batch=8, learning_rate=rate, final_rate=1e-5, warmup=300, ema=0.999, patience=10**6)
+    run(job(fit, start), options.folder, callbacks=[Watch(options.folder, [])])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Turn a finished run into the bundled package: export, score on the held-out fold through predict(), write the card.
 
-    python -m unetseg_training.release lung-nodule-2d runs/lung-nodule-2d
-    python -m unetseg_training.release hippocampus-3d runs/hippocampus-3d
+    python -m unetseg_training.release hippocampus-3d runs/hippocampus-3d/fold0-seed0
     python -m unetseg_training.release lung-nodule-click runs/lung-nodule-click
 
 The package goes to the core's resources/models; the curve and the score of every held-out case to training/results.
@@ -12,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,105 +20,30 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from UNetSegmentationLib.engines import Engine
-from UNetSegmentationLib.image import Box, Image, read_image
+from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import RESOURCES, SUFFIX, ModelPackage, write_package
-from UNetSegmentationLib.networks import UNetConfig, build
+from UNetSegmentationLib.networks import UNetConfig
 
-from . import hippocampus_3d, lung_nodule_2d, lung_nodule_click, score_click
-from .data import Source, fold_of, hippocampi, lidc_crops, lidc_cubes
+from . import lung_nodule_2d, lung_nodule_click, score_click
+from .config import read
 from .export import export
+from .lidc import nodules, part
+from .train import find, load_weights
+from .train import held_out as held_out_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-
-LUNG_CARD: dict[str, Any] = {
-    "format": 1,
-    "name": "lung-nodule-2d",
-    "version": "1.0.0",
-    "title": "Lung nodule in a box, slice by slice",
-    "description": "2.5D U-Net (one slice and its two neighbours) for one lung nodule of 3 to 32 mm in a box of about twice its "
-    "size on chest CT. Not for whole scans: it would also mark vessels. Not a diagnosis.",
-    "task": "automatic",
-    "dimensions": 2,
-    "axis": "axial",
-    "context_slices": lung_nodule_2d.CONTEXT,
-    "channels": ["CT"],
-    "spacing": list(lung_nodule_2d.SPACING),
-    "patch": [lung_nodule_2d.PATCH] * 2,
-    "divisor": [16, 16],
-    "padding": "reflect",
-    "intensity": lung_nodule_2d.INTENSITY,
-    "display": "lung",
-    "labels": [
-        {
-            "value": 1,
-            "name": "Lung nodule",
-            "color": [230, 159, 0],
-            "terminology": {
-                "category": ["SCT", "49755003", "Morphologically Altered Structure"],
-                "type": ["SCT", "27925004", "Nodule"],
-                "region": ["SCT", "39607008", "Lung"],
-            },
-        }
-    ],
-    "activation": "softmax",
-    "flip_axes": ["x", "y"],
-    "tta": "flips",
-    "roi_mm": 50,
-    "postprocess": {"largest_component": True, "fill_holes": True},
-    "licence": "Apache-2.0. Trained on LIDC-IDRI (CC BY 3.0, Armato et al. 2011, The Cancer Imaging Archive).",
-    "training_data": [
-        "LIDC-IDRI, 617 nodules (crops, consensus of at least 2 radiologists), four of five folds, CC BY 3.0",
-        "LIDC-IDRI, 87 nodules (1 mm cubes, one radiologist), four of five folds, CC BY 3.0",
-        "LIDC-IDRI-0001, whole scan, CC BY 3.0",
-        "elastix 3DCT_lung, Apache-2.0 (background only)",
-    ],
-}
-
-HIPPOCAMPUS_CARD: dict[str, Any] = {
-    "format": 1,
-    "name": "hippocampus-3d",
-    "version": "1.0.0",
-    "title": "Anterior and posterior hippocampus",
-    "description": "3D U-Net for T1 MR cropped around one hippocampus (about 35 x 50 x 35 mm). Not a diagnosis.",
-    "task": "automatic",
-    "dimensions": 3,
-    "channels": ["T1 MR"],
-    "spacing": list(hippocampus_3d.SPACING),
-    "patch": list(hippocampus_3d.PATCH),
-    "divisor": [8, 8, 8],
-    "intensity": hippocampus_3d.INTENSITY,
-    "display": "mr-percentile",
-    "labels": [
-        {
-            "value": value,
-            "name": f"{word} hippocampus",
-            "color": color,
-            "terminology": {
-                "category": ["SCT", "123037004", "Anatomical Structure"],
-                "type": ["SCT", "5366008", "Hippocampus"],
-                "type_modifier": ["SCT", code, word],
-            },
-        }
-        for value, word, code, color in ((1, "Anterior", "255549009", [86, 180, 233]), (2, "Posterior", "255551008", [230, 159, 0]))
-    ],
-    "activation": "softmax",
-    "flip_axes": ["x"],
-    "tta": "flips",
-    "roi_mm": None,
-    "postprocess": {"largest_component": True},
-    "licence": "CC BY-SA 4.0, as its data. Trained on the Medical Segmentation Decathlon, Task04 (Antonelli et al. 2022).",
-    "training_data": ["Medical Segmentation Decathlon Task04 Hippocampus, 151 crops, four of five folds, CC BY-SA 4.0"],
-}
+RECIPES = Path(__file__).resolve().parents[1] / "models"
+FOLD = 0
 
 CLICK_CARD: dict[str, Any] = {
-    **{k: LUNG_CARD[k] for k in ("format", "channels", "display", "labels", "activation", "licence")},
+    **{k: v for k, v in read(lung_nodule_2d.CONFIG).card().items() if k in ("format", "channels", "labels", "activation", "licence")},
+    "display": "lung",
     "name": "lung-nodule-click",
-    "version": "0.2.0",
+    "version": "0.3.0",
     "title": "Lung nodule or mass, by clicks",
     "description": "3D U-Net that outlines the one lung nodule or mass that is clicked on (3 to 80 mm, slices to 5 mm) in chest CT. "
     "More clicks correct it. Not a diagnosis.",
@@ -135,59 +60,52 @@ CLICK_CARD: dict[str, Any] = {
         "elastix 3DCT_lung, Apache-2.0 (background only)",
     ],
 }
-MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "lung-nodule-2d": (lung_nodule_2d, LUNG_CARD),
-    "hippocampus-3d": (hippocampus_3d, HIPPOCAMPUS_CARD),
-    "lung-nodule-click": (lung_nodule_click, CLICK_CARD),
-}
+NAMES = ("hippocampus-3d", "left-ventricle-2d", "lung-nodule-2d", "lung-nodule-click")
 
 
-def twice(box: Box, shape: tuple[int, ...]) -> Box:
-    """A box of twice the size about the same centre, inside the image."""
-    return box.grown([(n + 1) // 2 for n in box.shape]) & Box.whole(shape)
+def card_of(name: str) -> dict[str, Any]:
+    """A model's card, without figures and files."""
+    if name != "lung-nodule-click":
+        return read(RECIPES / f"{name}.yaml").card()
+    return {**CLICK_CARD, "network": lung_nodule_click.CONFIG.to_json()}
 
 
-def _cases(name: str) -> Iterator[tuple[str, Source, bool]]:
-    """(set, case, whether the model gets a box of twice the target's size) of the held-out fold."""
-    if name == "hippocampus-3d":
-        fold = fold_of([s.patient for s in hippocampi()])
-        yield from (("crop", s, False) for s in hippocampi() if fold[s.patient] == hippocampus_3d.HELD_OUT)
+def cases(name: str) -> Iterator[tuple[str, str, Image, np.ndarray, Box]]:
+    """(set, case, image, label map, what the model is given of it) of the held-out fold."""
+    if name.startswith("lung-nodule"):
+        for kind, case_set in zip(("crop", "cube"), nodules()):
+            for case in part(case_set, True):
+                image, truth = case_set.load(case)
+                yield kind, case.name, image, truth, lung_nodule_2d.region(case, truth, kind == "cube")
     else:
-        fold = lung_nodule_2d.sources()[3]
-        for kind, sources in (("crop", lidc_crops()), ("cube", lidc_cubes())):
-            yield from ((kind, s, kind == "cube") for s in sources if fold[s.patient] == lung_nodule_2d.HELD_OUT)
+        config = read(RECIPES / f"{name}.yaml")
+        case_set = find(config)
+        for case in held_out_of(case_set.annotated, config, FOLD)[1]:
+            image, truth = case_set.load(case)
+            yield "crop", case.name, image, truth, Box.whole(truth.shape)
 
 
 def drive(package: ModelPackage, engine: Engine) -> None:
     """Five real cases through the deployed path."""
     if package.card.data["task"] == "click":
-        for source in lidc_cubes()[:5]:
-            image, truth = _read(source)
-            score_click.play(ClickSession(image, package, engine), truth.array > 0, tuple(np.argwhere(truth.array)[0]), 3)
+        for case in part(nodules()[1], True)[:5]:
+            image, truth = nodules()[1].load(case)
+            score_click.play(ClickSession(image, package, engine), truth > 0, tuple(int(v) for v in np.argwhere(truth)[0]), 3)
     else:
-        for _, source, _ in list(_cases(package.card.name))[:5]:
-            predict(read_image(source.image), [package], Options(tta="none"), engines=[engine])
+        for _, (_, _, image, _, _) in zip(range(5), cases(package.card.name)):
+            predict(image, [package], Options(tta="none"), engines=[engine])
 
 
-def _read(source: Source) -> tuple[Image, Image]:
-    assert source.mask is not None
-    return read_image(source.image), read_image(source.mask)
-
-
-def score(package: ModelPackage, name: str, tta: str | None = None) -> list[dict[str, Any]]:
+def score(package: ModelPackage, tta: str | None = None) -> list[dict[str, Any]]:
     """Dice of every held-out case and label, through the deployed path."""
     if package.card.data["task"] == "click":
         return list(score_click.held_out(package))
     rows = []
-    for kind, source, boxed in _cases(name):
-        image, truth = _read(source)
-        box = Box.around(truth.array > 0)
-        assert box is not None
-        roi = twice(box, image.shape) if boxed else Box.whole(image.shape)
+    for kind, name, image, truth, roi in cases(package.card.name):
         prediction = predict(image, [package], Options(roi=roi, tta=tta, engine="onnx", device="cpu"))
-        row: dict[str, Any] = {"set": kind, "case": source.image.name, "seconds": round(prediction.seconds, 3)}
+        row: dict[str, Any] = {"set": kind, "case": name, "seconds": round(prediction.seconds, 3)}
         for label in package.card.labels:
-            row[label.name] = round(dice(prediction.labels.array == label.value, truth.array == label.value), 4)
+            row[label.name] = round(dice(prediction.labels.array == label.value, truth == label.value), 4)
         rows.append(row)
     return rows
 
@@ -214,40 +132,38 @@ def summary(rows: list[dict[str, Any]], labels: list[str], command: str) -> dict
     return out
 
 
-def plot(curve: list[dict[str, Any]], path: Path) -> None:
+def plot(curve: list[dict[str, str]], path: Path) -> None:
+    """curve: the lines of curve.csv."""
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     figure = Figure((7, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    steps = [r["step"] for r in curve]
-    left.plot(steps, [r["loss"] for r in curve], color="black")
+    steps = [int(r["step"]) for r in curve]
+    left.plot(steps, [float(r["loss"]) for r in curve], color="black")
     left.set(xlabel="step", ylabel="training loss")
-    for key in (k for k in curve[0] if k not in ("step", "loss", "seconds_per_step")):
-        right.plot(steps, [r[key] for r in curve], label=key.replace("_", " "))
-    right.set(xlabel="step", ylabel="Dice on held-out patches", ylim=(0.4, 1))
+    for key in (k for k in curve[0] if k.startswith("dice ")):
+        right.plot(steps, [float(r[key]) for r in curve], label=key.removeprefix("dice "))
+    right.set(xlabel="step", ylabel="Dice on held-out cases", ylim=(0.4, 1))
     right.legend(frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=list(MODELS))
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("run", type=Path, help="the folder that the training wrote")
     parser.add_argument("--output", type=Path, default=RESOURCES / "models")
     options = parser.parse_args()
-    module, card = MODELS[options.name]
-    config: UNetConfig = module.CONFIG
-    model = build(config)
-    model.load_state_dict(torch.load(options.run / "checkpoint.pt", weights_only=True)["average"])
-    model.eval()
+    card = card_of(options.name)
+    model = load_weights(options.run, UNetConfig.from_json(card["network"]))
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         draft = export(model, card, Path(folder) / f"draft{SUFFIX}", drive)
-        rows = score(draft, options.name)
+        rows = score(draft)
         labels = [label.name for label in draft.card.labels]
-        metrics = summary(rows, labels, f"python -m unetseg_training.release {options.name} runs/{options.name}")
+        metrics = summary(rows, labels, f"python -m unetseg_training.release {options.name} {options.run}")
         final = {**{k: v for k, v in draft.card.data.items() if k != "files"}, "metrics": metrics}
         options.output.mkdir(parents=True, exist_ok=True)
         target = options.output / f"{card['name']}-{card['version']}{SUFFIX}"
@@ -258,9 +174,10 @@ def main() -> None:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    text = (options.run / "curve.jsonl").read_text("utf-8")
-    (results / "curve.jsonl").write_text(text, "utf-8")
-    plot([json.loads(line) for line in text.splitlines()], results / "curve.png")
+    with open(options.run / "curve.csv", newline="", encoding="utf-8") as f:
+        curve = list(csv.DictReader(f))
+    shutil.copyfile(options.run / "curve.csv", results / "curve.csv")
+    plot(curve, results / "curve.png")
     (results / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
     print(json.dumps(metrics, indent=2))
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB; scored in {time.monotonic() - began:.0f} s")

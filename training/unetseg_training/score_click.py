@@ -22,8 +22,8 @@ from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import ModelPackage, find_model
 
-from .data import data_folder, lidc_crops, lidc_cubes
-from .lung_nodule_click import HELD_OUT, correction, load, sources
+from .lidc import data_folder, nodules, part
+from .lung_nodule_click import correction, load
 
 CLICKS = 5
 
@@ -56,25 +56,26 @@ def play(session: ClickSession, truth: np.ndarray, first: tuple[int, ...], click
 def held_out(package: ModelPackage, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """A row for each held-out nodule: Dice after 1 to CLICKS clicks, the worst of two further first clicks, and what kind it is."""
     rng = np.random.default_rng(20261122)
-    crops, cubes, fold = sources()
     with open(data_folder() / "lidc_nodules" / "index.csv", newline="", encoding="utf-8") as f:
         texture = {row["file"]: row["texture"] for row in csv.DictReader(f)}
-    engine = ClickSession(read_image(crops[0].image), package, options=Options(engine="onnx", device="cpu"))._engine
-    for kind, group in (("crop", lidc_crops()), ("cube", lidc_cubes())):
-        for source in [s for s in group if fold[s.patient] == HELD_OUT][:limit]:
-            assert source.mask is not None
-            image, truth = read_image(source.image), read_image(source.mask).array > 0
-            session = ClickSession(image, package, engine)
+    engine: Any = None
+    for kind, case_set in zip(("crop", "cube"), nodules()):
+        for case in part(case_set, True)[:limit]:
+            assert case.label is not None
+            file = case.images[0].name
+            image, truth = read_image(case.images[0]), read_image(case.label).array > 0
+            session = ClickSession(image, package, engine, options=Options(engine="onnx", device="cpu"))
+            engine = session._engine
             inside = np.argwhere(truth)
             firsts = [tuple(int(v) for v in inside[rng.integers(len(inside))]) for _ in range(3)]
             scores, seconds = play(session, truth, firsts[0])
             others = [play(session, truth, first, 1)[0][0] for first in firsts[1:]]
-            scan = load(source)
+            scan = load(case)
             yield {
                 "set": kind,
-                "case": source.image.name,
+                "case": file,
                 "diameter_mm": round(scan.diameter, 1),
-                "texture": texture.get(source.image.name, ""),
+                "texture": texture.get(file, ""),
                 "attached": int(not scan.isolated),
                 **{f"dice_{n + 1}": round(s, 4) for n, s in enumerate(scores)},
                 "first_click_worst_of_3": round(min(scores[0], *others), 4),
