@@ -28,9 +28,10 @@ def data() -> Path:
 
 @pytest.fixture(autouse=True)
 def models_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Imported models of this test alone: the user's own folder is never touched."""
+    """Imported models of this test alone, and kept masks: the user's own folders are never touched."""
     folder = tmp_path / "models"
     monkeypatch.setenv("UNETSEG_MODELS", str(folder))
+    monkeypatch.setenv("UNETSEG_MASKS", str(tmp_path / "masks"))
     return folder
 
 

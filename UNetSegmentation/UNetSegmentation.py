@@ -27,7 +27,7 @@ from slicer.ScriptedLoadableModule import (
     ScriptedLoadableModuleWidget,
 )
 from slicer.util import VTKObservationMixin
-from UNetSegmentationPanel import inputs, models, nodules, packages, results, run
+from UNetSegmentationPanel import inputs, models, nodules, packages, results, retrain, run, trainingset, worklist
 
 # ------------------------------------------------------------------------------------------------------------- module
 
@@ -172,6 +172,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.channelRows = inputs.ChannelRows(self.ui, self._onChannels)
         self.torchRow = packages.TorchRow(self.ui, self._update)
         self.nodules = nodules.NoduleSection(self.ui, root, self._keepChoice)
+        self.trainingSet = trainingset.TrainingSetSection(self)
+        self.sections = (self.trainingSet, worklist.WorkListSection(self), retrain.RetrainSection(self))
         self.walk = results.PlaceWalk()
         self._fillChoices()
         self._connect()
@@ -187,6 +189,11 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         # The core, and with it the models' cards, once the panel is there to be seen.
         qt.QTimer.singleShot(0, self._readModels)
 
+    def addSection(self, section: Any) -> None:
+        """A further section's root widget, above the empty rest."""
+        box = self.root.layout()
+        box.insertWidget(box.count() - 1, section)
+
     def cleanup(self) -> None:
         """The application quits, or the module is reloaded: a run of this panel ends without a trace."""
         self._closed = True
@@ -194,6 +201,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.controller.cancel()
         self.torchRow.close()
         self.nodules.close()
+        for section in reversed(self.sections):
+            section.close()
         self.setParameterNode(None)
         self.removeObservers()
 
@@ -204,10 +213,14 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self.modelList.read()
             self.nodules.read()
             self._update()
+        for section in self.sections:
+            section.enter()
 
     def exit(self) -> None:
         self._entered = False
         self.nodules.leave()
+        for section in self.sections:
+            section.leave()
         self.setParameterNode(None)
 
     def initializeParameterNode(self) -> None:
@@ -247,6 +260,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 return
             if next(steps, steps) is steps:
                 self._warm = True
+                for section in self.sections:
+                    section.read()
                 self._update()
             else:
                 qt.QTimer.singleShot(20, warm)
@@ -256,6 +271,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _onSceneStartClose(self, caller: Any, event: Any) -> None:
         self.setParameterNode(None)
         self.nodules.closeScene()
+        for section in self.sections:
+            section.closeScene()
 
     def _onSceneEndClose(self, caller: Any, event: Any) -> None:
         if self._entered:
@@ -518,6 +535,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._updating = False
         if self._warm:
             self.nodules.show(p)
+            for section in self.sections:
+                section.update()
         self._updateRun()
 
     def _updateInput(self, p: Any) -> None:

@@ -1,7 +1,8 @@
 """Dice after equal minutes of training: ours, MONAI's recipes for BasicUNet and DynUNet, and nnU-Net v2, on one fold.
 
     .venv/bin/python benchmarks/training.py DATA --minutes 30                          all rows, a table at the end
-    .venv/bin/python benchmarks/training.py DATA --minutes 30 --row nnunetv2           one row, added to the table
+    .venv/bin/python benchmarks/training.py DATA --minutes 30 --row nnunetv2           one row, added to the table; a row that is
+                                                                                       there is not run again without --again
 
 DATA: a folder that unetseg-train reads, e.g. $UNETSEG_DATA/msd_hippocampus. Every row trains on the same cases of the same
 patient-wise fold for the same wall-clock minutes on the same machine, one after the other, each in a process of its own;
@@ -29,12 +30,15 @@ import subprocess
 import sys
 import time
 import venv
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "UNetSegmentation")]
+from UNetSegmentationLib.files import atomic_path  # noqa: E402
+
 ROWS = ("ours", "basicunet", "dynunet", "nnunetv2")
 NNUNET = "nnunetv2==2.8.1"
 
@@ -94,7 +98,12 @@ def cases(options: argparse.Namespace) -> tuple[Any, list[Any], list[Any], Any]:
     from unetseg_training.train import held_out
 
     case_set = find_cases(options.data)
-    config = plan(case_set, options.data, minutes=options.minutes, measure=options.row == "ours").config
+    names = [name.strip() for name in options.names.split(",")] if options.names else []
+    if len(names) not in (0, len(case_set.labels)):
+        raise SystemExit(f"{options.data} has {len(case_set.labels)} labels; give as many --names.")
+    case_set.labels = tuple(replace(label, name=name) for label, name in zip(case_set.labels, names)) or case_set.labels
+    quick = options.minutes < 20  # as --quick plans: small batches, few epochs
+    config = plan(case_set, options.data, quick=quick, minutes=options.minutes, measure=options.row == "ours").config
     train, check = held_out(case_set.annotated, config, options.fold)
     return case_set, train, check[: options.cases or len(check)], config
 
@@ -309,9 +318,35 @@ def run_row(options: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     facts = {"ours": ours, "nnunetv2": nnunet}.get(options.row, monai_recipe)(options, work)
     rows = facts.pop("rows")
-    facts |= {"row": options.row, "minutes": options.minutes, "fold": options.fold, "peak_bytes": peak(), "summary": metrics.summary(rows)}
-    facts |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "command": " ".join(["benchmarks/training.py", *sys.argv[1:]])}
-    (options.work / f"{options.row}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    facts |= {
+        "row": options.row,
+        "minutes": options.minutes,
+        "fold": options.fold,
+        "cases": options.cases,
+        "peak_bytes": peak(),
+        "summary": metrics.summary(rows),
+    }
+    facts |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "command": told(options)}
+    with atomic_path(options.work / f"{options.row}.json") as path:
+        path.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+
+
+def told(options: argparse.Namespace) -> str:
+    """The row's command, without the folders of one machine."""
+    words = ["benchmarks/training.py", f"$UNETSEG_DATA/{options.data.name}", f"--minutes {options.minutes:g}"]
+    words += [f"--fold {options.fold}"] if options.fold else []
+    words += [f"--cases {options.cases}"] if options.cases else []
+    words += [f'--names "{options.names}"'] if options.names else []
+    return " ".join([*words, f"--row {options.row}"])
+
+
+def same(path: Path, options: argparse.Namespace) -> bool:
+    """Whether a row is there, of these minutes, fold and cases."""
+    try:
+        row = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all(row.get(k) == getattr(options, k) for k in ("minutes", "fold", "cases"))
 
 
 def peak() -> int:
@@ -350,7 +385,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--cases", type=int, default=0, help="held-out cases to score; default all")
+    parser.add_argument("--names", default="", help="names of the labels, where DATA has none: ours mirrors only where they allow it")
     parser.add_argument("--row", choices=ROWS)
+    parser.add_argument("--again", action="store_true", help="run rows that are there already")
+    parser.add_argument("--table", type=Path, help="also write the table into this file")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark-training")
     options = parser.parse_args()
     options.work = options.work.resolve()
@@ -358,10 +396,17 @@ def main() -> None:
         run_row(options)
     else:
         for row in ROWS:
+            if same(options.work / f"{row}.json", options) and not options.again:
+                print(f"{row} is there already; --again runs it anew.", file=sys.stderr)
+                continue
             done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--row", row])
             if done.returncode:
                 print(f"{row} failed; the others go on.", file=sys.stderr)
-    print(table(options.work))
+    text = table(options.work)
+    print(text)
+    if options.table:
+        with atomic_path(options.table) as path:
+            path.write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":

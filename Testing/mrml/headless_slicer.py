@@ -65,7 +65,8 @@ class Runtime:
 class SliceView:
     """A real slice view, drawn off screen."""
 
-    def __init__(self, runtime: Runtime, name: str, orientation: str, size: tuple[int, int]) -> None:
+    def __init__(self, runtime: Runtime, name: str, orientation: str, size: tuple[int, int], node: Any = None) -> None:
+        """node: the slice node of a layout, which keeps its orientation; None makes one."""
         self.mapper = vtk.vtkImageMapper()
         self.mapper.SetColorWindow(255)
         self.mapper.SetColorLevel(127.5)
@@ -96,8 +97,12 @@ class SliceView:
         self.logic.SetMRMLApplicationLogic(runtime.application_logic)
         runtime.application_logic.GetSliceLogics().AddItem(self.logic)
         self.logic.SetMRMLScene(runtime.scene)
-        self.node = self.logic.AddSliceNode(name)
-        self.node.SetOrientation(orientation)
+        if node is None:
+            self.node = self.logic.AddSliceNode(name)
+            self.node.SetOrientation(orientation)
+        else:
+            self.node = node
+            self.logic.SetSliceNode(node)
         self.node.SetMappedInLayout(1)
         self.group.SetMRMLDisplayableNode(self.node)
         self.logic.ResizeSliceNode(*size)
@@ -128,3 +133,43 @@ class SliceView:
         vtk.vtkMatrix4x4.Invert(self.node.GetXYToRAS(), to_xy)
         x, y = to_xy.MultiplyPoint([*ras, 1.0])[:2]
         return picture[picture.shape[0] - 1 - round(y), round(x)]
+
+
+def draw_chart(chart_node: Any, size: tuple[int, int]) -> np.ndarray:
+    """What a plot view shows of a chart node, in its essentials (qMRMLPlotView.cxx): uint8 (row, column, RGB), the first row on top."""
+    view = vtk.vtkContextView()
+    view.GetRenderWindow().SetOffScreenRendering(1)
+    view.GetRenderWindow().SetMultiSamples(0)
+    view.GetRenderWindow().SetSize(*size)
+    view.GetRenderer().SetBackground(1, 1, 1)
+    chart = vtk.vtkChartXY()
+    view.GetScene().AddItem(chart)
+    chart.SetTitle(chart_node.GetTitle())
+    chart.GetTitleProperties().SetFontSize(chart_node.GetTitleFontSize())
+    for place, title in ((1, chart_node.GetXAxisTitle()), (0, chart_node.GetYAxisTitle())):
+        axis = chart.GetAxis(place)
+        axis.SetTitle(title)
+        axis.GetTitleProperties().SetFontSize(chart_node.GetAxisTitleFontSize())
+        axis.GetLabelProperties().SetFontSize(chart_node.GetAxisLabelFontSize())
+    if not chart_node.GetYAxisRangeAuto():
+        chart.GetAxis(0).SetBehavior(vtk.vtkAxis.FIXED)
+        chart.GetAxis(0).SetRange(*chart_node.GetYAxisRange())
+    chart.SetShowLegend(chart_node.GetLegendVisibility())
+    chart.GetLegend().SetLabelSize(chart_node.GetLegendFontSize())
+    for i in range(chart_node.GetNumberOfPlotSeriesNodes()):
+        series = chart_node.GetNthPlotSeriesNode(i)
+        plot = chart.AddPlot(vtk.vtkChart.LINE)
+        plot.SetInputData(series.GetTableNode().GetTable(), series.GetXColumnName(), series.GetYColumnName())
+        plot.SetLabel(series.GetName())
+        plot.SetWidth(series.GetLineWidth())
+        plot.GetPen().SetLineType(series.GetLineStyle())
+        plot.SetMarkerStyle(series.GetMarkerStyle())
+        plot.SetMarkerSize(series.GetMarkerSize())
+        plot.SetColorF(*series.GetColor())
+    view.GetRenderWindow().Render()
+    grab = vtk.vtkWindowToImageFilter()
+    grab.SetInput(view.GetRenderWindow())
+    grab.ReadFrontBufferOff()
+    grab.Update()
+    width, height, _ = grab.GetOutput().GetDimensions()
+    return vtk_to_numpy(grab.GetOutput().GetPointData().GetScalars()).reshape(height, width, -1)[::-1, :, :3].copy()

@@ -225,3 +225,31 @@ def test_dots_are_seen_small_and_cannot_be_moved(scene: Any, runtime: Any) -> No
     mrml.show_dots(scene, True, [])
     mrml.remove_dots(scene)
     assert not slicer.util.getNodesByClass("vtkMRMLMarkupsNode", scene)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_segments_as_one_label_map(scene: Any, grid: str) -> None:
+    import slicer
+
+    node, segmentation = volume(grid), slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode")
+    segmentation.SetReferenceImageGeometryParameterFromVolumeNode(node)
+    masks = [full(), full(np.ones((3, 2, 4), np.uint8), (5, 6, 7)), np.zeros(SHAPE, np.uint8)]
+    values = [(add_segment(segmentation, f"s{i}", mask, node), value) for i, (mask, value) in enumerate(zip(masks, (7, 2, 3)))]
+    merged, start = complete(mrml.merged_steps(segmentation, values, node))
+    assert start == START and np.array_equal(full(merged, start), np.where(masks[1], 2, 7 * masks[0]))
+    assert complete(mrml.merged_steps(segmentation, values[2:], node))[0].size == 0
+
+
+def test_what_dicom_says_of_a_volume(scene: Any) -> None:
+    import slicer
+
+    node = volume()
+    assert mrml.dicom_of(node) == ("", "")
+    hierarchy, words = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene), slicer.vtkMRMLSubjectHierarchyConstants
+    patient = hierarchy.CreateSubjectItem(hierarchy.GetSceneItemID(), "Doe^Jane")
+    item = hierarchy.CreateItem(hierarchy.CreateStudyItem(patient, "Study"), node)
+    hierarchy.SetItemUID(patient, words.GetDICOMUIDName(), "4711 ")
+    hierarchy.SetItemAttribute(item, words.GetDICOMSeriesModalityAttributeName(), "MR")
+    assert mrml.dicom_of(node) == ("4711", "MR")
+    hierarchy.SetItemAttribute(patient, words.GetDICOMPatientNameAttributeName(), "4711 ")  # Slicer takes it where there is no ID
+    assert mrml.dicom_of(node) == ("", "MR")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import sys
 import tempfile
 import time
@@ -97,6 +98,7 @@ def photograph(gui: Any, out: Path, work: Path) -> None:
     gui.wait(lambda: not controller.running, 60)
     shoot("error")
     shoot("error-narrow-dark", NARROW, dark=True)
+    photograph_retrain(gui, widget, work, out, shoot)
     gui.close(widget)
     sys.modules["UNetSegmentationPanel"].shutdown()
 
@@ -157,6 +159,79 @@ def photograph_nodules(gui: Any, widget: Any, volume: Any, shoot: Any) -> None:
     section.tool.disarm()
     settings.earlier = None
     ui.runSection.collapsed = ui.modelSection.collapsed = ui.inputSection.collapsed = False
+
+
+def photograph_retrain(gui: Any, widget: Any, work: Path, out: Path, shoot: Any) -> None:
+    """The section "Retrain" with trainings made by hand, and what it shows in the views."""
+    import retraining
+    import slicer
+    from headless_slicer import SliceView, draw_chart
+    from UNetSegmentationLib.model import write_package
+
+    ui, folder = widget.ui, work / "cases"
+    folder.mkdir()
+    section = widget.sections[2]
+    for each in (ui.inputSection, ui.noduleSection, ui.modelSection, ui.runSection):
+        each.collapsed = True
+    section.root.collapsed = False
+    shoot("retrain-no-training-set")
+    toy = runpy.run_path(str(ROOT / "Testing" / "conftest.py"))
+    card = toy["make_card"](version="1.1.0", labels=list(retraining.LABELS))
+    package = write_package(work / "toy-1.1.0.unet.zip", card, toy["make_onnx"]("threshold", card))
+    widget.trainingSet.setFolder(str(folder))
+    shoot("retrain")
+    job = retraining.make_job(folder)
+    lines = retraining.curve()
+    retraining.make_pictures(job, lines)
+    retraining.write_lines(job / "live.jsonl", lines)
+    section._find()
+    ui = section.ui
+
+    def settle() -> None:
+        gui.process_events()
+        gui.wait(lambda: not section._pieces.busy and section._live.get("validation", {}).get("step") == 400, 20)
+
+    section.onCurves(True)
+    settle()
+    shoot("retrain-training")
+    shoot("retrain-training-dark", dark=True)
+    for name, chart in (("loss", section._curves.loss_chart), ("dice", section._curves.dice_chart)):
+        retraining.save_picture(draw_chart(chart, (700, 380)), out / f"retrain-{name}.png")
+
+    def views(names: tuple[str, ...], size: tuple[int, int]) -> list[Any]:
+        found = []
+        for name in names:
+            node = slicer.mrmlScene.GetSingletonNode(name, "vtkMRMLSliceNode")
+            view = SliceView(gui.kept[0], name, "Axial", size, node)
+            composite = slicer.app.layoutManager().sliceWidget(name).mrmlSliceCompositeNode()
+            view.show(slicer.mrmlScene.GetNodeByID(composite.GetBackgroundVolumeID()))
+            found.append(view.picture())
+        return found
+
+    retraining.save_picture(views(("UNetExamples",), (700, 700))[0], out / "retrain-examples.png")
+    section.onCurves(False)
+    for verdict in ("better", "same", "worse"):
+        retraining.make_result(job, package.path, verdict, sure=verdict != "same")
+        section._find()
+        shoot(f"retrain-{verdict}")
+    retraining.make_result(job, package.path)
+    section._find()
+    gui.process_events()
+    section.ui.worstTable.selectRow(0)
+    settle()
+    shoot("retrain-compare")
+    shoot("retrain-compare-narrow", NARROW)
+    shoot("retrain-compare-dark", dark=True)
+    retraining.save_picture(retraining.beside(views(("UNetBefore", "UNetAfter"), (600, 600))), out / "retrain-before-after.png")
+    section.ui.endCompareButton.click()
+    retraining.make_job(folder, "20260103-030405-toy", started=1767407045.0, pid=2**22 + 1, mark="another", kept=True)
+    section._find()
+    section._choose(section.jobs[0])
+    shoot("retrain-interrupted", NARROW)
+    shutil.rmtree(folder)
+    section._find()
+    for each in (widget.ui.inputSection, widget.ui.noduleSection, widget.ui.modelSection, widget.ui.runSection):
+        each.collapsed = False
 
 
 if __name__ == "__main__":

@@ -343,6 +343,36 @@ def test_pytorch_is_planned_made_shown_used_and_removed(gui, installer, torch_wh
     assert installer.torchEnvironment().status == "none" and not own.folder.exists()
 
 
+def test_what_training_needs_is_planned_and_added_to_pytorch(gui, installer, torch_wheels, monkeypatch):
+    for name in ("lightning", "monai", "scipy", "pydantic", "matplotlib", "jinja2"):
+        unit.make_wheel(torch_wheels, name, "9.9")
+    unit.make_wheel(torch_wheels, "pyyaml", "9.9", files={"yaml/__init__.py": ""})
+    with monkeypatch.context() as m:
+        m.setattr(environment, "training_lacks", lambda own=None: ["torch>=2.4", "monai>=1.4"])  # whatever this Python has
+        assert installer.trainingPython() is None and installer.describeTraining() == "To be installed first: torch, monai"
+        told = Told()
+        installer.planTraining(*told.arguments)
+        kind, plan = outcome(gui, told)
+        assert kind == "done" and "torch 2.13.0" in str(plan) and "monai 9.9" in str(plan)
+    told = Told()
+    installer.createTorch(*told.arguments, variant="cpu")  # as of a person who only ran models with it
+    assert outcome(gui, told)[0] == "done" and installer.trainingPython() is None
+    assert installer.describeTraining().startswith("To be installed first: lightning, monai")
+    told = Told()
+    installer.planTraining(*told.arguments)
+    kind, plan = outcome(gui, told)
+    assert kind == "done" and "lightning 9.9" in str(plan) and "torch" not in str(plan)
+    told = Told()
+    installer.installTraining(plan, *told.arguments)
+    kind, own = outcome(gui, told)
+    assert kind == "done" and own.status == "ready" and installer.describeTraining().startswith("Ready to train: PyTorch")
+    python, variables = installer.trainingPython()
+    assert python == own.python and variables["UNETSEG_PACKAGES"] == str(own.folder / "packages")
+    told = Told()
+    installer.removeTorch(*told.arguments[1:3])
+    assert outcome(gui, told)[0] == "done"
+
+
 def test_the_panels_row_installs_and_removes_it(gui, installer, torch_wheels):
     widget = gui.open()
     ui = widget.ui

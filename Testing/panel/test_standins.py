@@ -996,6 +996,16 @@ def test_the_application(gui: Any) -> None:
     assert node.GetSliceToRAS().GetElement(2, 3) == 30
     manager.setLayout(slicer.vtkMRMLLayoutNode.SlicerLayoutOneUpRedSliceView)
     assert manager.layout == slicer.vtkMRMLLayoutNode.SlicerLayoutOneUpRedSliceView
+    changed: list[int] = []
+    manager.connect("layoutChanged(int)", changed.append)
+    node = manager.layoutLogic().GetLayoutNode()
+    node.AddLayoutDescription(999, '<layout><item><view class="vtkMRMLSliceNode" singletontag="Mine"></view></item></layout>')
+    node.SetViewArrangement(999)  # a module's own layout, by its node
+    assert changed == [999] and manager.sliceWidget("Mine").mrmlSliceNode().GetLayoutName() == "Mine"
+    assert manager.sliceWidget("Mine").mrmlSliceCompositeNode() is not None
+    manager.setLayout(999)
+    manager.disconnect("layoutChanged(int)", changed.append)
+    assert changed == [999]
     slicer.util.setSliceViewerLayers(background=add_volume(), fit=True)
     for name in ("mainWindow", "aplicationLogic"):
         with pytest.raises(AttributeError):

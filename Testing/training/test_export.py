@@ -1,5 +1,6 @@
 """The package that a training ends in: parity first, names that a person reads, lineage, and the card in Markdown."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -49,9 +50,11 @@ def test_a_package_with_its_lineage_and_its_card_beside_it(tmp_path, card):
     package = export_run(network(), card, tmp_path / "models", items(), origin, facts, quiet=True)
     assert package.path == tmp_path / "models" / "toy-1.0.0.unet.zip"
     read = ModelPackage.read(package.path).card.data
-    assert read["lineage"]["parent"] == f"hippocampus-3d-{parent.card.version}" and read["lineage"]["training_cases"] == 2
+    digest = hashlib.sha256(parent.path.read_bytes()).hexdigest()
+    assert read["lineage"]["parent"] == {"name": "hippocampus-3d", "version": parent.card.version, "sha256": digest}
+    assert read["lineage"]["cases"] == 2 and package.card.origin.startswith(f"Fine-tuned from hippocampus-3d {parent.card.version} with 2 ")
     again = lineage({"data": {"train": {"a": "1", "b": "2"}}})
-    assert read["lineage"]["dataset_sha256"] == again["dataset_sha256"] != lineage({"data": {"train": {"a": "1"}}})["dataset_sha256"]
+    assert read["lineage"]["dataset"] == again["dataset"] != lineage({"data": {"train": {"a": "1"}}})["dataset"]
     parity = read["lineage"]["parity"]
     assert parity["cases"] == ["case 0", "case 1"] and 0 < parity["largest_difference"] <= 1e-4
     assert read["metrics"]["dice"] == {"thing": 0.9} and "fpr" not in json.dumps(read["metrics"])
@@ -60,7 +63,7 @@ def test_a_package_with_its_lineage_and_its_card_beside_it(tmp_path, card):
     for part in (
         "## Intended use", "## Data and licence", "## Measured", "## Limits", "## Lineage",
         "| thing | 0.900 (0.850 to 0.940) |", "9 patients (fold 0 of 5)", "1 missed, 0 false", "Not tried in children.",
-        "intervals are wide", r"12 scans \| of \*ours\*", "fine-tuned from: hippocampus-3d-", "on 2 cases",
+        "intervals are wide", r"12 scans \| of \*ours\*", "Fine-tuned from hippocampus-3d ", "on 2 cases",
         read["files"]["model.onnx"]["sha256"],
     ):  # fmt: skip
         assert part in text, part

@@ -127,7 +127,7 @@ def test_seeds_differ_and_restart_begins_anew(command, run):
         (("export", "{run}"), "holds no run"),
         (("report", "{run}/nothing"), ""),
         (("pictures", "{run}", "--case", "nobody"), "There is no case 'nobody'"),
-        (("finetune", "no-such-model", "{run}", "-o", "x"), "There is no model 'no-such-model'"),
+        (("finetune", "{run}", "--from", "no-such-model", "-o", "x"), "There is no model 'no-such-model'"),
     ],
 )
 def test_bad_input_is_one_sentence(command, run, monkeypatch, tmp_path, words, told):

@@ -189,6 +189,61 @@ def test_what_is_refused_can_be_allowed(dataset):
         dataset.add(scan(3), outline(), name="b")
 
 
+def test_what_may_be_allowed_says_so(dataset):
+    dot = np.zeros((6, 11, 9), np.uint8)
+    dot[2, 2, 2] = 7
+    scar = (Label(7, "scar", (0, 0, 0), {}),)
+    found = []
+    for mask, how in ((np.zeros_like(dot), {}), (dot, {"labels": scar}), (dot, {"labels": scar, "allow": ["label"]})):
+        with pytest.raises(module.Objection) as e:
+            dataset.add(scan(0), mask, **how)
+        found.append(e.value.kind)
+    assert found == ["empty", "label", "leftover"] and len(dataset.labels) == 2
+    entry = dataset.add(scan(0), dot, labels=scar, allow=["label", "leftover"])
+    assert [(d.value, d.name) for d in dataset.labels] == [(1, "organ"), (5, "tumour"), (2, "scar")]
+    assert np.count_nonzero(read_image(entry.label).array == 2) == 1 and entry.record["voxels_by_label"]["scar"] == 1
+    # A label that another person added meanwhile is there once.
+    record, edge = {**entry.record, "voxels": "1"}, Label(2, "edge", (0, 0, 0), {})
+    with pytest.raises(UserError, match="Another person added a label"):
+        dataset._commit(lambda data: dataset._enter(data, "x", record, "p-1", False, None, (), [edge]))
+
+
+def test_a_case_can_be_stopped_between_its_files(dataset):
+    before, told = state(dataset), []
+
+    class Stopped(Exception):
+        pass
+
+    def check():
+        if any("mask" in text for _, text in told):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        dataset.add(scan(0), outline(), model_mask=outline(), progress=lambda fraction, text: told.append((fraction, text)), check=check)
+    assert state(dataset) == before and [t for _, t in told] == ["checking the case", "writing the mask"]
+
+
+def test_segments_are_matched_to_labels_by_name_codes_or_name_without_number():
+    match, tissue = module.match_label, {"category": ["SCT", "85756007", "Tissue"], "type": ["SCT", "85756007", "Gewebe"]}
+    lung = {"category": ["SCT", "123037004", "Anatomie"], "type": ["SCT", "39607008", "Lunge"]}
+    labels = [ORGAN, TUMOUR, Label(6, "Tissue", (0, 0, 0), tissue)]
+    assert match(" Tumour ", {}, labels) is TUMOUR and match("links", lung, labels) is ORGAN and match("tumour_12", {}, labels) is TUMOUR
+    assert match("Segment_1", tissue, labels) is None and match("L1", {}, labels) is None
+    assert match("links", lung, [*labels, Label(7, "left lung", (0, 0, 0), lung)]) is None
+
+
+def test_the_summary_is_what_a_person_sees(dataset):
+    name = dataset.add(scan(0), outline(), model_mask=outline(0), by="A", dated=True).name
+    dataset.add(scan(0), outline())
+    other = dataset.add(scan(1), outline(), patient="P").name
+    dataset.remove(other)
+    found = json.loads(json.dumps(dataset.summary()))
+    assert (found["count"], found["patients"], [c["name"] for c in found["removed"]]) == (1, 1, [other])
+    (case,) = found["cases"]
+    assert case["name"] == name and [v["version"] for v in case["versions"]] == [1, 2] and case["versions"][0]["by"] == "A"
+    assert case["voxels"] == {"organ": 108, "tumour": 12} and "files" not in case["versions"][0]
+
+
 def test_a_case_is_removed_restored_and_erased(dataset):
     entry = dataset.add(scan(0), outline())
     dataset.remove(entry.name)
@@ -287,9 +342,9 @@ elif point == "half an index":
         die()
     m._write_json = half_json
 elif point == "index not moved":
-    m._Lock.mine = die
+    m.FolderLock.mine = die
 elif point == "index moved":
-    m._Lock.__exit__ = die
+    m.FolderLock.__exit__ = die
 m.Dataset.open(folder).add(scan(1), outline(), patient="b")
 """
 POINTS = ["half a file", "one file", "all files", "locked", "half an index", "index not moved", "index moved"]
@@ -449,7 +504,7 @@ def test_a_case_that_is_erased_while_its_new_version_is_written_is_not_half_ther
 
 def test_a_writer_that_lost_its_lock_begins_again_with_what_the_other_wrote(dataset, monkeypatch):
     other = Dataset.open(dataset.folder)
-    mine, turns = module._Lock.mine, []
+    mine, turns = module.FolderLock.mine, []
 
     def robbed(self):
         if not turns:
@@ -458,7 +513,7 @@ def test_a_writer_that_lost_its_lock_begins_again_with_what_the_other_wrote(data
             other.add(scan(1), outline(), name="theirs")
         return mine(self)
 
-    monkeypatch.setattr(module._Lock, "mine", robbed)
+    monkeypatch.setattr(module.FolderLock, "mine", robbed)
     dataset.add(scan(0), outline(), name="ours")
     assert set(Dataset.open(dataset.folder).entries) == {"ours", "theirs"}
 

@@ -595,6 +595,56 @@ def test_it_comes_before_what_a_launcher_puts_first(folder, torch_wheels, pip, t
     assert str(folder) in in_worker(own, "import torch; print(torch.__file__)")
 
 
+@pytest.fixture
+def training_wheels(torch_wheels):
+    """Toys of what training needs too."""
+    make_wheel(torch_wheels, "lightning", "9.9", ["torch", "numpy>=1.2", "fsspec[http]>=1"])
+    for name, module in (
+        ("monai", ""),
+        ("scipy", ""),
+        ("pydantic", ""),
+        ("pyyaml", "yaml"),
+        ("matplotlib", ""),
+        ("jinja2", ""),
+        ("fsspec", ""),
+    ):
+        make_wheel(torch_wheels, name, "9.9", files={f"{module or name}/__init__.py": "here = 1\n"})
+    return torch_wheels
+
+
+def test_what_training_needs_is_added_to_an_environment_that_is_there(folder, training_wheels, pip):
+    own = create(training_wheels)
+    assert [Requirement.read(t).name for t in environment.training_lacks()] == [
+        Requirement.read(t).name for t in environment.TRAINING_REQUIREMENTS
+    ]
+    with pytest.raises(UserError, match="Training needs lightning, monai, .* which are not installed"):
+        environment.training_python()
+    torch = (folder / "packages" / "torch" / "__init__.py").stat()
+    plan = environment.run(environment.plan_training_steps(own, training_wheels))
+    assert {p.name for p in plan.packages} == {"lightning", "monai", "scipy", "pydantic", "pyyaml", "matplotlib", "jinja2", "fsspec"}
+    assert str(plan).startswith("lightning 9.9") and all(p.size for p in plan.packages)
+    # Cut off by a kill in the middle: PyTorch works on, and what is missing is known.
+    pip("install", "--no-index", "--no-deps", "--find-links", training_wheels, "--target", folder / "packages", "lightning")
+    (folder / "packages" / "lightning-9.9.dist-info" / "RECORD").unlink()
+    assert environment.own_environment().status == "ready" and "lightning>=2.4" in environment.training_lacks()
+    own = environment.run(environment.add_training_steps(own, training_wheels))
+    assert own.status == "ready" and environment.training_lacks() == [] and not (folder / "t").exists()
+    assert environment.training_python() == (own.python, own.variables)
+    assert (folder / "packages" / "torch" / "__init__.py").stat().st_mtime_ns == torch.st_mtime_ns
+    assert in_worker(own, "import lightning, yaml; print(lightning.__version__, yaml.here)") == "9.9 1"
+    environment.run(environment.add_training_steps(own, training_wheels))  # nothing to do
+
+
+def test_what_training_needs_comes_with_a_new_environment(folder, training_wheels, pip):
+    plan = environment.run(environment.plan_torch_steps(sys.executable, "cpu", training_wheels, training=True))
+    assert {"torch", "lightning", "fsspec"} <= {p.name for p in plan.packages}
+    assert create(training_wheels, training=True).status == "ready" and environment.training_lacks() == []
+    os.remove(training_wheels / "fsspec-9.9-py3-none-any.whl")
+    environment.remove()
+    with pytest.raises(UserError, match="has no wheel of fsspec"):
+        create(training_wheels, training=True)
+
+
 def begin_pip(torch_wheels):
     """The steps of making it, run up to pip, which is the next."""
     steps = environment.create_steps(sys.executable, None, "cpu", torch_wheels)
@@ -811,7 +861,8 @@ def test_requirements_are_those_of_the_project():
     mine = environment.read_requirements(MODULE / "Resources" / "requirements.txt")
     assert set(mine) <= set(project["dependencies"])
     extras = project["optional-dependencies"]
-    assert set(environment.OWN_REQUIREMENTS) <= {*project["dependencies"], *extras["torch"], *extras["train"]}
+    own = {*environment.OWN_REQUIREMENTS, *environment.TRAINING_REQUIREMENTS}
+    assert own <= {*project["dependencies"], *extras["torch"], *extras["train"]}
     (bound,) = [r for r in extras["torch"] if r.startswith("torch")]
     assert Requirement.read(bound).allows(environment.TORCH)
 

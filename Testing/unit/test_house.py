@@ -40,11 +40,14 @@ LEVEL |= {
     "sample": 2,
     "inference": 3,
     "dataset": 3,
+    "kept": 2,
     "nodule": 3,
     "environment": 4,
+    "training": 4,
     "mrml": 4,
     "cli": 4,
     "worker": 4,
+    "worklist": 4,
     "__main__": 5,
     "__init__": 5,
 }
@@ -98,7 +101,10 @@ def test_nothing_in_the_core_points_back_up(name):
 QT = {"qt", "ctk", "slicer", "vtk"}
 OPENED = [
     "UNetSegmentation.py",
-    *(f"UNetSegmentationPanel/{n}.py" for n in ("__init__", "inputs", "models", "nodules", "packages", "results", "run")),
+    *(
+        f"UNetSegmentationPanel/{n}.py"
+        for n in ("__init__", "inputs", "models", "nodules", "packages", "results", "retrain", "run", "trainingset", "worklist")
+    ),
 ]
 PANEL_FILES = ["UNetSegmentation.py", *sorted(p.relative_to(MODULE).as_posix() for p in PANEL.rglob("*.py"))]
 
@@ -179,6 +185,14 @@ def test_cmake_lists_exactly_the_files_there_are(module):
     assert listed == {p.relative_to(module).as_posix() for p in files} - {"CMakeLists.txt"}
     added = f"add_subdirectory({module.relative_to(ROOT).as_posix()})"
     assert added in (ROOT / "CMakeLists.txt").read_text("utf-8")
+
+
+def test_cmake_ships_the_training():
+    folder = ROOT / "training"
+    listed = set(re.findall(r"^  ([\w./-]+\.(?:py|jinja))$", (folder / "CMakeLists.txt").read_text("utf-8"), re.M))
+    files = (p for p in (folder / "unetseg_training").rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    assert listed == {p.relative_to(folder).as_posix() for p in files}
+    assert "add_subdirectory(training)" in (ROOT / "CMakeLists.txt").read_text("utf-8")
 
 
 def test_wheel_ships_every_resource(tmp_path):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from UNetSegmentationLib.image import Box, Image, reorient
-from UNetSegmentationLib.measure import dice, measure, measure_steps, uncertain_places
+from UNetSegmentationLib.measure import dice, measure, measure_steps, uncertain_places, worst_place
 from UNetSegmentationLib.model import Label
 from UNetSegmentationLib.postprocess import clean, components
 
@@ -401,3 +401,30 @@ def test_intensities_of_many_voxels_are_exact():
     assert out["mean_hu"] == pytest.approx(inside.mean(), rel=1e-12)
     assert out["std_hu"] == pytest.approx(inside.std(), rel=1e-9)
     assert (out["min_hu"], out["max_hu"]) == (inside.min(), inside.max())
+
+
+# ---------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("order, signs", [ORIENTATIONS[0], ORIENTATIONS[13], ORIENTATIONS[-1]])
+def test_the_worst_place_is_in_the_axial_slice_with_most_wrong_voxels(order, signs):
+    truth = np.zeros((9, 10, 11), np.uint8)
+    truth[2:7, 2:7, 2:7] = 1
+    found = truth.copy()
+    found[3, 2, 2] = 0  # one voxel here, six there, of another label too
+    found[5, 7, 4:7], found[5, 6, 4:7] = 2, 2
+    images = [Image(a, (0.7, 0.8, 2.5), (10.0, -20.0, 30.0)) for a in (truth, found)]
+    wanted = images[0].index_to_point((5, 6.5, 5))
+    turned = [to_orientation(image, order, signs) for image in images]
+    assert worst_place(turned[0], [turned[0], turned[1]]) == pytest.approx(wanted)
+    assert worst_place(turned[0], [turned[0]]) == pytest.approx(images[0].index_to_point((4, 4, 2)))
+    assert worst_place(turned[0].like(0 * turned[0].array), []) is None
+
+
+def to_orientation(image: Image, order, signs) -> Image:
+    """The same voxels in the same places, stored along other axes: order and signs of (x, y, z)."""
+    import SimpleITK as sitk
+    from UNetSegmentationLib.image import from_sitk, to_sitk
+
+    axes = sitk.PermuteAxes(to_sitk(image), list(order))
+    return from_sitk(sitk.Flip(axes, [s < 0 for s in signs]))

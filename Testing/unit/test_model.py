@@ -227,7 +227,14 @@ FULL = {
     "training_data": ["LIDC-IDRI"],
     "metrics": {"dice": {"a": 0.8}},
     "network": {"levels": 3},
-    "lineage": {"parent": "toy-0.9.0", "dataset_sha256": "0" * 64, "date": "2026-11-22", "training_cases": 3, "versions": {}, "note": 1},
+    "lineage": {
+        "parent": {"name": "toy", "version": "0.9.0", "sha256": "0" * 64},
+        "dataset": {"name": "set", "revision": 4, "sha256": "1" * 64},
+        "date": "2026-11-22",
+        "cases": 3,
+        "versions": {},
+        "note": 1,
+    },
     "files": {ONNX: {"sha256": "0" * 64, "size": 3}, SAFETENSORS: {"sha256": "f" * 64, "size": 1}},
 }
 VALUES = [
@@ -732,3 +739,18 @@ def test_bundled_packages_are_good_and_small():
         assert path.name == f"{package.card.name}-{package.card.version}.unet.zip"
         assert path.stat().st_size <= 15e6
         assert package.card.data["training_data"] and package.card.data["metrics"]["dice"]
+
+
+@pytest.mark.parametrize(
+    "lineage, told",
+    [
+        (FULL["lineage"], "Fine-tuned from toy 0.9.0 with 3 cases of set (revision 4), 2026-11-22."),
+        ({"parent": "toy-0.9.0", "date": "2026-11-22"}, "Fine-tuned from toy-0.9.0, 2026-11-22."),
+        ({"dataset": {"name": "set", "revision": None, "sha256": "1" * 64}}, "Trained from scratch on set."),
+        ({"date": "2026-11-22", "note": 1}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_cards_origin_in_a_sentence(toy_card, lineage, told):
+    files = {ONNX: {"sha256": "0" * 64, "size": 3}}
+    assert check_card({**toy_card(), "lineage": lineage, "files": files}).origin == told

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.image import Box, Image, UserError, read_image
 from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
 from UNetSegmentationLib.measure import measure, uncertain_places
-from UNetSegmentationLib.model import find_model
+from UNetSegmentationLib.model import Label, find_model
 from UNetSegmentationLib.nodule import describe
 from UNetSegmentationLib.worker import protocol
 from UNetSegmentationLib.worker.client import (
@@ -38,6 +39,7 @@ from UNetSegmentationLib.worker.protocol import (
     FOLDER_PREFIX,
     MAX_LINE,
     PROTOCOL,
+    Case,
     Lines,
     ProtocolError,
     decode_options,
@@ -399,7 +401,7 @@ def announced(raw, private, image: Image) -> None:
     assert raw.ask(op="load_volume", id=1, volume=1, file="volume-1.npy", geometry=geometry)["event"] == "done"
 
 
-CLICK = {"op": "click", "volume": 1, "options": {"engine": "onnx", "threads": 1}, "lesion": "a", "measures": False}
+CLICK = {"op": "click", "volume": 1, "options": {"engine": "onnx", "threads": 1}, "lesion": "a", "measures": False, "keep": False}
 
 
 def test_a_click_waits_for_its_turn_and_can_be_cancelled_there(raw, private, tmp_path, chest, clicker, toy_card):
@@ -407,7 +409,7 @@ def test_a_click_waits_for_its_turn_and_can_be_cancelled_there(raw, private, tmp
     announced(raw, private, chest)
     options = {"engine": "onnx", "device": "cpu", "threads": 1, "batch": 1}
     click = {**CLICK, "model": str(clicker.path), "prompts": [["point", 20.0, 20.0, 12.0, True]]}
-    predict = {"op": "predict", "volume": 1, "models": [str(model.path)], "options": options, "measures": False}
+    predict = {"op": "predict", "volume": 1, "models": [str(model.path)], "options": options, "measures": False, "keep": False}
     raw.say(**predict, id=2)
     raw.say(**click, id=3)
     raw.say(**click, id=4)
@@ -482,6 +484,100 @@ def test_an_answer_that_does_not_fit_is_refused(tmp_path, chest):
         session.click_result(event)
 
 
+# --------------------------------------------------------------------------------------------------------------- cases
+
+
+def test_a_case_is_added_and_shown_as_by_the_dataset(client, tmp_path, image, make_package):
+    package = make_package()
+    volume = client.load_volume(image)
+    kept_labels = client._ask(
+        lambda: client.session.predict(volume, [package], QUICK, keep=True), lambda answer: run(client.session.result(answer)), None, None
+    )
+    assert kept_labels.kept and not client.predict(volume, [package], QUICK).kept
+    folder = tmp_path / "set"
+    folder.mkdir()
+    assert client.dataset(folder)["summary"] is None
+    thing, vessel = Label(3, "thing", (1, 2, 3), {}), Label(1, "vessel", (4, 5, 6), {})
+    corrected = kept_labels.labels.array.copy()
+    corrected[0] = 0
+    start = (0, 2, 3)
+    mask = (3 * (corrected == 1)).astype(np.uint8)
+    mask[: start[0], :, :] = mask[:, : start[1]] = mask[:, :, : start[2]] = 0
+    case = Case(
+        str(folder),
+        (thing,),
+        create=("Things", ("CT",)),
+        offered=(vessel, thing),
+        own=((kept_labels.kept, ((1, 3),)),),
+        patient="PID",
+        modality="CT",
+        model="toy",
+    )
+    told = []
+    found = client.add_case(volume, mask[:, 2:, 3:], case, start, lambda f, t: told.append(t))
+    dataset = Dataset.open(folder)
+    entry = dataset.entries[found["case"]]
+    assert [d.name for d in dataset.labels] == ["vessel", "thing"] and entry.patient == dataset.patient("PID")
+    assert np.array_equal(read_image(entry.label).array, 2 * (mask > 0)) and entry.record["modality"] == "CT"
+    assert np.array_equal(read_image(entry.model).array, 2 * kept_labels.labels.array) and found["own"]
+    assert found["summary"] == dataset.summary() == client.dataset(folder)["summary"] and "writing the image" in told
+    assert not list(client.folder.glob("mask-*"))
+    # Refused, and allowed.
+    empty = np.zeros((0, 0, 0), np.uint8)
+    with pytest.raises(WorkerError) as e:
+        client.add_case(volume, empty, case)
+    assert (e.value.kind, e.value.objection) == ("user", "empty") and len(dataset.refresh().versions(entry.name)) == 1
+    again = client.add_case(volume, empty, replace(case, allow=("empty",), own=(("0" * 32, ((1, 3),)),)))
+    assert again["version"] == 2 and not again["own"]
+    assert client.dataset(folder, "restore", entry.name, 1)["summary"]["cases"][0]["versions"][-1]["restored"] == 1
+    assert client.dataset(folder, "remove", entry.name)["summary"]["count"] == 0
+    with pytest.raises(WorkerError, match="has no case"):
+        client.dataset(folder, "remove", entry.name)
+    with pytest.raises(WorkerError, match="is not there"):
+        client.dataset(tmp_path / "gone")
+    with pytest.raises(UserError, match="0 to 255"):
+        client.add_case(volume, np.zeros((1, 1, 1), np.int32), case)
+
+
+def test_a_refused_first_case_leaves_no_dataset(client, tmp_path, image):
+    case = Case(str(tmp_path), (Label(1, "thing", (1, 2, 3), {}),), ("Things", ("CT",)))
+    with pytest.raises(WorkerError, match="is empty"):
+        client.add_case(client.load_volume(image), np.zeros((0, 0, 0), np.uint8), case)
+    assert not (tmp_path / "dataset.json").exists() and not (tmp_path / "salt").exists()
+    with pytest.raises(WorkerError, match="is no dataset"):
+        client.add_case(client.load_volume(image), np.ones((5, 5, 5), np.uint8), replace(case, create=None))
+
+
+def test_nonsense_cases_are_answered_and_survived(raw, private, image):
+    volume = run(protocol.encode_image(image, private, 1))
+    assert raw.ask(op="load_volume", id=1, **volume)["event"] == "done"
+    good = protocol.encode_case(Case(str(private), (Label(1, "thing", (1, 2, 3), {}),)))
+    part = {"box": [[0, 0, 0], [0, 0, 0]], "file": None}
+    np.save(private / "mask-7.npy", np.ones((3, 3, 3), np.uint8))
+    requests = [
+        {"mask": part, "case": {}},
+        {"mask": part, "case": {**good, "own": [["a"]]}},
+        {"mask": part, "case": {**good, "own": [["a", [[1]]]]}},
+        {"mask": part, "case": {**good, "labels": [1]}},
+        {"mask": part, "case": {**good, "create": 5}},
+        {"mask": {"box": [[0, 0, 0], [3, 3, 4]], "file": "mask-7.npy"}, "case": good},
+        {"mask": {"box": [[-1, 0, 0], [2, 3, 3]], "file": "mask-7.npy"}, "case": good},
+        {"mask": {"box": [[0, 0, 0], [3, 3, 3]], "file": "../secret.npy"}, "case": good},
+        {"mask": part, "case": good, "volume": 9},
+    ]
+    for number, request in enumerate(requests, 2):
+        answer = raw.ask(**{"op": "add_case", "id": number, "volume": 1, **request})
+        assert answer["event"] == "error" and answer["kind"] in ("internal", "user"), request
+    for request in (
+        {},
+        {"folder": 5, "action": "show"},
+        {"folder": str(private), "action": "burn"},
+        {"folder": str(private), "action": "remove"},
+    ):
+        assert raw.ask(op="dataset", id=99, **request)["event"] == "error"
+    assert raw.ask(op="ping", id=100)["event"] == "done" and not (private / "dataset.json").exists()
+
+
 def test_prompts_travel_as_json(chest):
     prompts = click_prompts(chest)
     again = decode_prompts(json.loads(json.dumps(encode_prompts(prompts))))
@@ -527,7 +623,7 @@ def test_a_worker_that_can_cancel_lives_on(raw, private, tmp_path, toy_card):
     geometry = {"spacing": [1, 1, 1], "origin": [0, 0, 0], "direction": [1, 0, 0, 0, 1, 0, 0, 0, 1], "source": None}
     assert raw.ask(op="load_volume", id=1, volume=1, file="volume-1.npy", geometry=geometry) == {"id": 1, "event": "done"}
     options = {"engine": "onnx", "device": "cpu", "threads": 1, "batch": 1}
-    raw.say(op="predict", id=2, volume=1, models=[str(model.path)], options=options, measures=False)
+    raw.say(op="predict", id=2, volume=1, models=[str(model.path)], options=options, measures=False, keep=False)
     assert raw.next()["event"] == "progress"
     assert raw.ask(op="cancel", id=3, target=2) == {"id": 2, "event": "cancelled"}
     assert raw.ask(op="ping", id=4)["volumes"] == [1]
@@ -827,7 +923,8 @@ def test_nonsense_is_answered_and_survived(raw, private, image, make_package):
     os.symlink(private.parent / "volume-5.npy", private / "volume-6.npy")
     geometry = {"spacing": [1, 1, 1], "origin": [0, 0, 0], "direction": [1, 0, 0, 0, 1, 0, 0, 0, 1], "source": None}
     load = {"op": "load_volume", "id": 7, "volume": 1, "file": "volume-1.npy", "geometry": geometry}
-    run = {"op": "predict", "id": 8, "volume": 1, "models": [str(make_package().path)], "options": {"engine": "onnx"}, "measures": False}
+    run = {"op": "predict", "id": 8, "volume": 1, "models": [str(make_package().path)], "options": {"engine": "onnx"}}
+    run |= {"measures": False, "keep": False}
     lines = [b"\xff\xfe", b"hello", b"[1]", b'"x"', b"{}", b'{"op": 3}', b'{"op": "explode", "id": 1}', b'{"op": "ping"}', b"[" * 100_000]
     lines += [b'{"op": "ping", "id": true}', b'{"op": "ping", "id": NaN}', b'{"op": "cancel", "id": 1}', b'{"op": "predict", "id": 5}']
     lines += [b'{"op": "ping", "id": 1, "x": "' + b"x" * MAX_LINE + b'"}']
@@ -837,7 +934,15 @@ def test_nonsense_is_answered_and_survived(raw, private, image, make_package):
     ]
     for bad in ({"spacing": [1, 1]}, {"spacing": [0, 1, 1]}, {"origin": ["a", 0, 0]}, {"direction": [1] * 9}, {"source": 3}):
         lines.append(json.dumps({**load, "geometry": {**geometry, **bad}}).encode())
-    for bad in ({"volume": 99}, {"models": "x"}, {"models": [3]}, {"options": None}, {"measures": 1}, {"options": {"evil": 1}}):
+    for bad in (
+        {"volume": 99},
+        {"models": "x"},
+        {"models": [3]},
+        {"options": None},
+        {"measures": 1},
+        {"keep": 1},
+        {"options": {"evil": 1}},
+    ):
         lines.append(json.dumps({**run, **bad}).encode())
     for bad in ({"roi": [1]}, {"roi": [[1, 2], [3, 4]]}, {"at": [1]}, {"batch": "4"}, {"batch": 10**9}, {"tta": 3}, {"intensity": 3}):
         lines.append(json.dumps({**run, "options": bad}).encode())
@@ -899,6 +1004,7 @@ def test_a_result_that_does_not_fit_is_refused(tmp_path, image):
     np.save(tmp_path / "result-1-wide.npy", np.ones((2, 2, 2), np.float64))
     good = {"file": "result-1-labels.npy", "box": [[0, 0, 0], [2, 2, 2]], "dtype": "uint8", "shape": [12, 40, 44]}
     rest = {"label_defs": [], "model_name": "m", "roi": [[0, 0, 0], [1, 1, 1]], "engines": [], "warnings": [], "seconds": 1.0, "tiles": 1}
+    rest |= {"kept": ""}
     for bad in (
         {"box": [[0, 0, 0], [2, 2, 3]]},
         {"box": [[0, 0, -1], [2, 2, 1]]},

@@ -314,6 +314,7 @@ def _app() -> Any:
     model_app = typer.Typer(help="Look into and make model packages.", no_args_is_help=True)
     app.add_typer(model_app, name="model")
     app.add_typer(_dataset_app(), name="dataset")
+    app.add_typer(_worklist_app(), name="worklist")
 
     def version(value: bool) -> None:
         if value:
@@ -708,6 +709,167 @@ def _dataset_app() -> Any:
         """Bring a removed case or a former version back."""
         entry = Dataset.open(folder).restore(case, version)
         print(f"{entry.name} version {entry.version}")
+
+    return app
+
+
+def _worklist_app() -> Any:
+    """The commands on work lists."""
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .dataset import INDEX, Dataset, read_mask
+    from .worklist import Annotator, Scan, WorkList, check_models
+
+    app = typer.Typer(help="Correct many scans one by one, those first where it helps most.", no_args_is_help=True)
+    Folder = Annotated[Path, typer.Argument(help="The work list's folder; a dataset's folder may hold one.")]
+    Name = Annotated[str, typer.Argument(help="The scan's name in the list.")]
+    By = Annotated[str, typer.Option(help="Your name, if the others may see who has a scan.")]
+
+    def as_json(scan: Scan) -> dict[str, Any]:
+        out: dict[str, Any] = {"name": scan.name, "status": scan.status, "files": [str(f) for f in scan.files]}
+        if scan.series:
+            out["series"] = scan.series
+        out |= {"mask": str(scan.mask) if scan.mask else None, "model": scan.model, "scores": scan.scores}
+        return out | {k: v for k, v in (("by", scan.by), ("error", scan.error), ("case", scan.case)) if v}
+
+    def counted(work: WorkList) -> str:
+        counts = work.counts()
+        return f"{sum(counts.values())} scans: " + (", ".join(f"{n} {status}" for status, n in counts.items() if n) or "none")
+
+    @app.command()
+    def make(
+        folder: Folder,
+        sources: Annotated[list[Path], typer.Argument(help="Scans, folders of scans, or a .txt/.csv with a scan on each line.")] = [],  # noqa: B006
+        model: Annotated[list[str], typer.Option("--model", "-m", help="What segments them in advance; several are averaged.")] = [],  # noqa: B006
+        later: Annotated[bool, typer.Option("--later", help="Do not segment now; the panel, or this command once more, does.")] = False,
+        limit: Annotated[int | None, typer.Option(help="Segment so many scans and stop.")] = None,
+        tta: Annotated[str | None, typer.Option(help=f"{', '.join(TTA)}. Default: the model's own.")] = None,
+        engine: Annotated[str, typer.Option(help=f"auto, {', '.join(ENGINES)}.")] = "auto",
+        device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")] = "auto",
+        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    ) -> None:
+        """Make a list or add scans to it, and segment those that the models have not segmented yet. May be stopped and called again."""
+        models = [find_model(m) for m in model]
+        check_models(models)
+        new = not WorkList.there(folder)
+        if new and not sources:
+            raise UserError(f"{folder} holds no work list yet; name the scans, folders or lists to make it of.")
+        work = WorkList.create(folder) if new else WorkList.open(folder)
+        try:
+            added = work.add(sources)
+            if new and not added:
+                raise UserError("No scans were found there; name image files, DICOM folders or folders that hold them.")
+        except UserError:
+            if new:
+                work.discard()
+            raise
+        if not quiet:
+            print(f"{len(added)} scans added", file=sys.stderr)
+        if not models and work.models and not later:
+            models = [find_model(m) for m in work.models]
+        if models:
+            todo = work.choose_models(models)
+            me = Annotator.here(pid=os.getpid())
+            options = Options(tta=tta, engine=engine, device=device)
+            engines = None if later else [choose_engine(m, engine, device) for m in models]
+            with _cancellable():
+                for i in range(0 if later else todo if limit is None else min(limit, todo)):
+                    with _progress(not quiet) as progress:
+                        scan = work.segment(models, me, options, progress, engines=engines)
+                    if scan is None:
+                        break
+                    if not quiet:
+                        value = f"value {scan.scores['value']:.3f}" if scan.scores and not scan.error else scan.error or scan.status
+                        print(f"{i + 1} of {todo}: {scan.name}, {value}", file=sys.stderr)
+        work.clean()
+        if not quiet:
+            print(counted(work.refresh()), file=sys.stderr)
+
+    @app.command(name="list")
+    def list_scans(folder: Folder, json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+        """The scans to come, the most useful first, then the others."""
+        work = WorkList.open(folder)
+        ahead = work.ordered()
+        scans = [*ahead, *(s for n, s in work.scans.items() if n not in {a.name for a in ahead})]
+        if json_:
+            print(json.dumps([as_json(s) for s in scans], indent=2, ensure_ascii=False))
+            return
+        table = Table(title=escape(counted(work)))
+        for column in ("scan", "status", "value", "entropy", "disagreement", "note"):
+            table.add_column(column, no_wrap=column == "scan")
+        for s in scans:
+            numbers = [f"{s.scores[k]:.3f}" if s.scores else "-" for k in ("value", "entropy", "disagreement")]
+            hours = f"for {s.until / 3600:.1f} h" if s.until else ""
+            note = s.error or " ".join(filter(None, [f"by {s.by}" if s.by else "", hours, f"as {s.case}" if s.case else ""]))
+            table.add_row(escape(s.name), s.status, *numbers, escape(note))
+        Console().print(table)
+
+    @app.command(name="next")
+    def next_scan(
+        folder: Folder,
+        by: By = "",
+        leave: Annotated[str, typer.Option(help="A scan of yours that you give back for another.")] = "",
+        json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    ) -> None:
+        """Take the most useful scan, or go on with the one that you have. It is yours for twelve hours, or until done, skip or back."""
+        scan = WorkList.open(folder).next(Annotator.here(by), leave)
+        if scan is None:
+            print("Nothing is left to do." if not json_ else "null")
+        elif json_:
+            print(json.dumps(as_json(scan), indent=2, ensure_ascii=False))
+        else:
+            print(scan.name)
+            for file in scan.files:
+                print(f"  scan  {file}{f' series {scan.series}' if scan.series else ''}")
+            print(f"  found {scan.mask}" if scan.mask else "  not segmented yet")
+
+    @app.command()
+    def done(
+        folder: Folder,
+        scan: Name,
+        mask: Annotated[Path | None, typer.Option("--mask", "-m", help="The corrected mask, which is added to the dataset.")] = None,
+        dataset: Annotated[Path | None, typer.Option(help="The dataset's folder; default: the list's, where it holds one.")] = None,
+        by: By = "",
+    ) -> None:
+        """Mark a scan as corrected; with --mask also add it to the dataset, with the model's own mask."""
+        work, case = WorkList.open(folder), ""
+        found = work.scan(scan)
+        if mask:
+            target = Dataset.open(dataset or folder) if dataset or (folder / INDEX).exists() else None
+            if target is None:
+                raise UserError(f"{folder} holds no dataset; give --dataset with the dataset's folder (unetseg dataset add makes one).")
+            image = read_image(found.files, found.series)
+            array, named = read_mask(mask, image)
+            own = read_mask(found.mask, image) if found.mask else None
+            if own:  # the model's labels, by their names in the values of the mask
+                values = {d.name.strip().lower(): d.value for d in named or target.labels}
+                table = np.zeros(max(d.value for d in own[1]) + 1, np.uint16)
+                for d in own[1]:
+                    table[d.value] = values.get(d.name.strip().lower(), 0)
+                own = table[own[0]], own[1]
+            entry = target.add(
+                image, array, labels=named or None, model_mask=own[0] if own else None, model=found.model if own else "", by=by
+            )
+            case = entry.name
+            print(f"{case} version {entry.version} in {target.folder}")
+        note = work.done(scan, Annotator.here(by), case)
+        print(note or counted(work))
+
+    @app.command()
+    def skip(folder: Folder, scan: Name, by: By = "") -> None:
+        """Nobody is to correct this scan."""
+        work = WorkList.open(folder)
+        print(work.skip(scan, Annotator.here(by)) or counted(work))
+
+    @app.command()
+    def back(folder: Folder, scan: Name) -> None:
+        """Give a scan back: it is offered again, also one that was taken by another, done, skipped or failed."""
+        work = WorkList.open(folder)
+        work.back(scan)
+        print(counted(work))
 
     return app
 

@@ -44,8 +44,9 @@ INDEX, SALT, LOCK, CASES = "dataset.json", "salt", ".lock", "cases"
 FORMAT = "unetseg-dataset"
 SPLITS = ("train", "validation", "test")
 EXPORTS = ("nnunet", "monai", "itksnap")
-# What add() refuses unless it is allowed by name.
-OBJECTIONS = ("empty", "leftover", "image")
+# What add() refuses unless it is allowed by name: an empty mask, a few voxels of a label, another image under a case's name, a
+# label that the dataset does not have (it is then added to it).
+OBJECTIONS = ("empty", "leftover", "image", "label")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # A label with fewer voxels is what an eraser left, unless the person says that it is meant.
 LEFTOVER = 4
@@ -54,6 +55,14 @@ LEFTOVER = 4
 STALE, DEAD, PATIENCE = 60.0, 2.0, 90.0
 # Seconds after which files that no index names are rubbish and not another's case in the making.
 RUBBISH = 24 * 3600.0
+
+
+class Objection(UserError):
+    """What add() refuses, but would do where its `kind`, one of OBJECTIONS, is allowed."""
+
+    def __init__(self, text: str, kind: str) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 # --------------------------------------------------------------------------------------------------------------- masks
@@ -83,19 +92,11 @@ def read_segments(path: str | Path, voxels: bool = True) -> tuple[Image, list[Se
         fields = {k: header.get(f"Segment{i}_{k}", "") for k in ("ID", "Name", "Color", "LabelValue", "Layer", "Tags")}
         color = [round(255 * float(c)) for c in fields["Color"].split()] or DEFAULT_COLORS[i % len(DEFAULT_COLORS)]
         entry = re.search(r"TerminologyEntry:([^|]*)", fields["Tags"])
-        label = Label(i + 1, fields["Name"] or fields["ID"], tuple(color), _terminology(entry[1] if entry else ""))  # type: ignore[arg-type]
+        label = Label(i + 1, fields["Name"] or fields["ID"], tuple(color), read_terminology(entry[1] if entry else ""))  # type: ignore[arg-type]
         found.append(Segment(label, int(fields["Layer"] or 0), int(fields["LabelValue"] or 1)))
     if not found:
         raise UserError(f"{path} names no segments; save the segmentation again from Slicer as .seg.nrrd.")
     return (read_image(path) if voxels else Image(np.zeros((1, 1, 1), np.uint8))), found
-
-
-def _terminology(entry: str) -> dict[str, list[str]]:
-    """The inverse of Label.terminology_entry()."""
-    parts = entry.split("~")
-    keys = ("", "category", "type", "type_modifier", "", "region", "region_modifier")
-    codes = {key: part.split("^") for key, part in zip(keys, parts) if key}
-    return {key: code for key, code in codes.items() if len(code) == 3 and all(code)}
 
 
 def segment_masks(path: str | Path, image: Image) -> Iterator[tuple[Label, np.ndarray]]:
@@ -159,24 +160,53 @@ def changes(before: np.ndarray, after: np.ndarray, labels: Sequence[Label], voxe
     return out
 
 
+def match_label(name: str, terminology: Mapping[str, Sequence[str]], labels: Sequence[Label]) -> Label | None:
+    """Which of these labels a segment is: by its name, else by its codes, else by its name without a number after it."""
+
+    def codes(of: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+        return {key: tuple(code[:2]) for key, code in of.items()}  # without their meaning, which is translated
+
+    names = {label.name.strip().lower(): label for label in labels}
+    wanted = name.strip().lower()
+    if wanted in names:
+        return names[wanted]
+    # "Tissue" is what Slicer calls a new segment, whatever it is of.
+    plain = codes(terminology).get("type", ("", "85756007"))[1] == "85756007"
+    same = [] if plain else [label for label in labels if codes(label.terminology) == codes(terminology)]
+    return same[0] if len(same) == 1 else names.get(base_name(wanted))
+
+
+def base_name(name: str) -> str:
+    """Without the number that tells one of several segments of a kind from the others: Nodule 2, Tumour_1."""
+    return re.sub(r"[\s_]+\d+$", "", name.strip())
+
+
+def read_terminology(entry: str) -> dict[str, list[str]]:
+    """The inverse of Label.terminology_entry()."""
+    parts = entry.split("~")
+    keys = ("", "category", "type", "type_modifier", "", "region", "region_modifier")
+    codes = {key: part.split("^") for key, part in zip(keys, parts) if key}
+    return {key: code for key, code in codes.items() if len(code) == 3 and all(code)}
+
+
 # ---------------------------------------------------------------------------------------------------------------- lock
 
 
-class _LockLost(Exception):
+class LockLost(Exception):
     """Another writer took this lock for a dead one's."""
 
 
-class _Lock:
+class FolderLock:
     """A lock file that any file system knows: made only if it is not there, with its owner, and taken over when stale.
 
     Its age is measured against a file made now in the same folder, so that the clocks of two computers do not matter.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
+    def __init__(self, folder: Path, name: str = LOCK) -> None:
+        self.path = folder / name
         self.token = secrets.token_hex(8)
 
-    def __enter__(self) -> _Lock:
+    def __enter__(self) -> FolderLock:
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": self.token})
         end = time.monotonic() + PATIENCE
         pause = 0.02
@@ -193,13 +223,13 @@ class _Lock:
                     f.write(content)
                 return self
             owner, age = self._owner()
-            if owner is not None and (age > STALE or (age > DEAD and _is_dead(owner))):
+            if owner is not None and (age > STALE or (age > DEAD and process_is_gone(owner))):
                 self._bury(owner)
                 continue
             if time.monotonic() > end:
                 who = f"process {owner.get('pid')} on {owner.get('host')}" if owner and owner.get("pid") else "another program"
                 raise UserError(
-                    f"The dataset {self.path.parent} is being written to by {who}; try again in a minute, "
+                    f"The folder {self.path.parent} is being written to by {who}; try again in a minute, "
                     f"or delete {self.path} if that program is gone."
                 )
             time.sleep(pause)
@@ -254,7 +284,7 @@ class _Lock:
             grave.unlink(missing_ok=True)
 
 
-def _is_dead(owner: Mapping[str, Any]) -> bool:
+def process_is_gone(owner: Mapping[str, Any]) -> bool:
     """Whether a lock's owner was a process of this computer that is gone."""
     pid = owner.get("pid")
     if os.name == "nt" or owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
@@ -334,21 +364,21 @@ class Dataset:
             "segments": [_label_json(label) for label in labels],
             "cases": {},
         }
-        with _reached(folder):
+        with reached(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with _Lock(folder):
+            with FolderLock(folder):
                 if (folder / INDEX).exists():
                     raise UserError(f"{folder} was made by another person just now; open it.")
                 if not (folder / SALT).exists():
                     with atomic_path(folder / SALT) as p:
                         p.write_text(secrets.token_hex(32) + "\n", "ascii")
-                        _flush(p)
+                        flush(p)
                 _write_index(folder, data)
         return cls.open(folder)
 
     def discard(self) -> None:
         """Undo create(), as long as nobody has added a case."""
-        with _reached(self.folder), _Lock(self.folder):
+        with reached(self.folder), FolderLock(self.folder):
             if not any(_read_index(self.folder).get(key) for key in ("cases", "removed")):
                 (self.folder / INDEX).unlink()
                 (self.folder / SALT).unlink(missing_ok=True)
@@ -405,6 +435,34 @@ class Dataset:
         case = self._case(self._data, name)
         return [self._entry(name, case, v["version"]) for v in case["versions"]]
 
+    def summary(self, most: int = 2000) -> dict[str, Any]:
+        """What a person wants to see of it, as JSON: the newest `most` cases with their versions, without files."""
+        keys = ("version", "by", "date", "changes", "restored", "model_name")
+
+        def told(name: str, case: dict[str, Any]) -> dict[str, Any]:
+            last = case["versions"][-1]
+            return {
+                "name": name,
+                "patient": case["patient"],
+                "split": case.get("split", ""),
+                "modality": last.get("modality", ""),
+                "voxels": last.get("voxels_by_label", {}),
+                "versions": [{key: v[key] for key in keys if v.get(key)} for v in case["versions"]],
+            }
+
+        cases, removed = self._data["cases"], self._data.get("removed", {})
+        return {
+            "folder": str(self.folder),
+            "name": self.name,
+            "revision": self.revision,
+            "channels": list(self.channels),
+            "labels": [_label_json(label) for label in self.labels],
+            "count": len(cases),
+            "patients": len({case["patient"] for case in cases.values()}),
+            "cases": [told(name, case) for name, case in list(cases.items())[-most:]],
+            "removed": [told(name, case) for name, case in list(removed.items())[-most:]],
+        }
+
     def _case(self, data: dict[str, Any], name: str) -> dict[str, Any]:
         if name not in data["cases"]:
             raise UserError(f"The dataset {self.folder} has no case {name}; it has {', '.join(data['cases']) or 'none'}.")
@@ -412,7 +470,7 @@ class Dataset:
 
     def _hash(self, *what: str) -> str:
         """A keyed hash with the folder's salt."""
-        with _reached(self.folder):
+        with reached(self.folder):
             try:
                 salt = (self.folder / SALT).read_text("ascii").strip()
             except (FileNotFoundError, UnicodeDecodeError):
@@ -441,14 +499,18 @@ class Dataset:
         dated: bool = False,
         split: str | None = None,
         allow: Collection[str] = (),
+        modality: str | None = None,
+        progress: Callable[[float, str], None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Entry:
         """Add a case, or a new version of it; former versions stay. Nothing is changed unless all is written and read back.
 
         mask: label values (z, y, x) on the image's grid, the dataset's or, where `labels` says what they are, those of its
         labels, which are then matched by name. name: made from the voxels where it is not given, so that the same scan is
         the same case. patient: any identity (PatientID); only its salted hash is kept; default: the DICOM files' PatientID, else
-        the case is a patient of its own. by, dated: who and when, only if wished. allow: "empty", "leftover", "image", which
-        are refused otherwise. Raises UserError.
+        the case is a patient of its own. by, dated: who and when, only if wished. allow: of OBJECTIONS, which are refused
+        otherwise; "label": a label of `labels` that the dataset does not have is added to it. modality: default: the DICOM
+        files'. check() is called between the files and may raise, which leaves nothing. Raises UserError, or its Objection.
         """
         if unknown := set(allow) - set(OBJECTIONS):
             raise UserError(f"{sorted(unknown)[0]} is nothing that can be allowed; choose of {', '.join(OBJECTIONS)}.")
@@ -457,9 +519,14 @@ class Dataset:
         if split not in (None, "", *SPLITS):
             raise UserError(f"{split} is no split; choose one of {', '.join(SPLITS)}.")
         self.refresh()
+        tell, stop = progress or (lambda fraction, text: None), check or (lambda: None)
+        tell(0.0, "checking the case")
         channels = self._check_image(image)
-        corrected = self._check_mask(image, mask, labels, "The mask", allow)
-        own = None if model_mask is None else self._check_mask(image, model_mask, labels, "The model's mask", OBJECTIONS)
+        more = self._new_labels(mask, labels) if "label" in allow else ()
+        corrected = self._check_mask(image, mask, labels, "The mask", allow, more)
+        allowed = set(OBJECTIONS) - {"label"}
+        own = None if model_mask is None else self._check_mask(image, model_mask, labels, "The model's mask", allowed, more)
+        stop()
         voxels = hashlib.sha256()
         for channel in channels:
             voxels.update(f"{channel.dtype.str} {channel.shape}".encode())
@@ -467,31 +534,32 @@ class Dataset:
         digest = voxels.hexdigest()
         key = name or "case-" + self._hash("voxels", digest)[:10]
         self._check_twin(self._data, key, digest, allow)
-        identity = patient if patient is not None else _tag(image, "0010|0020")
+        identity = patient if patient is not None else dicom_tag(image, "0010|0020")
         person = self.patient(identity) if identity.strip() else "p-" + self._hash("voxels", digest)[:12]
         record: dict[str, Any] = {
             "version": 0,
             "voxels": digest,
-            "modality": modality(image),
+            "modality": _modality(image) if modality is None else modality,
             "geometry": {
                 "size": list(image.shape[::-1]),
                 "spacing": [float(v) for v in image.spacing],
                 "origin": [float(v) for v in image.origin],
                 "direction": [float(v) for v in image.direction],
             },
-            "voxels_by_label": {d.name: int(np.count_nonzero(corrected == d.value)) for d in self.labels},
+            "voxels_by_label": {d.name: int(np.count_nonzero(corrected == d.value)) for d in (*self.labels, *more)},
             "model_name": model,
-            "changes": changes(own, corrected, self.labels, math.prod(image.spacing) / 1000) if own is not None else None,
+            "changes": changes(own, corrected, (*self.labels, *more), math.prod(image.spacing) / 1000) if own is not None else None,
         }
         if by:
             record["by"] = by
         if dated:
             record["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         place = PurePosixPath(CASES, key, secrets.token_hex(6))
-        with _reached(self.folder):
+        with reached(self.folder):
             try:
-                self._write_files(image, channels, corrected, own, place, record, key)
-                return self._commit(lambda data: self._enter(data, key, record, person, patient is not None, split, allow))
+                self._write_files(image, channels, corrected, own, place, record, key, tell, stop)
+                tell(1.0, "adding it to the index")
+                return self._commit(lambda data: self._enter(data, key, record, person, patient is not None, split, allow, more))
             except BaseException:
                 shutil.rmtree(self.folder / place, ignore_errors=True)
                 raise
@@ -519,10 +587,29 @@ class Dataset:
             out.append(np.ascontiguousarray(array))
         return out
 
+    def _new_labels(self, mask: Image | np.ndarray, labels: Sequence[Label] | None) -> tuple[Label, ...]:
+        """Those of `labels` that the mask holds and the dataset does not, with values that are free in it."""
+        held = set(map_values(mask.array if isinstance(mask, Image) else np.asarray(mask)))
+        mine = self.labels
+        out: list[Label] = []
+        for label in labels or ():
+            if label.value in held and label.name.strip().lower() not in (d.name.strip().lower() for d in (*mine, *out)):
+                free = next((v for v in range(1, 256) if v not in (d.value for d in (*mine, *out))), 0)
+                if not free or label.name.strip().lower() in ("", "background"):
+                    raise UserError(f"The dataset cannot take a label {label.name!r}; rename it, or leave it out.")
+                out.append(Label(free, label.name.strip(), label.color, label.terminology))
+        return tuple(out)
+
     def _check_mask(
-        self, image: Image, mask: Image | np.ndarray, labels: Sequence[Label] | None, what: str, allow: Collection[str]
+        self,
+        image: Image,
+        mask: Image | np.ndarray,
+        labels: Sequence[Label] | None,
+        what: str,
+        allow: Collection[str],
+        more: Sequence[Label] = (),
     ) -> np.ndarray:
-        """The mask in the dataset's values, uint8."""
+        """The mask in the dataset's values, uint8. more: labels that the dataset is about to get."""
         if isinstance(mask, Image):
             _check_fit(image, mask, what)
         array = mask.array if isinstance(mask, Image) else np.asarray(mask)
@@ -534,7 +621,7 @@ class Dataset:
                 raise UserError(f"{what} holds numbers that are not whole; give label values, not probabilities.")
             array = whole.astype(np.int64)
         found = map_values(array)
-        mine = {label.name.strip().lower(): label.value for label in self.labels}
+        mine = {label.name.strip().lower(): label.value for label in (*self.labels, *more)}
         table = {label.value: label.value for label in self.labels}
         if labels is not None:
             table = {label.value: mine[label.name.strip().lower()] for label in labels if label.name.strip().lower() in mine}
@@ -544,20 +631,22 @@ class Dataset:
         for value in found:
             if value not in table:
                 known = ", ".join(f"{d.value} {d.name}" for d in self.labels)
-                raise UserError(
+                text = (
                     f"{what} holds the label {theirs.get(value, value)}, which the dataset does not have (it has {known}); "
                     "remove or rename it, or add the label to the dataset."
                 )
+                raise Objection(text, "label") if value in theirs else UserError(text)
         out = np.zeros(array.shape, np.uint8)
         for value in found:
             out[array == value] = table[value]
         if not found and "empty" not in allow:
-            raise UserError(f"{what} is empty; mark something, or allow an empty mask if the scan has nothing to mark.")
+            raise Objection(f"{what} is empty; mark something, or allow an empty mask if the scan has nothing to mark.", "empty")
         if "leftover" not in allow:
-            for label in self.labels:
+            for label in (*self.labels, *more):
                 n = int(np.count_nonzero(out == label.value))
                 if 0 < n < LEFTOVER:
-                    raise UserError(f"{what} has only {n} voxels of {label.name}, as an eraser leaves; remove them, or allow leftovers.")
+                    few = f"{n} voxel{'s' * (n > 1)} of {label.name}, as an eraser leaves"
+                    raise Objection(f"{what} has only {few}; remove them, or allow leftovers.", "leftover")
         return out
 
     def _check_twin(self, data: dict[str, Any], key: str, digest: str, allow: Collection[str]) -> None:
@@ -566,7 +655,7 @@ class Dataset:
             if same and name != key:
                 raise UserError(f"This image is already there as {name}; add it under that name to update it.")
             if not same and name == key and "image" not in allow:
-                raise UserError(f"The case {key} has another image; choose another name, or allow its image to be replaced.")
+                raise Objection(f"The case {key} has another image; choose another name, or allow its image to be replaced.", "image")
 
     def _write_files(
         self,
@@ -577,6 +666,8 @@ class Dataset:
         place: PurePosixPath,
         record: dict[str, Any],
         key: str,
+        tell: Callable[[float, str], None],
+        stop: Callable[[], None],
     ) -> None:
         """Write a version's files and read them back; the same image is not written twice."""
         record["files"] = {}
@@ -591,13 +682,15 @@ class Dataset:
         else:
             record["images"] = [f"{place}/image_{i:04d}.nii.gz" for i in range(len(channels))]
             todo += [("", name, channel) for name, channel in zip(record["images"], channels)]
-        for role, name, array in todo:
+        for done, (role, name, array) in enumerate(todo):
+            stop()
+            tell((done + 0.1) / len(todo), "writing the mask" if role else "writing the image")
             if role:
                 record[role] = name
             path = self.folder / name
             grid = Image(array, image.spacing, image.origin, image.direction)
             write_image(grid, path)
-            _flush(path)
+            flush(path)
             try:  # ITK does not always notice a full disk
                 back = read_image(path)
                 whole = np.array_equal(back.array, array) and back.same_grid(grid, 0.01 * min(image.spacing))
@@ -616,9 +709,14 @@ class Dataset:
         named: bool,
         split: str | None,
         allow: Collection[str],
+        more: Sequence[Label],
     ) -> Entry:
         """Put a version into the index, which another may have changed since it was checked."""
         self._check_twin(data, key, record["voxels"], allow)
+        for label in more:
+            if any(d["value"] == label.value or d["name"].strip().lower() == label.name.lower() for d in data["segments"]):
+                raise UserError(f"Another person added a label just now; add the case {key} again.")
+            data["segments"].append(_label_json(label))
         case = data["cases"].get(key)
         if case is None:
             case = data["cases"][key] = {"patient": person, "split": "", "versions": []}
@@ -650,7 +748,7 @@ class Dataset:
             data.setdefault("removed", {})[name] = case
             return []
 
-        with _reached(self.folder):
+        with reached(self.folder):
             for place in {(self.folder / f).parent for f in self._commit(take)}:
                 shutil.rmtree(place)
 
@@ -668,7 +766,7 @@ class Dataset:
                 case["versions"].append({**found, "version": case["versions"][-1]["version"] + 1, "restored": version})
             return self._entry(name, case)
 
-        with _reached(self.folder):
+        with reached(self.folder):
             return self._commit(back)
 
     def add_label(self, label: Label) -> None:
@@ -682,7 +780,7 @@ class Dataset:
                 raise UserError(f"A label's value is from 1 to 255, not {label.value}.")
             data["segments"].append(_label_json(label))
 
-        with _reached(self.folder):
+        with reached(self.folder):
             self._commit(more)
 
     def split(self, fractions: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0, again: bool = False) -> dict[str, list[str]]:
@@ -726,19 +824,19 @@ class Dataset:
                     cases[n]["split"] = part
             return {s: [n for n, c in cases.items() if c["split"] == s] for s in SPLITS}
 
-        with _reached(self.folder):
+        with reached(self.folder):
             return self._commit(deal)
 
     def _commit(self, change: Callable[[dict[str, Any]], T]) -> T:
         """Read the index, change it, replace it; all under the lock. What `change` raises leaves it as it was."""
         for attempt in range(5):
-            with _Lock(self.folder) as lock:
+            with FolderLock(self.folder) as lock:
                 data = _read_index(self.folder)
                 out = change(data)
                 data["revision"] += 1
                 try:
                     _write_index(self.folder, data, lock)
-                except _LockLost:
+                except LockLost:
                     continue
                 except UserError as e:  # on Windows and its shares while another reads the index
                     if attempt == 4 or not isinstance(e.__cause__, PermissionError):
@@ -795,7 +893,7 @@ class Dataset:
     def clean(self, age: float = RUBBISH) -> list[Path]:
         """Remove what killed writers left, if it is older than `age` seconds: what is younger may be a case in the making."""
         self.refresh()
-        with _reached(self.folder):
+        with reached(self.folder):
             gone = self._orphans(age)
             for path in gone:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -824,7 +922,7 @@ class Dataset:
             target = target / f"Dataset{number}_{re.sub(r'[^A-Za-z0-9]+', '_', self.name).strip('_') or 'unetseg'}"
         if target.is_dir() and any(target.iterdir()):
             raise UserError(f"{target} is not empty; choose a new folder for the export.")
-        with _reached(target):
+        with reached(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             making = target.parent / f".unetseg-{secrets.token_hex(4)}-{target.name}"
             making.mkdir()
@@ -953,20 +1051,20 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False), "utf-8")
 
 
-def _write_index(folder: Path, data: dict[str, Any], lock: _Lock | None = None) -> None:
+def _write_index(folder: Path, data: dict[str, Any], lock: FolderLock | None = None) -> None:
     with atomic_path(folder / INDEX) as temporary:
         _write_json(temporary, {k: v for k, v in data.items() if k not in _VIEWS} | _views(data))
-        _flush(temporary)
+        flush(temporary)
         if json.loads(temporary.read_text("utf-8"))["revision"] != data["revision"]:
             raise OSError("the index was not written whole")
         if lock is not None and not lock.mine():
-            raise _LockLost
+            raise LockLost
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
     """The index, checked as far as the rest relies on it; a folder may come from anybody."""
     path = folder / INDEX
-    with _reached(folder):
+    with reached(folder):
         if not folder.is_dir():
             raise UserError(f"The dataset {folder} is not there; connect its drive or network folder, or check the name.")
         for attempt in range(4):
@@ -1017,7 +1115,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _reached(folder: Path) -> Iterator[None]:
+def reached(folder: Path) -> Iterator[None]:
     """Failures of the disk or the network become one sentence."""
     try:
         yield
@@ -1036,7 +1134,7 @@ def map_values(array: np.ndarray) -> list[int]:
     return [int(v) for v in np.flatnonzero(voxel_counts(array, high + 1)) if v]
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """On the disk, not only in its cache: the index must not name what a power cut takes away."""
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
@@ -1052,10 +1150,13 @@ def _sha256(path: Path) -> str:
 
 def modality(image: Image) -> str:
     """CT, MR, ... of an image that was read from DICOM files; "" of others."""
-    return _tag(image, "0008|0060")
+    return dicom_tag(image, "0008|0060")
 
 
-def _tag(image: Image, key: str) -> str:
+_modality = modality  # add() has an argument of that name
+
+
+def dicom_tag(image: Image, key: str) -> str:
     """A tag of the image's first DICOM file; "" where there is none."""
     if not image.dicom_files:
         return ""

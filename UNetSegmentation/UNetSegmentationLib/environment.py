@@ -39,6 +39,16 @@ TORCH = "2.13.0"
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 # What the worker and the training need in an environment of their own, beside PyTorch; pyproject.toml gives the reasons.
 OWN_REQUIREMENTS = ("numpy>=1.26", "SimpleITK>=2.3", "onnxruntime>=1.17", "onnx>=1.16", "safetensors>=0.4.3")
+# What training needs beside those. The command line's typer and rich, and TensorBoard, are for those who install with pip.
+TRAINING_REQUIREMENTS = (
+    "lightning>=2.4",
+    "monai>=1.4",
+    "scipy>=1.11",
+    "pydantic>=2.6",
+    "pyyaml>=6.0",
+    "matplotlib>=3.8",
+    "jinja2>=3.1",
+)
 # Of disk while it is made: the wheels and what is unpacked from them. 2.13.0+cpu on Linux: 0.2 and 0.8 GB.
 TORCH_DISK = {"cpu": 3e9, "cu126": 12e9, "cu130": 12e9, "macos": 2e9}
 PACKAGES = "UNETSEG_PACKAGES"  # the variable that names the environment's packages to the worker
@@ -541,13 +551,21 @@ def _wheel_metadata(path: Path) -> str:
         return z.read(name).decode("utf-8", "replace")
 
 
-def plan_step(python: str, requirements: Iterable[str], options: Sequence[str] = (), folder: str | Path = "", fresh: bool = False) -> Step:
+def plan_step(
+    python: str,
+    requirements: Iterable[str],
+    options: Sequence[str] = (),
+    folder: str | Path = "",
+    fresh: bool = False,
+    paths: Sequence[str | Path] | None = None,
+) -> Step:
     """Asks the index, or a wheel folder, what an installation would fetch; read_plan() reads the answer.
 
-    options: pip's, for the index. fresh: nothing counts as there already.
+    options: pip's, for the index. fresh: nothing counts as there already; paths: only what is there does.
     Not by "pip install --dry-run", which before pip 25.3 downloads all of it, ahead of the question whether to.
     """
-    task = {"requirements": list(requirements), "options": list(options), "folder": str(folder), "fresh": fresh}
+    there = [] if fresh else None if paths is None else [str(p) for p in paths]
+    task = {"requirements": list(requirements), "options": list(options), "folder": str(folder), "paths": there}
     return Step("looking up what is needed", _child(python, "plan", json.dumps(task)))
 
 
@@ -563,11 +581,11 @@ def _plan(task: dict[str, Any]) -> dict[str, Any]:
     """In the child: find the closure of the requirements in the index, in waves."""
     if task["folder"]:
         try:
-            plan = plan_folder(task["requirements"], task["folder"], [] if task["fresh"] else None)
+            plan = plan_folder(task["requirements"], task["folder"], task["paths"])
         except Exception as e:
             return {"packages": [], "complete": False, "problem": str(e)}
         return {"packages": [(p.name, p.version, p.size) for p in plan.packages], "complete": True, "problem": ""}
-    site = _Site([] if task["fresh"] else None)
+    site = _Site(task["paths"])
     packages: dict[str, tuple[str, str, int | None]] = {}
     complete, problem = True, ""
     wave = [Requirement.read(text) for text in task["requirements"]]
@@ -849,12 +867,18 @@ def own_environment(folder: Path | None = None) -> OwnEnvironment:
     )
 
 
-def create_steps(python: str, folder: Path | None = None, variant: str = "auto", wheel_folder: str | Path | None = None) -> Steps:
+def create_steps(
+    python: str,
+    folder: Path | None = None,
+    variant: str = "auto",
+    wheel_folder: str | Path | None = None,
+    training: bool = False,
+) -> Steps:
     """Make the environment, anew where there is a broken one; the result is an OwnEnvironment.
 
     python: the Python (>= 3.10, with pip) that fills and runs it. variant: "auto", "cpu", "cu126" or "cu130". wheel_folder:
-    install from it alone. UserError before anything is changed where this Python, folder or disk will not do; after a
-    failure, or when closed midway, the folder is marked as not finished.
+    install from it alone. training: with what training needs. UserError before anything is changed where this Python, folder
+    or disk will not do; after a failure, or when closed midway, the folder is marked as not finished.
     """
     folder = environment_folder() if folder is None else Path(folder)
     before = own_environment(folder)
@@ -863,7 +887,7 @@ def create_steps(python: str, folder: Path | None = None, variant: str = "auto",
     probe, variant = yield from _prepare(python, variant)
     temporary = _temporary(folder, sys.platform)
     if wheel_folder is not None:
-        yield from _plan_torch(python, variant, wheel_folder)
+        yield from _plan_torch(python, variant, wheel_folder, training)
     if before.status == "broken":
         yield from remove_steps(folder, python)
     _check_disk(folder, variant, before.size if before.status == "ready" else 0)
@@ -874,31 +898,40 @@ def create_steps(python: str, folder: Path | None = None, variant: str = "auto",
     try:
         if temporary is not None:
             temporary.mkdir(exist_ok=True)
-        done = yield _pip_step(python, folder, variant, wheel_folder, probe["pip"], temporary)
+        wanted = own_requirements(variant, wheel_folder is not None, training)
+        done = yield _pip_step(python, folder, wanted, _index(variant), wheel_folder, probe["pip"], temporary)
         if done.code != 0:
             raise _error(f"PyTorch was not installed: {pip_failure(done)}")
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)  # empty but after a failure
-        variables = OwnEnvironment(folder, "ready").variables
-        done = yield Step("trying it", _child(python, "verify", str(folder)), variables)
-        answer = _answer(done)
-        if answer is None:
-            last = (done.log.strip().splitlines() or [f"exit code {done.code}"])[-1]
-            raise _error(f"PyTorch was installed but does not run with {python} ({last[:200]}); choose another Python.")
+        answer = yield from _tried(python, folder, training)
         _write_marker(folder, {**marker, "state": "ready", "variant": variant, **answer})
     except OSError as e:
         raise _error(f"The folder {folder} cannot be written ({e.strerror or e}); free some space or set UNETSEG_ENVIRONMENT.") from e
     return own_environment(folder)
 
 
-def plan_torch_steps(python: str, variant: str = "auto", wheel_folder: str | Path | None = None) -> Steps:
+def _tried(python: str, folder: Path, training: bool) -> Generator[Step, Done, dict[str, Any]]:
+    """That what was installed runs; what _verify() says of it."""
+    command = _child(python, "verify", str(folder), *(["training"] if training else []))
+    done = yield Step("trying it", command, OwnEnvironment(folder, "ready").variables)
+    answer = _answer(done)
+    if answer is None:
+        last = (done.log.strip().splitlines() or [f"exit code {done.code}"])[-1]
+        raise _error(f"PyTorch was installed but does not run with {python} ({last[:200]}); choose another Python.")
+    return answer
+
+
+def plan_torch_steps(
+    python: str, variant: str = "auto", wheel_folder: str | Path | None = None, training: bool = False
+) -> Generator[Step, Done, Plan]:
     """Find out what create_steps() would fetch; the result is a Plan, with the variant to give it."""
     _, variant = yield from _prepare(python, variant)
-    return (yield from _plan_torch(python, variant, wheel_folder))
+    return (yield from _plan_torch(python, variant, wheel_folder, training))
 
 
-def _plan_torch(python: str, variant: str, wheel_folder: str | Path | None) -> Generator[Step, Done, Plan]:
-    wanted = own_requirements(variant, wheel_folder is not None)
+def _plan_torch(python: str, variant: str, wheel_folder: str | Path | None, training: bool) -> Generator[Step, Done, Plan]:
+    wanted = own_requirements(variant, wheel_folder is not None, training)
     plan = read_plan((yield plan_step(python, wanted, _index(variant), wheel_folder or "", fresh=True)), variant)
     if wheel_folder is not None and plan.problem:
         raise _error(plan.problem)
@@ -935,11 +968,71 @@ def remove(folder: Path | None = None) -> None:
     folder.rmdir()
 
 
-def own_requirements(variant: str, folder: bool = False) -> list[str]:
+# What training needs comes into the environment of PyTorch, later too: there pip --target sees nothing of what is there
+# already and would fetch PyTorch again. So the packages that are missing are found out first, and pip gets those alone.
+
+
+def training_lacks(own: OwnEnvironment | None = None) -> list[str]:
+    """The requirements of training that PyTorch's own environment lacks, or, where that is not ready, this Python."""
+    own = own_environment() if own is None else own
+    if own.status == "ready":
+        return to_install(check(TRAINING_REQUIREMENTS, paths=[_packages(own.folder)]))
+    torch = ("torch>=2.4", "onnx>=1.16", "onnxruntime>=1.17", "safetensors>=0.4.3")
+    return to_install(check((*torch, *TRAINING_REQUIREMENTS)))
+
+
+def training_python() -> tuple[str, dict[str, str]]:
+    """(Python that can train, its variables beside the others). UserError where something has to be installed first."""
+    from .worker.client import find_python
+
+    own = own_environment()
+    if lacks := training_lacks(own):
+        names = ", ".join(Requirement.read(text).name for text in lacks)
+        raise _error(
+            f"Training needs {names}, which {'is' if len(lacks) == 1 else 'are'} not installed; "
+            'install it in the panel, or run: pip install "unet-segmentation[train]".'
+        )
+    return (own.python, own.variables) if own.status == "ready" else (find_python(), {})
+
+
+def plan_training_steps(own: OwnEnvironment, wheel_folder: str | Path | None = None) -> Generator[Step, Done, Plan]:
+    """Find out what add_training_steps() would fetch into an environment that is ready; the result is a Plan."""
+    step = plan_step(own.python, training_lacks(own), (), wheel_folder or "", paths=[_packages(own.folder)])
+    plan = read_plan((yield step))
+    if wheel_folder is not None and plan.problem:
+        raise _error(plan.problem)
+    if any(p.name == "torch" for p in plan.packages):
+        raise _error(f"The PyTorch {own.torch} that is installed does not suit the training; remove it and install it again.")
+    return plan
+
+
+def add_training_steps(own: OwnEnvironment, wheel_folder: str | Path | None = None) -> Steps:
+    """Add what training needs to an environment that is ready; the result is an OwnEnvironment. UserError in one sentence; what
+    was cut off is made whole by the next call, and PyTorch goes on working meanwhile."""
+    probe, _ = yield from _prepare(own.python, "cpu")
+    if training_lacks(own):
+        plan = yield from plan_training_steps(own, wheel_folder)
+        if plan.problem or not plan.complete or any(not p.version for p in plan.packages):
+            raise _error(plan.problem or "It was not found out what training needs; try again, or choose a folder of wheels.")
+        temporary = _temporary(own.folder, sys.platform)
+        if temporary is not None:
+            temporary.mkdir(exist_ok=True)
+        wanted = ["--upgrade", "--no-deps", *(f"{p.name}=={p.version}" for p in plan.packages)]
+        done = yield _pip_step(own.python, own.folder, wanted, (), wheel_folder, probe["pip"], temporary, "installing what training needs")
+        if done.code != 0:
+            raise _error(f"What training needs was not installed: {pip_failure(done)}")
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    answer = yield from _tried(own.python, own.folder, True)
+    _write_marker(own.folder, {**(_read_marker(own.folder) or {}), **answer})
+    return own_environment(own.folder)
+
+
+def own_requirements(variant: str, folder: bool = False, training: bool = False) -> list[str]:
     """What pip is asked for. folder: from a wheel folder, whose build of PyTorch is the person's choice."""
     # The build is named: then no other index can have it, and no other build is taken.
     local = "" if folder or variant == "macos" else f"+{variant}"
-    return [*OWN_REQUIREMENTS, f"torch=={TORCH}{local}"]
+    return [*OWN_REQUIREMENTS, f"torch=={TORCH}{local}", *(TRAINING_REQUIREMENTS if training else ())]
 
 
 def choose_variant(system: str, gpus: str) -> str:
@@ -1004,19 +1097,27 @@ def _index(variant: str) -> list[str]:
     return [] if variant == "macos" else ["--extra-index-url", TORCH_INDEX + variant]
 
 
-def _pip_step(python: str, folder: Path, variant: str, wheels: str | Path | None, pip: str, temporary: Path | None) -> Step:
+def _pip_step(
+    python: str,
+    folder: Path,
+    wanted: Sequence[str],
+    index: Sequence[str],
+    wheels: str | Path | None,
+    pip: str,
+    temporary: Path | None,
+    text: str = "installing PyTorch",
+) -> Step:
     bar = "raw" if _key(pip) >= _key("24.1") else "off"
     # No cache: what is fetched would stay on the disk a second time, where no removal finds it.
     options = ["--target", str(_packages(folder)), "--only-binary", ":all:", "--no-cache-dir", "--no-input", "--progress-bar", bar]
     options += ["--no-warn-script-location", "--disable-pip-version-check", "--no-compile"]
-    options += ["--no-index", "--find-links", str(wheels)] if wheels is not None else _index(variant)
+    options += ["--no-index", "--find-links", str(wheels)] if wheels is not None else list(index)
     variables: dict[str, str | None] = {"PIP_USER": "0", "PIP_TARGET": None, "PIP_PREFIX": None, "PYTHONUNBUFFERED": "1"}
     if wheels is not None:
         variables |= {"PIP_FIND_LINKS": None, "PIP_EXTRA_INDEX_URL": None}
     if temporary is not None:
         variables |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
-    command = _child(python, "pip", "install", *options, *own_requirements(variant, wheels is not None))
-    return Step("installing PyTorch", command, variables)
+    return Step(text, _child(python, "pip", "install", *options, *wanted), variables)
 
 
 def _packages(folder: Path) -> Path:
@@ -1079,12 +1180,13 @@ def _must_be_ours(folder: Path) -> None:
         raise _error(f"The folder {folder} is not removed: {reason}; remove it by hand if you are sure.")
 
 
-def _verify(folder: Path) -> dict[str, Any]:
+def _verify(folder: Path, training: bool = False) -> dict[str, Any]:
     """In the child: that everything is really taken from the environment and loads."""
     activate()
     import importlib
 
-    for name in ("numpy", "SimpleITK", "onnxruntime", "onnx", "safetensors", "torch"):
+    more = ("scipy", "pydantic", "yaml", "matplotlib", "jinja2", "lightning", "monai") if training else ()
+    for name in ("numpy", "SimpleITK", "onnxruntime", "onnx", "safetensors", "torch", *more):
         module = importlib.import_module(name)
         if _packages(folder).resolve() not in Path(module.__file__ or "").resolve().parents:
             raise ImportError(f"{name} comes from {module.__file__}")
@@ -1113,7 +1215,7 @@ def main(arguments: Sequence[str]) -> int:
         if task == "plan":
             answer = _plan(json.loads(rest[0]))
         elif task == "verify":
-            answer = _verify(Path(rest[0]))
+            answer = _verify(Path(rest[0]), "training" in rest[1:])
         elif task == "remove":
             remove(Path(rest[0]))
             answer = {}

@@ -230,3 +230,20 @@ def uncertain_places(uncertainty: Image, threshold: float = 0.5, limit: int = 50
         }
         for region in map(int, chosen)
     ]
+
+
+def worst_place(truth: Image, found: Sequence[Image]) -> tuple[float, float, float] | None:
+    """Where a person looks at errors: the middle of the voxels that differ from the truth in one of the label maps, in the axial
+    slice that has most of them; where none differs, of the truth. LPS mm; None where nothing is marked.
+    """
+    canonical, orientation = reorient(truth)
+    wrong = np.zeros(canonical.shape, np.uint8)
+    for image in found:
+        wrong += orientation.canonical(image.array) != canonical.array
+    marked = wrong if wrong.any() else canonical.array
+    counts = np.count_nonzero(marked, axis=(1, 2))
+    if not counts.any():
+        return None
+    z = int(counts.argmax())
+    y, x = (float(v) for v in np.argwhere(marked[z]).mean(0))
+    return canonical.index_to_point((x, y, z))

@@ -133,6 +133,23 @@ class Card:
         return self.data.get("postprocess", {})
 
     @property
+    def origin(self) -> str:
+        """A sentence about the card's lineage; "" where it has none."""
+        lineage = self.data.get("lineage", {})
+        parent, dataset, cases = (lineage.get(key) for key in ("parent", "dataset", "cases"))
+        if isinstance(parent, dict):
+            text = f"Fine-tuned from {parent['name']} {parent['version']}"
+        elif parent:
+            text = f"Fine-tuned from {parent}"
+        else:
+            text = "Trained from scratch" if dataset else ""
+        if text and dataset:
+            text += f" with {cases} case{'s' * (cases != 1)}" if cases else ""
+            text += f" {'of' if cases else 'on'} {dataset['name']}" if dataset.get("name") else ""
+            text += f" (revision {dataset['revision']})" if dataset.get("revision") is not None else ""
+        return f"{text}{', ' + lineage['date'] if lineage.get('date') else ''}." if text else ""
+
+    @property
     def inputs(self) -> int:
         """Channels of the network's input; a click model also gets positive and negative clicks, box and former mask."""
         return len(self.data["channels"]) * (2 * self.context + 1) + 4 * (self.data["task"] == "click")

@@ -15,7 +15,6 @@ without a copy of its voxels.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -31,7 +30,8 @@ from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
 from . import measure
 from .image import Box, Image, UserError, check_geometry
-from .inference.click import Prompt, crop_mask
+from .inference.click import Prompt
+from .kept import mask_digest as mask_digest
 from .model import Label
 from .postprocess import slabs
 from .worker.protocol import ProtocolError, decode_prompts, encode_prompts
@@ -45,6 +45,9 @@ MODEL_TAG = "UNetSegmentation.Model"
 PROMPTS_TAG = "UNetSegmentation.Prompts"
 DIGEST_TAG = PROMPTS_TAG + ".Digest"
 CLICK_MODEL_TAG = "UNetSegmentation.ClickModel"
+# Of a predicted segment: under which key the answer is kept (see kept.py) and its value there, as KEY:VALUE. A clicked one's key
+# is its digest.
+KEPT_TAG = "UNetSegmentation.Kept"
 MAP_ATTRIBUTE = "UNetSegmentation.Map"
 DOTS_ATTRIBUTE = "UNetSegmentation.Dots"
 # Node references: from a map to its volume, and from a table to its segmentation.
@@ -156,6 +159,24 @@ def image_steps(volume_nodes: Sequence[Any]) -> Steps[Image]:
     return first.like(out)
 
 
+def dicom_of(volume_node: Any) -> tuple[str, str]:
+    """(PatientID, modality) of a volume that came from DICOM, as the subject hierarchy knows them; "" where it does not."""
+    hierarchy = volume_node.GetScene().GetFirstNodeByClass("vtkMRMLSubjectHierarchyNode")
+    item = hierarchy.GetItemByDataNode(volume_node) if hierarchy is not None else 0
+    if not item:
+        return "", ""
+    words = slicer.vtkMRMLSubjectHierarchyConstants
+    modality = hierarchy.GetItemAttribute(item, words.GetDICOMSeriesModalityAttributeName())
+    person = hierarchy.GetItemAncestorAtLevel(item, words.GetDICOMLevelPatient())
+    if not person:
+        return "", modality
+    identity = hierarchy.GetItemAttribute(person, words.GetDICOMPatientIDAttributeName())
+    identity = identity or hierarchy.GetItemUID(person, words.GetDICOMUIDName())
+    # Slicer takes the name where there is no ID.
+    name = hierarchy.GetItemAttribute(person, words.GetDICOMPatientNameAttributeName())
+    return "" if identity == name else identity.strip(), modality
+
+
 def roi_box(roi_node: Any, volume_node: Any) -> Box:
     """The voxels (z, y, x) of a volume that a markups ROI covers: the smallest box of indices around it, inside the volume.
 
@@ -257,6 +278,26 @@ def write_map_steps(image: Image, volume_node: Any, kind: str, box: Box | None =
     return node
 
 
+def new_volume_steps(
+    scene: Any, name: str, grid: Image, fill: Callable[[np.ndarray], Steps[None]], window: tuple[float, float] | None = None
+) -> Steps[Any]:
+    """A new scalar volume, in pieces. grid: its size, type and place (LPS mm; its voxels do not matter); fill(array) writes the voxels
+    (z, y, x) in pieces of its own; window: the lowest and highest value shown, else Slicer's choice, which takes a second on a
+    CT. Nothing is in the scene before all voxels are there."""
+    data = vtk.vtkImageData()
+    data.SetDimensions(grid.shape[::-1])
+    yield from fill(_allocated(data, grid.array.dtype))
+    node = scene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", scene.GenerateUniqueName(name))
+    node.CreateDefaultDisplayNodes()  # before the voxels come: the automatic window would be computed first
+    display = node.GetDisplayNode()
+    if window is not None:
+        display.AutoWindowLevelOff()
+        display.SetWindowLevelMinMax(*window)
+    node.SetIJKToRASMatrix(vtkMatrixFromArray(_LPS @ grid.matrix))
+    node.SetAndObserveImageData(data)
+    return node
+
+
 # ------------------------------------------------------------------------------------------------------------ segments
 
 
@@ -312,7 +353,7 @@ def write_prediction_steps(
             _place_beside(node, volume_node)
         _dress(node, volume_node if fresh else None)
         check = _still_there(volume_node, node)
-        for _ in _carry_out(plan, node.GetSegmentation(), prediction.model_name):
+        for _ in _carry_out(plan, node.GetSegmentation(), prediction):
             yield
             check()
     except BaseException:
@@ -323,6 +364,29 @@ def write_prediction_steps(
             _remove_node(node)
         raise
     return node
+
+
+def add_empty_segments(segmentation_node: Any, labels: Sequence[Label]) -> None:
+    """A segment without voxels for each label whose name the segmentation does not have, so that it can be painted."""
+    segmentation = segmentation_node.GetSegmentation()
+    names = {segmentation.GetSegment(i).GetName() for i in _ids(segmentation)}
+    for label in labels:
+        if label.name not in names:
+            new = segmentation.AddEmptySegment("", label.name, [c / 255 for c in label.color])
+            if label.terminology_entry():
+                segment = segmentation.GetSegment(new)
+                segment.SetTag(segment.GetTerminologyEntryTagName(), label.terminology_entry())
+
+
+def remove_nodes(nodes: Iterable[Any]) -> None:
+    """Remove nodes that are (still) in a scene, with their display and storage nodes; of a segmentation also its tables."""
+    for node in nodes:
+        if node is not None and node.GetScene() is not None:
+            if node.IsA("vtkMRMLSegmentationNode"):
+                for role in (SEGMENTATION_ROLE, NODULES_ROLE):
+                    while (table := find_table(node, role)) is not None:
+                        _remove_node(table)
+            _remove_node(node)
 
 
 def segment_mask(segmentation_node: Any, segment_id: str, volume_node: Any) -> np.ndarray:
@@ -393,13 +457,6 @@ def _moved(prompts: Sequence[Prompt], matrix: np.ndarray) -> list[Prompt]:
     return out
 
 
-def mask_digest(mask: np.ndarray, start: Sequence[int]) -> str:
-    """The same for the same voxels, whatever box of zeros is around them. start: of the mask's first voxel, (z, y, x)."""
-    part, first = crop_mask(mask, start)
-    first = first if part.size else (0, 0, 0)
-    return hashlib.sha256(repr((first, part.shape)).encode() + np.packbits(part).tobytes()).hexdigest()[:32]
-
-
 def segment_part_steps(segmentation_node: Any, segment_id: str, volume_node: Any) -> Steps[tuple[np.ndarray, tuple[int, ...]]]:
     """segment_mask() without the zeros around it, in pieces: mask and the index (z, y, x) of its first voxel.
 
@@ -417,6 +474,31 @@ def segment_part_steps(segmentation_node: Any, segment_id: str, volume_node: Any
     mask = (yield from _held_steps(segmentation, [segment_id], box, grid)).view(np.uint8)
     _, inside = yield from _survey_steps(mask)
     return empty if inside is None else (mask[inside.slices].copy(), inside.shifted(box.start).start)
+
+
+def merged_steps(segmentation_node: Any, values: Sequence[tuple[str, int]], volume_node: Any) -> Steps[tuple[np.ndarray, tuple[int, ...]]]:
+    """Segments as one label map without the zeros around it, in pieces: uint8 (z, y, x) and the index of its first voxel.
+
+    values: (segment ID, 1 to 255), of which several may be the same; where segments overlap the later one wins. Raises as
+    segment_part_steps() does.
+    """
+    parts = []
+    for segment_id, value in values:
+        mask, start = yield from segment_part_steps(segmentation_node, segment_id, volume_node)
+        if mask.size:
+            parts.append((mask, start, value))
+    if not parts:
+        return np.zeros((0, 0, 0), np.uint8), (0, 0, 0)
+    low = tuple(min(start[axis] for _, start, _ in parts) for axis in range(3))
+    high = tuple(max(start[axis] + mask.shape[axis] for mask, start, _ in parts) for axis in range(3))
+    whole = np.zeros(Box(low, high).shape, np.uint8)
+    for mask, start, value in parts:
+        first = tuple(a - b for a, b in zip(start, low))
+        place = whole[tuple(slice(a, a + n) for a, n in zip(first, mask.shape))]
+        for z in slabs(mask.shape):
+            place[z][mask[z] > 0] = value
+            yield
+    return whole, low
 
 
 def segment_tag(segment: Any, name: str) -> str:
@@ -804,8 +886,9 @@ def _draft_steps(
     return plan
 
 
-def _carry_out(plan: _Plan, segmentation: Any, model_name: str) -> Iterator[None]:
+def _carry_out(plan: _Plan, segmentation: Any, prediction: Prediction) -> Iterator[None]:
     """Change the segmentation; one segment between two yields."""
+    kept = getattr(prediction, "kept", "")  # of a worker's
     for segment_id, labelmap in plan.relaid.items():
         segmentation.GetSegment(segment_id).AddRepresentation(_LABELMAP, labelmap)
     for segment_id in plan.removed:
@@ -826,7 +909,11 @@ def _carry_out(plan: _Plan, segmentation: Any, model_name: str) -> Iterator[None
             segment.SetColor(*(c / 255 for c in item.label.color))
             segment.SetNameAutoGenerated(False)
             segment.SetColorAutoGenerated(False)
-        segment.SetTag(MODEL_TAG, model_name)
+        segment.SetTag(MODEL_TAG, prediction.model_name)
+        if kept:
+            segment.SetTag(KEPT_TAG, f"{kept}:{item.label.value}")
+        elif segment.HasTag(KEPT_TAG):
+            segment.RemoveTag(KEPT_TAG)
         if item.label.terminology_entry():
             segment.SetTag(segment.GetTerminologyEntryTagName(), item.label.terminology_entry())
         segment.SetLabelValue(item.value)
@@ -1407,7 +1494,7 @@ class SequenceOutput:
             shape = prediction.labels.shape
             geometry = _oriented(shape, (0, 0, 0), _ijk_to_ras(self.volume))
             segmentation.SetConversionParameter(_GEOMETRY, slicer.vtkSegmentationConverter.SerializeImageGeometry(geometry))
-        yield from _carry_out(plan, segmentation, prediction.model_name)
+        yield from _carry_out(plan, segmentation, prediction)
         self._results[frame] = segmentation
 
     def finish(self) -> Any:

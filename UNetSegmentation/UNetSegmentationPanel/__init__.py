@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _worker: Any = None
+_dataWorker: Any = None
 _controller: Any = None
 _clicks: Any = None
 
@@ -33,6 +34,23 @@ def closeWorker() -> None:
     if _worker is not None:
         _worker.shutdown()
         _worker = None
+
+
+def dataWorker() -> Any:
+    """Another worker, which writes and reads training sets: a click or a run never waits for a slow disk or network folder."""
+    global _dataWorker
+    if _dataWorker is None:
+        from .worker import PanelWorker
+
+        _dataWorker = PanelWorker()
+    return _dataWorker
+
+
+def closeDataWorker() -> None:
+    global _dataWorker
+    if _dataWorker is not None:
+        _dataWorker.shutdown()
+        _dataWorker = None
 
 
 def runController() -> Any:
@@ -76,6 +94,7 @@ def shutdown() -> None:
         _clicks.end()
         _clicks = None
     closeWorker()
+    closeDataWorker()
     if f"{__name__}.installer" in sys.modules:
         sys.modules[f"{__name__}.installer"].shutdown()
 

@@ -346,6 +346,56 @@ def createTorch(
     return Job(steps, onProgress, onDone, onError, onCancelled, cleanup=lambda: _removeHalfMade(python))
 
 
+def trainingPython() -> tuple[str, dict[str, str]] | None:
+    """(python, environment) for training.start() and resume(); None where something has to be installed first."""
+    try:
+        python, variables = environment.training_python()
+    except UserError:
+        return None
+    return python, {**variablesFor(python), **variables}
+
+
+def describeTraining() -> str:
+    """One line about what training needs."""
+    if not (lacks := environment.training_lacks()):
+        return _("Ready to train: {what}").format(what=describeTorch()) if torchEnvironment().status == "ready" else _("Ready to train")
+    return _("To be installed first: {names}").format(names=", ".join(environment.Requirement.read(text).name for text in lacks))
+
+
+def planTraining(
+    onProgress: Callable[[float | None, str], Any],
+    onDone: Callable[[Plan], Any],
+    onError: Callable[[str], Any],
+    onCancelled: Callable[[], Any] = lambda: None,
+    python: str | None = None,
+) -> Job:
+    """Find out what installTraining() would fetch: PyTorch's own environment with all that training needs, or what that lacks of
+    it. onDone(plan), with str(plan) to ask about."""
+    own = torchEnvironment()
+    if own.status == "ready":
+        steps: environment.Steps = environment.plan_training_steps(own, _torchWheels())
+    else:
+        steps = environment.plan_torch_steps(python or find_python(), "auto", _torchWheels(), training=True)
+    return Job(steps, onProgress, onDone, onError, onCancelled)
+
+
+def installTraining(
+    plan: Plan,
+    onProgress: Callable[[float | None, str], Any],
+    onDone: Callable[[OwnEnvironment], Any],
+    onError: Callable[[str], Any],
+    onCancelled: Callable[[], Any] = lambda: None,
+    python: str | None = None,
+) -> Job:
+    """Install what planTraining() found. The worker is to be shut down before where there was no environment of PyTorch."""
+    own = torchEnvironment()
+    if own.status == "ready":
+        return Job(environment.add_training_steps(own, _torchWheels()), onProgress, onDone, onError, onCancelled)
+    python = python or find_python()
+    steps = environment.create_steps(python, None, plan.variant or "auto", _torchWheels(), training=True)
+    return Job(steps, onProgress, onDone, onError, onCancelled, cleanup=lambda: _removeHalfMade(python))
+
+
 def _torchWheels() -> str | None:
     """The wheel folder, where it was meant for PyTorch too."""
     folder = wheelFolder()

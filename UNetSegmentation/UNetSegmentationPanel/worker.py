@@ -39,7 +39,8 @@ from UNetSegmentationLib.worker.client import (
 from UNetSegmentationLib.worker.protocol import WorkerPrediction, remove_folder
 
 if TYPE_CHECKING:
-    from UNetSegmentationLib.worker.protocol import WorkerAnswer
+    import numpy as np
+    from UNetSegmentationLib.worker.protocol import Case, WorkerAnswer
 
 KEPT_VOLUMES = 2
 BUDGET_S = 0.01  # of each round of the event loop
@@ -68,7 +69,7 @@ class PanelWorker:
 
     @property
     def state(self) -> str:
-        """ "stopped", "starting", "busy" (with a predict() or a click()) or "ready"."""
+        """ "stopped", "starting", "busy" (with a predict(), a click(), a case or a dataset) or "ready"."""
         if self._job is not None:
             return "busy"
         if self._process is None or self._session is None:
@@ -146,6 +147,41 @@ class PanelWorker:
         job.steps = self._clickSteps(job, image, model, options, tuple(prompts), measures)
         self._take(job)
 
+    def addCase(
+        self,
+        volumeKey: Hashable,
+        image: Image | Callable[[], Image],
+        mask: np.ndarray,
+        start: Sequence[int],
+        case: Case,
+        onProgress: Callable[[float, str], Any],
+        onResult: Callable[[dict[str, Any]], Any],
+        onError: Callable[[WorkerError], Any],
+        onCancelled: Callable[[], Any],
+    ) -> Any:
+        """Add a corrected mask to a dataset folder: see Session.add_case(). Returns at once, with what cancel() takes; the same
+        callbacks as for predict(), onResult() with what Session.dataset_result() holds."""
+        job = self._data(onProgress, onResult, onError, onCancelled, volumeKey)
+        job.steps = self._caseSteps(job, image, mask, start, case)
+        self._take(job)
+        return job
+
+    def dataset(
+        self,
+        folder: str,
+        action: str,
+        onResult: Callable[[dict[str, Any]], Any],
+        onError: Callable[[WorkerError], Any],
+        onCancelled: Callable[[], Any] = lambda: None,
+        case: str = "",
+        version: int | None = None,
+    ) -> Any:
+        """Show or change a dataset folder: see Session.dataset(). Returns at once, with what cancel() takes."""
+        job = self._data(_ignore, onResult, onError, onCancelled)
+        job.steps = self._datasetSteps(job, folder, action, case, version)
+        self._take(job)
+        return job
+
     def forgetClicks(self, lesion: str) -> None:
         """Nobody wants the answers of this lesion any more: what waits is dropped, and of what runs nothing is told."""
         self._drop(lesion)
@@ -156,12 +192,18 @@ class PanelWorker:
             if job.outcome is not None:
                 job.outcome = _ignore, ()
 
-    def cancel(self) -> None:
-        """End the running predict(): onCancelled() is called as soon as the worker has stopped, or was killed after CANCEL_S."""
-        job = self._prediction
-        if job is None or job.asked:
+    def cancel(self, job: Any = None) -> None:
+        """End the running predict(), or what addCase() or dataset() began: onCancelled() is called as soon as the worker has
+        stopped, or was killed after CANCEL_S."""
+        job = self._prediction if job is None else job
+        if job is None or job.asked or (job is not self._job and job not in self._waiting):
             return
         job.asked = True
+        if job is not self._job:
+            self._waiting.remove(job)
+            job.steps.close()
+            qt.QTimer.singleShot(0, lambda: _call(job.onCancelled))
+            return
         if job.computing and job.outcome is None and self._process is not None and self._session is not None:
             self._process.write(self._session.request("cancel", target=job.number)[1])
             qt.QTimer.singleShot(round(1000 * CANCEL_S), lambda: self._enough(job))
@@ -195,7 +237,21 @@ class PanelWorker:
     @property
     def _prediction(self) -> _Job | None:
         """The predict() that runs or waits for a click."""
-        return next((job for job in [self._job, *self._waiting] if job is not None and job.lesion is None), None)
+        return next((job for job in [self._job, *self._waiting] if job is not None and job.lesion is None and not job.data), None)
+
+    def _data(
+        self,
+        onProgress: Callable[[float, str], Any],
+        onResult: Callable[[dict[str, Any]], Any],
+        onError: Callable[[WorkerError], Any],
+        onCancelled: Callable[[], Any],
+        key: Hashable = None,
+    ) -> _Job:
+        if self._closed:
+            raise UserError("The worker was closed; open the module again.")
+        job = _Job(key, onProgress, onResult, onError, onCancelled)
+        job.data = True
+        return job
 
     def _take(self, job: _Job) -> None:
         if self._job is None:
@@ -219,7 +275,7 @@ class PanelWorker:
     ) -> Generator[Any, None, WorkerPrediction]:
         volume = yield from self._readySteps(job, image)
         assert self._session is not None and self._process is not None
-        job.number, line = self._session.predict(volume, models, options, measures)
+        job.number, line = self._session.predict(volume, models, options, measures, keep=True)
         self._process.write(line)
         while job.answer is None:
             yield _WAIT
@@ -238,11 +294,33 @@ class PanelWorker:
     ) -> Generator[Any, None, WorkerAnswer]:
         volume = yield from self._readySteps(job, image)
         assert self._session is not None and self._process is not None and job.lesion is not None
-        job.number, line = self._session.click(volume, model, options, job.lesion, prompts, measures)
+        job.number, line = self._session.click(volume, model, options, job.lesion, prompts, measures, keep=True)
         self._process.write(line)
         while job.answer is None:
             yield _WAIT
         return self._session.click_result(job.answer)
+
+    def _caseSteps(
+        self, job: _Job, image: Image | Callable[[], Image], mask: np.ndarray, start: Sequence[int], case: Case
+    ) -> Generator[Any, None, dict[str, Any]]:
+        volume = yield from self._readySteps(job, image)
+        assert self._session is not None and self._process is not None
+        number, line = yield from self._session.add_case(volume, mask, start, case)
+        return (yield from self._answerSteps(job, number, line))
+
+    def _datasetSteps(self, job: _Job, folder: str, action: str, case: str, version: int | None) -> Generator[Any, None, dict[str, Any]]:
+        self._launch()
+        yield from self._greetedSteps(job)
+        assert self._session is not None
+        return (yield from self._answerSteps(job, *self._session.dataset(folder, action, case, version)))
+
+    def _answerSteps(self, job: _Job, number: int, line: bytes) -> Generator[Any, None, dict[str, Any]]:
+        assert self._session is not None and self._process is not None
+        job.number = number
+        self._process.write(line)
+        while job.answer is None:
+            yield _WAIT
+        return self._session.dataset_result(job.answer)
 
     def _readySteps(self, job: _Job, image: Image | Callable[[], Image]) -> Generator[Any, None, int]:
         """A worker that runs and the number of the job's volume in it."""
@@ -256,6 +334,11 @@ class PanelWorker:
                 self._unload(next(iter(self._volumes)))
             volume = yield from self._session.add_volume(image() if callable(image) else image)
         self._volumes[job.key] = volume
+        yield from self._greetedSteps(job)
+        return volume
+
+    def _greetedSteps(self, job: _Job) -> Generator[Any, None, None]:
+        assert self._session is not None
         if self._session.hello is None:
             job.note = 0.0, "starting the worker"
             yield
@@ -265,7 +348,6 @@ class PanelWorker:
                 self._kill()
                 raise WorkerError(f"The worker did not start within {START_S:.0f} seconds; try again.", "worker")
             yield _WAIT
-        return volume
 
     def _wake(self) -> None:
         if not self._awake:
@@ -432,7 +514,7 @@ class PanelWorker:
 
 
 class _Job:
-    """A predict() on its way, or a click() at a lesion."""
+    """A predict() on its way, a click() at a lesion, or (data) work on a dataset folder."""
 
     def __init__(
         self,
@@ -450,7 +532,7 @@ class _Job:
         self.answer: Event | None = None
         self.note: tuple[float, str] | None = None  # progress to be told
         self.outcome: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
-        self.asked = self.forget = False
+        self.asked = self.forget = self.data = False
 
     @property
     def computing(self) -> bool:

@@ -1,5 +1,6 @@
-"""The command `unetseg-train`: check, plan, fit, evaluate, report, export, finetune. Exit codes as of `unetseg`: 0 done,
-1 the check found errors, 2 bad input (one sentence on stderr), 130 stopped (what is trained so far is kept)."""
+"""The command `unetseg-train`: check, plan, fit, evaluate, report, export, finetune (jobs, resume, stop and promote are for what
+that makes). Exit codes as of `unetseg`: 0 done, 1 the check found errors, 2 bad input (one sentence on stderr), 130 stopped
+(what is trained so far is kept)."""
 
 # No `from __future__ import annotations`: typer reads the commands' annotations, which name what only _app() imports.
 
@@ -276,20 +277,37 @@ def _app() -> Any:
 
     @app.command()
     def finetune(
-        base: Annotated[str, typer.Argument(help="The model package to start from, by name or file.", show_default=False)],
         data: Annotated[str, data_argument],
-        output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder to make.")],
-        freeze: Annotated[list[str] | None, typer.Option(help="Layers to keep, e.g. encoder; may be given several times.")] = None,
-        replay: Annotated[str | None, typer.Option(help="The base model's own dataset, to train on as well.")] = None,
-        share: Annotated[float, typer.Option(help="Part of the patches that come from it.", min=0, max=1)] = 0.25,
-        quick: Annotated[bool, typer.Option("--quick", help="In about ten minutes.")] = False,
-        minutes: Annotated[float | None, typer.Option(help="Training time to plan for.", min=0.1)] = None,
+        base: Annotated[str | None, typer.Option("--from", help="The model package to start from, by name or file.")] = None,
+        output: Annotated[
+            Path | None, typer.Option("--output", "-o", help="A run's folder to make, as plan and fit do, instead of a retraining.")
+        ] = None,
+        quick: Annotated[bool | None, typer.Option("--quick/--full", help="In about ten minutes, or in hours.")] = None,
+        minutes: Annotated[float | None, typer.Option(help="Training time to plan for.", min=0.01)] = None,
+        device: Annotated[str, typer.Option(help="auto, cpu, gpu or mps.")] = "auto",
+        name: Annotated[str, typer.Option(help="Of the new model; else the base's.")] = "",
+        job: Annotated[Path | None, typer.Option(help="The retraining's folder; else a new one in DATA/retrain.")] = None,
+        detach: Annotated[bool, typer.Option("--detach", help="Begin it and return; see jobs, stop, resume, promote.")] = False,
+        freeze: Annotated[list[str] | None, typer.Option(help="With -o: layers to keep, e.g. encoder; several times.")] = None,
+        replay: Annotated[str | None, typer.Option(help="With -o: the base model's own dataset, to train on as well.")] = None,
+        share: Annotated[float, typer.Option(help="With -o: part of the patches that come from it.", min=0, max=1)] = 0.25,
         fold: Annotated[str, fold_option] = "0",
         seed: Annotated[str, seed_option] = "0",
-        resume: Annotated[bool, typer.Option("--resume", help="Go on where it was stopped or killed.")] = False,
+        resume: Annotated[bool, typer.Option("--resume", help="With -o: go on where it was stopped or killed.")] = False,
         layout: Annotated[str | None, layout_option] = None,
     ) -> None:
-        """Go on from a model package with other cases, labels, channels or spacing."""
+        """Go on from a model package with other cases, labels, channels or spacing.
+
+        It trains, scores the new model and its base on held-out cases, says whether it got better, and makes a package. Ctrl-C
+        keeps the best so far.
+        """
+        if output is None:
+            if freeze or replay or resume or layout:
+                raise UserError("--freeze, --replay, --resume and --layout go with -o RUN; give it, or leave them out.")
+            _retrain(data, base, quick is not False, minutes, device, name, job, detach)
+            return
+        if base is None:
+            raise UserError("finetune needs a model to start from; name one with --from, or use plan and fit.")
         from UNetSegmentationLib.model import find_model
 
         from . import finetune as tuning
@@ -303,7 +321,7 @@ def _app() -> Any:
             raise UserError("finetune trains one fold with one seed at a time; give one of each.")
         package = find_model(base)
         if not (resume and (output / "config.yaml").exists()):
-            _plan(data, output, quick, minutes, layout, None, None, False, base, False)
+            _plan(data, output, bool(quick), minutes, layout, None, None, False, base, False)
         config = _read(output)
         start = tuning.start_from(
             package, config.unet(), [label.name for label in config.labels], config.channels, config.input.spacing, config.input.intensity
@@ -330,7 +348,92 @@ def _app() -> Any:
         tuning.write(result.folder, start, package, frozen, facts)
         print(f"wrote {write_report(result.folder)}")
 
+    job_argument = typer.Argument(help="The folder of a retraining, such as DATA/retrain/20261123-101500-my-model.", show_default=False)
+
+    @app.command()
+    def jobs(data: Annotated[Path, data_argument]) -> None:
+        """List the retrainings of a dataset, the newest first."""
+        from UNetSegmentationLib import training
+
+        found = training.jobs(data)
+        for job in found:
+            print(f"{job.folder}\n    {job.state}: {job.text}" + (f"\n    {job.package}" if job.package else ""))
+        if not found:
+            print("no retraining yet; begin one with: unetseg-train finetune DATA --from MODEL")
+
+    @app.command()
+    def stop(job: Annotated[Path, job_argument]) -> None:
+        """End a retraining that runs on its own; the best so far becomes a package."""
+        from UNetSegmentationLib import training
+
+        training.stop(training.read(job))
+        print("it will stop in a moment and keep the best so far")
+
+    @app.command()
+    def resume(
+        job: Annotated[Path, job_argument],
+        finish: Annotated[bool, typer.Option("--finish", help="Train no further; make a package of the best so far.")] = False,
+        detach: Annotated[bool, typer.Option("--detach", help="Go on and return.")] = False,
+    ) -> None:
+        """Go on with a retraining that was stopped, killed, or failed."""
+        from UNetSegmentationLib import training
+
+        _follow(training.resume(training.read(job), sys.executable, finish=finish, launch=detach), detach)
+
+    @app.command()
+    def promote(
+        job: Annotated[Path, job_argument],
+        how: Annotated[str, typer.Argument(help="use (in its parent's place), keep (both) or discard.")],
+        worse: Annotated[bool, typer.Option("--worse", help="Also where it is worse than its parent.")] = False,
+    ) -> None:
+        """Decide on what came out of a retraining."""
+        from UNetSegmentationLib import training
+
+        found = training.read(job)
+        if how == "use" and found.verdict == "worse" and not worse:
+            raise UserError(f"It is worse than {found.base}; keep both, discard it, or add --worse to use it all the same.")
+        path = training.promote(found, how)
+        print(f"wrote {path}" if path else "discarded")
+
     return app
+
+
+def _retrain(
+    data: str,
+    base: str | None,
+    quick: bool,
+    minutes: float | None,
+    device: str,
+    name: str,
+    folder: Path | None,
+    detach: bool,
+) -> None:
+    from UNetSegmentationLib import training
+
+    options = training.Options(quick, device, minutes, name)
+    if detach:
+        _follow(training.start(data, base, options, sys.executable, folder=folder), True)
+    else:
+        _follow(training.create(data, base, options, folder), False)
+
+
+def _follow(job: Any, detached: bool) -> None:
+    """Do a retraining here and now, unless it runs on its own."""
+    from UNetSegmentationLib import training
+
+    if detached:
+        print(f"{job.folder}: begun; look with: unetseg-train jobs {job.dataset}")
+        return
+    from .retrain import run
+
+    if not training.claim(job.folder):
+        raise UserError(f"{job.folder} is being trained by another process; wait for it, or stop it.")
+    print(job.folder)
+    run(job.folder, say=lambda text: print(text, flush=True))
+    job = training.read(job.folder)
+    if job.package is None:
+        raise UserError(job.text)
+    print(f"wrote {job.package}; put it to use with: unetseg-train promote {job.folder} use")
 
 
 def _scored(folder: Path, config: Any, data: str | None) -> tuple[Any, Sequence[Any]]:

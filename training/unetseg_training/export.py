@@ -264,11 +264,12 @@ def lineage(run: dict[str, Any], parent: ModelPackage | None = None, **more: Any
     """Where a model comes from, for its card: from run.json, and the package that it was fine-tuned from."""
     out: dict[str, Any] = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
     if parent is not None:
-        out["parent"] = f"{parent.card.name}-{parent.card.version}"
-        out["parent_onnx_sha256"] = parent.card.data["files"][ONNX]["sha256"]
+        digest = hashlib.sha256(parent.path.read_bytes()).hexdigest()
+        out["parent"] = {"name": parent.card.name, "version": parent.card.version, "sha256": digest}
     digests = {f"{part}/{name}": d for part, cases in (run.get("data") or {}).items() for name, d in cases.items()}
     if digests:
-        out |= {"dataset_sha256": dataset_hash(digests), "training_cases": len(digests)}
+        name = Path(str((run.get("config") or {}).get("data", {}).get("path", ""))).name
+        out |= {"dataset": {"name": name, "sha256": dataset_hash(digests)}, "cases": len(digests)}
     out |= {k: run[k] for k in ("seed", "fold", "git_revision", "versions") if run.get(k) is not None}
     return out | more
 
@@ -326,12 +327,11 @@ def markdown(package: ModelPackage) -> str:
     lines += ["## Measured", "", *_measured(metrics), ""]
     lines += ["## Limits", "", *(f"- {_words(text)}" for text in _limits(data)), ""]
     lines += ["## Lineage", ""]
+    lines += [f"- {_words(card.origin)}"] if card.origin else []
+    for key, text in (("parent", "SHA-256 of the package that it was fine-tuned from"), ("dataset", "SHA-256 of the training data")):
+        if isinstance(origin.get(key), dict) and "sha256" in origin[key]:
+            lines.append(f"- {text}: {_words(origin[key]['sha256'])}")
     known = {
-        "parent": "fine-tuned from",
-        "parent_onnx_sha256": "SHA-256 of the parent's network",
-        "dataset_sha256": "SHA-256 of the training data",
-        "training_cases": "training cases",
-        "date": "date",
         "seed": "seed",
         "fold": "fold held out",
         "git_revision": "program's revision",

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Below this, so little of the base model would be left that a person had better know.
 LEAST_SHARE = 0.5
+# What sees the input's channels.
+FIRST = ("encoder.0.first.0.weight", "encoder.0.shortcut.weight")
 # A fall of the mean Dice on the base's cases below which nobody would call it forgetting.
 FORGOTTEN = 0.02
 
@@ -84,7 +86,8 @@ def start_from(
     )
     if wanted.dimensions != card.dimensions:
         raise UserError(f"{name} is a {card.dimensions}D network and the plan asks for {wanted.dimensions}D; plan with the base's network.")
-    if wanted.out_channels != len(labels) + background or wanted.in_channels != len(channels) * per + extra:
+    flat = per > 1 and not extra and wanted.in_channels == len(channels)  # single pictures have no neighbouring slices
+    if wanted.out_channels != len(labels) + background or (wanted.in_channels != len(channels) * per + extra and not flat):
         raise UserError(
             f"The plan's network takes {wanted.in_channels} channels and gives {wanted.out_channels}, which does not fit {len(channels)} "
             f"images and {len(labels)} labels on {name} ({per} slices each); plan with the base's network."
@@ -94,7 +97,11 @@ def start_from(
         state = {k: v.clone() for k, v in build(wanted).state_dict().items()}
     start = Start(state, wanted)
     old = source.state_dict()
-    inputs = _inputs(card, channels, per, extra)
+    if flat:
+        for key in FIRST:
+            if key in old:  # one slice now has the weights of all: what the base gave where its slices were alike
+                old[key] = old[key].unflatten(1, (-1, per)).sum(2)
+    inputs = _inputs(card, channels, 1 if flat else per, extra)
     rows = [0] * background + [_index(card, n) for n in labels]
     for key, target in state.items():
         value = old.get(_old_key(key, len(wanted.channels) - len(source.config.channels)))
@@ -102,7 +109,7 @@ def start_from(
             start.new.append(key)
         elif key.startswith("heads."):
             _copy_rows(start, key, value, rows, background)
-        elif key in ("encoder.0.first.0.weight", "encoder.0.shortcut.weight") and value.shape[2:] == target.shape[2:]:
+        elif key in FIRST and value.shape[2:] == target.shape[2:]:
             if len(value) != len(target):
                 start.new.append(key)
             else:
@@ -112,6 +119,8 @@ def start_from(
             start.kept.append(key)
         else:
             start.new.append(key)
+    if flat:
+        start.notes.append("single slices, so its filters for neighbouring slices are added up")
     _tell(start, len(old), card, name, labels, channels, spacing, intensity)
     return start
 

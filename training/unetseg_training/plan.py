@@ -158,6 +158,8 @@ class Plan:
     fingerprint: Fingerprint
     machine: Machine
     notes: tuple[str, ...] = ()
+    seconds: float = 0.0  # that the training takes, and predict() of one case
+    case_seconds: float = 0.0
 
     def write(self, folder: str | Path) -> None:
         """config.yaml with the reasons as comments, and plan.md to read."""
@@ -242,7 +244,11 @@ def plan(
     picture = bool(sizes.min() < 2)
     if base is not None:
         dims = base[0].dimensions
-        flat = base[0].slice_axis if dims == 2 else flat
+        if dims == 3 and picture:
+            raise UserError(
+                f"The images are single slices and {base[0].name} is a 3D model; start from a 2D model, or train a new one (no base)."
+            )
+        flat = base[0].slice_axis if dims == 2 and not picture else flat
     order = [0, 1, 2] if dims == 3 else [flat, *(a for a in range(3) if a != flat)]
     context = 0 if dims == 3 or picture else 1
     why["input.dimensions"] = (
@@ -316,7 +322,7 @@ def plan(
         if unet.padding != "same":
             raise UserError(f"{card.name} has a network without padding, which cannot be fine-tuned here; choose another model.")
         old, text = unet.to_json(), f"that of {card.name}, which it is fine-tuned from"
-        context, chosen = card.context, list(card.spacing)
+        context, chosen = 0 if picture else card.context, list(card.spacing)
         patch, divisor = list(card.patch[3 - dims :]), list(unet.divisor)
         channels, strides, kernels = list(unet.channels), [list(v) for v in unet.strides], [list(v) for v in unet.kernels]
         supervise = unet.deep_supervision
@@ -343,7 +349,7 @@ def plan(
         intensity = {"mode": "zscore"}
         why["input.intensity"] = "each image by its own mean and standard deviation: its units mean nothing by themselves"
 
-    if base is not None:
+    if base is not None and (ct or f.hu or base[0].intensity["mode"] not in ("window", "ct-foreground")):
         intensity, why["input.intensity"] = dict(base[0].intensity), text
 
     # Mirrors.
@@ -392,6 +398,8 @@ def plan(
     epochs = 12 if quick else 100
     steps = max(1, total // epochs)
     every = int(min(5, max(1, math.ceil(checks * one_case / (0.2 * steps * second)))))
+    while epochs % every:  # or the last epochs would train for nothing: only a validated one is kept
+        every -= 1
     spent = checks * one_case / every
     steps = max(5 if quick else 1, int(steps * steps * second / (steps * second + spent)))
     total = epochs * steps
@@ -447,7 +455,8 @@ def plan(
         "fit": fit,
     }
     settings["data"]["folds"] = settings["data"].get("folds") or max(2, min(5, f.patients))
-    return Plan(config_file.parse(settings, "the plan"), why, f, machine, tuple(case_set.notes))
+    seconds = total * second + spent * epochs
+    return Plan(config_file.parse(settings, "the plan"), why, f, machine, tuple(case_set.notes), seconds, one_case)
 
 
 def _label(label: Any) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def card_of(name: str) -> dict[str, Any]:
 def cases(name: str) -> Iterator[tuple[str, str, Image, np.ndarray, Box]]:
     """(set, case, image, label map, what the model is given of it) of the held-out fold."""
     if name.startswith("lung-nodule"):
-        for kind, case_set in zip(("crop", "cube"), nodules()):
+        for kind, case_set in zip(("crop", "cube"), nodules()[:2]):
             for case in part(case_set, True):
                 image, truth = case_set.load(case)
                 yield kind, case.name, image, truth, lung_nodule_2d.region(case, truth, kind == "cube")

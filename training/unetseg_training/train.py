@@ -22,7 +22,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -261,11 +261,17 @@ def make_job(
 
 
 def find(config: Config) -> CaseSet:
-    """The dataset that a configuration names."""
-    from .cases import find_cases
+    """The dataset that a configuration names; labels that have no names there have the configuration's."""
+    from .cases import UNNAMED, find_cases
 
     data = config.data
-    return find_cases(Path(data.path), data.layout, patient=data.patient, only=data.only, foreground=data.foreground)
+    path = os.path.expandvars(data.path)
+    if "$" in path:
+        raise UserError(f"data.path is {data.path}, and that variable is not set; set it to the folder, or write the folder's name.")
+    found = find_cases(Path(path), data.layout, patient=data.patient, only=data.only, foreground=data.foreground)
+    if len(found.labels) == len(config.labels) and all(UNNAMED.fullmatch(label.name) for label in found.labels):
+        found.labels = tuple(replace(label, name=own.name) for label, own in zip(found.labels, config.labels))
+    return found
 
 
 def _check_labels(config: Config, case_set: CaseSet) -> None:
@@ -530,7 +536,8 @@ class Keeper(Checkpoint):
         dice = trainer.callback_metrics.get("dice")
         validated = module.job.validator is not None and (trainer.current_epoch + 1) % self.fit.validate_every == 0
         value = float(dice) if dice is not None and validated else -math.inf
-        if value > self.best or (self.best == -math.inf and not module.job.validator) or self.epoch < 0:
+        # Until the first validation the latest weights are the best known.
+        if value > self.best or self.best == -math.inf:
             self.best, self.epoch, self.labels = max(value, self.best), trainer.current_epoch, dict(module.last_scores)
             if trainer.is_global_zero:
                 weights = {k: v.detach().cpu().contiguous() for k, v in module.average.state_dict().items()}

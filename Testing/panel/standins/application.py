@@ -143,19 +143,40 @@ class qSlicerLayoutManager(QObject):
         self._logic = slicer.vtkMRMLLayoutLogic()
         self._logic.SetMRMLScene(slicer.mrmlScene)  # makes the nodes of the views
         self._logic.GetLayoutNode().SetViewArrangement(slicer.vtkMRMLLayoutNode.SlicerLayoutFourUpView)
-        self._slices = {}
+        self._application_logic, self._slices = application_logic, {}
+        self._shown = self._logic.GetLayoutNode().GetViewArrangement()
+        self._observers = mrmlwidgets._Observers(self)
+        self._observers.add(self._logic.GetLayoutNode(), self._layout_modified, vtk.vtkCommand.ModifiedEvent)
         for name in ("Red", "Green", "Yellow"):
-            logic = slicer.vtkMRMLSliceLogic()
-            logic.SetMRMLApplicationLogic(application_logic)
-            application_logic.GetSliceLogics().AddItem(logic)
-            logic.SetMRMLScene(slicer.mrmlScene)
-            logic.SetSliceNode(slicer.mrmlScene.GetSingletonNode(name, "vtkMRMLSliceNode"))  # the layout's, as qMRMLSliceWidget does
-            logic.ResizeSliceNode(256, 256)
-            self._slices[name] = qMRMLSliceWidget(logic)
+            self._make_slice(slicer.mrmlScene.GetSingletonNode(name, "vtkMRMLSliceNode"))
+
+    def _make_slices(self) -> None:
+        """A widget for each slice node that the layout has; they stay when another layout is shown."""
+        nodes = self._logic.GetViewNodes()
+        for i in range(nodes.GetNumberOfItems()):
+            node = nodes.GetItemAsObject(i)
+            if node.IsA("vtkMRMLSliceNode"):
+                self._make_slice(node)
+
+    def _make_slice(self, node: Any) -> None:
+        if node.GetLayoutName() in self._slices:
+            return
+        logic = slicer.vtkMRMLSliceLogic()
+        logic.SetMRMLApplicationLogic(self._application_logic)
+        self._application_logic.GetSliceLogics().AddItem(logic)
+        logic.SetMRMLScene(slicer.mrmlScene)
+        logic.SetSliceNode(node)  # the layout's, as qMRMLSliceWidget does
+        logic.ResizeSliceNode(256, 256)
+        self._slices[node.GetLayoutName()] = qMRMLSliceWidget(logic)
+
+    def _layout_modified(self, node: Any, event: str) -> None:
+        if node.GetViewArrangement() != self._shown:
+            self._shown = node.GetViewArrangement()
+            self._make_slices()
+            self.layoutChanged.emit(self._shown)
 
     def _set_layout(self, layout: int) -> None:
         self._logic.GetLayoutNode().SetViewArrangement(int(layout))
-        self.layoutChanged.emit(int(layout))
 
     layout = Property(int, lambda self: self._logic.GetLayoutNode().GetViewArrangement(), _set_layout)
     threeDViewCount = Property(int, lambda self: 0)

@@ -1,5 +1,6 @@
-"""python -m UNetSegmentationLib.worker FOLDER PARENT_PID [background], as client.command() builds it; protocol.py says what is
-spoken. "background": with a lower priority, which costs nothing where cores are free and keeps a panel smooth where not."""
+"""python -m UNetSegmentationLib.worker FOLDER PARENT_PID [background|desk], as client.command() builds it; protocol.py says what
+is spoken. "background": with a lower priority, which costs nothing where cores are free and keeps a panel smooth where not;
+"desk": the same, and it serves a work list (desk.py)."""
 
 import json
 import os
@@ -17,13 +18,17 @@ def main() -> int:
     # Before the imports, which may take a minute: the client may have started a launcher that started this process, and
     # to end it must know its id.
     os.write(sink, b'\n{"event":"starting","pid":%d}\n' % os.getpid())
-    if sys.argv[3:] == ["background"]:
+    desk = sys.argv[3:] == ["desk"]
+    if sys.argv[3:] == ["background"] or desk:
         _stand_back()  # before there are threads, which inherit it
     try:
         from ..environment import activate
 
         activate()
-        from .server import serve
+        if desk:
+            from .desk import serve
+        else:
+            from .server import serve
     except Exception as e:
         name = (getattr(e, "name", None) or "").split(".")[0]
         what = f"lacks the package {name}" if isinstance(e, ModuleNotFoundError) and name else f"cannot load the worker ({e})"

@@ -3,7 +3,7 @@
 >>> with WorkerClient() as worker:
 ...     volume = worker.load_volume(read_image("ct.nii.gz"))
 ...     prediction = worker.predict(volume, ["lung-nodule-2d-1.0.0.unet.zip"])
-...     answer = worker.click(volume, "lung-nodule-click-0.2.0.unet.zip", prompts=[("point", -62.1, -14.0, -120.5, True)])
+...     answer = worker.click(volume, "lung-nodule-click-0.3.0.unet.zip", prompts=[("point", -62.1, -14.0, -120.5, True)])
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .protocol import (
     KINDS,
     MAX_LINE,
     PROTOCOL,
+    Case,
     Lines,
     ProtocolError,
     Steps,
@@ -43,8 +44,10 @@ from .protocol import (
     decode_answer,
     decode_prediction,
     dumps,
+    encode_case,
     encode_image,
     encode_options,
+    encode_part,
     encode_prompts,
     get,
     loads,
@@ -65,11 +68,12 @@ _NT_NO_MEMORY = 0xC0000017  # STATUS_NO_MEMORY
 
 
 class WorkerError(UserError):
-    """What went wrong in the worker, as one sentence. kind: "user", "memory", "internal" or "worker" (it died or cannot start)."""
+    """What went wrong in the worker, as one sentence. kind: "user", "memory", "internal" or "worker" (it died or cannot start);
+    objection: of dataset.OBJECTIONS, where a case would be added if that were allowed, or ""."""
 
-    def __init__(self, text: str, kind: str) -> None:
+    def __init__(self, text: str, kind: str, objection: str = "") -> None:
         super().__init__(text)
-        self.kind = kind
+        self.kind, self.objection = kind, objection
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Event:
 
     def error(self) -> WorkerError:
         kind = self.data.get("kind")
-        return WorkerError(str(self.data.get("error", "")), kind if kind in KINDS else "worker")
+        return WorkerError(str(self.data.get("error", "")), kind if kind in KINDS else "worker", str(self.data.get("objection", "")))
 
 
 def find_python() -> str:
@@ -170,6 +174,7 @@ class Session:
         self._volumes: dict[int, tuple[dict[str, Any], Image]] = {}
         self._known: set[int] = set()  # volumes that this worker has
         self._images: dict[int, Image] = {}  # by request, to place its result
+        self._masks: dict[int, int] = {}  # by request, the number of its file
         self._last = 0
 
     def connect(self) -> bytes:
@@ -178,7 +183,9 @@ class Session:
         self._lines = Lines()
         self._known.clear()
         self._images.clear()
+        self._masks.clear()
         remove_files(self.folder, "result-*")
+        remove_files(self.folder, "mask-*")
         return dumps({"op": "hello", "protocol": PROTOCOL})
 
     def feed(self, data: bytes) -> list[Event]:
@@ -248,11 +255,17 @@ class Session:
         return self.request("unload_volume", volume=volume)
 
     def predict(
-        self, volume: int, models: Sequence[ModelPackage | str | Path], options: Options = Options(), measures: bool = False
+        self,
+        volume: int,
+        models: Sequence[ModelPackage | str | Path],
+        options: Options = Options(),
+        measures: bool = False,
+        keep: bool = False,
     ) -> tuple[int, bytes]:
-        """models: packages or their files. A worker that does not have the volume yet is told of it first."""
+        """models: packages or their files. keep: for a later case, see kept.py. A worker that does not have the volume yet is
+        told of it first."""
         paths = [_file(m) for m in models]
-        return self._about(volume, "predict", models=paths, options=encode_options(options), measures=measures)
+        return self._about(volume, "predict", models=paths, options=encode_options(options), measures=measures, keep=keep)
 
     def click(
         self,
@@ -262,14 +275,40 @@ class Session:
         lesion: str = "",
         prompts: Sequence[Prompt] = (),
         measures: bool = False,
+        keep: bool = False,
     ) -> tuple[int, bytes]:
         """All of a lesion's prompts in their order (see ClickSession.replay); with none, what the first click will need is
         loaded. lesion: any name, of what the worker keeps from one call to the next. UserError for what is no prompt."""
         made = encode_prompts(prompts)
         options = replace(options, roi=None, at=None, intensity=None)
-        return self._about(
-            volume, "click", model=_file(model), options=encode_options(options), lesion=lesion, prompts=made, measures=measures
-        )
+        asked = {"model": _file(model), "options": encode_options(options), "lesion": lesion, "prompts": made}
+        return self._about(volume, "click", **asked, measures=measures, keep=keep)
+
+    def add_case(self, volume: int, mask: np.ndarray, start: Sequence[int], case: Case) -> Steps[tuple[int, bytes]]:
+        """mask: label values (z, y, x), uint8, whose first voxel is `start` of the volume's grid; 0 around it."""
+        self._last += 1
+        mine = self._last
+        part = yield from encode_part(mask, start, self.folder, mine)
+        number, line = self._about(volume, "add_case", mask=part, case=encode_case(case))
+        self._masks[number] = mine
+        return number, line
+
+    def dataset(self, folder: str | Path, action: str = "show", case: str = "", version: int | None = None) -> tuple[int, bytes]:
+        """action: "show", "remove" a case, or "restore" a removed case or a former version of one."""
+        return self.request("dataset", folder=str(folder), action=action, case=case, version=version)
+
+    def dataset_result(self, event: Event) -> dict[str, Any]:
+        """What the answer to add_case() or dataset() holds: "summary", see Dataset.summary(), None where there is no dataset
+        yet; of a new case "case", "version", "record", "own". WorkerError where it is not valid."""
+        try:
+            if event.data.get("summary") is not None:
+                summary = get(event.data, "summary", dict)
+                get(summary, "cases", list), get(summary, "count", int), get(summary, "labels", list)
+            if "case" in event.data:
+                get(event.data, "case", str), get(event.data, "version", int), get(event.data, "record", dict)
+        except ProtocolError as e:
+            raise WorkerError(f"The worker's answer is not valid ({e}); try again, or reinstall UNetSegmentation.", "worker") from e
+        return event.data
 
     def _about(self, volume: int, op: str, **fields: Any) -> tuple[int, bytes]:
         if volume not in self._volumes:
@@ -306,6 +345,8 @@ class Session:
         """The request is over: whatever it left behind is deleted."""
         self._images.pop(request, None)
         remove_files(self.folder, f"result-{request}-*")
+        if request in self._masks:
+            remove_files(self.folder, f"mask-{self._masks.pop(request)}.npy")
 
 
 def _file(model: ModelPackage | str | Path) -> str:
@@ -413,6 +454,23 @@ class WorkerClient:
         return self._ask(
             lambda: self.session.click(volume, model, options, lesion, prompts, measures), self.session.click_result, None, cancelled
         )
+
+    def add_case(
+        self,
+        volume: int,
+        mask: np.ndarray,
+        case: Case,
+        start: Sequence[int] = (0, 0, 0),
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> dict[str, Any]:
+        """Add a corrected mask, label values (z, y, x) in uint8 from `start` of the volume's grid, to a dataset folder: what
+        Session.dataset_result() holds. Raises as predict() does; of a refusal that may be allowed, `objection` says which."""
+        return self._ask(lambda: run(self.session.add_case(volume, mask, start, case)), self.session.dataset_result, progress, cancelled)
+
+    def dataset(self, folder: str | Path, action: str = "show", case: str = "", version: int | None = None) -> dict[str, Any]:
+        """Show or change a dataset folder; see Session.dataset()."""
+        return self._ask(lambda: self.session.dataset(folder, action, case, version), self.session.dataset_result, None, None)
 
     def _ask(
         self,

@@ -1,16 +1,21 @@
 """What the worker and its client say: JSON lines on stdin and stdout, and arrays as .npy files in a private folder.
 
 requests   {"op": "hello", "protocol"} first, then, each with an "id" of its own: load_volume {volume, file, geometry},
-           unload_volume {volume}, predict {volume, models, options, measures}, click {volume, model, options, lesion,
-           prompts, measures}, cancel {target}, ping, shutdown
+           unload_volume {volume}, predict {volume, models, options, measures, keep}, click {volume, model, options, lesion,
+           prompts, measures, keep}, add_case {volume, mask, case}, dataset {folder, action, case, version}, cancel {target},
+           ping, shutdown
 answers    unasked {"event": "starting", "pid"} at once and {"event": "hello", "protocol", "core", "python", "pid"} when it
            can work; for an id any number of "progress" {fraction, text}, then one of "done", "result", "click", "cancelled",
            "error" {error: a sentence, kind}
 clicks     a request holds all of a lesion's prompts in their order, so that the worker may forget or die: prompts that it
            knows cost nothing, fewer than before undo, none warm it up. A lesion's mask is small and travels in its line.
-errors     kind is "user" (the input), "memory" or "internal"; the worker lives on after all of them
+cases      add_case writes a corrected mask into a dataset folder and dataset shows or changes one; both are answered by "done"
+           with the folder's summary. keep: the answer is kept for a later case, see kept.py
+errors     kind is "user" (the input), "memory" or "internal"; the worker lives on after all of them. objection: what add_case
+           would do where that is allowed
 arrays     volume-<id>.npy is the client's and stays until it is unloaded; result-<id>-<name>.npy is written by the worker,
-           read and deleted by the client; the client deletes the folder (0700), or the worker when the client died
+           read and deleted by the client; mask-<id>.npy is the client's until its request is over; the client deletes the
+           folder (0700), or the worker when the client died
 
 Nothing is pickled, and both sides check everything that they receive.
 """
@@ -36,11 +41,11 @@ from ..inference.click import Answer, Prompt, check_prompt, crop_mask
 from ..inference.predict import Options, Prediction
 from ..model import Label, intensity_errors
 
-PROTOCOL = 3
+PROTOCOL = 4
 FOLDER_PREFIX = "unetseg-worker-"
 KINDS = ("user", "memory", "internal")
 MAX_LINE = 4 << 20  # a card, whose labels a result repeats, has at most 1 MB
-_FILE = re.compile(r"(volume|result)-[0-9]+(-[a-z_]+)?\.npy")
+_FILE = re.compile(r"(volume|result|mask)-[0-9]+(-[a-z_]+)?\.npy")
 _PART = ".part"  # a file that is still being written
 _PIECE = 1 << 20  # bytes moved between two yields: a few ms, also into memory that the system must first find
 _CUT = 64 << 20  # bytes deleted between two yields
@@ -60,10 +65,12 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class WorkerPrediction(Prediction):
-    """A Prediction, what measure() says of it where that was asked for, and the uncertain_places() of its uncertainty."""
+    """A Prediction, what measure() says of it where that was asked for, the uncertain_places() of its uncertainty, and the key
+    under which its labels are kept; "" where they are not."""
 
     measures: list[dict[str, Any]] | None = None
     places: list[dict[str, Any]] | None = None
+    kept: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,7 +361,12 @@ def decode_options(data: dict[str, Any]) -> Options:
 
 
 def encode_prediction(
-    prediction: Prediction, folder: Path, request: int, measures: list[dict[str, Any]] | None, places: list[dict[str, Any]] | None
+    prediction: Prediction,
+    folder: Path,
+    request: int,
+    measures: list[dict[str, Any]] | None,
+    places: list[dict[str, Any]] | None,
+    kept: str = "",
 ) -> dict[str, Any]:
     """Write the arrays and say where they lie. Of the labels only the box of what is not 0 travels, of the maps the ROI."""
     arrays: dict[str, Any] = {}
@@ -380,6 +392,7 @@ def encode_prediction(
         "tiles": prediction.tiles,
         "measures": measures,
         "places": places,
+        "kept": kept,
     }
 
 
@@ -403,6 +416,7 @@ def decode_prediction(message: dict[str, Any], folder: Path, image: Image) -> St
         tiles=get(message, "tiles", int),
         measures=_decode_measures(message.get("measures")),
         places=_decode_places(message.get("places")),
+        kept=get(message, "kept", str),
         **maps,
     )
 
@@ -427,6 +441,85 @@ def _decode_array(arrays: dict[str, Any], name: str, folder: Path, image: Image)
         yield
     remove_files(folder, file)
     return full
+
+
+# ---------------------------------------------------------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """A corrected mask on its way into a dataset folder; see Dataset.add() for what is not said here.
+
+    labels: what the values of the mask mean. create: name and channels of the dataset to make where there is none yet, whose
+    labels are `offered` and those of the mask. own: (key, {value: label value}) of kept answers, the model's own mask; or
+    own_file: a mask file. patient: None: the case is a patient of its own.
+    """
+
+    folder: str
+    labels: tuple[Label, ...]
+    create: tuple[str, tuple[str, ...]] | None = None
+    offered: tuple[Label, ...] = ()
+    own: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = ()
+    own_file: str = ""
+    patient: str | None = None
+    modality: str = ""
+    model: str = ""
+    by: str = ""
+    dated: bool = False
+    allow: tuple[str, ...] = ()
+
+
+def encode_case(case: Case) -> dict[str, Any]:
+    """As JSON; UserError where a name is no text that can be sent."""
+    out = asdict(case)
+    out["create"] = None if case.create is None else {"name": case.create[0], "channels": list(case.create[1])}
+    return out
+
+
+def decode_case(data: dict[str, Any]) -> Case:
+    create = data.get("create")
+    if create is not None:
+        create = (get(get(data, "create", dict), "name", str), strings(create, "channels"))
+    own = []
+    for item in get(data, "own", list):
+        if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str) or not isinstance(item[1], list):
+            raise ProtocolError("The message has no valid 'own'.")
+        own.append((item[0], tuple(numbers({"pair": pair}, "pair", 2, int) for pair in item[1])))
+    patient = data.get("patient")
+    return Case(
+        folder=get(data, "folder", str),
+        labels=tuple(_decode_label(item) for item in get(data, "labels", list)),
+        create=create,
+        offered=tuple(_decode_label(item) for item in get(data, "offered", list)),
+        own=tuple(own),  # type: ignore[arg-type]
+        own_file=get(data, "own_file", str),
+        patient=None if patient is None else get(data, "patient", str),
+        modality=get(data, "modality", str),
+        model=get(data, "model", str),
+        by=get(data, "by", str),
+        dated=get(data, "dated", bool),
+        allow=strings(data, "allow"),
+    )
+
+
+def encode_part(array: np.ndarray, start: Sequence[int], folder: Path, request: int) -> Steps[dict[str, Any]]:
+    """Write label values (z, y, x), uint8, of a box of a volume; nothing is written for an empty one."""
+    if array.dtype != np.uint8:
+        raise UserError(f"A mask for a dataset holds label values from 0 to 255, not {array.dtype}; convert it.")
+    box = Box(tuple(int(v) for v in start), tuple(int(a) + n for a, n in zip(start, array.shape)))
+    file = None if box.empty else (yield from save_array(folder, f"mask-{request}.npy", array))
+    return {"box": _encode_box(box), "file": file}
+
+
+def decode_part(message: dict[str, Any], folder: Path, shape: Sequence[int]) -> np.ndarray:
+    """The label values on a grid of this shape, 0 elsewhere."""
+    box, out = _decode_box(message, "box"), np.zeros(tuple(shape), np.uint8)
+    if message.get("file") is not None:
+        array = load_array(folder, get(message, "file", str))
+        if array.dtype != np.uint8 or array.shape != box.shape or box & Box.whole(out.shape) != box:
+            raise ProtocolError("The mask does not fit the volume.")
+        out[box.slices] = array
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------------- clicks

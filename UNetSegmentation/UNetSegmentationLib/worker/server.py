@@ -18,25 +18,32 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .. import __version__
+import numpy as np
+
+from .. import __version__, kept
+from ..dataset import INDEX, Dataset, Objection, read_mask
 from ..engines import Engine, choose_engine
 from ..image import Image, UserError
 from ..inference.click import ClickSession
 from ..inference.predict import Cancelled, Options, Progress, predict
 from ..measure import measure, uncertain_places
-from ..model import ModelPackage
+from ..model import Label, ModelPackage
 from ..nodule import describe
 from .protocol import (
     FOLDER_PREFIX,
     PROTOCOL,
+    Case,
     Lines,
     ProtocolError,
     WorkerAnswer,
+    decode_case,
     decode_image,
     decode_options,
+    decode_part,
     decode_prompts,
     dumps,
     encode_answer,
@@ -65,11 +72,7 @@ Stamp = tuple[str, int, int]
 def serve(source: int, sink: int, arguments: Sequence[str]) -> int:
     """Serve the client on the other end of two file descriptors until it goes; arguments: its folder and process id."""
     try:
-        folder, parent = Path(arguments[0]), int(arguments[1])
-        status = folder.lstat()
-        ours = os.name == "nt" or (status.st_uid == os.getuid() and not status.st_mode & 0o077)
-        if not (stat.S_ISDIR(status.st_mode) and folder.name.startswith(FOLDER_PREFIX) and ours):
-            raise ValueError(f"{folder} is not a private folder of a client")
+        folder, parent = private_folder(arguments[0]), int(arguments[1])
     except (IndexError, ValueError, OSError) as e:
         print(f"The worker is started by its client, with a folder and a process id: {e}", file=sys.stderr)
         return 2
@@ -77,6 +80,16 @@ def serve(source: int, sink: int, arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shared terminal is the client's to answer
     _Server(source, sink, folder, parent).run()
     return 0
+
+
+def private_folder(name: str) -> Path:
+    """ValueError where it is not a folder of this user's alone that a client made."""
+    folder = Path(name)
+    status = folder.lstat()
+    ours = os.name == "nt" or (status.st_uid == os.getuid() and not status.st_mode & 0o077)
+    if not (stat.S_ISDIR(status.st_mode) and folder.name.startswith(FOLDER_PREFIX) and ours):
+        raise ValueError(f"{folder} is not a private folder of a client")
+    return folder
 
 
 class _Server:
@@ -221,7 +234,7 @@ class _Server:
     def _predict(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
         _, image = self._image(request)
         options = decode_options(get(request, "options", dict))
-        names, wants_measures = strings(request, "models"), get(request, "measures", bool)
+        names, wants_measures, keep = strings(request, "models"), get(request, "measures", bool), get(request, "keep", bool)
         progress, check = self._teller(number), self._checker(number)
         progress(0.0, "loading the model")
         models, engines = [], []
@@ -240,13 +253,15 @@ class _Server:
         if prediction.uncertainty is not None:
             places = uncertain_places(prediction.uncertainty)
             check()
-        return {"event": "result", **encode_prediction(prediction, self._folder, number, measures, places)}
+        key = _keep(prediction.labels.array, (0, 0, 0), image, prediction.label_defs) if keep else ""
+        return {"event": "result", **encode_prediction(prediction, self._folder, number, measures, places, key)}
 
     def _click(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         volume, image = self._image(request)
         options = decode_options(get(request, "options", dict))
-        name, lesion, wants_measures = get(request, "model", str), get(request, "lesion", str), get(request, "measures", bool)
+        name, lesion = get(request, "model", str), get(request, "lesion", str)
+        wants_measures, keep = get(request, "measures", bool), get(request, "keep", bool)
         prompts, check = decode_prompts(request.get("prompts")), self._checker(number)
         check()
         model, engine = self._warm(name, options, _WARM)
@@ -259,6 +274,8 @@ class _Server:
         check()
         done = time.perf_counter()
         measures = describe(image, answer.mask, answer.box.start) if wants_measures else None
+        if keep and answer.found:
+            _keep(answer.mask, answer.box.start, image, model.card.labels[:1], kept.mask_digest(answer.mask, answer.box.start))
         seconds = {"load": loaded - began, **session.seconds, "measure": time.perf_counter() - done, "all": time.perf_counter() - began}
         told = WorkerAnswer(answer.box, answer.mask, answer.text, answer.zoom, measures, seconds, session.warnings, engine.describe())
         return {"event": "click", **encode_answer(told)}
@@ -281,22 +298,69 @@ class _Server:
         for key in [k for k in self._sessions if k[0] == volume]:
             del self._sessions[key]
 
+    def _add_case(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
+        _, image = self._image(request)
+        case, check = decode_case(get(request, "case", dict)), self._checker(number)
+        mask = decode_part(get(request, "mask", dict), self._folder, image.shape)
+        check()
+        folder = Path(case.folder)
+        dataset, new = _open_dataset(folder, case)
+        own = _own_mask(case, image, dataset)
+        check()
+        try:
+            entry = dataset.add(
+                image,
+                mask,
+                patient=case.patient,
+                labels=case.labels,
+                model_mask=own,
+                model=case.model,
+                by=case.by,
+                dated=case.dated,
+                allow=case.allow,
+                modality=case.modality,
+                progress=self._teller(number),
+                check=check,
+            )
+        except BaseException:
+            if new:
+                dataset.discard()
+            raise
+        told = {"case": entry.name, "version": entry.version, "record": entry.record, "own": own is not None}
+        return {"event": "done", **told, "summary": dataset.summary()}
+
+    def _dataset(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
+        folder, action = Path(get(request, "folder", str)), get(request, "action", str)
+        if action == "show" and not (folder / INDEX).exists() and _reachable(folder):
+            return {"event": "done", "summary": None}
+        dataset = Dataset.open(folder)
+        if action == "remove":
+            dataset.remove(get(request, "case", str))
+        elif action == "restore":
+            version = request.get("version")
+            dataset.restore(get(request, "case", str), None if version is None else get(request, "version", int))
+        elif action != "show":
+            raise ProtocolError(f"Nothing is known to do with a dataset by the name of {action[:40]!r}.")
+        return {"event": "done", "summary": dataset.summary()}
+
     # What the main thread does: each takes the request's id and message, and returns the answer or raises.
     _OPS: ClassVar[dict[str, Callable[[_Server, int, dict[str, Any]], dict[str, Any]]]] = {
         "load_volume": _load_volume,
         "unload_volume": _unload_volume,
         "predict": _predict,
         "click": _click,
+        "add_case": _add_case,
+        "dataset": _dataset,
     }
 
     def _teller(self, number: int) -> Progress:
-        """Sends a request's progress, but not more often than anybody can see."""
-        last = float("-inf")
+        """Sends a request's progress, but the same words not more often than anybody can see."""
+        last, said = float("-inf"), ""
 
         def progress(fraction: float, text: str) -> None:
-            nonlocal last
-            if time.monotonic() - last >= _PROGRESS_S or fraction >= 1:
-                last = time.monotonic()
+            nonlocal last, said
+            if text != said or time.monotonic() - last >= _PROGRESS_S or fraction >= 1:
+                last, said = time.monotonic(), text
                 self._write(dumps({"event": "progress", "id": number, "fraction": fraction, "text": text}))
 
         return progress
@@ -335,6 +399,65 @@ class _Server:
         return package, engine
 
 
+def _keep(labels: np.ndarray, start: Sequence[int], image: Image, names: Sequence[Label], key: str = "") -> str:
+    """An answer is worth more than that it can be kept."""
+    try:
+        return kept.keep(labels, start, image, names, key)
+    except UserError as e:
+        print(e, file=sys.stderr, flush=True)
+        return ""
+
+
+def _reachable(folder: Path) -> bool:
+    if not folder.is_dir():
+        raise UserError(f"The folder {folder} is not there; connect its drive or network folder, or choose another.")
+    return True
+
+
+def _open_dataset(folder: Path, case: Case) -> tuple[Dataset, bool]:
+    """The case's dataset, made where there is none; and whether it was made."""
+    if case.create is None or (folder / INDEX).exists():
+        return Dataset.open(folder), False
+    _reachable(folder)
+    name, channels = case.create
+    labels: list[Label] = []
+    for label in (*case.offered, *case.labels):
+        if label.name.strip().lower() not in (d.name.strip().lower() for d in labels):
+            labels.append(replace(label, value=len(labels) + 1))
+    return Dataset.create(folder, name, labels, channels), True
+
+
+def _own_mask(case: Case, image: Image, dataset: Dataset) -> np.ndarray | None:
+    """The model's own mask in the values of the case's labels, as far as it is known."""
+    wanted = {label.name.strip().lower(): label.value for label in case.labels}
+    if case.own_file:
+        array, labels = read_mask(case.own_file, image)
+        table = {d.value: wanted[d.name.strip().lower()] for d in labels if d.name.strip().lower() in wanted}
+        return _translated(array, table)
+    out, known = np.zeros(image.shape, np.uint8), False
+    for key, pairs in case.own:
+        found = kept.find(key, image)
+        if found is None:
+            return None  # a part of it would tell of changes that nobody made
+        array, box, labels = found
+        # What a person deleted as a whole has no segment any more that says what it was.
+        table = {d.value: wanted[d.name.strip().lower()] for d in labels if d.name.strip().lower() in wanted} | dict(pairs)
+        part = out[box.slices]
+        values = _translated(array, table)
+        part[values > 0] = values[values > 0]
+        known = True
+    return out if known else None
+
+
+def _translated(array: np.ndarray, table: dict[int, int]) -> np.ndarray:
+    """uint8; values that the table does not name become 0."""
+    lookup = np.zeros(int(array.max(initial=0)) + 1, np.uint8)
+    for value, to in table.items():
+        if 0 < value < len(lookup):
+            lookup[value] = to
+    return lookup[array]
+
+
 def _failure(error: Exception) -> dict[str, Any]:
     """What a person should read; what a programmer should read goes to stderr, bounded."""
     chain: list[BaseException] = [error]
@@ -343,6 +466,8 @@ def _failure(error: Exception) -> dict[str, Any]:
     if any(isinstance(e, MemoryError) or _MEMORY.search(str(e)) for e in chain):
         text = str(error) if isinstance(error, UserError) and type(chain[-1]).__module__.startswith("torch") else _NO_MEMORY
         return {"event": "error", "kind": "memory", "error": text}
+    if isinstance(error, Objection):
+        return {"event": "error", "kind": "user", "error": str(error), "objection": error.kind}
     if isinstance(error, UserError):
         return {"event": "error", "kind": "user", "error": str(error)}
     if isinstance(error, ProtocolError):

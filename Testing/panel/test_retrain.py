@@ -1,0 +1,662 @@
+"""The section "Retrain": trainings in every state, as files made by hand, and what the panel, the scene and the views show of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import retraining
+
+WAIT_S = 30.0
+
+
+@pytest.fixture
+def panel(gui: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., Hands]]:
+    """panel() opens the module with an empty folder as the training set; the toy that was retrained is installed."""
+    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(tmp_path / "torch"))
+    folder = tmp_path / "cases"
+    folder.mkdir()
+    opened: list[Hands] = []
+
+    def open_(folder: Path | None = folder) -> Hands:
+        if folder is not None:
+            retraining.use_folder(folder)
+        hands = Hands(gui, gui.open(), folder)
+        opened.append(hands)
+        return hands
+
+    yield open_
+    for hands in opened:
+        hands.section.close()
+    if "UNetSegmentationPanel" in sys.modules:
+        sys.modules["UNetSegmentationPanel"].shutdown()
+
+
+class Hands:
+    """The test's hands on the section."""
+
+    def __init__(self, gui: Any, widget: Any, folder: Path | None) -> None:
+        self.gui, self.widget, self.folder = gui, widget, folder
+        self.section = widget.sections[2]
+        self.ui = self.section.ui
+        widget.trainingSet.refresh = lambda: None  # no process for it
+        gui.wait(lambda: widget._warm, WAIT_S)
+        self.section.root.collapsed = False
+        gui.process_events()
+
+    def look(self) -> None:
+        """What the timer does each second."""
+        self.section._poll(0)
+        self.settle()
+
+    def settle(self) -> None:
+        self.gui.process_events()
+        self.gui.wait(lambda: not self.section._pieces.busy, WAIT_S)
+        self.gui.process_events()
+
+    def done(self) -> None:
+        """Wait for the process that does what was asked for."""
+        self.gui.process_events()
+        self.gui.wait(lambda: self.section._task is None, 2 * WAIT_S)
+        self.gui.process_events()
+
+    def find(self) -> None:
+        self.section._find()
+        self.look()
+
+    def rows(self, table: str = "scoreTable") -> list[list[str]]:
+        table = getattr(self.ui, table)
+        cells = [[table.item(i, j) for j in range(table.columnCount)] for i in range(table.rowCount)]
+        return [[c.text() if c is not None else "" for c in row] for row in cells]
+
+    def picture(self, name: str, size: int = 300) -> tuple[Any, np.ndarray]:
+        """A slice view of ours, drawn."""
+        import slicer
+        from headless_slicer import SliceView
+
+        view = SliceView(self.gui.kept[0], name, "Axial", (size, size), slicer.mrmlScene.GetSingletonNode(name, "vtkMRMLSliceNode"))
+        composite = slicer.app.layoutManager().sliceWidget(name).mrmlSliceCompositeNode()
+        view.logic.GetSliceCompositeNode().SetBackgroundVolumeID(composite.GetBackgroundVolumeID())
+        view.logic.FitSliceToBackground()
+        return view, view.picture()
+
+
+def toy(tmp_path: Path, version: str = "1.1.0", **changes: Any) -> Any:
+    import runpy
+
+    from UNetSegmentationLib.model import write_package
+
+    conftest = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))
+    card = conftest["make_card"](version=version, labels=list(retraining.LABELS), **changes)
+    return write_package(tmp_path / f"{card['name']}-{version}.unet.zip", card, conftest["make_onnx"]("threshold", card))
+
+
+def columns(node: Any) -> dict[str, np.ndarray]:
+    from vtk.util.numpy_support import vtk_to_numpy
+
+    table = node.GetTable()
+    return {table.GetColumnName(i): vtk_to_numpy(table.GetColumn(i)).copy() for i in range(table.GetNumberOfColumns())}
+
+
+# -------------------------------------------------------------------------------------------------------------- choosing
+
+
+def test_without_a_training_set_it_says_where_to_begin(panel: Any, gui: Any) -> None:
+    p = panel(None)
+    assert not p.ui.trainButton.enabled and "training set" in p.ui.trainMessage.text
+    assert not p.ui.jobWidget.visible and not p.ui.outcomeWidget.visible
+
+
+def test_the_models_with_weights_are_offered_and_the_panels_is_chosen(panel: Any, tmp_path: Path, models_folder: Path) -> None:
+    models_folder.mkdir()
+    shutil.copy(toy(tmp_path).path, models_folder)  # has no weights
+    p = panel()
+    combo = p.ui.startCombo
+    names = [Path(str(combo.itemData(i))).name for i in range(combo.count)]
+    assert (
+        names[-1] == ""
+        and "hippocampus-3d-1.1.0.unet.zip" in names
+        and not {n for n in names if n.startswith(("toy", "lung-nodule-click"))}
+    )
+    p.widget._parameters.models = ["hippocampus-3d-1.1.0"]
+    p.gui.process_events()
+    assert Path(combo.itemData(combo.currentIndex)).name == "hippocampus-3d-1.1.0.unet.zip"
+    combo.setCurrentIndex(combo.count - 1)  # the person's own choice stays
+    combo.activated.emit(combo.count - 1)
+    p.section.update()
+    assert combo.itemData(combo.currentIndex) == ""
+
+
+# ------------------------------------------------------------------------------------------------------------- beginning
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """Two small cases of two patients."""
+    from UNetSegmentationLib.dataset import Dataset
+    from UNetSegmentationLib.image import Image
+    from UNetSegmentationLib.model import Label
+
+    out = Dataset.create(tmp_path / "set", "toys", [Label(1, "Anterior", (230, 159, 0), {})], ["CT"])
+    for i in range(2):
+        image = Image(np.random.default_rng(i).normal(0, 9, (6, 8, 8)).astype(np.float32))
+        mask = np.zeros((6, 8, 8), np.uint8)
+        mask[2:4, 2:6, 2:6] = 1
+        out.add(image, mask, patient=f"p{i}")
+    return out.folder
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str] | None = None) -> list[tuple[Any, ...]]:
+    """Trainings are not started, but noted: this very process stands for them, and does what is asked for at once. variables: of
+    the Python that trains; an empty dictionary: there is none."""
+    import socket
+
+    from UNetSegmentationLib import environment, training
+    from UNetSegmentationLib.files import UserError
+    from UNetSegmentationPanel.retrain import RetrainSection
+
+    seen: list[tuple[Any, ...]] = []
+
+    def launch(folder: Path, python: str, environment: Any) -> None:
+        training.update(folder, pid=os.getpid(), mark=training.process_mark(os.getpid()), host=socket.gethostname())
+
+    def ask(self: Any, text: str, arguments: Any, then: Any, python: str = "", variables: Any = None) -> None:
+        try:
+            answer = training.task(*arguments)
+        except UserError as e:
+            self._say(str(e))
+            return
+        if "folder" in answer:
+            seen.append((Path(answer["folder"]), python, variables))
+        self._say("")
+        then(answer)
+
+    def python() -> tuple[str, dict[str, str]]:
+        if variables == {}:
+            raise UserError("Training needs torch, which is not installed; install it.")
+        return "python-of-torch", variables or {}
+
+    monkeypatch.setattr(environment, "training_python", python)
+    monkeypatch.setattr(training, "_launch", launch)
+    monkeypatch.setattr(RetrainSection, "_ask", ask)
+    return seen
+
+
+def test_train_starts_a_job_and_follows_it_to_its_end(panel: Any, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = launched(monkeypatch, {"X": "1"})
+    p = panel(dataset)
+    p.gui.click(p.ui.trainButton)
+    ((_folder, python, variables),) = seen
+    assert python == "python-of-torch" and variables["X"] == "1"
+    job, folder = p.section.job, seen[0][0]
+    assert job.state == "preparing" and job.options.quick and job.options.device == "auto" and folder.parent == dataset / "retrain"
+    assert job.base == Path(p.ui.startCombo.itemData(p.ui.startCombo.currentIndex)).name.removesuffix(".unet.zip")
+    assert not p.ui.trainButton.enabled and p.ui.stopTrainingButton.visible and not p.ui.resumeTrainingButton.visible
+
+    retraining.change(folder, state="training", fraction=0.2, seconds_left=200.0, estimate=480.0, dice=0.9)
+    lines = retraining.curve(80)
+    retraining.write_lines(folder / "live.jsonl", lines)
+    p.look()
+    text = p.ui.jobMessage.text
+    assert "step 80 of 600" in text and "best 0.900" in text and "about 3 min of 8 min left" in text
+    assert p.ui.jobBar.value == 20 and p.section.root.text == "Retrain: 20 %"
+    p.gui.click(p.ui.stopTrainingButton)
+    assert (folder / "stop").exists()
+    retraining.change(folder, state="checking", fraction=0.9, seconds_left=None)
+    p.look()
+    assert p.ui.jobMessage.text == "Checking on held-out cases" and not p.ui.stopTrainingButton.enabled
+    retraining.change(folder, state="stopped", fraction=1.0)
+    p.look()
+    assert p.ui.resumeTrainingButton.visible and not p.ui.stopTrainingButton.visible and not p.ui.jobBar.visible
+    assert p.ui.trainButton.enabled
+
+    p.gui.click(p.ui.resumeTrainingButton)
+    assert len(seen) == 2 and p.section.job.running and not (folder / "stop").exists()
+
+
+def test_what_cannot_be_trained_on_is_a_sentence(panel: Any, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real processes."""
+    from UNetSegmentationLib.dataset import Dataset
+
+    Dataset.open(dataset).remove(next(iter(Dataset.open(dataset).entries)))
+    p = panel(dataset)
+    p.gui.click(p.ui.trainButton)
+    assert p.ui.trainMessage.text.endswith("…") and not p.ui.trainButton.enabled
+    p.done()
+    assert p.ui.trainButton.enabled and "one case only" in p.ui.trainMessage.text and not list((dataset / "retrain").glob("*"))
+
+
+class FakeJob:
+    """As installer.Job: half done, until the test lets it end."""
+
+    def __init__(self, answers: Any, outcome: str, value: Any) -> None:
+        self.progress, done, failed, self._cancelled = answers
+        self._end = lambda: (done if outcome == "done" else failed)(value)
+
+    def end(self) -> None:
+        self._end()
+
+    def cancel(self) -> None:
+        self._cancelled()
+
+
+def test_what_is_missing_is_asked_for_with_its_size_and_installed(panel: Any, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from UNetSegmentationPanel import installer
+
+    python: dict[str, str] = {}
+    answer = ["done", "lightning and monai (212 MB)"]
+    monkeypatch.setattr(installer, "planTraining", lambda *answers: FakeJob(answers, *answer))
+    installed: list[str] = []
+
+    def install(plan: str, *answers: Any) -> Any:
+        installed.append(plan)
+        python["X"] = "1"
+        return FakeJob(answers, "done", None)
+
+    monkeypatch.setattr(installer, "installTraining", install)
+    seen = launched(monkeypatch, python)
+    p = panel(dataset)
+    p.gui.dialogs.answer(False)
+    p.gui.click(p.ui.trainButton)
+    assert p.ui.trainButton.text == "Cancel" and p.ui.installBar.visible and p.ui.installBar.maximum == 0  # how long is not known
+    p.section._install.progress(0.5, "fetching torch")
+    assert p.ui.installBar.value == 50 and p.ui.trainMessage.text == "fetching torch"
+    p.section._install.end()
+    assert "Nothing was installed" in p.ui.trainMessage.text and not installed and not seen and not p.ui.installBar.visible
+
+    p.gui.click(p.ui.trainButton)
+    p.gui.click(p.ui.trainButton)  # Cancel
+    assert p.ui.trainMessage.text == "Cancelled." and p.ui.trainButton.text == "Train"
+
+    p.gui.dialogs.answer(True)
+    p.gui.click(p.ui.trainButton)
+    p.section._install.end()
+    p.section._install.end()
+    assert len(seen) == 1
+    assert installed == ["lightning and monai (212 MB)"] and "212 MB" in str(p.gui.dialogs.shown) and p.section.job.running
+
+    answer[:] = ["failed", "The network is not reached; try again."]
+    python.clear()
+    retraining.change(p.section.job.folder, state="failed", text="Out of memory; train with smaller patches.")
+    p.look()
+    assert p.ui.jobMessage.text == "Out of memory; train with smaller patches."
+    p.gui.click(p.ui.trainButton)
+    p.section._install.end()
+    assert p.ui.trainMessage.text == "The network is not reached; try again."
+
+
+# ----------------------------------------------------------------------------------------------------------- finding again
+
+
+def test_a_running_training_is_found_again_and_a_killed_one_can_be_resumed(
+    panel: Any, gui: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = retraining.make_job(tmp_path / "cases")
+    p = panel()
+    assert not p.section.root.collapsed and p.section.root.text == "Retrain: 35 %"
+    gui.close(p.widget)
+    retraining.change(folder, pid=2**22 + 1, mark="another boot 1", kept=True)  # no process has it
+    p = panel()
+    p.look()
+    assert p.section.root.text == "Retrain: interrupted" and p.ui.resumeTrainingButton.visible
+    assert "resume it" in p.ui.jobMessage.text and p.ui.trainButton.enabled
+    seen = launched(monkeypatch)
+    p.gui.click(p.ui.finishTrainingButton)  # of the best so far
+    assert len(seen) == 1 and (folder / "stop").exists() and p.section.job.running
+
+
+def test_a_folder_that_is_gone_for_a_while_is_a_sentence_and_followed_again(panel: Any, tmp_path: Path) -> None:
+    folder = retraining.make_job(tmp_path / "cases")
+    p = panel()
+    (tmp_path / "cases").rename(tmp_path / "gone")
+    p.look()
+    assert str(folder) in p.ui.jobMessage.text and p.section.job.running
+    (tmp_path / "gone").rename(tmp_path / "cases")
+    retraining.change(folder, fraction=0.5)
+    p.look()
+    assert p.section.root.text == "Retrain: 50 %" and "Training" in p.ui.jobMessage.text
+
+
+def test_of_several_trainings_one_is_chosen(panel: Any, tmp_path: Path) -> None:
+    retraining.make_job(tmp_path / "cases", "20260101-010101-old", title="old", state="failed", text="No space; free some.", started=1.0)
+    retraining.make_job(tmp_path / "cases", title="new")
+    p = panel()
+    combo = p.ui.jobCombo
+    assert combo.visible and ["new" in combo.itemText(0), "old" in combo.itemText(1)] == [True, True] and combo.currentIndex == 0
+    combo.setCurrentIndex(1)
+    combo.activated.emit(1)
+    p.look()
+    assert p.ui.jobMessage.text == "No space; free some." and p.ui.resumeTrainingButton.visible
+    p.gui.dialogs.answer(True)
+    p.gui.click(p.ui.dropTrainingButton)
+    p.done()
+    assert not p.ui.resumeTrainingButton.visible and not p.ui.dropTrainingButton.visible and "discarded" in p.ui.jobMessage.text
+
+
+# ---------------------------------------------------------------------------------------------------------------- curves
+
+
+def test_live_lines_are_read_once_and_anew_where_the_file_is_another(gui: Any, tmp_path: Path) -> None:
+    gui.open()
+    from UNetSegmentationPanel import trainingviews
+
+    path = tmp_path / "live.jsonl"
+    lines = trainingviews.LiveLines(path)
+    assert lines.read() == ([], False, False)  # not there yet
+    made = retraining.curve(3000)
+    retraining.write_lines(path, made[:10])
+    assert lines.read() == (made[:10], True, False)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(made[10]) + "\n" + "not JSON\n" + json.dumps(made[11])[:9])
+    assert lines.read() == ([made[10]], False, False)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(made[11])[9:] + "\n")
+    assert lines.read() == ([made[11]], False, False) and lines.read() == ([], False, False)
+    # Thinned out, and already longer than it was: the bytes before the place are others.
+    retraining.write_lines(path, made[:4] + made[5:40])
+    assert lines.read() == (made[:4] + made[5:40], True, False)
+    retraining.write_lines(path, made)
+    found, turns = [], 0
+    while True:
+        new, anew, more = lines.read()
+        found, turns = (new if anew else found + new), turns + 1
+        if not more:
+            break
+    assert found == made[: len(found)] and len(found) >= len(made) - 1 and turns == 1 + path.stat().st_size // (1 << 18)
+    path.write_text("")
+    assert lines.read()[0] == []
+
+
+def test_curves_grow_in_the_plot_views_and_leave_no_trace(panel: Any, gui: Any, tmp_path: Path) -> None:
+    import slicer
+
+    folder = retraining.make_job(tmp_path / "cases")
+    lines = retraining.curve(200)
+    retraining.write_lines(folder / "live.jsonl", lines[:60])
+    p = panel()
+    p.look()
+    before = slicer.app.layoutManager().layout
+    nodes = slicer.mrmlScene.GetNumberOfNodes()
+    p.gui.click(p.ui.curvesButton)
+    p.look()
+    curves = p.section._curves
+    assert slicer.app.layoutManager().layout == 7161
+    for name, chart in (("UNetLoss", curves.loss_chart), ("UNetDice", curves.dice_chart)):
+        assert slicer.mrmlScene.GetSingletonNode(name, "vtkMRMLPlotViewNode").GetPlotChartNodeID() == chart.GetID()
+    losses = [line["loss"] for line in lines[:60] if line["event"] == "step"]
+    assert np.allclose(columns(curves._steps)["loss"], losses)
+
+    noted: list[str] = []
+    tag = curves.dice_chart.AddObserver("ModifiedEvent", lambda *_: noted.append("dice"))
+    with open(folder / "live.jsonl", "a", encoding="utf-8") as f:
+        f.write("".join(json.dumps(line) + "\n" for line in lines[60:])[:-20])  # the last line is half there
+    p.look()
+    curves.dice_chart.RemoveObserver(tag)
+    checks = [line for line in lines if line["event"] == "validation"]
+    last = lines[-1]["event"] == "validation"
+    shown = columns(curves._checks)
+    assert noted and np.allclose(shown["dice"], [line["dice"] for line in checks[: len(checks) - last]])
+    assert set(shown) == {"step", "loss", "dice", "dice Anterior", "dice Posterior"}
+    series = [curves.dice_chart.GetNthPlotSeriesNode(i).GetName() for i in range(curves.dice_chart.GetNumberOfPlotSeriesNodes())]
+    assert series[0] == "Mean" and series[1].startswith("Best: 0.") and series[2:] == ["Anterior", "Posterior"]
+
+    retraining.write_lines(folder / "live.jsonl", lines[:30])  # resumed from an earlier step
+    p.look()
+    assert np.allclose(columns(curves._steps)["loss"], [line["loss"] for line in lines[:30] if line["event"] == "step"])
+
+    slicer.mrmlScene.InvokeEvent(slicer.mrmlScene.StartSaveEvent)  # as the save dialog does
+    gui.save_scene(tmp_path / "scene.mrml")
+    text = (tmp_path / "scene.mrml").read_text("utf-8")
+    assert not [word for word in ("UNetSegmentation.Training", "UNetLoss", "UNetExamples", "7161") if word in text]
+    assert slicer.app.layoutManager().layout == before and not p.ui.curvesButton.checked  # others do not know that layout
+    p.gui.click(p.ui.curvesButton)
+    p.gui.click(p.ui.curvesButton)
+    assert slicer.app.layoutManager().layout == before
+    p.section.close()
+    from UNetSegmentationPanel import trainingviews
+
+    assert not trainingviews.ours(slicer.mrmlScene, "curves")
+    assert slicer.mrmlScene.GetNumberOfNodes() - nodes <= 8  # the views' own nodes, which Slicer keeps
+
+
+def test_another_layout_or_a_closed_scene_ends_the_curves_only(panel: Any, gui: Any, tmp_path: Path) -> None:
+    import slicer
+
+    folder = retraining.make_job(tmp_path / "cases")
+    retraining.write_lines(folder / "live.jsonl", retraining.curve(80))
+    p = panel()
+    p.look()
+    p.gui.click(p.ui.curvesButton)
+    slicer.app.layoutManager().setLayout(slicer.vtkMRMLLayoutNode.SlicerLayoutOneUpRedSliceView)
+    p.look()
+    assert not p.ui.curvesButton.checked
+    p.gui.click(p.ui.curvesButton)
+    p.look()
+    gui.close_scene()
+    p.look()
+    assert slicer.app.layoutManager().layout != 7161 and not p.ui.curvesButton.checked
+    p.gui.click(p.ui.curvesButton)
+    p.look()
+    assert len(columns(p.section._curves._steps)["loss"]) == 40
+    gui.leave(p.widget)
+    assert slicer.app.layoutManager().layout != 7161
+
+
+def test_examples_lie_upright_in_the_view(panel: Any, tmp_path: Path) -> None:
+    folder = retraining.make_job(tmp_path / "cases")
+    lines = retraining.curve(80)
+    retraining.make_pictures(folder, lines)
+    retraining.write_lines(folder / "live.jsonl", lines)
+    p = panel()
+    p.look()
+    p.gui.click(p.ui.curvesButton)
+    p.look()
+    _view, picture = p.picture("UNetExamples", 300)
+    inside = np.argwhere(picture.sum(2) > 0)
+    (top, left), (bottom, right) = inside.min(0), inside.max(0)
+    middle = (top + bottom) // 2
+    red, blue = picture[..., 0].astype(int), picture[..., 2].astype(int)
+    assert red[top + 5, right - 5] > 200 > 60 > red[top + 5, left + 5]  # brighter to the right
+    assert blue[top + 3, left + 20] > 180 > 60 > blue[middle - 6, left + 20]  # each example's top is up
+    assert picture[bottom - 5, left + 20, 1] > picture[top + 5, left + 20, 1] + 60  # the second one is below
+
+
+# ----------------------------------------------------------------------------------------------------------- what came out
+
+
+def finished(tmp_path: Path, verdict: str = "better", **how: Any) -> Path:
+    folder = retraining.make_job(tmp_path / "cases", pid=None, launched=0.0)
+    retraining.make_result(folder, toy(tmp_path).path, verdict, **how)
+    return folder
+
+
+def test_the_table_says_before_and_after_with_intervals(panel: Any, tmp_path: Path) -> None:
+    finished(tmp_path)
+    p = panel()
+    assert p.section.root.text == "Retrain: finished" and p.ui.verdictLabel.text.startswith("Better:")
+    rows = p.rows()
+    assert rows[:3] == [["All labels", "", ""], ["Dice", "0.812 (0.79–0.83)", "0.871 (0.85–0.89) ▲"], ["Anterior", "", ""]]
+    assert ["HD95 (mm)", "1.62 (1.31–1.93)", "1.22 (0.91–1.53) ▼"] in rows
+    assert ["Vol. error (%)", "-6.3 (-9.5 to -3.1)", "1.2 (-2.0 to 4.4)"] in rows
+    assert "change +0.059 (+0.03 to +0.09)" in p.ui.scoreTable.item(1, 1).toolTip()
+    assert p.rows("worstTable") == [[retraining.CASE, "0.612", "0.951"]]
+
+
+def test_a_change_that_may_be_chance_has_no_arrow_and_nothing_to_compare_with_is_a_dash(panel: Any, tmp_path: Path) -> None:
+    folder = finished(tmp_path, "same", sure=False)
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    result["labels"]["Posterior"]["dice"] |= {"before": None, "change": None}
+    result["labels"]["Anterior"]["dice"]["change"] = {"mean": 0.01, "low": -0.01, "high": 0.03, "cases": 6}
+    (folder / "result.json").write_text(json.dumps(result), "utf-8")
+    p = panel()
+    rows = p.rows()
+    assert rows[3] == ["Dice", "0.840 (0.82–0.86)", "0.890 (0.87–0.91)"] and rows[7] == ["Dice", "–", "0.850 (0.83–0.87)"]
+
+
+def test_a_damaged_result_shows_what_can_be_shown(panel: Any, tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    (folder / "result.json").write_text(json.dumps({"labels": {"a": 1}, "mean": [], "worst": [{"case": 1}, 2], "sentence": None}), "utf-8")
+    p = panel()
+    assert p.rows() == [] and not p.ui.worstTable.visible and p.ui.useButton.visible
+    (folder / "result.json").write_text("{", "utf-8")
+    p.find()
+    assert not p.ui.outcomeWidget.visible and p.ui.jobMessage.text.startswith("Finished.")
+
+
+def test_the_worst_case_stands_before_and_after_side_by_side(panel: Any, tmp_path: Path, gui: Any) -> None:
+    import slicer
+    from UNetSegmentationPanel import trainingviews
+
+    finished(tmp_path)
+    p = panel()
+    selector = p.widget.ui.volumeSelector
+    volumes = selector.nodeCount()
+    before = slicer.app.layoutManager().layout
+    p.ui.worstTable.selectRow(0)
+    p.settle()
+    assert slicer.app.layoutManager().layout == 7162 and p.ui.compareWidget.visible
+    assert "Left: toy-1.0.0" in p.ui.compareNote.text and selector.nodeCount() == volumes  # it is nobody's volume to segment
+    masks = p.section._comparison.masks
+    assert set(masks) == {"truth", "before", "after"}
+    colors = {}
+    for name in ("UNetBefore", "UNetAfter"):
+        view, picture = p.picture(name, 400)
+        # Where the mask before had left the truth and the mask after has not: index (x, y, z) of the made case.
+        image = p.section._comparison.volume
+        matrix = [image.GetOrigin()[a] for a in range(3)]
+        spacing, size = image.GetSpacing(), 1
+        at = (matrix[0] + 26 * spacing[0], matrix[1] + 15 * spacing[1], view.node.GetSliceOffset())
+        pixel = view.pixel(picture, at).astype(int)
+        colors[name] = pixel
+        near = picture.reshape(-1, 3).astype(int)
+        assert ((near[:, 1] > 200) & (near[:, 0] < 80) & (near[:, 2] < 110)).sum() > 20 * size  # the truth's outline is green in both
+    assert abs(colors["UNetBefore"][0] - colors["UNetBefore"][2]) < 12  # grey: not found
+    assert colors["UNetAfter"][0] - colors["UNetAfter"][2] > 25  # tinted: found
+    composites = [slicer.app.layoutManager().sliceWidget(n).mrmlSliceCompositeNode() for n in ("UNetBefore", "UNetAfter")]
+    assert all(c.GetLinkedControl() for c in composites)
+    nodes = [slicer.app.layoutManager().sliceWidget(n).mrmlSliceNode() for n in ("UNetBefore", "UNetAfter", "Red")]
+    assert nodes[0].GetViewGroup() == nodes[1].GetViewGroup() != nodes[2].GetViewGroup()
+    assert nodes[0].GetSliceOffset() == nodes[1].GetSliceOffset()
+
+    slicer.mrmlScene.InvokeEvent(slicer.mrmlScene.StartSaveEvent)  # as the save dialog does
+    gui.save_scene(tmp_path / "scene.mrml")
+    text = (tmp_path / "scene.mrml").read_text("utf-8")
+    assert not [word for word in (retraining.CASE, "UNetBefore", "7162") if word in text]
+    p.ui.worstTable.selectRow(0)
+    p.settle()
+    p.gui.click(p.ui.endCompareButton)
+    assert slicer.app.layoutManager().layout == before and not trainingviews.ours(slicer.mrmlScene, "comparison")
+    assert not p.ui.worstTable.selectedItems() and not p.ui.compareWidget.visible
+
+    p.ui.worstTable.selectRow(0)
+    p.settle()
+    gui.close_scene()
+    assert not p.ui.compareWidget.visible and not p.ui.worstTable.selectedItems()
+    p.ui.worstTable.selectRow(0)
+    p.settle()
+    assert set(p.section._comparison.masks) == {"truth", "before", "after"}
+
+
+def test_a_case_whose_files_are_gone_is_a_sentence(panel: Any, tmp_path: Path) -> None:
+    import slicer
+    from UNetSegmentationPanel import trainingviews
+
+    folder = finished(tmp_path)
+    (folder / "check" / f"{retraining.CASE}_before.nii.gz").unlink()
+    p = panel()
+    before = slicer.app.layoutManager().layout
+    p.ui.worstTable.selectRow(0)
+    p.settle()
+    assert "before.nii.gz" in p.ui.trainMessage.text and slicer.app.layoutManager().layout == before
+    assert not trainingviews.ours(slicer.mrmlScene, "comparison")
+
+
+def test_use_it_takes_the_parents_place_and_is_chosen(panel: Any, tmp_path: Path, models_folder: Path) -> None:
+    models_folder.mkdir()
+    (tmp_path / "parent").mkdir()
+    shutil.copy(toy(tmp_path / "parent", "1.0.0").path, models_folder)
+    folder = finished(tmp_path)
+    p = panel()
+    assert "toy-1.0.0" in p.ui.useButton.toolTip
+    p.gui.click(p.ui.useButton)
+    p.done()
+    assert sorted(f.name for f in models_folder.glob("*.zip")) == ["toy-1.1.0.unet.zip"]
+    assert list(p.widget._parameters.models) == ["toy-1.1.0"]
+    assert [m.name for m in p.widget.modelList.selected] == ["toy-1.1.0"]
+    assert p.section.job.decided == "use" and not p.ui.decideWidget.visible and "in place of toy-1.0.0" in p.ui.jobMessage.text
+    assert p.section.root.text == "Retrain" and (folder / "toy-1.1.0.unet.zip").exists()
+
+
+def test_keep_both_gives_it_a_name_of_its_own(panel: Any, tmp_path: Path, models_folder: Path) -> None:
+    models_folder.mkdir()
+    (tmp_path / "parent").mkdir()
+    shutil.copy(toy(tmp_path / "parent", "1.0.0").path, models_folder)
+    finished(tmp_path)
+    p = panel()
+    p.gui.click(p.ui.keepButton)
+    p.done()
+    names = sorted(f.name for f in models_folder.glob("*.zip"))
+    assert len(names) == 2 and "toy-1.0.0.unet.zip" in names
+    assert list(p.widget._parameters.models) == [next(n for n in names if n != "toy-1.0.0.unet.zip").removesuffix(".unet.zip")]
+
+
+def test_a_worse_model_is_used_only_when_asked_for_twice(panel: Any, tmp_path: Path, models_folder: Path) -> None:
+    finished(tmp_path, "worse")
+    p = panel()
+    assert p.ui.verdictLabel.font.bold() and any("▲" in r[2] for r in p.rows() if r[0] == "HD95 (mm)")
+    p.gui.dialogs.answer(False, False)
+    for button in (p.ui.useButton, p.ui.keepButton):
+        p.gui.click(button)
+        assert not list(models_folder.glob("*")) and not p.section.job.decided
+    assert "Worse: Dice 0.871 before" in str(p.gui.dialogs.shown)
+    p.gui.dialogs.answer(True)
+    p.gui.click(p.ui.useButton)
+    p.done()
+    assert list(models_folder.glob("*.zip")) and p.section.job.decided == "use"
+
+
+def test_discard_asks_and_leaves_the_record(panel: Any, tmp_path: Path, models_folder: Path) -> None:
+    folder = finished(tmp_path)
+    p = panel()
+    p.gui.dialogs.answer(False)
+    p.gui.click(p.ui.discardButton)
+    assert (folder / "toy-1.1.0.unet.zip").exists()
+    p.gui.dialogs.answer(True)
+    p.gui.click(p.ui.discardButton)
+    p.done()
+    assert not (folder / "toy-1.1.0.unet.zip").exists() and (folder / "job.json").exists() and not list(models_folder.glob("*"))
+    assert not p.ui.outcomeWidget.visible and "discarded" in p.ui.jobMessage.text
+
+
+def test_a_full_disk_is_a_sentence_and_nothing_is_decided(panel: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(tmp_path)
+    monkeypatch.setenv("UNETSEG_MODELS", str(tmp_path / "file" / "models"))
+    (tmp_path / "file").write_text("in the way")
+    p = panel()
+    p.gui.click(p.ui.useButton)
+    p.done()
+    assert str(tmp_path / "file") in p.ui.trainMessage.text and p.section.job.decided == "" and p.ui.decideWidget.visible
+
+
+def test_the_package_is_saved_as_one_file(panel: Any, tmp_path: Path) -> None:
+    from UNetSegmentationLib.model import ModelPackage
+
+    finished(tmp_path)
+    p = panel()
+    p.gui.dialogs.answer(str(tmp_path / "for a colleague"))
+    p.gui.click(p.ui.shareButton)
+    assert ModelPackage.read(tmp_path / "for a colleague.unet.zip").card.version == "1.1.0"
+    assert "colleague.unet.zip" in p.ui.trainMessage.text
+    p.gui.dialogs.answer("")
+    p.gui.click(p.ui.shareButton)
+    p.gui.dialogs.answer(str(tmp_path / "nowhere" / "x"))
+    (tmp_path / "nowhere").write_text("a file")
+    p.gui.click(p.ui.shareButton)
+    assert "nowhere" in p.ui.trainMessage.text

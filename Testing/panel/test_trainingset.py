@@ -1,0 +1,578 @@
+"""The section "Training set", clicked: what is corrected becomes a case, and whatever goes wrong is one sentence."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from UNetSegmentationLib.dataset import INDEX, Dataset
+from UNetSegmentationLib.image import Box, Image, read_image
+from UNetSegmentationLib.inference.predict import Prediction
+from UNetSegmentationLib.model import Label
+from UNetSegmentationLib.output import write_segmentation
+from workers import POSIX
+
+RUN_S = 60.0  # a worker on a machine that has other things to do
+SHAPE, SPACING = (24, 40, 48), (0.8, 0.8, 1.25)  # (z, y, x) voxels, (x, y, z) mm
+TISSUE = {"category": ["SCT", "49755003", "Morphologically Altered Structure"], "type": ["SCT", "27925004", "Nodule"]}
+TOY = {
+    "labels": [
+        {"value": 1, "name": "lung nodule", "color": [230, 159, 0], "terminology": TISSUE},
+        {"value": 2, "name": "vessel", "color": [1, 2, 3]},
+    ]
+}
+
+
+@pytest.fixture
+def hands(
+    gui: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models_folder: Path, make_package: Callable[..., Any]
+) -> Iterator[Any]:
+    """The panel with the toy model installed, a scan of 0, 1 and 2 that it labels, and an empty folder chosen."""
+    import slicer
+
+    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(tmp_path / "torch"))
+    models_folder.mkdir(exist_ok=True)
+    shutil.copy(make_package(**TOY).path, models_folder)
+    gui.open()
+    yield Hands(gui, slicer.modules.UNetSegmentationWidget, tmp_path / "Nodules")
+    gui.close(slicer.modules.UNetSegmentationWidget)
+    sys.modules["UNetSegmentationPanel"].shutdown()
+
+
+def made_scan(seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
+    """0, but for a box of 1 and a bar of 2; the seed's own grain, which the network does not see."""
+    array = np.random.default_rng(seed).uniform(-0.2, 0.2, shape).astype(np.float32)
+    array[8:16, 10:20, 10:24] += 1
+    array[4:6, 30:34, 5:40] += 2
+    return array
+
+
+class Hands:
+    def __init__(self, gui: Any, widget: Any, folder: Path) -> None:
+        self.gui, self.widget, self.section, self.ui = gui, widget, widget.trainingSet, widget.trainingSet.ui
+        self.folder = folder
+        gui.wait(lambda: widget._warm, RUN_S)
+        self.volume = self.scan()
+        widget._parameters.models = ["toy-1.0.0"]
+        folder.mkdir()
+        self.section.root.collapsed = False
+        self.choose(folder)
+
+    def scan(self, seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> Any:
+        import slicer
+
+        node = slicer.util.addVolumeFromArray(made_scan(seed, shape), np.diag([*SPACING, 1.0]), f"Scan {seed}")
+        self.widget._parameters.volume = node
+        self.gui.process_events()
+        return node
+
+    def choose(self, folder: Path | str) -> None:
+        self.gui.dialogs.answer(str(folder))
+        self.gui.click(self.ui.setFolderButton)
+        self.settle()
+
+    def settle(self) -> None:
+        self.gui.process_events()
+        self.gui.wait(lambda: not self.section.busy and self.section._reading is None and not self.section._settle.active, RUN_S)
+        self.gui.process_events()
+
+    def apply(self) -> Any:
+        """Let the model segment the scan; the segmentation."""
+        self.widget.onApply()
+        self.gui.wait(lambda: not self.widget.controller.running, RUN_S)
+        assert self.widget.controller.phase == "done", self.widget.controller.text
+        self.settle()
+        return self.widget._parameters.output
+
+    def correct(self, node: Any, name: str, change: Callable[[np.ndarray], Any]) -> np.ndarray:
+        """Change a segment as a person would in the Segment Editor; its new mask."""
+        from mrml_scenes import draw, segments
+        from UNetSegmentationLib.mrml import segment_mask
+
+        mask = segment_mask(node, segments(node)[name], self.widget._parameters.volume)
+        change(mask)
+        draw(node, segments(node)[name], mask, self.widget._parameters.volume)
+        self.settle()
+        return mask
+
+    def drawn(self, **masks: np.ndarray) -> Any:
+        """A segmentation of the scan by hand."""
+        import slicer
+        from mrml_scenes import add_segment
+
+        volume = self.widget._parameters.volume
+        node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "By hand")
+        node.SetReferenceImageGeometryParameterFromVolumeNode(volume)
+        for name, mask in masks.items():
+            add_segment(node, name, mask.astype(np.uint8), volume)
+        self.ui.setSegmentationSelector.setCurrentNode(node)
+        self.settle()
+        return node
+
+    def add(self, *answers: bool) -> str:
+        """Press the button, answer what is asked; what is said then."""
+        self.gui.dialogs.answer(*answers)
+        self.gui.click(self.ui.setAddButton)
+        self.settle()
+        assert not self.gui.dialogs.answers
+        return self.ui.setMessage.text
+
+    @property
+    def dataset(self) -> Dataset:
+        return Dataset.open(self.folder)
+
+    @property
+    def only(self) -> Any:
+        (entry,) = self.dataset.entries.values()
+        return entry
+
+    def state(self) -> Any:
+        """All that lies in the folder."""
+        return {p: p.read_bytes() for p in sorted(self.folder.rglob("*")) if p.is_file()}
+
+    def whole(self) -> None:
+        """No half case, no lock and no leftover of a writer that ended well."""
+        found = self.dataset
+        assert found.check() == [] and not list(self.folder.glob(".*"))
+
+
+def box(*ends: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[tuple(slice(*e) for e in ends)] = 1
+    return mask
+
+
+# --------------------------------------------------------------------------------------------------------------- adding
+
+
+def test_a_correction_becomes_a_case_and_what_changed_is_said(hands: Hands) -> None:
+    assert hands.ui.setStatusLabel.text.startswith("Empty") and hands.ui.setMessage.text == "Choose the corrected segmentation."
+    assert not hands.ui.setAddButton.enabled
+    node = hands.apply()
+    assert hands.section.segmentation() is node and [(r.name, r.label) for r in hands.section.rows] == [
+        ("lung nodule", "lung nodule"),
+        ("vessel", "vessel"),
+    ]
+
+    def correct(mask: np.ndarray) -> None:
+        mask[8] = 0  # 140 voxels away
+        mask[16, 10:15, 10:20] = 1  # 50 new ones
+
+    mask = hands.correct(node, "lung nodule", correct)
+    said = hands.add()
+    entry = hands.only
+    assert said.splitlines() == [
+        f"Added as {entry.name}.",
+        "lung nodule: 50 voxels added (0.04 ml), 140 removed (0.112 ml); Dice with the model's 0.91.",
+        "vessel: as the model had it.",
+    ]
+    image, label = read_image(entry.images[0]), read_image(entry.label).array
+    assert np.array_equal(image.array, made_scan()) and image.spacing == pytest.approx(SPACING)
+    assert np.array_equal(label == 1, mask > 0) and np.count_nonzero(label == 2) == 2 * 4 * 35
+    assert np.count_nonzero(read_image(entry.model).array == 1) == 8 * 10 * 14  # as it was before the correction
+    assert [(d.value, d.name, d.terminology) for d in hands.dataset.labels] == [(1, "lung nodule", TISSUE), (2, "vessel", {})]
+    assert hands.dataset.channels == ("CT",) and hands.dataset.name == "Nodules" and entry.record["model_name"] == "toy-1.0.0"
+    assert "by" not in entry.record and "date" not in entry.record
+    assert hands.ui.setStatusLabel.text.splitlines() == [
+        "1 case of 1 patient. Labels: lung nodule, vessel.",
+        f"This scan is {entry.name}, version 1.",
+    ]
+    hands.whole()
+
+
+def test_the_same_scan_again_is_a_version_and_former_ones_come_back(hands: Hands) -> None:
+    hands.ui.setNameEdit.text = "A. Reader"
+    node = hands.apply()
+    hands.add()
+    hands.ui.setNamedCheckBox.checked = True
+    hands.correct(node, "vessel", lambda mask: mask.fill(0))
+    assert "Your name and today's date go with it" in hands.ui.setPrivacyLabel.text
+    said = hands.add()
+    name = hands.only.name
+    assert said.splitlines()[0] == f"{name} was updated; this is its version 2." and "280 removed" in said
+    assert hands.only.record["by"] == "A. Reader" and hands.only.record["date"]
+    assert hands.only.images[0].parent != hands.only.label.parent  # the same image is not written twice
+
+    hands.ui.setCasesSection.collapsed = False
+    hands.ui.setCasesTable.selectRow(0)
+    assert hands.ui.setVersionsButton.enabled and not hands.ui.setRestoreButton.enabled
+    hands.gui.dialogs.answer("Version 1; lung nodule +0 -0; vessel +0 -0")
+    hands.ui.setVersionsButton.click()
+    hands.settle()
+    assert hands.ui.setMessage.text == f"{name}: version 1 is the current one again."
+    assert hands.only.version == 3 and np.count_nonzero(read_image(hands.only.label).array == 2) == 280
+    hands.ui.setRemoveButton.click()
+    hands.settle()
+    assert not hands.dataset.entries and "Bring back" in hands.ui.setMessage.text and not hands.ui.setCasesTable.visible
+    hands.gui.dialogs.answer(name)
+    hands.ui.setRestoreButton.click()
+    hands.settle()
+    assert len(hands.dataset.versions(name)) == 3 and hands.ui.setCasesTable.rowCount == 1
+    hands.whole()
+
+
+def test_who_and_when_are_remembered(hands: Hands) -> None:
+    import qt
+
+    hands.ui.setNamedCheckBox.checked = True
+    hands.ui.setNameEdit.text = "A. Reader"
+    hands.ui.setNameEdit.editingFinished.emit()
+    assert qt.QSettings().value("UNetSegmentation/Annotator") == "A. Reader"
+    again = hands.gui.open_another()
+    assert again.trainingSet.ui.setNameEdit.text == "A. Reader" and again.trainingSet.ui.setNamedCheckBox.checked
+    assert again.trainingSet.folder == str(hands.folder)
+    again.cleanup()
+
+
+def test_the_models_mask_is_found_after_the_scene_was_saved_and_opened(hands: Hands, tmp_path: Path) -> None:
+    import slicer
+
+    node = hands.apply()
+    hands.correct(node, "lung nodule", lambda mask: mask[:10].fill(0))
+    for each in (hands.volume, node):
+        slicer.util.saveNode(each, str(tmp_path / f"{each.GetName()}{'.seg' if each is node else ''}.nrrd"))
+    hands.gui.save_scene(tmp_path / "scene.mrml")
+    hands.gui.load_scene(tmp_path / "scene.mrml")
+    hands.settle()
+    said = hands.add()
+    assert "lung nodule: 0 voxels added (0 ml), 280 removed (0.224 ml)" in said, said
+    shutil.rmtree(os.environ["UNETSEG_MASKS"])  # or another computer
+    assert "The model's own mask is not known here" in hands.add()
+    assert hands.only.version == 2 and hands.only.model is None
+
+
+def test_clicked_nodules_have_the_models_label(hands: Hands, models_folder: Path, make_package: Callable[..., Any]) -> None:
+    toy = {**TOY, "name": "aclick", "task": "click", "spacing": [*SPACING], "patch": [16, 16, 16], "labels": TOY["labels"][:1]}
+    shutil.copy(make_package(**toy).path, models_folder)
+    hands.widget.enter()
+    hands.widget._parameters.clickModel = "aclick-1.0.0"
+    hands.gui.process_events()
+    tool = hands.widget.nodules.tool
+    tool.click((16 * 0.8, 14 * 0.8, 12 * 1.25))
+    hands.gui.wait(lambda: not tool.busy, RUN_S)
+    hands.settle()
+    node = hands.widget._parameters.nodules
+    assert [(r.name, r.label) for r in hands.section.rows] == [("Nodule 1", "lung nodule")], tool.text
+    removed = int(hands.correct(node, "Nodule 1", lambda mask: mask[8:12].fill(0)).sum())
+    said = hands.add()
+    assert "removed" in said and "0 voxels added" in said, said
+    assert hands.only.record["voxels_by_label"] == {"lung nodule": removed} and hands.only.record["model_name"] == "aclick-1.0.0"
+
+
+def test_segments_are_left_out_or_get_another_label(hands: Hands) -> None:
+    masks = {"Segment_1": box((2, 6), (2, 6), (2, 6)), "Tumour 2": box((8, 12), (2, 6), (2, 6)), "scratch": box((1, 2), (1, 3), (1, 3))}
+    hands.drawn(**masks)
+    assert hands.ui.setMessage.text == "Say which label 'Segment_1' is, or leave it out."
+    table = hands.ui.setSegmentsTable
+    table.cellWidget(0, 1).setEditText("tumour")
+    table.cellWidget(1, 1).setEditText("tumour")
+    import qt
+
+    table.item(2, 0).setCheckState(qt.Qt.Unchecked)
+    said = hands.add()
+    assert "own mask is not known" in said
+    assert [d.name for d in hands.dataset.labels] == ["tumour"] and hands.only.record["voxels_by_label"] == {"tumour": 128}
+    # Where there is one label only, a new segment can be nothing else; a name with a number is matched to it.
+    hands.scan(1)
+    hands.drawn(**masks)
+    assert [r.label for r in hands.section.rows] == ["tumour", "tumour", "scratch"]
+
+
+def test_a_scan_of_several_channels(hands: Hands, models_folder: Path, make_package: Callable[..., Any]) -> None:
+    shutil.copy(make_package(name="two", channels=["T1", "T2"], **TOY).path, models_folder)
+    hands.widget.enter()
+    settings = hands.widget._parameters
+    settings.models = ["two-1.0.0"]
+    first = hands.volume
+    second = hands.scan(1)
+    settings.volume = first
+    hands.gui.process_events()
+    settings.channels = [second]
+    hands.apply()
+    hands.add()
+    assert hands.dataset.channels == ("T1", "T2") and np.array_equal(read_image(hands.only.images[1]).array, made_scan(1))
+    settings.models = ["toy-1.0.0"]
+    hands.settle()
+    assert "the channels T1, T2" in hands.ui.setMessage.text and not hands.ui.setAddButton.enabled
+    assert "channels T1, T2" in hands.section.problem()
+
+
+# -------------------------------------------------------------------------------------------------------------- privacy
+
+
+def test_of_the_patient_only_a_hash_is_written(hands: Hands) -> None:
+    import slicer
+
+    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
+    words = slicer.vtkMRMLSubjectHierarchyConstants
+    patient = hierarchy.CreateSubjectItem(hierarchy.GetSceneItemID(), "Doe^Jane")
+    hierarchy.SetItemUID(patient, words.GetDICOMUIDName(), "PID-4711")
+    hierarchy.SetItemAttribute(patient, words.GetDICOMPatientIDAttributeName(), "PID-4711")
+    hierarchy.SetItemAttribute(patient, words.GetDICOMPatientNameAttributeName(), "Doe^Jane")
+    hierarchy.SetItemAttribute(patient, words.GetDICOMPatientBirthDateAttributeName(), "19700101")
+    study = hierarchy.CreateStudyItem(patient, "Study 4712")
+    for seed in (0, 1):
+        volume = hands.volume if seed == 0 else hands.scan(seed)
+        volume.SetName("Jane Doe CT")
+        item = hierarchy.GetItemByDataNode(volume) or hierarchy.CreateItem(study, volume)
+        hierarchy.SetItemParent(item, study)
+        hierarchy.SetItemAttribute(item, words.GetDICOMSeriesModalityAttributeName(), "CT")
+        hands.settle()
+        hands.section.update()
+        assert hands.ui.setPatientEdit.placeholderText == "from DICOM, kept as a hash"
+        hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+        hands.add()
+    entries = list(hands.dataset.entries.values())
+    assert [e.patient for e in entries] == [hands.dataset.patient("PID-4711")] * 2 and entries[0].record["modality"] == "CT"
+    content = b"".join(gzip.decompress(b) if p.suffix == ".gz" else b for p, b in hands.state().items())
+    content += b"".join(str(p.relative_to(hands.folder)).encode() for p in hands.state())
+    for secret in (b"4711", b"Doe", b"Jane", b"1970", b"4712"):
+        assert secret not in content
+    assert hands.ui.setStatusLabel.text.startswith("2 cases of 1 patient.")
+    # Slicer takes the name for the ID where there is none.
+    hierarchy.SetItemAttribute(patient, words.GetDICOMPatientIDAttributeName(), "")
+    hierarchy.SetItemUID(patient, words.GetDICOMUIDName(), "Doe^Jane")
+    from UNetSegmentationLib.mrml import dicom_of
+
+    assert dicom_of(hands.volume) == ("", "CT")
+
+
+def test_a_code_groups_scans_and_belongs_to_its_scan(hands: Hands) -> None:
+    for seed in (0, 1):
+        if seed:
+            hands.scan(seed)
+            assert hands.ui.setPatientEdit.text == ""
+        hands.ui.setPatientEdit.text = "P7"
+        hands.ui.setPatientEdit.textEdited.emit("P7")
+        hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+        hands.add()
+    assert {e.patient for e in hands.dataset.entries.values()} == {hands.dataset.patient("P7")}
+    hands.widget._parameters.volume = hands.volume
+    hands.settle()
+    assert hands.ui.setPatientEdit.text == "P7"
+    hands.section._patients.clear()
+    hands.add()  # without the code: the case stays its patient's
+    assert {e.patient for e in hands.dataset.entries.values()} == {hands.dataset.patient("P7")}
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_what_looks_wrong_is_asked_about_before_anything_is_written(hands: Hands) -> None:
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.add()
+    before = hands.state()
+    hands.scan(1)
+    hands.drawn(thing=box((2, 3), (2, 3), (2, 4)))
+    assert "only 2 voxels of thing, as an eraser leaves" in hands.add(False)
+    assert hands.state() == before
+    assert hands.gui.dialogs.texts("message")[-1].endswith("\n\nAdd it anyway?")
+    assert hands.add(True).startswith("Added as")
+    hands.scan(2)
+    hands.drawn(thing=np.zeros(SHAPE, np.uint8))
+    before = hands.state()
+    assert "is empty; mark something" in hands.add(False) and hands.state() == before
+    assert hands.add(True).startswith("Added as")
+    hands.scan(3)
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)), scar=box((8, 9), (2, 3), (2, 3)))
+    before = hands.state()
+    said = hands.add(True, False)  # the new label, but not its one voxel
+    assert "1 voxel of scar" in said and hands.state() == before
+    hands.add(True, True)
+    assert [(d.value, d.name) for d in hands.dataset.labels] == [(1, "thing"), (2, "scar")] and len(hands.dataset.entries) == 4
+    hands.whole()
+
+
+def test_a_first_case_that_is_refused_leaves_no_training_set(hands: Hands) -> None:
+    hands.drawn(thing=box((2, 3), (2, 3), (2, 4)))
+    hands.add(False)
+    assert not (hands.folder / INDEX).exists() and hands.ui.setStatusLabel.text.startswith("Empty")
+
+
+def test_folders_that_cannot_be_used_are_a_sentence(hands: Hands, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / INDEX).write_text('{"name": "nnU-Net\'s"}')
+    hands.choose(other)
+    assert "is another program's" in hands.ui.setStatusLabel.text and not hands.ui.setAddButton.enabled
+    (other / INDEX).write_text("{")
+    hands.section.refresh()
+    hands.settle()
+    assert "is damaged" in hands.ui.setStatusLabel.text
+    hands.choose(tmp_path / "gone")
+    assert f"The folder {tmp_path / 'gone'} is not there" in hands.ui.setStatusLabel.text
+    hands.gui.dialogs.answer("")
+    hands.gui.click(hands.ui.setFolderButton)  # cancelled
+    assert hands.section.folder == str(tmp_path / "gone")
+    hands.choose(hands.folder)
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.folder.rename(tmp_path / "away")  # the network goes between the look and the case
+    assert "is not there; connect its drive or network folder" in hands.add()
+    assert not hands.folder.exists() and not hands.ui.setAddButton.enabled
+    (tmp_path / "away").rename(hands.folder)
+    hands.section.refresh()
+    hands.settle()
+    assert hands.add().startswith("Added as")
+
+
+def test_what_another_person_adds_meanwhile_is_seen(hands: Hands) -> None:
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.add()
+    rng = np.random.default_rng(5)
+    hands.dataset.add(Image(rng.normal(size=SHAPE).astype(np.float32)), box((2, 6), (2, 6), (2, 6)))
+    hands.scan(1)
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.add()
+    assert hands.ui.setStatusLabel.text.startswith("3 cases of 3 patients") and hands.ui.setCasesTable.rowCount == 3
+
+
+# ---------------------------------------------------------------------------------------------------------- interrupted
+
+
+def large(hands: Hands) -> Any:
+    """A scan that takes half a second to write."""
+    shape = (80, 160, 160)
+    volume = hands.scan(9, shape)
+    import slicer
+    from mrml_scenes import add_segment
+
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Large")
+    node.SetReferenceImageGeometryParameterFromVolumeNode(volume)
+    mask = np.zeros(shape, np.uint8)
+    mask[20:60, 50:150, 50:150] = 1
+    add_segment(node, "thing", mask, volume)
+    hands.settle()
+    return node
+
+
+def writing(hands: Hands) -> None:
+    hands.gui.click(hands.ui.setAddButton)
+    hands.gui.wait(lambda: hands.ui.setMessage.text == "Writing the image …", RUN_S)
+
+
+@POSIX
+def test_a_writer_killed_in_mid_file_leaves_no_half_case(hands: Hands) -> None:
+    panel = sys.modules["UNetSegmentationPanel"]
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.add()
+    large(hands)
+    writing(hands)
+    os.kill(panel.dataWorker().pid, signal.SIGKILL)
+    hands.settle()
+    said = hands.ui.setMessage.text
+    assert "stopped by the system" in said and "whole cases only" in said and "\n" not in said
+    assert len(hands.dataset.entries) == 1 and not [p for p in hands.dataset.check() if "belong to no case" not in p.what]
+    assert hands.add().startswith("Added as") and len(hands.dataset.entries) == 2
+
+
+def test_cancelled_while_it_is_written(hands: Hands) -> None:
+    large(hands)
+    writing(hands)
+    assert hands.ui.setAddButton.text == "Cancel" and not hands.ui.setFolderButton.enabled
+    hands.gui.click(hands.ui.setAddButton)
+    hands.settle()
+    assert hands.ui.setMessage.text == "Cancelled; nothing was added."
+    assert not (hands.folder / INDEX).exists() or not hands.dataset.entries
+    hands.gui.click(hands.ui.setAddButton)
+    hands.gui.click(hands.ui.setAddButton)  # before anything was sent
+    hands.settle()
+    assert hands.ui.setMessage.text == "Cancelled; nothing was added."
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits another process, as Linux can")
+def test_a_full_disk_is_a_sentence_and_changes_nothing(hands: Hands) -> None:
+    import resource
+
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.add()
+    before = hands.state()
+    large(hands)
+    pid = sys.modules["UNetSegmentationPanel"].dataWorker().pid
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    said = hands.add()
+    assert "disk" in said and "\n" not in said, said
+    assert hands.state() == before
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+    assert hands.add().startswith("Added as")
+    hands.whole()
+
+
+def test_the_scene_is_closed_while_a_case_is_added(hands: Hands) -> None:
+    large(hands)
+    writing(hands)
+    hands.gui.close_scene()
+    hands.settle()
+    assert len(hands.dataset.entries) == 1  # what the worker has is whole
+    hands.scan(1)
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    told: list[Any] = []
+    hands.section.addCurrent(lambda *end: told.append(end))
+    hands.gui.close_scene()
+    hands.settle()
+    assert told == [(None, "The scene was closed, so nothing was added.")] and len(hands.dataset.entries) == 1
+
+
+@POSIX
+def test_a_folder_that_does_not_answer_is_given_up(hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel, module = sys.modules["UNetSegmentationPanel"], sys.modules["UNetSegmentationPanel.trainingset"]
+    hands.section._late.setInterval(300)
+    os.kill(panel.dataWorker().pid, signal.SIGSTOP)  # as one that waits for a network drive
+    hands.section.refresh()
+    hands.settle()
+    assert "does not answer" in hands.ui.setStatusLabel.text and module.ANSWER_S > 5
+    hands.section._late.setInterval(20000)
+    hands.section.refresh()
+    hands.settle()
+    assert hands.ui.setStatusLabel.text.startswith("Empty")
+
+
+# ------------------------------------------------------------------------------------------------- for the other sections
+
+
+def test_add_current_tells_its_end_once(hands: Hands, tmp_path: Path) -> None:
+    told: list[tuple[str | None, str]] = []
+    changes: list[int] = []
+    hands.section.addListener(lambda: changes.append(1))
+
+    def add(**how: Any) -> tuple[str | None, str]:
+        told.clear()
+        hands.section.addCurrent(lambda *end: told.append(end), **how)
+        assert not told  # later, in any case
+        hands.gui.wait(lambda: told, RUN_S)
+        hands.settle()
+        assert len(told) == 1
+        return told[0]
+
+    hands.section.root.collapsed = True
+    assert add() == (None, "Choose the corrected segmentation.") and not hands.section.root.collapsed
+    hands.section.root.collapsed = True
+    import slicer
+    from mrml_scenes import add_segment
+    from UNetSegmentationLib.mrml import image_from_volume
+
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "By hand")
+    node.SetReferenceImageGeometryParameterFromVolumeNode(hands.volume)
+    add_segment(node, "thing", box((2, 6), (2, 6), (2, 6)), hands.volume)
+    image = image_from_volume(hands.volume)
+    file = tmp_path / "ahead.seg.nrrd"
+    prediction = Prediction(image.like(box((2, 6), (2, 6), (2, 8))), (Label(1, "thing", (1, 2, 3), {}),), "toy-1.0.0", Box.whole(SHAPE))
+    write_segmentation(prediction, file)
+    case, text = add(patient="PID-1", model_mask=file, model="toy-1.0.0")
+    assert case == hands.only.name and "32 removed" in text and changes
+    assert hands.only.patient == hands.dataset.patient("PID-1") and hands.only.record["model_name"] == "toy-1.0.0"
+    assert hands.section.dataset.name == "Nodules" and hands.section.summary["count"] == 1
+    # A question that is answered with no is an end too.
+    hands.widget._parameters.volume = hands.scan(1)
+    hands.drawn(thing=np.zeros(SHAPE, np.uint8))
+    hands.gui.dialogs.answer(False)
+    case, text = add()
+    assert case is None and "is empty" in text

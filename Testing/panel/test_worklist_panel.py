@@ -1,0 +1,411 @@
+"""The section "Work list": a list is made, segmented in the background, corrected scan by scan, and shared."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from workers import POSIX
+
+RUN_S = 120.0  # on a machine that has other things to do
+SHAPE, SPACING = (24, 40, 48), (0.8, 0.9, 2.5)
+# A tilted grid with a flipped axis: what is shown and added must be where it was.
+DIRECTION = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+TOY = {
+    "name": "toy",
+    "labels": [{"value": 1, "name": "thing", "color": [10, 200, 30]}, {"value": 2, "name": "other", "color": [200, 10, 30]}],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_worker_left() -> Iterator[None]:
+    yield
+    if "UNetSegmentationPanel" in sys.modules:
+        sys.modules["UNetSegmentationPanel"].shutdown()
+
+
+def made(edge: float, x: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    distance = np.sqrt(sum((g - c) ** 2 for g, c in zip(np.indices(shape), (12, 20, x))))
+    return np.clip(0.5 + (6.0 - distance) / edge / 4, 0, 1).astype(np.float32)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    from UNetSegmentationLib.image import Image, write_image
+
+    for i, edge in enumerate((0.2, 2.0, 1.0)):
+        image = Image(made(edge, 18 + 4 * i), SPACING, (10.0, -20.0, 30.0), DIRECTION)
+        write_image(image, tmp_path / "scans" / f"s{i}.nii.gz")
+    return tmp_path / "scans"
+
+
+class Hands:
+    """The test's hands on the section."""
+
+    def __init__(self, gui: Any, widget: Any) -> None:
+        self.gui, self.widget, self.ui = gui, widget, None
+        gui.wait(lambda: widget._warm, RUN_S)
+        self.section = next(s for s in widget.sections if type(s).__name__ == "WorkListSection")
+        self.ui = self.section.ui
+        self.section.root.collapsed = False
+        gui.process_events()
+
+    @property
+    def case(self) -> Any:
+        return self.section.case
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        self.gui.wait(lambda: condition() and not self.section.busy, RUN_S)
+
+    def press(self, button: str) -> None:
+        widget = getattr(self.ui, button)
+        assert widget.enabled and widget.visible, f"{button}: {self.section.text or self.section.busy}"
+        widget.click()
+        self.gui.process_events()
+
+    def choose(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.gui.dialogs.answer(str(folder))
+        self.press("listFolderButton")
+        self.gui.wait(lambda: self.section.list is not None or "no list in this folder" in self.ui.listStatusLabel.text, RUN_S)
+
+    def add(self, folder: Path, n: int) -> None:
+        self.gui.dialogs.answer(str(folder))
+        self.press("addFolderButton")
+        self.wait(lambda: self.section.list is not None and self.section.list["total"] == n)
+
+    def segment(self) -> None:
+        self.widget._parameters.models = ["toy-1.0.0"]
+        self.gui.process_events()
+        self.press("segmentButton")
+        self.gui.wait(lambda: not self.section.segmenting, RUN_S)
+        self.gui.wait(lambda: not self.section.list["unsegmented"], RUN_S)
+
+    def next(self) -> str:
+        former = self.case
+        self.press("nextScanButton")
+        self.wait(lambda: self.case is not former)
+        return self.case.name
+
+    def mask(self, name: str = "thing") -> np.ndarray:
+        from UNetSegmentationLib import mrml
+
+        held = self.case.segmentation.GetSegmentation()
+        return mrml.segment_mask(self.case.segmentation, held.GetSegmentIdBySegmentName(name), self.case.volumes[0])
+
+    def paint(self, z: int, name: str = "thing") -> None:
+        """As a brush does: a block in one slice more."""
+        import slicer
+
+        held = self.case.segmentation.GetSegmentation()
+        mask = self.mask(name)
+        mask[z, 5:9, 5:9] = 1
+        slicer.util.updateSegmentBinaryLabelmapFromArray(
+            mask, self.case.segmentation, held.GetSegmentIdBySegmentName(name), self.case.volumes[0]
+        )
+
+
+@pytest.fixture
+def panel(gui: Any, monkeypatch: pytest.MonkeyPatch, models_folder: Path, make_package: Callable[..., Any]) -> Callable[[], Hands]:
+    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(Path(os.environ["UNETSEG_MODELS"]).parent / "torch"))
+    models_folder.mkdir(exist_ok=True)
+    shutil.copy(make_package(**TOY).path, models_folder)
+    return lambda: Hands(gui, gui.open())
+
+
+def volumes() -> set[str]:
+    import slicer
+
+    return {n.GetName() for kind in ("ScalarVolume", "Segmentation", "Table") for n in slicer.util.getNodesByClass(f"vtkMRML{kind}Node")}
+
+
+def test_scans_are_segmented_opened_where_it_helps_most_and_added(panel, gui, scans, tmp_path):
+    """The whole way, with the training set's own section."""
+    import slicer
+    from UNetSegmentationLib.dataset import Dataset
+    from UNetSegmentationLib.image import read_image
+    from UNetSegmentationLib.worklist import WorkList
+
+    hands = panel()
+    assert not hands.ui.segmentButton.enabled and not hands.ui.nextScanButton.enabled
+    hands.widget.trainingSet.setFolder(str(tmp_path / "set"))
+    hands.choose(tmp_path / "set")
+    hands.add(scans, 3)
+    assert "0 of 3 scans done" in hands.ui.listStatusLabel.text and hands.ui.listMessageLabel.text == "3 scans were added."
+    hands.segment()
+    assert hands.next() == "s1"
+    truth = read_image(scans / "s1.nii.gz")
+    node, segmentation = hands.case.volumes[0], hands.case.segmentation
+    assert np.array_equal(slicer.util.arrayFromVolume(node), truth.array)
+    from UNetSegmentationLib import mrml
+
+    assert mrml.image_from_volume(node).same_grid(truth)
+    assert np.array_equal(hands.mask(), truth.array > 0.5)
+    assert node.GetDisplayNode().GetAutoWindowLevel() == 0
+    p = hands.widget._parameters
+    assert p.volume is node and p.output is segmentation and p.nodules is segmentation
+    red = slicer.app.layoutManager().sliceWidget("Red").mrmlSliceCompositeNode()
+    assert red.GetBackgroundVolumeID() == node.GetID()
+    held = segmentation.GetSegmentation()
+    assert [held.GetNthSegment(i).GetName() for i in range(held.GetNumberOfSegments())] == ["thing", "other"]
+    assert "toy-1.0.0 found one segment" in hands.ui.scanInfoLabel.text
+
+    hands.paint(3)
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.case is not None and hands.case.name != "s1")
+    entry = next(iter(Dataset.open(tmp_path / "set").entries.values()))
+    assert entry.changes["thing"]["added"] == 16 and entry.record["model_name"] == "toy-1.0.0"
+    assert np.array_equal(read_image(entry.images[0]).array, truth.array)
+    work = WorkList.open(tmp_path / "set")
+    assert work.scan("s1").status == "done" and work.scan("s1").case == entry.name and work.scan(hands.case.name).status == "taken"
+    assert "1 of 3 scans done" in hands.ui.listStatusLabel.text
+    assert not any(name.startswith("s1") for name in volumes())  # what is done has left the scene
+    assert not list(hands.section.desk.folder.glob("*.npy"))
+
+
+class Set:
+    """In the place of the training set's section: takes or refuses a case."""
+
+    folder, summary = "", None
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.answer: tuple[str | None, str] = ("case-1", "")
+
+    def addListener(self, listener: Any) -> None: ...
+
+    def addCurrent(self, onDone: Any, **fields: Any) -> None:
+        import qt
+
+        self.asked.append(fields)
+        qt.QTimer.singleShot(0, lambda: onDone(*self.answer))
+
+
+@pytest.fixture
+def opened(panel, scans, tmp_path) -> Callable[..., Hands]:
+    """A list of three scans, none of them segmented, with a training set that takes all."""
+
+    def open_(segment: bool = False) -> Hands:
+        hands = panel()
+        hands.widget.trainingSet = Set()
+        hands.choose(tmp_path / "list")
+        hands.add(scans, 3)
+        if segment:
+            hands.segment()
+        return hands
+
+    return open_
+
+
+def test_a_list_works_without_a_model_and_to_its_end(opened, tmp_path):
+    hands = opened()
+    assert hands.next() == "s0" and hands.ui.scanInfoLabel.text == "Not segmented in advance."
+    assert hands.case.segmentation.GetSegmentation().GetNumberOfSegments() == 0
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.case is not None and hands.case.name == "s1")
+    assert hands.widget.trainingSet.asked[0]["model_mask"] is None and hands.widget.trainingSet.asked[0]["patient"] is None
+    hands.press("skipScanButton")
+    hands.wait(lambda: hands.case is not None and hands.case.name == "s2")
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.case is None)
+    assert hands.ui.listMessageLabel.text == "Nothing is left to do in this list."
+    assert hands.ui.listStatusLabel.text == "2 of 3 scans done, 1 skipped." and not hands.ui.nextScanButton.enabled
+    assert not hands.ui.doneScanButton.visible and not hands.ui.scanFrame.visible
+
+
+def test_what_the_training_set_refuses_stays_open(opened):
+    hands = opened(segment=True)
+    name = hands.next()
+    hands.widget.trainingSet.answer = None, "The mask is empty; mark something."
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.section.text)
+    assert hands.case.name == name and hands.ui.listMessageLabel.text == "The mask is empty; mark something."
+    fields = hands.widget.trainingSet.asked[0]
+    assert fields["model_mask"].is_file() and fields["model"] == "toy-1.0.0"
+
+
+def test_corrections_are_not_lost_without_asking(opened, monkeypatch):
+    import slicer
+
+    hands = opened(segment=True)
+    asked: list[str] = []
+    monkeypatch.setattr(slicer.util, "confirmYesNoDisplay", lambda text, **_k: asked.append(text) or False)
+    first = hands.next()
+    hands.press("skipScanButton")  # nothing was corrected: no question
+    hands.wait(lambda: hands.case.name != first)
+    name = hands.case.name
+    assert not asked
+    hands.paint(2)
+    for button in ("nextScanButton", "skipScanButton"):
+        hands.press(button)
+    assert len(asked) == 2 and "would be lost" in asked[0] and hands.case.name == name
+    monkeypatch.setattr(slicer.util, "confirmYesNoDisplay", lambda text, **_k: True)
+    hands.press("nextScanButton")
+    hands.wait(lambda: hands.case.name != name)
+    assert hands.ui.nextScanButton.text == "Later, next"
+    hands.press("nextScanButton")
+    hands.wait(lambda: hands.case.name == name)  # it comes again, after the others
+
+
+def test_the_segment_editor_opens_on_the_scan(opened, monkeypatch):
+    import slicer
+
+    hands = opened(segment=True)
+    hands.next()
+    selected: list[str] = []
+    monkeypatch.setattr(slicer.util, "selectModule", selected.append)
+    hands.press("editScanButton")
+    node = slicer.mrmlScene.GetSingletonNode("SegmentEditor", "vtkMRMLSegmentEditorNode")
+    assert selected == ["SegmentEditor"] and node.GetSegmentationNode() is hands.case.segmentation
+    assert node.GetSourceVolumeNode() is hands.case.volumes[0]
+    hands.press("editScanButton")
+    assert len(slicer.util.getNodesByClass("vtkMRMLSegmentEditorNode")) == 1
+
+
+def test_in_the_segment_editor_a_strip_goes_on_to_the_next_scan(opened, gui, monkeypatch):
+    import qt
+    import slicer
+
+    hands = opened(segment=True)
+    window, opened_modules = qt.QMainWindow(), []
+
+    def select(name: str) -> None:
+        opened_modules.append(name)
+        gui.leave(hands.widget) if name == "SegmentEditor" else hands.widget.parent.enter()
+
+    monkeypatch.setattr(slicer.util, "mainWindow", lambda: window)
+    monkeypatch.setattr(slicer.util, "selectModule", select)
+    first, strip = hands.next(), hands.section.strip
+    assert not strip.shown
+    hands.press("editScanButton")
+    assert strip.shown and [b.text for b in strip.buttons] == ["Done, next", "Skip", "Later, next"]
+    strip.buttons[0].click()
+    hands.wait(lambda: hands.case is not None and hands.case.name != first and len(opened_modules) == 3)
+    assert opened_modules == ["SegmentEditor", "UNetSegmentation", "SegmentEditor"] and strip.shown
+    assert slicer.mrmlScene.GetSingletonNode("SegmentEditor", "vtkMRMLSegmentEditorNode").GetSegmentationNode() is hands.case.segmentation
+    hands.widget.trainingSet.answer = None, "The mask is empty; mark something."
+    strip.buttons[0].click()
+    hands.wait(lambda: hands.section.text)
+    assert opened_modules[-1] == "UNetSegmentation" and not strip.shown  # where the sentence is to be read
+    gui.close(hands.widget)
+
+
+def test_a_closed_scene_gives_the_scan_back(opened, gui, tmp_path):
+    from UNetSegmentationLib.worklist import WorkList
+
+    hands = opened()
+    name = hands.next()
+    gui.close_scene()
+    work = WorkList.open(tmp_path / "list")
+    gui.wait(lambda: work.refresh().scan(name).status == "waiting", RUN_S)
+    assert hands.case is None and f"'{name}' was given back" in hands.ui.listMessageLabel.text
+    assert hands.next() == name
+    import slicer
+
+    slicer.mrmlScene.RemoveNode(hands.case.volumes[0])
+    hands.press("doneScanButton")
+    assert hands.case is None and "was removed from the scene" in hands.ui.listMessageLabel.text
+    assert not hands.widget.trainingSet.asked
+
+
+def test_a_scan_that_another_annotator_has_is_not_offered(opened, gui, tmp_path):
+    from UNetSegmentationLib.worklist import Annotator, WorkList
+
+    hands = opened()
+    work = WorkList.open(tmp_path / "list")
+    assert work.next(Annotator("bert", "Bert")).name == "s0"
+    assert hands.next() == "s1"
+    assert "1 with other annotators" in hands.ui.listStatusLabel.text
+    work.done("s0", Annotator("bert"), "case-9")
+    hands.section._onRefresh()
+    hands.wait(lambda: "1 of 3 scans done" in hands.ui.listStatusLabel.text)
+
+
+@POSIX
+def test_the_desk_may_be_killed_and_the_scan_stays_open(opened, gui, tmp_path):
+    from UNetSegmentationLib.worklist import WorkList
+
+    hands = opened()
+    name = hands.next()
+    os.kill(hands.section.desk.pid, signal.SIGKILL)
+    gui.wait(lambda: not hands.section.desk.running, RUN_S)
+    assert hands.case.name == name and hands.ui.listMessageLabel.text
+    assert WorkList.open(tmp_path / "list").scan(name).status == "taken"
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.case.name != name)
+    assert WorkList.open(tmp_path / "list").scan(name).status == "done"
+
+
+def test_a_folder_that_is_gone_or_a_bad_scan_is_said(opened, scans, tmp_path):
+    hands = opened()
+    (scans / "s0.nii.gz").write_bytes(b"no image")
+    assert hands.next() == "s1"
+    assert "s0.nii.gz cannot be read as an image" in hands.ui.listMessageLabel.text
+    assert "1 cannot be read or segmented" in hands.ui.listStatusLabel.text
+    (tmp_path / "list").rename(tmp_path / "away")
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.section.text)
+    assert "is not there; connect its drive or network folder" in hands.ui.listMessageLabel.text and hands.case.name == "s1"
+    (tmp_path / "away").rename(tmp_path / "list")
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.case.name == "s2")
+
+
+def test_segmenting_in_advance_waits_for_the_person_and_says_why_it_cannot(opened, gui, monkeypatch):
+    hands = opened()
+    hands.widget.modelList.select([])
+    hands.press("segmentButton")
+    assert "Choose a model above" in hands.ui.listMessageLabel.text and not hands.ui.segmentButton.checked
+    hands.widget._parameters.models = ["lung-nodule-2d-1.0.0"]
+    gui.process_events()
+    hands.press("segmentButton")
+    hands.wait(lambda: "made for a box around one target" in hands.ui.listMessageLabel.text)
+    assert not hands.section.segmenting
+
+    told: list[str] = []
+    tell = hands.section.desk.tell
+    monkeypatch.setattr(hands.section.desk, "tell", lambda op: (told.append(op), tell(op)))
+    hands.widget._parameters.models = ["toy-1.0.0"]
+    gui.process_events()
+    hands.section.segmenting = True
+    hands.section.busy = "as if a run went on"
+    hands.section._onWatch()
+    hands.section.busy = ""
+    assert told == ["pause"] and hands.section._paused
+    for _ in range(5):
+        hands.section._onWatch()
+    assert told == ["pause", "go"] and not hands.section._paused
+    hands.section._halt()
+    assert told[-1] == "halt" and not hands.section.segmenting
+
+
+def test_opening_a_large_scan_does_not_hold_the_event_loop(panel, gui, tmp_path):
+    from UNetSegmentationLib.image import Image, write_image
+
+    hands = panel()
+    hands.widget.trainingSet = Set()
+    write_image(Image((made(1.0, 24, (120, 256, 256)) * 1000).astype(np.int16)), tmp_path / "scans" / "big.nrrd")
+    hands.choose(tmp_path / "list")
+    hands.add(tmp_path / "scans", 1)
+    with gui.longest_block() as blocks:
+        assert hands.next() == "big"
+    assert blocks[0] < 0.5  # 50 ms on an idle machine; not a timing of this one
+    assert hands.case.volumes[0].GetImageData().GetDimensions() == (256, 256, 120)
+
+
+def test_the_list_is_found_again_after_a_restart(opened, gui, tmp_path, scans):
+    hands = opened()
+    name = hands.next()
+    gui.close(hands.widget)
+    again = Hands(gui, gui.open())
+    again.wait(lambda: again.section.list is not None)
+    assert again.section.list["total"] == 3 and again.section.folder == str(tmp_path / "list")
+    assert again.section.list["counts"]["waiting"] == 3  # what was open was given back
+    assert again.next() == name

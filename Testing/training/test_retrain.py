@@ -1,0 +1,388 @@
+"""A retraining from its base to the verdict: through the detached process and the command, killed, stopped, out of disk, not a number."""
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+for name in ("monai", "pydantic", "lightning", "yaml"):
+    pytest.importorskip(name)
+
+from safetensors.torch import save  # noqa: E402
+from unetseg_training import config as c  # noqa: E402
+from unetseg_training import live, retrain  # noqa: E402
+from unetseg_training.cases import find_cases  # noqa: E402
+from unetseg_training.train import CHECKPOINT, WEIGHTS  # noqa: E402
+from UNetSegmentationLib import training  # noqa: E402
+from UNetSegmentationLib.dataset import Dataset  # noqa: E402
+from UNetSegmentationLib.image import Image, read_image, write_image  # noqa: E402
+from UNetSegmentationLib.model import Label, ModelPackage, write_package  # noqa: E402
+from UNetSegmentationLib.networks import UNetConfig, build  # noqa: E402
+from UNetSegmentationLib.training import Options  # noqa: E402
+
+LABELS = [Label(1, "Bright", (230, 0, 0), {}), Label(2, "Dark", (0, 0, 230), {})]
+SETTINGS = {"epochs": 4, "steps": 4, "batch": 2, "warmup": 2, "precision": "32", "accelerator": "cpu", "ema": 0.5, "learning_rate": 3e-3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def add_cases(dataset, count, values=(3.0, -3.0), first=0):
+    """Noise with a ball of each label, in places of their own; values: of the voxels in the labels."""
+    for i in range(first, first + count):
+        rng = np.random.default_rng(i)
+        grid = np.indices((12, 14, 16))
+        array, mask = rng.normal(0, 0.2, grid.shape[1:]).astype(np.float32), np.zeros(grid.shape[1:], np.uint8)
+        for label, value in enumerate(values, 1):
+            at = [6, 4 + 6 * (label - 1), int(rng.integers(4, 12))]
+            ball = sum((g - a) ** 2 for g, a in zip(grid, at)) <= 9
+            array[ball], mask[ball] = value, label
+        dataset.add(Image(array, (1.0, 1.0, 1.5)), mask, name=f"case{i}", patient=f"P{i}")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    made = Dataset.create(tmp_path / "balls", "balls", LABELS, ["MR"])
+    add_cases(made, 6)
+    return made.folder
+
+
+@pytest.fixture
+def base(tmp_path, toy_card, toy_onnx):
+    """A package with random weights to train on, whose ONNX finds what has the value of its label: 1 or 2."""
+    torch.manual_seed(0)
+    network = UNetConfig(dimensions=3, in_channels=1, out_channels=3, channels=(4, 8))
+    labels = [{"value": label.value, "name": label.name} for label in LABELS]
+    card = toy_card(
+        channels=["MR"],
+        labels=labels,
+        spacing=[1.0, 1.0, 1.0],
+        intensity={"mode": "none"},
+        network=network.to_json(),
+        licence="CC0",
+        description="Finds balls.",
+        training_data=["other balls"],
+        postprocess={"fill_holes": True},
+    )
+    path = tmp_path / "base" / "toy-1.0.0.unet.zip"
+    return write_package(path, card, toy_onnx("threshold", card), save(build(network).state_dict()))
+
+
+def created(dataset, base, **fit):
+    """A job with a plan that trains in a second."""
+    job = training.create(dataset, base, Options())
+    settings = {
+        "model": {"name": "toy", "version": "1.1.0"},
+        "data": {"path": str(dataset), "folds": 2},
+        "labels": [{"name": label.name} for label in LABELS],
+        "channels": ["MR"],
+        "input": {"patch": [16, 16, 16], "spacing": [1, 1, 1], "intensity": {"mode": "none"}},
+        "network": {"channels": [4, 8]},
+        "fit": {**SETTINGS, **fit},
+    }
+    c.write(c.parse(settings), job.folder / "config.yaml")
+    return job
+
+
+def finished(job):
+    """Do it in this process."""
+    assert training.claim(job.folder)
+    retrain.run(job.folder)
+    return training.read(job.folder)
+
+
+def weights(job):
+    return torch.load(job.folder / CHECKPOINT, weights_only=True)["state_dict"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+_through = []  # one training serves all that are compared with it
+
+
+def through(dataset, base):
+    """The weights of a training that nothing happened to."""
+    if not _through:
+        job = finished(created(dataset, base))
+        assert job.state == "finished", job.text
+        _through.append(weights(job))
+    return _through[0]
+
+
+def until(folder, good, seconds=300):
+    end = time.monotonic() + seconds
+    while not good(job := training.read(folder)):
+        assert time.monotonic() < end, job
+        time.sleep(0.05)
+    return job
+
+
+# ------------------------------------------------------------------------------------------------------------- the whole
+
+
+def test_the_command_makes_a_package_with_before_and_after(dataset, base, models_folder, monkeypatch, capsys):
+    from unetseg_training import cli
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["unetseg-train", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as e:
+            code = e.code or 0
+        return code, *capsys.readouterr()
+
+    code, out, err = command("finetune", dataset, "--from", base.path, "--quick", "--minutes", "0.02", "--device", "cpu")
+    assert code == 0, err
+    (job,) = training.jobs(dataset)
+    assert job.state == "finished" and job.base == "toy-1.0.0" and job.estimate > 0 and job.text in out
+    assert "From toy 1.0.0: " in out and "Finds balls." not in out
+    # Nobody's values are 1 or 2, so the base finds next to nothing.
+    result = job.result
+    assert job.verdict == result["verdict"] and result["sentence"] == job.text
+    assert result["mean"]["dice"]["before"]["mean"] < 0.2 and 0 <= result["mean"]["dice"]["after"]["mean"] <= 1
+    figures = result["labels"]["Bright"]
+    assert set(figures) == {"dice", "hausdorff95_mm", "volume_error_percent"} and set(figures["dice"]) == {"before", "after", "change"}
+    assert set(figures["dice"]["after"]) == {"mean", "low", "high", "cases"} and result["parent"] == "toy-1.0.0"
+    worst = result["worst"][0]
+    pictures = {key: read_image(job.folder / file) for key, file in worst["files"].items()}
+    assert set(pictures) == {"image", "truth", "before", "after"} and len({p.shape for p in pictures.values()}) == 1
+    assert set(np.unique(pictures["truth"].array)) == {0, 1, 2} and worst["dice_before"] < 0.2
+    # The held-out cases are in the dataset, for this retraining and all later ones.
+    splits = {e.name: e.split for e in Dataset.open(dataset).entries.values()}
+    held = {r["case"] for r in result["rows"]}
+    assert held == {n for n, s in splits.items() if s == "validation"} and set(splits.values()) == {"train", "validation"}
+    # The package's own words.
+    package = ModelPackage.read(job.package)
+    card = package.card.data
+    assert job.package.name == "toy-1.1.0.unet.zip" and card["description"] == "Finds balls." and card["licence"] == "CC0"
+    assert card["postprocess"] == {"fill_holes": True} and card["training_data"][0] == "other balls"
+    lineage = card["lineage"]
+    assert lineage["parent"]["name"] == "toy" and lineage["parent"]["version"] == "1.0.0" and len(lineage["parent"]["sha256"]) == 64
+    assert lineage["dataset"]["name"] == "balls" and lineage["dataset"]["revision"] == Dataset.open(dataset).revision
+    assert lineage["cases"] == 6 - len(held) and lineage["parity"]["largest_difference"] < 1e-4
+    assert package.card.origin.startswith(f"Fine-tuned from toy 1.0.0 with {6 - len(held)} cases of balls (revision ")
+    assert abs(card["metrics"]["dice"]["Bright"] - figures["dice"]["after"]["mean"]) < 1e-3
+    events = [line["event"] for line in live.read(job.live)]
+    assert events[0] == "start" and events[-1] == "end"
+    assert (job.folder / "report.html").is_file() and not list(job.folder.glob("draft*"))
+    # The other commands.
+    assert str(job.folder) in command("jobs", dataset)[1] and command("stop", job.folder)[0] == 2
+    assert command("resume", job.folder)[0] == 2
+    training.update(job.folder, verdict="worse")
+    code, _, err = command("promote", job.folder, "use")
+    assert code == 2 and "worse than toy-1.0.0; keep both" in err
+    assert command("promote", job.folder, "use", "--worse")[0] == 0 and (models_folder / "toy-1.1.0.unet.zip").is_file()
+
+
+def test_the_detached_process_is_killed_and_goes_on_exactly(dataset, base):
+    whole = finished(created(dataset, base, epochs=24, patience=24))
+    assert whole.state == "finished", whole.text
+    job = created(dataset, base, epochs=24, patience=24)
+    training._go(job.folder, sys.executable, {**os.environ, "OMP_NUM_THREADS": "1"})  # as here, or sums differ in their last bits
+    job = until(job.folder, lambda j: not j.running or (j.state == "training" and j.kept))
+    os.kill(job.pid, signal.SIGKILL)
+    job = until(job.folder, lambda j: not j.running)
+    assert job.state == "lost" and job.resumable and not (job.folder / "result.json").exists()
+    # What is added, or corrected, meanwhile is for the next retraining.
+    set_ = Dataset.open(dataset)
+    add_cases(set_, 1, first=9)
+    entry = set_.entries["case0"]
+    set_.add(read_image(entry.images[0]), np.where(read_image(entry.label).array == 1, 1, 0), name="case0", labels=LABELS)
+    job = finished(training.resume(job, launch=False))
+    assert job.state == "finished", job.text
+    assert same(weights(job), weights(whole)) and (job.folder / WEIGHTS).read_bytes() == (whole.folder / WEIGHTS).read_bytes()
+    assert {r["case"] for r in job.result["rows"]} == {r["case"] for r in whole.result["rows"]}
+    record = json.loads((job.folder / "run.json").read_text("utf-8"))
+    assert record["resumed"] == 1 and record["finished"]
+
+
+# ----------------------------------------------------------------------------------------------------------- stop, trouble
+
+
+class At:
+    """Does something before a step of the training."""
+
+    def __init__(self, monkeypatch, step, act):
+        before = retrain.Steer.on_train_batch_end
+
+        def hook(steer, trainer, *args):
+            if trainer.global_step == step:
+                act(steer.told)
+            steer.told._looked = 0.0  # look at each step
+            before(steer, trainer, *args)
+
+        monkeypatch.setattr(retrain.Steer, "on_train_batch_end", hook)
+
+
+def test_stopped_it_keeps_the_best_and_can_go_on_exactly(dataset, base, monkeypatch):
+    with monkeypatch.context() as m:
+        At(m, 10, lambda told: (told.folder / "stop").touch())  # in the third epoch
+        job = finished(created(dataset, base))
+    assert job.state == "stopped" and job.package.is_file() and job.result["stopped"] and job.resumable
+    assert not (job.folder / "stop").exists() and live.read(job.live)[-1]["reason"] == "stopped"
+    early = weights(job)
+    job = finished(training.resume(job, launch=False))
+    assert job.state == "finished" and same(weights(job), through(dataset, base)) and not same(early, weights(job))
+    with monkeypatch.context() as m:
+        At(m, 2, lambda told: (told.folder / "stop").touch())
+        job = finished(created(dataset, base))
+    assert job.state == "stopped" and job.package is None and "before an epoch was finished" in job.text and job.resumable
+
+
+def test_a_loss_that_is_no_number_fails_and_the_best_can_be_kept(dataset, base, monkeypatch):
+    from unetseg_training import losses
+
+    made = losses.make
+
+    def broken(*args):
+        loss, calls = made(*args), []
+        return lambda output, target: loss(output, target) * (calls.append(1) or (float("nan") if len(calls) > 6 else 1.0))
+
+    with monkeypatch.context() as m:
+        m.setattr(losses, "make", broken)
+        job = finished(created(dataset, base))
+    assert job.state == "failed" and job.text.startswith("The loss is not a number at step 7 (cases case") and job.kept and not job.package
+    job = finished(training.resume(job, finish=True, launch=False))
+    assert job.state == "stopped" and job.package.is_file() and job.verdict
+
+
+def test_a_full_disk_is_a_sentence_and_nothing_is_lost(dataset, base, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        At(m, 6, lambda told: m.setattr(os, "fsync", full))  # with which a checkpoint is brought to the disk
+        job = finished(created(dataset, base))
+    assert job.state == "failed" and "check the disk's space" in job.text and "is kept: resume it then" in job.text
+    assert not list(job.folder.glob(".unetseg-*"))
+    job = finished(training.resume(job, launch=False))
+    assert job.state == "finished" and same(weights(job), through(dataset, base))
+
+
+@pytest.mark.parametrize("count, told", [(1, "has 1 annotated case to learn from"), (3, "has cases of one patient only (3)")])
+def test_too_few_cases_are_told(tmp_path, count, told):
+    for i in range(count):
+        values = np.random.default_rng(i).normal(size=(8, 8, 8)).astype(np.float32)
+        name = f"LIDC-IDRI-0001_{i}.nii.gz"
+        write_image(Image(values), tmp_path / "set" / "images" / name)
+        write_image(Image((values > 1).astype(np.uint8)), tmp_path / "set" / "labels" / name)
+    job = finished(training.create(tmp_path / "set"))
+    assert job.state == "failed" and told in job.text and job.text.endswith("add more.")
+
+
+def test_a_label_that_nobody_marked_is_told(tmp_path, base):
+    made = Dataset.create(tmp_path / "set", "set", LABELS, ["MR"])
+    add_cases(made, 4, values=(3.0,))
+    job = finished(created(made.folder, base))
+    assert job.state == "failed" and "Label 2 (Dark) is in none of the training cases" in job.text
+
+
+# ---------------------------------------------------------------------------------------------------------- held out, plan
+
+
+def test_who_is_held_out_stays_held_out_as_the_dataset_grows(dataset):
+    job = training.create(dataset)
+    first, facts = retrain._cases(job.folder, job)
+    held = {x.name for x in first.cases if x.split == "validation"}
+    assert held and facts["name"] == "balls" and retrain._cases(job.folder, job)[0].cases == first.cases
+    training.end(job.folder, "finished", "")
+    made = Dataset.open(dataset)
+    add_cases(made, 9, first=6)
+    later = training.create(dataset)
+    more = retrain._cases(later.folder, later)[0]
+    assert held < {x.name for x in more.cases if x.split == "validation"} and len(more.cases) == 15
+    assert len(retrain._held_out(more, True)) == 3
+    # Test cases, where there are any, are what both models are scored on, and nobody learns from them.
+    names = {x.name for x in made.refresh().entries.values() if x.split == "train"}
+    made._commit(lambda data: [data["cases"][n].update(split="test") for n in sorted(names)[:4]])
+    training.end(later.folder, "finished", "")
+    last = training.create(dataset)
+    assert {x.split for x in retrain._held_out(retrain._cases(last.folder, last)[0], True)} == {"test"}
+
+
+def test_a_dataset_of_another_program_is_held_out_by_patient(tmp_path):
+    for i in range(6):
+        values = np.random.default_rng(i).normal(size=(8, 8, 8)).astype(np.float32)
+        write_image(Image(values), tmp_path / "set" / "images" / f"case{i}.nii.gz")
+        write_image(Image((values > 1).astype(np.uint8)), tmp_path / "set" / "labels" / f"case{i}.nii.gz")
+    job = training.create(tmp_path / "set")
+    made, facts = retrain._cases(job.folder, job)
+    assert {x.split for x in made.cases} == {"train", "validation"} and facts["revision"] is None
+    assert made.cases == retrain._cases(job.folder, job)[0].cases and made.load(made.cases[0])[1].any()
+
+
+def test_a_device_that_is_not_there_is_told(dataset, base, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    job = training.create(dataset, base, Options(device="gpu"))
+    assert finished(job).text.startswith("There is no GPU here that PyTorch can use")
+
+
+# --------------------------------------------------------------------------------------------------------------- verdict
+
+
+def compared(tmp_path, make_package, shifts):
+    """Two pointwise models on cases whose labels have the values 1 and 2, moved by these for the second model's cases."""
+    made = Dataset.create(tmp_path / "set", "set", LABELS, ["CT"])
+    for i, value in enumerate(shifts):
+        add_cases(made, 1, values=(value, 2.0), first=i)
+    labels = [{"value": 1, "name": "Bright"}, {"value": 2, "name": "Dark"}]
+    swapped = [{"value": 1, "name": "dark"}, {"value": 2, "name": "bright"}]
+    return make_package(labels=labels), make_package(labels=swapped), find_cases(tmp_path / "set")
+
+
+def test_worse_better_and_the_same_are_told_apart(tmp_path, make_package):
+    good, bad, cases = compared(tmp_path, make_package, [1.0, 1.0, 1.0, 1.0])
+    worse = retrain.compare(good, bad, cases, cases.cases)
+    assert worse["verdict"] == "worse" and worse["sentence"].startswith("Worse: mean Dice 0.9") and "Bright fell by" in worse["sentence"]
+    better = retrain.compare(bad, good, cases, cases.cases)
+    assert better["verdict"] == "better" and "on 4 held-out cases of 4 patients (change +" in better["sentence"]
+    equal = retrain.compare(good, good, cases, cases.cases)
+    assert equal["verdict"] == "same" and equal["mean"]["dice"]["change"]["mean"] == 0 and "No worse" in equal["sentence"]
+    # One case proves nothing, but a fall is told all the same.
+    assert retrain.compare(bad, good, cases, cases.cases[:1])["sentence"].startswith("Probably better")
+    assert retrain.compare(good, bad, cases, cases.cases[:1])["verdict"] == "worse"
+
+
+def test_labels_are_matched_by_name_and_worst_cases_kept(tmp_path, make_package):
+    good, bad, cases = compared(tmp_path, make_package, [1.0, 5.0, 1.0, 1.0, 1.0])
+    found = retrain.compare(bad, good, cases, cases.cases, tmp_path / "job" / "check")
+    assert [w["case"] for w in found["worst"]][0] == "case1" and len(found["worst"]) == retrain.WORST
+    files = found["worst"][1]["files"]
+    before, truth = (read_image(tmp_path / "job" / files[k]).array for k in ("before", "truth"))
+    # What bad calls its 1, dark, is the cases' 2: it has both labels the wrong way round.
+    assert set(np.unique(before)) == {0, 1, 2} and (before[truth == 1] == 2).mean() > 0.9
+
+
+def test_without_a_common_label_or_channel_there_is_nothing_to_compare(tmp_path, make_package):
+    good, _, cases = compared(tmp_path, make_package, [1.0, 1.0])
+    other = make_package(labels=[{"value": 1, "name": "Tumour"}])
+    two = make_package(channels=["CT", "PET"], labels=good.card.data["labels"])
+    for base, why in ((other, "gives none of these labels"), (two, "cannot run")):
+        found = retrain.compare(base, good, cases, cases.cases)
+        assert found["verdict"] == "" and why in found["sentence"] and found["mean"]["dice"]["before"] is None
+    partly = make_package(labels=[{"value": 1, "name": "Tumour"}, {"value": 2, "name": "Dark"}])
+    found = retrain.compare(partly, good, cases, cases.cases)
+    assert found["labels"]["Dark"]["dice"]["change"]["mean"] == 0 and found["labels"]["Bright"]["dice"]["before"] is None
+
+
+def test_large_boxes_are_cut(tmp_path):
+    image = Image(np.zeros((300, 40, 40), np.float32), (1.0, 1.0, 1.0), (5.0, 6.0, 7.0))
+    mask = np.zeros(image.shape, np.uint8)
+    mask[10:290, 20, 20] = 1
+    cut = retrain._cut(image, {"truth": mask})
+    assert cut["truth"].shape == (200, 40, 40) and cut["image"].origin == (5.0, 6.0, 7.0 + 50)
+    assert retrain._cut(image, {"truth": mask * 0})["image"].shape == (41, 40, 40)

@@ -1,0 +1,311 @@
+"""A retraining's folder and process, with a stand-in for the process: begun, found again, killed, resumed, and its model put to use."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from UNetSegmentationLib import training
+from UNetSegmentationLib.dataset import Dataset
+from UNetSegmentationLib.files import UserError
+from UNetSegmentationLib.image import Image
+from UNetSegmentationLib.model import Label, ModelPackage, find_model
+from UNetSegmentationLib.training import Options
+
+CORE = Path(training.__file__).resolve().parents[1]
+# Claims its job as the real one does, then does what the dataset's "does" file says.
+PROCESS = """
+import sys, time
+from pathlib import Path
+from UNetSegmentationLib import training
+folder = Path(sys.argv[1])
+if not training.claim(folder):
+    sys.exit(0)
+does = (folder.parents[1] / "does").read_text()
+if does == "fail":
+    training.end(folder, "failed", "The disk is full.")
+elif does == "finish":
+    training.end(folder, "finished", "Better.")
+else:
+    training.update(folder, state="training", kept=True, fraction=0.5)
+    with training.signs_of_life(folder):
+        while not (folder / training.STOP).exists():
+            time.sleep(0.02)
+    training.end(folder, "stopped", "No worse.")
+"""
+CODE = "import sys; from UNetSegmentationLib import training; training.training_folder = lambda: __import__('pathlib').Path(sys.argv[2]); "
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """A training set of two patients, and the stand-in in the place of the training's code."""
+    code = tmp_path / "code"
+    (code / "unetseg_training").mkdir(parents=True)
+    (code / "unetseg_training" / "__init__.py").touch()
+    (code / "unetseg_training" / "__main__.py").write_text(PROCESS, "utf-8")
+    monkeypatch.setattr(training, "training_folder", lambda: code)
+    made = Dataset.create(tmp_path / "My set", "set", [Label(1, "Thing", (200, 0, 0), {})], ["CT"])
+    for i in range(2):
+        values = np.random.default_rng(i).normal(size=(4, 6, 8)).astype(np.float32)
+        made.add(Image(values), (values > 0).astype(np.uint8), name=f"case{i}", patient=f"P{i}")
+    does(made.folder, "train")
+    yield made.folder
+    for job in training.jobs(made.folder):
+        if job.running and job.pid:
+            os.kill(job.pid, signal.SIGKILL)
+            wait(job, lambda j: not j.running)
+
+
+def does(folder, what):
+    (folder / "does").write_text(what, "utf-8")
+
+
+def wait(job, until, seconds=60):
+    end = time.monotonic() + seconds
+    while not until(job := training.read(job.folder)):
+        assert time.monotonic() < end, job
+        time.sleep(0.02)
+    return job
+
+
+def start(dataset, **options):
+    return training.start(dataset, None, Options(**options), sys.executable)
+
+
+def package_of(job, make_package, **card):
+    """As if the job had made this package."""
+    made = make_package(**card)
+    path = job.folder / made.path.name
+    path.write_bytes(made.path.read_bytes())
+    training.update(job.folder, package=path.name)
+    return training.read(job.folder)
+
+
+# --------------------------------------------------------------------------------------------------------------- process
+
+
+def test_a_job_runs_is_stopped_and_goes_on(dataset):
+    job = start(dataset, minutes=3)
+    assert job.folder.parent == dataset / "retrain" and job.name == "my-set" and job.base == "" and job.running
+    job = wait(job, lambda j: j.state == "training")
+    assert job.pid != os.getpid() and job.fraction == 0.5 and job.options == Options(minutes=3.0) and job.dataset == dataset
+    assert [j.folder for j in training.jobs(dataset)] == [job.folder]
+    for change, told in ((training.resume, "is running; there is nothing"), (lambda j: training.promote(j, "use"), "still running")):
+        with pytest.raises(UserError, match=told):
+            change(job)
+    with pytest.raises(UserError, match=r"running already \(my-set\)"):
+        start(dataset)
+    training.stop(job)
+    job = wait(job, lambda j: not j.running)
+    assert (job.state, job.text, job.seconds_left) == ("stopped", "No worse.", None) and job.ended > job.started
+    with pytest.raises(UserError, match="not running; there is nothing to stop"):
+        training.stop(job)
+    does(dataset, "finish")
+    again = wait(training.resume(job, sys.executable), lambda j: not j.running)
+    assert again.state == "finished" and again.fraction == 1 and not again.resumable
+    with pytest.raises(UserError, match="is finished; start a new one"):
+        training.resume(again, sys.executable)
+
+
+def test_it_lives_on_and_is_found_again_after_its_starter_was_killed(dataset, tmp_path):
+    code = CODE + "j = training.start(sys.argv[1], python=sys.executable); print(j.folder, flush=True); import time; time.sleep(99)"
+    environment = {**os.environ, "PYTHONPATH": str(CORE)}
+    command = [sys.executable, "-c", code, str(dataset), str(tmp_path / "code")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True, start_new_session=True) as slicer:
+        folder = Path(slicer.stdout.readline().strip())
+        wait(training.read(folder), lambda j: j.state == "training")
+        os.killpg(slicer.pid, signal.SIGKILL)
+    (job,) = training.jobs(dataset)
+    assert job.folder == folder and job.state == "training"
+    training.stop(job)
+    assert wait(job, lambda j: not j.running).state == "stopped"
+
+
+def test_a_killed_job_is_lost_and_resumed(dataset):
+    job = wait(start(dataset), lambda j: j.state == "training")
+    os.kill(job.pid, signal.SIGKILL)
+    lost = wait(job, lambda j: not j.running)
+    assert lost.state == "lost" and lost.resumable and "ended from outside" in lost.text and "resume it to go on where it was" in lost.text
+    assert json.loads((job.folder / "job.json").read_text("utf-8"))["state"] == "training"  # nobody was there to write it
+    # A later process that happens to have its id is not it.
+    training.update(job.folder, pid=os.getpid())
+    assert training.read(job.folder).state == "lost"
+    training.update(job.folder, kept=False)
+    with pytest.raises(UserError, match="No epoch of this training was finished"):
+        training.resume(lost, sys.executable, finish=True)
+    back = wait(training.resume(lost, sys.executable), lambda j: j.state == "training")
+    assert back.pid not in (job.pid, os.getpid())
+    training.stop(back)
+    assert wait(back, lambda j: not j.running).state == "stopped"
+
+
+def test_on_another_computer_only_silence_tells(dataset):
+    job = training.create(dataset)
+    training.update(job.folder, pid=1 << 22, mark="x", host="another", state="training")
+    (job.folder / training.BEAT).touch()
+    assert training.read(job.folder).state == "training"
+    assert training.create(dataset).running  # it does not keep this computer from training
+    os.utime(job.folder / training.BEAT, (time.time() - 2 * training.SILENT_S,) * 2)
+    assert training.read(job.folder).state == "lost"
+
+
+def test_a_python_that_cannot_train_is_told(dataset, tmp_path):
+    (tmp_path / "code" / "unetseg_training" / "__main__.py").write_text("import no_such_package", "utf-8")
+    job = wait(start(dataset), lambda j: not j.running)
+    assert job.state == "failed" and "did not start" in job.text and "No module named 'no_such_package'" in job.text
+    with pytest.raises(UserError, match="cannot be started with the Python at .*nowhere"):
+        training.start(dataset, None, Options(), str(tmp_path / "nowhere"))
+    assert [j.folder for j in training.jobs(dataset)] == [job.folder]  # of the one that could not be started nothing is left
+
+
+def test_a_python_without_pytorch_is_told(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "training_folder", lambda: CORE.parent / "training")
+    (tmp_path / "bare").mkdir()
+    for name in ("torch", "monai", "lightning"):
+        text = f"raise ModuleNotFoundError('No module named {name}', name='{name}')"
+        (tmp_path / "bare" / f"{name}.py").write_text(text, "utf-8")
+    environment = {**os.environ, "UNETSEG_PACKAGES": str(tmp_path / "bare")}
+    job = wait(training.start(dataset, None, Options(), sys.executable, environment), lambda j: not j.running)
+    assert job.state == "failed" and "lacks the package" in job.text and job.text.endswith("install what training needs and resume it.")
+
+
+def test_one_process_has_a_job(dataset):
+    job = wait(start(dataset), lambda j: j.state == "training")
+    assert not training.claim(job.folder)
+    assert training.read(job.folder).pid == job.pid
+    training.stop(job)
+    wait(job, lambda j: not j.running)
+
+
+def test_what_the_process_itself_says_is_kept(dataset):
+    does(dataset, "fail")
+    job = wait(start(dataset), lambda j: not j.running)
+    assert (job.state, job.text) == ("failed", "The disk is full.") and job.resumable
+
+
+def test_processes_are_told_apart_by_when_they_began():
+    mine = training.process_mark(os.getpid())
+    assert mine and mine == training.process_mark(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert training.process_mark(child.pid) not in (None, mine)
+        child.kill()
+        end = time.monotonic() + 30
+        while training.process_mark(child.pid) is not None:  # dead, though its parent has not looked yet
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    assert training.process_mark(-1) is None
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_what_can_be_seen_to_fail_is_told_at_once(dataset, tmp_path, make_package):
+    with pytest.raises(UserError, match="is not there; connect its drive"):
+        training.start(tmp_path / "gone", None, Options(), sys.executable)
+    with pytest.raises(UserError, match="Train on one of auto, cpu"):
+        start(dataset, device="abacus")
+    with pytest.raises(UserError, match="cannot name a model"):
+        start(dataset, name="My Model")
+    with pytest.raises(UserError, match="carries no PyTorch weights"):
+        training.start(dataset, make_package(), Options(), sys.executable)
+    with pytest.raises(UserError, match="is a click model"):
+        training.start(dataset, find_model("lung-nodule-click"), Options(), sys.executable)
+    set_ = Dataset.open(dataset)
+    set_.remove("case1")
+    with pytest.raises(UserError, match=r"holds one case only \(case0\); add"):
+        start(dataset)
+    values = np.random.default_rng(5).normal(size=(4, 6, 8)).astype(np.float32)
+    set_.add(Image(values), (values > 0).astype(np.uint8), patient="P0")
+    with pytest.raises(UserError, match="All 2 cases of the training set are of one patient"):
+        start(dataset)
+    assert training.jobs(dataset) == [] and not (dataset / "retrain").exists()
+    with pytest.raises(UserError, match="holds no retraining"):
+        training.read(tmp_path)
+
+
+def test_a_job_goes_where_its_dataset_goes(dataset, tmp_path):
+    job = training.create(dataset)
+    training.end(job.folder, "finished", "Better.")
+    dataset.rename(tmp_path / "moved")
+    (found,) = training.jobs(tmp_path / "moved")
+    assert found.dataset == tmp_path / "moved"
+    (tmp_path / "moved" / "does").rename(tmp_path / "does")
+    (tmp_path / "moved").rename(dataset)
+
+
+def test_lines_are_read_from_where_one_was(dataset):
+    job = training.create(dataset)
+    assert training.lines(job) == []
+    job.live.write_text('{"event": "start"}\n{"event": "step", "loss": 1.5}\n{"event": "st', "utf-8")
+    assert [line["event"] for line in training.lines(job)] == ["start", "step"]
+    assert training.lines(job, 1) == [{"event": "step", "loss": 1.5}]
+
+
+# --------------------------------------------------------------------------------------------------------------- promote
+
+
+@pytest.fixture
+def finished(dataset, make_package):
+    """A finished job that made toy 1.1.0 of toy 1.0.0."""
+    job = training.create(dataset)
+    training.update(job.folder, base="toy-1.0.0", name="toy")
+    training.end(job.folder, "finished", "Better.")
+    return package_of(job, make_package, version="1.1.0", title="A toy", lineage={"parent": {"name": "toy", "version": "1.0.0"}})
+
+
+def test_used_it_takes_its_parents_place(finished, make_package, models_folder):
+    models_folder.mkdir()
+    parent = make_package()
+    (models_folder / parent.path.name).write_bytes(parent.path.read_bytes())
+    assert find_model("toy").card.version == "1.0.0"
+    path = training.promote(finished, "use")
+    assert path == models_folder / "toy-1.1.0.unet.zip" and find_model("toy").card.version == "1.1.0"
+    assert [p.name for p in models_folder.glob("*.unet.zip")] == ["toy-1.1.0.unet.zip"]
+    aside = ModelPackage.read(models_folder / "former" / "toy-1.0.0.unet.zip")
+    assert aside.card.data == parent.card.data
+    assert training.read(finished.folder).decided == "use" and ModelPackage.read(path).card.origin == "Fine-tuned from toy 1.0.0."
+
+
+def test_kept_it_gets_a_name_of_its_own(finished, make_package, models_folder):
+    models_folder.mkdir()
+    parent = make_package()
+    (models_folder / parent.path.name).write_bytes(parent.path.read_bytes())
+    path = training.promote(finished, "keep")
+    assert path.name == "toy-my-set-1.1.0.unet.zip"
+    assert find_model("toy").card.version == "1.0.0" and find_model("toy-my-set").card.data["title"] == "A toy (My set)"
+    assert training.promote(finished, "keep").name == "toy-my-set-2-1.1.0.unet.zip"
+
+
+def test_what_has_the_same_name_and_version_is_not_replaced(finished, make_package, models_folder):
+    models_folder.mkdir()
+    other = make_package(version="1.1.0", title="Another's")
+    (models_folder / other.path.name).write_bytes(other.path.read_bytes())
+    assert training.promote(finished, "use").name == "toy-1.2.0.unet.zip"
+    assert ModelPackage.read(models_folder / other.path.name).card.data["title"] == "Another's"
+
+
+def test_discarded_only_the_record_stays(finished, models_folder):
+    (finished.folder / "check").mkdir()
+    (finished.folder / "last.ckpt").touch()
+    assert training.promote(finished, "discard") is None
+    job = training.read(finished.folder)
+    assert job.decided == "discard" and job.package is None and not job.resumable
+    assert not {p.name for p in job.folder.iterdir()} & {"check", "last.ckpt", "toy-1.1.0.unet.zip"} and not models_folder.exists()
+    with pytest.raises(UserError, match="made no model"):
+        training.promote(job, "use")
+    with pytest.raises(UserError, match="choose use, keep or discard"):
+        training.promote(job, "burn")
+
+
+def test_the_parent_of_another_task_stays(finished, make_package, models_folder):
+    models_folder.mkdir()
+    parent = make_package(name="other")
+    (models_folder / parent.path.name).write_bytes(parent.path.read_bytes())
+    training.update(finished.folder, base="other-1.0.0")
+    training.promote(training.read(finished.folder), "use")
+    assert sorted(p.name for p in models_folder.glob("*.unet.zip")) == ["other-1.0.0.unet.zip", "toy-1.1.0.unet.zip"]

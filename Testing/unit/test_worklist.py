@@ -1,0 +1,592 @@
+"""The work list: the order that it gives, what is segmented in advance, and that nobody gets a scan that another has."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from UNetSegmentationLib import cli
+from UNetSegmentationLib import worklist as module
+from UNetSegmentationLib.dataset import Dataset, read_mask
+from UNetSegmentationLib.files import UserError
+from UNetSegmentationLib.image import Image, read_image, write_image
+from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
+from UNetSegmentationLib.model import find_model
+from UNetSegmentationLib.worker.client import child_environment, command, new_folder
+from UNetSegmentationLib.worker.protocol import Lines, load_array, remove_folder
+from UNetSegmentationLib.worklist import Annotator, WorkList, describe, find_scans, order
+from workers import POSIX, until
+
+ROOT = Path(__file__).resolve().parents[2]
+ANNA, BERT = Annotator("anna", "Anna"), Annotator("bert", "Bert")
+ONNX = Options(engine="onnx", device="cpu", threads=1, tta="none")
+
+
+def ball(edge=1.0, radius=5.0, center=(10, 14, 16), shape=(20, 28, 32), spacing=(1.0, 1.0, 1.0)):
+    """A ball of 1 on 0 whose edge is `edge` voxels wide: the wider, the more voxels the threshold network is unsure of."""
+    distance = np.sqrt(sum((g - c) ** 2 for g, c in zip(np.indices(shape), center)))
+    return Image(np.clip(0.5 + (radius - distance) / edge / 4, 0, 1).astype(np.float32), spacing)
+
+
+def predicted(package, image, **options):
+    return predict(image, [package], Options(engine="onnx", device="cpu", threads=1, uncertainty=True, **options))
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+
+
+def test_the_first_is_the_least_certain_and_the_next_are_of_other_kinds():
+    rng = np.random.default_rng(0)
+    kinds = np.repeat(np.arange(5), 20)
+    points = np.eye(5)[kinds] * 10 + rng.normal(0, 0.1, (100, 5))
+    values = rng.random(100) + np.where(kinds == 2, 5, 0)  # all of one kind are the least certain
+    chosen = order(values, points)
+    assert sorted(chosen) == list(range(100)) and chosen[0] == int(np.argmax(values))
+    assert {int(kinds[i]) for i in chosen[:5]} == set(range(5))
+    by_value = np.argsort(-values)[:10]
+    assert {int(kinds[i]) for i in by_value} == {2}  # which is what sorting alone would bring
+    for i in chosen[1:5]:  # of its kind it is one of the less certain ones
+        assert np.mean(values[kinds == kinds[i]] > values[i]) < 0.5
+
+
+def test_the_order_knows_what_is_done_and_repeats():
+    rng = np.random.default_rng(1)
+    values, points = rng.random(60), rng.normal(size=(60, 12))
+    first = order(values, points)
+    assert order(values, points) == first == order(values, points, limit=60)
+    assert order(values, points, limit=7) == first[:7]
+    assert order(values, points, first[:7]) == first[7:]
+    assert order(values * 1e6, points * 3 + 5) == first  # no scale counts
+    mixed = rng.permutation(60)
+    assert [int(mixed[i]) for i in order(values[mixed], points[mixed])] == first
+
+
+def test_equal_scans_come_in_the_lists_order_and_numbers_that_are_none_come_last():
+    assert order([1, 1, 1], np.zeros((3, 2))) == [0, 1, 2]
+    assert order([], np.zeros((0, 4))) == [] and order([1.0], np.zeros((1, 0))) == [0]
+    assert order([np.nan, 0.5, 0.7], np.zeros((3, 2))) == [2, 1, 0]
+    assert order([0.1, 0.9, 0.9], [[0, 0], [1, 1], [1, 1]]) == [1, 0, 2]  # a second one of a kind waits
+
+
+# --------------------------------------------------------------------------------------------------------- description
+
+
+def test_a_blurred_edge_is_worth_more_than_a_sharp_one(make_package):
+    package = make_package()
+    scores = [describe(predicted(package, image), image)[0] for image in (ball(0.01), ball(0.5), ball(2.0))]
+    assert scores[0]["entropy"] < scores[1]["entropy"] < scores[2]["entropy"] <= 1
+    assert all(s["disagreement"] == 0 and s["value"] == s["entropy"] for s in scores)
+
+
+def test_what_two_models_disagree_on_counts(make_package):
+    image = ball(0.3)
+    one, other = make_package(), make_package(kind="threshold", labels=[{"value": 1, "name": "thing"}], intensity={"mode": "zscore"})
+    options = Options(engine="onnx", device="cpu", threads=1, uncertainty=True, tta="none")
+    both, _ = describe(predict(image, [one, other], options), image)
+    alike, _ = describe(predict(image, [one, one], options), image)
+    assert alike["disagreement"] < 1e-6 < 0.02 < both["disagreement"] <= both["entropy"]
+    assert both["value"] == pytest.approx(both["entropy"] + both["disagreement"], abs=1e-6)
+
+
+def test_a_description_is_of_the_patient_and_not_of_how_the_file_lies(make_package):
+    package, image = make_package(patch=[16, 16, 16]), ball(center=(7, 9, 20))
+    turned = Image(
+        np.ascontiguousarray(image.array[::-1, :, ::-1]),
+        image.spacing,
+        image.index_to_point((31, 0, 19)),
+        (-1.0, 0, 0, 0, 1.0, 0, 0, 0, -1.0),
+    )
+    scores, embedding = describe(predicted(package, image), image)
+    again, other = describe(predicted(package, turned), turned)
+    assert again == pytest.approx(scores, abs=1e-4)
+    assert np.abs(other - embedding).max() < 2e-2
+
+
+def test_every_scan_has_a_description_of_the_same_length(make_package):
+    package = make_package(dimensions=2)
+    images = [
+        ball(),
+        ball(radius=-20),  # nothing to find
+        Image(np.zeros((4, 20, 20), np.float32)),
+        Image(ball().array[10:11], (0.001, 0.001, 0.001)),
+        Image((ball().array * 100).astype(np.uint8)),  # all of it is found
+    ]
+    found = [describe(predicted(package, image), image) for image in images]
+    assert len({len(e) for _, e in found}) == 1 and all(np.isfinite(e).all() for _, e in found)
+    assert all(0 <= s["value"] <= 2 for s, _ in found)
+    with pytest.raises(ValueError, match="uncertainty"):
+        describe(predict(images[0], [package], ONNX), images[0])
+
+
+def test_a_noisy_real_scan_is_worth_more(data):
+    image = read_image(data / "msd_hippocampus" / "images" / "hippocampus_003.nii.gz")
+    noise = np.random.default_rng(0).normal(0, 0.4 * image.array.std(), image.shape)
+    noisy = image.like((image.array + noise).astype(np.float32))
+    model = [find_model("hippocampus-3d")]
+    (clean, _), (poor, _) = (describe(predict(i, model, Options(uncertainty=True, tta="none")), i) for i in (image, noisy))
+    assert poor["value"] > clean["value"]
+
+
+# --------------------------------------------------------------------------------------------------------------- scans
+
+
+def test_scans_are_found_below_a_folder_and_in_lists(tmp_path, data):
+    folder = tmp_path / "scans"
+    for name in (
+        "b.nii.gz",
+        "a.nrrd",
+        "deep/mr_0000.nii.gz",
+        "deep/mr_0001.nii.gz",
+        "a-label.nrrd",
+        "seg/a.nrrd",
+        ".hidden/x.nrrd",
+        "n.txt",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / "labelled.nii.gz").write_text("x")  # no label, by its name
+    dicom = folder / "series" / "1"
+    dicom.mkdir(parents=True)
+    (dicom / "IM1").write_bytes(b"\0" * 128 + b"DICM")
+    below = [["/".join(f.relative_to(folder).parts) for f in files] for files in find_scans([folder])]
+    assert below == [["a.nrrd"], ["b.nii.gz"], ["labelled.nii.gz"], ["deep/mr_0000.nii.gz", "deep/mr_0001.nii.gz"], ["series/1"]]
+    listed = folder / "list.csv"
+    listed.write_text("# mine\na.nrrd\n\n deep/mr_0000.nii.gz, deep/mr_0001.nii.gz\n", "utf-8")
+    assert find_scans([listed]) == [(folder / "a.nrrd",), (folder / "deep/mr_0000.nii.gz", folder / "deep/mr_0001.nii.gz")]
+    assert find_scans([folder / "a.nrrd", folder / "a.nrrd"]) == [(folder / "a.nrrd",)]
+    listed.write_text("a.nrrd\ngone.nrrd\n")
+    with pytest.raises(UserError, match="line 2: .*gone.nrrd does not exist; correct the line"):
+        find_scans([listed])
+    with pytest.raises(UserError, match="does not exist; check the name"):
+        find_scans([tmp_path / "nothing"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- list
+
+
+@pytest.fixture
+def scans(tmp_path):
+    folder = tmp_path / "scans"
+    for i, edge in enumerate((0.2, 2.0, 0.6, 1.2)):
+        write_image(ball(edge, center=(10, 10 + 2 * i, 16)), folder / f"s{i}.nii.gz")
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path, scans):
+    out = WorkList.create(tmp_path / "list")
+    assert out.add([scans]) == ["s0", "s1", "s2", "s3"]
+    return out
+
+
+def segment_all(work, package):
+    out = []
+    while (scan := work.segment([package], Annotator.here(pid=os.getpid()), ONNX)) is not None:
+        out.append(scan)
+    return out
+
+
+def test_scans_are_segmented_in_advance_and_offered_where_it_helps_most(work, make_package, tmp_path):
+    package = make_package()
+    assert work.choose_models([package]) == 4 and work.unsegmented == 4
+    done = segment_all(work, package)
+    assert [s.status for s in done] == ["segmented"] * 4 and work.counts()["segmented"] == 4 and work.unsegmented == 0
+    for scan in done:
+        image = read_image(scan.files)
+        array, labels = read_mask(scan.mask, image)
+        assert [d.name for d in labels] == ["thing"] and np.array_equal(array, image.array > 0.5)
+    expected = [s.name for s in sorted(done, key=lambda s: -s.scores["value"])]
+    ahead = [s.name for s in work.ordered()]
+    assert ahead[0] == expected[0] == "s1" and sorted(ahead) == ["s0", "s1", "s2", "s3"]
+    assert work.labels("toy-1.0.0")[0].name == "thing"
+    assert [s.name for s in WorkList.open(work.folder).ordered(2)] == ahead[:2]  # it is all in the file
+    assert work.add([tmp_path / "scans"]) == []  # they are there
+
+
+def test_a_bad_scan_is_a_sentence_and_stops_nobody(work, make_package, scans):
+    (scans / "s2.nii.gz").write_bytes(b"no image")
+    package = make_package()
+    work.choose_models([package])
+    found = {s.name: s for s in segment_all(work, package)}
+    assert found["s2"].status == "failed" and "cannot be read as an image" in found["s2"].error and len(found) == 4
+    assert work.counts()["segmented"] == 3 and "s2" not in {s.name for s in work.ordered()}
+    write_image(ball(), scans / "s2.nii.gz")
+    assert work.choose_models([package]) == 1  # tried again
+    assert segment_all(work, package)[0].status == "segmented"
+
+
+def test_another_model_segments_what_is_left_to_correct_again(work, make_package):
+    old, new = make_package(), make_package(version="2.0.0")
+    work.choose_models([old])
+    segment_all(work, old)
+    first = work.next(ANNA)
+    work.done(first.name, ANNA, "case-1")
+    former = {s.name: s.mask for s in work.scans.values()}
+    assert work.choose_models([new]) == 3 and work.segment([old], ANNA, ONNX) is None
+    again = segment_all(work, new)
+    assert {s.model for s in again} == {"toy-2.0.0"} and first.name not in {s.name for s in again}
+    assert all(not former[s.name].exists() and s.mask.exists() for s in again)
+    assert work.scan(first.name).case == "case-1" and work.scan(first.name).by == "Anna" and former[first.name].exists()
+
+
+def test_models_that_need_a_person_segment_nothing_in_advance(work):
+    for name, why in (("lung-nodule-click", "works from clicks"), ("lung-nodule-2d", "a box around one target")):
+        with pytest.raises(UserError, match=f"{why}.*choose another model, or none"):
+            work.choose_models([find_model(name)])
+    assert work.next(ANNA).name == "s0"  # a list needs no model
+
+
+def test_nobody_gets_what_another_has(work):
+    mine = [work.next(ANNA).name]
+    theirs = work.next(BERT)
+    assert theirs.name != mine[0] and theirs.status == "taken" and work.counts()["taken"] == 2
+    assert work.scan(mine[0]).by == "Anna" and 11 * 3600 < work.scan(mine[0]).until <= 12 * 3600
+    assert work.next(ANNA).name == mine[0]  # from the command line one goes on with what one has
+    other = work.next(ANNA, leave=mine[0], passed=[mine[0]])
+    assert other.name not in (mine[0], theirs.name) and work.scan(mine[0]).status == "waiting"
+    assert work.skip(other.name, ANNA) == "" and work.scan(other.name).status == "skipped"
+    rest = work.next(ANNA, passed=[mine[0]])
+    assert rest.name not in (mine[0], other.name, theirs.name)
+    work.done(rest.name, ANNA)
+    assert work.next(ANNA, passed=[mine[0]]).name == mine[0]  # what was passed over comes last
+    work.done(mine[0], ANNA)
+    assert work.next(ANNA) is None and work.counts() == {
+        "waiting": 0, "segmented": 0, "taken": 1, "done": 2, "skipped": 1, "failed": 0,
+    }  # fmt: skip
+    work.back(other.name)
+    assert work.next(ANNA).name == other.name
+
+
+def test_what_was_taken_is_free_again_when_its_time_is_over_or_its_program_gone(work):
+    short = Annotator("anna", "Anna", lease=0.3)
+    name = work.next(short).name
+    assert work.next(BERT).name != name
+    time.sleep(0.35)
+    assert work.scan(name).status == "waiting"
+    assert work.next(Annotator("carl")).name == name
+    note = work.done(name, short, "case-1")
+    assert note == f"{name} was taken by another annotator too, as your time for it was over." and work.scan(name).status == "done"
+    assert "already done by Anna; the dataset keeps both versions" in work.done(name, Annotator("carl"), "case-1")
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    killed = work.next(Annotator.here(pid=gone.pid))
+    if os.name != "nt":
+        assert work.scan(killed.name).status == "waiting" and work.next(Annotator.here(pid=os.getpid())).name == killed.name
+
+
+def test_a_sign_of_life_keeps_what_is_taken(work):
+    me = Annotator("anna", lease=0.4)
+    name = work.next(me).name
+    for _ in range(3):
+        time.sleep(0.2)
+        work.renew(me)
+    assert work.scan(name).status == "taken"
+    revision = work._data["revision"]
+    work.renew(BERT)  # who has nothing changes nothing
+    assert work.refresh()._data["revision"] == revision
+
+
+def python(code, **how):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in ("UNetSegmentation", "Testing", "Testing/unit"))}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
+    )
+
+
+def test_three_annotators_at_once_do_no_scan_twice(tmp_path):
+    for i in range(18):
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        (tmp_path / "scans" / f"s{i:02d}.nrrd").write_text("x")
+    work = WorkList.create(tmp_path / "list")
+    work.add([tmp_path / "scans"])
+    code = f"""
+    import sys
+    from UNetSegmentationLib.worklist import Annotator, WorkList
+    me, work = Annotator(sys.argv[1]), WorkList.open({str(work.folder)!r})
+    while (scan := work.next(me)) is not None:
+        print(scan.name)
+        work.done(scan.name, me)
+    """
+    children = [python(code.replace("sys.argv[1]", repr(f"annotator {k}"))) for k in range(3)]
+    told = []
+    for child in children:
+        out, errors = child.communicate(timeout=120)
+        assert child.returncode == 0, errors
+        told += out.split()
+    assert sorted(told) == [f"s{i:02d}" for i in range(18)] and work.refresh().counts()["done"] == 18
+
+
+@POSIX
+@pytest.mark.parametrize("point", ["predicting", "mask written", "half a list", "list not moved"])
+def test_killed_while_segmenting_the_next_goes_on_and_nothing_is_half_there(work, make_package, point, monkeypatch):
+    from UNetSegmentationLib import dataset
+
+    monkeypatch.setattr(dataset, "DEAD", -1.0)
+    package = make_package()
+    work.choose_models([package])
+    code = f"""
+    import os, signal
+    from test_worklist import ONNX
+    from UNetSegmentationLib import worklist as m
+    from UNetSegmentationLib.model import ModelPackage
+    def die(*_a, **_k):
+        os.kill(os.getpid(), signal.SIGKILL)
+    package, me = ModelPackage.read({str(package.path)!r}), m.Annotator.here(pid=os.getpid())
+    work = m.WorkList.open({str(work.folder)!r})
+    work.segment([package], me, ONNX)
+    point = {point!r}
+    if point == "predicting":
+        m.predict = die
+    elif point == "mask written":
+        write = m.write_segmentation
+        m.write_segmentation = lambda *a: (write(*a), die())
+    elif point == "half a list":
+        taken = m.WorkList._segmented
+        def half(*a):
+            out = taken(*a)
+            m.flush = die
+            return out
+        m.WorkList._segmented = half
+    else:
+        taken = m.WorkList._segmented
+        def late(*a):
+            out = taken(*a)
+            m.FolderLock.mine = die
+            return out
+        m.WorkList._segmented = late
+    work.segment([package], me, ONNX)
+    """
+    child = python(code)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL, errors
+    work.refresh()
+    assert work.counts()["segmented"] == 1 and work.unsegmented == 3
+    assert len(segment_all(work, package)) == 3 and work.counts()["segmented"] == 4
+    named = {s.mask for s in work.scans.values()}
+    left = [p for p in work.folder.glob("worklist/*/*") if p not in named]
+    for p in left:
+        os.utime(p, (0, 0))
+    work.clean()
+    assert set(work.folder.glob("worklist/*/*")) == named and all(m.is_file() for m in named)
+
+
+def test_cancelled_the_scan_is_free_again(work, make_package):
+    package = make_package()
+    work.choose_models([package])
+    with pytest.raises(Cancelled):
+        work.segment([package], ANNA, ONNX, cancelled=lambda: True)
+    assert work.unsegmented == 4 and work.segment([package], BERT, ONNX).name == "s0"
+
+
+def test_a_full_disk_leaves_the_list_as_it_was(work, make_package, monkeypatch):
+    package = make_package()
+    work.choose_models([package])
+    before = (work.folder / "worklist.json").read_bytes()
+
+    def full(*_unused):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "flush", full)
+    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        work.next(ANNA)
+    assert (work.folder / "worklist.json").read_bytes() == before and not list(work.folder.glob(".unetseg-*"))
+
+
+def test_a_list_that_is_gone_damaged_or_hostile_is_a_sentence(work, make_package):
+    path, good = work.folder / "worklist.json", json.loads((work.folder / "worklist.json").read_text())
+    for change, said in (
+        (lambda d: d.update(format="other"), "another program's"),
+        (lambda d: d.update(format_version=2), "newer version"),
+        (lambda d: d.pop("scans"), "damaged"),
+        (lambda d: d["scans"]["s0"].update(status="odd"), "damaged .the scan 's0'"),
+        (lambda d: d["scans"]["s0"].update(mask="worklist/../../x.nrrd"), "damaged .the file"),
+        (lambda d: d["scans"]["s0"].update(claim={"until": "soon"}), "damaged"),
+    ):
+        data = json.loads(json.dumps(good))
+        change(data)
+        path.write_text(json.dumps(data))
+        with pytest.raises(UserError, match=said):
+            work.next(ANNA)
+    path.unlink()
+    with pytest.raises(UserError, match="is no work list .it has no worklist.json"):
+        work.refresh()
+    with pytest.raises(UserError, match="is not there; connect its drive"):
+        WorkList.open(work.folder / "gone")
+
+
+def test_a_list_and_its_scans_may_move_together(work, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("list", "scans"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    moved = WorkList.open(tmp_path / "elsewhere" / "list")
+    assert moved.next(ANNA).files[0].is_file()
+    assert moved.add([tmp_path / "elsewhere" / "scans"]) == []
+
+
+def test_a_list_lies_in_a_datasets_folder_and_neither_minds(tmp_path, scans):
+    from UNetSegmentationLib.model import Label
+
+    dataset = Dataset.create(tmp_path / "set", "Set", [Label(1, "thing", (1, 2, 3), {})], ["CT"])
+    work = WorkList.create(dataset.folder)
+    work.add([scans])
+    assert not dataset.check() and dataset.clean(age=0) == [] and WorkList.there(dataset.folder)
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def unetseg(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["unetseg", *map(str, arguments)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_the_command_line_makes_gives_and_takes(scans, make_package, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        return unetseg(monkeypatch, capsys, "worklist", *arguments)
+
+    package, folder = make_package(), tmp_path / "list"
+    assert run("make", folder)[0] == 2 and not folder.exists()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, _, err = run("make", folder, empty)
+    assert code == 2 and "No scans were found there" in err and not folder.exists()
+    code, _, err = run("make", folder, scans, "-m", package.path, "--limit", 2, "--device", "cpu", "--engine", "onnx")
+    assert code == 0 and "4 scans: 2 waiting, 2 segmented" in err
+    code, _, err = run("make", folder, "-m", package.path)  # goes on where it was stopped
+    assert code == 0 and "2 of 2" in err and "4 scans: 4 segmented" in err
+    code, out, _ = run("next", folder, "--json", "--by", "Anna")
+    scan = json.loads(out)
+    assert code == 0 and scan["name"] == "s1" and scan["by"] == "Anna" and Path(scan["mask"]).is_file()
+
+    image = read_image(scan["files"][0])
+    corrected = tmp_path / "mine.nii.gz"
+    write_image(image.like((image.array > 0.4).astype(np.uint8)), corrected)
+    code, _, err = run("done", folder, "s1", "-m", corrected)
+    assert code == 2 and "holds no dataset" in err
+    from UNetSegmentationLib.model import Label
+
+    dataset = Dataset.create(tmp_path / "set", "Set", [Label(3, "Thing", (1, 2, 3), {})], ["CT"])
+    write_image(image.like(np.where(image.array > 0.4, 3, 0).astype(np.uint8)), corrected)
+    code, out, err = run("done", folder, "s1", "-m", corrected, "--dataset", dataset.folder, "--by", "Anna")
+    assert code == 0, err
+    entry = next(iter(dataset.refresh().entries.values()))
+    more = int(np.count_nonzero((image.array > 0.4) & ~(image.array > 0.5)))
+    assert entry.changes["Thing"]["added"] == more > 0 and entry.record["model_name"] == "toy-1.0.0"
+    assert run("skip", folder, "s0")[0] == 0 and run("back", folder, "s0")[0] == 0
+    code, out, _ = run("list", folder, "--json")
+    rows = {r["name"]: r for r in json.loads(out)}
+    assert rows["s1"]["status"] == "done" and rows["s1"]["case"] == entry.name and rows["s0"]["status"] == "segmented"
+    code, out, _ = run("list", folder)
+    assert code == 0 and "1 done" in out
+
+
+# ----------------------------------------------------------------------------------------------------------------- desk
+
+
+class DeskClient:
+    """The desk as a panel has it, on pipes."""
+
+    def __init__(self):
+        self.folder = new_folder()
+        arguments = [*command(sys.executable, self.folder), "desk"]
+        self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment(sys.executable))
+        self.lines, self.heard, self.number = Lines(), [], 0
+
+    def tell(self, op, **fields):
+        self.number += 1
+        self.process.stdin.write(json.dumps({"id": self.number, "op": op, **fields}).encode() + b"\n")
+        self.process.stdin.flush()
+        return self.number
+
+    def listen(self, wanted):
+        while True:
+            for message in self.heard:
+                if wanted(message):
+                    self.heard.remove(message)
+                    return message
+            data = os.read(self.process.stdout.fileno(), 1 << 16)
+            assert data, "the desk ended"
+            self.heard += [json.loads(line) for line in self.lines.feed(data)]
+
+    def ask(self, op, **fields):
+        number = self.tell(op, **fields)
+        return self.listen(lambda m: m.get("id") == number)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(10)
+        remove_folder(self.folder)
+
+
+@pytest.fixture
+def desk():
+    client = DeskClient()
+    yield client
+    client.close()
+
+
+def test_the_desk_segments_while_it_hands_out_scans(desk, tmp_path, scans, make_package):
+    folder, package = str(tmp_path / "list"), make_package()
+    assert desk.ask("open", folder=str(tmp_path))["list"] is None
+    assert "is not there" in desk.ask("open", folder=folder)["error"]
+    answer = desk.ask("add", folder=folder, sources=[str(scans)])
+    assert answer["added"] == 4 and answer["list"]["counts"]["waiting"] == 4
+    first = desk.ask("next", folder=folder, leave="", passed=[])["scan"]
+    assert first["name"] == "s0" and first["mask"] is None and first["labels"] == [] and first["value"] is None
+    options = {"engine": "onnx", "device": "cpu", "tta": "none"}
+    assert desk.ask("segment", folder=folder, models=[str(package.path)], options=options)["todo"] == 4
+    rest = desk.listen(lambda m: m["event"] == "rest")
+    assert rest["error"] == "" and sum(m["event"] == "changed" for m in desk.heard) == 3  # all but the one that is taken
+
+    answer = desk.ask("next", folder=folder, leave="s0", passed=["s0"])
+    scan, (channel,) = answer["scan"], answer["scan"]["channels"]
+    image = read_image(scans / "s1.nii.gz")
+    assert scan["name"] == "s1" and np.array_equal(load_array(desk.folder, channel["file"]), image.array)
+    assert channel["geometry"]["spacing"] == list(image.spacing) and scan["labels"][0]["name"] == "thing"
+    assert np.array_equal(load_array(desk.folder, scan["mask"]), image.array > 0.5) and Path(scan["maskFile"]).is_file()
+    assert answer["list"]["counts"]["taken"] == 1
+    answer = desk.ask("done", folder=folder, scan="s1", case="case-1")
+    assert answer["notes"] == [] and answer["list"]["counts"]["done"] == 1
+    assert "no scan nobody" in desk.ask("skip", folder=folder, scan="nobody")["error"]
+    assert desk.ask("odd")["kind"] == "internal"
+    assert "No model was chosen" in desk.ask("segment", folder=folder, models=[], options={})["error"]
+
+
+def test_the_desk_waits_while_it_is_in_the_way(desk, tmp_path, scans, make_package):
+    folder = str(tmp_path / "list")
+    desk.ask("add", folder=folder, sources=[str(scans)])
+    desk.tell("pause")
+    number = desk.tell("segment", folder=folder, models=[str(make_package().path)], options={"engine": "onnx", "device": "cpu"})
+    desk.tell("pause")
+    desk.listen(lambda m: m.get("id") == number)
+    before = desk.ask("status", folder=folder)["list"]["unsegmented"]
+    time.sleep(0.5)
+    assert desk.ask("status", folder=folder)["list"]["unsegmented"] >= before - 1 > 1
+    desk.tell("go")
+    desk.listen(lambda m: m["event"] == "rest")
+    assert desk.ask("status", folder=folder)["list"]["unsegmented"] == 0
+
+
+@POSIX
+def test_a_scan_that_cannot_be_read_is_passed_over_and_the_desk_ends_with_its_client(desk, tmp_path, scans):
+    folder = str(tmp_path / "list")
+    (scans / "s0.nii.gz").write_bytes(b"no image")
+    desk.ask("add", folder=folder, sources=[str(scans)])
+    answer = desk.ask("next", folder=folder, leave="", passed=[])
+    assert answer["scan"]["name"] == "s1" and "s0.nii.gz cannot be read" in answer["notes"][0]
+    assert answer["list"]["failed"][0]["name"] == "s0"
+    desk.process.stdin.close()
+    until(lambda: desk.process.poll() is not None, "the desk's end")

@@ -1,0 +1,689 @@
+"""A retraining as a job: a folder that says all about it, and a process of its own that outlives whoever started it.
+
+    job = start("my-cases", find_model("hippocampus-3d"), Options(quick=True))
+    job = read(job.folder)                       state, time left, Dice so far; jobs("my-cases") finds it again later
+    promote(job, "use")                          once it is finished
+
+The folder, my-cases/retrain/<time>-<name>, holds
+    job.json         what was asked for, which process does it, how it stands; always replaced as a whole
+    live.jsonl       loss and Dice while it trains (unetseg_training/live.py says what is in it)
+    result.json      Dice, Hausdorff distance and volume error before and after; check/ has the worst cases' masks
+    <name>-<version>.unet.zip, base.unet.zip     what came out, and what it started from
+    stop             asks the process to end and to keep the best so far
+    log.txt          what the process and its libraries wrote
+and what unetseg_training needs to go on exactly where a killed process was. This file imports no PyTorch: the process is
+`python -m unetseg_training FOLDER`, by a Python that has it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .files import UserError, atomic_path
+from .model import RESOURCES, SUFFIX, ModelPackage, find_model, user_models_folder, write_package
+
+FOLDER, JOB, LIVE, RESULT, STOP, LOG, BEAT, BASE = (
+    "retrain",
+    "job.json",
+    "live.jsonl",
+    "result.json",
+    "stop",
+    "log.txt",
+    "alive",
+    f"base{SUFFIX}",
+)
+_RESERVE = ".reserve"
+FORMAT = 1
+RUNNING = ("preparing", "training", "checking")
+# Seconds for a process to say its id (a cold disk, a virus scanner), between its signs of life, and after which one on
+# another computer, whose processes cannot be seen from here, is given up (clocks of two computers differ).
+START_S, BEAT_S, SILENT_S = 180.0, 20.0, 300.0
+DEVICES = ("auto", "cpu", "gpu", "mps")
+FORMER = "former"  # in the folder of models: what another took the place of
+
+
+@dataclass(frozen=True)
+class Options:
+    """quick: a model in ten minutes at most, else in hours. device: of DEVICES. minutes: of training, instead of what quick says.
+    name: of the model; "" takes the base's, or the dataset's."""
+
+    quick: bool = True
+    device: str = "auto"
+    minutes: float | None = None
+    name: str = ""
+
+
+@dataclass
+class Job:
+    """How a retraining stands. state: of RUNNING, or "finished", "stopped" (by a person), "failed", "lost" (its process is gone
+    without a word: killed, or the computer was restarted); text: that in a sentence.
+
+    base: "<name>-<version>", "" from scratch. package: what came out. fraction: of the whole; seconds_left, estimate: s, the
+    estimate of the whole, measured on this machine; None: not known yet. dice: the best so far. started, ended: s since 1970.
+    verdict: "better", "same", "worse", "" (nothing to compare with, or not yet); decided: "use", "keep", "discard" or "".
+    """
+
+    folder: Path
+    state: str = "preparing"
+    text: str = ""
+    name: str = ""
+    base: str = ""
+    dataset: Path = Path()
+    options: Options = field(default_factory=Options)
+    package: Path | None = None
+    fraction: float = 0.0
+    seconds_left: float | None = None
+    estimate: float | None = None
+    dice: float | None = None
+    started: float = 0.0
+    ended: float | None = None
+    verdict: str = ""
+    decided: str = ""
+    host: str = ""
+    pid: int | None = None
+    kept: bool = False  # there are weights that are worth a package
+
+    @property
+    def running(self) -> bool:
+        return self.state in RUNNING
+
+    @property
+    def resumable(self) -> bool:
+        """Whether resume() would go on with it."""
+        return self.state in ("lost", "failed", "stopped") and not self.decided
+
+    @property
+    def live(self) -> Path:
+        return self.folder / LIVE
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What result.json says; None before the end."""
+        try:
+            found = json.loads((self.folder / RESULT).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+
+# --------------------------------------------------------------------------------------------------------------- looking
+
+
+def jobs(dataset: str | Path) -> list[Job]:
+    """The retrainings of a dataset, the newest first."""
+    try:
+        folders = sorted((Path(dataset).expanduser() / FOLDER).iterdir(), reverse=True)
+    except OSError:
+        return []
+    out = []
+    for folder in folders:
+        try:
+            out.append(read(folder))
+        except UserError:
+            continue  # not a job, or one that was cut off before it began
+    return sorted(out, key=lambda job: -job.started)
+
+
+def read(folder: str | Path) -> Job:
+    """How a job stands now; a few small files are read. UserError where the folder holds none, or is not reached."""
+    folder = Path(folder)
+    data = _load(folder)
+    job = _job(folder, data)
+    child = _children.get(folder)
+    ended = child is not None and child.poll() is not None  # also takes a dead child's last trace away
+    if ended:
+        _children.pop(folder, None)
+    if not job.running or _alive(folder, data, ended):
+        return job
+    again = _load(folder)
+    if again != data:  # it ended between the two looks
+        return read(folder)
+    if data.get("pid") is None:
+        text = _not_started(folder, str(data.get("python", "")))
+        with suppress(UserError):  # only here is it known that the process is over
+            update(folder, state="failed", text=text)
+        return _replaced(job, state="failed", text=text, seconds_left=None)
+    what = "It was ended from outside: the computer was restarted, the memory ran out, or somebody stopped the process"
+    cure = "resume it to go on where it was" if job.kept else "resume it to begin again"
+    return _replaced(job, state="lost", text=f"{what}; {cure}.", seconds_left=None)
+
+
+def lines(job: Job, since: int = 0) -> list[dict[str, Any]]:
+    """The whole lines of live.jsonl from number `since` on; fewer than before where a resumed training dropped some."""
+    try:
+        text = job.live.read_text("utf-8", errors="replace")
+    except OSError:
+        return []
+    out = []
+    for part in text.split("\n")[:-1][since:]:
+        try:
+            line = json.loads(part)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            out.append(line)
+    return out
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    path = folder / JOB
+    for attempt in range(4):
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            break
+        except FileNotFoundError as e:
+            raise UserError(f"{folder} holds no retraining (it has no {JOB}); choose one of those of the dataset.") from e
+        except (OSError, ValueError) as e:  # it is being replaced: Windows and network folders say so
+            if attempt == 3:
+                raise UserError(f"{path} cannot be read ({e}); check the connection to its folder.") from e
+            time.sleep(0.02)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise UserError(f"{path} was written by another version of UNetSegmentation; update this one.")
+    return data
+
+
+def _job(folder: Path, data: Mapping[str, Any]) -> Job:
+    known = {f.name for f in fields(Job)} - {"folder", "dataset", "options", "package"}
+    job = Job(folder, **{k: v for k, v in data.items() if k in known})
+    job.dataset = folder.parents[1] if data["dataset"] == "" else Path(data["dataset"])
+    job.options = Options(**{k: v for k, v in data.get("options", {}).items() if k in {f.name for f in fields(Options)}})
+    package = data.get("package")
+    job.package = folder / package if package and (folder / package).is_file() else None
+    return job
+
+
+def _replaced(job: Job, **changes: Any) -> Job:
+    for name, value in changes.items():
+        setattr(job, name, value)
+    return job
+
+
+def update(folder: Path, **changes: Any) -> None:
+    """Change job.json; for the one process that has the job, or for who starts it."""
+    data = {**_load(folder), **changes}
+    for attempt in range(10):
+        try:
+            with atomic_path(folder / JOB) as temporary:
+                temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            return
+        except UserError as e:  # on Windows and its shares while another reads it
+            if attempt == 9 or not isinstance(e.__cause__, PermissionError):
+                raise
+            time.sleep(0.05)
+
+
+# ------------------------------------------------------------------------------------------------------------- processes
+
+_children: dict[Path, subprocess.Popen[bytes]] = {}  # that this process started
+
+
+def _alive(folder: Path, data: Mapping[str, Any], ended: bool) -> bool:
+    """Whether the job's process is there. ended: a process that we started for it is over, which may be a launcher's."""
+    pid = data.get("pid")
+    if pid is None:
+        return not ended and time.time() - float(data.get("launched") or 0) < START_S
+    if data.get("host") == socket.gethostname():
+        mark = process_mark(int(pid))
+        if mark is None:
+            return False
+        if mark and data.get("mark"):
+            return mark == data["mark"]
+    try:
+        return time.time() - (folder / BEAT).stat().st_mtime < SILENT_S
+    except OSError:
+        return time.time() - float(data.get("launched") or 0) < SILENT_S
+
+
+def process_mark(pid: int) -> str | None:
+    """What tells a process of this computer from a later one of the same id: when it began. None: it is not there, "": that
+    cannot be found out."""
+    if pid <= 0:
+        return None
+    if sys.platform == "win32":
+        return _windows_mark(pid)
+    stat = Path(f"/proc/{pid}/stat")
+    if Path("/proc/self/stat").exists():
+        try:
+            # The name, in brackets, may hold anything.
+            state, *rest = stat.read_text("utf-8", errors="replace").rpartition(")")[2].split()
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        except (OSError, ValueError):
+            return ""
+        return None if state in "ZX" else f"{boot} {rest[18]}"
+    try:
+        done = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    state, _, began = done.stdout.strip().partition(" ")
+    return None if not state or state.startswith("Z") else began.strip()
+
+
+def _windows_mark(pid: int) -> str | None:
+    import ctypes
+
+    kernel: Any = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
+    kernel.OpenProcess.restype = ctypes.c_void_p
+    handle = kernel.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
+    if not handle:
+        return None if ctypes.get_last_error() == 87 else ""  # type: ignore[attr-defined]  # ERROR_INVALID_PARAMETER: no such process
+    try:
+        code, times = ctypes.c_ulong(), [ctypes.c_ulonglong() for _ in range(4)]
+        if kernel.GetExitCodeProcess(ctypes.c_void_p(handle), ctypes.byref(code)) and code.value != 259:  # STILL_ACTIVE
+            return None
+        if not kernel.GetProcessTimes(ctypes.c_void_p(handle), *map(ctypes.byref, times)):
+            return ""
+        return str(times[0].value)
+    finally:
+        kernel.CloseHandle(ctypes.c_void_p(handle))
+
+
+def training_folder() -> Path:
+    """Where unetseg_training lies: beside the core, or in a source checkout's `training`."""
+    from .worker.client import working_folder
+
+    beside = working_folder()
+    for place in (beside, beside.parent / "training"):
+        if (place / "unetseg_training" / "__main__.py").is_file():
+            return place
+    raise UserError("The training's code (unetseg_training) is not installed; install UNetSegmentation again.")
+
+
+def _launch(folder: Path, python: str, environment: Mapping[str, str] | None) -> None:
+    """Start the job's process, which is nobody's child in what matters: it has its own session and no pipe of ours."""
+    from .worker.client import child_environment, working_folder
+
+    variables = child_environment(python, environment)
+    paths = [str(training_folder()), *filter(None, [variables.get("PYTHONPATH")])]
+    variables["PYTHONPATH"] = os.pathsep.join(paths)
+    command = [python, "-m", "unetseg_training", str(folder.absolute())]
+    own: dict[str, Any] = {"start_new_session": True}
+    if os.name == "nt":
+        # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP, and out of the job that ends with Slicer where that is allowed.
+        own = {"creationflags": 0x00000008 | 0x00000200 | 0x01000000}
+    with open(folder / LOG, "ab") as log:
+        how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": working_folder(), "env": variables}
+        try:
+            try:
+                child = subprocess.Popen(command, **how, **own)
+            except PermissionError:
+                if os.name != "nt":
+                    raise
+                child = subprocess.Popen(command, **how, creationflags=0x00000008 | 0x00000200)
+        except OSError as e:
+            raise UserError(f"The training cannot be started with the Python at {python} ({e.strerror or e}); choose another.") from e
+    _children[folder] = child
+
+
+def _not_started(folder: Path, python: str) -> str:
+    try:
+        log = (folder / LOG).read_text("utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        log = []
+    last = log[-1].strip()[:200] if log else "it said nothing"
+    return f"The training did not start with the Python at {python} ({last}); install what it needs, or choose another, and resume it."
+
+
+# --------------------------------------------------------------------------------------------------------- start and stop
+
+
+def start(
+    dataset: str | Path,
+    base: ModelPackage | str | Path | None = None,
+    options: Options = Options(),
+    python: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    folder: str | Path | None = None,
+) -> Job:
+    """Begin a retraining and return at once. base: a package with its weights, None: from scratch. python: one that has what
+    training needs (default: PyTorch's own environment where that is ready, else this one), with its variables.
+
+    folder: of the job (default: a new one in the dataset's "retrain"). Raises UserError for what can be seen to fail now.
+    """
+    job = create(dataset, base, options, folder)
+    try:
+        return _go(job.folder, python, environment)
+    except BaseException:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        raise
+
+
+def create(
+    dataset: str | Path, base: ModelPackage | str | Path | None = None, options: Options = Options(), folder: str | Path | None = None
+) -> Job:
+    """A job's folder, without its process."""
+    dataset = Path(dataset).expanduser().absolute()
+    _check_dataset(dataset)
+    if options.device not in DEVICES or (options.minutes is not None and not 0 < options.minutes < 1e5):
+        raise UserError(f"Train on one of {', '.join(DEVICES)}, for a number of minutes above 0.")
+    package = base if base is None or isinstance(base, ModelPackage) else find_model(base)
+    if package is not None:
+        _check_base(package)
+    name = options.name or (package.card.name if package else slug(dataset.name))
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):
+        raise UserError(f"{name!r} cannot name a model; use lower-case letters, digits and dashes.")
+    for other in jobs(dataset):
+        if other.running and other.host in ("", socket.gethostname()):
+            raise UserError(f"A retraining of this dataset is running already ({other.name}); wait for its end, or stop it.")
+    now = time.time()
+    try:
+        place = _new_folder(dataset, name, now) if folder is None else Path(folder).expanduser().absolute()
+        if folder is not None:
+            place.mkdir(parents=True, exist_ok=True)
+            if (place / JOB).exists():
+                raise UserError(f"{place} holds a retraining already; resume that, or choose another folder.")
+        try:
+            if package is not None:
+                with atomic_path(place / BASE) as temporary:
+                    shutil.copyfile(package.path, temporary)
+            data = {
+                "format": FORMAT,
+                "state": "preparing",
+                "text": "Starting",
+                "name": name,
+                "base": f"{package.card.name}-{package.card.version}" if package else "",
+                # Inside its dataset it goes where that goes, onto another computer too.
+                "dataset": "" if place.parent == dataset / FOLDER else str(dataset),
+                "options": asdict(options),
+                "started": now,
+                "launched": now,
+                "pid": None,
+            }
+            with atomic_path(place / JOB) as temporary:
+                temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        except BaseException:
+            if folder is None:
+                shutil.rmtree(place, ignore_errors=True)
+            raise
+    except OSError as e:
+        raise UserError(f"{dataset} cannot be written to ({e.strerror or e}); check its space, the connection and your rights.") from e
+    return read(place)
+
+
+def _check_dataset(dataset: Path) -> None:
+    """What a look at the index shows; layouts of other programs are judged by the training itself."""
+    from .dataset import INDEX, Dataset
+
+    if not dataset.exists():
+        raise UserError(f"The dataset {dataset} is not there; connect its drive or network folder, or check the name.")
+    try:
+        own = json.loads((dataset / INDEX).read_text("utf-8")).get("format") == "unetseg-dataset"
+    except (OSError, ValueError, AttributeError):
+        own = False
+    if not own:
+        return
+    entries = Dataset.open(dataset).entries
+    if len(entries) < 2:
+        held = "no case yet" if not entries else f"one case only ({next(iter(entries))})"
+        raise UserError(f"The training set holds {held}; add at least two of two patients, one to learn from and one to be checked on.")
+    if len({e.patient for e in entries.values()}) < 2:
+        raise UserError(
+            f"All {len(entries)} cases of the training set are of one patient, so nothing would show how well the model does on another; "
+            "add a case of a second patient."
+        )
+
+
+def _check_base(package: ModelPackage) -> None:
+    card = package.card
+    if card.data["task"] == "click":
+        raise UserError(
+            f"{card.name} is a click model, which learns from simulated clicks and not from masks alone; it cannot be retrained here yet: "
+            "start from an automatic model, or from scratch."
+        )
+    if package.safetensors is None or "network" not in card.data:
+        raise UserError(f"{card.name} {card.version} carries no PyTorch weights, so it cannot be trained on; choose another model.")
+
+
+def _new_folder(dataset: Path, name: str, now: float) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    (dataset / FOLDER).mkdir(exist_ok=True)
+    for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+        try:
+            place = dataset / FOLDER / f"{stamp}-{name}{suffix}"
+            place.mkdir()
+            return place
+        except FileExistsError:
+            continue
+    raise UserError(f"{dataset / FOLDER} holds too many trainings of this second; try again.")
+
+
+def slug(text: str) -> str:
+    """A text as the name of a model."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:64].strip("-") or "my-model"
+
+
+def resume(
+    job: Job,
+    python: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    finish: bool = False,
+    launch: bool = True,
+) -> Job:
+    """Go on with a job that was stopped or lost, or that failed, where it was; returns at once. finish: train no further, but
+    make a package of the best so far. launch False: the caller is the process that goes on.
+    UserError where it runs, or has nothing to go on with."""
+    from .dataset import FolderLock
+
+    with FolderLock(job.folder):  # two Slicers may find it lost at the same time
+        now = read(job.folder)
+        if now.running:
+            raise UserError("This retraining is running; there is nothing to resume.")
+        if not now.resumable:
+            raise UserError("This retraining is finished; start a new one to train further.")
+        if finish and not now.kept:
+            raise UserError("No epoch of this training was finished, so there is nothing to make a model of; resume it.")
+        if finish:
+            (job.folder / STOP).touch()
+        else:
+            (job.folder / STOP).unlink(missing_ok=True)
+        before = _load(job.folder)
+        update(
+            job.folder, state="preparing", text="Starting", pid=None, mark=None, launched=time.time(), ended=None, fraction=0.0, verdict=""
+        )
+        try:
+            return _go(job.folder, python, environment) if launch else read(job.folder)
+        except BaseException:
+            update(job.folder, **before)
+            raise
+
+
+def _go(folder: Path, python: str | None, environment: Mapping[str, str] | None) -> Job:
+    if python is None:
+        from .environment import training_python
+
+        python, variables = training_python()
+        environment = {**(os.environ if environment is None else environment), **variables}
+    update(folder, python=python)
+    _launch(folder, python, environment)
+    return read(folder)
+
+
+def stop(job: Job) -> None:
+    """Ask a running job to end and to keep the best so far; returns at once. Checks and the package still follow."""
+    if not read(job.folder).running:
+        raise UserError("This retraining is not running; there is nothing to stop.")
+    try:
+        (job.folder / STOP).touch()
+    except OSError as e:
+        raise UserError(f"{job.folder} cannot be written to ({e.strerror or e}); check the connection, and try again.") from e
+
+
+# ------------------------------------------------------------------------------------------------ the job's own process
+
+
+def claim(folder: Path) -> bool:
+    """Write this process into job.json; False where another one that lives has the job."""
+    data = _load(folder)
+    if data.get("pid") not in (None, os.getpid()) and _alive(folder, data, False):
+        return False
+    (folder / BEAT).touch()
+    # Room for the last sentence, should the disk be full then.
+    (folder / _RESERVE).write_bytes(bytes(1 << 16))
+    update(folder, pid=os.getpid(), mark=process_mark(os.getpid()), host=socket.gethostname(), state="preparing")
+    return True
+
+
+def end(folder: Path, state: str, text: str, patience: float = 120.0) -> None:
+    """The last words of the job's process. patience: seconds to wait for a network folder that is away."""
+    done = {"fraction": 1.0} if state == "finished" else {}
+    until = time.monotonic() + patience
+    while True:
+        try:
+            with suppress(OSError):
+                (folder / _RESERVE).unlink(missing_ok=True)
+            update(folder, state=state, text=text, seconds_left=None, ended=time.time(), **done)
+            break
+        except UserError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(2)
+    with suppress(OSError):
+        (folder / BEAT).unlink(missing_ok=True)
+
+
+@contextmanager
+def signs_of_life(folder: Path) -> Iterator[None]:
+    """While the block runs, other computers see that the process lives."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_S):
+            try:
+                (folder / BEAT).touch()
+            except OSError:
+                pass  # a network folder may be gone for a while
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(1)
+
+
+# --------------------------------------------------------------------------------------------------------------- promote
+
+
+def promote(job: Job, how: str, models_folder: str | Path | None = None) -> Path | None:
+    """What becomes of a finished job's package; returns where it lies then.
+
+    "use": it takes its parent's place among the user's models; the parent, where it lies there and not with the program, goes
+    into the folder "former" beside. "keep": both stay, this one under a name of its own. "discard": it is removed, with
+    all but the record of it. That it is worse is for the caller to ask about.
+    """
+    if how not in ("use", "keep", "discard"):
+        raise UserError(f"{how} is nothing that can be done with a model; choose use, keep or discard.")
+    job = read(job.folder)
+    if job.running:
+        raise UserError("This retraining is still running; wait for its end, or stop it.")
+    if how == "discard":
+        update(job.folder, decided=how, package=None, kept=False)
+        _clear(job.folder)
+        return None
+    if job.package is None:
+        raise UserError("This retraining has made no model; resume it, or start another.")
+    package = ModelPackage.read(job.package)
+    models = user_models_folder() if models_folder is None else Path(models_folder)
+    parent = job.base.rpartition("-")
+    card = dict(package.card.data)
+    former: Path | None = None
+    if how == "use":
+        if package.card.name == parent[0] and (models / f"{job.base}{SUFFIX}").is_file():
+            former = models / f"{job.base}{SUFFIX}"
+    elif package.card.name == parent[0] or _taken(models, card["name"], card["version"]):
+        card["name"] = _free_name(models, slug(f"{card['name'][:40]}-{job.dataset.name[:20]}"))
+        card["title"] = f"{card.get('title') or package.card.name} ({job.dataset.name})"[:200]
+    while _taken(models, card["name"], card["version"]):
+        card["version"] = next_version(card["version"])
+    target = models / f"{card['name']}-{card['version']}{SUFFIX}"
+    made = write_package(target, {k: v for k, v in card.items() if k != "files"}, package.onnx, package.safetensors)
+    if former is not None:
+        try:
+            (models / FORMER).mkdir(exist_ok=True)
+            former.replace(models / FORMER / former.name)
+        except OSError as e:
+            raise UserError(f"{former} could not be put aside ({e.strerror or e}); both models are in the list now.") from e
+    update(job.folder, decided=how)
+    return made.path
+
+
+def _taken(models: Path, name: str, version: str) -> bool:
+    return any((folder / f"{name}-{version}{SUFFIX}").exists() for folder in (models, RESOURCES / "models"))
+
+
+def _free_name(models: Path, name: str) -> str:
+    have = {p.name.removesuffix(SUFFIX).rpartition("-")[0] for folder in (models, RESOURCES / "models") for p in folder.glob("*" + SUFFIX)}
+    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in have)
+
+
+def next_version(version: str) -> str:
+    """1.4.2 -> 1.5.0"""
+    major, minor, _ = version.split(".")
+    return f"{major}.{int(minor) + 1}.0"
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is large: weights, packages, masks; the record of the training stays."""
+    for path in (*folder.glob("*" + SUFFIX), *folder.glob("*.ckpt"), *folder.glob("*.safetensors")):
+        path.unlink(missing_ok=True)
+    for name in ("check", "pictures"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------------- in a process
+
+
+def task(name: str, *rest: str) -> dict[str, Any]:
+    """What takes a panel too long to do itself; its answer. python: which one can train; start DATASET BASE OPTIONS ("" for no
+    base, the options as JSON), with this Python and its variables; resume FOLDER [finish], likewise; promote FOLDER HOW."""
+    if name == "python":
+        from .environment import training_python
+
+        try:
+            python, variables = training_python()
+        except UserError as e:
+            return {"python": "", "lacks": str(e)}
+        return {"python": python, "variables": variables}
+    if name == "start":
+        job = start(rest[0], rest[1] or None, Options(**json.loads(rest[2])), sys.executable)
+        return {"folder": str(job.folder)}
+    job = read(rest[0])
+    if name == "resume":
+        return {"folder": str(resume(job, sys.executable, finish="finish" in rest[1:]).folder)}
+    if name == "promote":
+        path = promote(job, rest[1])
+        return {"path": None if path is None else str(path)}
+    raise ValueError(f"no task {name!r}")
+
+
+def main(arguments: list[str]) -> int:
+    """The first line is the process's id, the last the task's answer, or {"error": a sentence}."""
+    from .environment import activate
+
+    print(json.dumps({"pid": os.getpid()}), flush=True)
+    activate()  # before anything but the standard library is imported
+    try:
+        answer = task(*arguments)
+    except UserError as e:
+        answer = {"error": str(e)}
+    print(json.dumps(answer), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

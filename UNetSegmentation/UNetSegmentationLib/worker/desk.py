@@ -1,0 +1,343 @@
+"""The work list's program behind a panel: it reads and changes the list, reads the scan that comes next, and segments the others
+in advance. A slow disk, a network folder and a network that runs for minutes hold nothing else up.
+
+    python -m UNetSegmentationLib.worker FOLDER PARENT_PID desk
+
+JSON lines on stdin and stdout, arrays as .npy files in the client's private folder, as protocol.py has them.
+requests   {"id", "op"} and: open {folder}, add {folder, sources}, status {folder}, next {folder, leave, passed}, done {folder, scan,
+           case}, skip {folder, scan}, back {folder, scan}; segment {folder, models, options}; pause, go, halt, bye without an answer
+answers    {"event": "done", "id", "list": summary()} with what the request asks for, or {"event": "error", "id", "error"}
+unasked    {"event": "starting", "pid"}, {"event": "hello", "pid"}; {"event": "segmenting", "scan", "fraction"}, {"event": "changed",
+           "list"} after each scan, {"event": "rest", "error"} when there is no more to segment ("" or why it stopped)
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..dataset import dicom_tag, modality, read_mask
+from ..engines import choose_engine
+from ..files import UserError
+from ..image import Image, SeveralSeries, read_image
+from ..inference.predict import Cancelled, Options
+from ..model import Label, ModelPackage
+from ..worklist import LEASE, Annotator, Scan, WorkList
+from .protocol import (
+    Lines,
+    ProtocolError,
+    decode_options,
+    dumps,
+    encode_image,
+    get,
+    load_array,
+    loads,
+    remove_folder,
+    run,
+    save_array,
+    strings,
+)
+from .server import _failure, _watch_parent, private_folder
+
+_TOLD_S = 0.2
+_MOST_NAMES = 12
+
+
+def serve(source: int, sink: int, arguments: Sequence[str]) -> int:
+    try:
+        folder, parent = private_folder(arguments[0]), int(arguments[1])
+    except (IndexError, ValueError, OSError) as e:
+        print(f"The work list's program is started by its client, with a folder and a process id: {e}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shared terminal is the client's to answer
+    _Desk(source, sink, folder, parent).run()
+    return 0
+
+
+class _Desk:
+    def __init__(self, source: int, sink: int, folder: Path, parent: int) -> None:
+        self._source, self._sink, self._folder = source, sink, folder
+        self._parent_gone = _watch_parent(parent)
+        self._me = Annotator.here(pid=parent)  # whose scans are free again when Slicer is gone
+        self._writing = threading.Lock()
+        self._segmenter: _Segmenter | None = None
+        self._arrays = 0
+        self._taken: set[Path] = set()  # lists of which a scan is taken
+
+    def run(self) -> None:
+        threading.Thread(target=self._keep, daemon=True).start()
+        self.tell({"event": "hello", "pid": os.getpid()})
+        lines = Lines()
+        while data := os.read(self._source, 1 << 16):
+            for line in lines.feed(data):
+                self._answer(line)
+        self._leave()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        data = b"\n" + dumps(message)
+        with self._writing:
+            try:
+                while data:
+                    data = data[os.write(self._sink, data) :]
+            except OSError:
+                self._leave()
+
+    def _leave(self) -> None:
+        time.sleep(0.05)  # a process that is killed closes its files a moment before it is gone
+        if self._parent_gone():
+            remove_folder(self._folder)
+        os._exit(0)
+
+    def _keep(self) -> None:
+        """Signs of life for what is taken, and the end with the client's."""
+        renewed = time.monotonic()
+        while not self._parent_gone():
+            time.sleep(0.5)
+            if time.monotonic() - renewed > LEASE / 6:
+                renewed = time.monotonic()
+                for folder in list(self._taken):
+                    try:
+                        WorkList.open(folder).renew(self._me)
+                    except UserError:
+                        pass  # the network folder may come back in time
+        self._leave()
+
+    def _answer(self, line: bytes | None) -> None:
+        request: dict[str, Any] = {}
+        try:
+            request = loads(line)
+            op = get(request, "op", str)
+            if op in self._OPS:
+                answer = self._OPS[op](self, request)
+            elif op in ("pause", "go", "halt"):
+                if self._segmenter is not None:
+                    getattr(self._segmenter, op)()
+                return
+            elif op == "bye":
+                self._leave()
+            else:
+                raise ProtocolError(f"There is no request {op[:40]!r}.")
+        except Exception as e:
+            answer = _failure(e)
+        self.tell({"id": request.get("id") if type(request.get("id")) is int else None, **answer})
+
+    def _list(self, request: dict[str, Any]) -> WorkList:
+        return WorkList.open(get(request, "folder", str))
+
+    def _annotator(self, request: dict[str, Any]) -> Annotator:
+        return Annotator.here(str(request.get("by") or ""), self._me.pid)
+
+    def _done(self, work: WorkList, **more: Any) -> dict[str, Any]:
+        return {"event": "done", "list": summary(work), **more}
+
+    # --------------------------------------------------------------------------------------------------------- requests
+
+    def _open(self, request: dict[str, Any]) -> dict[str, Any]:
+        folder = get(request, "folder", str)
+        if not Path(folder).is_dir():
+            raise UserError(f"The folder {folder} is not there; connect its drive or network folder, or choose another.")
+        return self._done(WorkList.open(folder)) if WorkList.there(folder) else {"event": "done", "list": None}
+
+    def _add(self, request: dict[str, Any]) -> dict[str, Any]:
+        folder, sources = get(request, "folder", str), strings(request, "sources")
+        new = not WorkList.there(folder)
+        work = WorkList.create(folder) if new else WorkList.open(folder)
+        try:
+            added = work.add(sources)
+            if new and not added:
+                raise UserError("No scans were found there; choose image files, or a folder that holds images or DICOM series.")
+        except UserError:
+            if new:
+                work.discard()
+            raise
+        return self._done(work, added=len(added))
+
+    def _next(self, request: dict[str, Any]) -> dict[str, Any]:
+        work, leave, passed = self._list(request), get(request, "leave", str), strings(request, "passed")
+        notes: list[str] = []
+        me = self._annotator(request)
+        while (scan := work.next(me, leave, passed)) is not None:
+            self._taken.add(work.folder)
+            try:
+                return self._done(work, scan=self._packed(work, scan), notes=notes)
+            except SeveralSeries as e:
+                work.split(scan.name, list(e.series))
+            except UserError as e:
+                work.fail(scan.name, str(e))
+                notes.append(str(e))
+            leave = ""
+        return self._done(work, scan=None, notes=notes)
+
+    def _packed(self, work: WorkList, scan: Scan) -> dict[str, Any]:
+        """A scan's voxels, channel by channel, what was found in it, and what a panel must know to show and to add it."""
+        image = read_image(scan.files, scan.series)
+        found = mask = None
+        if scan.mask is not None:
+            try:
+                found = read_mask(scan.mask, image)
+            except UserError:
+                found = None  # lost or cut short: the scan alone can be corrected too
+        channels = []
+        for channel in image.channels:
+            array = _for_vtk(channel)
+            self._arrays += 1
+            sent = run(encode_image(image.like(array), self._folder, self._arrays))
+            step = tuple(slice(None, None, max(1, n // 64)) for n in array.shape)
+            low, high = np.percentile(array[step], (0.5, 99.5))
+            channels.append({**sent, "dtype": array.dtype.name, "shape": array.shape, "window": [float(low), float(max(high, low + 1e-6))]})
+        if found is not None and found[0].any():
+            self._arrays += 1
+            mask = run(save_array(self._folder, f"volume-{self._arrays}.npy", found[0]))
+        labels = {d.name: d for d in work.labels(scan.model)} if scan.model else {}
+        listed = list(found[1]) if found is not None else []
+        named = {d.name for d in listed}
+        top = max((d.value for d in listed), default=0)
+        listed += [
+            Label(top + i, d.name, d.color, d.terminology) for i, d in enumerate((d for n, d in labels.items() if n not in named), 1)
+        ]
+        return {
+            "name": scan.name,
+            "channels": channels,
+            "mask": mask,
+            "labels": [{"value": d.value, "name": d.name, "color": list(d.color), "terminology": d.terminology} for d in listed],
+            "maskFile": str(scan.mask) if scan.mask is not None and found is not None else "",
+            "model": scan.model,
+            "value": (scan.scores or {}).get("value"),
+            "patient": dicom_tag(image, "0010|0020"),
+            "modality": modality(image),
+        }
+
+    def _finish(self, request: dict[str, Any]) -> dict[str, Any]:
+        work = self._list(request)
+        note = work.done(get(request, "scan", str), self._annotator(request), get(request, "case", str))
+        return self._done(work, notes=[note] if note else [])
+
+    def _skip(self, request: dict[str, Any]) -> dict[str, Any]:
+        work = self._list(request)
+        note = work.skip(get(request, "scan", str), self._annotator(request))
+        return self._done(work, notes=[note] if note else [])
+
+    def _back(self, request: dict[str, Any]) -> dict[str, Any]:
+        work = self._list(request)
+        work.back(get(request, "scan", str), self._annotator(request))
+        return self._done(work)
+
+    def _segment(self, request: dict[str, Any]) -> dict[str, Any]:
+        work, names = self._list(request), strings(request, "models")
+        options = decode_options(get(request, "options", dict))
+        if not names:
+            raise UserError("No model was chosen; choose the one that is to segment in advance.")
+        models = [ModelPackage.read(name) for name in names]
+        todo = work.choose_models(models)
+        if self._segmenter is not None:
+            self._segmenter.halt()
+        self._segmenter = _Segmenter(self, work.folder, models, options)
+        return self._done(work, todo=todo)
+
+    _OPS: ClassVar[dict[str, Callable[[_Desk, dict[str, Any]], dict[str, Any]]]] = {
+        "open": _open,
+        "status": _open,
+        "add": _add,
+        "next": _next,
+        "done": _finish,
+        "skip": _skip,
+        "back": _back,
+        "segment": _segment,
+    }
+
+
+class _Segmenter:
+    """The thread that segments in advance, one scan after the other; it waits while it is in the way."""
+
+    def __init__(self, desk: _Desk, folder: Path, models: Sequence[ModelPackage], options: Options) -> None:
+        self._desk, self._folder, self._models, self._options = desk, folder, models, options
+        self._free, self._halted = threading.Event(), False
+        self._free.set()
+        self._told = 0.0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def pause(self) -> None:
+        self._free.clear()
+
+    def go(self) -> None:
+        self._free.set()
+
+    def halt(self) -> None:
+        self._halted = True
+        self._free.set()
+
+    def _cancelled(self) -> bool:
+        self._free.wait()
+        return self._halted
+
+    def _run(self) -> None:
+        error, name = "", ""
+
+        def progress(fraction: float, _text: str) -> None:
+            if time.monotonic() - self._told > _TOLD_S:
+                self._told = time.monotonic()
+                self._desk.tell({"event": "segmenting", "fraction": fraction})
+
+        try:
+            o = self._options
+            engines = [choose_engine(m, o.engine, o.device, o.precision, o.threads) for m in self._models]
+            me = Annotator.here(pid=os.getpid())
+            work = WorkList.open(self._folder)
+            while not self._cancelled():
+                scan = work.segment(self._models, me, o, progress, self._cancelled, engines)
+                if scan is None:
+                    break
+                name = scan.name
+                self._desk.tell({"event": "changed", "scan": name, "list": summary(work)})
+        except Cancelled:
+            pass
+        except Exception as e:
+            error = _failure(e)["error"]
+        if not self._halted:
+            self._desk.tell({"event": "rest", "error": error})
+
+
+def summary(work: WorkList) -> dict[str, Any]:
+    """What a panel shows of a list."""
+    scans = work.scans
+    counts = work.counts()
+    return {
+        "folder": str(work.folder),
+        "total": len(scans),
+        "counts": counts,
+        "models": list(work.models),
+        "unsegmented": work.unsegmented,
+        "ahead": [s.name for s in work.ordered(_MOST_NAMES)],
+        "taken": [{"name": s.name, "by": s.by} for s in scans.values() if s.status == "taken"][:_MOST_NAMES],
+        "failed": [{"name": s.name, "error": s.error} for s in scans.values() if s.status == "failed"][:_MOST_NAMES],
+    }
+
+
+def received_grid(channel: dict[str, Any]) -> Image:
+    """The client's side: size, type and place of a channel of an answer to "next", without its voxels."""
+    geometry, shape = channel["geometry"], tuple(channel["shape"])
+    zeros = np.broadcast_to(np.zeros((), channel["dtype"]), shape)
+    return Image(zeros, tuple(geometry["spacing"]), tuple(geometry["origin"]), tuple(geometry["direction"]))  # type: ignore[arg-type]
+
+
+def received_mask(folder: Path, name: str | None, grid: Image) -> np.ndarray:
+    """The client's side: what was found in the scan, zeros where that is nothing."""
+    return load_array(folder, name) if name else np.zeros(grid.shape, np.uint8)
+
+
+def _for_vtk(array: np.ndarray) -> np.ndarray:
+    """The same numbers in a type that a volume node takes."""
+    if array.dtype.name in ("uint8", "int16", "uint16", "int32", "float32"):
+        return array
+    if array.dtype.kind in "iu" and (array.size == 0 or (array.min() >= -(2**31) and array.max() < 2**31)):
+        small = array.dtype.itemsize == 1 or (array.min() >= -(2**15) and array.max() < 2**15)
+        return array.astype(np.int16 if small else np.int32)
+    return array.astype(np.uint8 if array.dtype.kind == "b" else np.float32)

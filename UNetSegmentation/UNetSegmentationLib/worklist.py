@@ -1,0 +1,857 @@
+"""The work list: scans segmented in advance and corrected one by one, those where annotation helps most first.
+
+    worklist.json    the list: each scan's files, status, scores, who has it
+    worklist/NAME/   what the model found in a scan (.seg.nrrd), until that is segmented again
+
+A list may lie in a dataset's folder or in one of its own, also on the network: it is replaced as a whole under a lock, as the
+dataset's index is, and a scan is taken by one annotator at a time, until he is done, gives it back, or his time is over. Time is
+the folder's (that of a file made there now), so that the clocks of two computers do not matter. Unlike the dataset a list is not
+anonymous: it names the scans' files.
+
+The order: a scan's value is the predictive entropy (and what members of an ensemble or flipped copies disagree on) around the
+surface that the model drew. Alone it would bring ten scans of one kind; so each next scan is also far from all that were chosen
+before, by greedy k-center on a small description of image and prediction (Sener and Savarese, "Active learning for convolutional
+neural networks: a core-set approach", ICLR 2018), here weighted by the value's rank.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .dataset import FolderLock, LockLost, flush, process_is_gone, reached
+from .files import UserError, atomic_path
+from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, read_image, reorient
+from .inference.predict import Cancelled, Options, Prediction, Progress, predict
+from .model import Label, ModelPackage
+from .output import write_segmentation
+from .postprocess import components
+
+T = TypeVar("T")
+
+LIST, RESULTS, LIST_LOCK = "worklist.json", "worklist", ".worklist.lock"
+FORMAT = "unetseg-worklist"
+STATUSES = ("waiting", "segmented", "taken", "done", "skipped", "failed")
+# Seconds that a scan stays taken without a sign of life: of a program that renews it, and from the command line.
+LEASE, LONG_LEASE = 30 * 60.0, 12 * 3600.0
+# What lies beside scans and is none.
+_NO_SCAN = re.compile(r"(^|[-_.])(seg|segmentation|label|labels|mask|masks)([-_.]|$)", re.I)
+_CHANNEL = re.compile(r"(.+)_(\d{4})$")
+
+# Two voxels on both sides of the surface count, and wherever else the model is undecided.
+_BAND, _UNDECIDED, _FEWEST = 2, 0.5, 27
+_MOST = 1 << 22  # voxels looked at; of a larger part every second, third, ... along its longest axes
+_PARTS = 3  # of each axis, in the description's coarse pictures
+
+
+# ---------------------------------------------------------------------------------------------------------------- scans
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan of a list. files: an image file or DICOM folder, several for several channels; series: the UID where a folder
+    holds several. status: of STATUSES; by: who has it, or did it, where he gave a name; until: seconds from now for which it is
+    taken. mask: what `model` found in it. error: why it failed, one sentence. case: its name in the dataset."""
+
+    name: str
+    files: tuple[Path, ...]
+    series: str | None = None
+    status: str = "waiting"
+    by: str = ""
+    until: float = 0.0
+    mask: Path | None = None
+    model: str = ""
+    scores: dict[str, float] | None = None
+    error: str = ""
+    case: str = ""
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """Who takes scans. who: the same for all of this person's programs on this computer; name: shown to the others, if wished;
+    pid: a program on this computer that gives its scans back when it ends (0: the command line, which ends at once)."""
+
+    who: str
+    name: str = ""
+    host: str = ""
+    pid: int = 0
+    lease: float = LONG_LEASE
+
+    @classmethod
+    def here(cls, name: str = "", pid: int = 0) -> Annotator:
+        host = socket.gethostname()
+        try:
+            user = getpass.getuser()
+        except (OSError, KeyError, ImportError):  # no such user in this container
+            user = ""
+        who = hashlib.sha256(f"{user}@{host}".encode()).hexdigest()[:12]
+        return cls(who, name.strip(), host, pid, LEASE if pid else LONG_LEASE)
+
+    def owns(self, claim: dict[str, Any]) -> bool:
+        return claim.get("who") == self.who and claim.get("pid", 0) == self.pid
+
+
+def find_scans(sources: Iterable[str | Path], apart: Path | None = None) -> list[tuple[Path, ...]]:
+    """The scans that files, folders and lists name, each as the files of its channels.
+
+    A folder: all images (.nii.gz, .nii, .nrrd, .mha) and DICOM folders below it, sorted by name; files whose name says mask, label
+    or seg are none, and X_0000, X_0001, ... are the channels of X. A .txt or .csv: a scan on each line, its channels separated by
+    commas or tabs. apart: a folder to leave out (the list's own). UserError for what is not there.
+    """
+    out: dict[tuple[Path, ...], None] = {}
+    for source in sources:
+        path = Path(source).expanduser().absolute()
+        if not path.exists():
+            raise UserError(f"{path} does not exist; check the name.")
+        if path.is_file() and path.suffix.lower() in (".txt", ".csv"):
+            try:
+                lines = path.read_text("utf-8-sig").splitlines()
+            except (OSError, UnicodeDecodeError) as e:
+                raise UserError(f"{path} cannot be read as a list of scans; save it as text with one scan on each line.") from e
+            for number, line in enumerate(lines, 1):
+                if line.strip() and not line.lstrip().startswith("#"):
+                    files = tuple((path.parent / part.strip().strip('"')).absolute() for part in re.split(r"[,\t]", line) if part.strip())
+                    for file in files:
+                        if not file.exists():
+                            raise UserError(f"{path}, line {number}: {file} does not exist; correct the line or remove it.")
+                    out[files] = None
+        elif path.is_dir():
+            out |= dict.fromkeys(_below(path, apart))
+        else:
+            out[(path,)] = None
+    return list(out)
+
+
+def _below(folder: Path, apart: Path | None) -> Iterator[tuple[Path, ...]]:
+    with reached(folder):
+        for place, folders, files in os.walk(folder):
+            folders[:] = sorted(f for f in folders if not f.startswith(".") and not _NO_SCAN.search(f) and Path(place, f) != apart)
+            groups: dict[str, list[Path]] = {}
+            others = []
+            for name in sorted(f for f in files if not f.startswith(".")):
+                stem = next((name[: -len(s)] for s in VOLUME_SUFFIXES if name.lower().endswith(s)), None)
+                if stem is None:
+                    others.append(name)
+                elif not _NO_SCAN.search(stem):
+                    channel = _CHANNEL.fullmatch(stem)
+                    groups.setdefault(channel[1] if channel else stem, []).append(Path(place, name))
+            yield from (tuple(group) for group in groups.values())
+            if any(_is_dicom(Path(place, name)) for name in others[:8]):
+                folders.clear()  # read_image() looks below
+                yield (Path(place),)
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        with path.open("rb") as f:
+            return f.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------------ work list
+
+
+class WorkList:
+    """A work list. Every read sees it as it is now; every change is one atomic replacement of it."""
+
+    def __init__(self, folder: Path, data: dict[str, Any]) -> None:
+        self.folder = folder
+        self._data = data
+        self._clock = 0.0, 0.0  # seconds between the folder's clock and this computer's monotonic one, and when it was read
+
+    @classmethod
+    def create(cls, folder: str | Path) -> WorkList:
+        """A new, empty list; the folder may exist and hold a dataset, but no list."""
+        folder = Path(folder).expanduser().absolute()
+        with reached(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with FolderLock(folder, LIST_LOCK):
+                if (folder / LIST).exists():
+                    raise UserError(f"{folder} already holds a {LIST}; choose another folder, or open it.")
+                _write(folder, {"format": FORMAT, "format_version": 1, "revision": 0, "models": [], "labels": {}, "scans": {}})
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> WorkList:
+        folder = Path(folder).expanduser().absolute()
+        return cls(folder, _read(folder))
+
+    @classmethod
+    def there(cls, folder: str | Path) -> bool:
+        return (Path(folder).expanduser() / LIST).is_file()
+
+    def discard(self) -> None:
+        """Undo create(), as long as nobody has added a scan."""
+        with reached(self.folder), FolderLock(self.folder, LIST_LOCK):
+            if not _read(self.folder)["scans"]:
+                (self.folder / LIST).unlink()
+                if not any(p.name != LIST_LOCK for p in self.folder.iterdir()):
+                    shutil.rmtree(self.folder)
+
+    def refresh(self) -> WorkList:
+        """Take in what others have done."""
+        self._data = _read(self.folder)
+        return self
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """<name>-<version> of the models that segment in advance."""
+        return tuple(self._data["models"])
+
+    @property
+    def unsegmented(self) -> int:
+        """Scans that the models are still to segment."""
+        return sum(_to_segment(self._data, record) for record in self._data["scans"].values())
+
+    @property
+    def scans(self) -> dict[str, Scan]:
+        """All scans, in the list's order, as refresh() found them."""
+        now = self._now()
+        return {name: self._scan(name, record, now) for name, record in self._data["scans"].items()}
+
+    def scan(self, name: str) -> Scan:
+        """One scan; UserError where there is none of this name."""
+        return self._scan(name, self._record(self._data, name), self._now())
+
+    def labels(self, model: str) -> tuple[Label, ...]:
+        """What a model that has segmented scans of this list can find."""
+        found = self._data["labels"].get(model, ())
+        return tuple(Label(d["value"], d["name"], tuple(d["color"]), d.get("terminology", {})) for d in found)
+
+    def counts(self) -> dict[str, int]:
+        """Scans of each status."""
+        counts = Counter(scan.status for scan in self.scans.values())
+        return {status: counts[status] for status in STATUSES}
+
+    def ordered(self, limit: int | None = None) -> list[Scan]:
+        """The scans to correct, the most useful first; those that are not segmented yet come after them, in the list's order."""
+        scans = self.scans
+        return [scans[name] for name in self._order(self._data, scans, limit)]
+
+    def _order(self, data: dict[str, Any], scans: dict[str, Scan], limit: int | None = None) -> list[str]:
+        """Names of the scans that are free, as ordered(). Skipped ones are neither offered nor covered by an annotation."""
+        records = data["scans"]
+        left = [n for n, s in scans.items() if s.status in ("waiting", "segmented")]
+        known = [n for n, s in scans.items() if s.status in ("waiting", "segmented", "taken", "done") and records[n].get("embedding")]
+        size = len(records[known[0]]["embedding"]) if known else 0
+        known = [n for n in known if records[n].get("scores") and len(records[n]["embedding"]) == size]
+        values = [records[n]["scores"]["value"] for n in known]
+        points = np.array([records[n]["embedding"] for n in known], np.float32).reshape(len(known), size)
+        gone = [i for i, n in enumerate(known) if scans[n].status in ("taken", "done")]
+        ranked = set(known)
+        return [*(known[i] for i in order(values, points, gone, limit)), *(n for n in left if n not in ranked)][:limit]
+
+    def _scan(self, name: str, record: dict[str, Any], now: float) -> Scan:
+        claim = record.get("claim")
+        status, by, until = record["status"], record.get("by", ""), 0.0
+        if claim and claim["for"] == "correct" and status not in ("done", "skipped") and _lives(claim, now):
+            status, by, until = "taken", claim.get("name", ""), claim["until"] - now
+        mask = record.get("mask")
+        return Scan(
+            name,
+            tuple(Path(os.path.normpath(self.folder / file)) for file in record["files"]),
+            record.get("series"),
+            status,
+            by,
+            until,
+            self.folder / mask if mask else None,
+            record.get("model", ""),
+            record.get("scores"),
+            record.get("error", ""),
+            record.get("case", ""),
+        )
+
+    def _now(self) -> float:
+        """Seconds since 1970 by the folder's clock, looked at once a minute."""
+        here = time.monotonic()
+        if not self._clock[1] or here - self._clock[1] > 60:
+            probe = self.folder / f".clock-{secrets.token_hex(4)}"
+            try:
+                with probe.open("x"):
+                    pass
+                self._clock = probe.stat().st_mtime - here, here
+            except OSError:  # a folder that may only be read
+                self._clock = time.time() - here, here
+            finally:
+                try:
+                    probe.unlink(missing_ok=True)
+                except OSError:
+                    pass
+        return here + self._clock[0]
+
+    # ---------------------------------------------------------------------------------------------------------- change
+
+    def add(self, sources: Iterable[str | Path]) -> list[str]:
+        """Add scans, as find_scans() finds them, that are not there yet; returns the new ones' names."""
+        found = find_scans(sources, self.folder / RESULTS)
+
+        def enter(data: dict[str, Any]) -> list[str]:
+            there = {tuple(r["files"]) for r in data["scans"].values()}
+            new = []
+            for files in found:
+                stored = tuple(map(self._stored, files))
+                if stored in there:
+                    continue
+                there.add(stored)
+                name = _free_name(_stem(files[0]), data["scans"])
+                data["scans"][name] = {"files": list(stored), "status": "waiting"}
+                new.append(name)
+            return new
+
+        return self._commit(enter)
+
+    def _stored(self, path: Path) -> str:
+        """Relative to the list where the scan lies below or beside it, so that a network folder may have another name elsewhere."""
+        for base, up in ((self.folder, ""), (self.folder.parent, "../")):
+            if path.is_relative_to(base) and base != Path(base.anchor):
+                return up + path.relative_to(base).as_posix()
+        return path.as_posix()
+
+    def choose_models(self, models: Sequence[ModelPackage]) -> int:
+        """Segment with these from now on: scans that others segmented are done again. Failed ones are tried again too. Returns how
+        many scans there are to segment."""
+        check_models(models)
+        names = [f"{m.card.name}-{m.card.version}" for m in models]
+
+        def choose(data: dict[str, Any]) -> int:
+            data["models"] = names
+            for record in data["scans"].values():
+                if record["status"] == "failed":
+                    record["status"] = "segmented" if record.get("mask") else "waiting"
+                    record.pop("error", None)
+            return sum(_to_segment(data, record) for record in data["scans"].values())
+
+        return self._commit(choose)
+
+    def next(self, me: Annotator, leave: str = "", passed: Sequence[str] = ()) -> Scan | None:
+        """Take the most useful scan that nobody has; None where there is none. What was mine when my program was killed comes first.
+
+        leave: my scan, which I give back. passed: scans that I gave back and want last.
+        """
+
+        def take(data: dict[str, Any]) -> Scan | None:
+            now = self._now()
+            if leave in data["scans"] and me.owns(data["scans"][leave].get("claim") or {}):
+                del data["scans"][leave]["claim"]
+            scans = {n: self._scan(n, r, now) for n, r in data["scans"].items()}
+            late = {leave, *passed} - {""}
+            mine = [n for n, r in data["scans"].items() if n not in late and scans[n].status != "done" and self._is_mine(r, me, now)]
+            wanted = mine or self._order(data, scans, len(late) + 1)
+            wanted = [n for n in wanted if n not in late] or [n for n in passed if n in wanted] or wanted
+            if not wanted:
+                return None
+            record = data["scans"][wanted[0]]
+            record["claim"] = self._claim(me, now, "correct")
+            return self._scan(wanted[0], record, now)
+
+        return self._commit(take)
+
+    def _is_mine(self, record: dict[str, Any], me: Annotator, now: float) -> bool:
+        """Whether a scan was taken by me from the command line, or by a program of mine that is gone."""
+        claim = record.get("claim") or {}
+        if claim.get("for") != "correct" or claim.get("who") != me.who or claim["until"] < now:
+            return False
+        return me.owns(claim) or (claim.get("host") == me.host and claim.get("pid", 0) != 0 and process_is_gone(claim))
+
+    def _claim(self, me: Annotator, now: float, purpose: str) -> dict[str, Any]:
+        return {"for": purpose, "who": me.who, "name": me.name, "host": me.host, "pid": me.pid, "until": round(now + me.lease, 1)}
+
+    def fail(self, name: str, why: str) -> None:
+        """A scan that cannot be read, by which whoever comes next is not to be held up."""
+
+        def enter(data: dict[str, Any]) -> None:
+            record = self._record(data, name)
+            record.pop("claim", None)
+            record |= {"status": "failed", "error": why}
+
+        self._commit(enter)
+
+    def renew(self, me: Annotator) -> None:
+        """A sign of life for all that I have taken."""
+
+        def later(data: dict[str, Any]) -> None:
+            until = round(self._now() + me.lease, 1)
+            mine = [r["claim"] for r in data["scans"].values() if me.owns(r.get("claim") or {})]
+            if not mine:
+                raise _Nothing
+            for claim in mine:
+                claim["until"] = until
+
+        self._commit(later)
+
+    def done(self, name: str, me: Annotator, case: str = "") -> str:
+        """The scan is corrected; case: its name in the dataset. Returns a sentence where another was at it too, else ""."""
+        return self._end(name, me, "done", case)
+
+    def skip(self, name: str, me: Annotator) -> str:
+        """Nobody is to correct this scan."""
+        return self._end(name, me, "skipped", "")
+
+    def _end(self, name: str, me: Annotator, status: str, case: str) -> str:
+        def end(data: dict[str, Any]) -> str:
+            record = self._record(data, name)
+            claim, note = record.get("claim") or {}, ""
+            if claim.get("for") == "correct" and not me.owns(claim) and _lives(claim, self._now()):
+                note = f"{name} was taken by {claim.get('name') or 'another annotator'} too, as your time for it was over."
+            else:
+                record.pop("claim", None)
+            if record["status"] == "done" and status == "done":
+                note = f"{name} was already done by {record.get('by') or 'another annotator'}; the dataset keeps both versions."
+            record["status"] = status
+            record |= {k: v for k, v in (("case", case), ("by", me.name)) if v}
+            return note
+
+        return self._commit(end)
+
+    def back(self, name: str, me: Annotator | None = None) -> None:
+        """Give a scan back: one that I have taken (me), or, whoever has, skipped or did it, so that it is offered again."""
+
+        def free(data: dict[str, Any]) -> None:
+            record = self._record(data, name)
+            if me is not None and not me.owns(record.get("claim") or {}):
+                raise _Nothing
+            record.pop("claim", None)
+            if me is None:
+                record["status"] = "segmented" if record.get("mask") else "waiting"
+                record.pop("error", None)
+
+        self._commit(free)
+
+    def split(self, name: str, series: Sequence[str]) -> None:
+        """A scan whose folder turned out to hold several series becomes a scan for each."""
+        self._commit(lambda data: _split(data, name, series))
+
+    def _record(self, data: dict[str, Any], name: str) -> dict[str, Any]:
+        if name not in data["scans"]:
+            raise UserError(f"The work list {self.folder} has no scan {name}; look at its names with: unetseg worklist list.")
+        return data["scans"][name]
+
+    def _commit(self, change: Callable[[dict[str, Any]], T]) -> T:
+        """Read the list, change it, replace it; all under the lock. What `change` raises leaves it as it was."""
+        with reached(self.folder):
+            for attempt in range(5):
+                with FolderLock(self.folder, LIST_LOCK) as lock:
+                    data = _read(self.folder)
+                    try:
+                        out = change(data)
+                    except _Nothing:
+                        self._data = data
+                        return None  # type: ignore[return-value]
+                    data["revision"] += 1
+                    try:
+                        _write(self.folder, data, lock)
+                    except LockLost:
+                        continue
+                    except UserError as e:  # on Windows and its shares while another reads it
+                        if attempt == 4 or not isinstance(e.__cause__, PermissionError):
+                            raise
+                        time.sleep(0.2)
+                        continue
+                    self._data = data
+                    return out
+        raise UserError(f"The work list {self.folder} is changed by others all the time; try again.")
+
+    # --------------------------------------------------------------------------------------------------------- segment
+
+    def segment(
+        self,
+        models: Sequence[ModelPackage],
+        me: Annotator,
+        options: Options = Options(),
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        engines: Sequence[Any] | None = None,
+    ) -> Scan | None:
+        """Segment one scan that nobody is at, and keep what was found with its scores; None where there is none left.
+
+        A scan that cannot be segmented is marked as failed, with one sentence, and is what is returned. Raises Cancelled, and
+        UserError where the list cannot be written.
+        """
+        names = [f"{m.card.name}-{m.card.version}" for m in models]
+
+        def take(data: dict[str, Any]) -> str:
+            now = self._now()
+            todo = [n for n, r in data["scans"].items() if _to_segment(data, r) and not (r.get("claim") and _lives(r["claim"], now))]
+            todo.sort(key=lambda n: data["scans"][n]["status"] != "waiting")
+            if not todo or data["models"] != names:
+                raise _Nothing
+            data["scans"][todo[0]]["claim"] = self._claim(replace(me, lease=LEASE), now, "segment")
+            return todo[0]
+
+        name = self._commit(take)
+        if name is None:
+            return None
+        scan = self._scan(name, self._data["scans"][name], self._now())
+        result: dict[str, Any] = {}
+        written: list[dict[str, Any]] | None = None
+        series: list[str] = []
+        renewed = time.monotonic()
+
+        def over() -> bool:
+            nonlocal renewed
+            if time.monotonic() - renewed > LEASE / 4:
+                renewed = time.monotonic()
+                self.renew(me)
+            return cancelled is not None and cancelled()
+
+        try:
+            result, written = self._segmented(scan, models, options, progress, over, engines)
+        except Cancelled:
+            self._give_up(name, me)
+            raise
+        except SeveralSeries as e:
+            series = list(e.series)
+        except UserError as e:
+            result = {"status": "failed", "error": str(e)}
+        except MemoryError:
+            result = {"status": "failed", "error": f"There was not enough memory to segment {name}; choose a smaller model, or skip it."}
+        except Exception as e:  # one bad scan never stops the rest
+            result = {
+                "status": "failed",
+                "error": f"{name} could not be segmented ({type(e).__name__}: {str(e)[:200]}); skip or report it.",
+            }
+
+        def enter(data: dict[str, Any]) -> list[str]:
+            record = self._record(data, name)
+            if (record.get("claim") or {}).get("for") == "segment":
+                del record["claim"]
+            if series:
+                _split(data, name, series)
+                return []
+            old = [record.get("mask", "")]
+            if record["status"] in ("done", "skipped") and result.get("status") == "failed":
+                return []
+            status = record["status"]
+            record.update(result)
+            if status in ("done", "skipped"):
+                record["status"] = status
+            if written is not None:
+                data["labels"]["+".join(names)] = written
+            return [f for f in old if f and f != record.get("mask")]
+
+        try:
+            for file in self._commit(enter):
+                (self.folder / file).unlink(missing_ok=True)
+        except BaseException:
+            if result.get("mask"):
+                (self.folder / result["mask"]).unlink(missing_ok=True)
+            raise
+        return self.scan(name) if name in self._data["scans"] else scan
+
+    def _segmented(
+        self,
+        scan: Scan,
+        models: Sequence[ModelPackage],
+        options: Options,
+        progress: Progress | None,
+        cancelled: Callable[[], bool],
+        engines: Sequence[Any] | None,
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        image = read_image(scan.files, scan.series)
+        prediction = predict(image, models, replace(options, uncertainty=True, probabilities=False), progress, cancelled, engines)
+        scores, embedding = describe(prediction, image)
+        mask = PurePosixPath(RESULTS, scan.name, f"{secrets.token_hex(4)}.seg.nrrd")
+        write_segmentation(prediction, self.folder / mask)
+        labels = [
+            {"value": int(d.value), "name": d.name, "color": list(d.color)} | ({"terminology": d.terminology} if d.terminology else {})
+            for d in prediction.label_defs
+        ]
+        numbers = [float(f"{v:.4g}") for v in embedding]
+        model = prediction.model_name
+        return {"status": "segmented", "mask": str(mask), "model": model, "scores": scores, "embedding": numbers}, labels
+
+    def _give_up(self, name: str, me: Annotator) -> None:
+        def free(data: dict[str, Any]) -> None:
+            record = data["scans"].get(name) or {}
+            if (record.get("claim") or {}).get("for") != "segment" or not me.owns(record["claim"]):
+                raise _Nothing
+            del record["claim"]
+
+        try:
+            self._commit(free)
+        except UserError:
+            pass  # the claim's time ends by itself
+
+    def clean(self) -> None:
+        """Remove what killed programs left: results that the list does not name and that are older than a day."""
+        self.refresh()
+        named = {r.get("mask") for r in self._data["scans"].values()}
+        with reached(self.folder):
+            for path in self.folder.glob(f"{RESULTS}/*/*"):
+                if path.relative_to(self.folder).as_posix() not in named and time.time() - path.stat().st_mtime > 24 * 3600:
+                    path.unlink(missing_ok=True)
+            for empty in self.folder.glob(f"{RESULTS}/*"):
+                if empty.is_dir() and not any(empty.iterdir()):
+                    empty.rmdir()
+
+
+class _Nothing(Exception):
+    """There is nothing to change."""
+
+
+def _split(data: dict[str, Any], name: str, series: Sequence[str]) -> None:
+    record = data["scans"].pop(name, None)
+    for uid in series if record else ():
+        new = _free_name(name, data["scans"])
+        data["scans"][new] = {"files": record["files"], "series": uid, "status": "waiting"}
+
+
+def _stem(path: Path) -> str:
+    """A file's name without what says that it is an image, and without its channel's number."""
+    stem = next((path.name[: -len(s)] for s in VOLUME_SUFFIXES if path.name.lower().endswith(s)), path.name)
+    channel = _CHANNEL.fullmatch(stem)
+    return channel[1] if channel else stem
+
+
+def _free_name(stem: str, taken: dict[str, Any]) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:60] or "scan"
+    return name if name not in taken else next(f"{name}-{i}" for i in range(2, 1 << 30) if f"{name}-{i}" not in taken)
+
+
+def check_models(models: Sequence[ModelPackage]) -> None:
+    """UserError for models that cannot segment a scan by themselves."""
+    for model in models:
+        if model.card.data["task"] != "automatic":
+            raise UserError(f"{model.card.name} works from clicks, so it segments nothing in advance; choose another model, or none.")
+        if model.card.data.get("roi_mm"):
+            raise UserError(f"{model.card.name} is made for a box around one target, not for whole scans; choose another model, or none.")
+
+
+def _lives(claim: dict[str, Any], now: float) -> bool:
+    return now < claim["until"] and not (claim.get("pid") and process_is_gone(claim))
+
+
+def _to_segment(data: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether the list's models have not segmented a scan that somebody may still correct."""
+    if not data["models"] or record["status"] not in ("waiting", "segmented"):
+        return False
+    return record.get("model") != "+".join(data["models"])
+
+
+# ----------------------------------------------------------------------------------------------------------------- file
+
+
+def _write(folder: Path, data: dict[str, Any], lock: FolderLock | None = None) -> None:
+    """A scan on each line: readable, and quick to write and read with thousands."""
+    head = "".join(f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)},\n" for k, v in data.items() if k != "scans")
+    lines = (f"  {json.dumps(n, ensure_ascii=False)}: {json.dumps(r, ensure_ascii=False)}" for n, r in data["scans"].items())
+    text = "{\n" + head + ' "scans": {\n' + ",\n".join(lines) + "\n }\n}\n"
+    with atomic_path(folder / LIST) as temporary:
+        temporary.write_text(text, "utf-8")
+        flush(temporary)
+        if temporary.stat().st_size != len(text.encode()):
+            raise OSError("the list was not written whole")
+        if lock is not None and not lock.mine():
+            raise LockLost
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The list, checked as far as the rest relies on it; a folder may come from anybody."""
+    path = folder / LIST
+    with reached(folder):
+        if not folder.is_dir():
+            raise UserError(f"The work list {folder} is not there; connect its drive or network folder, or check the name.")
+        for attempt in range(4):
+            try:
+                text = path.read_text("utf-8")
+                break
+            except FileNotFoundError as e:
+                raise UserError(f"{folder} is no work list (it has no {LIST}); choose a list's folder or make one.") from e
+            except UnicodeDecodeError as e:
+                raise UserError(f"{path} is damaged; bring it back from a copy.") from e
+            except OSError:  # it is being replaced: Windows and network folders say so
+                if attempt == 3:
+                    raise
+                time.sleep(0.1)
+    try:
+        data = json.loads(text)
+        if data.get("format") != FORMAT:
+            raise UserError(f"{path} is another program's; choose the folder of a UNetSegmentation work list, or make one.")
+        if data["format_version"] > 1:
+            raise UserError(f"{path} was written by a newer version of UNetSegmentation; update this one.")
+        data["revision"] + 1, list(data["models"]), dict(data["labels"])
+        for name, record in data["scans"].items():
+            if record["status"] not in STATUSES or not record["files"] or not all(isinstance(f, str) for f in record["files"]):
+                raise ValueError(f"the scan {name!r}")
+            if mask := record.get("mask"):
+                parts = PurePosixPath(mask).parts
+                if parts[0] != RESULTS or ".." in parts or len(parts) != 3 or "\\" in mask:
+                    raise ValueError(f"the file {mask!r}")
+            if claim := record.get("claim"):
+                claim["until"] + 1.0, claim["for"].strip()
+            if record.get("scores"):
+                record["scores"]["value"] + 1.0, [v + 1.0 for v in record["embedding"][:1]]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise UserError(f"{path} is damaged ({e}); bring it back from a copy.") from e
+    return data
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+
+
+def order(entropies: Sequence[float], embeddings: np.ndarray, done: Sequence[int] = (), limit: int | None = None) -> list[int]:
+    """Indices of the scans that are not `done` (annotated or being annotated), the most useful first; the same input gives
+    the same order.
+
+    entropies: (n,) value of each scan, any scale (describe()'s "value"); NaN is 0. embeddings: (n, d) of describe(). limit: only
+    the first so many.
+
+    Greedy: of the scans that are left the one with the largest rank(value) x distance to the nearest chosen one. Every column of
+    the embeddings counts the same (it is standardised over all scans).
+    """
+    values = np.nan_to_num(np.asarray(entropies, np.float64), nan=0.0, posinf=np.finfo(np.float64).max, neginf=0.0)
+    n = len(values)
+    if not n:
+        return []
+    points = np.nan_to_num(np.asarray(embeddings, np.float64).reshape(n, -1), posinf=0.0, neginf=0.0)
+    spread = points.std(0)
+    points = ((points - points.mean(0)) / np.where(spread > 1e-9, spread, np.inf)).astype(np.float32)
+    # Ranks, equal values sharing one, so that neither the scale nor one odd scan decides.
+    rank = np.searchsorted(np.sort(values), values, "right") / n
+    # The most useful first, so that of equals argmax takes it, and of equally useful ones the first in the list.
+    by_value = np.lexsort((np.arange(n), -values))
+    points, rank = points[by_value], rank[by_value]
+    squares = np.einsum("ij,ij->i", points, points)
+    place = np.empty(n, np.intp)
+    place[by_value] = np.arange(n)
+    nearest: np.ndarray | None = None
+    left = np.ones(n, bool)
+    chosen = [int(place[i]) for i in done]
+    out: list[int] = []
+    while True:
+        for i in chosen:
+            left[i] = False
+            far = np.sqrt(np.maximum(squares + squares[i] - 2 * (points @ points[i]), 0))
+            far[far < 1e-3] = 0  # of rounding
+            nearest = far if nearest is None else np.minimum(nearest, far)
+        if not left.any() or len(out) == limit:
+            return out
+        gain = np.where(left, rank if nearest is None else rank * nearest, -1.0)
+        chosen = [int(np.argmax(gain))]
+        out.append(int(by_value[chosen[0]]))
+
+
+# --------------------------------------------------------------------------------------------------------- description
+
+
+def describe(prediction: Prediction, image: Image) -> tuple[dict[str, float], np.ndarray]:
+    """(scores, embedding) of an image that was predicted with Options(uncertainty=True).
+
+    Scores, 0 to 1: "entropy", "disagreement" (mutual information, 0 with a single model and copy): means over two voxels on both
+    sides of the predicted surface and wherever the entropy is _UNDECIDED or more; "undecided": that share of the voxels around
+    the prediction; "value": entropy + disagreement, for order(). Embedding: float32, of the same length for all scans and models:
+    acquisition (spacing, size, brightness), intensities in and around the prediction, its size, place and shape, and 3 x 3 x 3
+    pictures of both in patient orientation.
+    """
+    if prediction.uncertainty is None:
+        raise ValueError("the prediction has no uncertainty; predict with Options(uncertainty=True)")
+    canonical, orientation = reorient(image)
+    values = canonical.channels[0]
+    labels = orientation.canonical(prediction.labels.array)
+    entropy = orientation.canonical(prediction.uncertainty.array)
+    mutual = prediction.mutual_information
+    disagreement = None if mutual is None else orientation.canonical(mutual.array)
+    spacing = np.array(canonical.spacing[::-1])  # (z, y, x)
+
+    found = Box.around(labels) or Box.around(entropy >= _UNDECIDED)
+    if found is None:
+        peak = np.unravel_index(int(np.argmax(entropy)), entropy.shape)
+        found = Box(tuple(int(v) for v in peak), tuple(int(v) + 1 for v in peak))
+    box = found.grown([max(2 * _BAND, n // 4) for n in found.shape]) & Box.whole(labels.shape)
+    near = tuple(slice(a, b, s) for a, b, s in zip(box.start, box.stop, _steps(box.shape, _MOST)))
+    inside = labels[near] > 0
+    h = np.nan_to_num(entropy[near])
+    grown, shrunk = _widened(inside, _BAND), ~_widened(~inside, _BAND)
+    band = grown & ~shrunk
+    undecided = h >= _UNDECIDED
+    part = band | undecided
+    if np.count_nonzero(part) < _FEWEST:
+        part = h >= np.partition(h, -min(_FEWEST, h.size), axis=None)[-min(_FEWEST, h.size)]
+    scores = {
+        "entropy": float(h[part].mean()),
+        "disagreement": 0.0 if disagreement is None else float(np.nan_to_num(disagreement[near])[part].mean()),
+        "undecided": float(undecided.mean()),
+    }
+    scores["value"] = scores["entropy"] + scores["disagreement"]
+
+    sampled = values[tuple(slice(0, None, s) for s in _steps(values.shape, 1 << 20))].astype(np.float32)
+    low, middle, high = np.percentile(sampled, (5, 50, 95))
+    scale = float(high - low) or 1.0
+    around = np.clip((values[near].astype(np.float32) - middle) / scale, -3, 3)
+    within = around[inside] if inside.any() else around[part]
+    strides = np.array([s.step for s in near])
+    n = float(inside.sum()) * float(strides.prod())
+    counts = np.bincount(labels[near][inside].astype(np.int64)) if inside.any() else np.ones(1)
+    shares = counts[counts > 0] / counts.sum()
+    center = np.argwhere(inside).mean(0) * strides + box.start if inside.any() else np.array(found.start, float)
+    embedding = [
+        *np.log(spacing),
+        *np.log(spacing * values.shape),
+        math.asinh(float(middle)),
+        math.log(scale),
+        *np.percentile(around, (5, 25, 50, 75, 95)),
+        *np.percentile(within, (10, 50, 90)),
+        math.log1p(n),
+        math.log(float(spacing.prod())) + math.log1p(n),
+        *np.log(spacing * found.shape),
+        n / math.prod(found.shape),
+        math.log1p(len(components(inside)[1]) - 1),
+        *(center / values.shape),
+        float(np.count_nonzero(band)) / max(1.0, float(np.count_nonzero(grown))),
+        float(shares.max()),
+        float(-(shares * np.log(shares)).sum()),
+        *(scores[k] for k in ("entropy", "disagreement", "undecided")),
+        *_coarse(inside.astype(np.float32)),
+        *_coarse(around),
+    ]
+    return {k: round(v, 6) for k, v in scores.items()}, np.nan_to_num(np.asarray(embedding, np.float32))
+
+
+def _steps(shape: Sequence[int], most: int) -> list[int]:
+    """Strides that leave at most about `most` voxels, along the longest axes first."""
+    steps = [1] * len(shape)
+    while math.prod(math.ceil(n / s) for n, s in zip(shape, steps)) > most:
+        steps[int(np.argmax([n / s for n, s in zip(shape, steps)]))] += 1
+    return steps
+
+
+def _widened(mask: np.ndarray, by: int) -> np.ndarray:
+    """Grown by so many voxels along every axis that has more than one (a box)."""
+    out = mask
+    for axis, n in enumerate(mask.shape):
+        if n > 1:
+            wide = out.copy()
+            for d in range(1, min(by, n - 1) + 1):
+                ahead, behind = [slice(None)] * mask.ndim, [slice(None)] * mask.ndim
+                ahead[axis], behind[axis] = slice(d, None), slice(None, -d)
+                wide[tuple(ahead)] |= out[tuple(behind)]
+                wide[tuple(behind)] |= out[tuple(ahead)]
+            out = wide
+    return out
+
+
+def _coarse(values: np.ndarray) -> list[float]:
+    """The means of 3 x 3 x 3 parts of an array (z, y, x); an axis with fewer voxels repeats them."""
+    cuts = [
+        [(min(i * n // _PARTS, n - 1), max(min(i * n // _PARTS, n - 1) + 1, (i + 1) * n // _PARTS)) for i in range(_PARTS)]
+        for n in values.shape
+    ]
+    return [float(values[a:b, c:d, e:f].mean()) for a, b in cuts[0] for c, d in cuts[1] for e, f in cuts[2]]

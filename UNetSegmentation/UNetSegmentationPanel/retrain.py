@@ -1,0 +1,869 @@
+"""Retrain a model on the training set: choose, watch, stop, resume, and decide on what came out.
+
+What trains is a process of its own, which UNetSegmentationLib.training starts and finds again; here its files are looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import qt
+import slicer
+from slicer.i18n import tr as _
+from slicer.util import VTKObservationMixin
+
+from . import closeWorker
+from .nodules import Pieces
+
+_POLL_MS, _AWAY_MS = 1000, 5000
+_PATIENCE_S = 0.05  # a look at a slow network folder that takes longer is taken less often
+_ROWS = 12  # of a table without scrolling
+_UP, _DOWN = "▲", "▼"
+_COLORS = {True: "#2a9d5c", False: "#e0483e"}  # better and worse, on light and on dark
+
+
+class RetrainSection(VTKObservationMixin):
+    """The panel's section. panel: the UNetSegmentationWidget."""
+
+    def __init__(self, panel: Any) -> None:
+        super().__init__()
+        self.panel = panel
+        self.root = slicer.util.loadUI(panel.resourcePath("UI/Retrain.ui"))
+        panel.addSection(self.root)
+        self.ui = ui = slicer.util.childWidgetVariables(self.root)
+        self.jobs: list[Any] = []
+        self.job: Any = None  # of UNetSegmentationLib.training: the one that is shown
+        self.result: dict[str, Any] = {}
+        self._ready = self._closed = self._entered = self._updating = False
+        self._base: str | None = None  # the path that the person chose; None: follow the panel's model
+        self._said = ""  # what went wrong with the last thing the person asked for
+        self._install: Any = None  # an installer's Job
+        self._task: Any = None  # likewise, of what this module asks for
+        self._live: dict[str, Any] = {}  # the last of each event
+        self._lines: Any = None
+        self._shown: Any = None  # what the tables hold
+        self._case = ""  # that is compared
+        self._curves: Any = None
+        self._comparison: Any = None
+        self._layouts: Any = None
+        self._pictures: list[str] = []
+        self._pieces = Pieces(self._onFailed)
+        self._timer = qt.QTimer()
+        self._timer.setSingleShot(True)
+        self._timer.connect("timeout()", self._tick)
+        self._manager = slicer.app.layoutManager()
+        if self._manager is not None:
+            self._manager.connect("layoutChanged(int)", self._onLayout)
+        for value, text in (("quick", _("Quick, some minutes")), ("full", _("Full, as long as it gets better"))):
+            ui.lengthCombo.addItem(text, value)
+        self.root.connect("contentsCollapsed(bool)", lambda *_: self._onExpanded())
+        ui.startCombo.connect("activated(int)", self._onStart)
+        ui.trainButton.connect("clicked(bool)", lambda *_: self.onTrain())
+        ui.stopTrainingButton.connect("clicked(bool)", lambda *_: self.onStop())
+        ui.resumeTrainingButton.connect("clicked(bool)", lambda *_: self.onResume())
+        ui.finishTrainingButton.connect("clicked(bool)", lambda *_: self.onResume(finish=True))
+        ui.curvesButton.connect("clicked(bool)", lambda on: self.onCurves(bool(on)))
+        ui.jobCombo.connect("activated(int)", lambda index: self._choose(self.jobs[index]) if index < len(self.jobs) else None)
+        ui.worstTable.connect("itemSelectionChanged()", self._onCase)
+        ui.endCompareButton.connect("clicked(bool)", lambda *_: self._leaveViews())
+        ui.useButton.connect("clicked(bool)", lambda *_: self.onDecide("use"))
+        ui.keepButton.connect("clicked(bool)", lambda *_: self.onDecide("keep"))
+        for button in (ui.discardButton, ui.dropTrainingButton):
+            button.connect("clicked(bool)", lambda *_: self.onDecide("discard"))
+        ui.shareButton.connect("clicked(bool)", lambda *_: self.onShare())
+        panel.trainingSet.addListener(self._onTrainingSet)
+        ui.installBar.visible = False
+        # A scene that is saved with a layout of ours would be empty views to those who do not know it.
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartSaveEvent, lambda *_: self._leaveViews())
+        self._showJob()
+
+    # ------------------------------------------------------------------------------------------------------- life cycle
+
+    def read(self) -> None:
+        """The core is there: look which trainings the training set has."""
+        self._ready = True
+        self._find()
+        job = self.job
+        if job is not None and (job.running or job.state == "lost" or self._undecided(job)):
+            self.root.collapsed = False  # it is found again
+
+    def enter(self) -> None:
+        self._entered = True
+        if self._ready:
+            self._find()
+
+    def leave(self) -> None:
+        """Another module is opened: it gets its views back."""
+        self._entered = False
+        self._leaveViews()
+
+    def closeScene(self) -> None:
+        self._leaveViews()
+        self._curves = self._comparison = None
+
+    def close(self) -> None:
+        """What trains goes on; nothing of ours is left in the scene."""
+        self._closed = True
+        self._timer.stop()
+        self.removeObservers()
+        self._leaveViews()
+        self._pieces.clear()
+        if self._manager is not None:
+            self._manager.disconnect("layoutChanged(int)", self._onLayout)
+        if self._install is not None:
+            self._install.cancel()
+        if self._layouts is not None:
+            from . import trainingviews
+
+            for what in ("curves", "pictures", "comparison"):
+                trainingviews.remove(slicer.mrmlScene, what)
+
+    def update(self) -> None:
+        """The panel's models or settings changed."""
+        if self._ready and not self._closed:
+            self._showStart()
+
+    # ------------------------------------------------------------------------------------------------ what a person does
+
+    def onTrain(self) -> None:
+        """Install what is missing, if the person agrees, and begin; or give up an installation that goes on."""
+        if self._install is not None:
+            self._install.cancel()
+        elif not self._problem():
+            self._withPython(self._begin, self._plan)
+
+    def onStop(self) -> None:
+        from UNetSegmentationLib import training
+
+        self._try(lambda: training.stop(self.job), lambda _nothing: self._poll(0))
+
+    def onResume(self, finish: bool = False) -> None:
+        """Go on where it ended; finish: not with the training, but with the check of the best so far."""
+        arguments = ["resume", str(self.job.folder), *["finish"] * finish]
+        missing = _("What the training needs is not installed any more; press Train, which installs it.")
+        self._withPython(lambda *python: self._ask(_("Going on …"), arguments, self._began, *python), lambda: self._say(missing))
+
+    def onCurves(self, on: bool) -> None:
+        from . import trainingviews
+
+        if not on or self.job is None:
+            self._leaveViews()
+            return
+        self._endComparison()
+        if not self._views().show(trainingviews.CURVES):
+            return
+        if self._curves is None or not self._curves.alive:
+            self._curves = trainingviews.Curves(slicer.mrmlScene)
+        trainingviews.show_charts(self._curves)
+        self._curves.show([], anew=True)
+        self._again()
+        self._showViews()
+        self._poll(0)
+
+    def onDecide(self, how: str) -> None:
+        """ "use", "keep" or "discard" what came out; a worse model, or throwing one away, only when asked for twice."""
+        job = self.job
+        if job is None:
+            return
+        question = ""
+        if how == "discard":
+            question = _("Delete the new model? The training set and the former model stay as they are.")
+            if job.package is None:
+                question = _("Delete what was trained so far? The training set and the former model stay as they are.")
+        elif job.verdict == "worse":
+            question = _("{sentence} Use it all the same?") if how == "use" else _("{sentence} Keep it all the same?")
+            question = question.format(sentence=self.result.get("sentence") or _("The new model is worse on the held-out cases."))
+        if question and not slicer.util.confirmYesNoDisplay(question, windowTitle=_("Retrain")):
+            return
+        self._leaveViews()
+
+        self._ask(
+            _("Deleting the model …") if how == "discard" else _("Putting it into the list of models …"),
+            ["promote", str(job.folder), how],
+            self._decided,
+        )
+
+    def onShare(self) -> None:
+        """Copy the package to where the person wants it."""
+        from UNetSegmentationLib.files import UserError, atomic_path
+        from UNetSegmentationLib.model import SUFFIX
+
+        package = self.job.package if self.job is not None else None
+        if package is None:
+            return
+        filters = _("Model packages (*{suffix})").format(suffix=SUFFIX)
+        chosen = qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), _("Save the model"), package.name, filters)
+        if not chosen:
+            return
+        target = Path(chosen if str(chosen).endswith(SUFFIX) else f"{chosen}{SUFFIX}")
+        try:
+            with atomic_path(target) as temporary:
+                shutil.copyfile(package, temporary)
+            self._say(_("{file} can be sent to a colleague, who imports it under Model.").format(file=target.name))
+        except (UserError, OSError) as e:
+            self._say(str(e))
+
+    def _onExpanded(self) -> None:
+        if self._ready and not self.root.collapsed:
+            self._find()
+            if self._folder and self.panel.trainingSet.summary is None:
+                self.panel.trainingSet.refresh()  # so that it can be said what would be learnt from
+
+    def _onStart(self, index: int) -> None:
+        self._base = self.ui.startCombo.itemData(index)
+        self._showStart()
+
+    def _onTrainingSet(self, *_unused: Any) -> None:
+        if self._ready and not self._closed:
+            self._find()
+
+    def _onLayout(self, *_unused: Any) -> None:
+        """A person may choose another layout at any time."""
+        if self._layouts is not None and not self._closed:
+            from .trainingviews import COMPARISON
+
+            if self._case and self._layouts.shown != COMPARISON:
+                self._endComparison()
+            self._showViews()
+
+    # ----------------------------------------------------------------------------------------------------- beginning it
+
+    def _problem(self) -> str:
+        """Why Train cannot be pressed, as one sentence; "" where it can."""
+        if not self._folder:
+            return _("Choose or make a training set above, and add corrected cases to it.")
+        if any(job.running for job in self.jobs):
+            return _("A training is running; wait for its end, or stop it.")
+        return ""
+
+    @property
+    def _folder(self) -> str:
+        return str(self.panel.trainingSet.folder)
+
+    def _answers(self, done: Any) -> tuple[Any, ...]:
+        return self._onProgress, done, self._onInstallEnd, lambda: self._onInstallEnd(_("Cancelled."))
+
+    def _installing(self, text: str, job: Any) -> None:
+        self._install = job
+        self._onProgress(None, text)
+        self._showStart()
+
+    def _onProgress(self, fraction: float | None, text: str) -> None:
+        self._said = text
+        self.ui.installBar.maximum = 0 if fraction is None else 100  # 0: how long it takes is not known
+        self.ui.installBar.value = 0 if fraction is None else round(100 * fraction)
+        if not self._closed:
+            self._showStart()
+
+    def _onPlan(self, plan: Any) -> None:
+        from . import installer
+
+        self._install = None
+        question = _("To train, {what} must be downloaded and installed, in a folder of its own. Do it now?").format(what=plan)
+        if self._closed or not slicer.util.confirmOkCancelDisplay(question, windowTitle=_("Retrain")):
+            self._onInstallEnd(_("Nothing was installed, so nothing was trained."))
+            return
+        closeWorker()  # the next one is to see it
+        self._installing(_("Installing …"), installer.installTraining(plan, *self._answers(lambda _result: self._installed())))
+
+    def _installed(self) -> None:
+        self._onInstallEnd("")
+        if not self._closed:
+            failed = _("What the training needs was not installed; try again.")
+            self._withPython(self._begin, lambda: self._say(failed))
+
+    def _onInstallEnd(self, text: str) -> None:
+        self._install = None
+        if not self._closed:
+            self._say(text)
+
+    def _plan(self) -> None:
+        from . import installer
+
+        if self.panel.controller.running:
+            self._say(_("Wait until the segmentation is done: something has to be installed first."))
+        else:
+            self._installing(_("Looking up what the training needs …"), installer.planTraining(*self._answers(self._onPlan)))
+
+    def _withPython(self, ready: Callable[..., Any], missing: Callable[[], Any]) -> None:
+        """ready(python, variables) with the Python that can train, or missing(). Many packages are looked at for it."""
+
+        def found(answer: dict[str, Any]) -> None:
+            from .worker import variablesFor
+
+            python = answer["python"]
+            if python:
+                ready(python, {**variablesFor(python), **answer["variables"]})
+            else:
+                missing()
+
+        self._ask(_("Looking for what the training needs …"), ["python"], found)
+
+    def _begin(self, python: str, variables: dict[str, str]) -> None:
+        ui = self.ui
+        base = ui.startCombo.itemData(ui.startCombo.currentIndex)
+        device = ui.trainDeviceCombo.itemData(ui.trainDeviceCombo.currentIndex) or "auto"
+        options = {"quick": ui.lengthCombo.itemData(ui.lengthCombo.currentIndex) == "quick", "device": device}
+        self._ask(_("Starting …"), ["start", self._folder, base or "", json.dumps(options)], self._began, python, variables)
+
+    def _began(self, answer: dict[str, Any]) -> None:
+        self._leaveViews()
+        self._find(Path(answer["folder"]))
+
+    def _ask(self, text: str, arguments: Sequence[str], then: Any, python: str = "", variables: Any = None) -> None:
+        """A task of UNetSegmentationLib.training in a process of its own; then(answer). python: default Slicer's."""
+        from UNetSegmentationLib.environment import Step
+        from UNetSegmentationLib.worker.client import find_python
+
+        from .installer import Job
+
+        def done(answer: dict[str, Any]) -> None:
+            self._task = None
+            if not self._closed:
+                self._say("")
+                then(answer)
+
+        def failed(sentence: str) -> None:
+            self._task = None
+            if not self._closed:
+                self._say(sentence)
+
+        if self._task is None:
+            command = (python or find_python(), "-m", "UNetSegmentationLib.training", *arguments)
+            self._task = Job(_answer(Step(text, command, variables or {})), lambda *_unused: None, done, failed)
+            self._say(text)
+
+    def _try(self, action: Any, then: Any) -> None:
+        """What a person asked for; where it fails they read why."""
+        from .run import sentence
+
+        try:
+            answer = action()
+        except Exception as e:
+            self._say(sentence(e))
+        else:
+            self._said = ""
+            then(answer)
+
+    def _decided(self, answer: dict[str, Any]) -> None:
+        """The model list has it, and it is chosen."""
+        from UNetSegmentationLib.model import SUFFIX
+
+        path = Path(answer["path"]) if answer["path"] else None
+        panel = self.panel
+        if path is not None:
+            name = path.name.removesuffix(SUFFIX)
+            panel.modelList.read()
+            panel.nodules.read()
+            automatic = any(m.name == name and m.card is not None for m in panel.modelList.models)
+            panel._keepChoice("models" if automatic else "clickModel", [name] if automatic else name)
+            self._base = str(path) if automatic else None
+            slicer.util.showStatusMessage(_("{name} is in the list of models, and chosen.").format(name=name), 5000)
+        self._find()
+
+    # -------------------------------------------------------------------------------------------------------- following it
+
+    def _find(self, folder: Path | None = None) -> None:
+        """Look again which trainings there are; show this one, or the one that was shown, or the latest."""
+        from UNetSegmentationLib import training
+
+        wanted = folder or (self.job.folder if self.job is not None else None)
+        self.jobs = training.jobs(self._folder) if self._folder else []
+        self._showStart()
+        self._choose(next((job for job in self.jobs if job.folder == wanted), self.jobs[0] if self.jobs else None))
+
+    def _choose(self, job: Any) -> None:
+        if job is None or self.job is None or job.folder != self.job.folder:
+            self._leaveViews()
+            self._lines, self._live, self._case = None, {}, ""
+        self.job = job
+        self.result = (job.result or {}) if job is not None and not job.running else {}
+        self._fillJobs()
+        self._showJob()
+        if job is not None and (job.running or self._lines is None):
+            self._poll(0)
+
+    def _again(self) -> None:
+        """Read live.jsonl from its start."""
+        from .trainingviews import LiveLines
+
+        self._lines, self._live = LiveLines(self.job.live), {}
+
+    def _poll(self, milliseconds: int) -> None:
+        if not self._closed:
+            self._timer.start(milliseconds)
+
+    def _tick(self) -> None:
+        """Look how the shown training stands."""
+        from UNetSegmentationLib import UserError, training
+
+        if self._closed or self.job is None:
+            return
+        began, before, more, trouble = time.monotonic(), self.job, False, ""
+        try:
+            job = training.read(before.folder)
+            if self._lines is None:
+                self._again()
+            lines, anew, more = self._lines.read()
+        except (UserError, OSError) as e:
+            trouble = str(e) if isinstance(e, UserError) else _("{folder} cannot be read ({reason}); it is tried again.").format(
+                folder=before.folder, reason=e.strerror or e
+            )  # fmt: skip
+            job, lines, anew = before, [], False
+        if anew:
+            self._live = {}
+        for line in lines:
+            self._live[str(line.get("event"))] = line
+        if self._showsCurves:
+            self._curves.show(lines, anew)
+            self._showPictures()
+        self.job = job
+        self.jobs = [job if j.folder == job.folder else j for j in self.jobs]
+        if before.running and not job.running:
+            self.result = job.result or {}
+            slicer.util.showStatusMessage(f"{_('Retrain')}: {_states()[job.state]}", 10000)
+            self._showStart()
+            self._fillJobs()
+        elif job.state != before.state:
+            self._fillJobs()
+        self._showJob(trouble)
+        if more:
+            self._poll(0)
+        elif job.running:
+            spent = time.monotonic() - began
+            least = _POLL_MS if self._entered and not trouble else _AWAY_MS
+            self._poll(max(least, round(20000 * spent)) if spent > _PATIENCE_S else least)
+
+    # --------------------------------------------------------------------------------------------------------- the views
+
+    def _views(self) -> Any:
+        from .trainingviews import Layouts
+
+        if self._layouts is None:
+            self._layouts = Layouts()
+        return self._layouts
+
+    @property
+    def _showsCurves(self) -> bool:
+        if self._layouts is None or self._curves is None or not self._curves.alive:
+            return False
+        from .trainingviews import CURVES
+
+        return self._layouts.shown == CURVES
+
+    def _showPictures(self) -> None:
+        from . import trainingviews
+
+        named = self._live.get("validation", {}).get("pictures")
+        paths = [self.job.live.parent / str(p) for p in named if ".." not in Path(str(p)).parts] if isinstance(named, list) else []
+        stamps = [f"{path} {path.stat().st_mtime}" for path in paths if path.is_file()]
+        if not stamps or stamps == self._pictures:
+            return
+        new, self._pictures = not trainingviews.ours(slicer.mrmlScene, "pictures"), stamps
+
+        def steps() -> Generator[None, None, None]:
+            node = yield from trainingviews.picture_steps(slicer.mrmlScene, paths)
+            if node is not None:
+                trainingviews.show_volume(node, [trainingviews.EXAMPLES], fit=new)
+
+        self._pieces.add(steps())
+
+    def _onCase(self) -> None:
+        """Show the chosen case before and after."""
+        from . import trainingviews
+        from .models import _readCard
+
+        rows = {item.row() for item in self.ui.worstTable.selectedItems()}
+        worst = self._worst()
+        if self._updating or len(rows) != 1 or not max(rows) < len(worst):
+            return
+        case = worst[rows.pop()]
+        job, name = self.job, str(case["case"])
+        files = {key: job.folder / str(path) for key, path in case["files"].items() if ".." not in Path(str(path)).parts}
+        if not self._views().show(trainingviews.COMPARISON):
+            return
+        self._pieces.clear()
+        self._case = name
+        comparison = self._comparison = self._comparison or trainingviews.Comparison(slicer.mrmlScene)
+        pair = [trainingviews.BEFORE, trainingviews.AFTER]
+
+        def steps() -> Generator[None, None, None]:
+            labels = _readCard(job.package).labels
+            yield
+            yield from comparison.steps(name, files, labels)
+            trainingviews.show_volume(comparison.volume, pair, linked=True)
+            comparison.jump()
+            self._showViews()
+
+        self._pieces.add(steps())
+        self._showViews()
+
+    def _onFailed(self, text: str) -> None:
+        """A file could not be shown."""
+        if self._case:
+            self._leaveViews()
+        self._say(text)
+
+    def _endComparison(self) -> None:
+        self._pieces.clear()
+        self._case = ""
+        if self._comparison is not None:
+            self._comparison.clear()
+        before, self._updating = self._updating, True
+        self.ui.worstTable.clearSelection()
+        self._updating = before
+
+    def _leaveViews(self) -> None:
+        """The layout before ours, where ours is on."""
+        if self._layouts is not None:
+            self._endComparison()
+            self._layouts.leave()
+            self._pictures = []
+            self._showViews()
+
+    def _showViews(self) -> None:
+        if self._layouts is None:
+            return
+        from .trainingviews import COMPARISON, CURVES
+
+        ui, shown = self.ui, self._layouts.shown
+        ui.curvesButton.checked = shown == CURVES
+        comparing = shown == COMPARISON and bool(self._case)
+        ui.compareWidget.visible = comparing
+        if comparing:
+            parent = self.result.get("parent") or _("nothing to compare with")
+            text = _("{case}. Left: {parent}. Right: the new model. Green outline: the corrected mask.")
+            ui.compareNote.text = text.format(case=self._case, parent=parent)
+
+    # ------------------------------------------------------------------------------------------------- what is to be seen
+
+    def _say(self, text: str) -> None:
+        self._said = text
+        self._showStart()
+
+    def _showStart(self) -> None:
+        """What a new training would start from, and whether it can."""
+        from .run import deviceChoices
+
+        ui, chosen = self.ui, self.panel.modelList.selected
+        choices = [(str(m.path), _title(m.card)) for m in self.panel.modelList.models if m.card is not None and _trainable(m.card)]
+        choices.append(("", _("Nothing: a new model, from scratch")))
+        wanted = self._base if self._base is not None else str(chosen[0].path) if chosen else choices[0][0]
+        _fill(ui.startCombo, choices, wanted)
+        devices = deviceChoices()
+        _fill(ui.trainDeviceCombo, devices, ui.trainDeviceCombo.itemData(ui.trainDeviceCombo.currentIndex))
+        ui.trainDeviceLabel.visible = ui.trainDeviceCombo.visible = len(devices) > 2
+        problem, installing = self._problem(), self._install is not None
+        text = self._said or problem or self._describeSet()
+        ui.trainMessage.text = text
+        ui.trainMessage.visible = bool(text)
+        ui.installBar.visible = installing
+        ui.trainButton.text = _("Cancel") if installing else _("Train")
+        ui.trainButton.enabled = installing or not problem and self._task is None
+        for each in (ui.decideWidget, ui.resumeTrainingButton, ui.finishTrainingButton, ui.dropTrainingButton):
+            each.enabled = self._task is None
+        tip = _("Make a new model in the background; this one and the training set stay as they are.")
+        ui.trainButton.toolTip = problem or tip
+
+    def _describeSet(self) -> str:
+        """What would be learnt from, and what the model that is started from does not know."""
+        summary = self.panel.trainingSet.summary
+        if not isinstance(summary, dict):
+            return ""
+        names = [str(label["name"]) for label in summary.get("labels", ())]
+        text = _("{n} corrected cases of {patients} patients: {labels}.")
+        text = text.format(n=summary.get("count", 0), patients=summary.get("patients", 0), labels=", ".join(names) or "–")
+        path = self.ui.startCombo.itemData(self.ui.startCombo.currentIndex)
+        card = next((m.card for m in self.panel.modelList.models if str(m.path) == path), None)
+        known = {label.name.casefold() for label in card.labels} if card is not None else set()
+        fresh = [name for name in names if name.casefold() not in known] if card is not None else []
+        if fresh:
+            text += " " + _("{model} does not know {labels}: that is learnt anew.").format(model=_title(card), labels=", ".join(fresh))
+        return text
+
+    def _fillJobs(self) -> None:
+        ui, states = self.ui, _states()
+        choices = []
+        for job in self.jobs:
+            date = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
+            choices.append((str(job.folder), f"{date} · {job.name or job.base} · {states.get(job.state, job.state)}"))
+        _fill(ui.jobCombo, choices, str(self.job.folder) if self.job is not None else "")
+        ui.jobCombo.visible = len(choices) > 1
+
+    @staticmethod
+    def _undecided(job: Any) -> bool:
+        return job.state in ("finished", "stopped") and job.package is not None and not job.decided
+
+    def _showJob(self, trouble: str = "") -> None:
+        """How the training that is shown stands."""
+        ui, job = self.ui, self.job
+        ui.jobWidget.visible = job is not None
+        title = _("Retrain")
+        if job is None:
+            ui.outcomeWidget.visible = False
+        else:
+            ui.jobBar.visible = job.running
+            if job.running:
+                percent = round(100 * job.fraction)
+                title = f"{title}: {percent} %"
+                if ui.jobBar.value != percent:
+                    ui.jobBar.value = percent
+            elif job.state == "lost" or self._undecided(job):
+                title = f"{title}: {_states()[job.state]}"
+            text = trouble or self._describeJob(job)
+            if ui.jobMessage.text != text:
+                ui.jobMessage.text = text
+            ui.stopTrainingButton.visible = job.running
+            ui.stopTrainingButton.enabled = job.state != "checking"
+            ui.resumeTrainingButton.visible = job.resumable
+            ui.dropTrainingButton.visible = job.resumable and job.package is None
+            ui.finishTrainingButton.visible = job.resumable and job.kept and job.package is None
+            ui.curvesButton.enabled = "start" in self._live or self._layouts is not None and ui.curvesButton.checked
+            self._showOutcome(job)
+        if self.root.text != title:
+            self.root.text = title
+        self._showViews()
+
+    def _describeJob(self, job: Any) -> str:
+        if not job.running:
+            if job.text and not job.decided and (job.state in ("failed", "lost") or job.package is None):
+                return job.text
+            state = _states()[job.state][0].upper() + _states()[job.state][1:]
+            return f"{state}. {self._fate(job)}".strip()
+        words = {"preparing": _("Preparing"), "training": _("Training"), "checking": _("Checking on held-out cases")}
+        parts = [words[job.state]]
+        if job.state == "preparing" and job.text:
+            parts = [job.text]
+        if job.state == "training":
+            last = max((line for k, line in self._live.items() if k in ("step", "validation")), key=lambda v: v.get("step", 0), default={})
+            total = self._live.get("start", {}).get("steps")
+            if last.get("step"):
+                step = _("step {step}").format(step=last["step"])
+                parts.append(_("step {step} of {total}").format(step=last["step"], total=total) if total else step)
+            now, best = self._live.get("validation", {}).get("dice"), job.dice
+            if isinstance(best, (int, float)):
+                again = isinstance(now, (int, float)) and abs(now - best) > 5e-4
+                parts.append(_("Dice {now:.3f}, best {best:.3f}").format(now=now, best=best) if again else f"Dice {best:.3f}")
+        if job.seconds_left is not None:
+            left = _("about {time} of {whole} left") if job.estimate else _("about {time} left")
+            parts.append(left.format(time=_duration(job.seconds_left), whole=_duration(job.estimate or 0)))
+        return " · ".join(parts)
+
+    def _fate(self, job: Any) -> str:
+        if job.decided:
+            return {
+                "use": _("It is used in place of {base}.").format(base=job.base) if job.base else _("It is used."),
+                "keep": _("It is kept beside {base}.").format(base=job.base) if job.base else _("It is kept."),
+                "discard": _("What came out was discarded."),
+            }[job.decided]
+        return ""
+
+    # ----------------------------------------------------------------------------------------------------- what came out
+
+    def _worst(self) -> list[dict[str, Any]]:
+        """The worst cases that can be shown."""
+        worst = self.result.get("worst")
+        rows = [w for w in worst if isinstance(w, dict)] if isinstance(worst, list) else []
+        return [w for w in rows if isinstance(w.get("files"), dict) and {"image", "truth", "after"} <= set(w["files"])]
+
+    def _showOutcome(self, job: Any) -> None:
+        ui, result = self.ui, self.result
+        shown = not job.running and bool(result) and job.package is not None
+        ui.outcomeWidget.visible = shown
+        state = (str(job.folder), job.state, job.decided, shown, result.get("sentence"))
+        if not shown or state == self._shown:
+            self._shown = state
+            return
+        self._shown = state
+        undecided = not job.decided
+        ui.verdictLabel.text = str(result.get("sentence") or "")
+        ui.verdictLabel.visible = bool(ui.verdictLabel.text)
+        font = ui.verdictLabel.font
+        font.setBold(job.verdict == "worse")
+        ui.verdictLabel.font = font
+        self._fillScores(result)
+        ui.scoreNote.text = str(result.get("note") or "")
+        ui.scoreNote.visible = bool(ui.scoreNote.text)
+        self._fillWorst(self._worst())
+        ui.decideWidget.visible = undecided
+        # What is not the better choice is not the first one that is offered.
+        ui.useButton.toolTip = (
+            _("Put it in the place of {base} and choose it.").format(base=job.base) if job.base else _("Put it into the list of models.")
+        )
+        ui.keepButton.visible = bool(job.base)
+        ui.keepButton.toolTip = _("Put it beside {base}, under a name of its own.").format(base=job.base)
+
+    def _fillScores(self, result: dict[str, Any]) -> None:
+        labels = result.get("labels") if isinstance(result.get("labels"), dict) else {}
+        groups = [(str(name), own) for name, own in labels.items() if isinstance(own, dict)]
+        mean = result.get("mean")
+        if len(groups) > 1 and isinstance(mean, dict):
+            groups.insert(0, (_("All labels"), mean))
+        rows: list[tuple[str, ...] | str] = []
+        tips: list[str] = []
+        for name, own in groups:
+            if len(groups) > 1:
+                rows.append(name)
+                tips.append(name)
+            for key, (title, digits, tip) in _figures().items():
+                if isinstance(own.get(key), dict):
+                    before, after, change = (own[key].get(k) for k in ("before", "after", "change"))
+                    rows.append((title, _score(before, digits), _score(after, digits) + _trend(key, change)))
+                    tips.append(tip + (_("; change {change}").format(change=_score(change, digits, sign=True)) if change else ""))
+        table = self.ui.scoreTable
+        _prepare(table, ["", _("Before"), _("After")], len(rows))
+        for i, row in enumerate(rows):
+            if isinstance(row, str):
+                table.setSpan(i, 0, 1, 3)
+                item = qt.QTableWidgetItem(row)
+                font = item.font()
+                font.setBold(True)
+                item.setFont(font)
+                table.setItem(i, 0, item)
+                continue
+            for j, text in enumerate(row):
+                item = qt.QTableWidgetItem(text)
+                item.setTextAlignment(int(qt.Qt.AlignVCenter) | int(qt.Qt.AlignRight if j else qt.Qt.AlignLeft))
+                item.setToolTip(tips[i])
+                if text.endswith((_UP, _DOWN)):
+                    good = text.endswith(_UP) == (row[0] == _figures()["dice"][0])
+                    item.setForeground(qt.QBrush(qt.QColor(_COLORS[good])))
+                table.setItem(i, j, item)
+        _fit(table, len(rows), [0])
+
+    def _fillWorst(self, worst: Sequence[dict[str, Any]]) -> None:
+        ui, table = self.ui, self.ui.worstTable
+        ui.worstLabel.visible = table.visible = bool(worst)
+        before, self._updating = self._updating, True
+        _prepare(table, [_("Case"), _("Dice before"), _("Dice after")], len(worst))
+        for i, row in enumerate(worst):
+            for j, text in enumerate((str(row["case"]), _plain(row.get("dice_before")), _plain(row.get("dice_after")))):
+                item = qt.QTableWidgetItem(text)
+                item.setTextAlignment(int(qt.Qt.AlignVCenter) | int(qt.Qt.AlignRight if j else qt.Qt.AlignLeft))
+                item.setToolTip(str(row["case"]))
+                table.setItem(i, j, item)
+        _fit(table, len(worst), [0])
+        self._updating = before
+
+
+def _answer(step: Any) -> Generator[Any, Any, dict[str, Any]]:
+    """The process's answer; UserError with its sentence."""
+    from UNetSegmentationLib import UserError
+
+    done = yield step
+    lines = done.output.strip().splitlines()
+    try:
+        answer = json.loads(lines[-1]) if done.code == 0 else {}
+    except (ValueError, IndexError):
+        answer = {}
+    if "error" in answer:
+        raise UserError(answer["error"])
+    if not answer or "pid" in answer:
+        last = (done.log.strip().splitlines() or [_("it said nothing")])[-1][:200]
+        raise UserError(_("The Python at {python} could not do it ({reason}); try again.").format(python=step.command[0], reason=last))
+    return answer
+
+
+# ---------------------------------------------------------------------------------------------------------------- words
+
+
+def _states() -> dict[str, str]:
+    return {
+        "preparing": _("preparing"),
+        "training": _("training"),
+        "checking": _("checking"),
+        "finished": _("finished"),
+        "stopped": _("stopped"),
+        "failed": _("failed"),
+        "lost": _("interrupted"),
+    }
+
+
+def _figures() -> dict[str, tuple[str, int, str]]:
+    """Key in result.json: title of the row, digits, what it means."""
+    return {
+        "dice": (_("Dice"), 3, _("Overlap with the corrected mask: 1 is all, 0 is none")),
+        "hausdorff95_mm": (_("HD95 (mm)"), 2, _("Hausdorff distance of the outlines, 95th percentile: 0 is perfect")),
+        "volume_error_percent": (_("Vol. error (%)"), 1, _("Volume error in percent of the corrected mask's: 0 is perfect")),
+    }
+
+
+def _title(card: Any) -> str:
+    return f"{card.data.get('title') or card.name} ({card.version})"
+
+
+def _trainable(card: Any) -> bool:
+    """Whether it carries what a training starts from."""
+    return "model.safetensors" in card.data.get("files", {}) and "network" in card.data
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return _("{n} s").format(n=max(1, round(seconds)))
+    minutes = round(seconds / 60)
+    return _("{n} min").format(n=minutes) if minutes < 120 else _("{h} h {m} min").format(h=minutes // 60, m=minutes % 60)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, (int, float)) else "–"
+
+
+def _score(figure: Any, digits: int, sign: bool = False) -> str:
+    """A mean with its interval, which has a digit less where there are three: "0.861 (0.84–0.88)"."""
+    if not isinstance(figure, dict) or not isinstance(figure.get("mean"), (int, float)):
+        return "–"
+    low, high, few = figure.get("low"), figure.get("high"), min(digits, 2)
+    plus = "+" if sign else ""
+    mean = f"{figure['mean']:{plus}.{digits}f}"
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+        return mean
+    between = f"{low:{plus}.{few}f} {_('to')} {high:{plus}.{few}f}" if min(low, high) < 0 or sign else f"{low:.{few}f}–{high:.{few}f}"
+    return f"{mean} ({between})"
+
+
+def _trend(key: str, change: Any) -> str:
+    """An arrow where the change is more than chance: its interval does not hold 0. An error that may be of either sign has none."""
+    if key == "volume_error_percent" or not isinstance(change, dict):
+        return ""
+    low, high = change.get("low"), change.get("high")
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)) or low <= 0 <= high:
+        return ""
+    return " " + (_UP if low > 0 else _DOWN)
+
+
+# -------------------------------------------------------------------------------------------------------------- widgets
+
+
+def _fill(combo: Any, choices: Sequence[tuple[str, str]], value: Any) -> None:
+    """Show `value`, or the first, in a box with these (value, text)."""
+    if list(choices) != [(combo.itemData(i), combo.itemText(i)) for i in range(combo.count)]:
+        combo.clear()
+        for data, text in choices:
+            combo.addItem(text, data)
+    combo.currentIndex = max(0, combo.findData(value)) if choices else -1
+
+
+def _prepare(table: Any, titles: Sequence[str], rows: int) -> None:
+    table.clearSelection()
+    table.clearSpans()
+    table.setColumnCount(len(titles))
+    table.setRowCount(rows)
+    table.setHorizontalHeaderLabels(list(titles))
+    table.horizontalHeader().setHighlightSections(False)
+    table.verticalHeader().hide()
+    table.verticalHeader().setDefaultSectionSize(table.fontMetrics().height() + 6)
+
+
+def _fit(table: Any, rows: int, wide: Sequence[int]) -> None:
+    """As high as its rows; the columns as wide as what they hold, and `wide` as wide as is left."""
+    table.resizeColumnsToContents()
+    header = table.horizontalHeader()
+    for i in range(table.columnCount):
+        header.setSectionResizeMode(i, qt.QHeaderView.Stretch if i in wide else qt.QHeaderView.ResizeToContents)
+    shown = min(rows, _ROWS) * table.verticalHeader().defaultSectionSize
+    table.minimumHeight = table.maximumHeight = shown + header.sizeHint.height() + 2 * table.frameWidth

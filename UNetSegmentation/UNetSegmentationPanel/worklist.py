@@ -1,0 +1,792 @@
+"""The work list: scans segmented in advance, the most useful first, corrected one by one and put into the training set.
+
+Reading, writing and segmenting are the desk's, a process of its own (UNetSegmentationLib.worker.desk); here is what a person sees,
+and the scan at hand in the scene, which is filled in pieces of a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import qt
+import slicer
+from slicer.i18n import tr as _
+
+import UNetSegmentationPanel
+
+from .nodules import Pieces
+from .run import sentence
+
+SETTING = "UNetSegmentation/WorkList"
+_REFRESH_MS = 30_000  # what other annotators did
+_WATCH_MS = 200  # whether the background is in somebody's way
+_PATIENCE = 5  # so many times nothing must be going on before it goes on itself
+
+
+# ----------------------------------------------------------------------------------------------------------------- desk
+
+
+class Desk:
+    """The desk's process, started when it is first asked. onEvent(message): what it says unasked; onEnd(text): it is gone."""
+
+    def __init__(self, onEvent: Callable[[dict[str, Any]], None], onEnd: Callable[[str], None]) -> None:
+        self._onEvent, self._onEnd = onEvent, onEnd
+        self._process: Any = None
+        self._lines: Any = None
+        self._answers: dict[int, tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]] = {}
+        self._number = 0
+        self._log = b""
+        self._pid: int | None = None
+        self._fatal = ""
+        self.folder: Path | None = None  # for arrays
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
+    @property
+    def pid(self) -> int | None:
+        return self._pid if self.running else None
+
+    def ask(self, op: str, onAnswer: Callable[[dict[str, Any]], None], onError: Callable[[str], None], **fields: Any) -> None:
+        """Exactly one of the two follows, from the event loop."""
+        try:
+            self._start()
+        except Exception as e:
+            text = sentence(e)
+            qt.QTimer.singleShot(0, lambda: onError(text))
+            return
+        self._number += 1
+        self._answers[self._number] = onAnswer, onError
+        self._write({"id": self._number, "op": op, **fields})
+
+    def tell(self, op: str) -> None:
+        if self.running:
+            self._write({"op": op})
+
+    def close(self, give: tuple[str, str] | None = None) -> None:
+        """End it, within two seconds; nobody is called any more. give: the folder and name of a scan that goes back to its list."""
+        self._answers.clear()
+        if give is not None and self._process is not None:
+            self._write({"id": 0, "op": "back", "folder": give[0], "scan": give[1]})
+            self._write({"op": "bye"})
+        process, self._process = self._process, None
+        if process is not None:
+            if give is not None:
+                process.wait(1.0)
+            process.kill()
+            process.wait(1.0)
+        if self.folder is not None:
+            from UNetSegmentationLib.worker.protocol import remove_folder
+
+            remove_folder(self.folder)
+            self.folder = None
+
+    def _start(self) -> None:
+        if self._process is not None:
+            return
+        from UNetSegmentationLib.worker.client import child_environment, command, find_python, new_folder
+        from UNetSegmentationLib.worker.protocol import Lines
+
+        from .installer import workerPython
+        from .worker import ChildProcess, variablesFor
+
+        if self.folder is None or not self.folder.is_dir():
+            self.folder = new_folder()
+        python, environment = workerPython()
+        python = python or find_python()
+        variables = child_environment(python, variablesFor(python) if environment is None else environment)
+        self._lines, self._log, self._pid = Lines(), b"", None
+        self._fatal = ""
+        self._process = ChildProcess([*command(python, self.folder), "desk"], variables, self._heard, self._noted, self._ended)
+
+    def _write(self, message: dict[str, Any]) -> None:
+        from UNetSegmentationLib.worker.protocol import dumps
+
+        self._process.write(dumps(message))
+
+    def _heard(self, data: bytes) -> None:
+        from UNetSegmentationLib.worker.protocol import ProtocolError, loads
+
+        for line in self._lines.feed(data) if self._process is not None else ():
+            try:
+                message = loads(line)
+            except ProtocolError:
+                logging.warning("The work list's program said what is not understood: %s", (line or b"")[:200])
+                continue
+            kind, waiting = message.get("event"), self._answers.pop(message.get("id"), None)  # type: ignore[arg-type]
+            if kind in ("starting", "hello"):
+                self._pid = self._process.workerPid = message.get("pid")
+            elif waiting is not None:
+                waiting[0](message) if kind == "done" else waiting[1](str(message.get("error", "")))
+            elif kind == "error":
+                logging.warning("The work list's program: %s", message.get("error"))
+                self._fatal = str(message.get("error", ""))
+            else:
+                self._onEvent(message)
+            if self._process is None:
+                return  # closed by what was called
+
+    def _noted(self, data: bytes) -> None:
+        self._log = (self._log + data)[-65536:]
+
+    def _ended(self, code: int | None, reason: str) -> None:
+        from UNetSegmentationLib.worker.client import cannot_start, ending
+
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if code is None:
+            text = str(cannot_start(process.program, reason))
+        elif self._fatal:
+            text = self._fatal
+        else:
+            log = self._log.decode("utf-8", "replace")
+            text = str(ending(code, process.program, log, self._pid is not None, process.launched))
+        waiting, self._answers = self._answers, {}
+        for _onAnswer, onError in waiting.values():
+            onError(text)
+        self._onEnd("" if waiting else text)
+
+
+class Strip:
+    """A toolbar of Slicer's window with the scan's name and buttons, while another module such as the Segment Editor is open.
+
+    actions: (text, tooltip, function) of each button.
+    """
+
+    def __init__(self, actions: Sequence[tuple[str, str, Callable[[], None]]]) -> None:
+        self._actions = actions
+        self._bar: Any = None
+        self._label: Any = None
+        self.buttons: list[Any] = []
+
+    @property
+    def shown(self) -> bool:
+        return self._bar is not None
+
+    def show(self, name: str) -> None:
+        window = slicer.util.mainWindow()
+        if window is None:
+            return
+        if self._bar is None:
+            self._bar = qt.QToolBar(_("Work list"))
+            self._bar.setObjectName("UNetWorkListToolBar")
+            self._label = qt.QLabel()
+            self._label.setMargin(4)
+            self._bar.addWidget(self._label)
+            for text, tip, method in self._actions:
+                button = qt.QPushButton(text)
+                button.toolTip, button.autoDefault = tip, False
+                button.connect("clicked(bool)", lambda *_unused, m=method: qt.QTimer.singleShot(0, m))
+                self._bar.addWidget(button)
+                self.buttons.append(button)
+            window.addToolBar(self._bar)
+        self._label.text = name
+
+    def hide(self) -> None:
+        if self._bar is not None:
+            window, bar = slicer.util.mainWindow(), self._bar
+            self._bar, self._label, self.buttons = None, None, []
+            if window is not None:
+                window.removeToolBar(bar)
+            bar.deleteLater()
+
+
+# -------------------------------------------------------------------------------------------------------------- section
+
+
+@dataclass
+class Case:
+    """The scan at hand. folder: of its list; stamp: of the segmentation when it was opened."""
+
+    folder: str
+    name: str
+    volumes: list[Any]
+    segmentation: Any
+    patient: str
+    maskFile: str
+    model: str
+    modality: str
+    value: float | None
+    found: int
+    stamp: int = 0
+
+
+class WorkListSection:
+    """The panel's section. panel: the UNetSegmentationWidget."""
+
+    def __init__(self, panel: Any) -> None:
+        self.panel = panel
+        self.root = slicer.util.loadUI(panel.resourcePath("UI/WorkList.ui"))
+        panel.addSection(self.root)
+        self.ui = ui = slicer.util.childWidgetVariables(self.root)
+        self.desk = Desk(self._onEvent, self._onDeskEnd)
+        self.case: Case | None = None
+        self.list: dict[str, Any] | None = None  # the desk's summary
+        self.text = ""  # what is to be said
+        self.busy = ""  # what is going on with the scan at hand
+        self.segmenting = False
+        self._fraction = 0.0
+        self._passed: list[str] = []
+        self._warm = self._closed = self._paused = False
+        self._quiet = 0
+        self._folder = ""
+        self._editing = False  # the Segment Editor is to open on the next scan too
+        self._pieces = Pieces(self._onLoadFailed)
+        self.strip = Strip(
+            [
+                (_("Done, next"), ui.doneScanButton.toolTip, lambda: self._fromStrip(self.onDone)),
+                (_("Skip"), ui.skipScanButton.toolTip, lambda: self._fromStrip(self.onSkip)),
+                (_("Later, next"), _("Give this scan back for later, and open the next."), lambda: self._fromStrip(self.onNext)),
+            ]
+        )
+        self._watch, self._refresh = qt.QTimer(), qt.QTimer()
+        for timer, interval, method in ((self._watch, _WATCH_MS, self._onWatch), (self._refresh, _REFRESH_MS, self._onRefresh)):
+            timer.setInterval(interval)
+            timer.connect("timeout()", method)
+        self.root.connect("contentsCollapsed(bool)", self._onCollapsed)
+        for button, method in (
+            (ui.listFolderButton, self.onChooseFolder),
+            (ui.addFolderButton, self.onAddFolder),
+            (ui.addFilesButton, self.onAddFiles),
+            (ui.segmentButton, self.onSegment),
+            (ui.editScanButton, self.onEdit),
+            (ui.doneScanButton, self.onDone),
+            (ui.skipScanButton, self.onSkip),
+            (ui.nextScanButton, self.onNext),
+        ):
+            button.connect("clicked(bool)", lambda *_unused, m=method: m())
+        self.show()
+
+    # ----------------------------------------------------------------------------------------------- called by the panel
+
+    def read(self) -> None:
+        """The core is there."""
+        self._warm = True
+        self.panel.trainingSet.addListener(self._onTrainingSet)
+        if not self.root.collapsed:
+            self._open()
+        self.show()
+
+    def enter(self) -> None:
+        self._editing = False
+        self.strip.hide()
+        if self._warm and self.list is not None and not self.root.collapsed:
+            self._onRefresh()
+            self._refresh.start()
+
+    def leave(self) -> None:
+        """Another module, the Segment Editor for one: the scan stays open."""
+        self._refresh.stop()
+        if self.case is not None:
+            self.strip.show(self.case.name)
+
+    def closeScene(self) -> None:
+        self.strip.hide()
+        self._pieces.clear()
+        if self.case is not None or self.busy:
+            case, self.case = self.case, None
+            self.busy = ""
+            if case is not None:
+                self._give(case)
+                self.text = _("The scene was closed, so '{name}' was given back to the list.").format(name=case.name)
+        self.show()
+
+    def close(self) -> None:
+        self._closed = True
+        self.strip.hide()
+        self._pieces.clear()
+        self._watch.stop()
+        self._refresh.stop()
+        self.desk.close((self.case.folder, self.case.name) if self.case is not None else None)
+
+    def update(self) -> None:
+        self.show()
+
+    # ------------------------------------------------------------------------------------------------------------ folder
+
+    @property
+    def folder(self) -> str:
+        """Where the list lies: the folder that was chosen last, else the training set's; "" where there is neither."""
+        return self._folder or str(qt.QSettings().value(SETTING, "") or "") or self.panel.trainingSet.folder
+
+    def _onCollapsed(self, collapsed: bool) -> None:
+        if collapsed:
+            self._refresh.stop()
+        elif self._warm:
+            self._open()
+
+    def _onTrainingSet(self) -> None:
+        if not self._closed and self.list is None and not self.root.collapsed and not self.busy:
+            self._open()
+
+    def _open(self) -> None:
+        """Look into the folder, if there is one."""
+        if self._closed or not self.folder:
+            self.show()
+            return
+        folder, trainingSet = self.folder, self.panel.trainingSet
+        if trainingSet.folder and trainingSet.summary is None:
+            trainingSet.refresh()  # Done is to know its labels, also where its section was never opened
+
+        def opened(answer: dict[str, Any]) -> None:
+            if folder == self.folder:
+                self._take(answer)
+                self._refresh.start()
+
+        self._ask("open", opened, folder=folder)
+
+    def onChooseFolder(self) -> None:
+        folder = self._askFolder(_("Folder of the work list"), self.folder)
+        if not folder or (self.case is not None and not self._mayLeave()):
+            return
+        if self.case is not None:
+            self._give(self.case)
+            self.case = None
+        if self.segmenting:
+            self._halt()
+        self._folder = folder
+        qt.QSettings().setValue(SETTING, folder)
+        self.list, self.text, self._passed = None, "", []
+        self._open()
+        self.show()
+
+    def onAddFolder(self) -> None:
+        folder = self._askFolder(_("Folder with scans"), "")
+        if folder:
+            self._add([folder])
+
+    def onAddFiles(self) -> None:
+        filters = _("Scans and lists of scans ({suffixes});;All files (*)").format(suffixes="*.nii.gz *.nii *.nrrd *.mha *.txt *.csv")
+        paths = qt.QFileDialog.getOpenFileNames(slicer.util.mainWindow(), _("Scans, or lists of scans"), "", filters)
+        if paths and not isinstance(paths[0], str):
+            paths = paths[0]  # PySide
+        if paths:
+            self._add([str(p) for p in paths])
+
+    def _askFolder(self, title: str, start: str) -> str:
+        return str(qt.QFileDialog.getExistingDirectory(slicer.util.mainWindow(), title, start or str(Path.home())) or "")
+
+    def _add(self, sources: Sequence[str]) -> None:
+        if not self.folder:
+            place = self._askFolder(_("Where is the work list to lie?"), "")
+            if not place:
+                return
+            self._folder = place
+            qt.QSettings().setValue(SETTING, place)
+        self.busy = _("Looking for scans…")
+
+        def added(answer: dict[str, Any]) -> None:
+            self.busy, self.text = "", _("{n} scans were added.").format(n=answer["added"])
+            self._take(answer)
+            if self.segmenting:
+                self._ask("segment", self._take, **self._choice())
+
+        self._ask("add", added, folder=self.folder, sources=list(sources))
+        self.show()
+
+    # ----------------------------------------------------------------------------------------------- segment in advance
+
+    def onSegment(self) -> None:
+        if self.segmenting:
+            self._halt()
+            self.show()
+            return
+        chosen = self.panel.modelList.selected
+        self.text = "" if chosen else _("Choose a model above that is to segment the scans.")
+        try:
+            if chosen and UNetSegmentationPanel._ensureRequirements():
+                self.segmenting, self._fraction = True, 0.0
+                self._ask("segment", self._onSegmenting, self._onSegmentFailed, **self._choice())
+        except Exception as e:
+            self.text = sentence(e)
+        self.show()
+
+    def _choice(self) -> dict[str, Any]:
+        p = self.panel._parameters or self.panel.logic.getParameterNode()
+        options = {"device": p.device, "engine": p.engine} | ({"tta": p.tta} if p.tta else {})
+        return {"folder": self.folder, "models": [str(m.path) for m in self.panel.modelList.selected], "options": options}
+
+    def _onSegmenting(self, answer: dict[str, Any]) -> None:
+        self._paused, self._quiet = False, 0
+        self._watch.start()
+        self._take(answer)
+
+    def _onSegmentFailed(self, text: str) -> None:
+        self.segmenting = False
+        self._failed(text)
+
+    def _halt(self) -> None:
+        self.segmenting = False
+        self._watch.stop()
+        self.desk.tell("halt")
+
+    def _onWatch(self) -> None:
+        """A click or a run goes first: the background waits until a second after it."""
+        worker = UNetSegmentationPanel._worker
+        inTheWay = bool(self.busy) or self.panel.controller.running or (worker is not None and worker.state == "busy")
+        self._quiet = 0 if inTheWay else self._quiet + 1
+        if inTheWay and not self._paused:
+            self._paused = True
+            self.desk.tell("pause")
+            self.show()
+        elif self._paused and self._quiet >= _PATIENCE:
+            self._paused = False
+            self.desk.tell("go")
+            self.show()
+
+    def _onEvent(self, message: dict[str, Any]) -> None:
+        if self._closed or not self.segmenting:
+            return
+        if message.get("event") == "segmenting":
+            self._fraction = float(message.get("fraction", 0.0))
+        elif message.get("event") == "changed":
+            self._fraction = 0.0
+            self._take(message)
+        elif message.get("event") == "rest":
+            self.segmenting = False
+            self._watch.stop()
+            self.text = message.get("error") or self.text
+            self._onRefresh()
+        self.show()
+
+    def _onDeskEnd(self, text: str) -> None:
+        self.segmenting = False
+        self._watch.stop()
+        if text:
+            self._failed(text)
+        self.show()
+
+    # ---------------------------------------------------------------------------------------------------- scan after scan
+
+    def onNext(self) -> None:
+        """Open the next scan; the one at hand is given back."""
+        if self.busy or (self.case is not None and not self._mayLeave()):
+            return
+        leave = self.case.name if self.case is not None and self.case.folder == self.folder else ""
+        if leave:
+            self._passed = [*(n for n in self._passed if n != leave), leave]
+        self._next(leave)
+
+    def _next(self, leave: str = "") -> None:
+        self.text, self.busy = "", _("Reading the next scan…")
+        self._ask("next", self._onScan, folder=self.folder, leave=leave, passed=list(self._passed))
+        self.show()
+
+    def _onScan(self, answer: dict[str, Any]) -> None:
+        self._take(answer)
+        self.text = " ".join(answer.get("notes", ()))
+        scan = answer.get("scan")
+        if scan is None:
+            self.busy, self.case = "", None
+            self.text = " ".join(filter(None, [self.text, _("Nothing is left to do in this list.")]))
+            self.show()
+        else:
+            self.busy = _("Opening {name}…").format(name=scan["name"])
+            self._pieces.add(self._load(scan, self.folder))
+            self.show()
+
+    def _load(self, scan: dict[str, Any], folder: str) -> Generator[Any, None, None]:
+        """The scan and what was found in it, into the scene; then the former one's nodes leave it."""
+        from UNetSegmentationLib import Box, Prediction, mrml
+        from UNetSegmentationLib.model import Label
+        from UNetSegmentationLib.worker.desk import received_grid, received_mask
+        from UNetSegmentationLib.worker.protocol import fill_array
+
+        yield  # the first import takes its time
+        place = self.desk.folder
+        assert place is not None
+        scene, former = slicer.mrmlScene, self.case
+        made: list[Any] = []
+        try:
+            for i, channel in enumerate(scan["channels"]):
+                grid = received_grid(channel)
+                name = scan["name"] if len(scan["channels"]) == 1 else f"{scan['name']} {i}"
+
+                def fill(array: Any, file: str = channel["file"]) -> Generator[None, None, None]:
+                    return fill_array(place, file, array)
+
+                made.append((yield from mrml.new_volume_steps(scene, name, grid, fill, tuple(channel["window"]))))
+            labels = [Label(d["value"], d["name"], tuple(d["color"]), d["terminology"]) for d in scan["labels"]]
+            mask = received_mask(place, scan["mask"], grid)
+            image = mrml.image_from_volume(made[0])
+            found = Prediction(image.like(mask), tuple(labels), scan["model"], Box.whole(grid.shape))
+            segmentation = yield from mrml.write_prediction_steps(found, made[0])
+            made.append(segmentation)
+            segmentation.SetName(scene.GenerateUniqueName(f"{scan['name']} corrected"))
+            present = segmentation.GetSegmentation().GetNumberOfSegments()
+            mrml.add_empty_segments(segmentation, labels)
+            yield
+        except BaseException:
+            mrml.remove_nodes(reversed(made))
+            self._passed.append(scan["name"])
+            self._back(folder, scan["name"])
+            raise
+        finally:
+            for name in filter(None, [*(c["file"] for c in scan["channels"]), scan["mask"]]):
+                try:
+                    (place / name).unlink(missing_ok=True)
+                except OSError:
+                    pass  # Windows, while it is mapped: with its folder, in the end
+        volumes = made[:-1]
+        case = Case(
+            folder,
+            scan["name"],
+            volumes,
+            segmentation,
+            scan["patient"],
+            scan["maskFile"],
+            scan["model"],
+            scan["modality"],
+            scan["value"],
+            present,
+        )
+        case.stamp = _stamp(segmentation)
+        self.case = case
+        p = self.panel._parameters or self.panel.logic.getParameterNode()
+        with slicer.util.NodeModify(p):
+            p.volume, p.channels = volumes[0], volumes[1:]
+        with slicer.util.NodeModify(p):  # after the panel has left the former volume's segmentations
+            p.output = p.nodules = segmentation
+        slicer.util.setSliceViewerLayers(background=volumes[0], fit=True)
+        yield
+        if former is not None:
+            mrml.remove_nodes([former.segmentation, *former.volumes])
+        self.busy = ""
+        self.show()
+        if self._editing:
+            self.onEdit()
+
+    def _onLoadFailed(self, text: str) -> None:
+        self.busy = ""
+        self._failed(text)
+
+    def onEdit(self) -> None:
+        """The Segment Editor on the scan at hand."""
+        case = self.case
+        if case is None or not self._isThere(case):
+            return
+        from UNetSegmentationLib import mrml
+
+        node = mrml.editor_node(slicer.mrmlScene)
+        if node is None:
+            node = slicer.mrmlScene.CreateNodeByClass("vtkMRMLSegmentEditorNode")
+            node.UnRegister(None)
+            node.SetSingletonTag("SegmentEditor")
+            node = slicer.mrmlScene.AddNode(node)
+        node.SetAndObserveSegmentationNode(case.segmentation)
+        node.SetAndObserveSourceVolumeNode(case.volumes[0])
+        slicer.util.selectModule("SegmentEditor")
+
+    def _fromStrip(self, method: Callable[[], None]) -> None:
+        """Back into the panel, where what follows is to be seen, and on into the Segment Editor with the next scan."""
+        slicer.util.selectModule("UNetSegmentation")
+        self._editing = True
+        method()
+
+    def onDone(self) -> None:
+        """Into the training set, then the next scan."""
+        case = self.case
+        if case is None or self.busy or not self._isThere(case):
+            return
+        p = self.panel._parameters
+        if p is not None:
+            if p.volume is not case.volumes[0]:
+                with slicer.util.NodeModify(p):
+                    p.volume, p.channels = case.volumes[0], case.volumes[1:]
+            p.output = case.segmentation
+        self.text, self.busy = "", _("Adding {name} to the training set…").format(name=case.name)
+
+        def added(name: str | None, text: str) -> None:
+            if self._closed or self.case is not case:
+                return
+            self.busy = ""
+            if name is None:
+                self.text, self._editing = text, False
+                self.show()
+                return
+            case.stamp = _stamp(case.segmentation)
+            self.busy = _("Marking {name} as done…").format(name=case.name)
+            self._ask("done", self._onMarked, folder=case.folder, scan=case.name, case=name)
+            self.show()
+
+        mask = Path(case.maskFile) if case.maskFile else None
+        try:
+            self.panel.trainingSet.addCurrent(
+                added, patient=case.patient or None, model_mask=mask, model=case.model, modality=case.modality
+            )
+        except Exception as e:
+            self.busy = ""
+            self._failed(sentence(e))
+        self.show()
+
+    def onSkip(self) -> None:
+        """Nobody is to correct it; then the next scan."""
+        case = self.case
+        if case is None or self.busy or not self._mayLeave():
+            return
+        self.text, self.busy = "", _("Marking {name} as skipped…").format(name=case.name)
+        self._ask("skip", self._onMarked, folder=case.folder, scan=case.name)
+        self.show()
+
+    def _onMarked(self, answer: dict[str, Any]) -> None:
+        self.busy = ""
+        self._take(answer)
+        notes = " ".join(answer.get("notes", ()))
+        self._next()
+        self.text = notes
+
+    def _mayLeave(self) -> bool:
+        """Whether what was corrected in the scan at hand may be lost."""
+        case = self.case
+        if case is None or case.segmentation.GetScene() is None or _stamp(case.segmentation) == case.stamp:
+            return True
+        text = _("What you corrected in '{name}' is not in the training set yet and would be lost. Leave the scan anyway?")
+        return bool(slicer.util.confirmYesNoDisplay(text.format(name=case.name), windowTitle=_("Work list")))
+
+    def _isThere(self, case: Case) -> bool:
+        if case.segmentation.GetScene() is not None and all(v.GetScene() is not None for v in case.volumes):
+            return True
+        self.case = None
+        self._give(case)
+        self._failed(_("'{name}' was removed from the scene, so it was given back to the list.").format(name=case.name))
+        return False
+
+    def _give(self, case: Case) -> None:
+        self._back(case.folder, case.name)
+
+    def _back(self, folder: str, name: str) -> None:
+        """Back to the list, for anybody."""
+        if self.desk.running and not self._closed:
+            self.desk.ask("back", self._take, lambda _text: None, folder=folder, scan=name)
+
+    # -------------------------------------------------------------------------------------------------------- machinery
+
+    def _ask(self, op: str, onAnswer: Callable[[dict[str, Any]], None], onError: Any = None, **fields: Any) -> None:
+        def answered(answer: dict[str, Any]) -> None:
+            if not self._closed:
+                onAnswer(answer)
+
+        def failed(text: str) -> None:
+            if not self._closed:
+                self.busy = ""
+                (onError or self._failed)(text)
+
+        self.desk.ask(op, answered, failed, **fields)
+
+    def _onRefresh(self) -> None:
+        if self.list is not None and self.desk.running and not self.busy:
+            self._ask("status", self._take, folder=self.folder)
+
+    def _take(self, answer: dict[str, Any]) -> None:
+        found = answer.get("list")
+        if found is None or Path(found["folder"]) == Path(self.folder):
+            self.list = found
+        self.show()
+
+    def _failed(self, text: str) -> None:
+        self.text, self._editing = text, False
+        self.show()
+
+    # ------------------------------------------------------------------------------------------------- what is to be seen
+
+    def show(self) -> None:
+        if self._closed:
+            return
+        ui, known, case = self.ui, self.list, self.case
+        folder = self.folder
+        ui.listFolderLabel.text = _short(folder) if folder else _("None")
+        ui.listFolderLabel.toolTip = folder
+        counts = known["counts"] if known else {}
+        left = counts.get("waiting", 0) + counts.get("segmented", 0)
+        free = self._warm and not self.busy
+        for button in (ui.listFolderButton, ui.addFolderButton, ui.addFilesButton):
+            button.enabled = free
+        ui.segmentButton.enabled = self.segmenting or (free and bool(known and known["total"]))
+        ui.segmentButton.checked = self.segmenting
+        ui.segmentButton.text = _("Stop segmenting in advance") if self.segmenting else _("Segment in advance")
+        ui.listStatusLabel.text = self._status()
+        ui.listStatusLabel.toolTip = "\n".join(f["error"] for f in known["failed"]) if known else ""
+        ui.listProgressBar.visible = bool(known and known["total"])
+        if known:
+            ui.listProgressBar.maximum = max(1, known["total"])
+            ui.listProgressBar.value = counts["done"] + counts["skipped"]
+        ui.listSegmentingLabel.text = self._segmentingText()
+        ui.listSegmentingLabel.visible = self.segmenting
+        ui.scanFrame.visible = case is not None
+        if case is not None:
+            ui.scanLabel.text = ui.scanLabel.toolTip = case.name
+            ui.scanInfoLabel.text = self._info(case)
+        ui.editScanButton.enabled = case is not None and free
+        ui.doneScanButton.visible = ui.skipScanButton.visible = case is not None
+        ui.doneScanButton.enabled = ui.skipScanButton.enabled = free
+        ui.nextScanButton.text = _("Later, next") if case is not None else _("Next scan")
+        tip = (
+            _("Give this scan back for later, and open the next.") if case is not None else _("Open the scan where correcting helps most.")
+        )
+        ui.nextScanButton.toolTip = tip
+        ui.nextScanButton.enabled = free and left > 0
+        text = self.busy or self.text
+        ui.listMessageLabel.text = text
+        ui.listMessageLabel.visible = bool(text)
+
+    def _status(self) -> str:
+        known = self.list
+        if not self.folder:
+            return _("Choose a folder, then add the scans that are to be corrected.")
+        if known is None:
+            return _("There is no list in this folder yet; add scans to begin one.") if self._warm and not self.text else ""
+        counts = known["counts"]
+        parts = [_("{done} of {total} scans done").format(done=counts["done"], total=known["total"])]
+        others = counts["taken"] - (self.case is not None and self.case.folder == self.folder)
+        for n, text in (
+            (counts["skipped"], _("{n} skipped")),
+            (others, _("{n} with other annotators")),
+            (counts["failed"], _("{n} cannot be read or segmented")),
+        ):
+            if n > 0:
+                parts.append(text.format(n=n))
+        if known["models"] and known["unsegmented"] and not self.segmenting:
+            parts.append(_("{n} not segmented yet").format(n=known["unsegmented"]))
+        return ", ".join(parts) + "."
+
+    def _segmentingText(self) -> str:
+        known = self.list
+        if not self.segmenting or not known:
+            return ""
+        if not known["unsegmented"]:
+            return _("All scans are segmented.")
+        text = (
+            _("Segmenting in advance waits for you: {n} scans are left.")
+            if self._paused
+            else _("Segmenting in advance: {n} scans are left, this one is at {percent} %.")
+        )
+        return text.format(n=known["unsegmented"], percent=round(100 * self._fraction))
+
+    def _info(self, case: Case) -> str:
+        if not case.model:
+            return _("Not segmented in advance.")
+        found = _("{model} found {n} segments.") if case.found != 1 else _("{model} found one segment.")
+        text = found.format(model=case.model, n=case.found) if case.found else _("{model} found nothing.").format(model=case.model)
+        return text + (" " + _("Uncertainty at its edge: {value:.2f} of 1.").format(value=case.value) if case.value is not None else "")
+
+
+def _stamp(segmentation: Any) -> int:
+    """Changes with the segments and their voxels."""
+    own = segmentation.GetSegmentation()
+    times = [own.GetNumberOfSegments(), own.GetMTime()]
+    for i in range(own.GetNumberOfSegments()):
+        labelmap = own.GetNthSegment(i).GetRepresentation(slicer.vtkSegmentationConverter.GetBinaryLabelmapRepresentationName())
+        times.append(labelmap.GetMTime() if labelmap is not None else 0)
+    return max(times) * 64 + len(times) % 64
+
+
+def _short(folder: str) -> str:
+    """The end of a path, which says most of it."""
+    parts = Path(folder).parts
+    return folder if len(folder) <= 38 or len(parts) < 3 else str(Path("…", *parts[-2:]))

@@ -1,0 +1,28 @@
+"""python -m unetseg_training FOLDER: the process of a job that UNetSegmentationLib.training.start() has made."""
+
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    from UNetSegmentationLib import environment, training
+
+    environment.activate()  # before anything but the standard library is imported
+    folder = Path(sys.argv[1])
+    if not training.claim(folder):
+        return 0  # another process has it
+    try:
+        if sys.platform != "win32":
+            os.nice(5)  # what the person does meanwhile comes first
+        from .retrain import run
+    except ImportError as e:
+        name = (getattr(e, "name", None) or "").split(".")[0]
+        what = f"lacks the package {name}" if isinstance(e, ModuleNotFoundError) and name else f"cannot load what training needs ({e})"
+        training.end(folder, "failed", f"The Python at {sys.executable} {what}; install what training needs and resume it.")
+        return 1
+    return run(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

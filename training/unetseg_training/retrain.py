@@ -1,0 +1,593 @@
+"""What the process of a job does (UNetSegmentationLib.training has its folder and says how it is found again).
+
+    run(folder)    plan, train, export, compare with the model that it started from; each step once, after a kill as well
+
+The cases are written down when it begins (cases.json): what is added or corrected meanwhile is for the next retraining, and
+a run that goes on finds the same. Who is held out stays held out: cases of a dataset folder that are in no part yet are
+dealt to training and validation there, by patient, and keep their part when more come.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from UNetSegmentationLib import training
+from UNetSegmentationLib.dataset import Dataset
+from UNetSegmentationLib.engines import make_engine
+from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.image import Box, Image, write_image
+from UNetSegmentationLib.inference.predict import Prediction
+from UNetSegmentationLib.model import SUFFIX, Label, ModelPackage, user_models_folder, write_package
+from UNetSegmentationLib.networks import UNetConfig
+
+from . import config as config_file
+from . import metrics, report, watch
+from .cases import Case, CaseSet, find_cases, folds
+from .config import Config
+from .export import card_path, compact, export_run, lineage, markdown
+from .finetune import start_from
+from .plan import Machine
+from .plan import plan as make_plan
+from .train import RUN, WEIGHTS, Callback, load_run, load_weights, train
+
+CASES, CHECK = "cases.json", "check"
+QUICK_MINUTES = 5.0  # of training, so that ten are enough for all of it
+HELD_OUT = 0.2
+MOST_CHECKED = {True: 20, False: 100}  # held-out cases that both models are scored on, quick or not
+WORST = 4  # whose masks are kept to be looked at, with so many mm about them
+AROUND_MM, LARGEST = 20.0, 200
+# A change of the mean Dice that nobody would call one.
+SAME = 0.005
+FIGURES = ("dice", "hausdorff95_mm", "volume_error_percent")
+
+
+class Stopped(SystemExit):
+    """A person asked for the end. (Lightning and Watch take a SystemExit for an end that is no failure.)"""
+
+
+# ------------------------------------------------------------------------------------------------------------------- run
+
+
+def run(folder: str | Path, say: Callable[[str], None] | None = None) -> int:
+    """Do the job in `folder`, which this process has claimed, to its end; returns an exit code. What goes wrong becomes a
+    sentence in job.json. say: is told each new sentence."""
+    folder = Path(folder)
+    told = _Told(folder, say)
+    try:
+        with training.signs_of_life(folder):
+            state, text = _work(folder, told)
+    except Stopped:
+        state, text = "stopped", "Stopped before an epoch was finished, so no model was made; resume it, or discard it."
+    except KeyboardInterrupt:
+        state, text = "stopped", "Stopped; resume it to go on where it was."
+    except UserError as e:
+        state, text = "failed", _sentence(str(e), folder)
+    except OSError as e:
+        state, text = "failed", f"{folder} cannot be written to ({e.strerror or e}); free some space, check the connection, and resume it."
+    except SystemExit:
+        state, text = "lost", "The system asked it to end, as when the computer is shut down; resume it to go on where it was."
+    except Exception as e:
+        traceback.print_exc()
+        state = "failed"
+        text = f"Something unexpected went wrong ({type(e).__name__}: {str(e)[:200]}); please report it with {training.LOG}."
+    training.end(folder, state, text)
+    if say:
+        say(text)
+    return 0 if state in ("finished", "stopped") else 1
+
+
+def _sentence(text: str, folder: Path) -> str:
+    """A sentence of the training, for somebody who reads it in a panel."""
+    text = text.replace("--restart", "a new retraining")
+    disk = " cannot be written (" in text
+    return f"{text} What is trained so far is kept: resume it then." if disk and (folder / WEIGHTS).is_file() else text
+
+
+class _Told:
+    """What job.json is told, not more often than people and network folders like; and whether a person asked for the end."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None] | None) -> None:
+        self.folder, self.say = folder, say
+        self.began, self._last, self._looked = time.monotonic(), 0.0, 0.0
+        self._said = ""
+        self.after = 60.0  # s that the checks will take
+
+    def __call__(self, text: str | None = None, now: bool = False, **changes: Any) -> None:
+        """text: a sentence; now: at once, else once a second."""
+        if not now and time.monotonic() - self._last < 1:
+            return
+        self._last = time.monotonic()
+        try:
+            training.update(self.folder, **changes, **({"text": text} if text is not None else {}))
+        except UserError:
+            if now:
+                raise
+            return  # a full disk or a network folder that is away for a moment: only what must be kept fails for it
+        if text and text != self._said and self.say:
+            self.say(text)
+        self._said = text or self._said
+
+    def check_stop(self) -> None:
+        """Raises Stopped where the file is there."""
+        if time.monotonic() - self._looked > 0.3:
+            self._looked = time.monotonic()
+            if (self.folder / training.STOP).exists():
+                raise Stopped
+
+    def progress(self, text: str, low: float, high: float) -> Callable[[int, int, str], None]:
+        def tell(done: int, of: int, name: str) -> None:
+            self.check_stop()
+            self(f"{text} ({name})" if name else text, fraction=low + (high - low) * done / max(1, of))
+
+        return tell
+
+
+def _work(folder: Path, told: _Told) -> tuple[str, str]:
+    job = training.read(folder)
+    base = ModelPackage.read(folder / training.BASE) if (folder / training.BASE).is_file() else None
+    finish = (folder / training.STOP).exists()
+    stopped = False
+    if not (finish and (folder / WEIGHTS).is_file()):
+        told("Reading the cases", now=True, state="preparing", fraction=0.0)
+        case_set, facts = _cases(folder, job)
+        config = _configured(folder, job, base, case_set, facts, told)
+        sentence = ""
+        state = None
+        if base is not None:
+            start = start_from(
+                base, config.unet(), [label.name for label in config.labels], config.channels, config.input.spacing, config.input.intensity
+            )
+            state, sentence = start.state, start.sentence
+        told(sentence or "Training from scratch", now=True)
+        try:
+            train(
+                config,
+                folder,
+                case_set,
+                fold=None,
+                start=state,
+                callbacks=[watch.Watch(folder, [label.name for label in config.labels], bar=False, tensorboard=False), Steer(told, config)],
+                cache=folder.parent / "cache" if folder.parent.name == training.FOLDER else folder / "cache",
+                progress=told.progress("Preparing the cases", 0.03, 0.06),
+            )
+        except (SystemExit, KeyboardInterrupt) as e:
+            # Lightning makes a SystemExit of Ctrl-C, and one of SIGTERM.
+            if not isinstance(e, (Stopped, KeyboardInterrupt)) and not isinstance(e.__context__, KeyboardInterrupt):
+                raise
+            if not (folder / WEIGHTS).is_file():
+                raise Stopped from e
+            stopped = True
+    else:
+        case_set, facts = _thawed(folder, job)
+        stopped = True
+    training.update(folder, kept=True)
+    (folder / training.STOP).unlink(missing_ok=True)
+    told("Checking the new model on held-out cases", now=True, state="checking", fraction=0.85, seconds_left=told.after)
+    result = _checked(folder, job, base, case_set, facts, told, stopped)
+    training.update(folder, package=result["package"], verdict=result["verdict"])
+    return ("stopped" if stopped else "finished"), result["sentence"]
+
+
+# ----------------------------------------------------------------------------------------------------------------- cases
+
+
+def _cases(folder: Path, job: training.Job) -> tuple[CaseSet, dict[str, Any]]:
+    """The cases of this retraining, each in its part, and what is to be said of the dataset; the same ones each time."""
+    if (folder / CASES).is_file():
+        return _thawed(folder, job)
+    path = job.dataset
+    facts: dict[str, Any] = {"name": path.name, "revision": None}
+    case_set = find_cases(path)
+    if case_set.layout == "unetseg":
+        dataset = Dataset.open(path)
+        people = {e.patient for e in dataset.entries.values()}
+        if len(people) > 1 and any(not e.split for e in dataset.entries.values()):
+            dataset.split((1 - HELD_OUT, HELD_OUT, 0))
+            case_set = find_cases(path)
+        facts = {"name": dataset.name, "revision": dataset.refresh().revision}
+    cases = [c for c in case_set.annotated if c.split != "test"]
+    if len(cases) < 2 or len({c.patient for c in cases}) < 2:
+        what = f"{len(cases)} annotated case{'s' * (len(cases) != 1)}" if len(cases) < 2 else f"cases of one patient only ({len(cases)})"
+        raise UserError(
+            f"{path.name} has {what} to learn from; a model needs two patients at least, one to learn from and one to be checked on: "
+            "add more."
+        )
+    parts = {c.split or "train" for c in cases}
+    if parts != {"train", "validation"}:
+        patients = len({c.patient for c in cases})
+        fold = dict(zip((c.name for c in cases), folds(cases, min(round(1 / HELD_OUT), patients))))
+        cases = [replace(c, split="train" if fold[c.name] else "validation") for c in cases]
+    tests = [c for c in case_set.annotated if c.split == "test"]
+    case_set = case_set.subset([*(replace(c, split=c.split or "train") for c in cases), *tests])
+    facts["sha256"] = report.dataset_hash({c.name: case_set.digest(c) for c in case_set.cases})
+    _freeze(folder, job, case_set, facts)
+    return case_set, facts
+
+
+def _freeze(folder: Path, job: training.Job, case_set: CaseSet, facts: dict[str, Any]) -> None:
+    def place(path: Path | None) -> str | None:
+        if path is None:
+            return None
+        return path.relative_to(job.dataset).as_posix() if job.dataset in path.parents else str(path.absolute())
+
+    data = {
+        "dataset": facts,
+        "labels": [asdict(label) for label in case_set.labels],
+        "channels": case_set.channels,
+        "layout": case_set.layout,
+        "values": [[k, v] for k, v in case_set.values.items()],
+        "cases": [{**asdict(c), "images": [place(p) for p in c.images], "label": place(c.label)} for c in case_set.cases],
+    }
+    with atomic_path(folder / CASES) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _thawed(folder: Path, job: training.Job) -> tuple[CaseSet, dict[str, Any]]:
+    data = json.loads((folder / CASES).read_text("utf-8"))
+
+    def tuples(value: Any) -> Any:
+        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+    cases = []
+    for given in data["cases"]:
+        entry = dict(given)
+        images = tuple(job.dataset / p for p in entry.pop("images"))
+        label = entry.pop("label")
+        cases.append(Case(images=images, label=job.dataset / label if label else None, **{k: tuples(v) for k, v in entry.items()}))
+        for path in (*images, *([cases[-1].label] if cases[-1].label else [])):
+            if not path.exists():
+                raise UserError(
+                    f"{path} of case {entry['name']} is no longer there, so this retraining cannot go on; bring it back, or start anew."
+                )
+    labels = tuple(Label(d["value"], d["name"], tuple(d["color"]), d["terminology"]) for d in data["labels"])  # type: ignore[arg-type]
+    values = {int(k): int(v) for k, v in data["values"]}
+    return CaseSet(tuple(cases), labels, tuple(data["channels"]), data["layout"], values, source=job.dataset), data["dataset"]
+
+
+# ------------------------------------------------------------------------------------------------------------------ plan
+
+
+def _configured(
+    folder: Path, job: training.Job, base: ModelPackage | None, case_set: CaseSet, facts: dict[str, Any], told: _Told
+) -> Config:
+    """config.yaml of the job: planned for this machine, or as it was planned."""
+    device = job.options.device
+    machine = Machine.here()
+    if device in ("gpu", "mps") and not machine.gpu:
+        raise UserError("There is no GPU here that PyTorch can use; retrain on the CPU, or install PyTorch for your GPU.")
+    if (folder / "config.yaml").is_file():
+        config = config_file.read(folder)
+        planned = config.model_dump(mode="json")
+        planned["fit"]["accelerator"] = device
+        return config_file.parse(planned, "the plan")
+    quick = job.options.quick
+    minutes = job.options.minutes or (QUICK_MINUTES if quick else None)
+    told("Measuring how fast this machine is", now=True)
+    old = (base.card, UNetConfig.from_json(base.card.data["network"])) if base else None
+    made = make_plan(
+        case_set,
+        job.dataset,
+        quick=quick,
+        minutes=minutes,
+        machine=replace(machine, gpu="", gpu_memory=0) if device == "cpu" else machine,
+        base=old,
+        progress=told.progress("Reading the cases", 0.0, 0.03),
+    )
+    data = made.config.model_dump(mode="json")
+    data["data"]["cache"] = None
+    data["fit"]["accelerator"] = device
+    if minutes is not None:
+        data["fit"]["minutes"] = float(f"{1.35 * minutes:.3g}")  # should the machine be busier than when it was measured
+    if quick:
+        data["fit"]["validate_every"] = min(2, data["fit"]["validate_every"])  # a curve of two points says nothing
+    data["model"] = _named(job, base, case_set, facts, data)
+    made.config = config_file.parse(data, "the plan")
+    made.write(folder)
+    checked = len(_held_out(case_set, quick))
+    told.after = 20 + checked * made.case_seconds * (2 if base else 1)
+    cap = made.config.fit.minutes
+    left = (made.seconds if cap is None else min(made.seconds, 60 * cap)) + told.after
+    told("Measured", now=True, estimate=round(time.monotonic() - told.began + left), seconds_left=round(left))
+    return made.config
+
+
+def _named(job: training.Job, base: ModelPackage | None, case_set: CaseSet, facts: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """What the new package says about itself: its base's words where it does the same task."""
+    train = [c for c in case_set.cases if c.split == "train"]
+    learned = f"{facts['name']}: {len(train)} cases of {len({c.patient for c in train})} patients"
+    name, version = job.name, "0.1.0"
+    out = {**data["model"], "name": name, "title": facts["name"], "training_data": [learned]}
+    if base is not None:
+        card = base.card.data
+        same = {label.name.casefold() for label in base.card.labels} == {label.name.casefold() for label in case_set.labels}
+        out["licence"] = card["licence"]
+        out["training_data"] = [*card.get("training_data", ()), learned]
+        if same:
+            out |= {k: card[k] for k in ("description", "tta", "roi_mm", "postprocess") if k in card}
+            out["title"] = card.get("title") or base.card.name
+            data["input"]["flip_axes"] = list(card.get("flip_axes", ()))
+        if name == base.card.name:
+            version = training.next_version(base.card.version)
+    while (user_models_folder() / f"{name}-{version}{SUFFIX}").exists():
+        version = training.next_version(version)
+    return {**out, "version": version}
+
+
+# ----------------------------------------------------------------------------------------------------------------- steer
+
+
+class Steer(Callback):
+    """Tells job.json how far the training is, and ends it when a person asks: between two steps, by Stopped, so that the
+    last checkpoint is that of a whole epoch and resume() goes on exactly."""
+
+    def __init__(self, told: _Told, config: Config) -> None:
+        self.told, self.minutes = told, config.fit.minutes
+        self.began = self.first = self.before = 0.0
+        self.best: float | None = None
+        self.kept = False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.began, self.first = time.monotonic(), trainer.global_step
+        keeper = next((c for c in trainer.callbacks if hasattr(c, "seconds")), None)
+        self.before = float(getattr(keeper, "seconds", 0.0))
+        best = float(getattr(keeper, "best", float("nan")))
+        self.best = best if np.isfinite(best) else None
+        self.told(now=True, state="training", dice=self.best)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.told.check_stop()
+        total, done = int(trainer.estimated_stepping_batches), trainer.global_step
+        spent = time.monotonic() - self.began
+        left = spent / max(1, done - self.first) * (total - done)
+        part = done / max(1, total)
+        if self.minutes:
+            rest = 60 * self.minutes - self.before - spent
+            part, left = max(part, 1 - max(0.0, rest) / (60 * self.minutes)), min(left, max(0.0, rest))
+        if not self.kept and (self.told.folder / WEIGHTS).is_file():
+            self.kept = True
+            self.told(now=True, kept=True)
+        text = f"Training, epoch {trainer.current_epoch + 1}"
+        text += f", best Dice so far {self.best:.3f}" if self.best is not None else ""
+        self.told(text, fraction=0.06 + 0.79 * min(1.0, part), seconds_left=round(left + self.told.after, 1), dice=self.best)
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *more: Any) -> None:
+        self.told.check_stop()
+        self.told()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        dice = float(trainer.callback_metrics.get("dice", float("nan")))
+        if np.isfinite(dice) and (self.best is None or dice > self.best):
+            self.best = round(dice, 5)
+        self.told(now=True, dice=self.best)
+
+
+# ----------------------------------------------------------------------------------------------------------------- check
+
+
+def _held_out(case_set: CaseSet, quick: bool) -> list[Case]:
+    """The cases that both models are scored on: the test cases where there are any, else those of validation."""
+    found = [c for c in case_set.cases if c.split == "test"] or [c for c in case_set.cases if c.split == "validation"]
+    step = max(1.0, len(found) / MOST_CHECKED[quick])
+    return [found[int(i * step)] for i in range(min(len(found), MOST_CHECKED[quick]))]
+
+
+def _checked(
+    folder: Path, job: training.Job, base: ModelPackage | None, case_set: CaseSet, facts: dict[str, Any], told: _Told, stopped: bool
+) -> dict[str, Any]:
+    """Export the best weights, score the package and its base on the held-out cases, and write both down."""
+    config, network = load_run(folder)
+    network = load_weights(folder, config.unet())
+    cases = _held_out(case_set, job.options.quick)
+    train_cases = [c for c in case_set.cases if c.split == "train"]
+    record = json.loads((folder / RUN).read_text("utf-8"))
+    origin = lineage(record, base, dataset=facts, cases=len(train_cases))
+    told("Writing the package", now=True, fraction=0.87)
+    draft = export_run(network, config.card(), folder / f"draft{SUFFIX}", metrics.case_items(case_set, cases), origin, cases=3, quiet=True)
+    compared = compare(base, draft, case_set, cases, folder / CHECK, told.progress("Scoring the models on held-out cases", 0.88, 0.99))
+    scored = compared.pop("scored")
+    tested = cases[0].split == "test"
+    where = f"{'test' if tested else 'validation'} cases of {facts['name']}"
+    summary = metrics.summary(scored, tolerance_mm=1.0, held_out=where, command="unetseg-train finetune")
+    card = {k: v for k, v in draft.card.data.items() if k != "files"} | {"metrics": compact(summary)}
+    path = folder / f"{config.model.name}-{config.model.version}{SUFFIX}"
+    package = write_package(path, card, draft.onnx, draft.safetensors)
+    with atomic_path(card_path(package)) as temporary:
+        temporary.write_text(markdown(package), "utf-8")
+    for rest in (draft.path, card_path(draft)):
+        rest.unlink(missing_ok=True)
+    metrics.write(folder, scored, summary)
+    result = {
+        "format": 1,
+        "name": config.model.name,
+        "version": config.model.version,
+        "package": path.name,
+        "parent": job.base,
+        "stopped": stopped,
+        "held_out": where,
+        "note": "" if tested else "The best epoch was chosen on these very cases, which flatters it a little; mark cases as test.",
+        **compared,
+    }
+    with atomic_path(folder / training.RESULT) as temporary:
+        temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    try:
+        report.write(folder)
+    except (UserError, OSError, KeyError) as e:  # a report that fails must not look like a training that failed
+        print(f"no report was written: {e}", file=sys.stderr)
+    return result
+
+
+def compare(
+    base: ModelPackage | None,
+    new: ModelPackage,
+    case_set: CaseSet,
+    cases: Sequence[Case],
+    folder: Path | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, of, name: None,
+) -> dict[str, Any]:
+    """Both models on the same cases, through predict(): what result.json says of it, and the new model's rows ("scored").
+
+    Figures are means with bootstrap intervals by patient; volume errors count without their sign. folder: gets the worst
+    cases' image and masks, cut to what is marked. "before" is null where the base gives none of the labels, or cannot run.
+    """
+    engines = {id(p): make_engine(p, "onnx", "cpu", "fp32", 0) for p in (base, new) if p is not None}
+    rows: dict[str, list[metrics.Row]] = {"before": [], "after": []}
+    worst: list[tuple[float, dict[str, Any], dict[str, Image]]] = []
+    problem = ""
+    if base is not None and not _shared(base, case_set):
+        problem = f"{base.card.name} gives none of these labels"
+        base = None
+    for i, case in enumerate(cases):
+        progress(i, len(cases), case.name)
+        image, truth = case_set.load(case)
+        item = metrics.Item(case.name, image, truth, case.patient)
+        masks = {"truth": truth}
+        for key, package in (("before", base), ("after", new)):
+            if package is None:
+                continue
+            try:
+                masks[key] = _scored(package, item, case_set, engines[id(package)], rows[key])
+            except UserError as e:
+                if key == "after":
+                    raise
+                problem = f"{package.card.name} cannot run on these cases ({e})"
+                rows["before"].clear()
+                base = None
+        dice = {k: float(np.mean([r["dice"] for r in rs if r["case"] == case.name])) for k, rs in rows.items() if rs}
+        entry = {"case": case.name, "dice_before": _round(dice.get("before")), "dice_after": _round(dice["after"])}
+        if folder is not None and (len(worst) < WORST or dice["after"] < worst[-1][0]):
+            worst = sorted([*worst, (dice["after"], entry, _cut(image, masks))], key=lambda w: w[0])[:WORST]
+    names = [label.name for label in case_set.labels]
+    out: dict[str, Any] = {"cases": len(cases), "patients": len({c.patient for c in cases})}
+    out["labels"] = {n: {f: _figures(rows, f, [n]) for f in FIGURES} for n in names}
+    out["mean"] = {"dice": _figures(rows, "dice", names)}
+    old = {(r["case"], r["label"]): r["dice"] for r in rows["before"]}
+    out["rows"] = [
+        {"case": r["case"], "label": r["label"], "dice_before": _round(old.get((r["case"], r["label"]))), "dice_after": _round(r["dice"])}
+        for r in rows["after"]
+    ]
+    out["verdict"], out["sentence"] = verdict(out, problem)
+    out["worst"] = _written(folder, worst) if folder is not None else []
+    return out | {"scored": rows["after"]}
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(float(value), 5)
+
+
+def _shared(package: ModelPackage, case_set: CaseSet) -> list[tuple[Label, Label]]:
+    """(the package's label, the cases' label of the same name)"""
+    mine = {label.name.casefold(): label for label in case_set.labels}
+    return [(label, mine[label.name.casefold()]) for label in package.card.labels if label.name.casefold() in mine]
+
+
+def _scored(package: ModelPackage, item: metrics.Item, case_set: CaseSet, engine: Any, rows: list[metrics.Row]) -> np.ndarray:
+    """Score one case and add its rows, for the labels that the cases have; the mask in the cases' label values."""
+    pairs = _shared(package, case_set)
+    shared = {a.value: b for a, b in pairs}
+    # A label that only the package gives is in no truth: it gets a value that is not there, and is left out.
+    last = max(label.value for label in case_set.labels)
+    truth = [replace(a, value=shared[a.value].value if a.value in shared else last + a.value) for a in package.card.labels]
+    seen: list[Prediction] = []
+    found = metrics.evaluate(package, [item], labels=truth, auc=False, engine=engine, seen=lambda item, made, rows: seen.append(made))
+    names = {a.name: b.name for a, b in pairs}
+    rows += [{**r, "label": names[r["label"]]} for r in found if r["label"] in names]
+    table = np.zeros(max(label.value for label in package.card.labels) + 1, np.uint8)
+    for value, label in shared.items():
+        table[value] = label.value
+    return table[seen[0].labels.array]
+
+
+def _figures(rows: dict[str, list[metrics.Row]], figure: str, names: Sequence[str]) -> dict[str, Any]:
+    """{"before", "after", "change"} of one figure, each {"mean", "low", "high", "cases"} or null; over labels by each case's mean."""
+
+    def of(key: str) -> list[metrics.Row]:
+        found = [r for r in rows[key] if r["label"] in names and r.get(figure) is not None]
+        cases: dict[str, list[float]] = {}
+        for r in found:
+            cases.setdefault(r["case"], []).append(abs(r[figure]))
+        patients = {r["case"]: r["patient"] for r in found}
+        return [{"case": c, "label": "", "patient": patients[c], figure: float(np.mean(v))} for c, v in cases.items()]
+
+    def told(mean: dict[str, Any]) -> dict[str, Any]:
+        return {k: mean[k] for k in ("mean", "low", "high", "cases")}
+
+    before, after = of("before"), of("after")
+    out: dict[str, Any] = {}
+    for key, own in (("before", before), ("after", after)):
+        values = [r[figure] for r in own]
+        bounds = metrics.interval(values, [r["patient"] for r in own]) if values else None
+        low, high = bounds or (None, None)
+        mean = {"mean": _round(float(np.mean(values))) if values else None, "low": _round(low), "high": _round(high), "cases": len(values)}
+        out[key] = mean if values else None
+    both = {r["case"] for r in before} & {r["case"] for r in after}
+    out["change"] = told(metrics.difference(before, after, figure)) if both else None
+    return out
+
+
+def verdict(facts: dict[str, Any], problem: str = "") -> tuple[str, str]:
+    """("better" | "same" | "worse" | "", sentence) from compare()'s figures.
+
+    Worse: the mean Dice fell by more than SAME, certain or not, or that of a label by more than twice that and beyond chance.
+    Better only where it rose by more than SAME and chance (the 95 % interval) does not explain it.
+    """
+    on = f"on {facts['cases']} held-out case{'s' * (facts['cases'] != 1)} of {facts['patients']} patient{'s' * (facts['patients'] != 1)}"
+    dice = facts["mean"]["dice"]
+    after, change = dice["after"], dice["change"]
+    if change is None:
+        why = f"; {problem}, so there is nothing to compare with" if problem else ""
+        return "", f"Mean Dice {after['mean']:.3f} {on}{why}."
+    figures = f"mean Dice {dice['before']['mean']:.3f} before and {after['mean']:.3f} after, {on}"
+    if change["low"] is not None:
+        figures += f" (change {change['mean']:+.3f}, 95 % interval {change['low']:+.3f} to {change['high']:+.3f})"
+    changes = {name: own["dice"]["change"] for name, own in facts["labels"].items()}
+    fallen = {n: -c["mean"] for n, c in changes.items() if c and c["mean"] < -2 * SAME and (c["high"] is None or c["high"] < 0)}
+    lost = "; ".join(f"{name} fell by {by:.3f}" for name, by in fallen.items())
+    if change["mean"] < -SAME or fallen:
+        return "worse", f"Worse: {figures}{'; ' + lost if lost else ''}. Keep the former model, or correct more cases and retrain."
+    if change["mean"] > SAME and (change["low"] or 0) > 0:
+        return "better", f"Better: {figures}."
+    if change["mean"] > SAME:
+        return "same", f"Probably better, but so few cases could show it by chance: {figures}."
+    return "same", f"No worse, and not better beyond chance: {figures}."
+
+
+def _cut(image: Image, masks: dict[str, np.ndarray]) -> dict[str, Image]:
+    """The image and the masks in the box of all that is marked, and AROUND_MM about it, LARGEST voxels wide at most."""
+    marked = np.zeros(image.shape, bool)
+    for mask in masks.values():
+        marked |= mask > 0
+    around = Box.around(marked) or Box(tuple(n // 2 for n in image.shape), tuple(n // 2 + 1 for n in image.shape))
+    margin = [int(np.ceil(AROUND_MM / s)) for s in image.spacing[::-1]]
+    starts, stops = [], []
+    for start, stop, more, n in zip(around.start, around.stop, margin, image.shape):
+        low, high = max(0, start - more), min(n, stop + more)
+        if high - low > LARGEST:  # about its middle
+            low = max(0, min(n - LARGEST, (low + high - LARGEST) // 2))
+            high = low + LARGEST
+        starts.append(low)
+        stops.append(high)
+    box = Box(tuple(starts), tuple(stops))
+    plain = image.like(image.channels[0])
+    out = {"image": plain.crop(box)}
+    return out | {key: plain.like(mask.astype(np.uint8)).crop(box) for key, mask in masks.items()}
+
+
+def _written(folder: Path, worst: Sequence[tuple[float, dict[str, Any], dict[str, Image]]]) -> list[dict[str, Any]]:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    out = []
+    for _, entry, images in worst:
+        files = {key: f"{folder.name}/{report.file_name(entry['case'])}_{key}.nii.gz" for key in images}
+        for key, image in images.items():
+            write_image(Image(np.ascontiguousarray(image.array), image.spacing, image.origin, image.direction), folder.parent / files[key])
+        out.append({**entry, "files": files})
+    return out
