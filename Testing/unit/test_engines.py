@@ -34,8 +34,8 @@ def test_logits_equal_those_of_onnx_runtime_on_real_cases(name, other, data):
     pair = Compared(make_engine(model, "onnx", "cpu", "fp32", 0), make_engine(model, other, "cpu", "fp32", 0))
     for path in sorted((data / FOLDERS[name] / "images").iterdir())[:3]:
         predict(read_image(path), [model], Options(tta="none"), engines=[pair])
-    # OpenVINO's instance norm sums in float32 over a whole channel.
-    assert 0 < pair.worst < (1e-4 if other == "torch" else 5e-3)
+    # OpenVINO's instance norm sums in float32 over a whole channel: 6e-3 in hippocampus-3d 1.1.0.
+    assert 0 < pair.worst < (1e-4 if other == "torch" else 1e-2)
 
 
 def test_automatic_choice_runs_and_a_missing_gpu_is_said():

@@ -820,13 +820,13 @@ def test_the_build_of_pytorch_suits_the_machine(system, gpus, variant):
 
 @pytest.mark.parametrize("variant", ["cpu", "cu126", "cu130", "macos"])
 def test_pytorch_is_never_asked_for_without_version_and_build(variant, tmp_path):
-    step = environment._pip_step("python", tmp_path, variant, None, "25.0", None)
+    step = environment._pip_step("python", tmp_path, environment.own_requirements(variant), environment._index(variant), None, "25.0", None)
     (torch,) = [a for a in step.command if a.startswith("torch")]
     assert torch == f"torch=={environment.TORCH}" + ("" if variant == "macos" else f"+{variant}")
     index = [a for a in step.command if a.startswith("https:")]
     assert index == ([] if variant == "macos" else [f"https://download.pytorch.org/whl/{variant}"])
     assert "--target" in step.command and "raw" in step.command
-    assert "off" in environment._pip_step("python", tmp_path, variant, None, "23.2.1", None).command
+    assert "off" in environment._pip_step("python", tmp_path, [], [], None, "23.2.1", None).command
 
 
 def test_paths_that_are_too_long_for_windows(tmp_path, monkeypatch):
