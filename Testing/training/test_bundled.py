@@ -56,8 +56,6 @@ def test_the_2d_sampler_shows_the_network_what_its_card_says(data, tmp_path):
 
 def test_the_clicks_rounds_go_on_after_a_kill_as_if_nothing_had_been(data, tmp_path, monkeypatch):
     """Rounds depend on the network's answers: their samples are part of the checkpoint."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     small = UNetConfig(dimensions=3, in_channels=5, out_channels=2, channels=(4, 8), strides=((2, 2, 2),), norm="instance")
     monkeypatch.setattr(lung_nodule_click, "CONFIG", small)
     cubes = [lung_nodule_click.load(c) for c in lidc.part(lidc.nodules()[1], False)[:3]]
@@ -89,13 +87,10 @@ def test_the_clicks_rounds_go_on_after_a_kill_as_if_nothing_had_been(data, tmp_p
 
     monkeypatch.setattr(lung_nodule_click, "EARLY", lung_nodule_click.replace(lung_nodule_click.EARLY, crops=0, cubes=1))
     monkeypatch.setattr(lung_nodule_click, "LATE", lung_nodule_click.replace(lung_nodule_click.LATE, crops=0, cubes=1))
-    try:
-        whole = train.run(made(None), tmp_path / "whole").network
-        with pytest.raises(Broken):
-            train.run(made(4), tmp_path / "killed")
-        resumed = train.run(made(None), tmp_path / "killed").network
-    finally:
-        torch.set_num_threads(threads)
+    whole = train.run(made(None), tmp_path / "whole").network
+    with pytest.raises(Broken):
+        train.run(made(4), tmp_path / "killed")
+    resumed = train.run(made(None), tmp_path / "killed").network
     for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()):
         assert torch.equal(a, b)
 

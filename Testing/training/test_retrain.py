@@ -30,14 +30,6 @@ LABELS = [Label(1, "Bright", (230, 0, 0), {}), Label(2, "Dark", (0, 0, 230), {})
 SETTINGS = {"epochs": 4, "steps": 4, "batch": 2, "warmup": 2, "precision": "32", "accelerator": "cpu", "ema": 0.5, "learning_rate": 3e-3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def add_cases(dataset, count, values=(3.0, -3.0), first=0):
     """Noise with a ball of each label, in places of their own; values: of the voxels in the labels."""
     for i in range(first, first + count):

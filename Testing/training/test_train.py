@@ -31,15 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TURNED = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These networks are too small to share: two threads would mostly wait for one another on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def write_cases(folder, n=4, labels=2):
     """Noise, in which a bright ball is label 1 and a dark one label 2, in places of their own in each case."""
     rng = np.random.default_rng(1)

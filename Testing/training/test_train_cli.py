@@ -16,14 +16,6 @@ from unetseg_training import config as c  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def command(monkeypatch, capsys):
     """command("plan", ...) -> (exit code, stdout, stderr) in this process."""

@@ -15,15 +15,6 @@ from unetseg_training.sampling import Patches, cut  # noqa: E402
 PATCHES = {2: (48, 64), 3: (32, 40, 48)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in a worker process; two threads would mostly wait for one another on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def configuration(dims=3, **changes):
     data = {"dimensions": dims, "patch": PATCHES[dims], "flip_axes": ["x", "y"], "intensity": {"mode": "window", "level": 0, "width": 1}}
     base = {"data": {"path": "-"}, "labels": [{"name": "a"}, {"name": "b"}], "channels": ["CT"], "network": {"channels": [4, 8]}}

@@ -1061,24 +1061,28 @@ def _write_index(folder: Path, data: dict[str, Any], lock: FolderLock | None = N
             raise LockLost
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    """The index, checked as far as the rest relies on it; a folder may come from anybody."""
-    path = folder / INDEX
+def read_text(folder: Path, name: str, what: str) -> str:
+    """The text of a file in a shared folder that others replace as a whole; what: the folder is, for a sentence."""
     with reached(folder):
         if not folder.is_dir():
-            raise UserError(f"The dataset {folder} is not there; connect its drive or network folder, or check the name.")
+            raise UserError(f"The {what} {folder} is not there; connect its drive or network folder, or check the name.")
         for attempt in range(4):
             try:
-                text = path.read_text("utf-8")
-                break
+                return (folder / name).read_text("utf-8")
             except FileNotFoundError as e:
-                raise UserError(f"{folder} is no dataset (it has no {INDEX}); choose a dataset's folder or create one.") from e
+                raise UserError(f"{folder} is no {what} (it has no {name}); choose a {what}'s folder or make one.") from e
             except UnicodeDecodeError as e:
-                raise UserError(f"{path} is damaged; bring it back from a copy.") from e
+                raise UserError(f"{folder / name} is damaged; bring it back from a copy.") from e
             except OSError:  # it is being replaced: Windows and network folders say so
                 if attempt == 3:
                     raise
                 time.sleep(0.1)
+    raise AssertionError
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """The index, checked as far as the rest relies on it; a folder may come from anybody."""
+    path, text = folder / INDEX, read_text(folder, INDEX, "dataset")
     try:
         data = json.loads(text)
         if data.get("format") != FORMAT:

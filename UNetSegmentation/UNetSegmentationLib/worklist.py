@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .dataset import FolderLock, LockLost, flush, process_is_gone, reached
+from .dataset import FolderLock, LockLost, flush, process_is_gone, reached, read_text
 from .files import UserError, atomic_path
 from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, read_image, reorient
 from .inference.predict import Cancelled, Options, Prediction, Progress, predict
@@ -663,22 +663,7 @@ def _write(folder: Path, data: dict[str, Any], lock: FolderLock | None = None) -
 
 def _read(folder: Path) -> dict[str, Any]:
     """The list, checked as far as the rest relies on it; a folder may come from anybody."""
-    path = folder / LIST
-    with reached(folder):
-        if not folder.is_dir():
-            raise UserError(f"The work list {folder} is not there; connect its drive or network folder, or check the name.")
-        for attempt in range(4):
-            try:
-                text = path.read_text("utf-8")
-                break
-            except FileNotFoundError as e:
-                raise UserError(f"{folder} is no work list (it has no {LIST}); choose a list's folder or make one.") from e
-            except UnicodeDecodeError as e:
-                raise UserError(f"{path} is damaged; bring it back from a copy.") from e
-            except OSError:  # it is being replaced: Windows and network folders say so
-                if attempt == 3:
-                    raise
-                time.sleep(0.1)
+    path, text = folder / LIST, read_text(folder, LIST, "work list")
     try:
         data = json.loads(text)
         if data.get("format") != FORMAT:
