@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 for name in ("typer", "rich", "monai", "pydantic", "lightning", "yaml", "onnx"):
     pytest.importorskip(name)
 from test_train import write_cases  # noqa: E402
-from test_train_cli import command, one_thread  # noqa: E402, F401
+from test_train_cli import command  # noqa: E402, F401
 from unetseg_training import export, finetune  # noqa: E402
 from unetseg_training.cases import find_cases  # noqa: E402
 from unetseg_training.config import parse  # noqa: E402
