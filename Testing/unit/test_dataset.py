@@ -1,7 +1,6 @@
 """The dataset folder: what is added is there voxel for voxel, what fails leaves nothing, and nobody's name is in it."""
 
 import gzip
-import importlib.util
 import json
 import os
 import random
@@ -609,9 +608,18 @@ def test_nnunet_takes_the_export(filled, tmp_path):
     assert np.array_equal(mask.array, np.where(outline() == 5, 2, outline())) and mask.same_grid(image)
     fold = json.loads((folder / "splits_final.json").read_text())[0]
     assert sorted(fold["train"] + fold["val"]) == names and fold["val"]
-    if importlib.util.find_spec("nnunetv2"):  # too large for our own environment
-        from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
+
+def test_nnunets_own_check_of_a_dataset_passes(filled, tmp_path):
+    pytest.importorskip("nnunetv2", reason="nnU-Net is not installed")
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+
+    folder = filled.export(tmp_path / "raw", "nnunet")
+    verify_dataset_integrity(str(folder), 1)
+    label = next((folder / "labelsTr").iterdir())
+    mask = read_image(label)
+    write_image(mask.like(mask.array * 7), label)  # it does look
+    with pytest.raises(RuntimeError):
         verify_dataset_integrity(str(folder), 1)
 
 
