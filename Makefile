@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 # A box of about twice the size of the nodule, R0,R1,A0,A1,S0,S1 in mm, as a person would draw it.
 ROI = 8.3,35.6,105.2,134.8,-630,-595
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint nnunet clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/unetseg sample --folder demo/sample
@@ -20,6 +20,10 @@ lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# For the test that runs nnU-Net's own check of a dataset on our export; without it that test skips.
+nnunet: .venv/ready
+	.venv/bin/pip install --quiet $(TORCH) -e ".[nnunet]"
 
 .venv-demo/ready: pyproject.toml $(shell find UNetSegmentation training -name '*.py' -o -name '*.zip' -o -name '*.json')
 	$(PYTHON) -m venv .venv-demo
