@@ -21,9 +21,12 @@ lint: .venv/ready
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# For the test that runs nnU-Net's own check of a dataset on our export; without it that test skips.
+# For the test that runs nnU-Net's own check of a dataset on our export; without it that test skips. In a folder of its own and
+# with what the check imports only: all that nnU-Net wants is half a gigabyte, and its torchvision another build than our torch.
+NNUNET = nnunetv2==2.8.1 batchgenerators acvl-utils pandas scikit-image imageio lazy-loader tifffile nibabel blosc2 numexpr msgpack \
+  ndindex httpx
 nnunet: .venv/ready
-	.venv/bin/pip install --quiet $(TORCH) -e ".[nnunet]"
+	.venv/bin/pip install --quiet --upgrade --target build/nnunet --no-deps $(NNUNET)
 
 .venv-demo/ready: pyproject.toml $(shell find UNetSegmentation training -name '*.py' -o -name '*.zip' -o -name '*.json')
 	$(PYTHON) -m venv .venv-demo
