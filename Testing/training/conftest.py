@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 
@@ -9,3 +11,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("plan", ...) -> (exit code, stdout, stderr) in this process."""
+
+    from unetseg_training import cli
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["unetseg-train", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

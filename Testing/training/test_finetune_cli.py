@@ -9,7 +9,6 @@ torch = pytest.importorskip("torch")
 for name in ("typer", "rich", "monai", "pydantic", "lightning", "yaml", "onnx"):
     pytest.importorskip(name)
 from test_train import write_cases  # noqa: E402
-from test_train_cli import command  # noqa: E402, F401
 from unetseg_training import export, finetune  # noqa: E402
 from unetseg_training.cases import find_cases  # noqa: E402
 from unetseg_training.config import parse  # noqa: E402
@@ -57,7 +56,7 @@ def balls(folder, n, labels, channels, spacing=(1.0, 1.0, 1.5), split=True):
     return dataset.folder
 
 
-def test_finetune_then_export(command, base, tmp_path):  # noqa: F811
+def test_finetune_then_export(command, base, tmp_path):
     """Other labels, one more channel, other spacing; the encoder frozen; the base's cases replayed are told from the new ones."""
     data = balls(tmp_path / "new", 3, [Label(1, "Dark", DARK.color, {})], ["MR"], (1.0, 1.0, 3.0))
     old = balls(tmp_path / "old", 2, [BRIGHT, DARK], ["MR"])
@@ -94,7 +93,7 @@ def test_finetune_then_export(command, base, tmp_path):  # noqa: F811
         assert predict(image, [package], Options(engine=engine)).labels.array.shape == image.shape
 
 
-def test_a_second_channel_and_a_third_label(command, base, tmp_path):  # noqa: F811
+def test_a_second_channel_and_a_third_label(command, base, tmp_path):
     data = balls(tmp_path / "new", 3, [BRIGHT, Label(2, "Ball", (0, 0, 0), {})], ["MR", "PET"])
     code, out, err = command("finetune", data, "--from", base, "-o", tmp_path / "run", "--quick", "--minutes", 0.01, "--fold", "split")
     assert code == 0, err
@@ -114,7 +113,7 @@ def test_a_second_channel_and_a_third_label(command, base, tmp_path):  # noqa: F
         (("--from", "{base}", "-o", "{tmp}/x", "--quick", "--freeze", "head"), "no layer 'head' to freeze"),
     ],
 )
-def test_bad_input_is_a_sentence(command, base, tmp_path, words, told):  # noqa: F811
+def test_bad_input_is_a_sentence(command, base, tmp_path, words, told):
     data = balls(tmp_path / "new", 2, [BRIGHT], ["MR"])
     code, _, err = command("finetune", data, *(w.format(tmp=tmp_path, base=base, data=data) for w in words))
     assert code == 2 and told in err and err.strip().count("\n") <= 1

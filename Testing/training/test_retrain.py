@@ -126,18 +126,7 @@ def until(folder, good, seconds=300):
 # ------------------------------------------------------------------------------------------------------------- the whole
 
 
-def test_the_command_makes_a_package_with_before_and_after(dataset, base, models_folder, monkeypatch, capsys):
-    from unetseg_training import cli
-
-    def command(*words):
-        monkeypatch.setattr(sys, "argv", ["unetseg-train", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as e:
-            code = e.code or 0
-        return code, *capsys.readouterr()
-
+def test_the_command_makes_a_package_with_before_and_after(dataset, base, models_folder, command):
     code, out, err = command("finetune", dataset, "--from", base.path, "--quick", "--minutes", "0.02", "--device", "cpu")
     assert code == 0, err
     (job,) = training.jobs(dataset)

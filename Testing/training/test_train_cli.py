@@ -16,23 +16,6 @@ from unetseg_training import config as c  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command("plan", ...) -> (exit code, stdout, stderr) in this process."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["unetseg-train", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as e:
-            code = e.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")

@@ -67,23 +67,6 @@ def here(tmp_path, monkeypatch, make_package):
     )
 
 
-@pytest.fixture
-def unetseg(monkeypatch, capfd):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["unetseg", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as e:
-            code = e.code
-        return code, *capfd.readouterr()
-
-    return run
-
-
 def subprocess_run(*arguments, **environment):
     env = {**os.environ, "PYTHONPATH": str(ROOT / "UNetSegmentation"), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "UNetSegmentationLib", *map(str, arguments)]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from UNetSegmentationLib import cli
 from UNetSegmentationLib import worklist as module
 from UNetSegmentationLib.dataset import Dataset, read_mask
 from UNetSegmentationLib.files import UserError
@@ -442,20 +441,9 @@ def test_a_list_lies_in_a_datasets_folder_and_neither_minds(tmp_path, scans):
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def unetseg(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["unetseg", *map(str, arguments)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as e:
-        code = e.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
-
-
-def test_the_command_line_makes_gives_and_takes(scans, make_package, tmp_path, monkeypatch, capsys):
+def test_the_command_line_makes_gives_and_takes(scans, make_package, tmp_path, unetseg):
     def run(*arguments):
-        return unetseg(monkeypatch, capsys, "worklist", *arguments)
+        return unetseg("worklist", *arguments)
 
     package, folder = make_package(), tmp_path / "list"
     assert run("make", folder)[0] == 2 and not folder.exists()

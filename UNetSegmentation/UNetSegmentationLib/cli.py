@@ -754,18 +754,9 @@ def _worklist_app() -> Any:
         """Make a list or add scans to it, and segment those that the models have not segmented yet. May be stopped and called again."""
         models = [find_model(m) for m in model]
         check_models(models)
-        new = not WorkList.there(folder)
-        if new and not sources:
+        if not sources and not WorkList.there(folder):
             raise UserError(f"{folder} holds no work list yet; name the scans, folders or lists to make it of.")
-        work = WorkList.create(folder) if new else WorkList.open(folder)
-        try:
-            added = work.add(sources)
-            if new and not added:
-                raise UserError("No scans were found there; name image files, DICOM folders or folders that hold them.")
-        except UserError:
-            if new:
-                work.discard()
-            raise
+        work, added = WorkList.gather(folder, sources)
         if not quiet:
             print(f"{len(added)} scans added", file=sys.stderr)
         if not models and work.models and not later:

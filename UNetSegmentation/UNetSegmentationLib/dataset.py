@@ -1061,58 +1061,64 @@ def _write_index(folder: Path, data: dict[str, Any], lock: FolderLock | None = N
             raise LockLost
 
 
-def read_text(folder: Path, name: str, what: str) -> str:
-    """The text of a file in a shared folder that others replace as a whole; what: the folder is, for a sentence."""
+def read_shared(folder: Path, name: str, form: str, what: str, make: str, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """A JSON file in a shared folder that others replace as a whole. form: its "format"; what: the folder is, and how to `make`
+    one, for the sentences; check(data): whatever of ValueError, KeyError and the like it raises means a damaged file."""
+    path = folder / name
     with reached(folder):
         if not folder.is_dir():
             raise UserError(f"The {what} {folder} is not there; connect its drive or network folder, or check the name.")
         for attempt in range(4):
             try:
-                return (folder / name).read_text("utf-8")
+                text = path.read_text("utf-8")
+                break
             except FileNotFoundError as e:
-                raise UserError(f"{folder} is no {what} (it has no {name}); choose a {what}'s folder or make one.") from e
+                raise UserError(f"{folder} is no {what} (it has no {name}); choose a {what}'s folder or {make} one.") from e
             except UnicodeDecodeError as e:
-                raise UserError(f"{folder / name} is damaged; bring it back from a copy.") from e
+                raise UserError(f"{path} is damaged; bring it back from a copy.") from e
             except OSError:  # it is being replaced: Windows and network folders say so
                 if attempt == 3:
                     raise
                 time.sleep(0.1)
-    raise AssertionError
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    """The index, checked as far as the rest relies on it; a folder may come from anybody."""
-    path, text = folder / INDEX, read_text(folder, INDEX, "dataset")
     try:
         data = json.loads(text)
-        if data.get("format") != FORMAT:
-            raise UserError(f"{path} is another program's; choose the folder of a UNetSegmentation dataset, or create one.")
+        if data.get("format") != form:
+            raise UserError(f"{path} is another program's; choose the folder of a UNetSegmentation {what}, or {make} one.")
         if data["format_version"] > 1:
             raise UserError(f"{path} was written by a newer version of UNetSegmentation; update this one.")
-        data["name"], data["revision"] + 1, list(data["channels"])
-        for label in data["segments"]:
-            label["value"] + 1, label["name"].strip()
-        for name, case in [*data["cases"].items(), *data.get("removed", {}).items()]:
-            if not NAME.fullmatch(name):
-                raise ValueError(f"the case {name!r}")
-            case["patient"] + case.get("split", "")
-            for version in case["versions"]:
-                for file in [
-                    *version["images"],
-                    version["label"],
-                    *([version["model"]] if version.get("model") else []),
-                    *version["files"],
-                ]:
-                    parts = PurePosixPath(file).parts
-                    if parts[0] != CASES or ".." in parts or len(parts) != 4 or "\\" in file:
-                        raise ValueError(f"the file {file!r}")
-                version["version"] + 1, version["voxels"].strip()
-            case["versions"][-1]
+        check(data)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise UserError(f"{path} is damaged ({e}); bring it back from a copy.") from e
     return data
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    return read_shared(folder, INDEX, FORMAT, "dataset", "create", _check_index)
+
+
+def _check_index(data: dict[str, Any]) -> None:
+    """As far as the rest relies on it; a folder may come from anybody."""
+    data["name"], data["revision"] + 1, list(data["channels"])
+    for label in data["segments"]:
+        label["value"] + 1, label["name"].strip()
+    for name, case in [*data["cases"].items(), *data.get("removed", {}).items()]:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"the case {name!r}")
+        case["patient"] + case.get("split", "")
+        for version in case["versions"]:
+            for file in [
+                *version["images"],
+                version["label"],
+                *([version["model"]] if version.get("model") else []),
+                *version["files"],
+            ]:
+                parts = PurePosixPath(file).parts
+                if parts[0] != CASES or ".." in parts or len(parts) != 4 or "\\" in file:
+                    raise ValueError(f"the file {file!r}")
+            version["version"] + 1, version["voxels"].strip()
+        case["versions"][-1]
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

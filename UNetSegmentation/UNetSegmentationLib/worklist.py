@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .dataset import FolderLock, LockLost, flush, process_is_gone, reached, read_text
+from .dataset import FolderLock, LockLost, flush, process_is_gone, reached, read_shared
 from .files import UserError, atomic_path
 from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, read_image, reorient
 from .inference.predict import Cancelled, Options, Prediction, Progress, predict
@@ -195,6 +195,21 @@ class WorkList:
     @classmethod
     def there(cls, folder: str | Path) -> bool:
         return (Path(folder).expanduser() / LIST).is_file()
+
+    @classmethod
+    def gather(cls, folder: str | Path, sources: Sequence[str | Path]) -> tuple[WorkList, list[str]]:
+        """Add scans to the folder's list, which is made where there is none, but not without a scan; the list and their names."""
+        new = not cls.there(folder)
+        work = cls.create(folder) if new else cls.open(folder)
+        try:
+            added = work.add(sources)
+            if new and not added:
+                raise UserError("No scans were found there; choose image files, or a folder that holds images or DICOM series.")
+        except UserError:
+            if new:
+                work.discard()
+            raise
+        return work, added
 
     def discard(self) -> None:
         """Undo create(), as long as nobody has added a scan."""
@@ -662,31 +677,23 @@ def _write(folder: Path, data: dict[str, Any], lock: FolderLock | None = None) -
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The list, checked as far as the rest relies on it; a folder may come from anybody."""
-    path, text = folder / LIST, read_text(folder, LIST, "work list")
-    try:
-        data = json.loads(text)
-        if data.get("format") != FORMAT:
-            raise UserError(f"{path} is another program's; choose the folder of a UNetSegmentation work list, or make one.")
-        if data["format_version"] > 1:
-            raise UserError(f"{path} was written by a newer version of UNetSegmentation; update this one.")
-        data["revision"] + 1, list(data["models"]), dict(data["labels"])
-        for name, record in data["scans"].items():
-            if record["status"] not in STATUSES or not record["files"] or not all(isinstance(f, str) for f in record["files"]):
-                raise ValueError(f"the scan {name!r}")
-            if mask := record.get("mask"):
-                parts = PurePosixPath(mask).parts
-                if parts[0] != RESULTS or ".." in parts or len(parts) != 3 or "\\" in mask:
-                    raise ValueError(f"the file {mask!r}")
-            if claim := record.get("claim"):
-                claim["until"] + 1.0, claim["for"].strip()
-            if record.get("scores"):
-                record["scores"]["value"] + 1.0, [v + 1.0 for v in record["embedding"][:1]]
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-        raise UserError(f"{path} is damaged ({e}); bring it back from a copy.") from e
-    return data
+    return read_shared(folder, LIST, FORMAT, "work list", "make", _check)
+
+
+def _check(data: dict[str, Any]) -> None:
+    """As far as the rest relies on it; a folder may come from anybody."""
+    data["revision"] + 1, list(data["models"]), dict(data["labels"])
+    for name, record in data["scans"].items():
+        if record["status"] not in STATUSES or not record["files"] or not all(isinstance(f, str) for f in record["files"]):
+            raise ValueError(f"the scan {name!r}")
+        if mask := record.get("mask"):
+            parts = PurePosixPath(mask).parts
+            if parts[0] != RESULTS or ".." in parts or len(parts) != 3 or "\\" in mask:
+                raise ValueError(f"the file {mask!r}")
+        if claim := record.get("claim"):
+            claim["until"] + 1.0, claim["for"].strip()
+        if record.get("scores"):
+            record["scores"]["value"] + 1.0, [v + 1.0 for v in record["embedding"][:1]]
 
 
 # --------------------------------------------------------------------------------------------------------------- order

@@ -9,6 +9,7 @@ the LIDC cubes and from the lungs of whole chest CT. Thick slices (to 5 mm) are 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,8 @@ def job(config: Config, cache: Path, start: dict[str, Tensor] | None = None) -> 
         return Slices(kept["crops"], kept["cubes"], kept["scans"], config, (rank, devices))
 
     record: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": kept}
-    make_loss = lambda: losses.make(config.loss, 2)  # noqa: E731
-    return Job(config.unet(), config.fit, source, make_loss, HeldOut(config), load, start, seed=config.fit.seed, record=record)
+    loss = partial(losses.make, config.loss, 2)
+    return Job(config.unet(), config.fit, source, loss, HeldOut(config), load, start, seed=config.fit.seed, record=record)
 
 
 def main() -> None:

@@ -40,12 +40,11 @@ from .protocol import (
     get,
     load_array,
     loads,
-    remove_folder,
     run,
     save_array,
     strings,
 )
-from .server import _failure, _watch_parent, private_folder
+from .server import Program, _failure, private_folder
 
 _TOLD_S = 0.2
 _MOST_NAMES = 12
@@ -62,12 +61,10 @@ def serve(source: int, sink: int, arguments: Sequence[str]) -> int:
     return 0
 
 
-class _Desk:
+class _Desk(Program):
     def __init__(self, source: int, sink: int, folder: Path, parent: int) -> None:
-        self._source, self._sink, self._folder = source, sink, folder
-        self._parent_gone = _watch_parent(parent)
+        super().__init__(source, sink, folder, parent)
         self._me = Annotator.here(pid=parent)  # whose scans are free again when Slicer is gone
-        self._writing = threading.Lock()
         self._segmenter: _Segmenter | None = None
         self._arrays = 0
         self._taken: set[Path] = set()  # lists of which a scan is taken
@@ -82,19 +79,7 @@ class _Desk:
         self._leave()
 
     def tell(self, message: dict[str, Any]) -> None:
-        data = b"\n" + dumps(message)
-        with self._writing:
-            try:
-                while data:
-                    data = data[os.write(self._sink, data) :]
-            except OSError:
-                self._leave()
-
-    def _leave(self) -> None:
-        time.sleep(0.05)  # a process that is killed closes its files a moment before it is gone
-        if self._parent_gone():
-            remove_folder(self._folder)
-        os._exit(0)
+        self._write(b"\n" + dumps(message))
 
     def _keep(self) -> None:
         """Signs of life for what is taken, and the end with the client's."""
@@ -148,16 +133,7 @@ class _Desk:
 
     def _add(self, request: dict[str, Any]) -> dict[str, Any]:
         folder, sources = get(request, "folder", str), strings(request, "sources")
-        new = not WorkList.there(folder)
-        work = WorkList.create(folder) if new else WorkList.open(folder)
-        try:
-            added = work.add(sources)
-            if new and not added:
-                raise UserError("No scans were found there; choose image files, or a folder that holds images or DICOM series.")
-        except UserError:
-            if new:
-                work.discard()
-            raise
+        work, added = WorkList.gather(folder, sources)
         return self._done(work, added=len(added))
 
     def _next(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -92,30 +92,13 @@ def private_folder(name: str) -> Path:
     return folder
 
 
-class _Server:
+class Program:
+    """A client's child: it reads from its pipe, writes to it, and goes when it is closed."""
+
     def __init__(self, source: int, sink: int, folder: Path, parent: int) -> None:
         self._source, self._sink, self._folder = source, sink, folder
         self._parent_gone = _watch_parent(parent)
-        self._launcher = os.getppid()  # the client, or what stands between it and this process
         self._writing = threading.Lock()
-        self._queue: queue.SimpleQueue[tuple[int, str, dict[str, Any]]] = queue.SimpleQueue()
-        self._state = threading.Lock()  # of the two sets
-        self._pending: set[int] = set()
-        self._cancelled: set[int] = set()
-        self._greeted = False
-        self._volumes: dict[int, Image] = {}
-        self._packages: dict[Stamp, ModelPackage] = {}
-        self._engines: dict[tuple[Stamp, str, str, str, int], Engine] = {}
-        self._engines_made = 0
-        self._sessions: dict[tuple[int, Engine, str], ClickSession] = {}  # volume, engine, lesion; the last is the one used last
-
-    def run(self) -> None:
-        for target in (self._read, self._watch):
-            threading.Thread(target=target, daemon=True).start()
-        hello = {"event": "hello", "protocol": PROTOCOL, "core": __version__, "python": platform.python_version(), "pid": os.getpid()}
-        self._write(b"\n" + dumps(hello))  # the line break ends whatever was printed before
-        while True:
-            self._answer(*self._queue.get())
 
     def _write(self, data: bytes) -> None:
         with self._writing:
@@ -136,6 +119,30 @@ class _Server:
         if gone:
             remove_folder(self._folder)
         os._exit(0)
+
+
+class _Server(Program):
+    def __init__(self, source: int, sink: int, folder: Path, parent: int) -> None:
+        super().__init__(source, sink, folder, parent)
+        self._launcher = os.getppid()  # the client, or what stands between it and this process
+        self._queue: queue.SimpleQueue[tuple[int, str, dict[str, Any]]] = queue.SimpleQueue()
+        self._state = threading.Lock()  # of the two sets
+        self._pending: set[int] = set()
+        self._cancelled: set[int] = set()
+        self._greeted = False
+        self._volumes: dict[int, Image] = {}
+        self._packages: dict[Stamp, ModelPackage] = {}
+        self._engines: dict[tuple[Stamp, str, str, str, int], Engine] = {}
+        self._engines_made = 0
+        self._sessions: dict[tuple[int, Engine, str], ClickSession] = {}  # volume, engine, lesion; the last is the one used last
+
+    def run(self) -> None:
+        for target in (self._read, self._watch):
+            threading.Thread(target=target, daemon=True).start()
+        hello = {"event": "hello", "protocol": PROTOCOL, "core": __version__, "python": platform.python_version(), "pid": os.getpid()}
+        self._write(b"\n" + dumps(hello))  # the line break ends whatever was printed before
+        while True:
+            self._answer(*self._queue.get())
 
     # ------------------------------------------------------------------------------------------------- reader's thread
 
