@@ -241,11 +241,20 @@ def test_models_that_need_a_person_segment_nothing_in_advance(work):
     assert work.next(ANNA).name == "s0"  # a list needs no model
 
 
-def test_nobody_gets_what_another_has(work):
+@pytest.fixture
+def clock(monkeypatch):
+    """The folder's clock, which stands still: clock[0] is moved by hand, however long the machine takes. It begins where rounding a
+    claim's end to the nearest tenth of a second would lengthen it."""
+    now = [1.7e9 + 0.06]
+    monkeypatch.setattr(WorkList, "_now", lambda self: now[0])
+    return now
+
+
+def test_nobody_gets_what_another_has(work, clock):
     mine = [work.next(ANNA).name]
     theirs = work.next(BERT)
     assert theirs.name != mine[0] and theirs.status == "taken" and work.counts()["taken"] == 2
-    assert work.scan(mine[0]).by == "Anna" and 11 * 3600 < work.scan(mine[0]).until <= 12 * 3600
+    assert work.scan(mine[0]).by == "Anna" and 12 * 3600 - 0.11 < work.scan(mine[0]).until <= 12 * 3600
     assert work.next(ANNA).name == mine[0]  # from the command line one goes on with what one has
     other = work.next(ANNA, leave=mine[0], passed=[mine[0]])
     assert other.name not in (mine[0], theirs.name) and work.scan(mine[0]).status == "waiting"
@@ -262,11 +271,13 @@ def test_nobody_gets_what_another_has(work):
     assert work.next(ANNA).name == other.name
 
 
-def test_what_was_taken_is_free_again_when_its_time_is_over_or_its_program_gone(work):
-    short = Annotator("anna", "Anna", lease=0.3)
+def test_what_was_taken_is_free_again_when_its_time_is_over_or_its_program_gone(work, clock):
+    short = Annotator("anna", "Anna", lease=60)
     name = work.next(short).name
     assert work.next(BERT).name != name
-    time.sleep(0.35)
+    clock[0] += 59
+    assert work.scan(name).status == "taken"
+    clock[0] += 1
     assert work.scan(name).status == "waiting"
     assert work.next(Annotator("carl")).name == name
     note = work.done(name, short, "case-1")
@@ -280,11 +291,18 @@ def test_what_was_taken_is_free_again_when_its_time_is_over_or_its_program_gone(
         assert work.scan(killed.name).status == "waiting" and work.next(Annotator.here(pid=os.getpid())).name == killed.name
 
 
-def test_a_sign_of_life_keeps_what_is_taken(work):
-    me = Annotator("anna", lease=0.4)
+def test_time_is_the_folders(work, monkeypatch):
+    name = work.next(ANNA).name
+    monkeypatch.setattr(module.time, "time", lambda: 0.0)  # of a computer whose clock is wrong
+    assert WorkList.open(work.folder).scan(name).status == "taken"
+    assert WorkList.open(work.folder)._now() == pytest.approx((work.folder / "worklist.json").stat().st_mtime, abs=600)
+
+
+def test_a_sign_of_life_keeps_what_is_taken(work, clock):
+    me = Annotator("anna", lease=60)
     name = work.next(me).name
     for _ in range(3):
-        time.sleep(0.2)
+        clock[0] += 40
         work.renew(me)
     assert work.scan(name).status == "taken"
     revision = work._data["revision"]

@@ -385,7 +385,7 @@ class WorkList:
         return me.owns(claim) or (claim.get("host") == me.host and claim.get("pid", 0) != 0 and process_is_gone(claim))
 
     def _claim(self, me: Annotator, now: float, purpose: str) -> dict[str, Any]:
-        return {"for": purpose, "who": me.who, "name": me.name, "host": me.host, "pid": me.pid, "until": round(now + me.lease, 1)}
+        return {"for": purpose, "who": me.who, "name": me.name, "host": me.host, "pid": me.pid, "until": _until(now, me)}
 
     def fail(self, name: str, why: str) -> None:
         """A scan that cannot be read, by which whoever comes next is not to be held up."""
@@ -401,7 +401,7 @@ class WorkList:
         """A sign of life for all that I have taken."""
 
         def later(data: dict[str, Any]) -> None:
-            until = round(self._now() + me.lease, 1)
+            until = _until(self._now(), me)
             mine = [r["claim"] for r in data["scans"].values() if me.owns(r.get("claim") or {})]
             if not mine:
                 raise _Nothing
@@ -646,6 +646,11 @@ def check_models(models: Sequence[ModelPackage]) -> None:
             raise UserError(f"{model.card.name} works from clicks, so it segments nothing in advance; choose another model, or none.")
         if model.card.data.get("roi_mm"):
             raise UserError(f"{model.card.name} is made for a box around one target, not for whole scans; choose another model, or none.")
+
+
+def _until(now: float, me: Annotator) -> float:
+    """When what is taken now is free again, to a tenth of a second: rounded down, as nobody keeps a scan longer than his lease."""
+    return math.floor((now + me.lease) * 10) / 10
 
 
 def _lives(claim: dict[str, Any], now: float) -> bool:
