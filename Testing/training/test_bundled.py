@@ -69,9 +69,9 @@ def test_the_clicks_rounds_go_on_after_a_kill_as_if_nothing_had_been(data, tmp_p
         job.validator = None
 
         def source(rank: int, devices: int) -> lung_nodule_click.Rounds:
-            sampler = lung_nodule_click.Sampler(cubes, cubes, [])
+            sampler = lung_nodule_click.Sampler(cubes, cubes, [], late=4)
             sampler._nothing = sampler._implanted = None  # no whole scans here
-            rounds = lung_nodule_click.Rounds(sampler, 2, 1, late=4)
+            rounds = lung_nodule_click.Rounds(sampler, 2, 1)
             batch = rounds.batch
 
             def counted(step: int):

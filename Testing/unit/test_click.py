@@ -171,7 +171,7 @@ CT_WINDOW = {"mode": "window", "level": -200, "width": 1600}
 
 def test_what_turns_out_small_from_far_away_is_looked_at_again_from_near(click_package, monkeypatch):
     # Soft tissue all around, but for the far corners: the first look is zoomed out, and the lesion fits a patch.
-    monkeypatch.setattr(click, "_likely", lambda *_: True)
+    monkeypatch.setattr(click, "lies_in_lung", lambda *_: True)
     values = np.full((120, 160, 160), -900, np.float32)
     values[40:80, 40:120, 40:120] = 0
     lesion = ball(values.shape, (60, 80, 80), 3, (1, 1, 1)) > 0

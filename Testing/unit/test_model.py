@@ -221,6 +221,7 @@ FULL = {
     "flip_axes": ["x", "z"],
     "tta": "flips",
     "roi_mm": 60,
+    "surroundings": "lung",
     "display": "lung",
     "postprocess": {"largest_component": True, "fill_holes": False, "min_volume_mm3": 0},
     "licence": "Apache-2.0",

@@ -42,6 +42,7 @@ FOLD = 0
 CLICK_CARD: dict[str, Any] = {
     **{k: v for k, v in read(lung_nodule_2d.CONFIG).card().items() if k in ("format", "channels", "labels", "activation", "licence")},
     "display": "lung",
+    "surroundings": "lung",
     "name": "lung-nodule-click",
     "version": "0.3.0",
     "title": "Lung nodule or mass, by clicks",

@@ -10,47 +10,27 @@ from __future__ import annotations
 
 import argparse
 import csv
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from UNetSegmentationLib.image import Box, Image, read_image
+from UNetSegmentationLib.image import Image, read_image
 from UNetSegmentationLib.inference.click import MODEL, ClickSession
 from UNetSegmentationLib.inference.predict import Options
-from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import ModelPackage, find_model
 
+from . import clicks
 from .lidc import data_folder, nodules, part
-from .lung_nodule_click import correction, load
+from .lung_nodule_click import load
 
 CLICKS = 5
 
 
-def next_click(mask: np.ndarray, truth: np.ndarray, spacing: np.ndarray) -> tuple[tuple[int, ...], bool] | None:
-    """The voxel (z, y, x) and whether it is positive; None where the mask is right. spacing: (z, y, x) mm."""
-    box = Box.around((mask > 0) | (truth > 0))
-    assert box is not None
-    box = box.grown((1, 1, 1)) & Box.whole(truth.shape)
-    click = correction(mask[box.slices] > 0, truth[box.slices] > 0, True, None, spacing)
-    return None if click is None else (tuple(int(i) + s for i, s in zip(click[0], box.start)), click[1])
-
-
-def play(session: ClickSession, truth: np.ndarray, first: tuple[int, ...], clicks: int = CLICKS) -> tuple[list[float], list[float]]:
+def play(session: ClickSession, truth: np.ndarray, first: tuple[int, ...], count: int = CLICKS) -> tuple[list[float], list[float]]:
     """Dice after each click, and the seconds that each took."""
-    session.clear()
-    scores, seconds = [], []
-    spacing = np.array(session.image.spacing[::-1])
-    click: tuple[tuple[int, ...], bool] | None = (first, True)
-    for _ in range(clicks):
-        if click is not None:
-            began = time.perf_counter()
-            session.add_point(session.image.index_to_point(click[0][::-1]), click[1])
-            seconds.append(time.perf_counter() - began)
-        scores.append(dice(session.mask, truth))
-        click = next_click(session.mask, truth, spacing)
-    return scores, seconds
+    turns = list(clicks.play(session, truth, first, count))
+    return [turn.dice for turn in turns], [turn.seconds for turn in turns if turn.seconds is not None]
 
 
 def held_out(package: ModelPackage, limit: int | None = None) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ from ..engines import Engine, choose_engine
 from ..image import Box, Grid, Image, UserError, check_geometry, reorient, resample_back, sample
 from ..intensity import check_finite, normaliser, warnings_for
 from ..measure import measure
-from ..model import ModelPackage, find_model
+from ..model import Card, ModelPackage, find_model
 from ..postprocess import components
 from .augment import views
 from .predict import Cancelled, Options, Prediction
@@ -42,7 +42,7 @@ SOFT_TISSUE_HU, SOFT_SHARE = -300.0, 0.8
 # a lesion on a click on bone, fat or an organ, mostly none.
 LUNG_HU, LUNG_SHARE, AIR_HU = -500.0, 0.3, -850.0
 _BORDER_VOXELS = 6
-_NOTHING = "Nothing was found here; click inside the nodule, or draw a box around it."
+_NOTHING = "Nothing was found here; click inside the lesion, or draw a box around it."
 _NO_LUNG = "No lesion with lung around it was found here; if it is one, click a second time on it, or draw a box around it."
 _ENDLESS = "Nothing that ends was found here; if it is a lesion, click a second time on it, or draw a box around it."
 
@@ -333,7 +333,7 @@ class ClickSession:
             self._catch_up()
             before = self._history[-1][1]
         first = not before.found and prompts.box is None
-        in_lung = first and self._sees_lung()
+        in_lung = first and expects_lung(self.card)
         frame = self._frame(prompts, before)
         if in_lung:
             frame = frame[0], self._open(*frame)
@@ -381,13 +381,6 @@ class ClickSession:
 
     def _around(self, answer: Answer) -> tuple[np.ndarray, float]:
         return self._fitting(np.array(answer.box.start, float), np.array(answer.box.stop) - 1.0, 1.0)
-
-    def _sees_lung(self) -> bool:
-        """Whether the model's window tells lung from soft tissue, which is what _open() goes by."""
-        window = self.card.intensity
-        if window["mode"] != "window":
-            return False
-        return abs(SOFT_TISSUE_HU - window["level"]) < window["width"] / 2
 
     def _open(self, centre: np.ndarray, zoom: float) -> float:
         """The closest look of at least `zoom` that shows something other than soft tissue. A patch of nothing else may lie
@@ -464,7 +457,7 @@ class ClickSession:
             return replace(_EMPTY, zoom=zoom), False, False
         answer = Answer(found.shifted(target.start), native[found.slices].astype(np.uint8), zoom=zoom)
         border = self._touches_border(kept, grid)
-        likely = not in_lung or _likely(values[0], kept, np.array(self.card.data["spacing"][::-1]) * zoom)
+        likely = not in_lung or lies_in_lung(values[0], kept, np.array(self.card.data["spacing"][::-1]) * zoom)
         self._lap("paste")
         return answer, border, likely
 
@@ -501,7 +494,16 @@ def _noted(prompts: _Prompts, prompt: Prompt) -> _Prompts:
     return replace(prompts, made=(*prompts.made, _comparable(check_prompt(prompt))))
 
 
-def _likely(values: np.ndarray, mask: np.ndarray, spacing: np.ndarray) -> bool:
+def expects_lung(card: Card) -> bool:
+    """Whether a model's first click must find something with lung around it: as the card says, and of a card from before it
+    could, whether the model's window tells lung from soft tissue."""
+    if "surroundings" in card.data:
+        return bool(card.data["surroundings"] == "lung")
+    window = card.intensity
+    return window["mode"] == "window" and abs(SOFT_TISSUE_HU - window["level"]) < window["width"] / 2
+
+
+def lies_in_lung(values: np.ndarray, mask: np.ndarray, spacing: np.ndarray) -> bool:
     """Whether HU values (z, y, x) show a lesion of the lung in `mask`: it is more than air, and what is around it is lung to
     LUNG_SHARE at least. spacing: mm (z, y, x)."""
     if values[mask].mean() < AIR_HU:
