@@ -213,8 +213,6 @@ def test_what_can_be_seen_to_fail_is_told_at_once(dataset, tmp_path, make_packag
         start(dataset, name="My Model")
     with pytest.raises(UserError, match="carries no PyTorch weights"):
         training.start(dataset, make_package(), Options(), sys.executable)
-    with pytest.raises(UserError, match="is a click model"):
-        training.start(dataset, find_model("lung-nodule-click"), Options(), sys.executable)
     set_ = Dataset.open(dataset)
     set_.remove("case1")
     with pytest.raises(UserError, match=r"holds one case only \(case0\); add"):

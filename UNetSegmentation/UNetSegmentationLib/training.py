@@ -439,11 +439,6 @@ def _check_dataset(dataset: Path) -> None:
 
 def _check_base(package: ModelPackage) -> None:
     card = package.card
-    if card.data["task"] == "click":
-        raise UserError(
-            f"{card.name} is a click model, which learns from simulated clicks and not from masks alone; it cannot be retrained here yet: "
-            "start from an automatic model, or from scratch."
-        )
     if package.safetensors is None or "network" not in card.data:
         raise UserError(f"{card.name} {card.version} carries no PyTorch weights, so it cannot be trained on; choose another model.")
 

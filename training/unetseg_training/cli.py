@@ -221,13 +221,14 @@ def _app() -> Any:
         data: Annotated[str | None, typer.Option(help="Another dataset to score, all of it; else the fold's held-out cases.")] = None,
     ) -> None:
         """Score held-out cases through the path that the program uses: metrics.csv, metrics.json, report.html."""
-        from . import metrics, report
+        from . import clicks, metrics, report
         from .train import LiveEngine, live_package, load_run
 
         config, network = load_run(folder)
         case_set, cases = _scored(folder, config, data)
+        clicked = config.model.task == "click"
         with _bar("scoring") as progress:
-            rows = metrics.evaluate(
+            rows = (clicks.evaluate if clicked else metrics.evaluate)(
                 live_package(config.card()),
                 metrics.case_items(case_set, cases),
                 labels=case_set.labels,
@@ -237,6 +238,7 @@ def _app() -> Any:
             )
         told = f"unetseg-train evaluate {folder.name}" + (f" --data {Path(data).name}" if data else "")
         where = Path(data).name if data else f"the held-out cases of {folder.name}"
+        where = f"lesions in {where}, after one click" if clicked else where
         facts = metrics.summary(rows, tolerance_mm=1.0, held_out=where, command=told)
         metrics.write(folder, rows, facts)
         print(metrics.table(facts))
@@ -324,7 +326,12 @@ def _app() -> Any:
             _plan(data, output, bool(quick), minutes, layout, None, None, False, base, False)
         config = _read(output)
         start = tuning.start_from(
-            package, config.unet(), [label.name for label in config.labels], config.channels, config.input.spacing, config.input.intensity
+            package,
+            config.unet(),
+            [label.name for label in config.card_labels()],
+            config.channels,
+            config.input.spacing,
+            config.input.intensity,
         )
         print(start.sentence)
         frozen = tuple(freeze or ())

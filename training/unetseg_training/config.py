@@ -165,6 +165,10 @@ class Model(_Strict):
     description: str = _f("", "For people: what it is for, and what not.", max_length=4000)
     licence: str = _f("not stated", "Of the weights; look at the data's.", min_length=1, max_length=500)
     training_data: list[str] = _f([], "What it was trained on.")
+    task: Literal["automatic", "click"] = _f(
+        "automatic", "automatic, or click: the one lesion that is clicked on; every connected component of a label is one."
+    )
+    surroundings: Literal["lung", "any"] | None = _f(None, "click: lung: a first click must find lung around its lesion.")
     tta: Literal["none", "flips", "rotations", "full"] = _f("none", "Test-time augmentation when it is used.")
     roi_mm: Positive | None = _f(None, "Meant for a box of this size about a target; null: for whole images.")
     display: str | None = _f(None, "The window preset to look at the images with, by its name.")
@@ -189,6 +193,8 @@ class Config(_Strict):
             raise ValueError(f"input.patch needs {n} numbers for {n}D, not {len(self.input.patch)}")
         for error in intensity_errors(self.input.intensity, "input.intensity"):
             raise ValueError(error)
+        if self.model.task == "click" and (n != 3 or len(self.channels) != 1 or None in self.input.spacing):
+            raise ValueError("a click model (model.task) is 3D, sees one image and has a spacing along each axis")
         if n == 3 and (self.input.context_slices or self.input.axis != "axial"):
             raise ValueError("input.axis and input.context_slices belong to 2D")
         divisor = self.unet().divisor
@@ -204,7 +210,18 @@ class Config(_Strict):
 
     def unet(self) -> UNetConfig:
         inputs = len(self.channels) * (2 * self.input.context_slices + 1)
+        if self.model.task == "click":
+            return UNetConfig(self.input.dimensions, inputs + 4, 2, **self.network.model_dump())
         return UNetConfig(self.input.dimensions, inputs, len(self.labels) + 1, **self.network.model_dump())
+
+    def card_labels(self) -> list[LabelEntry]:
+        """What the network's outputs are: the labels, or of a click model the one thing that any of them is."""
+        if self.model.task == "automatic" or len(self.labels) == 1:
+            return self.labels
+        first = self.labels[0]
+        codes = [label.terminology for label in self.labels]
+        same = first.terminology if all(c == first.terminology for c in codes) else None
+        return [LabelEntry(name=" or ".join(label.name for label in self.labels)[:200], color=first.color, terminology=same)]
 
     def card(self) -> dict[str, Any]:
         """A model card without "files" (write_package fills them in); "network" lets the weights be loaded."""
@@ -215,7 +232,7 @@ class Config(_Strict):
             "version": model.version,
             "title": model.title or model.name,
             "description": model.description,
-            "task": "automatic",
+            "task": model.task,
             "dimensions": data.dimensions,
             "channels": self.channels,
             "spacing": list(data.spacing),
@@ -223,7 +240,7 @@ class Config(_Strict):
             "divisor": list(self.unet().divisor),
             "padding": data.padding,
             "intensity": data.intensity,
-            "labels": [{"value": i, **label.model_dump(exclude_none=True)} for i, label in enumerate(self.labels, 1)],
+            "labels": [{"value": i, **label.model_dump(exclude_none=True)} for i, label in enumerate(self.card_labels(), 1)],
             "activation": "softmax",
             "flip_axes": list(data.flip_axes),
             "tta": model.tta,
@@ -235,6 +252,8 @@ class Config(_Strict):
         }
         if model.display:
             card["display"] = model.display
+        if model.surroundings:
+            card["surroundings"] = model.surroundings
         if data.dimensions == 2:
             card |= {"axis": data.axis, "context_slices": data.context_slices}
         return json.loads(json.dumps(card))  # tuples become lists, as in a card that was read

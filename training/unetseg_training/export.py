@@ -32,6 +32,7 @@ from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.model import ONNX, SAFETENSORS, SUFFIX, ModelPackage, check_card, write_package
 from UNetSegmentationLib.networks import UNet
 
+from . import clicks
 from .report import dataset_hash
 
 OPSET = 17  # runs in ONNX Runtime from 1.13, so also in 1.23, the last one for Slicer on macOS
@@ -236,7 +237,7 @@ def export_run(
 ) -> ModelPackage:
     """The package of a trained network, and its card in Markdown beside it.
 
-    path: the package's file, or a folder: then <name>-<version>.unet.zip in it. items: (name, image, ...) as for
+    path: the package's file, or a folder: then <name>-<version>.unet.zip in it. items: (name, image, truth, ...) as for
     metrics.evaluate; the first `cases` are run by both engines. lineage: see lineage(). metrics: metrics.summary() of held-out
     cases; the card keeps what compact() leaves.
     """
@@ -247,8 +248,11 @@ def export_run(
 
     def drive(package: ModelPackage, engine: Engine) -> None:
         for item in islice(items, cases):
-            predict(item[1], [package], Options(tta="none", postprocess=False), engines=[engine])
             names.append(str(item[0]))
+            if package.card.data["task"] == "click":
+                clicks.drive(package, engine, item[1], item[2])
+                continue
+            predict(item[1], [package], Options(tta="none", postprocess=False), engines=[engine])
 
     def finish(card: dict[str, Any], parity: dict[str, Any]) -> dict[str, Any]:
         extra = {"lineage": {**(lineage or {}), "parity": {**parity, "cases": names}}}
@@ -279,7 +283,7 @@ def lineage(run: dict[str, Any], parent: ModelPackage | None = None, **more: Any
 
 def compact(facts: dict[str, Any]) -> dict[str, Any]:
     """Of metrics.summary() what a card keeps: means and intervals, no curves. "dice" is {label: mean}, as in every card."""
-    kept = ("dice", "hausdorff95_mm", "surface_dice", "sensitivity", "precision", "volume_error_percent")
+    kept = ("dice", "dice_3_clicks", "hausdorff95_mm", "surface_dice", "sensitivity", "precision", "volume_error_percent")
     labels = {
         name: {k: {x: own[k][x] for x in ("mean", "low", "high", "cases")} for k in kept if k in own}
         | {k: own[k] for k in ("missed", "false")}
@@ -353,6 +357,7 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
         return ["Not measured."]
     headings = {
         "dice": "Dice",
+        "dice_3_clicks": "Dice, 3 clicks",
         "hausdorff95_mm": "HD 95 % (mm)",
         "surface_dice": "surface Dice",
         "sensitivity": "sensitivity",

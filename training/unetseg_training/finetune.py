@@ -76,10 +76,11 @@ def start_from(
     except UserError as e:
         raise UserError(f"{package.path.name} cannot be trained on: {e}") from e
     assert isinstance(source, UNet)
+    clicked = card.data["task"] == "click"
     labels = list(labels) if labels is not None else [label.name for label in card.labels]
     channels = list(channels) if channels is not None else list(card.data["channels"])
-    per = (card.inputs - 4 * (card.data["task"] == "click")) // len(card.data["channels"])
-    extra = 4 * (card.data["task"] == "click")
+    extra = 4 * clicked
+    per = (card.inputs - extra) // len(card.data["channels"])
     background = int(card.activation == "softmax")
     wanted = network or replace(
         source.config, in_channels=len(channels) * per + extra, out_channels=len(labels) + background, deep_supervision=False
@@ -132,8 +133,10 @@ def _old_key(key: str, deeper: int) -> str:
 
 
 def _index(card: Card, label: str) -> int | None:
-    """The output channel of a label by its name."""
+    """The output channel of a label by its name; of a click model that of what is clicked on, whatever it is called."""
     background = int(card.activation == "softmax")
+    if card.data["task"] == "click":
+        return background
     return next((i + background for i, own in enumerate(card.labels) if own.name.casefold() == label.casefold()), None)
 
 
@@ -189,6 +192,8 @@ def _tell(
     fresh = [n for n in labels if _index(card, n) is None]
     kept = [n for n in labels if n not in fresh]
     gone = [label.name for label in card.labels if label.name.casefold() not in {n.casefold() for n in labels}]
+    if gone and card.data["task"] == "click":
+        notes.append(f"what is clicked on is {labels[0]} and no longer {gone.pop()}")
     if fresh:
         notes.append(f"new label{'s' * (len(fresh) > 1)} {', '.join(fresh)}" + (f", kept {', '.join(kept)}" if kept else ""))
     if gone:

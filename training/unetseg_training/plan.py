@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from UNetSegmentationLib.files import UserError, atomic_path
 from UNetSegmentationLib.image import reorient
+from UNetSegmentationLib.inference.click import expects_lung
 from UNetSegmentationLib.intensity import check_finite
 
 from . import config as config_file
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 READ_AT_MOST = 150  # cases of a fingerprint; medians of more say the same
 # Bytes of activations and gradients for each voxel and feature map, summed over the levels: measured (3D and 2D, CPU).
 _BYTES = {"bf16": 40, "16": 40, "32": 80}
+_SAMPLE_SECONDS = 0.02  # a click model's sample takes to be made and corrected
 _BASE_BYTES = 600 << 20  # PyTorch, Lightning and MONAI themselves
 
 
@@ -82,7 +84,8 @@ class Fingerprint:
     """What the cases are like. Per case, in canonical order (z, y, x): shape, spacing (mm), voxels of each class.
 
     intensity: of label voxels over all cases, first channel: low (0.5 %), high (99.5 %), mean, std; zeros: share of voxels
-    that are exactly 0; hu: whether the values look like HU; read: cases looked at, of `cases`.
+    that are exactly 0; hu: whether the values look like HU; read: cases looked at, of `cases`. in_lung: of the labels' connected
+    components, how many have lung around them, and how many there are; None where that was not asked for.
     """
 
     cases: int
@@ -94,6 +97,7 @@ class Fingerprint:
     intensity: dict[str, float] = field(default_factory=dict)
     zeros: float = 0.0
     hu: bool = False
+    in_lung: tuple[int, int] | None = None
 
     @property
     def median_spacing(self) -> tuple[float, ...]:
@@ -106,8 +110,8 @@ class Fingerprint:
         return [float(c.sum() / total[c > 0].sum()) if c.any() else 0.0 for c in table.T]
 
 
-def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | None = None) -> Fingerprint:
-    """Read the cases (evenly chosen ones, of very many) and measure them."""
+def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | None = None, in_lung: bool = False) -> Fingerprint:
+    """Read the cases (evenly chosen ones, of very many) and measure them. in_lung: also what lies around the labels."""
     cases = [c for c in case_set.annotated if c.split != "test"]
     if not cases:
         raise UserError("The dataset holds no annotated cases; add images with their masks, or check the folder's name.")
@@ -129,6 +133,11 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         out.spacings.append(tuple(float(s) for s in canonical.spacing[::-1]))  # type: ignore[arg-type]
         out.counts.append(np.bincount(truth.ravel(), minlength=n + 1)[: n + 1].tolist())
         values = canonical.channels[0]
+        if in_lung:
+            from .clicks import share_in_lung
+
+            inside_lung, count = share_in_lung(canonical, truth)
+            out.in_lung = tuple(np.add(out.in_lung or (0, 0), (inside_lung, count)).tolist())
         label = values[truth > 0].ravel()
         if len(label):
             inside.append(rng.choice(label, min(len(label), 20000), replace=False).astype(np.float64))
@@ -231,7 +240,13 @@ def plan(
     from, whose input and levels then hold.
     """
     machine = machine or Machine.here()
-    f = found or fingerprint(case_set, progress)
+    clicked = base[0] if base is not None and base[0].data["task"] == "click" else None
+    if clicked and len(case_set.channels) != 1:
+        raise UserError(
+            f"{clicked.name} is clicked on in one image, and each case has {len(case_set.channels)} "
+            f"({', '.join(case_set.channels)}); make a dataset of one of them."
+        )
+    f = found or fingerprint(case_set, progress, in_lung=clicked is not None and expects_lung(clicked))
     why: dict[str, str] = {}
     gpu = bool(machine.gpu)
     minutes = minutes or (6 if quick else 60 if gpu else 180)
@@ -367,12 +382,14 @@ def plan(
     voxels = math.prod(patch)
     per_patch = _activation_bytes(patch, channels, strides, precision)
     room = max(0.0, 0.7 * (machine.gpu_memory if gpu else machine.memory) - _BASE_BYTES)
-    wanted_batch = (2 if dims == 3 else 4) if quick else 8 if dims == 3 else 12
+    wanted_batch = 8 if clicked else (2 if dims == 3 else 4) if quick else 8 if dims == 3 else 12
     batch = max(1, min(wanted_batch, int(room // per_patch)))
     checkpointing = room < per_patch
     accumulate = math.ceil(wanted_batch / batch)
     why["fit.batch"] = (
-        "small: many quick steps learn more in ten minutes than few large ones"
+        "as many lesions, each in another round of its clicks"
+        if clicked
+        else "small: many quick steps learn more in ten minutes than few large ones"
         if quick
         else f"the field's 8 to 16; a patch takes about {per_patch / 2**30:.2g} GB"
         + (f", so {accumulate} batches make a step" if accumulate > 1 else "")
@@ -381,15 +398,21 @@ def plan(
         why["network.checkpointing"] = f"a patch would take {per_patch / 2**30:.1f} GB, more than there is"
     net: dict[str, Any] = {k: old[k] for k in ("norm", "activation", "residual", "down") if k in old}
     net |= {"channels": channels, "strides": strides, "kernels": kernels, "deep_supervision": supervise, "checkpointing": checkpointing}
-    n_in = len(names) * (2 * context + 1)
+    n_in, n_out = (5, 2) if clicked else (len(names) * (2 * context + 1), len(label_names) + 1)
     second = None
     if measure:
-        second = _measured(net, dims, n_in, len(label_names) + 1, patch, batch, precision, gpu)
+        second = _measured(net, dims, n_in, n_out, patch, batch, precision, gpu)
         how = "measured here"
     if not second:
         second, how = _estimated(patch, channels, strides, kernels, n_in, batch, machine), "estimated"
     second = (second + batch * voxels * 2e-7 / (1 if not gpu else max(1, machine.cores - 1))) * accumulate  # with the patches' making
-    tiles = math.prod(max(1.0, math.ceil(2 * v / p - 1)) for v, p in zip(np.median(shapes, 0), patch)) * (1 if dims == 3 else sizes[flat])
+    if clicked:
+        second += batch * _SAMPLE_SECONDS * accumulate
+    tiles = (
+        24
+        if clicked
+        else math.prod(max(1.0, math.ceil(2 * v / p - 1)) for v, p in zip(np.median(shapes, 0), patch)) * (1 if dims == 3 else sizes[flat])
+    )
     one_case = 0.2 + second / accumulate / batch / 3 * tiles
     held = max(1, round(f.cases / min(5, max(2, f.patients))))
     checks = min(held, 6 if quick else 20)
@@ -413,7 +436,9 @@ def plan(
     rare = min((v for v in f.frequencies()[1:] if v > 0), default=1.0)
     foreground = 0.67 if rare < 1e-3 else 0.5
     rarest = label_names[int(np.argmin([v or 2 for v in f.frequencies()[1:]]))]
-    why["fit.foreground"] = f"the rarest label ({rarest}) has {100 * rare:.2g} % of the voxels"
+    why["fit.foreground"] = (
+        "every patch is about a click" if clicked else f"the rarest label ({rarest}) has {100 * rare:.2g} % of the voxels"
+    )
     fit: dict[str, Any] = {
         "epochs": epochs,
         "steps": steps,
@@ -454,6 +479,14 @@ def plan(
         "network": net,
         "fit": fit,
     }
+    if clicked:
+        from .clicks import IN_LUNG
+
+        inside, count = f.in_lung or (0, 0)
+        lung = count > 0 and inside >= IN_LUNG * count
+        settings["model"] |= {"task": "click", "surroundings": "lung" if lung else "any"}
+        why["model.task"] = text
+        why["model.surroundings"] = f"{inside} of the {count} lesions have lung around them" if f.in_lung else text
     settings["data"]["folds"] = settings["data"].get("folds") or max(2, min(5, f.patients))
     seconds = total * second + spent * epochs
     return Plan(config_file.parse(settings, "the plan"), why, f, machine, tuple(case_set.notes), seconds, one_case)

@@ -36,7 +36,8 @@ TRUTH, FOUND = "#4ade80", "#ff5fd2"
 # Okabe and Ito's, in the order that reads best on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 HEADINGS = {
-    "dice": "Dice", "hausdorff95_mm": "HD 95 % (mm)", "hausdorff_mm": "HD (mm)", "surface_dice": "Surface Dice",
+    "dice": "Dice", "dice_3_clicks": "Dice, 3 clicks", "hausdorff95_mm": "HD 95 % (mm)", "hausdorff_mm": "HD (mm)",
+    "surface_dice": "Surface Dice",
     "sensitivity": "Sensitivity", "specificity": "Specificity", "precision": "Precision", "auc": "AUC",
     "volume_ml": "Volume (mL)", "truth_ml": "True volume (mL)", "volume_error_percent": "Volume error (%)",
 }  # fmt: skip

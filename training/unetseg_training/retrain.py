@@ -29,8 +29,8 @@ from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import SUFFIX, Label, ModelPackage, user_models_folder, write_package
 from UNetSegmentationLib.networks import UNetConfig
 
+from . import clicks, metrics, report, watch
 from . import config as config_file
-from . import metrics, report, watch
 from .cases import Case, CaseSet, find_cases, folds
 from .config import Config
 from .export import card_path, compact, export_run, lineage, markdown
@@ -48,6 +48,7 @@ AROUND_MM, LARGEST = 20.0, 200
 # A change of the mean Dice that nobody would call one.
 SAME = 0.005
 FIGURES = ("dice", "hausdorff95_mm", "volume_error_percent")
+THREE_CLICKS = "dice_3_clicks"
 
 
 class Stopped(SystemExit):
@@ -144,7 +145,12 @@ def _work(folder: Path, told: _Told) -> tuple[str, str]:
         state = None
         if base is not None:
             start = start_from(
-                base, config.unet(), [label.name for label in config.labels], config.channels, config.input.spacing, config.input.intensity
+                base,
+                config.unet(),
+                [label.name for label in config.card_labels()],
+                config.channels,
+                config.input.spacing,
+                config.input.intensity,
             )
             state, sentence = start.state, start.sentence
         told(sentence or "Training from scratch", now=True)
@@ -155,7 +161,7 @@ def _work(folder: Path, told: _Told) -> tuple[str, str]:
                 case_set,
                 fold=None,
                 start=state,
-                callbacks=[watch.Watch(folder, [label.name for label in config.labels], bar=False, tensorboard=False), Steer(told, config)],
+                callbacks=[*watch.callbacks(folder, config, bar=False, tensorboard=False), Steer(told, config)],
                 cache=folder.parent / "cache" if folder.parent.name == training.FOLDER else folder / "cache",
                 progress=told.progress("Preparing the cases", 0.03, 0.06),
             )
@@ -312,14 +318,18 @@ def _named(job: training.Job, base: ModelPackage | None, case_set: CaseSet, fact
         out["licence"] = card["licence"]
         out["training_data"] = [*card.get("training_data", ()), learned]
         if same:
-            out |= {k: card[k] for k in ("description", "tta", "roi_mm", "postprocess") if k in card}
+            out |= {k: card[k] for k in ("description", "tta", "roi_mm", "display", "postprocess") if k in card}
             out["title"] = card.get("title") or base.card.name
             data["input"]["flip_axes"] = list(card.get("flip_axes", ()))
+        elif not job.options.name:
+            # Under its base's name it would take that one's place in every list, and segment something else.
+            name = training.slug(facts["name"])
+            training.update(job.folder, name=name)
         if name == base.card.name:
             version = training.next_version(base.card.version)
     while (user_models_folder() / f"{name}-{version}{SUFFIX}").exists():
         version = training.next_version(version)
-    return {**out, "version": version}
+    return {**out, "name": name, "version": version}
 
 
 # ----------------------------------------------------------------------------------------------------------------- steer
@@ -396,6 +406,8 @@ def _checked(
     scored = compared.pop("scored")
     tested = cases[0].split == "test"
     where = f"{'test' if tested else 'validation'} cases of {facts['name']}"
+    if config.model.task == "click":
+        where = f"lesions in the {where}, after one click"
     summary = metrics.summary(scored, tolerance_mm=1.0, held_out=where, command="unetseg-train finetune")
     card = {k: v for k, v in draft.card.data.items() if k != "files"} | {"metrics": compact(summary)}
     path = folder / f"{config.model.name}-{config.model.version}{SUFFIX}"
@@ -437,37 +449,48 @@ def compare(
 
     Figures are means with bootstrap intervals by patient; volume errors count without their sign. folder: gets the worst
     cases' image and masks, cut to what is marked. "before" is null where the base gives none of the labels, or cannot run.
+    Models of clicks are clicked at in each lesion, at the same first place, and judged after clicks.JUDGED: "cases" and "rows"
+    are then lesions.
     """
+    clicked = new.card.data["task"] == "click"
     engines = {id(p): make_engine(p, "onnx", "cpu", "fp32", 0) for p in (base, new) if p is not None}
     rows: dict[str, list[metrics.Row]] = {"before": [], "after": []}
     worst: list[tuple[float, dict[str, Any], dict[str, Image]]] = []
     problem = ""
-    if base is not None and not _shared(base, case_set):
+    if base is not None and not clicked and not _shared(base, case_set):
         problem = f"{base.card.name} gives none of these labels"
         base = None
     for i, case in enumerate(cases):
         progress(i, len(cases), case.name)
-        image, truth = case_set.load(case)
-        item = metrics.Item(case.name, image, truth, case.patient)
-        masks = {"truth": truth}
-        for key, package in (("before", base), ("after", new)):
-            if package is None:
-                continue
-            try:
-                masks[key] = _scored(package, item, case_set, engines[id(package)], rows[key])
-            except UserError as e:
-                if key == "after":
-                    raise
-                problem = f"{package.card.name} cannot run on these cases ({e})"
-                rows["before"].clear()
-                base = None
-        dice = {k: float(np.mean([r["dice"] for r in rs if r["case"] == case.name])) for k, rs in rows.items() if rs}
-        entry = {"case": case.name, "dice_before": _round(dice.get("before")), "dice_after": _round(dice["after"])}
-        if folder is not None and (len(worst) < WORST or dice["after"] < worst[-1][0]):
-            worst = sorted([*worst, (dice["after"], entry, _cut(image, masks))], key=lambda w: w[0])[:WORST]
+        whole = metrics.Item(case.name, *case_set.load(case), case.patient)
+        scorers: dict[str, Callable[[metrics.Item, list[metrics.Row]], np.ndarray]] = {}
+        for item in clicks.by_lesion(whole) if clicked else [whole]:
+            progress(i, len(cases), item.name)
+            masks = {"truth": (item.truth > 0).astype(np.uint8) if clicked else item.truth}
+            for key, package in (("before", base), ("after", new)):
+                if package is None:
+                    continue
+                try:
+                    if key not in scorers:
+                        scorers[key] = _scorer(package, item, case_set, engines[id(package)])
+                    masks[key] = scorers[key](item, rows[key])
+                except UserError as e:
+                    if key == "after":
+                        raise
+                    problem = f"{package.card.name} cannot run on these cases ({e})"
+                    rows["before"].clear()
+                    base = None
+            dice = {k: float(np.mean([r["dice"] for r in rs if r["case"] == item.name])) for k, rs in rows.items() if rs}
+            entry = {"case": item.name, "dice_before": _round(dice.get("before")), "dice_after": _round(dice["after"])}
+            if folder is not None and (len(worst) < WORST or dice["after"] < worst[-1][0]):
+                worst = sorted([*worst, (dice["after"], entry, _cut(item.image, masks))], key=lambda w: w[0])[:WORST]
+    if not rows["after"]:
+        raise UserError(clicks.NO_LESION)
     names = [label.name for label in case_set.labels]
-    out: dict[str, Any] = {"cases": len(cases), "patients": len({c.patient for c in cases})}
-    out["labels"] = {n: {f: _figures(rows, f, [n]) for f in FIGURES} for n in names}
+    out: dict[str, Any] = {"cases": len({r["case"] for r in rows["after"]}), "patients": len({r["patient"] for r in rows["after"]})}
+    out |= {"task": new.card.data["task"]}
+    figures = (*FIGURES, *([THREE_CLICKS] if clicked else []))
+    out["labels"] = {n: {f: _figures(rows, f, [n]) for f in figures} for n in names}
     out["mean"] = {"dice": _figures(rows, "dice", names)}
     old = {(r["case"], r["label"]): r["dice"] for r in rows["before"]}
     out["rows"] = [
@@ -487,6 +510,22 @@ def _shared(package: ModelPackage, case_set: CaseSet) -> list[tuple[Label, Label
     """(the package's label, the cases' label of the same name)"""
     mine = {label.name.casefold(): label for label in case_set.labels}
     return [(label, mine[label.name.casefold()]) for label in package.card.labels if label.name.casefold() in mine]
+
+
+def _scorer(
+    package: ModelPackage, item: metrics.Item, case_set: CaseSet, engine: Any
+) -> Callable[[metrics.Item, list[metrics.Row]], np.ndarray]:
+    """What scores a case, or one of its lesions, and adds its rows; it returns the mask."""
+    if package.card.data["task"] != "click":
+        return lambda item, rows: _scored(package, item, case_set, engine, rows)
+    session = clicks.ClickSession(item.image, package, engine)
+
+    def score(item: metrics.Item, rows: list[metrics.Row]) -> np.ndarray:
+        row, mask = clicks.score(session, item, case_set.labels)
+        rows.append(row)
+        return mask
+
+    return score
 
 
 def _scored(package: ModelPackage, item: metrics.Item, case_set: CaseSet, engine: Any, rows: list[metrics.Row]) -> np.ndarray:
@@ -539,7 +578,10 @@ def verdict(facts: dict[str, Any], problem: str = "") -> tuple[str, str]:
     Worse: the mean Dice fell by more than SAME, certain or not, or that of a label by more than twice that and beyond chance.
     Better only where it rose by more than SAME and chance (the 95 % interval) does not explain it.
     """
-    on = f"on {facts['cases']} held-out case{'s' * (facts['cases'] != 1)} of {facts['patients']} patient{'s' * (facts['patients'] != 1)}"
+    clicked = facts.get("task") == "click"
+    what = "lesion" if clicked else "case"
+    on = f"on {facts['cases']} held-out {what}{'s' * (facts['cases'] != 1)} of {facts['patients']} patient{'s' * (facts['patients'] != 1)}"
+    on += ", after one click" * clicked
     dice = facts["mean"]["dice"]
     after, change = dice["after"], dice["change"]
     if change is None:

@@ -212,9 +212,12 @@ def make_job(
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Job:
     """The Job of a configuration."""
-    from . import losses
+    from . import clicks, losses
     from .sampling import Patches
 
+    clicked = config.model.task == "click"
+    if clicked and replay:
+        raise UserError("A click model is trained without its base's cases; leave --replay out, or add them to the dataset.")
     case_set = case_set or find(config)
     _check_labels(config, case_set)
     train, check = held_out(case_set.annotated, config, fold)
@@ -237,16 +240,22 @@ def make_job(
             kept["train"] = prepare(case_set, config, cache, train, progress)
             kept["base"] = prepare(replay[0], config, cache, base, progress) if replay else []
             _check_classes(config, kept["train"] + kept["base"], fold)
+            if isinstance(validator, clicks.HeldOut):
+                validator.read()
             identity["data"] = hashlib.sha256("".join(c.digest for c in kept["train"] + kept["base"]).encode()).hexdigest()
 
     def source(rank: int, devices: int) -> Source:
         load()
         if config.fit.batch % devices:
             raise UserError(f"fit.batch is {config.fit.batch}, which {devices} devices cannot share evenly; make it a multiple.")
+        if clicked:
+            return clicks.source(kept["train"], config, config.fit.batch // devices, config.fit.seed + seed + rank)
         return Patches(kept["train"], config, config.fit.seed + seed, (rank, devices), kept["base"], replay[1] if replay else 0)
 
     def loss() -> losses.LossOf:
         load()
+        if clicked:
+            return clicks.loss
         return losses.make(config.loss, len(config.labels) + 1, [c.counts for c in kept["train"]])
 
     record = {
@@ -256,7 +265,7 @@ def make_job(
         "validation_cases": [c.name for c in check],
         "data": kept,
     }
-    validator = HeldOut(case_set, check, config)
+    validator = (clicks.HeldOut if clicked else HeldOut)(case_set, check, config)
     return Job(config.unet(), config.fit, source, loss, validator, load, start, freeze, config.fit.seed + seed, identity, record)
 
 

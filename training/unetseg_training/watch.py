@@ -35,9 +35,10 @@ RECENT = 50
 def callbacks(
     folder: str | Path, config: Any = None, labels: Sequence[str] | None = None, bar: bool = True, tensorboard: bool = True
 ) -> list[Callback]:
-    """What a Trainer needs to be watched. labels: the classes' names, as logged under "dice/<name>"; else the config's."""
+    """What a Trainer needs to be watched. labels: the classes' names, as logged under "dice/<name>"; else the config's, or of a
+    click model what is logged."""
     if labels is None:
-        labels = [label.name for label in getattr(config, "labels", ())]
+        labels = [label.name for label in config.labels] if config is not None and config.model.task == "automatic" else []
     return [Watch(Path(folder), list(labels), bar, tensorboard)]
 
 
