@@ -182,11 +182,13 @@ def test_looking_up_can_be_cancelled(gui, installer, monkeypatch):
     def cancel():
         import slicer
 
-        for widget in slicer.app.topLevelWidgets():
-            if isinstance(widget, qt.QProgressDialog):
-                widget.cancel()
+        shown = [w for w in slicer.app.topLevelWidgets() if isinstance(w, qt.QProgressDialog)]
+        for widget in shown:
+            widget.cancel()
+        if not shown:
+            qt.QTimer.singleShot(100, cancel)
 
-    qt.QTimer.singleShot(300, cancel)
+    qt.QTimer.singleShot(100, cancel)
     assert installer.ensureRequirements(confirm=Asked()) is False
 
 

@@ -477,7 +477,7 @@ def test_another_computers_lock_is_waited_for_and_a_stale_one_is_taken_over(data
     with pytest.raises(UserError, match="being written to by process 1 on elsewhere; try again in a minute, or delete .*lock"):
         dataset.add(scan(0), outline())
     assert lock.exists() and state(dataset) == before
-    foreign(dataset, 61)
+    foreign(dataset, 3600)
     dataset.add(scan(0), outline())
     assert not lock.exists() and not list(dataset.folder.glob(".[cg]*"))
     lock.write_text("")  # killed between making and filling it

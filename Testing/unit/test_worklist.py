@@ -533,7 +533,7 @@ class DeskClient:
 
     def close(self):
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait(60)
         remove_folder(self.folder)
 
 
