@@ -156,6 +156,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._missing: list[str] = []
         self._volume: Any = None  # that was chosen last
         self._region: Any = None  # that is observed
+        self._empty: Any = None  # the chosen volume as long as it has no voxels
 
     # ------------------------------------------------------------------------------------------------------- life cycle
 
@@ -236,7 +237,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._parameters.disconnectGui(self._guiTag)
             self.removeObserver(self._observed, vtk.vtkCommand.ModifiedEvent, self._onParameters)
         self._parameters, self._guiTag, self._observed = parameters, None, None
-        self._observeRegion()
+        self._observeInput()
         if parameters is not None:
             self._guiTag = parameters.connectGui(self.ui)
             self._observed = parameters.parameterNode
@@ -499,8 +500,15 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     # ------------------------------------------------------------------------------------------------- what is to be seen
 
-    def _observeRegion(self) -> None:
-        """Apply depends on what is drawn."""
+    def _observeInput(self) -> None:
+        """Apply depends on what is drawn, and on voxels that a new volume gets after it was chosen."""
+        volume = self._parameters.volume if self._parameters is not None else None
+        empty = volume if volume is not None and volume.GetImageData() is None else None
+        if empty is not self._empty:
+            for node, method in ((self._empty, self.removeObserver), (empty, self.addObserver)):
+                if node is not None:
+                    method(node, vtk.vtkCommand.ModifiedEvent, self._onParameters)
+            self._empty = empty
         region = self._parameters.region if self._parameters is not None else None
         if region is not self._region:
             for node, method in ((self._region, self.removeObserver), (region, self.addObserver)):
@@ -524,7 +532,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         p = self._parameters
         if p is None or self._updating or self._closed:
             return
-        self._observeRegion()
+        self._observeInput()
         self._updating = True
         try:
             self._updateInput(p)

@@ -598,6 +598,21 @@ def test_warnings_are_shown(panel: Any, install: Any) -> None:
     assert p.ui.warningFrame.visible and "do not look like HU" in p.ui.warningLabel.text
 
 
+def test_a_volume_that_gets_its_voxels_after_it_was_chosen(panel: Any, install: Any, gui: Any) -> None:
+    import slicer
+
+    toy = install()
+    p = panel()
+    p.choose(toy)
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "Filled later")  # as a module does that computes it
+    p.settings.volume = node
+    gui.process_events()
+    assert not p.ui.applyButton.enabled and "has no voxels" in p.ui.applyButton.toolTip
+    slicer.util.updateVolumeFromArray(node, np.ones((4, 20, 20), np.int16))
+    gui.process_events()
+    p.run()
+
+
 def test_progress_tells_how_long_it_takes(panel: Any, install: Any, gui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     p = panel()
     volume(np.zeros((8, 20, 20), np.int16))
