@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 import retraining
 
-WAIT_S = 30.0
+WAIT_S = 60.0
+TRAIN_S = 300.0  # for a training of a moment, on a machine that has other things to do
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ class Hands:
 
     def settle(self) -> None:
         self.gui.process_events()
-        self.gui.wait(lambda: not self.section._pieces.busy, WAIT_S)
+        self.gui.wait(lambda: self.section._fetched and not self.section._pieces.busy, WAIT_S)
         self.gui.process_events()
 
     def done(self) -> None:
@@ -89,8 +91,6 @@ class Hands:
 
 
 def toy(tmp_path: Path, version: str = "1.1.0", **changes: Any) -> Any:
-    import runpy
-
     from UNetSegmentationLib.model import write_package
 
     conftest = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))
@@ -556,7 +556,11 @@ def test_the_worst_case_stands_before_and_after_side_by_side(panel: Any, tmp_pat
     assert not p.ui.worstTable.selectedItems() and not p.ui.compareWidget.visible
 
     p.ui.worstTable.selectRow(0)
+    p.gui.click(p.ui.endCompareButton)  # before its files were read
+    p.ui.worstTable.selectRow(0)
     p.settle()
+    assert set(p.section._comparison.masks) == {"truth", "before", "after"}
+    assert not list(p.widget.workList.desk.folder.glob("*.npy"))
     gui.close_scene()
     assert not p.ui.compareWidget.visible and not p.ui.worstTable.selectedItems()
     p.ui.worstTable.selectRow(0)
@@ -660,3 +664,169 @@ def test_the_package_is_saved_as_one_file(panel: Any, tmp_path: Path) -> None:
     (tmp_path / "nowhere").write_text("a file")
     p.gui.click(p.ui.shareButton)
     assert "nowhere" in p.ui.trainMessage.text
+
+
+# ----------------------------------------------------------------------------------------------------------- another task
+
+
+def training_set(folder: Path, labels: Sequence[str], shape: tuple[int, int, int], n: int = 3) -> Path:
+    """n cases of as many patients; each label is a bright block."""
+    from UNetSegmentationLib.dataset import Dataset
+    from UNetSegmentationLib.image import Image
+    from UNetSegmentationLib.model import Label
+
+    made = [Label(i, name, (230, 159, 0), {}) for i, name in enumerate(labels, 1)]
+    out = Dataset.create(folder, folder.name, made, ["MR"])
+    for i in range(n):
+        array, mask = np.random.default_rng(i).normal(0, 0.2, shape).astype(np.float32), np.zeros(shape, np.uint8)
+        for label in made:
+            place = (slice(None), slice(4 + i, 14 + i), slice(12 * label.value - 8, 12 * label.value))
+            array[place], mask[place] = 2.0 * label.value, label.value
+        out.add(Image(array), mask, name=f"case{i}", patient=f"P{i}")
+    return out.folder
+
+
+@pytest.fixture
+def hippocampi(tmp_path: Path) -> Path:
+    return training_set(tmp_path / "Hippocampi", ["Anterior hippocampus", "Posterior hippocampus"], (12, 32, 32))
+
+
+class Tasks(Hands):
+    """The hands on the training set's folder too, which its own worker reads."""
+
+    def __init__(self, hands: Hands) -> None:
+        self.__dict__.update(hands.__dict__)
+        del self.widget.trainingSet.refresh
+        self.widget.trainingSet.refresh()
+        self.read()
+
+    def read(self) -> None:
+        self.gui.process_events()
+        self.gui.wait(lambda: self.widget.trainingSet.summary is not None, WAIT_S)
+        self.look()
+
+    def choose(self, folder: Path) -> None:
+        self.widget.trainingSet.root.collapsed = False
+        self.gui.dialogs.answer(str(folder))
+        self.gui.click(self.widget.trainingSet.ui.setFolderButton)
+        self.read()
+
+    @property
+    def start(self) -> str:
+        return Path(str(self.ui.startCombo.itemData(self.ui.startCombo.currentIndex))).name.removesuffix(".unet.zip")
+
+    def start_from(self, name: str) -> None:
+        combo = self.ui.startCombo
+        index = next(i for i in range(combo.count) if Path(str(combo.itemData(i))).name.removesuffix(".unet.zip") == name)
+        combo.setCurrentIndex(index)
+        combo.activated.emit(index)
+        self.gui.process_events()
+
+
+def test_another_training_set_is_another_task_and_the_first_is_found_again(
+    panel: Any, hippocampi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hearts = training_set(tmp_path / "Hearts", ["Left ventricle cavity"], (1, 32, 32))
+    running = retraining.make_job(hippocampi)
+    seen = launched(monkeypatch)
+    p = panel(hippocampi)
+    p.widget._parameters.models = ["hippocampus-3d-1.1.0"]
+    p = Tasks(p)
+    assert p.start == "hippocampus-3d-1.1.0" and p.section.job.folder == running and p.section.root.text == "Retrain: 35 %"
+    p.start_from("")  # for these cases; others begin with what fits them
+
+    p.choose(hearts)
+    assert p.section.job is None and not p.ui.jobWidget.visible and p.section.root.text == "Retrain" and p.ui.trainButton.enabled
+    assert p.start == "left-ventricle-2d-1.0.0"  # though the panel's model is another, which does not fit
+    assert p.ui.trainMessage.text == "3 corrected cases of 3 patients: Left ventricle cavity."
+    p.start_from("hippocampus-3d-1.1.0")
+    said = "The cases are single slices and hippocampus-3d is a 3D model; start from a 2D model, or from scratch."
+    assert p.ui.trainMessage.text == said and not p.ui.trainButton.enabled
+    p.start_from("lung-nodule-2d-1.0.0")
+    assert p.ui.trainMessage.text.endswith("does not know Left ventricle cavity: that is learnt anew.")
+    p.gui.click(p.ui.trainButton)
+    ((heart, _python, _variables),) = seen
+    assert heart.parent == hearts / "retrain" and p.section.job.folder == heart and p.section.job.base == "lung-nodule-2d-1.0.0"
+
+    retraining.change(running, fraction=0.5)
+    p.choose(hippocampi)
+    assert [job.folder for job in p.section.jobs] == [running] and p.section.root.text == "Retrain: 50 %"
+    assert p.start == "hippocampus-3d-1.1.0"
+    p.choose(hearts)
+    assert [job.folder for job in p.section.jobs] == [heart] and p.section.job.running and p.ui.stopTrainingButton.visible
+
+
+def test_nothing_is_started_on_a_training_set_that_was_chosen_meanwhile(
+    panel: Any, hippocampi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from UNetSegmentationPanel.retrain import RetrainSection
+
+    p = panel(hippocampi)
+    found: list[Any] = []
+    monkeypatch.setattr(RetrainSection, "_withPython", lambda self, ready, missing: found.append(ready))
+    p.gui.click(p.ui.trainButton)
+    p.widget.trainingSet.setFolder(str(training_set(tmp_path / "Hearts", ["Left ventricle cavity"], (1, 32, 32))))
+    found[0]("python", {})
+    assert "Another training set was chosen meanwhile" in p.ui.trainMessage.text and p.ui.trainButton.enabled
+    assert p.section._task is None and not (tmp_path / "Hearts" / "retrain").exists()
+
+
+def test_a_model_of_another_task_is_trained_and_used_beside_its_base(
+    panel: Any, hippocampi: Path, tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real processes, on single slices: from a 2D model of other labels to a new one that the panel segments with."""
+    for name in ("torch", "monai", "lightning", "pydantic", "onnx"):
+        pytest.importorskip(name)
+    import slicer
+    import torch
+    from safetensors.torch import save
+    from UNetSegmentationLib.model import write_package
+    from UNetSegmentationLib.networks import UNetConfig, build
+    from UNetSegmentationPanel.retrain import RetrainSection
+
+    network = UNetConfig(dimensions=2, in_channels=1, out_channels=2, channels=(4, 8))
+    card = {"dimensions": 2, "channels": ["MR"], "labels": [{"value": 1, "name": "Vessel"}], "patch": [32, 32], "divisor": [2, 2]}
+    conftest = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))
+    card = conftest["make_card"](**card, intensity={"mode": "zscore"}, network=network.to_json(), name="vessels")
+    torch.manual_seed(0)
+    write_package(
+        models_folder / "vessels-1.0.0.unet.zip", card, conftest["make_onnx"]("threshold", card), save(build(network).state_dict())
+    )
+    before = retraining.make_job(hippocampi, state="failed", text="No space; free some.")
+    discs = training_set(tmp_path / "Discs", ["Disc"], (1, 32, 32), 4)
+
+    ask = RetrainSection._ask
+
+    def moment(self: Any, text: str, arguments: Sequence[str], *more: Any) -> None:
+        if arguments[0] == "start":
+            arguments = [*arguments[:3], json.dumps({**json.loads(arguments[3]), "minutes": 0.02})]
+        ask(self, text, arguments, *more)
+
+    monkeypatch.setattr(RetrainSection, "_ask", moment)
+    p = Tasks(panel(hippocampi))
+    p.choose(discs)
+    p.start_from("vessels-1.0.0")
+    p.gui.click(p.ui.trainButton)
+    p.gui.wait(lambda: p.section.job is not None, TRAIN_S)
+    p.gui.wait(lambda: not p.section.job.running, TRAIN_S)
+    p.settle()
+    assert p.section.job.state == "finished" and p.section.job.package.is_file(), p.section.job.text
+    assert "vessels gives none of these labels" in p.ui.verdictLabel.text and not p.ui.keepButton.visible  # it replaces nothing
+    p.gui.click(p.ui.useButton)
+    p.done()
+    assert "It is used; vessels-1.0.0 stays." in p.ui.jobMessage.text and (models_folder / "vessels-1.0.0.unet.zip").is_file()
+    (model,) = p.widget.modelList.selected
+    assert model.name == "discs-0.1.0" and [label.name for label in model.card.labels] == ["Disc"]
+
+    array = np.random.default_rng(9).normal(0, 0.2, (1, 32, 32)).astype(np.float32)
+    array[0, 6:16, 4:12] = 2.0
+    p.widget._parameters.volume = slicer.util.addVolumeFromArray(array)
+    p.gui.process_events()
+    p.gui.click(p.widget.ui.applyButton)
+    p.gui.wait(lambda: not p.widget.controller.running, TRAIN_S)
+    assert p.widget.controller.phase == "done", p.widget.controller.text
+    held = p.widget._parameters.output.GetSegmentation()
+    assert [held.GetNthSegment(i).GetName() for i in range(held.GetNumberOfSegments())] == ["Disc"]
+
+    p.choose(hippocampi)
+    assert [job.folder for job in p.section.jobs] == [before] and p.ui.jobMessage.text == "No space; free some."

@@ -60,6 +60,7 @@ class Hands:
         self.gui, self.widget, self.section, self.ui = gui, widget, widget.trainingSet, widget.trainingSet.ui
         self.folder = folder
         gui.wait(lambda: widget._warm, RUN_S)
+        self.section._late.setInterval(round(1000 * RUN_S))
         self.volume = self.scan()
         widget._parameters.models = ["toy-1.0.0"]
         folder.mkdir()
@@ -437,9 +438,8 @@ def test_what_another_person_adds_meanwhile_is_seen(hands: Hands) -> None:
 # ---------------------------------------------------------------------------------------------------------- interrupted
 
 
-def large(hands: Hands) -> Any:
+def large(hands: Hands, shape: tuple[int, int, int] = (80, 160, 160)) -> Any:
     """A scan that takes half a second to write."""
-    shape = (80, 160, 160)
     volume = hands.scan(9, shape)
     import slicer
     from mrml_scenes import add_segment
@@ -454,6 +454,8 @@ def large(hands: Hands) -> Any:
 
 
 def writing(hands: Hands) -> None:
+    """In the middle of writing a scan that takes seconds, so that it is not over before the test does what it wants to do."""
+    large(hands, (160, 240, 240))
     hands.gui.click(hands.ui.setAddButton)
     hands.gui.wait(lambda: hands.ui.setMessage.text == "Writing the image …", RUN_S)
 
@@ -463,7 +465,6 @@ def test_a_writer_killed_in_mid_file_leaves_no_half_case(hands: Hands) -> None:
     panel = sys.modules["UNetSegmentationPanel"]
     hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
     hands.add()
-    large(hands)
     writing(hands)
     os.kill(panel.dataWorker().pid, signal.SIGKILL)
     hands.settle()
@@ -474,7 +475,6 @@ def test_a_writer_killed_in_mid_file_leaves_no_half_case(hands: Hands) -> None:
 
 
 def test_cancelled_while_it_is_written(hands: Hands) -> None:
-    large(hands)
     writing(hands)
     assert hands.ui.setAddButton.text == "Cancel" and not hands.ui.setFolderButton.enabled
     hands.gui.click(hands.ui.setAddButton)
@@ -507,7 +507,6 @@ def test_a_full_disk_is_a_sentence_and_changes_nothing(hands: Hands) -> None:
 
 
 def test_the_scene_is_closed_while_a_case_is_added(hands: Hands) -> None:
-    large(hands)
     writing(hands)
     hands.gui.close_scene()
     hands.settle()
@@ -529,7 +528,7 @@ def test_a_folder_that_does_not_answer_is_given_up(hands: Hands, monkeypatch: py
     hands.section.refresh()
     hands.settle()
     assert "does not answer" in hands.ui.setStatusLabel.text and module.ANSWER_S > 5
-    hands.section._late.setInterval(20000)
+    hands.section._late.setInterval(round(1000 * RUN_S))
     hands.section.refresh()
     hands.settle()
     assert hands.ui.setStatusLabel.text.startswith("Empty")

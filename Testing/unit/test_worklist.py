@@ -571,6 +571,27 @@ def test_the_desk_segments_while_it_hands_out_scans(desk, tmp_path, scans, make_
     assert "No model was chosen" in desk.ask("segment", folder=folder, models=[], options={})["error"]
 
 
+def test_the_desk_reads_a_case_that_is_compared(desk, tmp_path):
+    image = Image(np.random.default_rng(0).normal(0, 9, (2, 4, 6, 5)).astype(np.float32), (0.5, 0.6, 2.0), (1.0, 2.0, 3.0))
+    masks = {key: np.zeros(image.shape, np.uint8) for key in ("truth", "before", "after")}
+    masks["truth"][1, 2:4, 2] = masks["after"][1, 2:5, 2] = 2
+    files = {key: tmp_path / f"{key}.nrrd" for key in ("image", *masks)}
+    write_image(image, files["image"])
+    for key, mask in masks.items():
+        write_image(image.like(mask), files[key])
+    answer = desk.ask("compare", files={key: str(path) for key, path in files.items()})
+    channel = answer["image"]
+    assert np.array_equal(load_array(desk.folder, channel["file"]), image.array[0]) and channel["geometry"]["origin"] == [1.0, 2.0, 3.0]
+    assert set(answer["masks"]) == {"truth", "after"}  # nothing is marked in the other
+    assert np.array_equal(load_array(desk.folder, answer["masks"]["after"]), masks["after"])
+    assert answer["point"] == pytest.approx(image.index_to_point((2, 3, 1)))  # where "before" has none of it
+    write_image(Image(masks["truth"]), files["after"])
+    said = desk.ask("compare", files={key: str(path) for key, path in files.items()})
+    assert said["kind"] == "user" and "after.nrrd does not lie on the grid of its image" in said["error"]
+    files["before"].unlink()
+    assert "before.nrrd" in desk.ask("compare", files={key: str(path) for key, path in files.items()})["error"]
+
+
 def test_the_desk_waits_while_it_is_in_the_way(desk, tmp_path, scans, make_package):
     folder = str(tmp_path / "list")
     desk.ask("add", folder=folder, sources=[str(scans)])

@@ -21,6 +21,7 @@ import re
 import secrets
 import shutil
 import socket
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -451,12 +452,14 @@ class Dataset:
             }
 
         cases, removed = self._data["cases"], self._data.get("removed", {})
+        slices = [min(case["versions"][-1]["geometry"]["size"]) for case in cases.values()]
         return {
             "folder": str(self.folder),
             "name": self.name,
             "revision": self.revision,
             "channels": list(self.channels),
             "labels": [_label_json(label) for label in self.labels],
+            "flat": bool(slices) and statistics.median(slices) < 2,  # single slices, not volumes
             "count": len(cases),
             "patients": len({case["patient"] for case in cases.values()}),
             "cases": [told(name, case) for name, case in list(cases.items())[-most:]],
@@ -1117,7 +1120,7 @@ def _check_index(data: dict[str, Any]) -> None:
                 parts = PurePosixPath(file).parts
                 if parts[0] != CASES or ".." in parts or len(parts) != 4 or "\\" in file:
                     raise ValueError(f"the file {file!r}")
-            version["version"] + 1, version["voxels"].strip()
+            version["version"] + 1, version["voxels"].strip(), min(version["geometry"]["size"]) + 1
         case["versions"][-1]
 
 

@@ -279,22 +279,34 @@ def write_map_steps(image: Image, volume_node: Any, kind: str, box: Box | None =
 
 
 def new_volume_steps(
-    scene: Any, name: str, grid: Image, fill: Callable[[np.ndarray], Steps[None]], window: tuple[float, float] | None = None
+    scene: Any,
+    name: str,
+    grid: Image,
+    fill: Callable[[np.ndarray], Steps[None]],
+    window: tuple[float, float] | None = None,
+    add: Callable[[str, str], Any] | None = None,
 ) -> Steps[Any]:
     """A new scalar volume, in pieces. grid: its size, type and place (LPS mm; its voxels do not matter); fill(array) writes the voxels
     (z, y, x) in pieces of its own; window: the lowest and highest value shown, else Slicer's choice, which takes a second on a
-    CT. Nothing is in the scene before all voxels are there."""
+    CT. add(class, name) puts the new node into the scene. Nothing is there before all voxels are."""
     data = vtk.vtkImageData()
     data.SetDimensions(grid.shape[::-1])
     yield from fill(_allocated(data, grid.array.dtype))
-    node = scene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", scene.GenerateUniqueName(name))
-    node.CreateDefaultDisplayNodes()  # before the voxels come: the automatic window would be computed first
-    display = node.GetDisplayNode()
-    if window is not None:
-        display.AutoWindowLevelOff()
-        display.SetWindowLevelMinMax(*window)
-    node.SetIJKToRASMatrix(vtkMatrixFromArray(_LPS @ grid.matrix))
-    node.SetAndObserveImageData(data)
+    node = (add or scene.AddNewNodeByClass)("vtkMRMLScalarVolumeNode", scene.GenerateUniqueName(name))
+    try:
+        yield  # whoever shows the new node in a list takes his time
+        node.CreateDefaultDisplayNodes()  # before the voxels come: the automatic window would be computed first
+        display = node.GetDisplayNode()
+        if window is not None:
+            display.AutoWindowLevelOff()
+            display.SetWindowLevelMinMax(*window)
+        node.SetIJKToRASMatrix(vtkMatrixFromArray(_LPS @ grid.matrix))
+        yield
+        node.SetAndObserveImageData(data)
+        yield
+    except BaseException:
+        remove_nodes([node])
+        raise
     return node
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import UserError, atomic_path
-from .model import RESOURCES, SUFFIX, ModelPackage, find_model, user_models_folder, write_package
+from .model import RESOURCES, SUFFIX, Card, ModelPackage, find_model, user_models_folder, write_package
 
 FOLDER, JOB, LIVE, RESULT, STOP, LOG, BEAT, BASE = (
     "retrain",
@@ -367,12 +367,14 @@ def create(
 ) -> Job:
     """A job's folder, without its process."""
     dataset = Path(dataset).expanduser().absolute()
-    _check_dataset(dataset)
+    summary = _check_dataset(dataset)
     if options.device not in DEVICES or (options.minutes is not None and not 0 < options.minutes < 1e5):
         raise UserError(f"Train on one of {', '.join(DEVICES)}, for a number of minutes above 0.")
     package = base if base is None or isinstance(base, ModelPackage) else find_model(base)
     if package is not None:
         _check_base(package)
+        if problem := misfit(package.card, summary):
+            raise UserError(problem)
     name = options.name or (package.card.name if package else slug(dataset.name))
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):
         raise UserError(f"{name!r} cannot name a model; use lower-case letters, digits and dashes.")
@@ -414,8 +416,15 @@ def create(
     return read(place)
 
 
-def _check_dataset(dataset: Path) -> None:
-    """What a look at the index shows; layouts of other programs are judged by the training itself."""
+def misfit(card: Card, summary: Mapping[str, Any] | None) -> str:
+    """Why a model cannot go on with a dataset (its Dataset.summary(), None: not known), and what can be done; "" where it can."""
+    if summary is not None and summary.get("flat") and card.dimensions == 3:
+        return f"The cases are single slices and {card.name} is a 3D model; start from a 2D model, or from scratch."
+    return ""
+
+
+def _check_dataset(dataset: Path) -> dict[str, Any] | None:
+    """What a look at the index shows, and the dataset's summary; layouts of other programs are judged by the training itself."""
     from .dataset import INDEX, Dataset
 
     if not dataset.exists():
@@ -425,8 +434,9 @@ def _check_dataset(dataset: Path) -> None:
     except (OSError, ValueError, AttributeError):
         own = False
     if not own:
-        return
-    entries = Dataset.open(dataset).entries
+        return None
+    opened = Dataset.open(dataset)
+    entries = opened.entries
     if len(entries) < 2:
         held = "no case yet" if not entries else f"one case only ({next(iter(entries))})"
         raise UserError(f"The training set holds {held}; add at least two of two patients, one to learn from and one to be checked on.")
@@ -435,6 +445,7 @@ def _check_dataset(dataset: Path) -> None:
             f"All {len(entries)} cases of the training set are of one patient, so nothing would show how well the model does on another; "
             "add a case of a second patient."
         )
+    return opened.summary()
 
 
 def _check_base(package: ModelPackage) -> None:

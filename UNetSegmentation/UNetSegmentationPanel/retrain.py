@@ -40,7 +40,8 @@ class RetrainSection(VTKObservationMixin):
         self.job: Any = None  # of UNetSegmentationLib.training: the one that is shown
         self.result: dict[str, Any] = {}
         self._ready = self._closed = self._entered = self._updating = False
-        self._base: str | None = None  # the path that the person chose; None: follow the panel's model
+        self._base: str | None = None  # the path that the person chose; None: the one that fits best
+        self._of = self._asked = ""  # the training set that this choice is for, and the one that Train was pressed for
         self._said = ""  # what went wrong with the last thing the person asked for
         self._install: Any = None  # an installer's Job
         self._task: Any = None  # likewise, of what this module asks for
@@ -48,6 +49,7 @@ class RetrainSection(VTKObservationMixin):
         self._lines: Any = None
         self._shown: Any = None  # what the tables hold
         self._case = ""  # that is compared
+        self._fetched = True  # its files were read
         self._curves: Any = None
         self._comparison: Any = None
         self._layouts: Any = None
@@ -135,6 +137,7 @@ class RetrainSection(VTKObservationMixin):
         if self._install is not None:
             self._install.cancel()
         elif not self._problem():
+            self._asked = self._folder
             self._withPython(self._begin, self._plan)
 
     def onStop(self) -> None:
@@ -220,6 +223,10 @@ class RetrainSection(VTKObservationMixin):
 
     def _onTrainingSet(self, *_unused: Any) -> None:
         if self._ready and not self._closed:
+            if self._of != self._folder:
+                self._of, self._base = self._folder, None
+                if self._task is None and self._install is None:
+                    self._said = ""
             self._find()
 
     def _onLayout(self, *_unused: Any) -> None:
@@ -239,7 +246,31 @@ class RetrainSection(VTKObservationMixin):
             return _("Choose or make a training set above, and add corrected cases to it.")
         if any(job.running for job in self.jobs):
             return _("A training is running; wait for its end, or stop it.")
-        return ""
+        model = self._start()
+        return self._misfit(model) if model is not None else ""
+
+    def _start(self) -> Any:
+        """The model that is started from; None: from scratch."""
+        path = self.ui.startCombo.itemData(self.ui.startCombo.currentIndex)
+        return next((m for m in self.panel.modelList.models if m.card is not None and str(m.path) == path), None)
+
+    def _misfit(self, model: Any) -> str:
+        """Why a model cannot go on with the training set, one sentence; "" where it can, or nobody knows yet."""
+        from UNetSegmentationLib import training
+
+        return training.misfit(model.card, self.panel.trainingSet.summary)
+
+    def _likeliest(self, models: Sequence[Any]) -> str:
+        """The start that is offered first: one that fits, if possible the panel's own choice, else one that knows a label of the set."""
+        chosen = self.panel.modelList.selected
+        names = {str(label["name"]).casefold() for label in (self.panel.trainingSet.summary or {}).get("labels", ())}
+
+        def less(model: Any) -> tuple[bool, ...]:
+            known = {label.name.casefold() for label in model.card.labels}
+            return bool(self._misfit(model)), model not in chosen, not names & known
+
+        best = min(models, key=less, default=None)
+        return str(best.path) if best is not None and not self._misfit(best) else ""
 
     @property
     def _folder(self) -> str:
@@ -306,6 +337,9 @@ class RetrainSection(VTKObservationMixin):
 
     def _begin(self, python: str, variables: dict[str, str]) -> None:
         ui = self.ui
+        if self._asked != self._folder:
+            self._say(_("Another training set was chosen meanwhile, so nothing was started; press Train again."))
+            return
         base = ui.startCombo.itemData(ui.startCombo.currentIndex)
         device = ui.trainDeviceCombo.itemData(ui.trainDeviceCombo.currentIndex) or "auto"
         options = {"quick": ui.lengthCombo.itemData(ui.lengthCombo.currentIndex) == "quick", "device": device}
@@ -488,19 +522,31 @@ class RetrainSection(VTKObservationMixin):
         if not self._views().show(trainingviews.COMPARISON):
             return
         self._pieces.clear()
-        self._case = name
+        self._case, self._fetched = name, False
         comparison = self._comparison = self._comparison or trainingviews.Comparison(slicer.mrmlScene)
+        comparison.clear()
         pair = [trainingviews.BEFORE, trainingviews.AFTER]
+        desk = self.panel.workList.desk
 
-        def steps() -> Generator[None, None, None]:
+        def steps(found: dict[str, Any]) -> Generator[None, None, None]:
             labels = _readCard(job.package).labels
             yield
-            yield from comparison.steps(name, files, labels)
+            yield from comparison.steps(name, found, desk.folder, labels)
             trainingviews.show_volume(comparison.volume, pair, linked=True)
             comparison.jump()
             self._showViews()
 
-        self._pieces.add(steps())
+        def wanted() -> bool:
+            return self._case == name and not self._fetched and self.job is not None and self.job.folder == job.folder
+
+        def read(found: dict[str, Any]) -> None:
+            if wanted():
+                self._fetched = True
+                self._pieces.add(steps(found))
+            elif desk.folder is not None:
+                trainingviews.discard(found, desk.folder)
+
+        desk.ask("compare", read, lambda text: self._onFailed(text) if wanted() else None, files={k: str(v) for k, v in files.items()})
         self._showViews()
 
     def _onFailed(self, text: str) -> None:
@@ -511,7 +557,7 @@ class RetrainSection(VTKObservationMixin):
 
     def _endComparison(self) -> None:
         self._pieces.clear()
-        self._case = ""
+        self._case, self._fetched = "", True
         if self._comparison is not None:
             self._comparison.clear()
         before, self._updating = self._updating, True
@@ -550,11 +596,9 @@ class RetrainSection(VTKObservationMixin):
         """What a new training would start from, and whether it can."""
         from .run import deviceChoices
 
-        ui, chosen = self.ui, self.panel.modelList.selected
-        choices = [(str(m.path), _title(m.card)) for m in self.panel.modelList.models if m.card is not None and _trainable(m.card)]
-        choices.append(("", _("Nothing: a new model, from scratch")))
-        wanted = self._base if self._base is not None else str(chosen[0].path) if chosen else choices[0][0]
-        _fill(ui.startCombo, choices, wanted)
+        ui, models = self.ui, [m for m in self.panel.modelList.models if m.card is not None and _trainable(m.card)]
+        choices = [*((str(m.path), _title(m.card)) for m in models), ("", _("Nothing: a new model, from scratch"))]
+        _fill(ui.startCombo, choices, self._base if self._base is not None else self._likeliest(models))
         devices = deviceChoices()
         _fill(ui.trainDeviceCombo, devices, ui.trainDeviceCombo.itemData(ui.trainDeviceCombo.currentIndex))
         ui.trainDeviceLabel.visible = ui.trainDeviceCombo.visible = len(devices) > 2
@@ -578,8 +622,8 @@ class RetrainSection(VTKObservationMixin):
         names = [str(label["name"]) for label in summary.get("labels", ())]
         text = _("{n} corrected cases of {patients} patients: {labels}.")
         text = text.format(n=summary.get("count", 0), patients=summary.get("patients", 0), labels=", ".join(names) or "–")
-        path = self.ui.startCombo.itemData(self.ui.startCombo.currentIndex)
-        card = next((m.card for m in self.panel.modelList.models if str(m.path) == path), None)
+        model = self._start()
+        card = model.card if model is not None else None
         known = {label.name.casefold() for label in card.labels} if card is not None else set()
         fresh = [name for name in names if name.casefold() not in known] if card is not None else []
         if fresh:
@@ -656,8 +700,11 @@ class RetrainSection(VTKObservationMixin):
 
     def _fate(self, job: Any) -> str:
         if job.decided:
+            use = _("It is used.")
+            if job.base:
+                use = _("It is used in place of {base}.") if _replaces(job) else _("It is used; {base} stays.")
             return {
-                "use": _("It is used in place of {base}.").format(base=job.base) if job.base else _("It is used."),
+                "use": use.format(base=job.base),
                 "keep": _("It is kept beside {base}.").format(base=job.base) if job.base else _("It is kept."),
                 "discard": _("What came out was discarded."),
             }[job.decided]
@@ -692,10 +739,10 @@ class RetrainSection(VTKObservationMixin):
         self._fillWorst(self._worst())
         ui.decideWidget.visible = undecided
         # What is not the better choice is not the first one that is offered.
-        ui.useButton.toolTip = (
-            _("Put it in the place of {base} and choose it.").format(base=job.base) if job.base else _("Put it into the list of models.")
-        )
-        ui.keepButton.visible = bool(job.base)
+        instead = _replaces(job)
+        tip = _("Put it in the place of {base} and choose it.") if instead else _("Put it into the list of models and choose it.")
+        ui.useButton.toolTip = tip.format(base=job.base)
+        ui.keepButton.visible = instead
         ui.keepButton.toolTip = _("Put it beside {base}, under a name of its own.").format(base=job.base)
 
     def _fillScores(self, result: dict[str, Any]) -> None:
@@ -800,6 +847,11 @@ def _title(card: Any) -> str:
 def _trainable(card: Any) -> bool:
     """Whether it carries what a training starts from."""
     return "model.safetensors" in card.data.get("files", {}) and "network" in card.data
+
+
+def _replaces(job: Any) -> bool:
+    """Whether the new model has its base's name and would take its place; one of another task does not."""
+    return bool(job.base) and job.name == job.base.rpartition("-")[0]
 
 
 def _duration(seconds: float) -> str:

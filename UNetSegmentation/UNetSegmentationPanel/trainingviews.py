@@ -282,49 +282,44 @@ class Comparison:
         self.masks: dict[str, Any] = {}
         self._point: tuple[float, ...] | None = None  # LPS mm
 
-    def steps(self, name: str, files: Mapping[str, Path], labels: Sequence[Any]) -> Steps:
-        """Load a case, a file a piece. files: "image" and, as label maps on its grid, "truth", "before" and "after", of which
-        "before" may be missing. labels: of the masks' values. UserError where a file cannot be read or does not fit; what was
-        shown before is gone then."""
-        from UNetSegmentationLib import UserError, mrml
-        from UNetSegmentationLib.image import read_image
-        from UNetSegmentationLib.measure import worst_place
+    def steps(self, name: str, found: Mapping[str, Any], folder: Path, labels: Sequence[Any]) -> Steps:
+        """Show a case in pieces. found: the desk's answer to "compare", whose arrays lie in `folder` and are removed; labels: of
+        the masks' values. What was shown before is gone, also where this fails."""
+        from UNetSegmentationLib import mrml
+        from UNetSegmentationLib.worker.desk import received_grid, received_mask
+        from UNetSegmentationLib.worker.protocol import fill_array
 
         self.clear()
-        image = read_image(files["image"])
-        yield
-        if image.n_channels > 1:
-            image = image.like(image.channels[0])
+        channel, grid = found["image"], received_grid(found["image"])
         try:
-            self.volume = _own(self.scene, "vtkMRMLScalarVolumeNode", name, "comparison", hidden=True)
-            self.volume.SetIJKToRASMatrix(_to_ras(image))
-            slicer.util.updateVolumeFromArray(self.volume, image.array)
-            self.volume.CreateDefaultDisplayNodes()
+            self.volume = yield from mrml.new_volume_steps(
+                self.scene,
+                name,
+                grid,
+                lambda array: fill_array(folder, channel["file"], array),
+                tuple(channel["window"]),
+                lambda kind, own: _own(self.scene, kind, own, "comparison", hidden=True),
+            )
             _unsaved(self.volume.GetDisplayNode(), "comparison")
             yield
             views = {"before": (BEFORE,), "after": (AFTER,), "truth": (BEFORE, AFTER)}  # what comes last is drawn on top
             titles = {"truth": _("{name}, corrected"), "before": _("{name}, before"), "after": _("{name}, after")}
-            maps = {}
             for key, where in views.items():
-                if key not in files:
+                if key not in found["masks"]:
                     continue
-                mask = read_image(files[key])
-                yield
-                if not mask.same_grid(image):
-                    raise UserError(_("{path} does not lie on the grid of its image.").format(path=files[key]))
-                maps[key] = mask
-                if not mask.array.any():
-                    continue
-                found = SimpleNamespace(labels=mask, label_defs=tuple(labels), model_name="")
+                mask = grid.like(received_mask(folder, found["masks"][key], grid))
+                drawn = SimpleNamespace(labels=mask, label_defs=tuple(labels), model_name="")
                 node = _own(self.scene, "vtkMRMLSegmentationNode", titles[key].format(name=name), "comparison", hidden=True)
-                yield from mrml.write_prediction_steps(found, self.volume, node)
+                yield from mrml.write_prediction_steps(drawn, self.volume, node)
                 self.masks[key] = node
                 self._dress(node, key, [self.scene.GetSingletonNode(view, "vtkMRMLSliceNode") for view in where])
                 yield
-            self._point = worst_place(maps["truth"], [mask for key, mask in maps.items() if key != "truth"])
+            self._point = found["point"]
         except BaseException:
             self.clear()
             raise
+        finally:
+            discard(found, folder)
 
     def _dress(self, node: Any, key: str, views: Sequence[Any]) -> None:
         display = node.GetDisplayNode()
@@ -357,13 +352,13 @@ class Comparison:
         remove(self.scene, "comparison")
 
 
-def _to_ras(image: Any) -> Any:
-    """From index (x, y, z) to RAS, which is LPS with two signs turned."""
-    matrix = vtk.vtkMatrix4x4()
-    for i in range(4):
-        for j in range(4):
-            matrix.SetElement(i, j, float(image.matrix[i][j]) * (-1 if i < 2 else 1))
-    return matrix
+def discard(found: Mapping[str, Any], folder: Path) -> None:
+    """The arrays of an answer to "compare"."""
+    for name in (found["image"]["file"], *found["masks"].values()):
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError:
+            pass  # Windows, while it is mapped: with its folder, in the end
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts

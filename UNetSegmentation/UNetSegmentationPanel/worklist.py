@@ -551,12 +551,15 @@ class WorkListSection:
         p = self.panel._parameters or self.panel.logic.getParameterNode()
         with slicer.util.NodeModify(p):
             p.volume, p.channels = volumes[0], volumes[1:]
+        yield  # each of these is shown in several places
         with slicer.util.NodeModify(p):  # after the panel has left the former volume's segmentations
             p.output = p.nodules = segmentation
+        yield
         slicer.util.setSliceViewerLayers(background=volumes[0], fit=True)
         yield
-        if former is not None:
-            mrml.remove_nodes([former.segmentation, *former.volumes])
+        for node in [former.segmentation, *former.volumes] if former is not None else ():
+            mrml.remove_nodes([node])
+            yield
         self.busy = ""
         self.show()
         if self._editing:

@@ -1,11 +1,12 @@
-"""The work list's program behind a panel: it reads and changes the list, reads the scan that comes next, and segments the others
-in advance. A slow disk, a network folder and a network that runs for minutes hold nothing else up.
+"""The work list's program behind a panel: it reads and changes the list, reads the scan that comes next, or the case that is
+compared, and segments the others in advance. A slow disk, a network folder and a network that runs for minutes hold nothing else up.
 
     python -m UNetSegmentationLib.worker FOLDER PARENT_PID desk
 
 JSON lines on stdin and stdout, arrays as .npy files in the client's private folder, as protocol.py has them.
 requests   {"id", "op"} and: open {folder}, add {folder, sources}, status {folder}, next {folder, leave, passed}, done {folder, scan,
-           case}, skip {folder, scan}, back {folder, scan}; segment {folder, models, options}; pause, go, halt, bye without an answer
+           case}, skip {folder, scan}, back {folder, scan}; segment {folder, models, options}; compare {files}; pause, go, halt, bye
+           without an answer
 answers    {"event": "done", "id", "list": summary()} with what the request asks for, or {"event": "error", "id", "error"}
 unasked    {"event": "starting", "pid"}, {"event": "hello", "pid"}; {"event": "segmenting", "scan", "fraction"}, {"event": "changed",
            "list"} after each scan, {"event": "rest", "error"} when there is no more to segment ("" or why it stopped)
@@ -29,6 +30,7 @@ from ..engines import choose_engine
 from ..files import UserError
 from ..image import Image, SeveralSeries, read_image
 from ..inference.predict import Cancelled, Options
+from ..measure import worst_place
 from ..model import Label, ModelPackage
 from ..worklist import LEASE, Annotator, Scan, WorkList
 from .protocol import (
@@ -161,17 +163,9 @@ class _Desk(Program):
                 found = read_mask(scan.mask, image)
             except UserError:
                 found = None  # lost or cut short: the scan alone can be corrected too
-        channels = []
-        for channel in image.channels:
-            array = _for_vtk(channel)
-            self._arrays += 1
-            sent = run(encode_image(image.like(array), self._folder, self._arrays))
-            step = tuple(slice(None, None, max(1, n // 64)) for n in array.shape)
-            low, high = np.percentile(array[step], (0.5, 99.5))
-            channels.append({**sent, "dtype": array.dtype.name, "shape": array.shape, "window": [float(low), float(max(high, low + 1e-6))]})
+        channels = [self._channel(image, channel) for channel in image.channels]
         if found is not None and found[0].any():
-            self._arrays += 1
-            mask = run(save_array(self._folder, f"volume-{self._arrays}.npy", found[0]))
+            mask = self._mask(found[0])
         labels = {d.name: d for d in work.labels(scan.model)} if scan.model else {}
         listed = list(found[1]) if found is not None else []
         named = {d.name for d in listed}
@@ -190,6 +184,30 @@ class _Desk(Program):
             "patient": dicom_tag(image, "0010|0020"),
             "modality": modality(image),
         }
+
+    def _channel(self, image: Image, channel: np.ndarray) -> dict[str, Any]:
+        array = _for_vtk(channel)
+        self._arrays += 1
+        sent = run(encode_image(image.like(array), self._folder, self._arrays))
+        step = tuple(slice(None, None, max(1, n // 64)) for n in array.shape)
+        low, high = np.percentile(array[step], (0.5, 99.5))
+        return {**sent, "dtype": array.dtype.name, "shape": array.shape, "window": [float(low), float(max(high, low + 1e-6))]}
+
+    def _mask(self, array: np.ndarray) -> str:
+        self._arrays += 1
+        return run(save_array(self._folder, f"volume-{self._arrays}.npy", array))
+
+    def _compare(self, request: dict[str, Any]) -> dict[str, Any]:
+        """An image, those label maps on its grid that mark anything, and where they differ from the truth most."""
+        files = get(request, "files", dict)
+        image = read_image(get(files, "image", str))
+        masks = {key: read_image(get(files, key, str)) for key in ("truth", "before", "after") if key in files}
+        for key, mask in masks.items():
+            if not mask.same_grid(image.like(image.channels[0])):
+                raise UserError(f"{files[key]} does not lie on the grid of its image, so it cannot be shown; look at another case.")
+        point = worst_place(masks["truth"], [mask for key, mask in masks.items() if key != "truth"])
+        marked = {key: self._mask(mask.array) for key, mask in masks.items() if mask.array.any()}
+        return {"event": "done", "image": self._channel(image, image.channels[0]), "masks": marked, "point": point}
 
     def _finish(self, request: dict[str, Any]) -> dict[str, Any]:
         work = self._list(request)
@@ -227,6 +245,7 @@ class _Desk(Program):
         "skip": _skip,
         "back": _back,
         "segment": _segment,
+        "compare": _compare,
     }
 
 
