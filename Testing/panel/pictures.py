@@ -98,6 +98,7 @@ def photograph(gui: Any, out: Path, work: Path) -> None:
     gui.wait(lambda: not controller.running, 60)
     shoot("error")
     shoot("error-narrow-dark", NARROW, dark=True)
+    photograph_sets(gui, widget, work, out, shoot)
     photograph_retrain(gui, widget, work, out, shoot)
     gui.close(widget)
     sys.modules["UNetSegmentationPanel"].shutdown()
@@ -161,6 +162,108 @@ def photograph_nodules(gui: Any, widget: Any, volume: Any, shoot: Any) -> None:
     ui.runSection.collapsed = ui.modelSection.collapsed = ui.inputSection.collapsed = False
 
 
+def photograph_sets(gui: Any, widget: Any, work: Path, out: Path, shoot: Any) -> None:
+    """The sections "Training set" and "Work list", from empty folders to the last scan of a list."""
+    import numpy as np
+    import slicer
+    from retraining import LABELS
+    from UNetSegmentationLib.image import Image, write_image
+    from UNetSegmentationLib.model import write_package
+
+    others = [getattr(widget.ui, name) for name in ("inputSection", "noduleSection", "modelSection", "runSection", "resultSection")]
+    for each in others:
+        each.collapsed = True
+    toys, labels = runpy.run_path(str(ROOT / "Testing" / "conftest.py")), [d | {"name": f"{d['name']} hippocampus"} for d in LABELS]
+    card, model = toys["make_card"](name="hippocampus-toy", labels=labels), "hippocampus-toy-1.0.0"
+    write_package(Path(os.environ["UNETSEG_MODELS"], f"{model}.unet.zip"), card, toys["make_onnx"]("threshold", card))
+    widget.modelList.read()
+    for i in range(4):
+        array = np.random.default_rng(i).normal(0, 0.05, (24, 48, 40)).astype(np.float32)
+        array[8:16, 10:24, 10 + i : 26], array[8:16, 26:36, 12:24] = 0.8 - 0.1 * i, 2.0
+        write_image(Image(array, (0.8, 0.8, 1.2)), work / "Scans of 2026" / f"T1 MR {i + 1}.nii.gz")
+    (work / "Scans of 2026" / "T1 MR 5.nii.gz").write_bytes(b"cut off")
+    made, scans = widget.trainingSet, widget.workList
+
+    def settle(what: Any = lambda: True) -> None:
+        gui.process_events()
+        gui.wait(lambda: what() and not scans.busy and not made.busy and made._reading is None and not made._settle.active, 120)
+
+    def folder(button: Any, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        gui.dialogs.answer(str(path))
+        button.click()
+        settle()
+
+    made.root.collapsed = False
+    shoot("set-no-folder")
+    made.root.collapsed, scans.root.collapsed = True, False
+    settle()
+    shoot("list-no-folder")
+    folder(scans.ui.listFolderButton, work / "Hippocampi")
+    shoot("list-empty")
+    folder(scans.ui.addFolderButton, work / "Scans of 2026")
+    settle(lambda: scans.list)
+    shoot("list-filled")
+    widget._parameters.models = [model]
+    gui.process_events()
+    scans.ui.segmentButton.click()
+    gui.wait(lambda: scans.list["models"], 120)
+    scans._fraction = 0.37
+    scans.show()
+    gui.grab(widget, out / "list-segmenting.png", WIDTH)
+    gui.wait(lambda: not scans.segmenting, 120)
+    settle()
+    shoot("list-segmented")
+
+    made.root.collapsed = False
+    folder(made.ui.setFolderButton, work / "Hippocampi")
+    made.root.collapsed = True
+    scans.ui.nextScanButton.click()
+    settle(lambda: scans.case)
+    for name, width, dark in (("list-scan", WIDTH, False), ("list-scan-narrow", NARROW, False), ("list-scan-dark", WIDTH, True)):
+        shoot(name, width, dark)
+    made.root.collapsed, scans.root.collapsed = False, True
+    settle()
+    shoot("set-ready")
+    made.ui.setPatientEdit.text = "4711"
+    made.ui.setAddButton.click()
+    gui.wait(lambda: not made.busy or made.ui.setMessage.text.startswith("Writing"), 120)
+    shoot("set-adding")
+    settle()
+    shoot("set-added")
+    segmentation = scans.case.segmentation
+    held, node = segmentation.GetSegmentation(), scans.case.volumes[0]
+    from UNetSegmentationLib.mrml import segment_mask
+
+    mask = segment_mask(segmentation, held.GetNthSegmentID(0), node)
+    mask[9, 4:12, 12:20] = 1
+    slicer.util.updateSegmentBinaryLabelmapFromArray(mask, segmentation, held.GetNthSegmentID(0), node)
+    settle()
+    made.ui.setAddButton.click()
+    settle()
+    made.ui.setCasesSection.collapsed = False
+    made.ui.setCasesTable.selectRow(0)
+    for name, width, dark in (("set-cases", WIDTH, False), ("set-cases-narrow", NARROW, False), ("set-cases-dark", WIDTH, True)):
+        shoot(name, width, dark)
+    made.root.collapsed, scans.root.collapsed = True, False
+    left = scans.list["total"] - 1  # one of them cannot be read
+    for done in range(1, left + 1):
+        scans.ui.doneScanButton.click()
+        settle(lambda done=done: scans.list["counts"]["done"] == done and (scans.case is not None) == (done < left))
+        shoot("list-next" if done < left else "list-finished")
+    (work / "Hippocampi").rename(work / "away")
+    made.root.collapsed = False
+    made.refresh()
+    settle()
+    shoot("set-folder-gone")
+    (work / "away").rename(work / "Hippocampi")
+    made.root.collapsed = scans.root.collapsed = True
+    made.setFolder("")
+    settle()
+    for each in others:
+        each.collapsed = False
+
+
 def photograph_retrain(gui: Any, widget: Any, work: Path, out: Path, shoot: Any) -> None:
     """The section "Retrain" with trainings made by hand, and what it shows in the views."""
     import retraining
@@ -189,7 +292,7 @@ def photograph_retrain(gui: Any, widget: Any, work: Path, out: Path, shoot: Any)
 
     def settle() -> None:
         gui.process_events()
-        gui.wait(lambda: not section._pieces.busy and section._live.get("validation", {}).get("step") == 400, 20)
+        gui.wait(lambda: section._fetched and not section._pieces.busy and section._live.get("validation", {}).get("step") == 400, 20)
 
     section.onCurves(True)
     settle()

@@ -599,6 +599,7 @@ class RetrainSection(VTKObservationMixin):
         ui, models = self.ui, [m for m in self.panel.modelList.models if m.card is not None and _trainable(m.card)]
         choices = [*((str(m.path), _title(m.card)) for m in models), ("", _("Nothing: a new model, from scratch"))]
         _fill(ui.startCombo, choices, self._base if self._base is not None else self._likeliest(models))
+        ui.startCombo.toolTip = ui.startCombo.currentText  # which a narrow panel cuts off
         devices = deviceChoices()
         _fill(ui.trainDeviceCombo, devices, ui.trainDeviceCombo.itemData(ui.trainDeviceCombo.currentIndex))
         ui.trainDeviceLabel.visible = ui.trainDeviceCombo.visible = len(devices) > 2

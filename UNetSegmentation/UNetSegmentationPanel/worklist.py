@@ -703,7 +703,7 @@ class WorkListSection:
             return
         ui, known, case = self.ui, self.list, self.case
         folder = self.folder
-        ui.listFolderLabel.text = _short(folder) if folder else _("None")
+        ui.listFolderLabel.text = Path(folder).name or folder if folder else _("none chosen")
         ui.listFolderLabel.toolTip = folder
         counts = known["counts"] if known else {}
         left = counts.get("waiting", 0) + counts.get("segmented", 0)
@@ -776,7 +776,11 @@ class WorkListSection:
             return _("Not segmented in advance.")
         found = _("{model} found {n} segments.") if case.found != 1 else _("{model} found one segment.")
         text = found.format(model=case.model, n=case.found) if case.found else _("{model} found nothing.").format(model=case.model)
-        return text + (" " + _("Uncertainty at its edge: {value:.2f} of 1.").format(value=case.value) if case.value is not None else "")
+        return text + (
+            " " + _("At its edge it is unsure by {value:.2f} (0 is sure, 1 undecided).").format(value=case.value)
+            if case.value is not None
+            else ""
+        )
 
 
 def _stamp(segmentation: Any) -> int:
@@ -787,9 +791,3 @@ def _stamp(segmentation: Any) -> int:
         labelmap = own.GetNthSegment(i).GetRepresentation(slicer.vtkSegmentationConverter.GetBinaryLabelmapRepresentationName())
         times.append(labelmap.GetMTime() if labelmap is not None else 0)
     return max(times) * 64 + len(times) % 64
-
-
-def _short(folder: str) -> str:
-    """The end of a path, which says most of it."""
-    parts = Path(folder).parts
-    return folder if len(folder) <= 38 or len(parts) < 3 else str(Path("…", *parts[-2:]))
