@@ -111,12 +111,14 @@ class Look:
 
 @dataclass
 class Scan:
-    """values: HU (z, y, x) float32; mask: of the lesion, or None; spacing: mm (z, y, x); depth: mm inside the mask."""
+    """values: HU (z, y, x) float32; mask: of the lesion, or None; spacing: mm (z, y, x); depth: mm inside the mask; share: the
+    lesion's of each voxel (0..1), where the mask was resampled."""
 
     values: np.ndarray
     mask: np.ndarray | None
     spacing: np.ndarray
     depth: np.ndarray | None = None
+    share: np.ndarray | None = None
 
 
 AnyScan = TypeVar("AnyScan", bound=Scan)
@@ -202,7 +204,8 @@ class Cutter:
     def __call__(self, scan: Scan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Values and mask (0..1) on the patch, and whether the scan covers each voxel. Where the patch is coarser than the
         scan, the values go through a low-pass as in sample(); the mask does not, or small lesions would shrink."""
-        arrays = [scan.values] if scan.mask is None else [scan.values, scan.mask]
+        inside = scan.mask if scan.share is None else scan.share
+        arrays = [scan.values] if inside is None else [scan.values, inside]
         index = self._indices(scan.spacing)
         size = np.array(arrays[0].shape)
         first, last = index.reshape(3, -1).min(1), index.reshape(3, -1).max(1)
@@ -261,7 +264,8 @@ def thick(scan: AnyScan, rng: np.random.Generator, chance: float) -> AnyScan:
         return scan
     spacing = scan.spacing * (k, 1, 1)
     depth = None if mask is None else _near(mask, spacing)
-    return replace(scan, values=mean(scan.values), mask=mask, depth=depth, spacing=spacing)
+    share = None if scan.share is None else mean(scan.share)
+    return replace(scan, values=mean(scan.values), mask=mask, depth=depth, spacing=spacing, share=share)
 
 
 def _anchor(scan: Scan, rng: np.random.Generator) -> np.ndarray:
@@ -495,11 +499,22 @@ def share_in_lung(image: Image, labels: np.ndarray) -> tuple[int, int]:
 
 @dataclass
 class _Lesion:
-    """In the index space of its case."""
+    """In the index space of its case. box: a voxel larger than the lesion; share: uint8 (z, y, x) in there, of each voxel the part
+    that is the lesion: 128 to 255 in its mask."""
 
     case: Prepared
     box: Box
-    mask: np.ndarray
+    share: np.ndarray
+
+    @classmethod
+    def of(cls, case: Prepared, box: Box, mask: np.ndarray) -> _Lesion:
+        wide = box.grown((1, 1, 1)) & Box.whole(case.shape)
+        inside = np.zeros(wide.shape, bool)
+        inside[box.relative_to(wide).slices] = mask
+        around = sitk.GetArrayFromImage(sitk.BinaryDilate(sitk.GetImageFromArray(inside.astype(np.uint8)), (1, 1, 1), sitk.sitkBox)) > 0
+        share = np.where(around & (case.labels[wide.slices] == 0), np.minimum(case.shares[wide.slices], 127), 0)
+        share[inside] = np.maximum(case.shares[wide.slices][inside], 128)
+        return cls(case, wide, share.astype(np.uint8))
 
 
 def _region(case: Prepared, box: Box, look: Look, zoom: float) -> tuple[Scan, Box]:
@@ -528,7 +543,7 @@ class Lesions(Sampler):
         for case in cases:
             boxes = []
             for value, box, mask in lesions(case.labels, case.spacing):
-                found.setdefault(value, {}).setdefault(case.name, []).append(_Lesion(case, box, mask))
+                found.setdefault(value, {}).setdefault(case.name, []).append(_Lesion.of(case, box, mask))
                 boxes.append(box)
             places = _places(case, boxes, look)
             if len(places):
@@ -548,20 +563,21 @@ class Lesions(Sampler):
         spacing, look = np.array(lesion.case.spacing), self.look
         native = rng.random() < self.mix.native
         zoom = 1.0 if native else math.exp(rng.uniform(-1, 1) * math.log(self.mix.zoom))
-        size = diameter(lesion.mask, spacing)
+        size = diameter(lesion.share >= 128, spacing)
         if not native and rng.random() < 0.15:  # as small or as large as others may be
             zoom = float(np.clip(size / (rng.uniform(0.3, 2.3) * (look.voxel * look.patch).min()), 0.2, 1.3))
         else:  # from as far away as a session looks at what is larger than a patch
-            extent = np.array(lesion.box.shape) * spacing
+            extent = (np.array(lesion.box.shape) - 2) * spacing
             fits = [bool((extent <= look.voxel * z * (np.array(look.patch) - 8)).all()) for z in ZOOMS]
             zoom *= ZOOMS[rng.integers(1 + (fits.index(True) if any(fits) else len(fits) - 1))]
         scan, box = _region(lesion.case, lesion.box, look, zoom)
-        mask = np.zeros(box.shape, bool)
-        mask[lesion.box.relative_to(box).slices] = lesion.mask
-        mask = coarser(mask, np.rint(scan.spacing / spacing).astype(int).tolist()) >= 0.5
+        share = np.zeros(box.shape, np.float32)
+        share[lesion.box.relative_to(box).slices] = lesion.share / np.float32(255)
+        share = coarser(share, np.rint(scan.spacing / spacing).astype(int).tolist())
+        mask = share >= 0.5
         if not mask.any():
             return self.fresh(rng)
-        scan = replace(scan, mask=mask, depth=_near(mask, scan.spacing))
+        scan = replace(scan, mask=mask, depth=_near(mask, scan.spacing), share=share)
         return self.clicked(thick(scan, rng, self.mix.thick), zoom, rng, native) or self.fresh(rng)
 
     def _nothing(self, rng: np.random.Generator) -> Sample:
@@ -750,7 +766,7 @@ class HeldOut:
     def _cut(self, item: metrics.Item) -> Iterator[metrics.Item]:
         found = list(by_lesion(item))
         whole = Box.whole(item.truth.shape)
-        for lesion in found[:: math.ceil(len(found) / self.PER_CASE)]:
+        for lesion in found[:: math.ceil(len(found) / self.PER_CASE) or 1]:
             box = Box.around(lesion.truth)
             assert box is not None
             if self.config.input.intensity["mode"] in ("zscore", "percentile"):  # these need the whole image

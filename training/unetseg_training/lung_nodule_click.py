@@ -73,7 +73,7 @@ def load(case: Case) -> Scan:
     outside = distance(mask, spacing)
     shell = (outside > 2) & (outside < 4)
     isolated = bool(shell.any()) and float(values[shell].mean()) < -650
-    return Scan(values, mask, spacing, -outside, clicks.diameter(mask, spacing), isolated)
+    return Scan(values, mask, spacing, -outside, diameter=clicks.diameter(mask, spacing), isolated=isolated)
 
 
 def backgrounds() -> list[Scan]:

@@ -39,7 +39,8 @@ class Prepared:
     """A cached case; its arrays are mapped from the file when first used, in whatever process that is.
 
     values (c, a, b, c) float16, normalised but not clipped; labels (a, b, c) uint8; spacing: mm along the array's axes;
-    low, high (c,): the window's ends in normalised units; counts: voxels of each class (0: background).
+    low, high (c,): the window's ends in normalised units; counts: voxels of each class (0: background). Of a click model also
+    shares (a, b, c) uint8: of each voxel the part that is labelled, 255 for all of it.
     """
 
     name: str
@@ -65,6 +66,10 @@ class Prepared:
     @property
     def labels(self) -> np.ndarray:
         return self._array("labels")
+
+    @property
+    def shares(self) -> np.ndarray:
+        return self._array("shares")
 
     def places(self, label: int) -> np.ndarray:
         """Up to PLACES voxels (n, 3) of a label, the same each time."""
@@ -109,7 +114,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "intensity": data.intensity,
         "labels": len(config.labels),
         "channels": len(config.channels),
-    }
+    } | ({"shares": True} if config.model.task == "click" else {})
 
 
 def key(config: Config, digest: str) -> str:
@@ -165,6 +170,8 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
         "spacing": np.array([s * k for s, k in zip(frame.spacing[::-1], grid.scale)], np.float32),
         "counts": np.array([np.count_nonzero(labels == k) for k in range(n + 1)], np.int32),
     }
+    if config.model.task == "click":
+        out["shares"] = np.rint(255 * np.clip(sample((truth > 0)[None].astype(np.float32), grid, whole)[0], 0, 1)).astype(np.uint8)
     rng = np.random.default_rng(0)
     for k in range(1, n + 1):
         spots = np.argwhere(labels == k).astype(np.int32)
