@@ -51,6 +51,8 @@ from UNetSegmentationLib.mrml import (  # noqa: E402
     image_from_volumes,
     jump_slices,
     measure_steps,
+    new_volume_steps,
+    remove_nodes,
     roi_box,
     segment_mask,
     write_map_steps,
@@ -918,3 +920,25 @@ def test_a_slice_view_shows_segments_and_uncertainty(runtime: Any, scene: Any, t
     path = tmp_path / "views.png"
     write_png(np.concatenate([plain, filled, moved, mapped], axis=1), path)
     assert path.stat().st_size > 10_000
+
+
+def test_a_new_volume_comes_whole_or_not_at_all(scene: Any) -> None:
+    grid = Image(np.random.default_rng(0).normal(0, 99, (4, 5, 6)).astype(np.int16), (0.5, 0.7, 2.0), (1.0, 2.0, 3.0))
+
+    def fill(array: np.ndarray) -> Any:
+        for z, plane in enumerate(grid.array):
+            array[z] = plane
+            yield
+
+    count = sum(1 for _ in new_volume_steps(scene, "Scan", grid, fill, (-50.0, 50.0)))
+    (node,) = slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode")
+    assert np.array_equal(slicer.util.arrayFromVolume(node), grid.array) and image_from_volume(node).same_grid(grid)
+    assert node.GetDisplayNode().GetWindow() == 100 and not node.GetDisplayNode().GetAutoWindowLevel()
+    remove_nodes([node])
+    before = {n.GetID() for n in slicer.util.getNodesByClass("vtkMRMLNode")}
+    for n in range(1, count + 1):
+        steps = new_volume_steps(scene, "Scan", grid, fill)
+        for _ in range(n):
+            next(steps)
+        steps.close()
+        assert {n.GetID() for n in slicer.util.getNodesByClass("vtkMRMLNode")} == before
