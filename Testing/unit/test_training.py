@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def dataset(tmp_path, monkeypatch):
     yield made.folder
     for job in training.jobs(made.folder):
         if job.running and job.pid:
-            os.kill(job.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may end by itself just now
+                os.kill(job.pid, signal.SIGKILL)
             wait(job, lambda j: not j.running)
 
 

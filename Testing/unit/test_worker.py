@@ -619,7 +619,7 @@ def test_cancel_in_an_endless_network(client, image, forever, make_package, how)
 
 
 def test_a_worker_that_can_cancel_lives_on(raw, private, tmp_path, toy_card):
-    model = slow_package(tmp_path, toy_card, 300)
+    model = slow_package(tmp_path, toy_card, 3000)
     np.save(private / "volume-1.npy", np.ones((64, 64, 64), np.int16))
     geometry = {"spacing": [1, 1, 1], "origin": [0, 0, 0], "direction": [1, 0, 0, 0, 1, 0, 0, 0, 1], "source": None}
     assert raw.ask(op="load_volume", id=1, volume=1, file="volume-1.npy", geometry=geometry) == {"id": 1, "event": "done"}
