@@ -239,6 +239,20 @@ def everything(node: Any) -> Any:
 VESSEL = (20, 40, 80)  # of the nodule on the right
 
 
+def test_a_model_for_another_organ_makes_its_own_lesions(panel: Any, models_folder: Path, make_package: Callable[..., Any]) -> None:
+    label = {"value": 1, "name": "Liver lesion"}
+    shutil.copy(make_package(**{**TOY, "name": "bclick", "labels": [label], "surroundings": "any"}).path, models_folder)
+    p = panel()
+    p.settings.clickModel = "bclick-1.0.0"
+    p.settings.volume = scan()
+    p.gui.process_events()
+    p.arm()
+    p.click(BALLS["left"][0])
+    (row,) = p.table()
+    assert list(p.segments()) == ["Liver lesion 1"] and row[0] == "Liver lesion 1" and float(row[2]) > 1000
+    assert row[6:8] == ["-", "-"] and row[9] == "-"  # neither texture nor size class
+
+
 def test_clicks_refine_and_undo_brings_back_exactly_what_was(panel: Any) -> None:
     import slicer
 

@@ -195,6 +195,15 @@ def test_what_has_no_lung_around_it_is_nothing_until_a_second_click_says_otherwi
         assert dice(s.mask, lesion) > 0.8
 
 
+def test_a_model_for_other_organs_asks_for_no_lung(click_package):
+    lesion = ball((60, 80, 80), (30, 40, 40), 8, (1, 1, 1)) > 0
+    image = Image(np.where(lesion, 500, 60).astype(np.float32), (1, 1, 1), (0, 0, 0))
+    for surroundings, found in (("any", True), ("lung", False)):
+        engine = Recording(lambda batch: np.where(batch[:, 0] > 0.8, 1.0, 0.0))
+        s = ClickSession(image, click_package(intensity=CT_WINDOW, surroundings=surroundings), engine)
+        assert s.add_point(at(s, 30, 40, 40)).found == found
+
+
 def test_air_is_no_lesion(click_package):
     air = Image(np.full((60, 80, 80), -1000, np.float32), (1, 1, 1), (0, 0, 0))
     s = ClickSession(air, click_package(intensity=CT_WINDOW), Recording(lambda batch: batch[:, 1]))  # a ball at every click

@@ -47,6 +47,14 @@ def put(image: Image, diameter: float, hu: float, **where) -> np.ndarray:
     return (away <= 0).astype(np.uint8)
 
 
+def test_a_lesion_elsewhere_has_neither_texture_nor_size_class():
+    image = lung(*GRIDS[0])
+    mask = put(image, 12.0, 30)
+    nodule, other = describe(image, mask), describe(image, mask, lung=False)
+    assert {key for key in nodule if nodule[key] != other[key]} == {"texture", "solid_mean_mm", "solid_volume_mm3", "size_class"}
+    assert row(other)[5:7] == ["-", "-"] and row(other)[-1] == "-" and row(other)[1:5] == row(nodule)[1:5]
+
+
 @pytest.mark.parametrize(("spacing", "direction"), GRIDS)
 @pytest.mark.parametrize("diameter", [5.0, 8.0, 20.0])
 def test_a_balls_sizes(spacing, direction, diameter):

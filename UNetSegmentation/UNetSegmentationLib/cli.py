@@ -30,7 +30,7 @@ from .image import (
 )
 from .inference.augment import TTA
 from .inference.click import MODEL as CLICK_MODEL
-from .inference.click import ClickSession, Prompt
+from .inference.click import ClickSession, Prompt, expects_lung
 from .inference.predict import Options, Prediction, predict
 from .intensity import display_range, expects_hu, parse_window, presets
 from .measure import dice, measure
@@ -423,7 +423,7 @@ def _app() -> Any:
             answer = session.replay(prompts)
             if not answer.found:
                 raise UserError(answer.text)
-            nodule = describe(image, answer.mask, answer.box.start)
+            nodule = describe(image, answer.mask, answer.box.start, expects_lung(package.card))
         shown = parse_window(package.card.data["display"]) if package.card.data.get("display") else package.card.intensity
         prediction = session.prediction()
         _write(image, prediction, truth, package.card, targets, {}, picture, shown, report_file, quiet, nodule, csv_file)

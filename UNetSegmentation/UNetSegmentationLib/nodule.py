@@ -41,8 +41,8 @@ _KEYS = (
 _LABEL = Label(1, "nodule", (0, 0, 0), {})
 
 
-def describe(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0)) -> dict[str, Any]:
-    """What to report of one nodule, ready for JSON.
+def describe(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0), lung: bool = True) -> dict[str, Any]:
+    """What to report of one nodule, ready for JSON; lung False: of a lesion elsewhere, which has neither texture nor size class.
 
     image: a CT in HU, whole, of any direction (its first channel). mask: (z, y, x), not 0 inside, whose first voxel is the
     image's voxel `start`. UserError where it does not fit.
@@ -66,6 +66,9 @@ def describe(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0)) -
     labels = part.like((mask[inside.slices] > 0).astype(np.uint8))
     sizes = _sizes(labels, part)
     out.update({key: value for key, value in sizes.items() if key in out})
+    out["side"] = _side(image, out["center"])
+    if not lung:
+        return out
     canonical, orientation = reorient(part)
     values, shape = canonical.channels[0], orientation.canonical(labels.array) > 0
     core = values[_core(shape)]
@@ -79,7 +82,6 @@ def describe(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0)) -
     else:
         mean = _sizes(part.like(np.ascontiguousarray(orientation.original(solid)).astype(np.uint8)))["mean_mm"] if solid.any() else 0.0
         out.update(texture="part-solid", solid_mean_mm=mean, solid_volume_mm3=solid_volume)
-    out["side"] = _side(image, out["center"])
     out["size_class"] = size_class(out["mean_mm"], out["texture"], out["solid_mean_mm"])
     if np.median(core) > _CALCIUM_HU:
         out["note"] = f"{NOTE} Most of it is as dense as calcium (over {_CALCIUM_HU} HU): look at the pattern, which size does not tell."

@@ -430,6 +430,7 @@ class NoduleTool(VTKObservationMixin):
 
     def _writeSteps(self, lesion: _Lesion, answer: Any, prompts: list[Any]) -> Generator[Any, None, None]:
         from UNetSegmentationLib import mrml
+        from UNetSegmentationLib.inference.click import expects_lung
 
         unrecorded, self._unrecorded = self._unrecorded, False
         if lesion.segment and not lesion.there:
@@ -445,7 +446,8 @@ class NoduleTool(VTKObservationMixin):
         before = [] if not lesion.there else mrml.prompts_from_text(mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG), lesion.volume)
         node = lesion.node if lesion.node is not None and lesion.node.GetScene() is scene else self.segmentation
         names = [] if node is None else [node.GetSegmentation().GetNthSegment(i).GetName() for i in range(_count(node))]
-        number = 1 + max((int(m[1]) for m in (re.fullmatch(re.escape(_("Nodule")) + r" (\d+)", n) for n in names) if m), default=0)
+        word = _("Nodule") if expects_lung(lesion.model.card) else label.name
+        number = 1 + max((int(m[1]) for m in (re.fullmatch(re.escape(word) + r" (\d+)", n) for n in names) if m), default=0)
         digest = mrml.mask_digest(answer.mask, answer.box.start)
         tags = {
             mrml.PROMPTS_TAG: mrml.prompts_text(prompts, lesion.volume),
@@ -463,7 +465,7 @@ class NoduleTool(VTKObservationMixin):
             lesion.volume,
             node,
             lesion.segment,
-            name=f"{_('Nodule')} {number}",
+            name=f"{word} {number}",
             color=COLORS[(number - 1) % len(COLORS)],
             tags=tags,
         )
@@ -528,12 +530,12 @@ class Row:
 class NoduleList(VTKObservationMixin):
     """What the segments of a segmentation measure, kept up to date while they are edited. changed() follows each change.
 
-    known: digest of a mask: its measures, which need not be made again.
+    known: digest of a mask: its measures, which need not be made again. models(): of clicks, which say whether theirs are of lungs.
     """
 
-    def __init__(self, changed: Callable[[], None], known: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, changed: Callable[[], None], known: dict[str, dict[str, Any]], models: Callable[[], Sequence[Any]]) -> None:
         super().__init__()
-        self._changed, self._known = changed, known
+        self._changed, self._known, self._models = changed, known, models
         self.node: Any = None
         self.volume: Any = None
         self.rows: list[Row] = []
@@ -575,6 +577,7 @@ class NoduleList(VTKObservationMixin):
 
     def _steps(self) -> Generator[Any, None, None]:
         from UNetSegmentationLib import mrml, nodule
+        from UNetSegmentationLib.inference.click import expects_lung
 
         node, volume = self.node, self.volume
         rows, former = [], {row.segment: row for row in self.rows}
@@ -596,7 +599,9 @@ class NoduleList(VTKObservationMixin):
             digest = mrml.mask_digest(mask, start)
             measures = row.measures if row is not None and row.digest == digest and row.label[1] == place else self._known.get(digest)
             if measures is None and 0 < mask.size <= LARGEST_VOXELS:
-                measures = nodule.describe(image, mask, start)
+                model = mrml.segment_tag(part, mrml.CLICK_MODEL_TAG)
+                lung = all(expects_lung(m.card) for m in self._models() if m.name == model)
+                measures = nodule.describe(image, mask, start, lung)
             rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, place), digest))
             yield
         self.rows = rows
@@ -643,8 +648,8 @@ class NoduleSection(VTKObservationMixin):
         self._updating = False
         self._roi: Any = None  # that is being drawn
         self.tool = NoduleTool(self._updateTool, lambda node: keep("nodules", node))
-        self.now = NoduleList(self._updateTable, self.tool.measured)
-        self.earlier = NoduleList(self._updateTable, {})
+        self.now = NoduleList(self._updateTable, self.tool.measured, lambda: self.models)
+        self.earlier = NoduleList(self._updateTable, {}, lambda: self.models)
         ui.clickButton.connect("clicked(bool)", self._onArm)
         ui.negativeButton.connect("toggled(bool)", self._onNegative)
         ui.nextNoduleButton.connect("clicked(bool)", lambda *_: self.tool.next())

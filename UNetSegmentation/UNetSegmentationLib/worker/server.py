@@ -28,7 +28,7 @@ from .. import __version__, kept
 from ..dataset import INDEX, Dataset, Objection, read_mask
 from ..engines import Engine, choose_engine
 from ..image import Image, UserError
-from ..inference.click import ClickSession
+from ..inference.click import ClickSession, expects_lung
 from ..inference.predict import Cancelled, Options, Progress, predict
 from ..measure import measure, uncertain_places
 from ..model import Label, ModelPackage
@@ -280,7 +280,7 @@ class _Server(Program):
             session.warm()
         check()
         done = time.perf_counter()
-        measures = describe(image, answer.mask, answer.box.start) if wants_measures else None
+        measures = describe(image, answer.mask, answer.box.start, expects_lung(model.card)) if wants_measures else None
         if keep and answer.found:
             _keep(answer.mask, answer.box.start, image, model.card.labels[:1], kept.mask_digest(answer.mask, answer.box.start))
         seconds = {"load": loaded - began, **session.seconds, "measure": time.perf_counter() - done, "all": time.perf_counter() - began}
