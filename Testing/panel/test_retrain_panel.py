@@ -94,7 +94,7 @@ def toy(tmp_path: Path, version: str = "1.1.0", **changes: Any) -> Any:
     from UNetSegmentationLib.model import write_package
 
     conftest = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))
-    card = conftest["make_card"](version=version, labels=list(retraining.LABELS), **changes)
+    card = conftest["make_card"](**{"version": version, "labels": list(retraining.LABELS), **changes})
     return write_package(tmp_path / f"{card['name']}-{version}.unet.zip", card, conftest["make_onnx"]("threshold", card))
 
 
@@ -120,11 +120,8 @@ def test_the_models_with_weights_are_offered_and_the_panels_is_chosen(panel: Any
     p = panel()
     combo = p.ui.startCombo
     names = [Path(str(combo.itemData(i))).name for i in range(combo.count)]
-    assert (
-        names[-1] == ""
-        and "hippocampus-3d-1.1.0.unet.zip" in names
-        and not {n for n in names if n.startswith(("toy", "lung-nodule-click"))}
-    )
+    assert names[-1] == "" and "hippocampus-3d-1.1.0.unet.zip" in names and not {n for n in names if n.startswith("toy")}
+    assert names[-2].startswith("lung-nodule-click-")
     p.widget._parameters.models = ["hippocampus-3d-1.1.0"]
     p.gui.process_events()
     assert Path(combo.itemData(combo.currentIndex)).name == "hippocampus-3d-1.1.0.unet.zip"
@@ -132,6 +129,20 @@ def test_the_models_with_weights_are_offered_and_the_panels_is_chosen(panel: Any
     combo.activated.emit(combo.count - 1)
     p.section.update()
     assert combo.itemData(combo.currentIndex) == ""
+
+
+def test_of_a_model_of_clicks_it_says_how_it_learns(panel: Any) -> None:
+    p = panel()
+    p.widget.trainingSet.summary = {"labels": [{"name": "Liver lesion"}], "count": 3, "patients": 2, "channels": ["CT"]}
+    combo = p.ui.startCombo
+    at = next(i for i in range(combo.count) if "lung-nodule-click" in str(combo.itemData(i)))
+    combo.setCurrentIndex(at)
+    combo.activated.emit(at)
+    assert p.ui.trainButton.enabled and "learnt anew" not in p.ui.trainMessage.text
+    assert p.ui.trainMessage.text.endswith("every connected part of a label is a lesion.")
+    p.widget.trainingSet.summary["channels"] = ["CT", "PET"]
+    p.section.update()
+    assert not p.ui.trainButton.enabled and "clicked on in one image" in p.ui.trainMessage.text
 
 
 # ------------------------------------------------------------------------------------------------------------- beginning
@@ -596,6 +607,24 @@ def test_use_it_takes_the_parents_place_and_is_chosen(panel: Any, tmp_path: Path
     assert [m.name for m in p.widget.modelList.selected] == ["toy-1.1.0"]
     assert p.section.job.decided == "use" and not p.ui.decideWidget.visible and "in place of toy-1.0.0" in p.ui.jobMessage.text
     assert p.section.root.text == "Retrain" and (folder / "toy-1.1.0.unet.zip").exists()
+
+
+def test_a_model_of_clicks_is_judged_after_one_click_and_chosen_for_clicks(panel: Any, tmp_path: Path, models_folder: Path) -> None:
+    folder = retraining.make_job(tmp_path / "cases", pid=None, launched=0.0)
+    retraining.make_result(folder, toy(tmp_path, task="click", labels=[retraining.LABELS[0]]).path)
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    own = result["labels"]["Anterior"]
+    result["labels"] = {"Anterior": {**own, "dice_3_clicks": own["dice"]}}
+    (folder / "result.json").write_text(json.dumps(result), "utf-8")
+    p = panel()
+    assert [row[0] for row in p.rows()] == ["Dice", "Dice, 3 clicks", "HD95 (mm)", "Vol. error (%)"]
+    assert "after one" in p.ui.scoreTable.item(1, 1).toolTip()
+    colors = [p.ui.scoreTable.item(i, 2).foreground().color().name() for i in (0, 1)]
+    assert colors[0] == colors[1]
+    p.gui.click(p.ui.useButton)
+    p.done()
+    assert p.widget._parameters.clickModel == "toy-1.1.0" and [f.name for f in models_folder.glob("*.zip")] == ["toy-1.1.0.unet.zip"]
+    assert "toy-1.1.0" in [m.name for m in p.widget.nodules.models] and p.section.job.decided == "use"
 
 
 def test_keep_both_gives_it_a_name_of_its_own(panel: Any, tmp_path: Path, models_folder: Path) -> None:

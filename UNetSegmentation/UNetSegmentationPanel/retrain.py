@@ -252,7 +252,11 @@ class RetrainSection(VTKObservationMixin):
     def _start(self) -> Any:
         """The model that is started from; None: from scratch."""
         path = self.ui.startCombo.itemData(self.ui.startCombo.currentIndex)
-        return next((m for m in self.panel.modelList.models if m.card is not None and str(m.path) == path), None)
+        return next((m for m in self._models() if str(m.path) == path), None)
+
+    def _models(self) -> list[Any]:
+        """Those that a training can start from: automatic ones, and after them those of clicks."""
+        return [m for m in (*self.panel.modelList.models, *self.panel.nodules.models) if m.card is not None and _trainable(m.card)]
 
     def _misfit(self, model: Any) -> str:
         """Why a model cannot go on with the training set, one sentence; "" where it can, or nobody knows yet."""
@@ -396,7 +400,7 @@ class RetrainSection(VTKObservationMixin):
             panel.nodules.read()
             automatic = any(m.name == name and m.card is not None for m in panel.modelList.models)
             panel._keepChoice("models" if automatic else "clickModel", [name] if automatic else name)
-            self._base = str(path) if automatic else None
+            self._base = str(path)
             slicer.util.showStatusMessage(_("{name} is in the list of models, and chosen.").format(name=name), 5000)
         self._find()
 
@@ -596,7 +600,7 @@ class RetrainSection(VTKObservationMixin):
         """What a new training would start from, and whether it can."""
         from .run import deviceChoices
 
-        ui, models = self.ui, [m for m in self.panel.modelList.models if m.card is not None and _trainable(m.card)]
+        ui, models = self.ui, self._models()
         choices = [*((str(m.path), _title(m.card)) for m in models), ("", _("Nothing: a new model, from scratch"))]
         _fill(ui.startCombo, choices, self._base if self._base is not None else self._likeliest(models))
         ui.startCombo.toolTip = ui.startCombo.currentText  # which a narrow panel cuts off
@@ -625,6 +629,8 @@ class RetrainSection(VTKObservationMixin):
         text = text.format(n=summary.get("count", 0), patients=summary.get("patients", 0), labels=", ".join(names) or "–")
         model = self._start()
         card = model.card if model is not None else None
+        if card is not None and card.data["task"] == "click":
+            return f"{text} {_('Simulated clicks teach it: every connected part of a label is a lesion.')}"
         known = {label.name.casefold() for label in card.labels} if card is not None else set()
         fresh = [name for name in names if name.casefold() not in known] if card is not None else []
         if fresh:
@@ -779,7 +785,7 @@ class RetrainSection(VTKObservationMixin):
                 item.setTextAlignment(int(qt.Qt.AlignVCenter) | int(qt.Qt.AlignRight if j else qt.Qt.AlignLeft))
                 item.setToolTip(tips[i])
                 if text.endswith((_UP, _DOWN)):
-                    good = text.endswith(_UP) == (row[0] == _figures()["dice"][0])
+                    good = text.endswith(_UP) == row[0].startswith(_figures()["dice"][0])
                     item.setForeground(qt.QBrush(qt.QColor(_COLORS[good])))
                 table.setItem(i, j, item)
         _fit(table, len(rows), [0])
@@ -836,6 +842,7 @@ def _figures() -> dict[str, tuple[str, int, str]]:
     """Key in result.json: title of the row, digits, what it means."""
     return {
         "dice": (_("Dice"), 3, _("Overlap with the corrected mask: 1 is all, 0 is none")),
+        "dice_3_clicks": (_("Dice, 3 clicks"), 3, _("The same after three clicks; the other rows are after one")),
         "hausdorff95_mm": (_("HD95 (mm)"), 2, _("Hausdorff distance of the outlines, 95th percentile: 0 is perfect")),
         "volume_error_percent": (_("Vol. error (%)"), 1, _("Volume error in percent of the corrected mask's: 0 is perfect")),
     }
