@@ -334,8 +334,11 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             return
         p = self._parameters
         if p.volume is not self._volume and p.volume is not None:
-            self._volume = p.volume
-            self._leaveSegmentations(p)
+            self._volume, self._updating = p.volume, True  # all of it is shown once, below
+            try:
+                self._leaveSegmentations(p)
+            finally:
+                self._updating = False
         self._volume = p.volume
         self._adopt()
         self._update()
