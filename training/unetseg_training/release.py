@@ -2,6 +2,7 @@
 
     python -m unetseg_training.release hippocampus-3d runs/hippocampus-3d/fold0-seed0
     python -m unetseg_training.release lung-nodule-click runs/lung-nodule-click
+    python -m unetseg_training.release lung-nodule-click                              the bundled weights, scored again
 
 The package goes to the core's resources/models; the curve and the score of every held-out case to training/results.
 """
@@ -25,7 +26,7 @@ from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.measure import dice
-from UNetSegmentationLib.model import RESOURCES, SUFFIX, ModelPackage, write_package
+from UNetSegmentationLib.model import RESOURCES, SUFFIX, ModelPackage, find_model, write_package
 from UNetSegmentationLib.networks import UNetConfig
 
 from . import lung_nodule_2d, lung_nodule_click, score_click
@@ -44,7 +45,7 @@ CLICK_CARD: dict[str, Any] = {
     "display": "lung",
     "surroundings": "lung",
     "name": "lung-nodule-click",
-    "version": "0.3.0",
+    "version": "0.3.1",
     "title": "Lung nodule or mass, by clicks",
     "description": "3D U-Net that outlines the one lung nodule or mass that is clicked on (3 to 80 mm, slices to 5 mm) in chest CT. "
     "More clicks correct it. Not a diagnosis.",
@@ -153,19 +154,22 @@ def plot(curve: list[dict[str, str]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("run", type=Path, help="the folder that the training wrote")
+    parser.add_argument("run", type=Path, nargs="?", help="the folder that the training wrote; without it the bundled weights are scored")
     parser.add_argument("--output", type=Path, default=RESOURCES / "models")
     options = parser.parse_args()
     card = card_of(options.name)
-    model = load_weights(options.run, UNetConfig.from_json(card["network"]))
+    command = " ".join(map(str, filter(None, ("python -m unetseg_training.release", options.name, options.run))))
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        draft = export(model, card, Path(folder) / f"draft{SUFFIX}", drive)
+        if options.run:
+            model = load_weights(options.run, UNetConfig.from_json(card["network"]))
+            draft = export(model, card, Path(folder) / f"draft{SUFFIX}", drive)
+        else:
+            draft = find_model(options.name)
         rows = score(draft)
-        labels = [label.name for label in draft.card.labels]
-        metrics = summary(rows, labels, f"python -m unetseg_training.release {options.name} {options.run}")
-        final = {**{k: v for k, v in draft.card.data.items() if k != "files"}, "metrics": metrics}
+        metrics = summary(rows, [label.name for label in draft.card.labels], command)
+        final = {**{k: v for k, v in draft.card.data.items() if k != "files"}, **card, "metrics": metrics}
         options.output.mkdir(parents=True, exist_ok=True)
         target = options.output / f"{card['name']}-{card['version']}{SUFFIX}"
         write_package(target, final, draft.onnx, draft.safetensors)
@@ -175,10 +179,11 @@ def main() -> None:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    with open(options.run / "curve.csv", newline="", encoding="utf-8") as f:
-        curve = list(csv.DictReader(f))
-    shutil.copyfile(options.run / "curve.csv", results / "curve.csv")
-    plot(curve, results / "curve.png")
+    if options.run:
+        with open(options.run / "curve.csv", newline="", encoding="utf-8") as f:
+            curve = list(csv.DictReader(f))
+        shutil.copyfile(options.run / "curve.csv", results / "curve.csv")
+        plot(curve, results / "curve.png")
     (results / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
     print(json.dumps(metrics, indent=2))
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB; scored in {time.monotonic() - began:.0f} s")
