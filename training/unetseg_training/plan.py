@@ -321,11 +321,14 @@ def plan(
     why["input.patch"] = "it holds nearly every image whole" if whole else f"as large as a step on {where} allows (about {budget:,} voxels)"
     maps, cap = (32, 320) if gpu and not quick else (16, 96 if quick else 128)
     channels = [min(cap, maps * 2**i) for i in range(len(strides) + 1)]
-    if quick and dims == 3:
+    # Of hippocampi, after 300 s on one core: a Dice of 0.698 as before; 0.735 with half the maps at full size, 0.781 also with three
+    # times the rate, 0.810 also with one patch a step.
+    bold = quick and dims == 3 and not gpu
+    if bold:
         channels[0] //= 2
     why["network.channels"] = (
         f"{len(channels)} levels, until about 4 voxels are left of an axis; {channels[0]} feature maps at full size for {where}"
-        + (", where a step takes most of its time: with twice as many it took 1.6 times as long" if quick and dims == 3 else "")
+        + (", where a step takes most of its time: with twice as many it took 1.6 times as long" if bold else "")
     )
     uneven = any(len(set(s)) > 1 for s in strides)
     if uneven:
@@ -385,8 +388,8 @@ def plan(
     voxels = math.prod(patch)
     per_patch = _activation_bytes(patch, channels, strides, precision)
     room = max(0.0, 0.7 * (machine.gpu_memory if gpu else machine.memory) - _BASE_BYTES)
-    fresh = 1 if dims == 3 and base is None else 2 if dims == 3 else 4
-    wanted_batch = 8 if clicked else fresh if quick else 8 if dims == 3 else 12
+    few = 1 if bold and base is None else 2 if dims == 3 else 4
+    wanted_batch = 8 if clicked else few if quick else 8 if dims == 3 else 12
     batch = max(1, min(wanted_batch, int(room // per_patch)))
     checkpointing = room < per_patch
     accumulate = math.ceil(wanted_batch / batch)
