@@ -261,8 +261,8 @@ def test_clicked_nodules_have_the_models_label(hands: Hands, models_folder: Path
     hands.gui.wait(lambda: not tool.busy, RUN_S)
     hands.settle()
     node = hands.widget._parameters.nodules
-    assert [(r.name, r.label) for r in hands.section.rows] == [("Nodule 1", "lung nodule")], tool.text
-    removed = int(hands.correct(node, "Nodule 1", lambda mask: mask[8:12].fill(0)).sum())
+    assert [(r.name, r.label) for r in hands.section.rows] == [("lung nodule 1", "lung nodule")], tool.text
+    removed = int(hands.correct(node, "lung nodule 1", lambda mask: mask[8:12].fill(0)).sum())
     said = hands.add()
     assert "removed" in said and "0 voxels added" in said, said
     assert hands.only.record["voxels_by_label"] == {"lung nodule": removed} and hands.only.record["model_name"] == "aclick-1.0.0"
