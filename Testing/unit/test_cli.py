@@ -632,13 +632,14 @@ def test_click_tells_the_nodules_size(clicked, tmp_path, unetseg):
     assert code == 0, err
     report = json.loads(out)
     image, mask = read_image(scan), read_image(tmp_path / "o.nrrd").array
-    assert report["nodule"] == json.loads(json.dumps(describe(image, mask)))
-    for name, value in zip(COLUMNS, row(describe(image, mask))):
+    told = describe(image, mask, lung=False)  # the toy's window does not tell lung from soft tissue
+    assert report["nodule"] == json.loads(json.dumps(told))
+    for name, value in zip(COLUMNS, row(told)):
         assert any(name in line and value in line for line in err.splitlines()), name
-    assert NOTE in err
+    assert NOTE in " ".join(err.split())  # a narrow table breaks it
     heading, line = csv.reader((tmp_path / "o.csv").read_text("utf-8").splitlines())
     assert heading == ["Scan", "R (mm)", "A (mm)", "S (mm)", *COLUMNS, "Note"]
-    assert line == ["scan.nrrd", "-12.5", "-12.5", "5.5", *row(describe(image, mask)), NOTE]
+    assert line == ["scan.nrrd", "-12.5", "-12.5", "5.5", *row(told), NOTE]
     code, out, err = unetseg(*command, "--csv", "-", "-q")
     assert code == 0 and out.splitlines()[0] == ",".join(heading) and len(out.splitlines()) == 2
     assert err == ""

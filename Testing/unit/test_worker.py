@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.image import Box, Image, UserError, read_image
-from UNetSegmentationLib.inference.click import ClickSession
+from UNetSegmentationLib.inference.click import ClickSession, expects_lung
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
 from UNetSegmentationLib.measure import measure, uncertain_places
 from UNetSegmentationLib.model import Label, find_model
@@ -291,7 +291,7 @@ def assert_answers(answer, session, image) -> None:
     assert (answer.box, answer.text, answer.zoom, answer.found) == (expected.box, expected.text, expected.zoom, expected.found)
     assert answer.mask.dtype == np.uint8 and np.array_equal(answer.mask, expected.mask)
     if answer.measures is not None:
-        assert answer.measures == describe(image, expected.mask, expected.box.start)
+        assert answer.measures == describe(image, expected.mask, expected.box.start, expects_lung(session.card))
 
 
 def test_clicks_give_what_a_session_gives(client, chest, clicker):
