@@ -146,6 +146,12 @@ class CaseSet:
         return next((label.value for label in self.labels if _plain(label.name) == _plain(name)), 0)
 
 
+def evenly(cases: Sequence[Case], limit: int) -> list[Case]:
+    """`limit` of the cases at most, evenly chosen."""
+    step = max(1.0, len(cases) / max(1, limit))
+    return [cases[int(i * step)] for i in range(min(limit, len(cases)))]
+
+
 def folds(cases: Sequence[Case], k: int, seed: int = 20261122) -> list[int]:
     """The fold of each case, the same for all of a patient: a fixed shuffle of the sorted patients, dealt out in turn."""
     patients = sorted({c.patient for c in cases})

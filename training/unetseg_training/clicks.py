@@ -740,12 +740,11 @@ class HeldOut:
     PER_CASE, AROUND_MM = 4, 70.0
 
     def __init__(self, case_set: CaseSet, cases: Sequence[Case], config: Config) -> None:
+        from .cases import evenly
         from .train import live_package
 
         self.case_set, self.config = case_set, config
-        limit = config.fit.validate_cases or len(cases)
-        step = max(1.0, len(cases) / limit)
-        self.cases = [cases[int(i * step)] for i in range(min(limit, len(cases)))]
+        self.cases = evenly(cases, config.fit.validate_cases or len(cases))
         self.package = live_package(config.card())
         self.parts: list[list[metrics.Item]] = []
         self.examples: list[tuple[str, np.ndarray, np.ndarray, np.ndarray, tuple[float, float, float]]] = []

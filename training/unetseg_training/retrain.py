@@ -31,7 +31,7 @@ from UNetSegmentationLib.networks import UNetConfig
 
 from . import clicks, metrics, report, watch
 from . import config as config_file
-from .cases import Case, CaseSet, find_cases, folds
+from .cases import Case, CaseSet, evenly, find_cases, folds
 from .config import Config
 from .export import card_path, compact, export_run, lineage, markdown
 from .finetune import start_from
@@ -386,8 +386,7 @@ class Steer(Callback):
 def _held_out(case_set: CaseSet, quick: bool) -> list[Case]:
     """The cases that both models are scored on: the test cases where there are any, else those of validation."""
     found = [c for c in case_set.cases if c.split == "test"] or [c for c in case_set.cases if c.split == "validation"]
-    step = max(1.0, len(found) / MOST_CHECKED[quick])
-    return [found[int(i * step)] for i in range(min(len(found), MOST_CHECKED[quick]))]
+    return evenly(found, MOST_CHECKED[quick])
 
 
 def _checked(

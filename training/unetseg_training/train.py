@@ -103,10 +103,10 @@ class HeldOut:
     """Whole held-out cases through predict(), on their own grids."""
 
     def __init__(self, case_set: CaseSet, cases: Sequence[Case], config: Config) -> None:
+        from .cases import evenly
+
         self.case_set, self.config = case_set, config
-        limit = config.fit.validate_cases or len(cases)
-        step = max(1.0, len(cases) / limit)
-        self.cases = [cases[int(i * step)] for i in range(min(limit, len(cases)))]
+        self.cases = evenly(cases, config.fit.validate_cases or len(cases))
         self.package = live_package(config.card())
         self.examples: list[tuple[str, np.ndarray, np.ndarray, np.ndarray, tuple[float, float, float]]] = []
 
