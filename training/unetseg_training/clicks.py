@@ -35,6 +35,7 @@ from UNetSegmentationLib.inference.click import (
     SOFT_TISSUE_HU,
     ZOOMS,
     ClickSession,
+    fitting,
     lies_in_lung,
     prompt_channels,
 )
@@ -327,8 +328,14 @@ class Sampler:
         anchor = _anchor(scan, rng)
         jitter = rng.uniform(-5, 5, 3) * (0.6, 1, 1) * (rng.random() < 0.5)
         if native:
-            jitter, mirrored = np.rint(jitter), rng.random() < 0.5
+            mirrored = rng.random() < 0.5
             steps = voxel * zoom / scan.spacing * ([-1 if mirrored else 1, 1, 1])
+            if rng.random() < 0.6:  # about the lesion, as soon as it was found
+                assert scan.mask is not None
+                box = Box.around(scan.mask)
+                assert box is not None
+                jitter = ((np.array(box.start) + box.stop - 1) / 2 - anchor) / steps
+            jitter = np.rint(jitter)
             cutter = Cutter.of_session(self.look, anchor + jitter * steps, zoom, mirrored)
         else:
             turn, bend = turned(rng, self.mix.tilt), self.bend(rng, zoom)
@@ -566,10 +573,9 @@ class Lesions(Sampler):
         size = diameter(lesion.share >= 128, spacing)
         if not native and rng.random() < 0.15:  # as small or as large as others may be
             zoom = float(np.clip(size / (rng.uniform(0.3, 2.3) * (look.voxel * look.patch).min()), 0.2, 1.3))
-        else:  # from as far away as a session looks at what is larger than a patch
-            extent = (np.array(lesion.box.shape) - 2) * spacing
-            fits = [bool((extent <= look.voxel * z * (np.array(look.patch) - 8)).all()) for z in ZOOMS]
-            zoom *= ZOOMS[rng.integers(1 + (fits.index(True) if any(fits) else len(fits) - 1))]
+        else:  # from as near as a session looks at it, or from as far away as on the way there
+            closest = fitting((np.array(lesion.box.shape) - 2) * spacing / look.voxel, look.patch, ZOOMS[0])
+            zoom *= closest if rng.random() < 0.5 else rng.choice([z for z in ZOOMS if 1 <= z <= max(1, closest)])
         scan, box = _region(lesion.case, lesion.box, look, zoom)
         share = np.zeros(box.shape, np.float32)
         share[lesion.box.relative_to(box).slices] = lesion.share / np.float32(255)
@@ -582,7 +588,7 @@ class Lesions(Sampler):
 
     def _nothing(self, rng: np.random.Generator) -> Sample:
         """A click away from every lesion; lesions that the patch shows have no weight."""
-        zoom = math.exp(rng.uniform(math.log(0.7), math.log(ZOOMS[-1])))
+        zoom = math.exp(rng.uniform(math.log(ZOOMS[0]), math.log(ZOOMS[-1])))
         case, places = self.nowhere[rng.integers(len(self.nowhere))]
         place = places[rng.integers(len(places))]
         scan, box = _region(case, Box(tuple(place), tuple(place + 1)), self.look, zoom)

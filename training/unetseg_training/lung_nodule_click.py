@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 from torch import Tensor
-from UNetSegmentationLib.image import read_image, reorient
-from UNetSegmentationLib.inference.click import ZOOMS
+from UNetSegmentationLib.image import Box, read_image, reorient
+from UNetSegmentationLib.inference.click import ZOOMS, fitting
 from UNetSegmentationLib.model import find_model
 from UNetSegmentationLib.networks import UNet, UNetConfig
 
@@ -145,9 +145,8 @@ class Sampler(clicks.Sampler):
         group = self.crops if crop else self.cubes
         scan = group[rng.integers(len(group))]
         scan = thick(scan, rng, mix.thick if crop else mix.thick_cubes)
-        if rng.random() < mix.native:  # what is larger than a patch, as a session looks at it
-            zoom = float(np.clip(scan.diameter / 24, 1.0, ZOOMS[-1]))
-            zoom *= math.exp(rng.uniform(-0.18, 0.18) * (rng.random() < 0.3))
+        if rng.random() < mix.native:  # a session's first look, or its closest
+            zoom = session_zoom(scan, closest=rng.random() < 0.65) * math.exp(rng.uniform(-0.18, 0.18) * (rng.random() < 0.3))
             return self.clicked(scan, zoom, rng, native=True) or self.fresh(rng)
         implant = crop and scan.isolated and rng.random() < mix.implants
         zoom = lung_zoom = math.exp(rng.uniform(-1, 1) * math.log(mix.zoom))
@@ -183,7 +182,7 @@ class Sampler(clicks.Sampler):
 
     def _nothing(self, rng: np.random.Generator) -> Sample:
         """A click on a vessel, the wall, bone, airway or plain lung: nothing is to be marked."""
-        zoom = math.exp(rng.uniform(math.log(0.7), math.log(3.4)))
+        zoom = math.exp(rng.uniform(math.log(ZOOMS[0]), math.log(ZOOMS[-1])))
         if rng.random() < 0.75:
             values, known = self._place(rng, zoom, tissue=rng.random() < 0.8)
         else:
@@ -235,9 +234,19 @@ def patch(scan: Scan, rng: np.random.Generator) -> Sample:
     """A held-out nodule as it is, with a first click at a place inside."""
     assert scan.mask is not None
     spots = np.argwhere(scan.mask)
-    centre = spots[rng.integers(len(spots))].astype(float)
-    values, label, known = Cutter.of_session(LOOK, centre, max(1.0, scan.diameter / 24))(scan)
-    return Sample(LOOK.normalised(values), label, known, [LOOK.middle], [], None, None, 3)
+    click = spots[rng.integers(len(spots))].astype(float)
+    centre, zoom = (spots.min(0) + spots.max(0)) / 2, session_zoom(scan, closest=True)
+    values, label, known = Cutter.of_session(LOOK, centre, zoom)(scan)
+    at = np.rint(LOOK.middle + (click - np.floor(centre + 0.5)) * scan.spacing / (LOOK.voxel * zoom))
+    return Sample(LOOK.normalised(values), label, known, [tuple(np.clip(at, 0, np.array(PATCH) - 1))], [], None, None, 3)
+
+
+def session_zoom(scan: Scan, closest: bool) -> float:
+    """Of the look in which a session sees the whole nodule: the closest, or its first."""
+    assert scan.mask is not None
+    box = Box.around(scan.mask)
+    assert box is not None
+    return fitting(np.array(box.shape) * scan.spacing / LOOK.voxel, LOOK.patch, ZOOMS[0] if closest else 1.0)
 
 
 def job(fit: Fit, start: dict[str, Tensor] | None = None) -> Job:

@@ -32,16 +32,17 @@ from .predict import Cancelled, Options, Prediction
 MODEL = "lung-nodule-click"
 # Standard deviation of a click's Gaussian, in voxels (z, y, x) of the model's grid.
 CLICK_SIGMA = (1.6, 2.8, 2.8)
-# How much coarser the grid may get for what is larger than a patch.
-ZOOMS = (1.0, 1.5, 2.25, 3.4)
+# How much coarser than the model's the grid gets for what is larger than a patch, and finer for what is small.
+ZOOMS = (0.5, 0.7, 1.0, 1.5, 2.25, 3.4)
 # A click beside a small nodule still means it: this many voxels of the model's grid (2 mm) are forgiven.
 _REACH = 3
 # A patch with more than this share of voxels above this HU shows neither lung nor a nodule's edge.
 SOFT_TISSUE_HU, SOFT_SHARE = -300.0, 0.8
 # 1 to 4 mm around what clicks in 185 LIDC nodules gave, 0.45 or more of the voxels are below -500 HU but for one nodule's; around
 # two masses of 45 and 67 mm at the mediastinum 0.5. Of 150 clicks on bone, fat and soft tissue far from lesions, the network
-# takes 45 for lesions, and 39 of these have less.
-LUNG_HU, LUNG_SHARE, AIR_HU = -500.0, 0.45, -850.0
+# takes 45 for lesions, and 39 of these have less; between 0.45 and 0.46 lay 72 ml of a spine. With 0.49 four of 92 nodules of
+# 19 mm and more were refused from where 0.46 finds them, and two of five places in a mass of 45 mm gave 0.15 less.
+LUNG_HU, LUNG_SHARE, AIR_HU = -500.0, 0.46, -850.0
 _BORDER_VOXELS = 6
 _NOTHING = "Nothing was found here; click inside the lesion, or draw a box around it."
 _NO_LUNG = "No lesion with lung around it was found here; if it is one, click a second time on it, or draw a box around it."
@@ -81,7 +82,8 @@ def prompt_channels(
 @dataclass(frozen=True)
 class Answer:
     """The mask after a prompt: mask (z, y, x) uint8 of 0 and 1 in `box` of the image's index space (both empty where
-    nothing was found); text: a sentence for the person, or "". zoom: how much coarser than the model's grid it ran."""
+    nothing was found); text: a sentence for the person, or "". zoom: how much coarser than the model's grid it ran, which
+    later clicks do not undercut."""
 
     box: Box
     mask: np.ndarray
@@ -222,7 +224,8 @@ class ClickSession:
             self._history.append((prompts, _EMPTY))
             return
         part = self._orientation.canonical((mask[inside.slices] > 0).astype(np.uint8))
-        self._history.append((prompts, Answer(self._orientation.canonical_box(inside.shifted(start), self.image.shape), part)))
+        box = self._orientation.canonical_box(inside.shifted(start), self.image.shape)
+        self._history.append((prompts, Answer(box, part, zoom=ZOOMS[0])))
 
     def replay(self, prompts: Sequence[Prompt], cancelled: Callable[[], bool] | None = None) -> Answer:
         """Bring the session to exactly these prompts, in their order, whatever it had: what both begin with is kept, the rest
@@ -352,12 +355,22 @@ class ClickSession:
         if first and answer.found and len(prompts.positive) < 2 and (border or not likely):
             answer, text = replace(_EMPTY), _ENDLESS if border else _NO_LUNG
         elif not before.found and answer.found and not border:
-            middle, zoom = self._around(answer)
-            if zoom < frame[1]:
-                closer, cut, still = self._run((middle, zoom), prompts, answer, in_lung)
-                answer = closer if closer.found and not cut and still else answer
+            answer = self._closer(frame[1], prompts, answer, in_lung)
         self._history.append((prompts, replace(answer, text=text)))
         return self.answer
+
+    def _closer(self, seen: float, prompts: _Prompts, answer: Answer, in_lung: bool) -> Answer:
+        """What was found with the zoom `seen`, from as close as shows it whole.
+
+        162 held-out LIDC nodules, one click: Dice 0.803 as first found, 0.820 so; of those below 6 mm 0.766 and 0.814."""
+        low, high = np.array(answer.box.start, float), np.array(answer.box.stop) - 1.0
+        closest = fitting((high - low) / self._spacing(1.0), self.card.data["patch"], ZOOMS[0])
+        for zoom in (z for z in ZOOMS if closest <= z < seen):
+            # What is around it was seen from further away.
+            closer, cut, likely = self._run(((low + high) / 2, zoom), prompts, _EMPTY, in_lung and zoom >= 1)
+            if not cut:
+                return closer if closer.found and likely else answer
+        return answer
 
     def _spacing(self, zoom: float) -> np.ndarray:
         return np.array(self.card.data["spacing"][::-1], float) * zoom / self._canonical.spacing[::-1]
@@ -370,18 +383,9 @@ class ClickSession:
         if before.found:
             points += [np.array(before.box.start), np.array(before.box.stop) - 1]
         points = points or [np.array(p) for p in prompts.negative]
-        return self._fitting(np.min(points, 0), np.max(points, 0), before.zoom)
-
-    def _fitting(self, low: np.ndarray, high: np.ndarray, least: float) -> tuple[np.ndarray, float]:
-        size = np.array(self.card.data["patch"])
-        for zoom in ZOOMS:
-            # 4 voxels on each side, for the mask to grow and the network to see where the lesion ends.
-            if least <= zoom and ((high - low) / self._spacing(zoom) <= size - 8).all():
-                break
-        return (low + high) / 2, zoom
-
-    def _around(self, answer: Answer) -> tuple[np.ndarray, float]:
-        return self._fitting(np.array(answer.box.start, float), np.array(answer.box.stop) - 1.0, 1.0)
+        low, high = np.min(points, 0), np.max(points, 0)
+        least = ZOOMS[0] if not before.found and prompts.box is not None else before.zoom
+        return (low + high) / 2, fitting((high - low) / self._spacing(1.0), self.card.data["patch"], least)
 
     def _open(self, centre: np.ndarray, zoom: float) -> float:
         """The closest look of at least `zoom` that shows something other than soft tissue. A patch of nothing else may lie
@@ -489,6 +493,13 @@ class ClickSession:
                 if more and np.count_nonzero(kept.take(end, axis)) >= _BORDER_VOXELS:
                     return True
         return False
+
+
+def fitting(extent: Sequence[float], patch: Sequence[int], least: float) -> float:
+    """The smallest of ZOOMS, from `least` on, with which a patch shows what is `extent` voxels of the model's grid large."""
+    # 4 voxels on each side, for the mask to grow and the network to see where the lesion ends.
+    room = np.array(patch) - 8
+    return next((z for z in ZOOMS if z >= least and (np.array(extent) / z <= room).all()), ZOOMS[-1])
 
 
 def _noted(prompts: _Prompts, prompt: Prompt) -> _Prompts:
