@@ -196,7 +196,7 @@ def test_what_was_found_is_looked_at_again_from_as_near_as_shows_it_whole(click_
 def test_a_closer_look_that_finds_nothing_or_more_than_it_shows_is_not_followed(click_package):
     array = ball((60, 80, 80), (30, 40, 40), 2, (1, 1, 1))
     for closer in (0.0, 1.0):
-        engine = Recording(lambda batch: batch[:, 0] if batch[:, 0].sum() < 50 else np.full_like(batch[:, 0], closer))
+        engine = Recording(lambda batch, flat=closer: batch[:, 0] if batch[:, 0].sum() < 50 else np.full_like(batch[:, 0], flat))
         s = ClickSession(Image(array), click_package(), engine)
         answer = s.add_point(at(s, 30, 40, 42))
         assert answer.zoom == 1 and np.array_equal(s.mask, array) and len(engine.batches) > 1
