@@ -544,6 +544,27 @@ def test_sampling_a_part_equals_the_part_of_the_whole(spacing, interpolator):
         np.testing.assert_allclose(part, whole[(slice(None), *box.slices)], atol=1e-5 * 1000)
 
 
+@pytest.mark.parametrize("interpolator", ["linear", "bspline", "nearest"])
+def test_long_rows_are_interpolated_in_parts(interpolator, monkeypatch):
+    image = Image(volume("int16", (41, 61, 71)), (0.7, 0.8, 2.5))
+    grid = Grid.over(image, (0.513, 1.907, 6.011))
+    whole = sample(image.channels, grid, Box.whole(grid.shape), interpolator)
+    monkeypatch.setattr("UNetSegmentationLib.image._LONGEST", 40)
+    np.testing.assert_allclose(sample(image.channels, grid, Box.whole(grid.shape), interpolator), whole, atol=1e-5 * 1000)
+
+
+@pytest.mark.parametrize("interpolator", ["linear", "nearest"])
+@pytest.mark.parametrize("scale", [(1.0, 0.75, 0.75), (1.15, 1.1, 0.6)])
+def test_beyond_the_image_its_edge_goes_on(scale, interpolator):
+    """As the click model was taught; in the other two axes it is still interpolated."""
+    values = volume("int16", (20, 30, 40))[None]
+    margin, offset = 24, (-9.5, 3.25, 12.5)
+    padded = np.pad(values, ((0, 0), *[(margin, margin)] * 3), mode="edge")
+    inside = sample(values, Grid((14, 16, 16), scale, offset), Box.whole((14, 16, 16)), interpolator)
+    grid = Grid((14, 16, 16), scale, tuple(o + margin for o in offset))
+    np.testing.assert_allclose(inside, sample(padded, grid, Box.whole(grid.shape), interpolator), atol=1e-3)
+
+
 def test_unknown_interpolators_are_an_error():
     with pytest.raises(ValueError, match="cubic"):
         resample(Image(volume()), (2, 2, 2), "cubic")

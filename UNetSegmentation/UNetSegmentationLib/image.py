@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,9 @@ class Grid:
         return Box(tuple(start), tuple(stop)) & Box.whole(self.shape)
 
 
-_INTERPOLATORS = {"linear": sitk.sitkLinear, "bspline": sitk.sitkBSpline, "nearest": sitk.sitkNearestNeighbor}
+# Voxels in a row that are interpolated at once: a matrix of as many columns.
+_LONGEST = 1024
+_INTERPOLATORS = {"linear": sitk.sitkLinear, "bspline": sitk.sitkBSpline}
 
 
 def sample(channels: np.ndarray, grid: Grid, box: Box, interpolator: str = "linear") -> np.ndarray:
@@ -301,32 +304,61 @@ def sample(channels: np.ndarray, grid: Grid, box: Box, interpolator: str = "line
     Where the grid is coarser by more than 1.2, a Gaussian of half the lost bandwidth goes first, so that thin
     structures do not flicker (no filter for "nearest"). Only the voxels that `box` needs are touched.
     """
-    if interpolator not in _INTERPOLATORS:
-        raise ValueError(f"interpolator must be one of {', '.join(_INTERPOLATORS)}, not {interpolator!r}")
+    if interpolator not in ("nearest", *_INTERPOLATORS):
+        raise ValueError(f"interpolator must be nearest, {' or '.join(_INTERPOLATORS)}, not {interpolator!r}")
     if grid.is_identity:
         part = channels[(slice(None), *box.slices)]
         return np.ascontiguousarray(part if interpolator == "nearest" else part.astype(np.float32))
-    sigma = [0.5 * math.sqrt(s * s - 1) if s > 1.2 and interpolator != "nearest" else 0.0 for s in grid.scale]
+    if interpolator == "nearest":
+        places = [np.floor(s * np.arange(a, b) + o + 0.5) for a, b, s, o in zip(box.start, box.stop, grid.scale, grid.offset)]
+        z, y, x = (np.clip(p, 0, n - 1).astype(np.intp) for p, n in zip(places, channels.shape[1:]))
+        return channels[:, z[:, None, None], y[:, None], x]
+    sigma = [0.5 * math.sqrt(s * s - 1) if s > 1.2 else 0.0 for s in grid.scale]
     # B-spline weights fall by 0.27 a voxel: 12 voxels of margin leave 1e-7 of a cut's influence.
     margin = [math.ceil(4 * g) + (12 if interpolator == "bspline" else 2) for g in sigma]
     need = Box(
         tuple(math.floor(s * a + o) - m for a, s, o, m in zip(box.start, grid.scale, grid.offset, margin)),
         tuple(math.ceil(s * (b - 1) + o) + 1 + m for b, s, o, m in zip(box.stop, grid.scale, grid.offset, margin)),
     ) & Box.whole(channels.shape[1:])
+    longest = max(range(3), key=lambda a: need.shape[a])
+    if need.shape[longest] > _LONGEST and box.shape[longest] > 1:
+        middle = (box.start[longest] + box.stop[longest]) // 2
+        stop, start = list(box.stop), list(box.start)
+        stop[longest] = start[longest] = middle
+        halves = (Box(box.start, tuple(stop)), Box(tuple(start), box.stop))
+        return np.concatenate([sample(channels, grid, half, interpolator) for half in halves], longest + 1)
+    values = channels[(slice(None), *need.slices)].astype(np.float32)
+    for axis in sorted(range(3), key=lambda a: box.shape[a] / need.shape[a]):
+        if grid.scale[axis] == 1 and not grid.offset[axis]:
+            values = values.take(range(box.start[axis] - need.start[axis], box.stop[axis] - need.start[axis]), axis + 1)
+            continue
+        first = grid.scale[axis] * box.start[axis] + grid.offset[axis] - need.start[axis]
+        weights = _weights(need.shape[axis], first, grid.scale[axis], box.shape[axis], sigma[axis], interpolator)
+        shape = list(values.shape)
+        shape[axis + 1] = box.shape[axis]
+        if axis == 2:
+            values = values @ weights.T
+        else:
+            values = (weights @ values.reshape(*shape[: axis + 1], need.shape[axis], -1)).reshape(shape)
+    return np.ascontiguousarray(values)
+
+
+@lru_cache(maxsize=32)
+def _weights(n: int, first: float, step: float, count: int, sigma: float, interpolator: str) -> np.ndarray:
+    """float32 (count, n): what each of n voxels in a row adds to the values at first, first + step, ...
+
+    Filter and interpolation work along one axis after the other, so they are matrices of their answers to single voxels. Filtering
+    and interpolating a whole region had taken 20 times as long for a click's patch of 24x40x40 that is zoomed out by 3.4."""
+    rows = sitk.GetImageFromArray(np.eye(n, dtype=np.float32))
+    if sigma:
+        rows = sitk.DiscreteGaussian(rows, [1e-9, sigma * sigma], 32, 0.01, False)
     resampler = sitk.ResampleImageFilter()
-    resampler.SetSize([int(n) for n in box.shape[::-1]])
-    resampler.SetOutputSpacing(grid.scale[::-1])
-    resampler.SetOutputOrigin([s * a + o - n for a, s, o, n in zip(box.start, grid.scale, grid.offset, need.start)][::-1])
+    resampler.SetSize([n, count])
+    resampler.SetOutputSpacing([1.0, step])
+    resampler.SetOutputOrigin([0.0, first])
     resampler.SetInterpolator(_INTERPOLATORS[interpolator])
     resampler.UseNearestNeighborExtrapolatorOn()
-    out = []
-    for channel in channels[(slice(None), *need.slices)]:
-        dtype = channel.dtype if interpolator == "nearest" else np.float32
-        part = sitk.GetImageFromArray(np.ascontiguousarray(channel, dtype=dtype))
-        if any(sigma):
-            part = sitk.DiscreteGaussian(part, [max(g * g, 1e-9) for g in sigma[::-1]], 32, 0.01, False)
-        out.append(sitk.GetArrayFromImage(resampler.Execute(part)))
-    return np.stack(out)
+    return sitk.GetArrayFromImage(resampler.Execute(rows))
 
 
 def resample(image: Image, spacing: Sequence[float | None], interpolator: str = "linear") -> Image:

@@ -4,12 +4,15 @@
 
 The LIDC crops are tight in z, so they hardly show what a slice without the nodule looks like; those slices come from
 the LIDC cubes and from the lungs of whole chest CT. Thick slices (to 5 mm) are made from thin ones by averaging.
+
+Labels are shares of pixels, and part of the samples is seen as a scan is: neither turned nor mirrored. Of 41 held-out
+crops the Dice of version 1.0.0 (trained on labels of 0 and 1, mirrored and turned) rose from 0.830 to 0.836 when its answers were
+moved by 0.4 pixels to the left and 0.3 up, where the LIDC's masks lie.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,11 @@ from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import find_model
 from UNetSegmentationLib.networks import UNet
 
-from . import finetune, losses, transforms
+from . import finetune, transforms
 from .cases import Case, CaseSet
 from .config import Config, read
 from .lidc import data_folder, nodules, part
+from .losses import cross_entropy, overlap_loss
 from .prepare import Prepared, prepare
 from .train import Job, LiveEngine, live_package, run
 from .transforms import IMAGE, LABEL
@@ -34,6 +38,8 @@ from .watch import Watch
 CONFIG = Path(__file__).resolve().parents[1] / "models" / "lung-nodule-2d.yaml"
 # Of sixteen patches, eleven show crops, three cubes and two whole scans; how often slices are averaged to thicker ones.
 CROPS, CUBES, THICK = 11, 3, 0.3
+# How often a patch is seen as it is in a scan.
+NATIVE = 0.7
 
 
 def scans() -> CaseSet:
@@ -54,7 +60,10 @@ class Slices:
 
     def __init__(self, crops: list[Prepared], cubes: list[Prepared], scans: list[Prepared], config: Config, part: tuple[int, int] = (0, 1)):
         self.crops, self.cubes, self.scans, self.config, self.part = crops, cubes, scans, config, part
-        self.steps, margin = transforms.make(config, config.input.spacing[1::-1])  # type: ignore[arg-type]
+        self.steps, margin = transforms.make(config, config.input.spacing[1::-1], shares=True)  # type: ignore[arg-type]
+        upright = config.augmentation.model_copy(update={"warp_probability": 0.0, "elastic_probability": 0.0})
+        still = config.model_copy(update={"augmentation": upright, "input": config.input.model_copy(update={"flip_axes": []})})
+        self.native, _ = transforms.make(still, config.input.spacing[1::-1], shares=True)  # type: ignore[arg-type]
         self.half = config.input.patch[0] // 2 + margin[0]
         # Where in a whole scan's slice a patch may be centred: in the lung, whose values lie between air's and water's.
         self.near = []
@@ -86,18 +95,22 @@ class Slices:
             z = int(rng.integers(case.shape[0]))
             spots = self.near[n][z]
             centre = spots[rng.integers(len(spots))] if len(spots) else None
-        x, y = self._cut(case, z, centre, rng)
-        self.steps.set_random_state(int(rng.integers(2**31)))
+        native = rng.random() < NATIVE
+        x, y = self._cut(case, z, centre, rng, 0.1 if native else THICK)
+        steps = self.native if native else self.steps
+        steps.set_random_state(int(rng.integers(2**31)))
         ends = torch.tensor([case.low[0], case.high[0]]).reshape(2, 1, 1, 1).expand(2, len(x), 1, 1)
-        out = self.steps({IMAGE: torch.from_numpy(x), LABEL: torch.from_numpy(y), "low": ends[0], "high": ends[1]})
-        return out[IMAGE], out[LABEL][0].long()
+        out = steps({IMAGE: torch.from_numpy(x), LABEL: torch.from_numpy(y), "low": ends[0], "high": ends[1]})
+        return out[IMAGE], out[LABEL]
 
-    def _cut(self, case: Prepared, z: int, centre: np.ndarray | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Planes (2 * context + 1, y, x) and label (1, y, x) about a slice, with the margin that the warp needs."""
+    def _cut(
+        self, case: Prepared, z: int, centre: np.ndarray | None, rng: np.random.Generator, thicker: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Planes (2 * context + 1, y, x) and shares (1, y, x) about a slice, with the margin that the warp needs."""
         depth, h, w = case.shape
         context, half = self.config.input.context_slices, self.half
         thick = 1
-        if rng.random() < THICK:
+        if rng.random() < thicker:
             thick = int(rng.integers(1, max(1, min(round(5 / case.spacing[0]), depth // 2)) + 1))
         slab = np.arange(thick) - thick // 2
         planes = [
@@ -105,9 +118,9 @@ class Slices:
         ]
         if rng.random() < 0.1:
             planes = [planes[context]] * len(planes)
-        label = (case.labels[np.clip(z + slab, 0, depth - 1)].mean(0) >= 0.5).astype(np.float32)
+        label = case.shares[np.clip(z + slab, 0, depth - 1)].mean(0, dtype=np.float32) / 255
         stack = np.stack([*planes, label])
-        row, column = (centre if centre is not None else np.array([h // 2, w // 2])) + rng.integers(-10, 11, 2)
+        row, column = (centre if centre is not None else np.array([h // 2, w // 2])) + rng.integers(-12, 13, 2)
         rows, columns = (np.arange(at - half, at + half) for at in (int(np.clip(row, 0, h)), int(np.clip(column, 0, w))))
         if centre is not None or rng.random() < 0.7:
             # As predict() pads: reflected once (more would repeat the nodule), then the edge goes on.
@@ -122,6 +135,12 @@ def _reflected(index: np.ndarray, n: int) -> np.ndarray:
 
 def _split(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(stack[:-1]), np.ascontiguousarray(stack[-1:])
+
+
+def loss(logits: Tensor, share: Tensor) -> Tensor:
+    """Cross-entropy and Dice of logits (n, 2, y, x) against the nodule's share of each pixel (n, 1, y, x), 0..1."""
+    truth = torch.cat([1 - share, share], 1)
+    return cross_entropy(logits.float(), truth) + overlap_loss(logits.float(), truth)
 
 
 def twice(box: Box, shape: tuple[int, ...]) -> Box:
@@ -175,8 +194,7 @@ def job(config: Config, cache: Path, start: dict[str, Tensor] | None = None) -> 
         return Slices(kept["crops"], kept["cubes"], kept["scans"], config, (rank, devices))
 
     record: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": kept}
-    loss = partial(losses.make, config.loss, 2)
-    return Job(config.unet(), config.fit, source, loss, HeldOut(config), load, start, seed=config.fit.seed, record=record)
+    return Job(config.unet(), config.fit, source, lambda: loss, HeldOut(config), load, start, seed=config.fit.seed, record=record)
 
 
 def main() -> None:
@@ -186,8 +204,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     options = parser.parse_args()
     config = read(CONFIG)
-    if options.epochs:
-        config = config.model_copy(update={"fit": config.fit.model_copy(update={"epochs": options.epochs})})
+    changed: dict[str, Any] = {"epochs": options.epochs} if options.epochs else {}
+    if options.base:  # the weights are nearly right
+        changed |= {"batch": 12, "learning_rate": 5e-4}
+    config = config.model_copy(update={"fit": config.fit.model_copy(update=changed)})
     start = finetune.start_from(find_model(options.base), config.unet()).state if options.base else None
     run(job(config, options.folder.parent / "cache", start), options.folder, callbacks=[Watch(options.folder, ["crops", "cubes"])])
 

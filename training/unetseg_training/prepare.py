@@ -39,8 +39,8 @@ class Prepared:
     """A cached case; its arrays are mapped from the file when first used, in whatever process that is.
 
     values (c, a, b, c) float16, normalised but not clipped; labels (a, b, c) uint8; spacing: mm along the array's axes;
-    low, high (c,): the window's ends in normalised units; counts: voxels of each class (0: background). Of a click model also
-    shares (a, b, c) uint8: of each voxel the part that is labelled, 255 for all of it.
+    low, high (c,): the window's ends in normalised units; counts: voxels of each class (0: background). Of a click model, and
+    of a single label, also shares (a, b, c) uint8: of each voxel the part that is labelled, 255 for all of it.
     """
 
     name: str
@@ -114,7 +114,11 @@ def _settings(config: Config) -> dict[str, Any]:
         "intensity": data.intensity,
         "labels": len(config.labels),
         "channels": len(config.channels),
-    } | ({"shares": True} if config.model.task == "click" else {})
+    } | ({"shares": True} if _has_shares(config) else {})
+
+
+def _has_shares(config: Config) -> bool:
+    return config.model.task == "click" or len(config.labels) == 1
 
 
 def key(config: Config, digest: str) -> str:
@@ -170,7 +174,7 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
         "spacing": np.array([s * k for s, k in zip(frame.spacing[::-1], grid.scale)], np.float32),
         "counts": np.array([np.count_nonzero(labels == k) for k in range(n + 1)], np.int32),
     }
-    if config.model.task == "click":
+    if _has_shares(config):
         out["shares"] = np.rint(255 * np.clip(sample((truth > 0)[None].astype(np.float32), grid, whole)[0], 0, 1)).astype(np.uint8)
     rng = np.random.default_rng(0)
     for k in range(1, n + 1):

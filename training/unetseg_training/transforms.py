@@ -53,18 +53,19 @@ def elastic_deviation(alpha: float, sigma: float) -> float:
 
 
 class Warp(MapTransform, Randomizable):
-    """Rotate, scale and bend about the patch's centre, and cut it to `size`; linear for the image, nearest for the mask.
+    """Rotate, scale and bend about the patch's centre, and cut it to `size`; linear for the image, nearest for the mask,
+    unless the mask is of shares (0..1).
 
     In mm: `spacing` (of the array's spatial axes) keeps thick slices from being sheared. What is not in the input is 0;
     give it `margin()` voxels more on each side.
     """
 
-    def __init__(self, settings: Augmentation, size: Sequence[int], spacing: Sequence[float]) -> None:
+    def __init__(self, settings: Augmentation, size: Sequence[int], spacing: Sequence[float], shares: bool = False) -> None:
         MapTransform.__init__(self, _KEYS)
         self.settings, self.size = settings, tuple(size)
         finest = min(spacing)
         self.ratio = [s / finest for s in spacing]
-        self.resample = {IMAGE: Resample("bilinear", "zeros"), LABEL: Resample("nearest", "zeros")}
+        self.resample = {IMAGE: Resample("bilinear", "zeros"), LABEL: Resample("bilinear" if shares else "nearest", "zeros")}
         self.grid = torch.as_tensor(create_grid(self.size, dtype=np.float32, backend="torch"))
 
     def margin(self) -> tuple[int, ...]:
@@ -155,15 +156,15 @@ class Window(MapTransform, Randomizable):
         return {**data, IMAGE: torch.minimum(torch.maximum(x, low), high)}
 
 
-def make(config: Config, spacing: Sequence[float], random: bool = True) -> tuple[Compose, tuple[int, ...]]:
+def make(config: Config, spacing: Sequence[float], random: bool = True, shares: bool = False) -> tuple[Compose, tuple[int, ...]]:
     """The transforms of a configuration for patches of one spacing (mm along the patch's axes), and how many voxels more
-    on each side they need. They take and give {"image": (c, ...) float32, "label": (1, ...) float32 classes, "low",
-    "high": (c, 1, ...) the window's ends}. set_random_state(seed) fixes what is drawn next."""
+    on each side they need. They take and give {"image": (c, ...) float32, "label": (1, ...) float32 classes (or shares of one
+    class), "low", "high": (c, 1, ...) the window's ends}. set_random_state(seed) fixes what is drawn next."""
     set_track_meta(False)  # plain tensors: MONAI's metadata cost more than most of these transforms
     settings, patch = config.augmentation, config.input.patch
     if not (random and settings.enabled):
         return Compose([Window(0, 0)]), (0,) * len(patch)
-    warp = Warp(settings, patch, spacing)
+    warp = Warp(settings, patch, spacing, shares)
     steps: list[Callable[[Any], Any]] = [warp]
     steps += [RandFlipd(_KEYS, 0.5, axis) for axis in flip_axes(config)]
     ct = config.input.intensity["mode"] in ("window", "ct-foreground")
