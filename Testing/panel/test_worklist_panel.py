@@ -169,6 +169,20 @@ def test_scans_are_segmented_opened_where_it_helps_most_and_added(panel, gui, sc
     assert not any(name.startswith("s1") for name in volumes())  # what is done has left the scene
     assert not list(hands.section.desk.folder.glob("*.npy"))
 
+    # Added by the training set's own button, the next scan is as well known, and it stays open.
+    name = hands.case.name
+    hands.paint(3)
+    section = hands.widget.trainingSet
+    section.root.collapsed = False
+    gui.process_events()
+    section.ui.setAddButton.click()
+    gui.wait(lambda: not section.busy, RUN_S)
+    (entry,) = [e for e in Dataset.open(tmp_path / "set").entries.values() if e.name != entry.name]
+    assert entry.changes["thing"]["added"] == 16 and entry.record["model_name"] == "toy-1.0.0"
+    assert work.scan(name).status == "taken" and hands.case.name == name
+    hands.press("nextScanButton")  # without a question: nothing would be lost
+    hands.wait(lambda: hands.case is not None and hands.case.name != name)
+
 
 class Set:
     """In the place of the training set's section: takes or refuses a case."""

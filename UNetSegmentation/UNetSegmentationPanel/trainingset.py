@@ -643,7 +643,7 @@ class TrainingSetSection(VTKObservationMixin):
         if self.busy:
             self.cancel()
         else:
-            self.addCurrent()
+            self.addCurrent(**self.panel.workList.known(next(iter(self._volumes()), None)))
 
     def _onVersions(self) -> None:
         case = self._case()

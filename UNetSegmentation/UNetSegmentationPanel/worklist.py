@@ -613,20 +613,30 @@ class WorkListSection:
                 self.text, self._editing = text, False
                 self.show()
                 return
-            case.stamp = _stamp(case.segmentation)
             self.busy = _("Marking {name} as done…").format(name=case.name)
             self._ask("done", self._onMarked, folder=case.folder, scan=case.name, case=name)
             self.show()
 
-        mask = Path(case.maskFile) if case.maskFile else None
         try:
-            self.panel.trainingSet.addCurrent(
-                added, patient=case.patient or None, model_mask=mask, model=case.model, modality=case.modality
-            )
+            self.panel.trainingSet.addCurrent(**self.known(case.volumes[0], added))
         except Exception as e:
             self.busy = ""
             self._failed(sentence(e))
         self.show()
+
+    def known(self, volume: Any, onDone: Callable[[str | None, str], Any] = lambda case, text: None) -> dict[str, Any]:
+        """What TrainingSetSection.addCurrent() is to know of a volume: of the scan at hand whose it is, and by which model."""
+        case = self.case
+        if case is None or volume is not case.volumes[0]:
+            return {"onDone": onDone}
+
+        def added(name: str | None, text: str) -> None:
+            if name is not None and self.case is case:
+                case.stamp = _stamp(case.segmentation)
+            onDone(name, text)
+
+        mask = Path(case.maskFile) if case.maskFile else None
+        return {"onDone": added, "patient": case.patient or None, "model_mask": mask, "model": case.model, "modality": case.modality}
 
     def onSkip(self) -> None:
         """Nobody is to correct it; then the next scan."""
