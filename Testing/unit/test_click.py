@@ -169,6 +169,17 @@ def test_deep_in_soft_tissue_a_ct_model_looks_from_further_away_first(click_pack
 CT_WINDOW = {"mode": "window", "level": -200, "width": 1600}
 
 
+def test_fat_is_no_lesion_until_a_second_click_says_otherwise(click_package):
+    for hu, found in ((40, True), (-90, False)):
+        values = np.full((60, 80, 80), -900, np.float32)
+        lesion = ball(values.shape, (30, 40, 40), 6, (1, 1, 1)) > 0
+        values[lesion] = hu
+        s = ClickSession(Image(values), click_package(intensity=CT_WINDOW), Recording())
+        answer = s.add_point(at(s, 30, 40, 40))
+        assert answer.found == found and ("click a second time" in answer.text) != found
+        assert s.add_point(at(s, 30, 40, 42)).found and np.array_equal(s.mask, lesion)
+
+
 def test_what_turns_out_small_from_far_away_is_looked_at_again_from_near(click_package, monkeypatch):
     # Soft tissue all around, but for the far corners: the first look is zoomed out, and the lesion fits a patch.
     monkeypatch.setattr(click, "lies_in_lung", lambda *_: True)
