@@ -177,7 +177,7 @@ def test_fat_is_no_lesion_until_a_second_click_says_otherwise(click_package):
         s = ClickSession(Image(values), click_package(intensity=CT_WINDOW), Recording())
         answer = s.add_point(at(s, 30, 40, 40))
         assert answer.found == found and ("click a second time" in answer.text) != found
-        assert s.add_point(at(s, 30, 40, 42)).found and np.array_equal(s.mask, lesion)
+        assert s.add_point(at(s, 30, 40, 42)).found and dice(s.mask, lesion) > 0.8
 
 
 def test_what_turns_out_small_from_far_away_is_looked_at_again_from_near(click_package, monkeypatch):
