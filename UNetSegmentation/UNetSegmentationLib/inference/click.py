@@ -48,6 +48,7 @@ FAT_HU, FAT_SHARE = (-150.0, -30.0), 0.4
 _BORDER_VOXELS = 6
 _NOTHING = "Nothing was found here; click inside the lesion, or draw a box around it."
 _NO_LUNG = "No lesion with lung around it was found here; if it is one, click a second time on it, or draw a box around it."
+_FAT = "What was found here is fat; if it is a lesion, click a second time on it, or draw a box around it."
 _ENDLESS = "Nothing that ends was found here; if it is a lesion, click a second time on it, or draw a box around it."
 
 Index = Sequence[float]
@@ -354,8 +355,9 @@ class ClickSession:
             frame = wider
             answer, border, likely = self._run(frame, prompts, before, in_lung)
         text = "" if answer.found else _NOTHING
-        if first and answer.found and len(prompts.positive) < 2 and (border or not likely):
-            answer, text = replace(_EMPTY), _ENDLESS if border else _NO_LUNG
+        fat = in_lung and answer.found and self._is_fat(answer)
+        if first and answer.found and len(prompts.positive) < 2 and (border or not likely or fat):
+            answer, text = replace(_EMPTY), _ENDLESS if border else _FAT if fat else _NO_LUNG
         elif not before.found and answer.found and not border:
             answer = self._closer(frame[1], prompts, answer, in_lung)
         self._history.append((prompts, replace(answer, text=text)))
@@ -373,6 +375,10 @@ class ClickSession:
             if not cut:
                 return closer if closer.found and likely else answer
         return answer
+
+    def _is_fat(self, answer: Answer) -> bool:
+        inside = self._canonical.channels[0][answer.box.slices][answer.mask > 0]
+        return float(np.mean((inside > FAT_HU[0]) & (inside < FAT_HU[1]))) > FAT_SHARE
 
     def _spacing(self, zoom: float) -> np.ndarray:
         return np.array(self.card.data["spacing"][::-1], float) * zoom / self._canonical.spacing[::-1]
@@ -518,10 +524,9 @@ def expects_lung(card: Card) -> bool:
 
 
 def lies_in_lung(values: np.ndarray, mask: np.ndarray, spacing: np.ndarray) -> bool:
-    """Whether HU values (z, y, x) show a lesion of the lung in `mask`: it is more than air, no fat, and what is around it is lung
-    to LUNG_SHARE at least. spacing: mm (z, y, x)."""
-    inside = values[mask]
-    if inside.mean() < AIR_HU or np.mean((inside > FAT_HU[0]) & (inside < FAT_HU[1])) > FAT_SHARE:
+    """Whether HU values (z, y, x) show a lesion of the lung in `mask`: it is more than air, and what is around it is lung to
+    LUNG_SHARE at least. spacing: mm (z, y, x)."""
+    if values[mask].mean() < AIR_HU:
         return False
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
     image.SetSpacing([float(v) for v in spacing[::-1]])
