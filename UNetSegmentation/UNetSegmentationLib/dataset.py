@@ -209,7 +209,7 @@ class FolderLock:
 
     def __enter__(self) -> FolderLock:
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": self.token})
-        end = time.monotonic() + PATIENCE
+        began = time.monotonic()
         pause = 0.02
         while True:
             try:
@@ -217,7 +217,8 @@ class FolderLock:
             except FileExistsError:
                 pass
             except PermissionError:
-                if os.name != "nt":  # Windows says so of a file that is being removed
+                # Windows says so of a file that is being removed, too.
+                if os.name != "nt" or (time.monotonic() - began > 2 and not self.path.exists()):
                     raise
             else:
                 with os.fdopen(handle, "w") as f:
@@ -227,7 +228,7 @@ class FolderLock:
             if owner is not None and (age > STALE or (age > DEAD and process_is_gone(owner))):
                 self._bury(owner)
                 continue
-            if time.monotonic() > end:
+            if time.monotonic() - began > PATIENCE:
                 who = f"process {owner.get('pid')} on {owner.get('host')}" if owner and owner.get("pid") else "another program"
                 raise UserError(
                     f"The folder {self.path.parent} is being written to by {who}; try again in a minute, "
@@ -237,8 +238,13 @@ class FolderLock:
             pause = min(0.3, pause * 1.5)
 
     def __exit__(self, *error: Any) -> None:
-        if self.mine():
-            self.path.unlink(missing_ok=True)
+        for _ in range(20):
+            try:
+                if self.mine():
+                    self.path.unlink(missing_ok=True)
+                return
+            except OSError:  # Windows, while another looks whose it is; what stays is stale in a minute
+                time.sleep(0.05)
 
     def mine(self) -> bool:
         owner, _ = self._owner()
@@ -564,8 +570,18 @@ class Dataset:
                 tell(1.0, "adding it to the index")
                 return self._commit(lambda data: self._enter(data, key, record, person, patient is not None, split, allow, more))
             except BaseException:
-                shutil.rmtree(self.folder / place, ignore_errors=True)
+                if not self._is_named(str(place)):
+                    shutil.rmtree(self.folder / place, ignore_errors=True)
                 raise
+
+    def _is_named(self, place: str) -> bool:
+        """Whether the index names a version's folder; so as long as it cannot be read, for check() removes what is not named."""
+        try:
+            data = _read_index(self.folder)
+        except UserError:
+            return True
+        cases = (*data["cases"].values(), *data.get("removed", {}).values())
+        return any(f.startswith(f"{place}/") for case in cases for version in case["versions"] for f in version["files"])
 
     def _check_image(self, image: Image) -> list[np.ndarray]:
         """The channels as contiguous arrays of a type that NIfTI has."""
@@ -721,9 +737,10 @@ class Dataset:
                 raise UserError(f"Another person added a label just now; add the case {key} again.")
             data["segments"].append(_label_json(label))
         case = data["cases"].get(key)
-        if case is None:
-            case = data["cases"][key] = {"patient": person, "split": "", "versions": []}
-        elif named:
+        if case is None:  # one that was removed goes on with its history, and stays in its split
+            case = data.get("removed", {}).pop(key, None) or {"patient": person, "split": "", "versions": []}
+            data["cases"][key] = case
+        if named:
             case["patient"] = person
         kin = {c["split"] for n, c in data["cases"].items() if n != key and c["patient"] == case["patient"] and c.get("split")}
         if split is not None:

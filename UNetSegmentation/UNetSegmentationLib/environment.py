@@ -59,6 +59,7 @@ _BINARIES = (".so", ".pyd", ".dll", ".dylib")
 _LONGEST = 171  # characters of the longest path in PyTorch's wheel: a licence in torch-2.13.0+cpu.dist-info
 _WINDOWS_PATH = 259
 _TIMEOUT_S = 8.0
+_WAVES = 6  # of packages that need others
 
 
 def _error(text: str) -> Exception:
@@ -1010,9 +1011,12 @@ def add_training_steps(own: OwnEnvironment, wheel_folder: str | Path | None = No
     """Add what training needs to an environment that is ready; the result is an OwnEnvironment. UserError in one sentence; what
     was cut off is made whole by the next call, and PyTorch goes on working meanwhile."""
     probe, _ = yield from _prepare(own.python, "cpu")
-    if training_lacks(own):
+    for _ in range(_WAVES):
+        if not training_lacks(own):
+            break
+        # An index that does not say what a wheel needs (PEP 658) leaves that to be read from the wheel once it is installed.
         plan = yield from plan_training_steps(own, wheel_folder)
-        if plan.problem or not plan.complete or any(not p.version for p in plan.packages):
+        if plan.problem or not plan.packages or any(not p.version for p in plan.packages):
             raise _error(plan.problem or "It was not found out what training needs; try again, or choose a folder of wheels.")
         temporary = _temporary(own.folder, sys.platform)
         if temporary is not None:

@@ -9,6 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()  # asked for once: two threads that ask at the same time would leave it at 0
+
+
 class UserError(Exception):
     """Bad input: the message is one clear sentence for the person, saying what is wrong and what to do."""
 
@@ -17,7 +26,7 @@ def check_writable(path: str | Path) -> None:
     """Refuse a name that could not be written to, before the person waits for a result. Leaves no trace."""
     path = Path(path)
     place = path.absolute().parent
-    while not place.exists():
+    while not place.exists() and place != place.parent:
         place = place.parent
     if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise UserError(f"{path} cannot be written; choose a file name in a folder that you may write to.")
@@ -36,9 +45,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
     except OSError as e:
         raise UserError(f"{path} cannot be written ({e.strerror or e}); check the disk's space and your rights.") from e

@@ -306,7 +306,7 @@ def sample(channels: np.ndarray, grid: Grid, box: Box, interpolator: str = "line
     """
     if interpolator not in ("nearest", *_INTERPOLATORS):
         raise ValueError(f"interpolator must be nearest, {' or '.join(_INTERPOLATORS)}, not {interpolator!r}")
-    if grid.is_identity:
+    if grid.is_identity and box & Box.whole(channels.shape[1:]) == box:
         part = channels[(slice(None), *box.slices)]
         return np.ascontiguousarray(part if interpolator == "nearest" else part.astype(np.float32))
     if interpolator == "nearest":
@@ -330,7 +330,8 @@ def sample(channels: np.ndarray, grid: Grid, box: Box, interpolator: str = "line
     values = channels[(slice(None), *need.slices)].astype(np.float32)
     for axis in sorted(range(3), key=lambda a: box.shape[a] / need.shape[a]):
         if grid.scale[axis] == 1 and not grid.offset[axis]:
-            values = values.take(range(box.start[axis] - need.start[axis], box.stop[axis] - need.start[axis]), axis + 1)
+            places = np.arange(box.start[axis], box.stop[axis]) - need.start[axis]
+            values = values.take(np.clip(places, 0, need.shape[axis] - 1), axis + 1)
             continue
         first = grid.scale[axis] * box.start[axis] + grid.offset[axis] - need.start[axis]
         weights = _weights(need.shape[axis], first, grid.scale[axis], box.shape[axis], sigma[axis], interpolator)

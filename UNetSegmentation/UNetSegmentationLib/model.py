@@ -28,6 +28,7 @@ CARD, ONNX, SAFETENSORS = "model.json", "model.onnx", "model.safetensors"
 SUFFIX = ".unet.zip"
 MAX_CARD_BYTES = 1 << 20
 MAX_FILE_BYTES = 2 << 30
+_MAX_RATIO = 50  # of what an entry is unpacked to; trained weights shrink by a tenth
 
 # Axis of the array (z, y, x), canonical LPS order, along which a 2D model's slices are stacked.
 SLICE_AXIS = {"axial": 0, "coronal": 1, "sagittal": 2}
@@ -450,6 +451,8 @@ class ModelPackage:
             raise UserError(f"There is no model package {path}; check the name.")
         try:
             files = _read_zip(path)
+        except MemoryError as e:
+            raise UserError(f"There is not enough memory to read {path}; close other programs, or choose a smaller model.") from e
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as e:
             raise UserError(f"{path} is damaged or not a model package ({e}); download it again.") from e
         except ValueError as e:
@@ -486,6 +489,8 @@ def _read_zip(path: Path) -> dict[str, bytes]:
                 raise ValueError(f"it holds {name!r}, which no model package does")
             if info.file_size > (MAX_CARD_BYTES if name == CARD else MAX_FILE_BYTES):
                 raise ValueError(f"its entry {name!r} is too large")
+            if info.file_size > _MAX_RATIO * info.compress_size + MAX_CARD_BYTES:
+                raise ValueError(f"its entry {name!r} would grow to {info.file_size / 1e6:.0f} MB, which no weights do")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"its entry {name!r} is compressed in an unusual way")
         names = [i.filename for i in infos]

@@ -80,6 +80,19 @@ class Scan:
     error: str = ""
     case: str = ""
 
+    @property
+    def away(self) -> Path | None:
+        """A folder of its files that is not there from this computer: of a drive or share that is not connected, which may leave
+        an empty folder. A file that is gone from a folder with others is no such case."""
+
+        def empty(folder: Path) -> bool:
+            try:
+                return not os.listdir(folder)
+            except OSError:
+                return True
+
+        return next((f.parent for f in self.files if not os.path.exists(f) and empty(f.parent)), None)
+
 
 @dataclass(frozen=True)
 class Annotator:
@@ -173,6 +186,7 @@ class WorkList:
     def __init__(self, folder: Path, data: dict[str, Any]) -> None:
         self.folder = folder
         self._data = data
+        self.away: set[str] = set()  # scans that segment() left alone, since their folder is not there from this computer
         self._clock = 0.0, 0.0  # seconds between the folder's clock and this computer's monotonic one, and when it was read
 
     @classmethod
@@ -495,14 +509,15 @@ class WorkList:
     ) -> Scan | None:
         """Segment one scan that nobody is at, and keep what was found with its scores; None where there is none left.
 
-        A scan that cannot be segmented is marked as failed, with one sentence, and is what is returned. Raises Cancelled, and
-        UserError where the list cannot be written.
+        A scan that cannot be segmented is marked as failed, with one sentence, and is what is returned; one whose folder is not
+        there is left to others. Raises Cancelled, and UserError where the list cannot be written.
         """
         names = [f"{m.card.name}-{m.card.version}" for m in models]
 
         def take(data: dict[str, Any]) -> str:
             now = self._now()
-            todo = [n for n, r in data["scans"].items() if _to_segment(data, r) and not (r.get("claim") and _lives(r["claim"], now))]
+            todo = [n for n, r in data["scans"].items() if n not in self.away and _to_segment(data, r)]
+            todo = [n for n in todo if not (data["scans"][n].get("claim") and _lives(data["scans"][n]["claim"], now))]
             todo.sort(key=lambda n: data["scans"][n]["status"] != "waiting")
             if not todo or data["models"] != names:
                 raise _Nothing
@@ -533,6 +548,10 @@ class WorkList:
         except SeveralSeries as e:
             series = list(e.series)
         except UserError as e:
+            if scan.away is not None:
+                self.away.add(name)
+                self._give_up(name, me)
+                return scan
             result = {"status": "failed", "error": str(e)}
         except MemoryError:
             result = {"status": "failed", "error": f"There was not enough memory to segment {name}; choose a smaller model, or skip it."}
@@ -549,8 +568,11 @@ class WorkList:
             if series:
                 _split(data, name, series)
                 return []
+            failed = result.get("status") == "failed"
+            if "claim" in record and _lives(record["claim"], self._now()) and (record.get("mask") or failed):
+                return [result["mask"]] if "mask" in result else []  # somebody corrects the former result
             old = [record.get("mask", "")]
-            if record["status"] in ("done", "skipped") and result.get("status") == "failed":
+            if record["status"] in ("done", "skipped") and failed:
                 return []
             status = record["status"]
             record.update(result)
@@ -564,7 +586,7 @@ class WorkList:
             for file in self._commit(enter):
                 (self.folder / file).unlink(missing_ok=True)
         except BaseException:
-            if result.get("mask"):
+            if result.get("mask") and not self._is_named(result["mask"]):
                 (self.folder / result["mask"]).unlink(missing_ok=True)
             raise
         return self.scan(name) if name in self._data["scans"] else scan
@@ -590,6 +612,13 @@ class WorkList:
         numbers = [float(f"{v:.4g}") for v in embedding]
         model = prediction.model_name
         return {"status": "segmented", "mask": str(mask), "model": model, "scores": scores, "embedding": numbers}, labels
+
+    def _is_named(self, mask: str) -> bool:
+        """Whether the list names a result; so as long as it cannot be read, for clean() removes what is not named."""
+        try:
+            return any(r.get("mask") == mask for r in _read(self.folder)["scans"].values())
+        except UserError:
+            return True
 
     def _give_up(self, name: str, me: Annotator) -> None:
         def free(data: dict[str, Any]) -> None:

@@ -50,6 +50,7 @@ from .server import Program, _failure, private_folder
 
 _TOLD_S = 0.2
 _MOST_NAMES = 12
+_MOST_AWAY = 20  # scans whose folder is not there, before the person is told instead of looking further
 
 
 def serve(source: int, sink: int, arguments: Sequence[str]) -> int:
@@ -98,9 +99,10 @@ class _Desk(Program):
         self._leave()
 
     def _answer(self, line: bytes | None) -> None:
-        request: dict[str, Any] = {}
+        number: int | None = None
         try:
             request = loads(line)
+            number = request.get("id") if type(request.get("id")) is int else None
             op = get(request, "op", str)
             if op in self._OPS:
                 answer = self._OPS[op](self, request)
@@ -112,9 +114,10 @@ class _Desk(Program):
                 self._leave()
             else:
                 raise ProtocolError(f"There is no request {op[:40]!r}.")
+            told = dumps({"id": number, **answer})
         except Exception as e:
-            answer = _failure(e)
-        self.tell({"id": request.get("id") if type(request.get("id")) is int else None, **answer})
+            told = dumps({"id": number, **_failure(e)})
+        self._write(b"\n" + told)
 
     def _list(self, request: dict[str, Any]) -> WorkList:
         return WorkList.open(get(request, "folder", str))
@@ -141,22 +144,35 @@ class _Desk(Program):
     def _next(self, request: dict[str, Any]) -> dict[str, Any]:
         work, leave, passed = self._list(request), get(request, "leave", str), strings(request, "passed")
         notes: list[str] = []
+        away: dict[str, str] = {}  # scans that others may be able to read
         me = self._annotator(request)
-        while (scan := work.next(me, leave, passed)) is not None:
+        while (scan := work.next(me, leave, [*passed, *away])) is not None:
             self._taken.add(work.folder)
+            leave = ""
+            if scan.away is not None:
+                work.back(scan.name, me)
+                if scan.name in away or len(away) >= _MOST_AWAY:
+                    raise UserError(next(iter(away.values())))
+                away[scan.name] = f"{scan.away} is not there, so {scan.name} was left alone; connect its drive or network folder."
+                continue
             try:
-                return self._done(work, scan=self._packed(work, scan), notes=notes)
+                image = read_image(scan.files, scan.series)
             except SeveralSeries as e:
                 work.split(scan.name, list(e.series))
+                continue
             except UserError as e:
                 work.fail(scan.name, str(e))
                 notes.append(str(e))
-            leave = ""
+                continue
+            try:
+                return self._done(work, scan=self._packed(work, scan, image), notes=[*notes, *list(away.values())[:1]])
+            except BaseException:  # of this computer: a full disk or memory
+                work.back(scan.name, me)
+                raise
         return self._done(work, scan=None, notes=notes)
 
-    def _packed(self, work: WorkList, scan: Scan) -> dict[str, Any]:
+    def _packed(self, work: WorkList, scan: Scan, image: Image) -> dict[str, Any]:
         """A scan's voxels, channel by channel, what was found in it, and what a panel must know to show and to add it."""
-        image = read_image(scan.files, scan.series)
         found = mask = None
         if scan.mask is not None:
             try:
@@ -190,7 +206,8 @@ class _Desk(Program):
         self._arrays += 1
         sent = run(encode_image(image.like(array), self._folder, self._arrays))
         step = tuple(slice(None, None, max(1, n // 64)) for n in array.shape)
-        low, high = np.percentile(array[step], (0.5, 99.5))
+        some = array[step][np.isfinite(array[step])]
+        low, high = np.percentile(some, (0.5, 99.5)) if some.size else (0.0, 1.0)
         return {**sent, "dtype": array.dtype.name, "shape": array.shape, "window": [float(low), float(max(high, low + 1e-6))]}
 
     def _mask(self, array: np.ndarray) -> str:
@@ -292,6 +309,8 @@ class _Segmenter:
                     break
                 name = scan.name
                 self._desk.tell({"event": "changed", "scan": name, "list": summary(work)})
+            if work.away:
+                error = f"{len(work.away)} scans lie in folders that are not there, such as that of {min(work.away)}; connect their drive."
         except Cancelled:
             pass
         except Exception as e:

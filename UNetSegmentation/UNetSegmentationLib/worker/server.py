@@ -312,9 +312,9 @@ class _Server(Program):
         check()
         folder = Path(case.folder)
         dataset, new = _open_dataset(folder, case)
-        own = _own_mask(case, image, dataset)
-        check()
         try:
+            own = _own_mask(case, image, dataset)
+            check()
             entry = dataset.add(
                 image,
                 mask,
@@ -437,6 +437,8 @@ def _open_dataset(folder: Path, case: Case) -> tuple[Dataset, bool]:
 def _own_mask(case: Case, image: Image, dataset: Dataset) -> np.ndarray | None:
     """The model's own mask in the values of the case's labels, as far as it is known."""
     wanted = {label.name.strip().lower(): label.value for label in case.labels}
+    if case.own_file and not Path(case.own_file).exists():
+        return None  # segmented again meanwhile
     if case.own_file:
         array, labels = read_mask(case.own_file, image)
         table = {d.value: wanted[d.name.strip().lower()] for d in labels if d.name.strip().lower() in wanted}
