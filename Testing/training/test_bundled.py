@@ -47,8 +47,8 @@ def test_the_2d_sampler_shows_the_network_what_its_card_says(data, tmp_path):
     some = [prepare(s, config, tmp_path, lidc.part(s, False)[:3]) for s in lidc.nodules()[:2]]
     source = lung_nodule_2d.Slices(*some, some[1], config)
     x, y = source.batch(5)
-    assert x.shape == (24, 3, 80, 80) and y.shape == (24, 80, 80)
-    assert set(y.unique().tolist()) == {0, 1} and -0.5 <= x.min() and x.max() <= 1.5
+    assert x.shape == (24, 3, 96, 96) and y.shape == (24, 1, 96, 96)
+    assert y.min() == 0 and y.max() == 1 and ((y > 0.1) & (y < 0.9)).any() and -0.5 <= x.min() and x.max() <= 1.5
     assert torch.equal(x, source.batch(5)[0]) and not torch.equal(x, source.batch(6)[0])
     halves = [lung_nodule_2d.Slices(*some, some[1], config, (rank, 2)).batch(5)[0] for rank in (0, 1)]
     assert torch.equal(x[0::2], halves[0]) and torch.equal(x[1::2], halves[1])

@@ -258,6 +258,15 @@ def test_a_case_is_removed_restored_and_erased(dataset):
         dataset.remove(entry.name)
 
 
+def test_a_removed_case_that_is_added_again_keeps_its_history_and_its_split(dataset):
+    entry = dataset.add(scan(0), outline(), split="test")
+    dataset.remove(entry.name)
+    again = dataset.add(scan(0), outline(1))
+    assert (again.name, again.version, again.split) == (entry.name, 2, "test")
+    dataset.remove(entry.name)
+    assert dataset.restore(entry.name, 1).version == 3 and entry.label.exists() and again.label.exists()
+
+
 # ------------------------------------------------------------------------------------------------------------- anonymity
 
 
@@ -499,6 +508,33 @@ def test_a_case_that_is_erased_while_its_new_version_is_written_is_not_half_ther
     with pytest.raises(UserError, match="was erased by another person just now"):
         dataset.add(scan(0), outline(), by="anna")
     assert not Dataset.open(dataset.folder).entries and not list(dataset.folder.rglob("*.nii.gz"))
+
+
+def test_a_case_that_the_index_names_keeps_its_files_whatever_comes_after(dataset, monkeypatch):
+    """Windows refuses to remove a lock that another is reading; or a person interrupts just then."""
+    unlink = Path.unlink
+
+    def held(self, missing_ok=False):
+        if self.name == ".lock":
+            raise PermissionError(13, "in use")
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(module.time, "sleep", lambda _s: None)
+    monkeypatch.setattr(Path, "unlink", held)
+    entry = dataset.add(scan(0), outline())
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert entry.label.exists() and not dataset.check()
+    (dataset.folder / ".lock").unlink()
+
+    def interrupted(self, *error):
+        unlink(self.path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.FolderLock, "__exit__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dataset.add(scan(1), outline())
+    monkeypatch.undo()
+    assert len(Dataset.open(dataset.folder).entries) == 2 and not Dataset.open(dataset.folder).check()
 
 
 def test_a_writer_that_lost_its_lock_begins_again_with_what_the_other_wrote(dataset, monkeypatch):

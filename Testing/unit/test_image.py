@@ -565,6 +565,19 @@ def test_beyond_the_image_its_edge_goes_on(scale, interpolator):
     np.testing.assert_allclose(inside, sample(padded, grid, Box.whole(grid.shape), interpolator), atol=1e-3)
 
 
+@pytest.mark.parametrize("interpolator", ["linear", "bspline", "nearest"])
+@pytest.mark.parametrize("scale", [(1.0, 1.0, 1.0), (1.0, 0.75, 0.75)])
+def test_a_patch_at_the_images_own_spacing_may_be_larger_than_the_image(scale, interpolator):
+    values = volume("int16", (10, 14, 12))[None]
+    grid = Grid((24, 30, 30), scale, (0.0, 0.0, 0.0))
+    wide = np.pad(values, ((0, 0), (0, 20), (0, 20), (0, 20)), mode="edge")
+    expected = sample(wide, grid, Box.whole(grid.shape), interpolator)
+    inside = sample(values, grid, Box.whole(grid.shape), interpolator)
+    assert inside.shape == expected.shape
+    part = (slice(None), slice(None), slice(0, 10), slice(0, 10))  # a B-spline is mirrored at the edge
+    np.testing.assert_allclose(inside[part], expected[part], atol=5 if interpolator == "bspline" else 1e-3)
+
+
 def test_unknown_interpolators_are_an_error():
     with pytest.raises(ValueError, match="cubic"):
         resample(Image(volume()), (2, 2, 2), "cubic")
@@ -720,3 +733,10 @@ def test_check_writable_leaves_no_trace(tmp_path):
         with pytest.raises(UserError, match="cannot be written"):
             check_writable(path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_drive_that_is_not_there_is_a_sentence(monkeypatch):
+    for method in ("exists", "is_dir"):  # not even its root, on Windows
+        monkeypatch.setattr(Path, method, lambda self: False)
+    with pytest.raises(UserError, match="cannot be written"):
+        check_writable("/nowhere/a.nrrd")

@@ -183,6 +183,11 @@ def test_an_entry_that_claims_gigabytes_is_refused_unread(pack):
     refused(patched(pack(), ONNX, 24, struct.pack("<I", (2 << 30) + 1)), "'model.onnx' is too large")
 
 
+def test_an_entry_that_grows_a_thousandfold_is_refused_unread(pack, toy_onnx, toy_card):
+    entries = [(CARD, b"{}"), (ONNX, toy_onnx("threshold", toy_card())), (SAFETENSORS, bytes(100 << 20))]
+    refused(pack(entries, method=zipfile.ZIP_DEFLATED), "would grow to 105 MB, which no weights do")
+
+
 def test_an_entry_that_is_longer_than_it_claims_is_refused(pack):
     refused(patched(pack(), ONNX, 24, struct.pack("<I", 100)), "damaged or not a model package|not as long as it claims")
 

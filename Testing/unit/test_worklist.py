@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,44 @@ def test_another_model_segments_what_is_left_to_correct_again(work, make_package
     assert {s.model for s in again} == {"toy-2.0.0"} and first.name not in {s.name for s in again}
     assert all(not former[s.name].exists() and s.mask.exists() for s in again)
     assert work.scan(first.name).case == "case-1" and work.scan(first.name).by == "Anna" and former[first.name].exists()
+
+
+def test_a_mask_that_somebody_corrects_is_not_replaced(work, make_package):
+    old, new = make_package(), make_package(version="2.0.0")
+    work.choose_models([old])
+    segment_all(work, old)
+    work.choose_models([new])
+    taken = []
+
+    def meanwhile():
+        if not taken:
+            taken.append(WorkList.open(work.folder).next(replace(ANNA, pid=os.getpid())))
+        return False
+
+    other = work.segment([new], Annotator.here(pid=os.getpid()), ONNX, cancelled=meanwhile)
+    while other.name != taken[0].name:  # the segmenter comes to the scan while it is taken
+        work.back(taken.pop().name)
+        other = work.segment([new], Annotator.here(pid=os.getpid()), ONNX, cancelled=meanwhile)
+    scan = work.refresh().scan(other.name)
+    assert scan.status == "taken" and scan.model == "toy-1.0.0" and scan.mask.is_file()
+    assert len(list(scan.mask.parent.iterdir())) == 1
+    work.back(scan.name)
+    assert work.unsegmented and {s.model for s in segment_all(work, new)} == {"toy-2.0.0"}
+
+
+def test_scans_on_a_drive_that_is_not_connected_are_left_to_others(work, make_package, scans):
+    package = make_package()
+    work.choose_models([package])
+    scans.rename(scans.with_name("elsewhere"))
+    segment_all(work, package)
+    assert work.counts()["waiting"] == 4 and work.away == {"s0", "s1", "s2", "s3"}
+    scans.mkdir()  # as an unconnected share's mount point
+    assert work.scan("s0").away == scans
+    scans.rmdir()
+    scans.with_name("elsewhere").rename(scans)
+    (scans / "s1.nii.gz").unlink()
+    assert work.scan("s0").away is None and work.scan("s1").away is None
+    assert {s.status for s in segment_all(WorkList.open(work.folder), package)} == {"segmented", "failed"}  # it is gone for all
 
 
 def test_models_that_need_a_person_segment_nothing_in_advance(work):
@@ -605,6 +644,45 @@ def test_the_desk_waits_while_it_is_in_the_way(desk, tmp_path, scans, make_packa
     desk.tell("go")
     desk.listen(lambda m: m["event"] == "rest")
     assert desk.ask("status", folder=folder)["list"]["unsegmented"] == 0
+
+
+def test_the_desk_leaves_alone_what_is_not_there_from_this_computer(desk, tmp_path, scans):
+    folder = str(tmp_path / "list")
+    away = tmp_path / "drive"
+    write_image(ball(), away / "a.nii.gz")
+    desk.ask("add", folder=folder, sources=[str(away), str(scans)])
+    (away / "a.nii.gz").rename(tmp_path / "a.nii.gz")
+    answer = desk.ask("next", folder=folder, leave="", passed=[])
+    assert answer["scan"]["name"] == "s0" and "drive is not there, so a was left alone" in answer["notes"][0]
+    assert answer["list"]["counts"]["failed"] == 0
+    for name in ("s0", "s1", "s2", "s3"):
+        desk.ask("done", folder=folder, scan=name, case="c")
+    assert "connect its drive" in desk.ask("next", folder=folder, leave="", passed=[])["error"]
+    assert desk.ask("status", folder=folder)["list"]["counts"]["waiting"] == 1
+    (tmp_path / "a.nii.gz").rename(away / "a.nii.gz")
+    assert desk.ask("next", folder=folder, leave="", passed=[])["scan"]["name"] == "a"
+
+
+def test_the_desk_opens_a_scan_with_voxels_that_are_no_numbers(desk, tmp_path):
+    values = np.linspace(0, 100, 1000, dtype=np.float32).reshape(10, 10, 10)
+    values[0] = np.nan
+    write_image(Image(values), tmp_path / "scans/nan.nrrd")
+    write_image(Image(np.full((4, 5, 6), np.inf, np.float32)), tmp_path / "scans/none.nrrd")
+    folder = str(tmp_path / "list")
+    desk.ask("add", folder=folder, sources=[str(tmp_path / "scans")])
+    for name, low in (("nan", 10), ("none", 0)):
+        scan = desk.ask("next", folder=folder, leave="", passed=[])["scan"]
+        assert scan["name"] == name and low <= scan["channels"][0]["window"][0] < scan["channels"][0]["window"][1]
+        desk.ask("skip", folder=folder, scan=name)
+
+
+def test_what_this_computer_cannot_hold_fails_nobodys_scan(desk, tmp_path, scans):
+    folder = str(tmp_path / "list")
+    desk.ask("add", folder=folder, sources=[str(scans)])
+    remove_folder(desk.folder)  # as a full disk: the voxels cannot be written
+    assert desk.ask("next", folder=folder, leave="", passed=[])["kind"] in ("user", "internal")
+    counts = WorkList.open(folder).counts()
+    assert counts["waiting"] == 4 and counts["failed"] == counts["taken"] == 0
 
 
 @POSIX
