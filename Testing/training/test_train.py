@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,27 @@ def test_the_cache_is_used_again_until_something_changes(tmp_path):
     os.utime(old, (time.time() - 7200,) * 2)
     ready()
     assert not old.exists()
+
+
+def test_more_cases_than_a_process_may_open_files(dataset, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(p, "_recent", lru_cache(2)(p._recent.__wrapped__))
+    cases = find_cases(dataset)
+    before = len(os.listdir("/dev/fd"))
+    found = p.prepare(cases, config, tmp_path)
+    held = [(f.labels, f.places(1)) for f in found]
+    del held[1:]
+    assert all(f.values.size and f.labels.any() and len(f.places(2)) for f in found) and len(os.listdir("/dev/fd")) <= before + 3
+    assert (held[0][0][tuple(held[0][1].T)] == 1).all()
+    # Nor is a file that cannot be opened for this reason made anew as if it were damaged.
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = p.key(config, found[0].digest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+    try:
+        with pytest.raises(UserError, match="Too many files are open; .*ulimit"):
+            p._open(found[0].path, wanted, cases.cases[0], found[0].digest, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert p._open(found[0].path, wanted, cases.cases[0], found[0].digest, 2).counts == found[0].counts
 
 
 def test_what_does_not_fit_is_named_with_its_cure(config):

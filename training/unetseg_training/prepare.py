@@ -7,6 +7,7 @@ for 2D, else (z, y, x).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +33,13 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # raise it when a cached file would come out differently
 PLACES = 4096  # voxels of each label that patches may be centred on, kept for each case
+OPEN = 64  # cases whose files stay open: macOS allows a process 256 files
 _TYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I32": np.int32}
 
 
 @dataclass
 class Prepared:
-    """A cached case; its arrays are mapped from the file when first used, in whatever process that is.
+    """A cached case; its arrays are mapped from the file when used, in whatever process that is, and stay valid while held.
 
     values (c, a, b, c) float16, normalised but not clipped; labels (a, b, c) uint8; spacing: mm along the array's axes;
     low, high (c,): the window's ends in normalised units; counts: voxels of each class (0: background). Of a click model, and
@@ -55,9 +58,10 @@ class Prepared:
     _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def _array(self, name: str) -> np.ndarray:
-        if not self._arrays:
-            self._arrays = _mapped(self.path)[0]
-        return self._arrays[name]
+        try:
+            return (self._arrays or _recent(self.path))[name]
+        except (OSError, ValueError) as e:
+            raise UserError(f"The pre-processed case {self.path} cannot be read ({e}); start again, which makes it anew.") from e
 
     @property
     def values(self) -> np.ndarray:
@@ -75,9 +79,6 @@ class Prepared:
         """Up to PLACES voxels (n, 3) of a label, the same each time."""
         return self._array(f"places_{label}")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrays": {}}  # maps would travel to a worker as copies
-
 
 def _mapped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays of a safetensors file as read-only maps, and its metadata; ValueError where it is not whole."""
@@ -88,19 +89,19 @@ def _mapped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             raise ValueError("cut short")
         header = json.loads(f.read(length))
     metadata = header.pop("__metadata__", {})
-    arrays: dict[str, np.ndarray] = {}
-    end = 0
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        dtype, shape = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"])
-        end = max(end, stop)
-        if stop == start:
-            arrays[name] = np.zeros(shape, dtype)
-        else:
-            arrays[name] = np.memmap(path, dtype, "r", 8 + length + start, shape)
-    if end != size - 8 - length:
+    if max((entry["data_offsets"][1] for entry in header.values()), default=0) != size - 8 - length:
         raise ValueError("cut short")
+    content = np.asarray(np.memmap(path, np.uint8, "r"))[8 + length :]
+    arrays: dict[str, np.ndarray] = {}
+    for name, entry in header.items():
+        array = content[slice(*entry["data_offsets"])].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+        arrays[name] = array if array.flags.aligned else array.copy()
     return arrays, metadata
+
+
+@lru_cache(OPEN)
+def _recent(path: Path) -> dict[str, np.ndarray]:
+    return _mapped(path)[0]
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -198,13 +199,15 @@ def _open(path: Path, wanted: str, case: Case, digest: str, labels: int) -> Prep
         arrays, metadata = _mapped(path)
         if metadata.get("key") != wanted or metadata.get("content") != _digest(arrays) or f"places_{labels}" not in arrays:
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        if getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise UserError("Too many files are open; close other programs, or raise the limit (ulimit -n 4096).") from e
         return None
     a, b, c = arrays["labels"].shape
     window = np.array(arrays["window"])
     spacing = tuple(float(s) for s in arrays["spacing"])
     counts = tuple(int(n) for n in arrays["counts"])
-    return Prepared(case.name, case.patient, path, digest, (a, b, c), spacing, window[0], window[1], counts, arrays)  # type: ignore[arg-type]
+    return Prepared(case.name, case.patient, path, digest, (a, b, c), spacing, window[0], window[1], counts)
 
 
 def prepare(
@@ -224,6 +227,7 @@ def prepare(
     except OSError as e:
         raise UserError(f"The cache folder {folder} cannot be made ({e.strerror}); set data.cache to a folder with space.") from e
     _sweep(folder)
+    _recent.cache_clear()  # a damaged file may be replaced, which Windows refuses while it is open
     hashes = _Hashes(folder / "hashes.json")
     out: list[Prepared] = []
     made = 0
