@@ -324,6 +324,25 @@ def test_overlapping_segments_by_name(data, tmp_path):
     assert np.array_equal(lungs, np.select([flat == 6, flat == 5], [1, 2]))
 
 
+def test_names_in_any_script_are_labels_of_their_own(tmp_path):
+    image, mask = scan(0), outline(0)
+    put(image, tmp_path / "images" / "a.nii.gz")
+    (tmp_path / "labels").mkdir()
+
+    def save(*names):
+        defs = tuple(Label(i, name, (i, i, i), {}) for i, name in enumerate(names, 1))
+        write_segmentation(Prediction(image.like(mask), defs, "m-1", Box.whole(SHAPE)), tmp_path / "labels" / "a.seg.nrrd")
+
+    save("肿瘤", "肝脏")
+    exact(find_cases(tmp_path), count=1)
+    assert [label.name for label in find_cases(tmp_path, only=["肝脏"]).labels] == ["肝脏"]
+    save("CD3", "CD3+")
+    exact(find_cases(tmp_path), count=1)
+    save("GTV-1", "gtv 1")
+    with pytest.raises(UserError, match=r"a.seg.nrrd has the labels 'GTV-1' and 'gtv 1', which are too alike; rename one"):
+        find_cases(tmp_path)
+
+
 def test_a_cropped_segmentation_with_other_values_finds_its_place(tmp_path):
     image, mask = scan(0), outline(0, (7, 40))
     box = Box.around(mask)

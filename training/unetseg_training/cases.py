@@ -192,6 +192,7 @@ def find_cases(
             else "(images/ with labels/, nnU-Net, MSD, MONAI, BIDS, LUNA16, LIDC, DICOM with RTSTRUCT or SEG)"
         )
         raise UserError(f"{path} holds no annotated cases {what}; give the folder that holds both the images and their masks.")
+    _distinct((label.name for label in found.labels), path)
     twice = [name for name, n in Counter(c.name for c in found.cases).items() if n > 1]
     if twice:
         raise UserError(f"{path} has two cases named {twice[0]}; rename one of them.")
@@ -238,7 +239,16 @@ def _is_picture(path: Path) -> bool:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()
+    """A name's key, the same for GTV-1 and gtv 1; in any script, and CD3+ is not CD3."""
+    return re.sub(r"[\s_.\-]+", " ", name.casefold()).strip() or name
+
+
+def _distinct(names: Iterable[str], where: Path) -> None:
+    """Refuse two names in one place that are the same label by their key; other files may spell a name otherwise."""
+    known: dict[str, str] = {}
+    for name in names:
+        if known.setdefault(_plain(name), name) != name:
+            raise UserError(f"{where} has the labels {known[_plain(name)]!r} and {name!r}, which are too alike; rename one of them.")
 
 
 def _group(pattern: str, name: str) -> str:
@@ -793,7 +803,9 @@ def _labels_of(cases: Sequence[Case], names: dict[int, str], notes: list[str]) -
         return _named_values([c.label for c in cases if c.label], names, notes)
     found: dict[str, Label] = {}
     for file in segments:
-        for segment in read_segments(file, voxels=False)[1]:
+        segments_here = read_segments(file, voxels=False)[1]
+        _distinct((s.label.name for s in segments_here), file)
+        for segment in segments_here:
             found.setdefault(_plain(segment.label.name), segment.label)
     if any(c.reader == "map" and c.label for c in cases):
         raise UserError(f"{segments[0]} is a Slicer segmentation and other masks are plain maps; save all in one of the two kinds.")
@@ -1005,6 +1017,7 @@ def _find_dicom(path: Path) -> CaseSet | None:
             found = [str(r.ROIName) for r in full.get("StructureSetROISequence", ())]
         else:
             found = [str(s.SegmentLabel) for s in full.get("SegmentSequence", ())]
+        _distinct(found, file)
         for name in found:
             names.setdefault(_plain(name), name)
         reader = "contours" if header.Modality == "RTSTRUCT" else "dicom-seg"

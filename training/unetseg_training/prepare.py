@@ -207,7 +207,7 @@ def _open(path: Path, wanted: str, case: Case, digest: str, labels: int) -> Prep
     window = np.array(arrays["window"])
     spacing = tuple(float(s) for s in arrays["spacing"])
     counts = tuple(int(n) for n in arrays["counts"])
-    return Prepared(case.name, case.patient, path, digest, (a, b, c), spacing, window[0], window[1], counts)
+    return Prepared(case.name, case.patient, path, digest, (a, b, c), spacing, window[0], window[1], counts)  # type: ignore[arg-type]
 
 
 def prepare(

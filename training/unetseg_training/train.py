@@ -390,7 +390,7 @@ class Training(L.LightningModule):
         torch.manual_seed(job.seed)
         self.model = build(job.network)
         if job.network.dimensions == 2:  # 0.88 of a CPU's time of a step with lung-nodule-2d; in 3D nothing is gained
-            self.model.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if job.start is not None:
             self.model.load_state_dict(job.start)
         if job.freeze:
