@@ -354,6 +354,23 @@ def test_a_cropped_segmentation_with_other_values_finds_its_place(tmp_path):
     exact(find_cases(tmp_path), count=1)
 
 
+def test_a_segmentation_beside_its_image_teaches_no_background(tmp_path):
+    image, mask = scan(0), outline(0)
+    put(image, tmp_path / "images" / "a.nii.gz")
+    (tmp_path / "labels").mkdir()
+    defs = (Label(1, "organ", (1, 1, 1), {}), Label(2, "tumour", (2, 2, 2), {}))
+    whole = Box.whole(SHAPE)
+    for shift, fits in ((0.3, True), (4.0, False), (500.0, False)):
+        part = scan(0, shift).like(mask).crop(Box.around(mask))
+        write_segmentation(Prediction(part, defs, "m-1", Box.whole(part.shape)), tmp_path / "labels" / "a.seg.nrrd")
+        found = find_cases(tmp_path)
+        if fits:
+            exact(found, count=1)
+        else:
+            with pytest.raises(Mismatch, match=r"Case a: a.seg.nrrd reaches \d+\.\d voxels beyond its image; give"):
+                found.load(found.cases[0])
+
+
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
 def test_pictures_with_masks_of_0_and_255(tmp_path, suffix):
     grey = np.random.default_rng(0).integers(0, 255, (20, 30)).astype(np.uint8)

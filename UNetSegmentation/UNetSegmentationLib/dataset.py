@@ -100,16 +100,34 @@ def read_segments(path: str | Path, voxels: bool = True) -> tuple[Image, list[Se
     return (read_image(path) if voxels else Image(np.zeros((1, 1, 1), np.uint8))), found
 
 
+class Mismatch(UserError):
+    """A mask that does not lie on its image."""
+
+
 def segment_masks(path: str | Path, image: Image) -> Iterator[tuple[Label, np.ndarray]]:
     """The segments of a .seg.nrrd as masks on the image's grid (Slicer crops the file to what is marked)."""
     grid, segments = read_segments(path)
     layers = [grid.like(layer) for layer in grid.channels]
     if not image.same_grid(grid):
+        _check_inside(image, grid, Path(path).name)
         reference = to_sitk(image.like(np.empty(image.shape, np.uint8)))
         nearest = (sitk.Resample(to_sitk(one), reference, sitk.Transform(), sitk.sitkNearestNeighbor) for one in layers)
         layers = [image.like(sitk.GetArrayFromImage(one)) for one in nearest]
     for segment in segments:
         yield segment.label, layers[segment.layer].array == segment.value
+
+
+def _check_inside(image: Image, grid: Image, name: str) -> None:
+    """Resampling would make background of what is marked beside the image, where the segmentation is of another scan."""
+    marked = np.logical_or.reduce(grid.channels, 0)
+    z, y = np.nonzero(np.logical_or.reduce(marked, 2))
+    rows = marked[z, y]
+    ends = np.hstack([(x, y, z) for x in (rows.argmax(1), rows.shape[1] - 1 - rows[:, ::-1].argmax(1))])
+    turn = np.linalg.inv(image.matrix) @ grid.matrix
+    at = turn[:3, :3] @ ends + turn[:3, 3:]
+    far = np.maximum(-at, at - np.array(image.shape[::-1])[:, None] + 1).max(initial=0)
+    if far > 0.51:
+        raise Mismatch(f"{name} reaches {far:.1f} voxels beyond its image; give the segmentation of this image, or crop it to the image.")
 
 
 def read_mask(path: str | Path, image: Image) -> tuple[np.ndarray, tuple[Label, ...]]:

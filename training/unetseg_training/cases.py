@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from UNetSegmentationLib.dataset import INDEX, Dataset, map_values, read_segments, segment_masks
+from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, map_values, read_segments, segment_masks
 from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import PICTURE_SUFFIXES, Image, read_image
 from UNetSegmentationLib.model import DEFAULT_COLORS, Label
@@ -47,10 +47,6 @@ PATIENTS = (
     r"(TCGA-\w{2}-\w{4})",
     r"(.+?)-IM-\d{4}-\d{4}",
 )
-
-
-class Mismatch(UserError):
-    """A mask that does not lie on its image."""
 
 
 class UnknownLabel(UserError):
@@ -803,10 +799,10 @@ def _labels_of(cases: Sequence[Case], names: dict[int, str], notes: list[str]) -
         return _named_values([c.label for c in cases if c.label], names, notes)
     found: dict[str, Label] = {}
     for file in segments:
-        segments_here = read_segments(file, voxels=False)[1]
-        _distinct((s.label.name for s in segments_here), file)
-        for segment in segments_here:
-            found.setdefault(_plain(segment.label.name), segment.label)
+        named = [segment.label for segment in read_segments(file, voxels=False)[1]]
+        _distinct((label.name for label in named), file)
+        for label in named:
+            found.setdefault(_plain(label.name), label)
     if any(c.reader == "map" and c.label for c in cases):
         raise UserError(f"{segments[0]} is a Slicer segmentation and other masks are plain maps; save all in one of the two kinds.")
     return tuple(replace(label, value=i) for i, label in enumerate(found.values(), 1)), {}
