@@ -151,6 +151,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._warm = False  # all of the core is imported
         self._parameters: Any = None
         self._guiTag: Any = None
+        self._guiObservers: list[int] = []
         self._observed: Any = None
         self._updating = self._closed = self._entered = False
         self._missing: list[str] = []
@@ -235,17 +236,34 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def setParameterNode(self, parameters: Any) -> None:
         """Let the widgets show and change these settings; None: of none."""
         if self._parameters is not None:
-            self._parameters.disconnectGui(self._guiTag)
+            self._disconnectParameters()
             self.removeObserver(self._observed, vtk.vtkCommand.ModifiedEvent, self._onParameters)
         self._parameters, self._guiTag, self._observed = parameters, None, None
         self._observeInput()
         if parameters is not None:
-            self._guiTag = parameters.connectGui(self.ui)
+            self._connectParameters()
             self._observed = parameters.parameterNode
             self.addObserver(self._observed, vtk.vtkCommand.ModifiedEvent, self._onParameters)
             self._volume = parameters.volume
             self._adopt()
             self._update()
+
+    def _connectParameters(self) -> None:
+        """As connectGui(), which up to Slicer 5.12 does not return the tag that disconnectGui() needs; and with the observer of the
+        node that both leave behind: a panel that is entered for each scan would update its widgets ever more often."""
+        parameters, name = self._parameters, "SlicerParameterName"
+        node, tags = parameters.parameterNode, []
+        parameters.AddObserver = lambda *of: tags.append(node.AddObserver(*of))
+        try:
+            self._guiTag = parameters.connectParametersToGui({w.property(name): w for w in vars(self.ui).values() if w.property(name)})
+        finally:
+            del parameters.AddObserver
+        self._guiObservers = tags
+
+    def _disconnectParameters(self) -> None:
+        self._parameters.disconnectGui(self._guiTag)
+        for tag in self._guiObservers:
+            self._parameters.RemoveObserver(tag)
 
     def _readModels(self) -> None:
         if self._closed:
@@ -417,7 +435,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 options=options,
                 segmentation=p.output,
                 replace=p.replace,
-                allFrames=p.allFrames and self.ui.allFramesCheckBox.visible,
+                allFrames=p.allFrames and inputs.frames(p.volume) > 1,
                 former=run.Outcome(p.resultSegmentation, p.resultTable, p.resultUncertainty, p.record),
             )
         )
@@ -663,8 +681,13 @@ def _timeLeft(seconds: float | None) -> str:
 
 
 class UNetSegmentationLogic(ScriptedLoadableModuleLogic):
+    _wrapper: Any = None
+
     def getParameterNode(self) -> UNetSegmentationParameterNode:
-        return UNetSegmentationParameterNode(super().getParameterNode())
+        node = super().getParameterNode()
+        if self._wrapper is None or self._wrapper.parameterNode is not node:
+            self._wrapper = UNetSegmentationParameterNode(node)
+        return self._wrapper
 
     def process(
         self,

@@ -241,7 +241,7 @@ def test_it_is_registered_when_slicer_has_started(gui: Any, toy: Any) -> None:
     slicer.app.startupCompleted.emit()
     sys.modules["SegmentEditorUNetClick"].registerEditorEffect()  # a reload of the module
     (effect,) = factory._registered
-    assert effect.perSegment and not effect.requireSegments and effect.title == NAME
+    assert not effect.perSegment and not effect.requireSegments and effect.title == NAME
     assert not effect.icon().isNull() and effect.icon().pixmap(32, 32).toImage().pixelColor(16, 14).alpha() > 0
     text = effect.helpText()
     assert "diagnosis" in text and "Ctrl" in text and "<b>N</b>" in text

@@ -925,6 +925,7 @@ def test_all_frames_of_a_sequence(panel: Any, install: Any, gui: Any) -> None:
     assert p.ui.allFramesCheckBox.visible
     p.ui.allFramesCheckBox.click()
     browser.SetSelectedItemNumber(1)
+    p.ui.inputSection.collapsed = True  # the box cannot be seen any more, and is checked nevertheless
     p.run()
     assert browser.GetSelectedItemNumber() == 1
     for i in range(3):
@@ -1016,10 +1017,54 @@ def test_logic_needs_no_panel(gui: Any, install: Any, make_package: Any) -> None
     two = make_package(channels=["a", "b"], name="two").path
     assert masks(logic.process([node, node], str(two)), node)["thing"].any()
     assert logic.process(node, "toy", out) is out
+    flat = box(size=(0, 0, 0))
     state = scene_state()
     with pytest.raises(UserError, match="no model 'nothing'"):
         logic.process(node, "nothing")
+    with pytest.raises(UserError, match="Draw the box 'Box"):
+        logic.process(node, "toy", roiNode=flat)
     assert scene_state() == state
+
+
+def test_only_a_point_that_was_placed_is_a_target(gui: Any) -> None:
+    import slicer
+
+    gui.load()
+    from UNetSegmentationLib import UserError
+    from UNetSegmentationPanel.inputs import regionOptions
+
+    points = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode", "Target")
+    for i, status in enumerate((points.PositionPreview, points.PositionUndefined, points.PositionDefined, points.PositionPreview)):
+        points.AddControlPointWorld(1.0 + i, 2.0, 3.0)
+        points.SetNthControlPointPositionWorld(i, 1.0 + i, 2.0, 3.0, status)
+        if i < 2:
+            with pytest.raises(UserError, match="Click on the target"):
+                regionOptions(points, None)
+    assert regionOptions(points, None) == {"at": (-3.0, -2.0, 3.0)}
+
+
+def test_what_happens_while_another_module_is_open_changes_no_setting(panel: Any, install: Any, gui: Any) -> None:
+    import slicer
+
+    install()
+    p = panel()
+    node, other = volume(name="one"), volume(name="two")
+    p.settings.volume = node
+    settings = p.settings
+    for _ in range(3):
+        gui.leave(p.widget)
+        gui.open()
+    assert p.settings is settings  # no wrapper is left behind for each time
+    observers = len(p.widget._guiObservers)
+    gui.leave(p.widget)
+    p.ui.volumeSelector.setCurrentNode(other)
+    assert settings.volume is node and observers == 1
+    gui.open()
+    assert p.ui.volumeSelector.currentNode() is node
+    p.ui.volumeSelector.setCurrentNode(other)
+    gui.process_events()
+    assert settings.volume is other
+    slicer.mrmlScene.RemoveNode(other)
 
 
 def test_the_self_test_passes_here_too(gui: Any) -> None:

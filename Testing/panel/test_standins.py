@@ -117,7 +117,8 @@ class ToyWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         # cycle with its observers, as connectGui() makes one, it would empty functions that VTK goes on to call: a crash.
         self.node = self.logic.getParameterNode()
         self.parameters = Parameters(self.node)
-        self.tag = self.parameters.connectGui(self.ui)
+        named = {w.property("SlicerParameterName"): w for w in vars(self.ui).values() if w.property("SlicerParameterName")}
+        self.tag = self.parameters.connectParametersToGui(named)
 
     def give_back(self):
         if self.parameters:
@@ -877,7 +878,8 @@ def test_parameters_and_widgets(gui: Any, parameters: Any) -> None:
     for name, widget in vars(ui).items():
         widget.setProperty("SlicerParameterName", name)
     ui.volume.noneEnabled = True
-    tag = p.connectGui(ui)
+    tag = p.connectParametersToGui(vars(ui))
+    assert parameters().connectGui(SimpleNamespace()) is None
     assert ui.count.value == 3 and ui.count.minimum == 1 and ui.word.currentText == "a" and ui.kind.currentText == "TWO"
     ui.count.value, ui.flag.checked, ui.word.currentIndex, ui.kind.currentIndex = 9, True, 1, 0
     assert (p.count, p.flag, p.word, p.kind) == (9, True, "b", Kind.ONE)

@@ -167,7 +167,7 @@ def regionProblem(region: Any) -> str:
     if region is None:
         return ""
     if region.IsA(POINTS):
-        if not region.GetNumberOfControlPoints():
+        if not region.GetNumberOfDefinedControlPoints():
             return _("Click on the target in a slice view to place the point '{name}'.").format(name=region.GetName())
         return ""
     size = [0.0, 0.0, 0.0]
@@ -178,13 +178,17 @@ def regionProblem(region: Any) -> str:
 
 
 def regionOptions(region: Any, volumeNode: Any) -> dict[str, Any]:
-    """Options.roi of a box, or Options.at (LPS mm) of a point list's last point."""
-    from UNetSegmentationLib import mrml
+    """Options.roi of a box, or Options.at (LPS mm) of a point list's last point; UserError with regionProblem()."""
+    from UNetSegmentationLib import UserError, mrml
 
     if region is None:
         return {}
+    if problem := regionProblem(region):
+        raise UserError(problem)
     if region.IsA(POINTS):
         point = [0.0, 0.0, 0.0]
-        region.GetNthControlPointPositionWorld(region.GetNumberOfControlPoints() - 1, point)
+        # Also one that follows the mouse while a person aims is a control point, and one that was unset.
+        placed = [i for i in range(region.GetNumberOfControlPoints()) if region.GetNthControlPointPositionStatus(i) == region.PositionDefined]
+        region.GetNthControlPointPositionWorld(placed[-1], point)
         return {"at": (-point[0], -point[1], point[2])}
     return {"roi": mrml.roi_box(region, volumeNode)}

@@ -143,7 +143,7 @@ def _install(wanted: Sequence[str], pins: Sequence[str], folder: str, parent: An
         constraints.write_text("\n".join(pins), "utf-8")
         try:
             if pip_ensure is not None:
-                pip_ensure(list(wanted), constraints=str(constraints), prompt_install=False, requester=NAME)
+                pip_ensure(list(wanted), constraints=str(constraints), prompt_install=False, requester=NAME, skip_in_testing=False)
                 return
             dialog = _busy(_("Installing {packages}…").format(packages=", ".join(wanted)), parent)
             try:

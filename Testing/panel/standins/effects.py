@@ -344,7 +344,7 @@ class qMRMLSegmentEditorWidget(mrmlwidgets.qMRMLWidget):
         self._node: Any = None
         self._source: Any = None
         self._active: Any = None
-        self._updating = False
+        self._updating = self._selected = False
         self._tags: list[tuple[Any, int]] = []
         self._views: list[tuple[Any, int]] = []
         self._effects = [e.clone() for e in qSlicerSegmentEditorEffectFactory._registered]
@@ -419,6 +419,7 @@ class qMRMLSegmentEditorWidget(mrmlwidgets.qMRMLWidget):
 
     def undo(self) -> None:
         self._logic.Undo()
+        self._update()
 
     def redo(self) -> None:
         self._logic.Redo()
@@ -438,6 +439,12 @@ class qMRMLSegmentEditorWidget(mrmlwidgets.qMRMLWidget):
                 self._source = source
                 for effect in self._effects:
                     effect._call("sourceVolumeNodeChanged")
+            held = self._node.GetSegmentationNode()
+            segment = self._node.GetSelectedSegmentID()
+            selected = held is not None and bool(segment) and held.GetSegmentation().GetSegment(segment) is not None
+            if self._selected and not selected and self._active is not None and self._active.perSegment:
+                self._node.SetActiveEffectName("")
+            self._selected = selected
             wanted = self.effectByName(self._node.GetActiveEffectName() or "")
             if wanted is not self._active:
                 former, self._active = self._active, wanted

@@ -563,10 +563,10 @@ class _Methods:
     def setValue(self, name: str, value: Any) -> None:
         self._parameter(name).write(value)
 
-    def connectGui(self, gui: Any) -> int:
+    def connectGui(self, gui: Any) -> None:
         widgets = gui.findChildren(qt.QWidget) if getattr(gui, "isWidgetType", lambda: False)() else gui.__dict__.values()
         named = {w.property(SlicerParameterNamePropertyName): w for w in widgets if w.property(SlicerParameterNamePropertyName)}
-        return self.connectParametersToGui(named)
+        self.connectParametersToGui(named)  # without its tag, up to Slicer 5.12 at least
 
     def connectParametersToGui(self, mapping: dict[str, Any]) -> int:
         for name in mapping:

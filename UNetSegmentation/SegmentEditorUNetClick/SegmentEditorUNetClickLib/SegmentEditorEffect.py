@@ -62,8 +62,9 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
     def __init__(self, scriptedEffect: Any) -> None:
         scriptedEffect.name = NAME
         scriptedEffect.title = _("U-Net Click")
-        scriptedEffect.perSegment = True
-        scriptedEffect.requireSegments = False  # a click where there is no segment makes one
+        # A click where there is no segment makes one. The editor would leave a per-segment effect when Undo takes the only one away.
+        scriptedEffect.perSegment = False
+        scriptedEffect.requireSegments = False
         AbstractScriptedSegmentEditorEffect.__init__(self, scriptedEffect)
         VTKObservationMixin.__init__(self)
         self.message = ""
