@@ -14,7 +14,7 @@ demo: .venv-demo/ready
 	  --reference demo/sample/lung1_label.nrrd
 
 test: .venv/ready
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/ready
 	.venv/bin/ruff check .

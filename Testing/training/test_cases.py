@@ -359,7 +359,6 @@ def test_a_segmentation_beside_its_image_teaches_no_background(tmp_path):
     put(image, tmp_path / "images" / "a.nii.gz")
     (tmp_path / "labels").mkdir()
     defs = (Label(1, "organ", (1, 1, 1), {}), Label(2, "tumour", (2, 2, 2), {}))
-    whole = Box.whole(SHAPE)
     for shift, fits in ((0.3, True), (4.0, False), (500.0, False)):
         part = scan(0, shift).like(mask).crop(Box.around(mask))
         write_segmentation(Prediction(part, defs, "m-1", Box.whole(part.shape)), tmp_path / "labels" / "a.seg.nrrd")

@@ -90,6 +90,18 @@ def test_seeds_differ_and_restart_begins_anew(command, run):
     assert (run / "fold0-seed0" / "best.safetensors").read_bytes() == first
 
 
+def test_two_devices_from_the_command_line(run):
+    text = (run / "config.yaml").read_text("utf-8")
+    (run / "config.yaml").write_text(text.replace("devices: 1", "devices: 2"), "utf-8")
+    words = [sys.executable, "-m", "unetseg_training.cli", "fit", run, "--quiet"]
+    for more in ([], ["--restart"]):
+        done = subprocess.run([*words, *more], env=environment(), capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("on held-out cases") == 1
+    record = json.loads((run / "fold0-seed0" / "run.json").read_text("utf-8"))
+    assert record["finished"] and record["devices"] == 2
+
+
 @pytest.mark.parametrize(
     "words, told",
     [

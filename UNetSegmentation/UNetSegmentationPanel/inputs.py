@@ -188,7 +188,8 @@ def regionOptions(region: Any, volumeNode: Any) -> dict[str, Any]:
     if region.IsA(POINTS):
         point = [0.0, 0.0, 0.0]
         # Also one that follows the mouse while a person aims is a control point, and one that was unset.
-        placed = [i for i in range(region.GetNumberOfControlPoints()) if region.GetNthControlPointPositionStatus(i) == region.PositionDefined]
+        status = [region.GetNthControlPointPositionStatus(i) for i in range(region.GetNumberOfControlPoints())]
+        placed = [i for i, s in enumerate(status) if s == region.PositionDefined]
         region.GetNthControlPointPositionWorld(placed[-1], point)
         return {"at": (-point[0], -point[1], point[2])}
     return {"roi": mrml.roi_box(region, volumeNode)}

@@ -83,7 +83,7 @@ def fit_run(
     """Train each fold with each seed, those that are finished left as they are; the Results."""
     from . import report, watch
     from .config import read
-    from .train import CHECKPOINT, RUN, find, train
+    from .train import CHECKPOINT, RUN, find, is_first, train
 
     config = read(run)
     results = []
@@ -91,7 +91,7 @@ def fit_run(
     for fold in folds:
         for seed in seeds:
             folder = leaf(run, fold, seed)
-            if not (resume or restart) and ((folder / CHECKPOINT).exists() or (folder / RUN).exists()):
+            if is_first() and not (resume or restart) and ((folder / CHECKPOINT).exists() or (folder / RUN).exists()):
                 raise UserError(f"{folder} holds a training already; add --resume to go on with it, or --restart to begin anew.")
             with _bar("pre-processing") as progress:
                 result = train(
@@ -105,14 +105,16 @@ def fit_run(
                     progress=progress,
                     **how,
                 )
+            results.append(result)
+            if not is_first():
+                continue
             try:
                 report.write(folder)
             except UserError as e:  # a report that fails must not look like a training that failed
                 print(f"no report was written: {e}", file=sys.stderr)
             parts = ", ".join(f"{name} {value:.3f}" for name, value in result.labels.items())
             print(f"{folder}: Dice {result.dice:.3f} ({parts}) on held-out cases, best in epoch {result.epoch + 1}")
-            results.append(result)
-    if len(results) > 1:
+    if len(results) > 1 and is_first():
         print(f"mean Dice of {len(results)} trainings: {sum(r.dice for r in results) / len(results):.3f}")
     return results
 

@@ -598,14 +598,15 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     saved = folder / CHECKPOINT
-    if not resume and _rank() == 0:
+    first = is_first()
+    if not resume and first:
         for name in (CHECKPOINT, WEIGHTS, RUN):
             (folder / name).unlink(missing_ok=True)
     going_on = resume and saved.exists()
-    if _rank() == 0:
+    if first:
         job.prepare()
     if going_on:
-        if _rank() == 0:
+        if first:
             _check_identity(json.loads(_load_checkpoint(saved).get("identity", "{}")), job.identity, folder)
         if (done := _read_run(folder)).get("finished"):
             return Result(load_weights(folder, job.network), done["dice"], done["dice_by_label"], done["best_epoch"], folder)
@@ -657,8 +658,14 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
     return Result(load_weights(folder, job.network), dice, keeper.labels, keeper.epoch, folder)
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+def is_first() -> bool:
+    """Whether this process leads: those that Lightning starts are told only their machine and their place on it."""
+    told = {k: int(os.environ.get(k) or 0) for k in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")}
+    if os.environ.get("RANK"):
+        return told["RANK"] == 0
+    if int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+        return told["SLURM_PROCID"] == 0
+    return told["NODE_RANK"] == told["LOCAL_RANK"] == 0
 
 
 def _topology(fit: Fit) -> tuple[int, int]:
