@@ -14,6 +14,7 @@ from test_train import environment, write_cases  # noqa: E402
 from unetseg_training import cli  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
+from UNetSegmentationLib.model import ModelPackage  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,25 @@ def test_seeds_differ_and_restart_begins_anew(command, run):
     assert first != second
     assert command("fit", run, "--restart", "--quiet")[0] == 0
     assert (run / "fold0-seed0" / "best.safetensors").read_bytes() == first
+
+
+def test_figures_of_other_weights_are_not_put_on_the_card(command, run, tmp_path):
+    pytest.importorskip("onnx")
+    folder = run / "fold0-seed0"
+    assert command("fit", run, "--quiet")[0] == command("evaluate", folder)[0] == 0
+    kept = (folder / "metrics.json").read_bytes()
+    (folder / "finetune.json").write_text("{}")
+    for restarted in (False, True):
+        if restarted:
+            config = c.read(run)
+            c.write(config.model_copy(update={"fit": config.fit.model_copy(update={"learning_rate": 1e-2})}), run / "config.yaml")
+            assert command("fit", run, "--quiet", "--restart")[0] == 0
+            assert not [n for n in ("metrics.json", "metrics.csv", "finetune.json", "pictures/worst.json") if (folder / n).exists()]
+            (folder / "metrics.json").write_bytes(kept)
+        code, _, err = command("export", folder, "-o", tmp_path / str(restarted))
+        assert code == 0 and ("of other weights than these" in err) == restarted, err
+        (path,) = (tmp_path / str(restarted)).glob("*.unet.zip")
+        assert bool(ModelPackage.read(path).card.data.get("metrics")) != restarted
 
 
 def test_two_devices_from_the_command_line(run):

@@ -224,9 +224,10 @@ def _app() -> Any:
     ) -> None:
         """Score held-out cases through the path that the program uses: metrics.csv, metrics.json, report.html."""
         from . import clicks, metrics, report
-        from .train import LiveEngine, live_package, load_run
+        from .train import LiveEngine, live_package, load_run, weights_hash
 
         config, network = load_run(folder)
+        weights = weights_hash(folder)
         case_set, cases = _scored(folder, config, data)
         clicked = config.model.task == "click"
         with _bar("scoring") as progress:
@@ -241,7 +242,7 @@ def _app() -> Any:
         told = f"unetseg-train evaluate {folder.name}" + (f" --data {Path(data).name}" if data else "")
         where = Path(data).name if data else f"the held-out cases of {folder.name}"
         where = f"lesions in {where}, after one click" if clicked else where
-        facts = metrics.summary(rows, tolerance_mm=1.0, held_out=where, command=told)
+        facts = metrics.summary(rows, tolerance_mm=1.0, held_out=where, command=told, weights=weights)
         metrics.write(folder, rows, facts)
         print(metrics.table(facts))
         print(f"wrote {report.write(folder)}")
@@ -266,7 +267,7 @@ def _app() -> Any:
 
         from . import metrics
         from .export import export_run, lineage
-        from .train import RUN, load_run
+        from .train import RUN, load_run, weights_hash
 
         config, network = load_run(folder)
         case_set, cases = _scored(folder, config, None)
@@ -275,6 +276,9 @@ def _app() -> Any:
         except (OSError, ValueError, KeyError):
             scored = None
             print("no metrics.json yet; for figures on the card run evaluate first", file=sys.stderr)
+        if scored and scored.get("weights") != weights_hash(folder):
+            scored = None
+            print("metrics.json is of other weights than these, so the card has no figures; run evaluate again", file=sys.stderr)
         origin = lineage(json.loads((folder / RUN).read_text("utf-8")), find_model(base) if base else None)
         made = export_run(network, config.card(), output or folder, metrics.case_items(case_set, cases), origin, scored)
         print(f"wrote {made.path}")

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import subprocess
 import time
 import warnings
@@ -600,8 +601,9 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
     saved = folder / CHECKPOINT
     first = is_first()
     if not resume and first:
-        for name in (CHECKPOINT, WEIGHTS, RUN):
+        for name in (CHECKPOINT, WEIGHTS, RUN, "metrics.json", "metrics.csv", "finetune.json"):
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "pictures", ignore_errors=True)
     going_on = resume and saved.exists()
     if first:
         job.prepare()
@@ -715,6 +717,11 @@ def load_weights(folder: Path, network: UNetConfig) -> UNet:
     except Exception as e:  # SafetensorError, or torch's RuntimeError for other shapes
         raise UserError(f"{path} does not fit the network of its run ({str(e).splitlines()[0][:100]}); train it again.") from e
     return model.eval()
+
+
+def weights_hash(folder: Path) -> str:
+    """By which figures are known to be of these weights."""
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
 
 
 def load_run(folder: str | Path) -> tuple[Config, UNet]:
