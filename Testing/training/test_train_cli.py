@@ -144,6 +144,12 @@ def test_bad_input_is_one_sentence(command, run, monkeypatch, tmp_path, words, t
     assert not (tmp_path / "x").exists()
 
 
+def test_a_file_that_cannot_be_opened_is_one_sentence(command, tmp_path):
+    (tmp_path / "reading.xml").mkdir()
+    code, _, err = command("check", tmp_path)
+    assert code == 2 and "reading.xml cannot be read or written (Is a directory)" in err and err.count("\n") == 1
+
+
 def test_folds_and_seeds_are_parsed():
     assert cli.parse_folds("all", 3) == [0, 1, 2] and cli.parse_folds("split", 3) == [None] and cli.parse_folds("0,2", 3) == [0, 2]
     assert cli.parse_seeds("all") == [0, 1, 2, 3, 4] and cli.parse_seeds("3") == [3]

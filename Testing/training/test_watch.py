@@ -151,6 +151,21 @@ def test_a_stop_by_the_person_and_an_early_end_are_told_apart(tmp_path):
     assert end["reason"] == "finished" and end["step"] == 4 and "early stopping" in end["message"]
 
 
+def test_what_cannot_be_written_ends_no_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "STEP_SECONDS", 0.0)
+    (tmp_path / "curve.csv").mkdir()
+    (tmp_path / "pictures").touch()
+
+    class Fills(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2:
+                (tmp_path / "live.jsonl").unlink()
+                (tmp_path / "live.jsonl").mkdir()
+
+    assert train(Module(), [*watch.callbacks(tmp_path), Fills()]).global_step == 12
+    assert not list(tmp_path.rglob(".unetseg-*"))
+
+
 def test_accumulated_gradients_are_one_step(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "STEP_SECONDS", 0.0)
     train(Module(), watch.callbacks(tmp_path, tensorboard=False), accumulate_grad_batches=2)

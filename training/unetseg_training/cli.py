@@ -24,6 +24,12 @@ def main() -> None:
     except UserError as e:
         print(f"unetseg-train: {e}", file=sys.stderr)
         sys.exit(2)
+    except OSError as e:
+        where = e.filename or "a file"
+        print(
+            f"unetseg-train: {where} cannot be read or written ({e.strerror or e}); check the disk's space and your rights", file=sys.stderr
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         print("unetseg-train: stopped; go on with: unetseg-train fit RUN --resume", file=sys.stderr)
         sys.exit(130)

@@ -63,12 +63,13 @@ class LiveFile:
         line = {"event": event, "time": round(time.time(), 1), **{k: _finite(v) for k, v in fields.items()}}
         self.lines.append(line)
         data = json.dumps(line, ensure_ascii=False) + "\n"
-        if self._size + len(data) > self.limit:
-            self._thin()
-        else:
-            with self.path.open("a", encoding="utf-8") as f:
-                f.write(data)
-            self._size += len(data)
+        with contextlib.suppress(OSError):  # a full disk is the checkpoint's to tell: what is lost here are points of a plot
+            if self._size + len(data) > self.limit:
+                self._thin()
+            else:
+                with self.path.open("a", encoding="utf-8") as f:
+                    f.write(data)
+                self._size += len(data)
         return line
 
     def _thin(self) -> None:

@@ -8,6 +8,7 @@ number and change nothing, so that a run is the same with and without them. Only
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from UNetSegmentationLib.files import atomic_path
+from UNetSegmentationLib.files import UserError, atomic_path
 from UNetSegmentationLib.image import Image
 
 from . import report
@@ -165,15 +166,20 @@ class Watch(Callback):
         if self._bar:
             self._bar.end()
         if self._board:
-            self._board.close()
+            with contextlib.suppress(OSError):  # it must not hide why the training ended
+                self._board.close()
         self.live = self._bar = self._board = None
 
     def _curve(self) -> None:
-        """curve.csv: a line a validation, for a spreadsheet."""
+        """curve.csv: a line a validation, for a spreadsheet; one that holds it open on Windows must not end a training."""
         assert self.live
         rows = [line for line in self.live.lines if line["event"] == "validation"]
         keys = ["step", "epoch", "loss", "learning_rate", "seconds_per_step", "dice"]
-        with atomic_path(self.folder / "curve.csv") as path, path.open("w", newline="", encoding="utf-8") as f:
+        with (
+            contextlib.suppress(UserError, OSError),
+            atomic_path(self.folder / "curve.csv") as path,
+            path.open("w", newline="", encoding="utf-8") as f,
+        ):
             names = list(dict.fromkeys([*self.labels, *(n for r in rows for n in r["dice_per_class"])]))
             writer = csv.writer(f)
             writer.writerow([*keys, *(f"dice {n}" for n in names)])
@@ -189,9 +195,10 @@ class Watch(Callback):
                 Image(np.asarray(image), tuple(spacing)), np.asarray(truth), np.asarray(prediction), title=f"{name}, step {step}"
             )
             place = f"pictures/example-{report.file_name(name)}.png"
-            with atomic_path(self.folder / place) as path:
+            with contextlib.suppress(UserError, OSError), atomic_path(self.folder / place) as path:
                 path.write_bytes(png)
-            self._pictures.append(place)
+            if (self.folder / place).is_file():
+                self._pictures.append(place)
             if self._board:
                 from PIL import Image as Picture
 
