@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from unetseg_training.cases import Case, CaseSet, Mismatch, UnknownLabel, fill, find_cases, folds
+from unetseg_training.cases import Case, CaseSet, Mismatch, UnknownLabel, files, fill, find_cases, folds
 from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Box, Image, read_image, write_image
@@ -519,6 +519,26 @@ def test_a_digest_changes_with_the_voxels(pairs):
     after = [found.digest(c) for c in found.cases]
     assert after[0] != before[0] and after[1:] == before[1:]
     assert isinstance(found, CaseSet) and found.subset(found.cases[:1]).cases == found.cases[:1]
+
+
+def test_a_digest_of_files_that_are_missing_or_lie_beside_their_header(pairs):
+    for name, suffix in (("a", ".mhd"), ("b", ".nhdr")):
+        mask = sitk.ReadImage(str(pairs / "labels" / f"{name}.nii.gz"))
+        (pairs / "labels" / f"{name}.nii.gz").unlink()
+        sitk.WriteImage(mask, str(pairs / "labels" / f"{name}{suffix}"))
+    found = find_cases(pairs)
+    exact(found)
+    before = [found.digest(c) for c in found.cases]
+    for raw in pairs.glob("labels/*.raw"):
+        raw.write_bytes(raw.read_bytes()[::-1])
+    assert [found.digest(c) != d for c, d in zip(found.cases, before)] == [True, True, False]
+    (pairs / "images" / "c.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"^Case c: .*c.nii.gz cannot be read \(No such file or directory\); put it back"):
+        found.digest(found.cases[2])
+    (pairs / "x.nhdr").write_text("NRRD0004\nencoding: raw\ndata file: slice %02d.raw 8 10 2\n")
+    (pairs / "x.mhd").write_text("NDims = 3\nElementDataFile = LIST\none.raw\ntwo.raw\n")
+    assert [f.name for f in files(pairs / "x.nhdr")] == ["x.nhdr", "slice 08.raw", "slice 10.raw"]
+    assert [f.name for f in files(pairs / "x.mhd")] == ["x.mhd", "one.raw", "two.raw"]
 
 
 def test_polygons_hold_the_pixels_whose_centres_they_hold():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("monai")
@@ -130,6 +131,18 @@ def test_the_cache_is_used_again_until_something_changes(tmp_path):
     os.utime(old, (time.time() - 7200,) * 2)
     ready()
     assert not old.exists()
+    # What a header names is looked at as well as the header.
+    mask = tmp_path / "data" / "labels" / "case0.nii.gz"
+    turned = sitk.ReadImage(str(mask))
+    for key in turned.GetMetaDataKeys():
+        turned.EraseMetaData(key)
+    mask.unlink()
+    sitk.WriteImage(turned, str(mask.with_name("case0.mhd")))
+    raw = mask.with_name("case0.raw")
+    os.utime(raw, (time.time() - 9,) * 2)
+    assert ready()[1] == ["case0"] and ready()[1] == []
+    raw.write_bytes(raw.read_bytes()[::-1])
+    assert ready()[1] == ["case0"]
 
 
 def test_more_cases_than_a_process_may_open_files(dataset, config, tmp_path, monkeypatch):

@@ -130,16 +130,41 @@ class CaseSet:
     def digest(self, case: Case) -> str:
         """SHA-256 over the bytes of the case's files and how they are read: another digest, another case."""
         out = hashlib.sha256(repr((case.reader, case.series, case.extra, sorted(self.values.items()))).encode())
-        for path in (*case.images, *((case.label,) if case.label else ())):
-            for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-                with open(file, "rb") as f:
-                    while block := f.read(1 << 20):
-                        out.update(block)
+        try:
+            for path in (*case.images, *((case.label,) if case.label else ())):
+                for file in files(path):
+                    with open(file, "rb") as f:
+                        while block := f.read(1 << 20):
+                            out.update(block)
+        except OSError as e:
+            raise UserError(
+                f"Case {case.name}: {e.filename} cannot be read ({e.strerror or e}); put it back, or take the case out of the dataset."
+            ) from e
         return out.hexdigest()
 
     def number(self, name: str) -> int:
         """The value of a label by its name, whatever its case and punctuation; 0 if it is left out."""
         return next((label.value for label in self.labels if _plain(label.name) == _plain(name)), 0)
+
+
+def files(path: Path) -> list[Path]:
+    """The files of an image: all of a DICOM folder, and beside a header (.mhd, .nhdr) those that it names."""
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file())
+    if not path.name.lower().endswith((".mhd", ".nhdr")):
+        return [path]
+    found = re.search(r"^(?:ElementDataFile *=|data ?file:) *(.*?) *$(.*)", path.read_text("utf-8", "replace"), re.M | re.S | re.I)
+    named, rest = found.groups() if found else ("LOCAL", "")
+    if named == "LOCAL":
+        return [path]
+    if named.split()[:1] == ["LIST"]:
+        names = rest.split("\n")
+    elif numbered := re.fullmatch(r"(.*)(%\d*d)(\S*) (\d+) (\d+)(?: (\d+))?(?: \d+)?", named):
+        before, number, after, first, last, step = numbered.groups()
+        names = [f"{before}{number % i}{after}" for i in range(int(first), int(last) + 1, int(step or 1))]
+    else:
+        names = [named]
+    return [path, *(path.parent / name.strip() for name in names if name.strip())]
 
 
 def evenly(cases: Sequence[Case], limit: int) -> list[Case]:

@@ -26,6 +26,7 @@ from UNetSegmentationLib.image import Box, Grid, Image, reorient, sample
 from UNetSegmentationLib.intensity import check_finite, normaliser
 from UNetSegmentationLib.model import SLICE_AXIS
 
+from .cases import files
 from .config import Config
 
 if TYPE_CHECKING:
@@ -309,13 +310,12 @@ class _Hashes:
         how = repr((case.reader, case.series, case.extra, sorted(case_set.values.items())))
         out: list[list[Any]] = [[how, 0, 0]]
         for path in (*case.images, *([case.label] if case.label else [])):
-            try:
-                stat = os.stat(path)
-            except OSError:
-                return None
             if path.is_dir():
                 return None
-            out.append([str(path), stat.st_size, stat.st_mtime_ns])
+            try:
+                out += [[str(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns] for file in files(path)]
+            except OSError:
+                return None
         return out
 
     def save(self) -> None:
