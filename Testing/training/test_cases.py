@@ -388,6 +388,31 @@ def test_pictures_with_masks_of_0_and_255(tmp_path, suffix):
     assert found.channels == ("red", "green", "blue") and found.load(found.cases[0])[0].array.shape == (3, 1, 20, 30)
 
 
+def test_masks_of_0_and_1_beside_masks_of_0_and_255_are_of_one_label(tmp_path):
+    square = np.zeros((20, 30), np.uint8)
+    square[8:16, 8:24] = 1
+    soft = np.zeros((20, 30), np.uint8)
+    soft[4:14] = np.linspace(0, 255, 300).reshape(10, 30)
+
+    def save(**masks):
+        for name, mask in masks.items():
+            for folder, picture in (("images", square * 9), ("masks", mask)):
+                (tmp_path / folder).mkdir(exist_ok=True)
+                sitk.WriteImage(sitk.GetImageFromArray(picture), str(tmp_path / folder / f"{name}.png"))
+
+    save(a=square, b=square * 255)
+    found = find_cases(tmp_path)
+    assert [label.name for label in found.labels] == ["foreground"] and any("all are taken as one label" in n for n in found.notes)
+    assert all(np.array_equal(found.load(c)[1][0], square) for c in found.cases)
+    save(c=np.where(square, np.tile(np.array([1, 255], np.uint8), (20, 15)), 0).astype(np.uint8))
+    assert len(find_cases(tmp_path).labels) == 2  # where one mask holds both, they are two
+    save(c=soft)
+    with pytest.raises(UserError, match=r"c\.png has 256 grey values; save it as 0 and 255, or use --foreground"):
+        find_cases(tmp_path)
+    one = find_cases(tmp_path, foreground=True)
+    assert np.array_equal(one.load(one.cases[2])[1][0], soft > 0)
+
+
 def test_real_pictures(data):
     found = find_cases(data / "sunnybrook")
     assert len(found.cases) == 55 and len({c.patient for c in found.cases}) == 13 and found.channels == ("image",)

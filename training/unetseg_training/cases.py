@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, map_values, read_segments, segment_masks
@@ -36,6 +36,8 @@ MASK_WORDS_PATTERN = re.compile(r".*[._-](labels?|masks?|seg|segmentation|gt|\dn
 UNNAMED = re.compile(r"label \d+|foreground")
 # How far a mask's corners may lie from the image's, in voxels: headers written by other programs round.
 TOLERANCE = 0.1
+# A picture's mask with more values than these, which nobody has named, has soft edges or is a photograph.
+GREYS = 32
 # A map of label values is asked of at most so many files; check() reads all.
 SCANNED = 200
 SPLITS = {"training": "train", "train": "train", "validation": "validation", "val": "validation", "test": "test", "testing": "test"}
@@ -47,6 +49,9 @@ PATIENTS = (
     r"(TCGA-\w{2}-\w{4})",
     r"(.+?)-IM-\d{4}-\d{4}",
 )
+
+
+T = TypeVar("T")
 
 
 class UnknownLabel(UserError):
@@ -221,7 +226,9 @@ def find_cases(
         found = found.subset(replace(c, patient=_group(patient, c.name)) for c in found.cases)
     if only:
         found = _keep_only(found, only)
-    if foreground:
+    if not foreground:
+        _check_greys(found)
+    else:
         kept = tuple(_plain(label.name) for label in found.labels)
         one = Label(1, found.labels[0].name if len(found.labels) == 1 else "foreground", DEFAULT_COLORS[0], {})
         found = replace(found, labels=(one,), values={v: min(k, 1) for v, k in found.values.items()})
@@ -283,6 +290,15 @@ def _group(pattern: str, name: str) -> str:
 def _labels(names: Iterable[str]) -> tuple[Label, ...]:
     """Labels 1, 2, ... of these names."""
     return tuple(Label(i, name, DEFAULT_COLORS[(i - 1) % len(DEFAULT_COLORS)], {}) for i, name in enumerate(names, 1))
+
+
+def _check_greys(cases: CaseSet) -> None:
+    if len(cases.labels) <= GREYS or not all(UNNAMED.fullmatch(label.name) for label in cases.labels):
+        return
+    pictures = [c.label for c in cases.annotated if c.label and _is_picture(c.label)]
+    for path, n in _some(pictures, SCANNED, lambda path: (path, _found_values(path).shape[2])):
+        if n > GREYS:
+            raise UserError(f"{path} has {n} grey values; save it as 0 and 255, or use --foreground to take all but 0 as one label.")
 
 
 def _numbered(names: dict[int, str]) -> tuple[tuple[Label, ...], dict[int, int]]:
@@ -385,7 +401,7 @@ def _found_values(path: Path) -> Image:
     return Image(np.array([[[0, *map_values(_mask_map(path).array)]]]))
 
 
-def _some(paths: Sequence[Path], n: int, read: Callable[[Path], Image]) -> list[Image]:
+def _some(paths: Sequence[Path], n: int, read: Callable[[Path], T]) -> list[T]:
     """At most n of the files, spread over all. One that cannot be read is its case's affair, unless none can."""
     out, error = [], None
     for i in np.unique(np.linspace(0, len(paths) - 1, min(len(paths), n)).astype(int)):
@@ -400,9 +416,8 @@ def _some(paths: Sequence[Path], n: int, read: Callable[[Path], Image]) -> list[
 
 def _named_values(paths: Sequence[Path], names: dict[int, str], notes: list[str]) -> tuple[tuple[Label, ...], dict[int, int]]:
     """Labels and values of plain maps; `names` is what the folder says of them."""
-    values = set[int]()
-    for mask in _some(paths, SCANNED, _found_values):
-        values |= set(mask.array.ravel().tolist()) - {0}
+    each = [set(mask.array.ravel().tolist()) - {0} for mask in _some(paths, SCANNED, _found_values)]
+    values = set[int]().union(*each)
     if not values and not names:
         raise UserError(f"All masks are empty ({paths[0]} and the others); give the masks that mark something.")
     if len(values) == 1 and not names:
@@ -410,6 +425,9 @@ def _named_values(paths: Sequence[Path], names: dict[int, str], notes: list[str]
         if value != 1:
             notes.append(f"The masks hold 0 and {value}; {value} is taken as label 1.")
         return _labels(["foreground"]), {value: 1}
+    if 255 in values and not names and all(len(own) < 2 for own in each):
+        notes.append(f"Some masks hold 0 and 255, others 0 and {', '.join(map(str, sorted(values - {255})))}; all are taken as one label.")
+        return _labels(["foreground"]), dict.fromkeys(sorted(values), 1)
     labels, numbers = _numbered({v: names.get(v, f"label {v}") for v in values | set(names)})
     if any(v != k for v, k in numbers.items()):
         notes.append("The masks' values " + ", ".join(map(str, numbers)) + f" are numbered 1 to {len(numbers)}.")
