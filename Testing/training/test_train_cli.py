@@ -1,6 +1,7 @@
 """The command `unetseg-train`, from a dataset to a report, and one sentence with exit code 2 for bad input."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -9,9 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 for name in ("typer", "rich", "monai", "pydantic", "lightning", "yaml"):
     pytest.importorskip(name)
-
+import lightning  # noqa: E402
 from test_train import environment, write_cases  # noqa: E402
-from unetseg_training import cli  # noqa: E402
+from unetseg_training import cli, watch  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.model import ModelPackage  # noqa: E402
@@ -148,6 +149,45 @@ def test_a_file_that_cannot_be_opened_is_one_sentence(command, tmp_path):
     (tmp_path / "reading.xml").mkdir()
     code, _, err = command("check", tmp_path)
     assert code == 2 and "reading.xml cannot be read or written (Is a directory)" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "fit, told",
+    [
+        ({"strategy": "nonsense"}, "cannot train with fit.accelerator cpu, fit.devices 1 and fit.strategy nonsense ("),
+        ({"accelerator": "gpu", "devices": 99}, "cannot train with fit.accelerator gpu, fit.devices 99"),
+    ],
+)
+def test_hardware_that_is_not_there_is_one_sentence(command, run, fit, told):
+    config = c.read(run)
+    c.write(config.model_copy(update={"fit": config.fit.model_copy(update=fit)}), run / "config.yaml")
+    code, _, err = command("fit", run, "--quiet")
+    assert code == 2 and told in err and err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "error, code, told",
+    [
+        (KeyboardInterrupt(), 130, "unetseg-train: stopped; go on with the same command and --resume\n"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            2,
+            "The memory is full; make",
+        ),
+    ],
+)
+def test_a_stop_and_a_full_memory_are_one_sentence(command, run, monkeypatch, error, code, told):
+    class Raises(lightning.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            raise error
+
+    monkeypatch.setattr(watch, "callbacks", lambda *_, **__: [Raises()])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        done, _, err = command("fit", run, "--quiet")
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+    assert done == code and told in err and err.strip().count("\n") == 0
 
 
 def test_folds_and_seeds_are_parsed():

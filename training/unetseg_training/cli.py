@@ -30,9 +30,11 @@ def main() -> None:
             f"unetseg-train: {where} cannot be read or written ({e.strerror or e}); check the disk's space and your rights", file=sys.stderr
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("unetseg-train: stopped; go on with: unetseg-train fit RUN --resume", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as e:
+        if e.code == 130:  # typer's for Ctrl-C
+            more = "; go on with the same command and --resume" if sys.argv[1:2] in (["fit"], ["finetune"]) else ""
+            print(f"unetseg-train: stopped{more}", file=sys.stderr)
+        raise
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -48,6 +49,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of lightning's own dependencies, at import
     import lightning as L
     from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 
 if TYPE_CHECKING:
@@ -612,43 +614,25 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
             _check_identity(json.loads(_load_checkpoint(saved).get("identity", "{}")), job.identity, folder)
         if (done := _read_run(folder)).get("finished"):
             return Result(load_weights(folder, job.network), done["dice"], done["dice_by_label"], done["best_epoch"], folder)
-    devices, nodes = _topology(job.fit)
     module = Training(job)
     keeper = Keeper(folder, job.fit)
-    patience = max(1, round(job.fit.patience / job.fit.validate_every))
-    stopping = [EarlyStopping("dice", mode="max", patience=patience, check_finite=False)] if job.validator else []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Lightning's advice about workers, cores and loggers
-            trainer = L.Trainer(
-                accelerator=job.fit.accelerator,
-                devices=devices,
-                num_nodes=nodes,
-                strategy=job.fit.strategy if devices * nodes == 1 or job.fit.strategy != "auto" else "ddp",
-                precision=_precision(job.fit),  # type: ignore[arg-type]
-                max_epochs=job.fit.epochs,
-                check_val_every_n_epoch=job.fit.validate_every,
-                accumulate_grad_batches=job.fit.accumulate,
-                gradient_clip_val=job.fit.clip or None,
-                deterministic="warn" if job.fit.deterministic else None,
-                sync_batchnorm=job.network.norm == "batch" and devices * nodes > 1,
-                callbacks=[*stopping, *callbacks, keeper],
-                plugins=[_Checkpoints()],
-                logger=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-                use_distributed_sampler=False,
-                limit_val_batches=1.0 if job.validator else 0,
-                default_root_dir=folder,
-            )
+            trainer = _trainer(job, folder, [*callbacks, keeper])
             if trainer.is_global_zero:
                 _record(job, folder, trainer, going_on)
             trainer.fit(module, datamodule=Batches(job, module), ckpt_path=str(saved) if going_on else None)
     except torch.OutOfMemoryError as e:
         raise UserError("The GPU's memory is full; make fit.batch or input.patch smaller, or set network.checkpointing.") from e
-    except MemoryError as e:
+    except (MemoryError, RuntimeError) as e:  # torch's for a CPU's memory is a plain RuntimeError
+        if isinstance(e, RuntimeError) and not re.search("out of memory|not enough memory|can't allocate memory", str(e)):
+            raise
         raise UserError("The memory is full; make fit.batch or input.patch smaller, or set network.checkpointing.") from e
+    except SystemExit as e:
+        if isinstance(e.__context__, KeyboardInterrupt):  # Lightning makes it of Ctrl-C
+            raise KeyboardInterrupt from e
+        raise
     if trainer.interrupted:
         raise KeyboardInterrupt
     dice = keeper.best if keeper.best > -math.inf else math.nan
@@ -658,6 +642,42 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
         _write_run(folder, {**_read_run(folder), **end})
     trainer.strategy.barrier()
     return Result(load_weights(folder, job.network), dice, keeper.labels, keeper.epoch, folder)
+
+
+def _trainer(job: Job, folder: Path, callbacks: Sequence[Callback]) -> L.Trainer:
+    fit = job.fit
+    devices, nodes = _topology(fit)
+    patience = max(1, round(fit.patience / fit.validate_every))
+    stopping = [EarlyStopping("dice", mode="max", patience=patience, check_finite=False)] if job.validator else []
+    try:
+        return L.Trainer(
+            accelerator=fit.accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=fit.strategy if devices * nodes == 1 or fit.strategy != "auto" else "ddp",
+            precision=_precision(fit),  # type: ignore[arg-type]
+            max_epochs=fit.epochs,
+            check_val_every_n_epoch=fit.validate_every,
+            accumulate_grad_batches=fit.accumulate,
+            gradient_clip_val=fit.clip or None,
+            deterministic="warn" if fit.deterministic else None,
+            sync_batchnorm=job.network.norm == "batch" and devices * nodes > 1,
+            callbacks=[*stopping, *callbacks],
+            plugins=[_Checkpoints()],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            limit_val_batches=1.0 if job.validator else 0,
+            default_root_dir=folder,
+        )
+    except (MisconfigurationException, ValueError) as e:
+        why = str(e).strip().splitlines()[0].rstrip(".")[:200]
+        raise UserError(
+            f"This computer cannot train with fit.accelerator {fit.accelerator}, fit.devices {devices} and fit.strategy {fit.strategy} "
+            f"({why}); correct them in config.yaml."
+        ) from e
 
 
 def is_first() -> bool:
