@@ -74,7 +74,10 @@ def test_finetune_then_export(command, base, tmp_path):
     assert (leaf / "report.html").is_file()
 
     code, _, err = command(*words)
-    assert code == 2 and "holds a plan already" in err
+    assert code == 2 and "add --resume to go on with it" in err and "--overwrite" not in err
+    for changed in (("--freeze", "ups"), ("--freeze", "encoder", "--share", 0.1)):
+        code, _, err = command(*words, "--share", 0.5, "--replay", old, *changed, "--resume")
+        assert code == 2 and f"trained with other settings ({changed[-2].strip('-')})" in err
     code, out, err = command(*words, "--freeze", "encoder", "--replay", old, "--share", 0.5, "--resume")
     assert code == 0 and "on held-out cases" in out, err
 

@@ -336,7 +336,10 @@ def _app() -> Any:
         if len(folds) * len(seeds) > 1:
             raise UserError("finetune trains one fold with one seed at a time; give one of each.")
         package = find_model(base)
-        if not (resume and (output / "config.yaml").exists()):
+        begun = (output / "config.yaml").exists()
+        if begun and not resume:
+            raise UserError(f"{output} holds a fine-tuning already; add --resume to go on with it, or choose another folder.")
+        if not begun:
             _plan(data, output, bool(quick), minutes, layout, None, None, False, base, False)
         config = _read(output)
         start = tuning.start_from(

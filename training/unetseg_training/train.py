@@ -234,6 +234,8 @@ def make_job(
         if section not in _FREE or (_FREE[section] is not None and name not in (_FREE[section] or ()))
     }
     identity |= {"fold": fold, "seed": seed, "cases": [c.name for c in train]}
+    if replay:
+        identity["share"] = replay[1]
     if start is not None:
         identity["start"] = hashlib.sha256(save_tensors({k: v.contiguous() for k, v in start.items()})).hexdigest()
 
@@ -398,6 +400,7 @@ class Training(L.LightningModule):
             self.model.load_state_dict(job.start)
         if job.freeze:
             job.freeze(self.model)
+            job.identity["freeze"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
         self.average = build(job.network, deep_supervision=job.network.deep_supervision)
         self.average.load_state_dict(self.model.state_dict())
         self.average.requires_grad_(False)
@@ -607,6 +610,7 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "pictures", ignore_errors=True)
     going_on = resume and saved.exists()
+    module = Training(job)
     if first:
         job.prepare()
     if going_on:
@@ -614,7 +618,6 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
             _check_identity(json.loads(_load_checkpoint(saved).get("identity", "{}")), job.identity, folder)
         if (done := _read_run(folder)).get("finished"):
             return Result(load_weights(folder, job.network), done["dice"], done["dice_by_label"], done["best_epoch"], folder)
-    module = Training(job)
     keeper = Keeper(folder, job.fit)
     try:
         with warnings.catch_warnings():
