@@ -9,6 +9,7 @@ import sys
 import time
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from unetseg_training import config as c  # noqa: E402
 from unetseg_training import prepare as p  # noqa: E402
 from unetseg_training import train as t  # noqa: E402
 from unetseg_training.cases import Case, find_cases  # noqa: E402
+from UNetSegmentationLib import files  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Box, Grid, Image, read_image, reorient, sample, write_image  # noqa: E402
 from UNetSegmentationLib.intensity import normaliser  # noqa: E402
@@ -216,6 +218,39 @@ def test_a_full_disk_leaves_no_half_file(dataset, config, tmp_path):
         fill.disk.__exit__()
     assert not [f for f in (tmp_path / "run" / "b").iterdir() if f.name.startswith(".unetseg")]
     assert not (tmp_path / "run" / "b" / t.CHECKPOINT).exists()
+
+
+def test_what_another_process_has_just_written_is_taken(dataset, config, tmp_path, monkeypatch):
+    cases, disk = find_cases(dataset), FullDisk(4000)
+    check, first = p._check_space, cases.cases[:1]
+
+    def meanwhile(*_):
+        monkeypatch.setattr(p, "_check_space", check)
+        p.prepare(cases, config, tmp_path, first)
+        disk.__enter__()
+
+    monkeypatch.setattr(p, "_check_space", meanwhile)
+    try:
+        (found,) = p.prepare(cases, config, tmp_path, first)
+    finally:
+        disk.__exit__()
+    assert found.labels.any() and not list(tmp_path.glob(".unetseg-*"))
+
+
+def test_a_file_that_windows_holds_for_a_moment_is_replaced_then(tmp_path, monkeypatch):
+    replace, tries = Path.replace, []
+
+    def held(self, target):
+        tries.append(target)
+        if len(tries) < 3:
+            raise PermissionError
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", held)
+    monkeypatch.setattr(files, "os", SimpleNamespace(**{**vars(os), "name": "nt"}))
+    with files.atomic_path(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "a").read_text() == "new" and len(tries) == 3
 
 
 def replace_fit(config, **changes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_UMASK)
-        temporary.replace(path)
+        for left in reversed(range(20)):
+            try:
+                temporary.replace(path)
+                break
+            except PermissionError:  # on Windows, while another program reads the file or looks it over
+                if os.name != "nt" or not left:
+                    raise
+                time.sleep(0.05)
     except OSError as e:
         raise UserError(f"{path} cannot be written ({e.strerror or e}); check the disk's space and your rights.") from e
     finally:

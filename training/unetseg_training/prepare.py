@@ -244,8 +244,12 @@ def prepare(
             arrays = compute(image, mask, config, case.name)
             _check_space(folder, arrays, len(todo) - i)
             content = save(arrays, {"key": wanted, "content": _digest(arrays), "case": case.name})
-            with atomic_path(path) as temporary:
-                temporary.write_bytes(content)
+            try:
+                with atomic_path(path) as temporary:
+                    temporary.write_bytes(content)
+            except UserError:  # another process may have made the same and hold it open, which Windows does not let us replace
+                if _open(path, wanted, case, digest, len(config.labels)) is None:
+                    raise
             found = _open(path, wanted, case, digest, len(config.labels))
             made += 1
             if found is None:
