@@ -330,8 +330,8 @@ def sample(channels: np.ndarray, grid: Grid, box: Box, interpolator: str = "line
     values = channels[(slice(None), *need.slices)].astype(np.float32)
     for axis in sorted(range(3), key=lambda a: box.shape[a] / need.shape[a]):
         if grid.scale[axis] == 1 and not grid.offset[axis]:
-            places = np.arange(box.start[axis], box.stop[axis]) - need.start[axis]
-            values = values.take(np.clip(places, 0, need.shape[axis] - 1), axis + 1)
+            whole = np.arange(box.start[axis], box.stop[axis]) - need.start[axis]
+            values = values.take(np.clip(whole, 0, need.shape[axis] - 1), axis + 1)
             continue
         first = grid.scale[axis] * box.start[axis] + grid.offset[axis] - need.start[axis]
         weights = _weights(need.shape[axis], first, grid.scale[axis], box.shape[axis], sigma[axis], interpolator)
