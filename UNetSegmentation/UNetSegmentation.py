@@ -295,6 +295,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             section.closeScene()
 
     def _onSceneEndClose(self, caller: Any, event: Any) -> None:
+        self.logic.wrapper = None  # it keeps what it has read, and hears nothing of references that an imported scene brings
         if self._entered:
             self.initializeParameterNode()
 
@@ -681,13 +682,13 @@ def _timeLeft(seconds: float | None) -> str:
 
 
 class UNetSegmentationLogic(ScriptedLoadableModuleLogic):
-    _wrapper: Any = None
+    wrapper: Any = None
 
     def getParameterNode(self) -> UNetSegmentationParameterNode:
         node = super().getParameterNode()
-        if self._wrapper is None or self._wrapper.parameterNode is not node:
-            self._wrapper = UNetSegmentationParameterNode(node)
-        return self._wrapper
+        if self.wrapper is None or self.wrapper.parameterNode is not node:
+            self.wrapper = UNetSegmentationParameterNode(node)
+        return self.wrapper
 
     def process(
         self,
@@ -782,7 +783,7 @@ class UNetSegmentationTest(ScriptedLoadableModuleTest):
 
         self.delayDisplay("Choose volume, model and box")
         settings.volume = volume
-        settings.models = ["lung-nodule-2d-1.0.0"]
+        settings.models = ["lung-nodule-2d-1.1.0"]
         settings.region = self.box()
         settings.uncertainty = True
         slicer.app.processEvents()

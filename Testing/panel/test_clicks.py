@@ -323,6 +323,29 @@ def by_python(p: Any, prompts: list[Any]) -> np.ndarray:
     return session.mask
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_second_click_on_what_was_doubted_is_believed(panel: Any, quick: bool) -> None:
+    import slicer
+
+    p = panel()
+    node = p.settings.volume = scan()
+    array = made_scan()
+    array[truth("left")] = -90  # fat
+    slicer.util.updateVolumeFromArray(node, array)
+    p.gui.process_events()
+    p.arm()
+    at = BALLS["left"][0]
+    p.click(at, wait=not quick)
+    if not quick:
+        assert "is fat" in p.tool.text and p.node is None
+    p.click((at[0], at[1] + 3, at[2]))
+    assert p.tool.text == "" and dice(p.mask("Nodule 1"), truth("left")) > 0.9
+    assert len(p.tool._controller.prompts) == 2
+    p.tool.undo()
+    p.settle()
+    assert p.node is None and not p.tool._controller.prompts
+
+
 def test_the_panel_gives_what_python_gives_also_under_a_transform(panel: Any) -> None:
     from mrml_scenes import add_transform, rotation
 

@@ -217,17 +217,22 @@ def match(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], lim
     old = [(i, np.array(n["center"], float)) for i, n in enumerate(before) if n["voxels"]]
     new = [(j, np.array(n["center"], float)) for j, n in enumerate(after) if n["voxels"]]
 
-    def pairs(shift: np.ndarray) -> dict[int, int]:
-        near = sorted((float(np.linalg.norm(p + shift - q)), i, j) for i, p in old for j, q in new)
+    olds, news = (np.array([at for _, at in group]).reshape(-1, 3) for group in (old, new))
+
+    def pairs(shift: np.ndarray, more_than: int = -1) -> dict[int, int]:
+        apart = np.linalg.norm(olds[:, None] + shift - news, axis=2)
+        near = apart <= limit_mm
         out: dict[int, int] = {}
-        for distance, i, j in near:
-            if distance <= limit_mm and i not in out and j not in out.values():
-                out[i] = j
+        if min(near.any(0).sum(), near.any(1).sum()) > more_than:
+            for _, i, j in sorted((float(apart[a, b]), old[a][0], new[b][0]) for a, b in np.argwhere(near)):
+                if i not in out and j not in out.values():
+                    out[i] = j
         return out
 
     best = pairs(np.zeros(3))
     shifts = sorted((q - p for _, p in old for _, q in new), key=lambda shift: float(np.linalg.norm(shift)))
-    for found in map(pairs, shifts):
+    for shift in shifts:
+        found = pairs(shift, max(1, len(best)))
         if len(found) > max(1, len(best)):
             best = found
     if not best and len(old) == len(new) == 1 and {before[old[0][0]]["side"], after[new[0][0]]["side"]} != {"left", "right"}:

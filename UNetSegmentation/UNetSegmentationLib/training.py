@@ -499,9 +499,9 @@ def resume(
         else:
             (job.folder / STOP).unlink(missing_ok=True)
         before = _load(job.folder)
-        update(
-            job.folder, state="preparing", text="Starting", pid=None, mark=None, launched=time.time(), ended=None, fraction=0.0, verdict=""
-        )
+        changed = {"state": "preparing", "text": "Starting", "pid": None, "mark": None, "launched": time.time(), "ended": None}
+        # A former package, which may have been judged worse, is no longer on offer.
+        update(job.folder, **changed, fraction=0.0, verdict="", package=None)
         try:
             return _go(job.folder, python, environment) if launch else read(job.folder)
         except BaseException:

@@ -23,6 +23,7 @@ from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 from UNetSegmentationLib import mrml
 from UNetSegmentationLib.image import Box, UserError
+from UNetSegmentationLib.inference.click import DOUBTS
 from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.model import ModelPackage, find_model
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 Prompt = tuple[Any, ...]  # ("point", x, y, z, positive), ("box", x0, ..., z1) in LPS mm of the world, ("mask", array, start)
+
+
+# Of two first clicks on the same lesion, both doubted: the largest masses are 80 mm.
+_SAME_MM = 60.0
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ class ClickController(VTKObservationMixin):
 
     worker(): gives the PanelWorker; ensure(): whether what the network needs is installed, after asking where it is not.
     prompts: all that were given, in order; the mask of the same prompts is the same, here and in the core's ClickSession.
-    A prompt that failed, or where nothing was found, is not among them any more: the segment stays as it was. answered: those
-    of the last answer.
+    A prompt that failed, or where nothing was found, is not among them any more: the segment stays as it was. A first click that
+    the core doubts (DOUBTS) is asked again together with the next one, if that is doubted too. answered: those of the last answer.
 
     Only the owner of the lesion hears onAnswer(answer), a WorkerAnswer whose box lies on the volume's grid, and
     onError(text), one sentence, after which nothing has to be written. All listeners hear onChanged(): the prompts, `busy`
@@ -60,6 +65,7 @@ class ClickController(VTKObservationMixin):
         self._listeners: list[Any] = []
         self._numbers = itertools.count(1)
         self._ready = self._preparing = False  # what is needed is installed, or being asked for
+        self._doubted: tuple[str, str, Prompt] | None = None  # lesion, volume's ID, first click
         self._forget()
 
     def _forget(self) -> None:
@@ -259,7 +265,15 @@ class ClickController(VTKObservationMixin):
     def _reject(self, prompts: list[Prompt], text: str) -> None:
         """What was found nothing at is taken back; what was given since stays."""
         newer = self.prompts[len(prompts) :]
+        former, self._doubted = self._doubted, None
         self.prompts = [*self.answered, *newer]
+        if text in DOUBTS and len(prompts) == 1:
+            this = (self.lesion, self.volumeNode.GetID(), prompts[0])
+            if former is not None and former[:2] == this[:2] and math.dist(former[2][1:4], this[2][1:4]) <= _SAME_MM:
+                self.prompts = [former[2], *prompts, *newer]
+                self._ask(self.prompts)
+                return
+            self._doubted = this
         if newer:
             self._ask(self.prompts)
         self._say("onError", text)

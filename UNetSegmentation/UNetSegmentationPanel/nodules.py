@@ -210,7 +210,8 @@ class NoduleTool(VTKObservationMixin):
         self.options: dict[str, str] = {}
         self.negative = False
         self.text = ""
-        self.measured: dict[str, dict[str, Any]] = {}  # digest of a mask: what the worker measured of it
+        # What the worker measured, by the mask's digest, the volume's ID and its place.
+        self.measured: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._lesion: _Lesion | None = None
         self._steps: list[_Step] = []
         self._unrecorded = False
@@ -227,6 +228,8 @@ class NoduleTool(VTKObservationMixin):
             return
         other = volume is not self.volume or model != self.model or options != self.options
         moved = segmentation is not self.segmentation
+        if volume is not self.volume:
+            self._steps = []  # what cannot be seen is not undone
         self.volume, self.segmentation, self.model, self.options = volume, segmentation, model, options
         if other or (moved and (self._lesion is None or self._lesion.node is not segmentation)):
             lost = self.busy and self._lesion is not None
@@ -320,7 +323,10 @@ class NoduleTool(VTKObservationMixin):
                 lesion.node = None
                 if ours:  # the selector would go on to another segmentation, which nobody chose
                     self._keep(None)
-            self._resume(lesion, step.prompts)
+            if lesion.there or not step.prompts:
+                self._resume(lesion, step.prompts)
+            else:
+                self.next()  # a person had removed it: the next click is on another one
         else:
             self._unrecorded = True
             self._controller.undo()
@@ -473,7 +479,8 @@ class NoduleTool(VTKObservationMixin):
         lesion.node, lesion.segment = written, segment
         lesion.label = mrml.label_of(lesion.part())
         if answer.measures:
-            self.measured[digest] = answer.measures
+            image = mrml.image_from_volume(lesion.volume)
+            self.measured[digest, lesion.volume.GetID(), (image.spacing, image.origin, image.direction)] = answer.measures
         if not unrecorded:
             self._steps.append(_Step(undo, lesion, before))
         if written is not self.segmentation:
@@ -530,10 +537,12 @@ class Row:
 class NoduleList(VTKObservationMixin):
     """What the segments of a segmentation measure, kept up to date while they are edited. changed() follows each change.
 
-    known: digest of a mask: its measures, which need not be made again. models(): of clicks, which say whether theirs are of lungs.
+    known: NoduleTool.measured, which need not be made again. models(): of clicks, which say whether theirs are of lungs.
     """
 
-    def __init__(self, changed: Callable[[], None], known: dict[str, dict[str, Any]], models: Callable[[], Sequence[Any]]) -> None:
+    def __init__(
+        self, changed: Callable[[], None], known: dict[tuple[Any, ...], dict[str, Any]], models: Callable[[], Sequence[Any]]
+    ) -> None:
         super().__init__()
         self._changed, self._known, self._models = changed, known, models
         self.node: Any = None
@@ -597,10 +606,12 @@ class NoduleList(VTKObservationMixin):
                 continue
             mask, start = yield from mrml.segment_part_steps(node, segment, volume)
             digest = mrml.mask_digest(mask, start)
-            measures = row.measures if row is not None and row.digest == digest and row.label[1] == place else self._known.get(digest)
+            measures = row.measures if row is not None and row.digest == digest and row.label[1] == place else None
+            measures = measures or self._known.get((digest, volume.GetID(), place))
             if measures is None and 0 < mask.size <= LARGEST_VOXELS:
                 model = mrml.segment_tag(part, mrml.CLICK_MODEL_TAG)
-                lung = all(expects_lung(m.card) for m in self._models() if m.name == model)
+                made = [m.card for m in self._models() if m.name.rpartition("-")[0] == model.rpartition("-")[0]]
+                lung = all(map(expects_lung, made)) if made else not model  # of a model that is not here nothing is known
                 measures = nodule.describe(image, mask, start, lung)
             rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, place), digest))
             yield

@@ -50,6 +50,8 @@ _NOTHING = "Nothing was found here; click inside the lesion, or draw a box aroun
 _NO_LUNG = "No lesion with lung around it was found here; if it is one, click a second time on it, or draw a box around it."
 _FAT = "What was found here is fat; if it is a lesion, click a second time on it, or draw a box around it."
 _ENDLESS = "Nothing that ends was found here; if it is a lesion, click a second time on it, or draw a box around it."
+# Of a first click; the same click and a second one are believed.
+DOUBTS = (_NO_LUNG, _FAT, _ENDLESS)
 
 Index = Sequence[float]
 Point = tuple[float, float, float]
