@@ -230,7 +230,7 @@ def test_details_show_the_card_and_run_nothing_of_it(panel: Any, install: Any) -
     text = p.ui.detailsBrowser.toPlainText()
     assert "<img src=x>Toy" in text and "<script>alert(1)</script>" in text and "<b>mine</b>. And more" in text
     assert "<b>mine</b>" in p.ui.modelList.item(p.ui.modelList.count - 1).text()
-    p.choose("lung-nodule-2d-1.0.0")
+    p.choose("lung-nodule-2d-1.1.0")
     text = p.ui.detailsBrowser.toPlainText()
     assert "LIDC-IDRI" in text and "50 mm" in text and "162 cases" in text
     p.ui.detailsButton.click()
@@ -272,7 +272,7 @@ def test_import_choose_and_remove(panel: Any, make_package: Any, models_folder: 
     p.ui.removeButton.click()
     assert not (models_folder / package.name).exists() and p.settings.models == [] and not p.ui.removeButton.visible
 
-    p.choose("lung-nodule-2d-1.0.0")
+    p.choose("lung-nodule-2d-1.1.0")
     assert not p.ui.removeButton.enabled
     p.ui.folderButton.click()
     assert str(models_folder) in p.gui.dialogs.texts("url")[0]
@@ -323,7 +323,7 @@ def test_presets_are_offered_for_the_models_they_fit(panel: Any, install: Any) -
     volume()
     p.choose(none)
     assert not p.ui.presetCombo.visible
-    p.choose("lung-nodule-2d-1.0.0")
+    p.choose("lung-nodule-2d-1.1.0")
     assert p.ui.presetCombo.visible and p.offered(p.ui.presetCombo)[0] == ""
     assert {"lung", "bone", "custom"} <= set(p.offered(p.ui.presetCombo))
     assert "mr-percentile" not in p.offered(p.ui.presetCombo)
@@ -359,7 +359,7 @@ def test_a_preset_is_seen_by_person_and_model(panel: Any, install: Any) -> None:
 def test_model_default_shows_the_models_own_display_window(panel: Any) -> None:
     p = panel()
     node = volume()
-    p.choose("lung-nodule-2d-1.0.0")
+    p.choose("lung-nodule-2d-1.1.0")
     p.pick(p.ui.presetCombo, "bone")
     p.pick(p.ui.presetCombo, "")
     assert window_of(node) == (-600, 1500)  # the card's "display": lung
