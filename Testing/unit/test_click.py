@@ -180,6 +180,17 @@ def test_fat_is_no_lesion_until_a_second_click_says_otherwise(click_package):
         assert s.add_point(at(s, 30, 40, 42)).found and dice(s.mask, lesion) > 0.8
 
 
+def test_skin_has_air_beside_it_and_no_lung(click_package):
+    for air, found in ((-900, True), (-1000, False)):
+        values = np.full((60, 80, 80), air, np.float32)
+        values[:, :40] = 40
+        lesion = ball(values.shape, (30, 40, 40), 5, (1, 1, 1)) > 0
+        values[lesion] = 500
+        s = ClickSession(Image(values), click_package(intensity=CT_WINDOW), Recording(lambda batch: np.where(batch[:, 0] > 0.8, 1.0, 0.0)))
+        answer = s.add_point(at(s, 30, 40, 40))
+        assert answer.found == found and ("lung around" in answer.text) != found
+
+
 def test_what_turns_out_small_from_far_away_is_looked_at_again_from_near(click_package, monkeypatch):
     # Soft tissue all around, but for the far corners: the first look is zoomed out, and the lesion fits a patch.
     monkeypatch.setattr(click, "lies_in_lung", lambda *_: True)
