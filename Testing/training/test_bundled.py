@@ -121,8 +121,9 @@ def test_bundled_figures_are_those_of_the_results():
         assert card.data["metrics"] == metrics
 
 
-def test_bundled_models_reach_their_figures_on_a_few_held_out_cases(data):
+def test_bundled_models_reach_their_figures_on_a_few_held_out_cases(data, monkeypatch):
     """The whole held-out fold is scored by unetseg_training.release; here, that the shipped file is that model."""
+    monkeypatch.setenv("UNETSEG_DATA", str(data))
     for name in (n for n in release.NAMES if n != "lung-nodule-click"):
         package = find_model(name)
         with open(release.RESULTS / name / "held_out.csv", newline="", encoding="utf-8") as f:
