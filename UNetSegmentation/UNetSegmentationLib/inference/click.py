@@ -538,7 +538,7 @@ def lies_in_lung(values: np.ndarray, mask: np.ndarray, spacing: np.ndarray) -> b
     away = sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(image, False, False, True))
     around = values[(away > 1) & (away <= max(4.0, 2.2 * float(spacing.min())))]
     lung, outside = (np.count_nonzero(around < hu) for hu in (LUNG_HU, OUTSIDE_HU))
-    return bool(around.size) and lung >= LUNG_SHARE * around.size and outside <= OUTSIDE_SHARE * lung
+    return bool(around.size and lung >= LUNG_SHARE * around.size and outside <= OUTSIDE_SHARE * lung)
 
 
 def _touched(mask: np.ndarray, positive: Sequence[Index], box: tuple[Index, ...] | None) -> np.ndarray:
