@@ -46,7 +46,7 @@ LUNG_HU, LUNG_SHARE, AIR_HU = -500.0, 0.46, -850.0
 # Skin has air beside it too. Of what is below LUNG_HU around 779 LIDC nodules at most 0.36 is below -970 HU, but for one nodule's
 # 0.46; around what clicks on the fat below the skin gave 0.4 to 0.8.
 OUTSIDE_HU, OUTSIDE_SHARE = -970.0, 0.4
-# Of 779 LIDC nodules none has more than 0.31 of its voxels in this range of HU; what lies on the pleura or in a fissure may.
+# Of 779 LIDC nodules none has more than 0.31 of its voxels in fat's range of HU.
 FAT_HU, FAT_SHARE = (-150.0, -30.0), 0.4
 _BORDER_VOXELS = 6
 _NOTHING = "Nothing was found here; click inside the lesion, or draw a box around it."

@@ -114,10 +114,9 @@ class _Desk(Program):
                 self._leave()
             else:
                 raise ProtocolError(f"There is no request {op[:40]!r}.")
-            told = dumps({"id": number, **answer})
+            self.tell({"id": number, **answer})
         except Exception as e:
-            told = dumps({"id": number, **_failure(e)})
-        self._write(b"\n" + told)
+            self.tell({"id": number, **_failure(e)})
 
     def _list(self, request: dict[str, Any]) -> WorkList:
         return WorkList.open(get(request, "folder", str))
