@@ -521,6 +521,17 @@ def test_the_table_follows_edits_and_leads_to_the_nodule(panel: Any, tmp_path: P
     node = find_table(p.node, NODULES_ROLE)
     assert [node.GetCellText(i, 0) for i in range(node.GetNumberOfRows())] == ["Nodule 1", "Nodule 2"]
 
+    cut = truth("right")
+    cut[:20, 40, 70] = True
+    paint(p, "Nodule 2", cut)
+    p.settle()
+    assert p.ui.noduleNote.text == "By size only; not a diagnosis."
+    p.ui.noduleTable.setCurrentCell(1, 0)
+    assert "Nodule 2: It reaches the edge of the scan" in p.ui.noduleNote.text
+    p.gui.click(p.ui.copyNodulesButton)
+    assert qt.QApplication.clipboard().text().splitlines()[-2].startswith("Nodule 2: It reaches the edge")
+    p.ui.noduleTable.setCurrentCell(0, 0)
+
     p.node.GetSegmentation().RemoveSegment(p.segments()["Nodule 1"])
     p.settle()
     assert [row[0] for row in p.table()] == ["Nodule 2"] and node.GetNumberOfRows() == 1 and not p.tool.segment

@@ -121,6 +121,11 @@ def test_a_nodule_on_the_wall_and_one_of_chalk():
     image.array[mask > 0] = 600
     chalk = describe(image, mask)
     assert chalk["texture"] == "solid" and chalk["note"].startswith(NOTE) and "calcium" in chalk["note"]
+    low = np.argwhere(mask).min(0)
+    cut = describe(image.crop(Box((int(low[0]) + 2, 0, 0), image.shape)), mask[low[0] + 2 :])
+    assert cut["note"].startswith(NOTE) and "edge of the scan" in cut["note"] and "calcium" in cut["note"]
+    table = csv_text([row(chalk), row(cut)], notes=[chalk["note"], cut["note"]]).splitlines()
+    assert "calcium" in table[1] and "edge" not in table[1] and "edge of the scan" in table[2]
 
 
 @pytest.mark.parametrize("voxels", [[(5, 5, 5)], [(5, 5, 5), (5, 5, 6)], [(5, 5, 5), (6, 6, 6), (7, 7, 7)]])

@@ -293,7 +293,7 @@ def _write(
         x, y, z = nodule["center"]
         place = [f"{v:.1f}" for v in (-x, -y, z)]
         cells = [Path(str(image.source)).name, *place, *nodule_row(nodule)]
-        _write_text(csv_file, csv_text([cells], ("Scan", "R (mm)", "A (mm)", "S (mm)", *COLUMNS), nodule["note"]).rstrip("\n"))
+        _write_text(csv_file, csv_text([cells], ("Scan", "R (mm)", "A (mm)", "S (mm)", *COLUMNS), [nodule["note"]]).rstrip("\n"))
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if not quiet:

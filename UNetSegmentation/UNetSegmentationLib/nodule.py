@@ -32,6 +32,8 @@ SOLID_HU = -250
 _SOLID_SHARE, _GLASS_SHARE = 0.4, 0.15
 _SOLID_PART_MM = 4.0  # a solid part like a ball of this diameter makes any nodule part-solid; vessels inside are thinner
 _CALCIUM_HU = 200
+_CALCIUM = f" Most of it is as dense as calcium (over {_CALCIUM_HU} HU): look at the pattern, which size does not tell."
+_CUT = " It reaches the edge of the scan, beyond which it may go on: its true size is not known."
 _BODY_HU = -500
 _NO_SIDE_MM = 5.0  # so near the midline neither side is certain
 _KEYS = (
@@ -52,7 +54,8 @@ def describe(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0), l
     0.1 mm (Lung-RADS: "report mean nodule diameter to one decimal point"; Fleischner: both axes on the same section; both also
     allow other planes, which is not done); texture: "solid", "part-solid" or "ground-glass"; solid_mean_mm and solid_volume_mm3:
     the same of the largest connected part above SOLID_HU (of a solid nodule the whole, of a ground-glass one 0); side: "left",
-    "right", or "" where the body's midline is not known or too near; size_class: size_class(); note: what that is not.
+    "right", or "" where the body's midline is not known or too near; size_class: size_class(); note: NOTE, and what else a
+    reader must know of these figures.
     An empty mask has 0 voxels and None for the rest.
     """
     inside = Box.around(mask)
@@ -62,7 +65,10 @@ def describe(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0), l
     out: dict[str, Any] = {"voxels": 0, "volume_mm3": 0.0, "volume_ml": 0.0, **dict.fromkeys(_KEYS), "note": NOTE}
     if inside is None:
         return out
-    part = image.crop(inside.shifted(start))
+    placed = inside.shifted(start)
+    part = image.crop(placed)
+    if any(a == 0 or b == n for a, b, n in zip(placed.start, placed.stop, image.shape)):
+        out["note"] += _CUT
     labels = part.like((mask[inside.slices] > 0).astype(np.uint8))
     sizes = _sizes(labels, part)
     out.update({key: value for key, value in sizes.items() if key in out})
@@ -84,7 +90,7 @@ def describe(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0), l
         out.update(texture="part-solid", solid_mean_mm=mean, solid_volume_mm3=solid_volume)
     out["size_class"] = size_class(out["mean_mm"], out["texture"], out["solid_mean_mm"])
     if np.median(core) > _CALCIUM_HU:
-        out["note"] = f"{NOTE} Most of it is as dense as calcium (over {_CALCIUM_HU} HU): look at the pattern, which size does not tell."
+        out["note"] += _CALCIUM
     return out
 
 
@@ -261,10 +267,11 @@ def row(nodule: dict[str, Any]) -> list[str]:
     ]
 
 
-def csv_text(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS, note: str = NOTE) -> str:
-    """Rows (row(), or with other columns before it) as CSV with a heading; each ends in the note, which is not to get lost."""
+def csv_text(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS, notes: Sequence[str] = ()) -> str:
+    """Rows (row(), or with other columns before it) as CSV with a heading; each ends in its note, which is not to get lost: that
+    of notes, else NOTE."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*columns, "Note"])
-    writer.writerows([*cells, note] for cells in rows)
+    writer.writerows([*cells, note] for cells, note in zip(rows, notes or [NOTE] * len(rows)))
     return out.getvalue()

@@ -784,10 +784,12 @@ class NoduleSection(VTKObservationMixin):
         self.tool.select(row.segment)
 
     def _onCopy(self) -> None:
+        from UNetSegmentationLib import nodule
+
         from .results import rowsText
 
         columns, rows = self._shown
-        qt.QApplication.clipboard().setText(rowsText([columns, *rows, [self.ui.noduleNote.text]], "\t"))
+        qt.QApplication.clipboard().setText(rowsText([columns, *rows, *([c] for _s, c in self._caveats()), [nodule.NOTE]], "\t"))
         slicer.util.showStatusMessage(_("The table is in the clipboard."), 3000)
 
     def _onExport(self) -> None:
@@ -797,7 +799,8 @@ class NoduleSection(VTKObservationMixin):
 
         columns, rows = self._shown
         if self.now.node is not None:
-            text = nodule.csv_text([[cell(text) for text in row] for row in rows], columns)
+            notes = [row.measures["note"] if row.measures else nodule.NOTE for row in self.now.rows]
+            text = nodule.csv_text([[cell(text) for text in row] for row in rows], columns, notes)
             saveText(_("Save the nodules"), f"{self.now.node.GetName()}.csv", text)
 
     # ------------------------------------------------------------------------------------------------- what is to be seen
@@ -827,7 +830,7 @@ class NoduleSection(VTKObservationMixin):
         self._mark()
 
     def _mark(self) -> None:
-        """Select the row of the nodule at hand."""
+        """Select the row of the nodule at hand, and say what a reader must know of it."""
         table, segment = self.ui.noduleTable, self.tool.segment
         at = next((i for i, row in enumerate(self.now.rows) if row.segment == segment), -1)
         if table.rowCount == len(self.now.rows) and {item.row() for item in table.selectedItems()} != ({at} if at >= 0 else set()):
@@ -837,6 +840,16 @@ class NoduleSection(VTKObservationMixin):
             else:
                 table.selectRow(at)
             self._updating = before
+        note = " ".join([_("By size only; not a diagnosis."), *(c for s, c in self._caveats() if s == segment)])
+        if self.ui.noduleNote.text != note:
+            self.ui.noduleNote.text = note
+
+    def _caveats(self) -> list[tuple[str, str]]:
+        """A segment, and what a reader must know of its figures, for each where there is something."""
+        from UNetSegmentationLib.nodule import NOTE
+
+        notes = [(row, row.measures["note"].removeprefix(NOTE)) for row in self.now.rows if row.measures]
+        return [(row.segment, f"{row.name}:{note}") for row, note in notes if note]
 
     def _updateTable(self) -> None:
         from UNetSegmentationLib import mrml, nodule
