@@ -413,6 +413,22 @@ def test_masks_of_0_and_1_beside_masks_of_0_and_255_are_of_one_label(tmp_path):
     assert np.array_equal(one.load(one.cases[2])[1][0], soft > 0)
 
 
+def test_instances_become_one_label(tmp_path, monkeypatch):
+    monkeypatch.setattr("unetseg_training.cases.SCANNED", 3)
+    rng = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for i in range(5):  # cells that no other mask numbers so
+        cells = np.arange(400, dtype=np.uint16).reshape(1, 20, 20) + np.uint16(400 * i)
+        sitk.WriteImage(sitk.GetImageFromArray(rng.integers(0, 200, (1, 20, 20), np.uint8)), str(tmp_path / "images" / f"c{i:02}.nii.gz"))
+        sitk.WriteImage(sitk.GetImageFromArray(cells), str(tmp_path / "labels" / f"c{i:02}.nii.gz"))
+    with pytest.raises(UserError, match="instances and not labels; use --foreground"):
+        find_cases(tmp_path)
+    one = find_cases(tmp_path, foreground=True)
+    assert [label.name for label in one.labels] == ["foreground"]
+    assert [int(one.load(c)[1].sum()) for c in one.cases] == [399, 400, 400, 400, 400]
+
+
 def test_real_pictures(data):
     found = find_cases(data / "sunnybrook")
     assert len(found.cases) == 55 and len({c.patient for c in found.cases}) == 13 and found.channels == ("image",)

@@ -85,7 +85,8 @@ class Case:
 class CaseSet:
     """Cases of one task. labels: values 1, 2, ... in order, as load() gives them; values: what the files hold -> those.
 
-    A value of the files that maps to 0 is known and left out. notes: what was assumed, a sentence each.
+    A value of the files that maps to 0 is known and left out. rest: what a value that values lacks is; None: an error.
+    notes: what was assumed, a sentence each.
     """
 
     cases: tuple[Case, ...]
@@ -94,6 +95,7 @@ class CaseSet:
     layout: str
     values: dict[int, int]
     notes: tuple[str, ...] = ()
+    rest: int | None = None
     source: Path | None = None
 
     @property
@@ -134,7 +136,8 @@ class CaseSet:
 
     def digest(self, case: Case) -> str:
         """SHA-256 over the bytes of the case's files and how they are read: another digest, another case."""
-        out = hashlib.sha256(repr((case.reader, case.series, case.extra, sorted(self.values.items()))).encode())
+        rest = () if self.rest is None else (self.rest,)
+        out = hashlib.sha256(repr((case.reader, case.series, case.extra, sorted(self.values.items()), *rest)).encode())
         try:
             for path in (*case.images, *((case.label,) if case.label else ())):
                 for file in files(path):
@@ -228,10 +231,16 @@ def find_cases(
         found = _keep_only(found, only)
     if not foreground:
         _check_greys(found)
+        if len(found.labels) > 255:
+            raise UserError(
+                f"The masks hold {len(found.labels)} values, which are instances and not labels; use --foreground to make them one label."
+            )
     else:
         kept = tuple(_plain(label.name) for label in found.labels)
         one = Label(1, found.labels[0].name if len(found.labels) == 1 else "foreground", DEFAULT_COLORS[0], {})
         found = replace(found, labels=(one,), values={v: min(k, 1) for v, k in found.values.items()})
+        # Numbered instances: other masks than those that were looked at have other numbers.
+        found.rest = None if only or not all(UNNAMED.fullmatch(name) for name in kept) else 1
         found.cases = tuple(replace(c, extra=kept) if c.reader in NAMED else c for c in found.cases)
     return found
 
@@ -304,8 +313,6 @@ def _check_greys(cases: CaseSet) -> None:
 def _numbered(names: dict[int, str]) -> tuple[tuple[Label, ...], dict[int, int]]:
     """Labels for the values of files, and those values' numbers."""
     order = sorted(v for v in names if v)
-    if len(order) > 255:
-        raise UserError(f"The masks hold {len(order)} values, which are instances and not labels; give foreground to make them one label.")
     return _labels(names[v] for v in order), {v: i for i, v in enumerate(order, 1)}
 
 
@@ -499,7 +506,9 @@ def _read_map(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
     known = {0: 0, **cases.values}
     there = map_values(array)
     bad = [v for v in there if v not in known]
-    if bad:
+    if cases.rest is not None:
+        known.update(dict.fromkeys(bad, cases.rest))
+    elif bad:
         listing = ", ".join(f"{v} {cases.labels[k - 1].name}" for v, k in cases.values.items() if k)
         raise UnknownLabel(
             f"its mask {case.label.name} holds the unknown label {bad[0]} (known: {listing}); correct the mask or name the label."
