@@ -201,6 +201,21 @@ def test_a_flipped_byte_in_compressed_voxels_is_noticed(tmp_path, name):
         read_image(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["b.mhd", "b.mha", "b.nrrd"])
+@pytest.mark.parametrize("compress", [True, False])
+def test_what_was_converted_from_nifti_keeps_its_fields_and_is_read(tmp_path, name, compress):
+    write_plain(tmp_path / "a.nii.gz")
+    image = sitk.ReadImage(str(tmp_path / "a.nii.gz"))
+    assert image.HasMetaDataKey("vox_offset")
+    sitk.WriteImage(image, str(tmp_path / name), compress)
+    assert np.array_equal(read_image(tmp_path / name).array, sitk.GetArrayFromImage(image))
+    if name != "b.mhd":
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match="cut short or damaged|cannot be read"):
+            read_image(tmp_path / name)
+
+
 def test_gzip_members_and_trailing_padding_are_accepted(tmp_path):
     write_plain(tmp_path / "a.nii.gz")
     raw = gzip.decompress((tmp_path / "a.nii.gz").read_bytes())

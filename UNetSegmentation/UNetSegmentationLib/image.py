@@ -563,6 +563,21 @@ def _check_complete(path: Path, reader: sitk.ImageFileReader) -> None:
         complete, needed = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda"), 0
     elif head[:2] == b"BM":
         needed = int.from_bytes(head[2:6], "little")
+    elif head[:4] == b"NRRD":
+        found = re.match(rb"NRRD.*?\n\r?\n", head, re.DOTALL)
+        if not found:
+            return
+        fields = found[0].lower()
+        encoding = re.search(rb"^encoding: *(raw|gz)", fields, re.MULTILINE)
+        if not encoding or re.search(rb"^(data ?file|(line|byte) ?skip):", fields, re.MULTILINE):
+            return
+        start, deflated = found.end(), encoding[1] == b"gz"
+    elif path.name.lower().endswith((".mha", ".mhd")):
+        found = re.search(rb"^ElementDataFile *= *LOCAL *\r?\n", head, re.MULTILINE)
+        if not found or re.search(rb"^BinaryData *= *False", head[: found.start()], re.MULTILINE | re.IGNORECASE):
+            return
+        start, deflated = found.end(), bool(re.search(rb"^CompressedData *= *True", head[: found.start()], re.MULTILINE))
+    # Last, for what was converted from NIfTI may carry its fields on.
     elif reader.HasMetaDataKey("vox_offset") and not path.name.lower().endswith((".hdr", ".img", ".img.gz")):
         dims = [max(1, int(reader.GetMetaData(f"dim[{i}]"))) for i in range(1, int(reader.GetMetaData("dim[0]")) + 1)]
         needed = int(float(reader.GetMetaData("vox_offset"))) + math.prod(dims) * int(reader.GetMetaData("bitpix")) // 8
@@ -573,16 +588,6 @@ def _check_complete(path: Path, reader: sitk.ImageFileReader) -> None:
         if any(n > 1 and not (math.isfinite(v) and v) for n, v in zip(dims, pixdim)):  # ITK would take it for 1 mm
             text = " x ".join(f"{v:g}" for v in pixdim)
             raise UserError(f"{path} has a spacing of {text} mm, which cannot be right; correct the spacing in its header.")
-    elif found := re.match(rb"NRRD.*?\n\r?\n", head, re.DOTALL):
-        fields = found[0].lower()
-        encoding = re.search(rb"^encoding: *(raw|gz)", fields, re.MULTILINE)
-        if not encoding or re.search(rb"^(data ?file|(line|byte) ?skip):", fields, re.MULTILINE):
-            return
-        start, deflated = found.end(), encoding[1] == b"gz"
-    elif found := re.search(rb"^ElementDataFile *= *LOCAL *\r?\n", head, re.MULTILINE):
-        if re.search(rb"^BinaryData *= *False", head[: found.start()], re.MULTILINE | re.IGNORECASE):
-            return
-        start, deflated = found.end(), bool(re.search(rb"^CompressedData *= *True", head[: found.start()], re.MULTILINE))
     else:
         return
     have = _inflated(path, start) if deflated else size - start
