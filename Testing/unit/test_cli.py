@@ -233,6 +233,21 @@ def test_nothing_found_is_a_result(here, unetseg):
     assert code == 0 and json.loads(out)["labels"][0]["longest_mm"] is None and not read_image(here.out / "a.seg.nrrd").array.any(), err
 
 
+def test_a_folder_gives_the_result_its_name(tmp_path, monkeypatch):
+    from UNetSegmentationLib.cli import _stem
+
+    (tmp_path / "scan").mkdir()
+    monkeypatch.chdir(tmp_path / "scan")
+    assert _stem(Path(".")) == "scan" and _stem(Path("..")) == tmp_path.name and _stem(Path("a.nii.gz")) == "a"
+
+
+def test_nothing_found_is_a_result_that_dicom_cannot_hold(here, unetseg, data):
+    folder = data / "chest_ct_dicom_LungDx-A0002"
+    model = here.package(intensity={"mode": "window", "level": 9000, "width": 100}).path
+    code, out, err = unetseg("segment", folder, "-m", model, "-o", here.out / "a.dcm", "-o", here.out / "a.nrrd", "--json", "-", "-q")
+    assert code == 0 and "there is no" in json.loads(out)["warnings"][-1] and here.left() == ["out/a.nrrd"], err
+
+
 def test_names_in_brackets_are_shown_as_they_are(here, unetseg, tmp_path):
     model = here.package(labels=[{"value": 1, "name": "lung [left][/]"}]).path
     (tmp_path / "a[bold].nrrd").write_bytes(here.scan.read_bytes())
@@ -384,8 +399,32 @@ def test_bad_options_are_refused(here, unetseg, what):
 def test_a_reference_on_another_grid_is_refused(here, unetseg):
     for reference in (here.write(np.zeros((20, 24, 27), np.uint8)), here.write(np.zeros((20, 24, 28), np.uint8), spacing=(0.8, 0.9, 2.1))):
         result = unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "--reference", reference)
-        one_sentence(result, "does not lie on the grid")
+        one_sentence(result, "resample it")
     assert here.left() == []
+
+
+def test_a_reference_may_hold_other_segments_or_be_cropped_as_slicer_crops_it(here, unetseg, tmp_path):
+    truth = (here.image.array > 0.5).astype(np.uint8)
+    truth[:2] = 5
+    one = here.write(np.where(truth == 5, 5, truth), "several.nrrd")
+    cropped = here.image.like(truth).crop(Box((2, 0, 0), truth.shape))
+    write_image(cropped, tmp_path / "c.seg.nrrd", {"Segment0_ID": "a", "Segment0_Name": "a", "Segment0_LabelValue": "1"})
+    for reference in (one, tmp_path / "c.seg.nrrd"):
+        code, out, err = unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "--reference", reference, "--json", "-")
+        assert code == 0 and json.loads(out)["labels"][0]["dice"] == 1, err
+
+
+def test_what_is_read_is_not_written_over(here, unetseg):
+    before = here.scan.read_bytes()
+    one_sentence(unetseg("segment", here.scan, "-m", here.model, "-o", here.scan), "is what is read")
+    reference = here.write((here.image.array > 0.5).astype(np.uint8), "truth.nrrd")
+    arguments = ("-m", here.model, "-o", here.out / "a.nrrd", "--reference", reference)
+    one_sentence(unetseg("segment", here.scan, *arguments, "--json", reference), "is what is read")
+    assert here.scan.read_bytes() == before and here.left() == []
+
+
+def test_a_window_of_no_picture_is_refused(here, unetseg):
+    one_sentence(unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "--display", "bone"), "give --picture")
 
 
 BAD_NAMES = {
@@ -626,7 +665,7 @@ def test_click_outlines_what_is_clicked_on(clicked, tmp_path, unetseg):
 def test_click_tells_the_nodules_size(clicked, tmp_path, unetseg):
     scan, package, _ = clicked
     command = ["click", scan, "--at=-12,-12,6", "-m", package, "--engine", "onnx", "-o", tmp_path / "o.nrrd"]
-    code, out, err = unetseg(*command, "--json", "-", "--csv", tmp_path / "o.csv", "--reference", tmp_path / "o.nrrd")
+    code, out, err = unetseg(*command, "--json", "-", "--csv", tmp_path / "o.csv", "--reference", tmp_path / "none.nrrd")
     assert code == 2 and "does not exist" in err and not (tmp_path / "o.csv").exists()
     code, out, err = unetseg(*command, "--json", "-", "--csv", tmp_path / "o.csv")
     assert code == 0, err

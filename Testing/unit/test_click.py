@@ -134,6 +134,16 @@ def test_a_negative_click_never_stays_inside(session):
     assert np.array_equal(s.undo().mask, before[s.answer.box.slices]) and np.array_equal(s.mask, before)
 
 
+def test_a_negative_click_leaves_what_was_drawn(session):
+    shape = (30, 60, 60)
+    first, second = ball(shape, (15, 20, 20), 5, (1, 1, 1)), ball(shape, (15, 40, 40), 4, (1, 1, 1))
+    s = session(first + second)
+    s.set_mask(first + second)
+    s.add_point(at(s, 15, 20, 25), positive=False)
+    assert s.answer.found and not s.mask[15, 20, 25]
+    assert dice(s.mask * (second > 0), second) > 0.7 and dice(s.mask * (first > 0), first) > 0.7  # on a grid of 2.25
+
+
 def test_a_correction_that_the_network_ignores_is_followed_around_the_click(session):
     array = ball((30, 60, 60), (15, 20, 20), 5, (1, 1, 1))
     s = session(array)

@@ -201,6 +201,31 @@ def test_a_flipped_byte_in_compressed_voxels_is_noticed(tmp_path, name):
         read_image(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["A.MHA", "A.NII", "A.NII.GZ", "A.NRRD"])
+def test_a_name_in_capitals_is_as_good(tmp_path, name):
+    image = Image(volume("int16", (5, 6, 7)))
+    write_image(image, tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert np.array_equal(read_image(tmp_path / name).array, image.array)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.nrrd"])
+def test_a_disk_that_fills_up_leaves_the_former_file(tmp_path, monkeypatch, name):
+    write_image(Image(volume("int16", (5, 6, 7))), tmp_path / name)
+    before, write = (tmp_path / name).read_bytes(), sitk.WriteImage
+
+    def full(image, path, *rest, **more):
+        write(image, path, *rest, **more)
+        if ".nii" not in path:
+            raise RuntimeError("No space left on device")
+        Path(path).write_bytes(Path(path).read_bytes()[:-100])  # which ITK's NIfTI does not notice
+
+    monkeypatch.setattr(sitk, "WriteImage", full)
+    with pytest.raises(UserError, match="cannot be written"):
+        write_image(Image(volume("int16", (20, 30, 30))), tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["b.mhd", "b.mha", "b.nrrd"])
 @pytest.mark.parametrize("compress", [True, False])
 def test_what_was_converted_from_nifti_keeps_its_fields_and_is_read(tmp_path, name, compress):
@@ -406,6 +431,17 @@ def test_a_slice_that_lies_there_twice_is_noticed(slices, tmp_path):
     shutil.copy(folder / "003.dcm", folder / "again.dcm")
     with pytest.raises(UserError, match="not evenly spaced"):
         read_image(folder)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_series_in_time_is_no_volume(slices, tmp_path, times):
+    places = [float(pytest.importorskip("pydicom").dcmread(f, stop_before_pixels=True).ImagePositionPatient[2]) for f in slices[:times]]
+
+    def again(i, dataset):
+        dataset.ImagePositionPatient = [*dataset.ImagePositionPatient[:2], places[i % times]]
+
+    with pytest.raises(UserError, match="several images of the same place"):
+        read_image(copied(slices, tmp_path / "scan", again))
 
 
 def test_a_tilted_gantry_is_noticed(slices, tmp_path):

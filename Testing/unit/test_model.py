@@ -385,6 +385,16 @@ def test_cards_that_contradict_themselves_are_refused(make_package, change, sent
         make_package(**{"divisor": [4, 4, 4], **change})
 
 
+@pytest.mark.parametrize("number", [10**401, -(10**401), 1e301, float("nan"), float("inf")], ids=lambda n: str(n)[:6])
+@pytest.mark.parametrize(
+    "change", [lambda n: {"metrics": {"dice": {"thing": n}}}, lambda n: {"network": {"a": [{"b": n}]}}, lambda n: {"roi_mm": n}]
+)
+def test_numbers_that_nothing_can_be_computed_with_are_refused(change, number):
+    assert check_card({**FULL, **change(3)})
+    with pytest.raises(UserError, match="not finite or too large; ask its author"):
+        check_card({**FULL, **change(number)})
+
+
 def test_the_cards_tuples_are_in_array_order(make_package):
     card = make_package(dimensions=2, axis="sagittal", patch=[16, 32], divisor=[4, 8], context_slices=2, channels=["a", "b"]).card
     assert card.patch == (1, 16, 32) and card.divisor == (1, 4, 8) and card.slice_axis == 2
@@ -494,6 +504,48 @@ def test_onnx_models_that_could_do_harm_are_refused(pack, what):
     with pytest.raises(UserError, match=sentence):
         check_onnx(content)
     refused(pack(onnx=content or b"\0"), f"{sentence}|damaged or not an ONNX file")
+
+
+def varint(value):
+    out = []
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def hidden_external(bit):
+    """A model with external weights, whose tags have one bit more than ONNX Runtime's protobuf reads: it cuts that off."""
+    tensor = external()
+
+    def field(number, content, bit=0):
+        return varint((number << 3 | 2) + bit) + varint(len(content)) + content
+
+    entry = tensor.external_data[0].SerializeToString()
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+    weights = tensor.SerializeToString() + field(13, entry, bit) + varint((14 << 3) + bit) + b"\x01"
+    plain = model()
+    graph = plain.graph.SerializeToString() + field(5, weights)
+    plain.ClearField("graph")
+    return plain.SerializeToString() + field(7, graph)
+
+
+def test_a_tag_that_protobuf_reads_otherwise_is_refused():
+    with pytest.raises(UserError, match="another file"):
+        check_onnx(hidden_external(0))
+    for look in (check_onnx, lambda data: check_ports(data, check_card(FULL))):
+        with pytest.raises(UserError, match="damaged or not an ONNX file"):
+            look(hidden_external(1 << 32))
+
+
+def test_onnx_runtimes_own_format_is_refused():
+    # An ONNX file that is one of ONNX Runtime's too: a producer's name with a length of three bytes before "ORTM".
+    producer = b"ORTM" + b"A" * 60
+    content = b"\x12" + bytes([len(producer) | 0x80, 0x80, 0]) + producer + model().SerializeToString()
+    assert onnx.load_from_string(content).graph.node
+    with pytest.raises(UserError, match="ONNX Runtime's own format"):
+        check_onnx(content)
 
 
 def test_ordinary_onnx_models_are_accepted(toy_onnx, toy_card):

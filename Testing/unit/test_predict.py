@@ -204,6 +204,31 @@ def test_patch_of_the_whole_image_is_the_network_itself_and_smaller_patches_agre
     np.testing.assert_allclose(parts.probabilities.array, direct, atol=1e-5)
 
 
+@pytest.mark.parametrize("slices", [1, 3])
+def test_acquired_slices_are_seen_as_they_are_stored(make_package, slices):
+    def rows_only(batch):  # sees which way a slice lies
+        out = np.zeros((len(batch), 1, *batch.shape[2:]), np.float32)
+        out[:, 0, :5] = batch[:, 0, :5]
+        return out
+
+    values = noise((slices, 20, 26))
+    model = make_package(kind="identity", activation="sigmoid", dimensions=2, axis="acquired", patch=[32, 32], divisor=[8, 8])
+    short_axis = (0.66, 0.35, 0.6646, 0.75, -0.31, -0.5843, 0.0, -0.88, 0.4671)
+    got = [
+        predict(Image(values, (1.4, 1.4, 10.0), (0, 0, 0), direction), [model], engines=[FakeEngine(rows_only)])
+        for direction in ((1, 0, 0, 0, 1, 0, 0, 0, 1), (0, 0, 1, 1, 0, 0, 0, -1, 0), _orthogonal(short_axis))
+    ]
+    assert got[0].labels.array.any() and all(p.tiles == slices and np.array_equal(p.labels.array, got[0].labels.array) for p in got)
+    other = make_package(kind="identity", activation="sigmoid", dimensions=2, axis="axial", patch=[32, 32], divisor=[8, 8])
+    with pytest.raises(UserError, match="do not look at the same slices"):
+        predict(Image(values), [model, other])
+
+
+def _orthogonal(direction):
+    u, _, v = np.linalg.svd(np.reshape(direction, (3, 3)))
+    return tuple((u @ v).ravel().tolist())
+
+
 def test_bands_of_any_depth_give_the_same(make_package, monkeypatch):
     image = Image(noise((30, 22, 26)), (0.9, 0.8, 1.7))
     model = make_package(kind="identity", activation="sigmoid", spacing=[1.1, 1.0, 1.2], patch=[8, 16, 16])

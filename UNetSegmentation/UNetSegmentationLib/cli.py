@@ -92,7 +92,7 @@ def parse_roi(text: str, image: Image) -> Box:
 
 
 def _stem(path: Path) -> str:
-    name = path.name
+    name = path.name if path.name not in ("", "..") else path.resolve().name
     for suffix in (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES, ".nhdr", ".mhd", ".dcm"):
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
@@ -146,15 +146,20 @@ def _read(images: Sequence[Path], series: str | None) -> Image:
         return read_image(list(images), uids[choice - 1])
 
 
-def _check_names(targets: Sequence[Path], maps: Sequence[Path], picture: Path | None, *texts: Path | None) -> None:
-    """Refuse names that could not be written to, before anything is computed."""
+def _check_names(
+    targets: Sequence[Path], maps: Sequence[Path], picture: Path | None, *texts: Path | None, read: Sequence[Path | None] = ()
+) -> None:
+    """Refuse names that could not be written to, or that are read, before anything is computed."""
     from .output import check_suffix
 
     if sum(str(p) == "-" for p in texts) > 1:
         raise UserError("Only one of --json and --csv can go to standard output; give the other a file name.")
     everything = [p for p in (*targets, *maps, picture, *texts) if p and str(p) != "-"]
+    sources = {p.expanduser().absolute() for p in read if p}
     for path in everything:
         check_writable(path)
+        if path.absolute() in sources:
+            raise UserError(f"{path} is what is read; give the result a name of its own (-o).")
         if sum(path.absolute() == other.absolute() for other in everything) > 1:
             raise UserError(f"Two results would be written to {path}; give each a name of its own.")
     for path in targets:
@@ -166,14 +171,14 @@ def _check_names(targets: Sequence[Path], maps: Sequence[Path], picture: Path | 
         raise UserError(f"{picture} would not be a PNG; end the picture's name in .png.")
 
 
-def _check_fit(image: Image, targets: Sequence[Path], truth: Image | None) -> None:
-    """Refuse results that this image cannot give, before anything is computed."""
+def _check_fit(image: Image, targets: Sequence[Path], reference: Path | None) -> Image | None:
+    """The reference on the image's grid. Refuses results that this image cannot give, before anything is computed."""
+    from .dataset import read_mask
     from .output import check_fit
 
-    if truth is not None and not truth.same_grid(image):
-        raise UserError(f"{truth.source} does not lie on the grid of {image.source}; give a label map of the same scan.")
     for path in targets:
         check_fit(path, image)
+    return None if reference is None else image.like(read_mask(reference, image)[0])
 
 
 def _report(image: Image, prediction: Prediction, truth: Image | None) -> dict[str, Any]:
@@ -193,7 +198,7 @@ def _report(image: Image, prediction: Prediction, truth: Image | None) -> dict[s
     if truth is not None:
         for item in measures:
             # A reference with one label counts for a model with one label, whatever its value.
-            alone = len(measures) == 1
+            alone = len(measures) == 1 and len(np.unique(truth.array[truth.array > 0])) < 2
             item["dice"] = round(
                 dice(prediction.labels.array == item["value"], truth.array > 0 if alone else truth.array == item["value"]), 4
             )
@@ -271,6 +276,11 @@ def _write(
     report = _report(image, prediction, truth)
     if nodule is not None:
         report["nodule"] = nodule
+    dicom = [path for path in targets if path.suffix.lower() == ".dcm"]
+    if dicom and not prediction.labels.array.any() and (len(dicom) < len(targets) or report_file):
+        # Nothing found is a result, which only a DICOM SEG cannot hold.
+        targets = [path for path in targets if path not in dicom]
+        report["warnings"].append(f"Nothing was found, so there is no {dicom[0]}.")
     # DICOM first: it asks most of the input, and where it fails nothing else should have been written.
     for path in sorted(targets, key=lambda p: p.suffix.lower() != ".dcm"):
         write_segmentation(prediction, path, image)
@@ -357,13 +367,14 @@ def _app() -> Any:
         packages = [find_model(m) for m in model]
         targets = output or [Path(f"{_stem(images[0])}.seg.nrrd")]
         maps = [p for p in (uncertainty, probabilities) if p]
-        _check_names(targets, maps, picture, report_file)
+        _check_names(targets, maps, picture, report_file, read=[*images, reference])
         chosen = display or packages[0].card.data.get("display")
         shown = parse_window(chosen) if chosen and (picture or display) else packages[0].card.intensity
+        if display and not picture:
+            raise UserError("--display is of the picture; give --picture too.")
         with _cancellable(), _progress(not quiet and sys.stderr.isatty()) as progress:
             image = _read(images, series)
-            truth = read_image(reference) if reference else None
-            _check_fit(image, targets, truth)
+            truth = _check_fit(image, targets, reference)
             options = Options(
                 roi=parse_roi(roi, image) if roi is not None else None,
                 at=parse_point(at) if at is not None else None,
@@ -406,7 +417,7 @@ def _app() -> Any:
         """Outline the one nodule that is clicked on, and say its size: first --box, then all --at in their order, then all --not."""
         package = find_model(model)
         targets = output or [Path(f"{_stem(images[0])}.seg.nrrd")]
-        _check_names(targets, [], picture, report_file, csv_file)
+        _check_names(targets, [], picture, report_file, csv_file, read=[*images, reference])
         prompts: list[Prompt] = []
         if box is not None:
             r0, r1, a0, a1, s0, s1 = _numbers(box, 6, "--box")
@@ -417,8 +428,7 @@ def _app() -> Any:
             raise UserError("Nothing was clicked on; give --at R,A,S or --box.")
         with _cancellable():
             image = _read(images, series)
-            truth = read_image(reference) if reference else None
-            _check_fit(image, targets, truth)
+            truth = _check_fit(image, targets, reference)
             session = ClickSession(image, package, options=Options(engine=engine, device=device, threads=threads))
             answer = session.replay(prompts)
             if not answer.found:

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -27,9 +27,13 @@ def check_writable(path: str | Path) -> None:
     """Refuse a name that could not be written to, before the person waits for a result. Leaves no trace."""
     path = Path(path)
     place = path.absolute().parent
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        bad = path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK) or (path.exists() and not os.access(path, os.W_OK))
+    except OSError:  # a folder that may not even be looked into, or a name that is too long
+        bad = True
+    if bad:
         raise UserError(f"{path} cannot be written; choose a file name in a folder that you may write to.")
 
 
@@ -39,14 +43,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".unetseg-", suffix="-" + path.name, dir=path.parent)
+        # ITK knows its formats by suffixes in lower case, and would write X.MHA beside the name that it was given.
+        handle, name = tempfile.mkstemp(prefix=".unetseg-", suffix="-" + path.name.lower(), dir=path.parent)
         os.close(handle)
     except OSError as e:
         raise UserError(f"{path} cannot be written ({e.strerror or e}); choose a folder that you may write to.") from e
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_UMASK)
+        with suppress(OSError):  # some network shares know no rights
+            temporary.chmod(0o666 & ~_UMASK)
         for left in reversed(range(20)):
             try:
                 temporary.replace(path)

@@ -230,9 +230,9 @@ class Orientation:
         return (..., *(slice(None, None, -1 if self.flips[p] else 1) for p in (2, 1, 0)))
 
 
-def reorient(image: Image) -> tuple[Image, Orientation]:
-    """The same image with its axes permuted and flipped to the nearest of LPS (a view, no interpolation)."""
-    o = Orientation.of(image.direction)
+def reorient(image: Image, acquired: bool = False) -> tuple[Image, Orientation]:
+    """The same image with its axes permuted and flipped to the nearest of LPS (a view, no interpolation); acquired: as it is."""
+    o = Orientation((0, 1, 2), (False, False, False)) if acquired else Orientation.of(image.direction)
     d = np.reshape(image.direction, (3, 3))
     size = image.shape[::-1]
     corner = [0.0, 0.0, 0.0]
@@ -499,7 +499,7 @@ def _read_series(folder: Path, uid: str | None) -> Image:
 
 def _check_slices(folder: Path, files: list[str], image: Image) -> None:
     """Refuse a series with a gap or a tilted gantry: ITK would stack its slices as if they were equally spaced boxes."""
-    if len(files) < 3:
+    if len(files) < 2:
         return
     normal = np.reshape(image.direction, (3, 3))[:, 2]
     corners = []
@@ -517,6 +517,9 @@ def _check_slices(folder: Path, files: list[str], image: Image) -> None:
             "resample it to a regular grid first."
         )
     steps = np.abs(np.diff(at))
+    same = np.count_nonzero(np.diff(np.sort(at)) < 1e-3)
+    if same > 1 or same == len(steps):
+        raise UserError(f"The DICOM series in {folder} holds several images of the same place (a series in time?); export one of each.")
     if steps.max() - steps.min() > 0.1 * np.median(steps) + 0.01:
         worst = int(np.argmax(np.abs(steps - np.median(steps))))
         raise UserError(
@@ -540,6 +543,8 @@ def _read_file(path: Path) -> Image:
         raise UserError(f"{path} is empty (0 bytes); copy or export it again.")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
+    if path.name.endswith((".MHA", ".MHD")):  # which ITK knows in lower case only
+        reader.SetImageIO("MetaImageIO")
     try:
         with _quiet():
             reader.ReadImageInformation()
@@ -645,8 +650,11 @@ def read_image(paths: str | Path | Sequence[str | Path], series: str | None = No
                 )
         return images[0].like(np.concatenate([i.channels for i in images]))
     path = Path(paths).expanduser()
-    if not path.exists():
-        raise UserError(f"{path} does not exist; check the name.")
+    try:
+        if not path.exists():
+            raise UserError(f"{path} does not exist; check the name.")
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}); check your rights and the name.") from e
     image = _read_series(path, series) if path.is_dir() else _read_file(path)
     check_geometry(image)
     return image
@@ -684,7 +692,19 @@ def write_image(image: Image, path: str | Path, metadata: dict[str, Any] | None 
         out = out[:, :, 0]
     for key, value in (metadata or {}).items():
         out.SetMetaData(key, str(value))
-    write_with(path, lambda p: sitk.WriteImage(out, str(p), useCompression=True))
+
+    def write(temporary: Path) -> None:
+        sitk.WriteImage(out, str(temporary), useCompression=True)
+        if temporary.name.endswith((".nii", ".nii.gz")):  # ITK says nothing where the disk is full
+            reader = sitk.ImageFileReader()
+            reader.SetFileName(str(temporary))
+            reader.ReadImageInformation()
+            try:
+                _check_complete(temporary, reader)
+            except UserError:
+                raise RuntimeError("not all of it was written") from None
+
+    write_with(path, write)
 
 
 def write_with(path: str | Path, write: Callable[[Path], Any]) -> None:

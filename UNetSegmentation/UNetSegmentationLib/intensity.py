@@ -167,5 +167,6 @@ def display_range(intensity: dict[str, Any], channels: np.ndarray) -> tuple[floa
     """The lower and upper value to show an image with, from the model's intensity entry."""
     if intensity["mode"] == "window":
         return intensity["level"] - intensity["width"] / 2, intensity["level"] + intensity["width"] / 2
-    values: Sequence[float] = np.percentile(_thin(channels[0]), [0.5, 99.5])
+    ends = [intensity["low"], intensity["high"]] if intensity["mode"] == "percentile" else [0.5, 99.5]
+    values: Sequence[float] = np.percentile(_thin(channels[0]), ends)
     return float(values[0]), max(float(values[1]), float(values[0]) + 1e-6)

@@ -28,10 +28,11 @@ CARD, ONNX, SAFETENSORS = "model.json", "model.onnx", "model.safetensors"
 SUFFIX = ".unet.zip"
 MAX_CARD_BYTES = 1 << 20
 MAX_FILE_BYTES = 2 << 30
+_MAX_NUMBER = 1e300  # in a card
 _MAX_RATIO = 50  # of what an entry is unpacked to; trained weights shrink by a tenth
 
 # Axis of the array (z, y, x), canonical LPS order, along which a 2D model's slices are stacked.
-SLICE_AXIS = {"axial": 0, "coronal": 1, "sagittal": 2}
+SLICE_AXIS = {"axial": 0, "coronal": 1, "sagittal": 2, "acquired": 0}
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ class Card:
     def slice_axis(self) -> int:
         """Array axis (canonical z, y, x) that is iterated slice by slice; 0 for 3D models."""
         return SLICE_AXIS[self.data.get("axis", "axial")]
+
+    @property
+    def acquired(self) -> bool:
+        """Whether a 2D model sees the slices as they were acquired, whichever way they lie in the body."""
+        return bool(self.data.get("axis") == "acquired")
 
     @property
     def spacing(self) -> tuple[float | None, ...]:
@@ -248,14 +254,28 @@ def intensity_errors(intensity: Any, at: str) -> Iterator[str]:
         yield f"{at}.low and high are not percentages"
 
 
+def _numbers(value: Any) -> Iterator[float]:
+    """Every number in what JSON gave, however deep it lies."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (dict, list)):
+            waiting += item.values() if isinstance(item, dict) else item
+        elif _is_type(item, "number"):
+            yield item
+
+
 def check_card(data: Any) -> Card:
     """A Card from JSON, or UserError with the first thing that is wrong."""
-    for error in schema_errors(data, card_schema()):
-        raise UserError(f"The model's card is not valid: {error}; ask its author for a corrected package.")
 
     def wrong(text: str) -> UserError:
         return UserError(f"The model's card is not valid: {text}; ask its author for a corrected package.")
 
+    # Also where the schema asks for nothing: an integer of any length passes there, and then no float can be made of it.
+    if not all(abs(number) <= _MAX_NUMBER for number in _numbers(data)):
+        raise wrong("it holds a number that is not finite or too large")
+    for error in schema_errors(data, card_schema()):
+        raise wrong(error)
     card = Card(data)
     for key in ("patch", "divisor"):
         if len(data[key]) != card.dimensions:
@@ -294,6 +314,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
 
     while i < n:
         key = varint()
+        if not 8 <= key < 1 << 32:  # protobuf cuts a tag to 32 bits, and would see another field than the check
+            raise ValueError("not a tag")
         kind = key & 7
         if kind == 0:
             yield key >> 3, varint()
@@ -314,6 +336,9 @@ def check_onnx(data: bytes) -> None:
 
     def refuse(text: str) -> UserError:
         return UserError(f"The ONNX model {text}; it is refused. Ask its author for a self-contained model of standard operators.")
+
+    if data[4:8] == b"ORTM":  # by which ONNX Runtime tells it; none of the below would look into it
+        raise refuse("is in ONNX Runtime's own format")
 
     def tensor(message: memoryview) -> None:
         for number, value in _fields(message):

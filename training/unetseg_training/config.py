@@ -52,7 +52,7 @@ class LabelEntry(_Strict):
 
 class Input(_Strict):
     dimensions: Literal[2, 3] = _f(3, "2: slice by slice; 3: volumes.")
-    axis: Literal["axial", "coronal", "sagittal"] = _f("axial", "2D: the plane of the slices.")
+    axis: Literal["axial", "coronal", "sagittal", "acquired"] = _f("axial", "2D: the plane of the slices; acquired: as they are stored.")
     context_slices: int = _f(0, "2D: neighbouring slices on each side, as further channels.", ge=0, le=16)
     spacing: tuple[Positive | None, Positive | None, Positive | None] = _f(
         (None, None, None), "mm along x, y, z that images are resampled to; null keeps an axis."

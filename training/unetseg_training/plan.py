@@ -22,6 +22,7 @@ from UNetSegmentationLib.files import UserError, atomic_path
 from UNetSegmentationLib.image import reorient
 from UNetSegmentationLib.inference.click import expects_lung
 from UNetSegmentationLib.intensity import check_finite
+from UNetSegmentationLib.model import SLICE_AXIS
 
 from . import config as config_file
 from .config import Config, Fit
@@ -264,6 +265,8 @@ def plan(
                 f"The images are single slices and {base[0].name} is a 3D model; start from a 2D model, or train a new one (no base)."
             )
         flat = base[0].slice_axis if dims == 2 and not picture else flat
+    # Pictures do not say how they lie in the body.
+    axis = "acquired" if (picture and flat == 0) or (base is not None and base[0].acquired) else list(SLICE_AXIS)[flat]
     order = [0, 1, 2] if dims == 3 else [flat, *(a for a in range(3) if a != flat)]
     context = 0 if dims == 3 or picture else 1
     why["input.dimensions"] = (
@@ -477,7 +480,7 @@ def plan(
         "channels": names,
         "input": {
             "dimensions": dims,
-            "axis": "axial" if dims == 3 else ("axial", "coronal", "sagittal")[flat],
+            "axis": "axial" if dims == 3 else axis,
             "context_slices": context,
             "spacing": chosen,
             "patch": patch,

@@ -147,7 +147,7 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
             f"Case {name}: its mask holds the value {top} but the configuration names {n} label{'s' * (n != 1)}; "
             "correct the mask, or plan again with that label."
         )
-    canonical, orientation = reorient(image)
+    canonical, orientation = reorient(image, config.input.axis == "acquired")
     truth = orientation.canonical(mask)
     first = SLICE_AXIS[config.input.axis] if config.input.dimensions == 2 else 0
     order = [first, *(a for a in range(3) if a != first)]

@@ -35,6 +35,7 @@ from monai.transforms import (
 from torch import Tensor
 from torch.nn import functional
 from UNetSegmentationLib.files import atomic_path
+from UNetSegmentationLib.model import SLICE_AXIS
 
 from .config import Augmentation, Config
 
@@ -188,7 +189,7 @@ def flip_axes(config: Config) -> list[int]:
     axes = {"z": 0, "y": 1, "x": 2}
     if config.input.dimensions == 3:
         return sorted(axes[a] for a in config.input.flip_axes)
-    first = {"axial": 0, "coronal": 1, "sagittal": 2}[config.input.axis]
+    first = SLICE_AXIS[config.input.axis]
     order = [first, *(a for a in range(3) if a != first)]
     return sorted(order.index(axes[a]) - 1 for a in config.input.flip_axes if axes[a] != first)
 

@@ -444,7 +444,8 @@ class ClickSession:
 
         positive, negative = on_patch(prompts.positive), on_patch(prompts.negative)
         box = tuple(on_patch(prompts.box)) if prompts.box is not None else None
-        channels = prompt_channels(size, positive, negative, box, self._sampled(before, grid))  # type: ignore[arg-type]
+        previous = self._sampled(before, grid)
+        channels = prompt_channels(size, positive, negative, box, previous)  # type: ignore[arg-type]
         batch = np.concatenate([self._normalise(values), channels])[None]
         self._lap("crop")
         logits = self._engine.run(np.concatenate([view.forward(batch) for view in self._views]))
@@ -457,7 +458,8 @@ class ClickSession:
         probability = 1 / (1 + np.exp(-margin))
 
         mask = probability > 0.5
-        kept = _touched(mask, positive, box)
+        # What a person drew is meant as well as what was clicked on.
+        kept = _touched(mask, positive, box, previous if any(p[0] == "mask" for p in prompts.made) else None)
         inside = Box.around(kept)
         if inside is None:
             return replace(_EMPTY, zoom=zoom), False, False
@@ -543,10 +545,13 @@ def lies_in_lung(values: np.ndarray, mask: np.ndarray, spacing: np.ndarray) -> b
     return bool(around.size and lung >= LUNG_SHARE * around.size and outside <= OUTSIDE_SHARE * lung)
 
 
-def _touched(mask: np.ndarray, positive: Sequence[Index], box: tuple[Index, ...] | None) -> np.ndarray:
-    """The components that a positive click touches, or lies just beside; without clicks, the largest in the box."""
+def _touched(mask: np.ndarray, positive: Sequence[Index], box: tuple[Index, ...] | None, drawn: np.ndarray | None = None) -> np.ndarray:
+    """The components that a positive click touches, or lies just beside, and those of what was drawn; without clicks, the largest
+    in the box."""
     labelled, counts = components(mask, corners=True)
     keep = np.zeros(len(counts), bool)
+    if drawn is not None:
+        keep[np.unique(labelled[drawn > 0])] = True
     for point in positive:
         around = tuple(slice(max(0, round(p) - _REACH), max(0, round(p) + _REACH + 1)) for p in point)
         values = labelled[around]

@@ -101,7 +101,7 @@ def predict(
     """
     began = time.perf_counter()
     _check_input(image, models, options)
-    canonical, orientation = reorient(image)
+    canonical, orientation = reorient(image, models[0].card.acquired)
     roi, focus = _region(image, models[0].card, options)
     target = orientation.canonical_box(roi, image.shape)
 
@@ -115,7 +115,8 @@ def predict(
 
     card = models[0].card
     result = _Result(canonical.shape, card, options, split=sum(len(s.views) for s in streams) > 1)
-    for band in _bands(target, roll, card.outputs):
+    finer = max(math.prod(s.box.shape) for s in streams) / math.prod(target.shape)
+    for band in _bands(target, roll, card.outputs, finer):
         probabilities, inner = streams[0].take(band)
         for stream in streams[1:]:
             more, inner_more = stream.take(band)
@@ -171,6 +172,8 @@ def _check_input(image: Image, models: Sequence[ModelPackage], options: Options)
             raise UserError(f"{card.name} and {models[0].card.name} do not give the same labels, so they cannot be averaged.")
         if card.activation != models[0].card.activation:
             raise UserError(f"{card.name} and {models[0].card.name} end in different activations, so they cannot be averaged.")
+        if card.acquired != models[0].card.acquired:
+            raise UserError(f"{card.name} and {models[0].card.name} do not look at the same slices, so they cannot be averaged.")
         if card.data["task"] != "automatic":
             raise UserError(f"{card.name} is a {card.data['task']} model; it works from clicks, not on its own.")
     check_finite(image.channels, name)
@@ -230,9 +233,10 @@ class _Ticker:
             self._progress(fraction, text)
 
 
-def _bands(target: Box, roll: int, classes: int) -> Iterator[Box]:
-    """The target cut along the rolling axis into bands of about _BAND_BYTES of probabilities."""
-    plane = math.prod(target.shape) // target.shape[roll] * 4 * (classes + 1)
+def _bands(target: Box, roll: int, classes: int, finer: float) -> Iterator[Box]:
+    """The target cut along the rolling axis into bands of about _BAND_BYTES of probabilities. finer: how many voxels of the models
+    an image's voxel has."""
+    plane = int(math.prod(target.shape) // target.shape[roll] * 4 * (classes + 1) * max(1.0, finer))
     depth = max(1, _BAND_BYTES // plane)
     for a in range(target.start[roll], target.stop[roll], depth):
         start, stop = list(target.start), list(target.stop)
