@@ -293,6 +293,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.nodules.closeScene()
         for section in self.sections:
             section.closeScene()
+        UNetSegmentationPanel.forgetScene()
 
     def _onSceneEndClose(self, caller: Any, event: Any) -> None:
         self.logic.wrapper = None  # it keeps what it has read, and hears nothing of references that an imported scene brings
@@ -636,7 +637,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         problem = "" if going.running else self._problem()
         ui.applyButton.text = _("Cancel") if going.running else _("Apply")
         ui.applyButton.enabled = not problem
-        ui.applyButton.toolTip = _("Stop; the scene stays as it is. (Esc)") if going.running else problem or _("Segment. (Ctrl+Return)")
+        tip = _("Stop; the scene stays as it is. (Esc)") if going.running else problem or _("Segment. (Ctrl+Return)")
+        ui.applyButton.toolTip = models.plainTip(tip)
         ui.undoButton.enabled = going.canUndo
         ui.progressBar.visible = going.running
         ui.progressLabel.visible = going.running or bool(problem)

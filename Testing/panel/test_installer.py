@@ -33,6 +33,7 @@ def installer(gui, tmp_path, monkeypatch):
     (site / "numpy-2.0.2.dist-info").mkdir()
     for name in ("check", "pins", "plan_folder"):
         monkeypatch.setattr(environment, name, functools.partial(getattr(environment, name), paths=[site]))
+    monkeypatch.setattr(installer.sysconfig, "get_paths", lambda: {"purelib": str(site)})
     installer.site = site
     gui.pip.installed = {"onnxruntime": None, "flatbuffers": None}
     gui.pip.constraints = []
@@ -156,6 +157,33 @@ def test_offline_a_wheel_folder_is_asked_for(gui, installer, wheels, tmp_path, m
     assert installer.wheelFolder() == str(wheels)
 
 
+def test_a_wheel_folder_that_is_gone_gives_way_to_the_network(gui, installer, wheels, tmp_path, monkeypatch):
+    installer.setWheelFolder(str(tmp_path / "gone"))
+    with unit.package_index(tmp_path / "index", wheels) as (address, _requests):
+        monkeypatch.setenv("PIP_INDEX_URL", address)
+        asked = Asked(False)
+        assert installer.ensureRequirements(confirm=asked) is False
+    assert len(asked) == 1 and "from the network" in asked[0] and installer.wheelFolder() == ""
+
+
+def test_a_wheel_folder_that_is_gone_is_asked_for_again_where_there_is_no_network(gui, installer, wheels, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    installer.setWheelFolder(str(tmp_path / "gone"))
+    gui.dialogs.answer(str(wheels))
+    asked = Asked(True, False)
+    assert installer.ensureRequirements(confirm=asked) is False
+    assert "gone cannot be read" in asked[0] and "index cannot be reached" in asked[0] and str(wheels) in asked[1]
+    assert installer.wheelFolder() == str(wheels)
+
+
+def test_a_slicer_that_cannot_be_written_to_is_said_before_the_question(gui, installer, wheels, tmp_path, monkeypatch):
+    installer.setWheelFolder(str(wheels))
+    monkeypatch.setattr(installer.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path / "no such folder")})
+    with pytest.raises(UserError, match="no such folder cannot be written .*; ask who installed Slicer, or install"):
+        installer.ensureRequirements(confirm=Asked())
+    assert not gui.pip.calls
+
+
 @pytest.mark.parametrize("answers", [(False,), (True,)])
 def test_offline_without_a_folder_nothing_happens(gui, installer, monkeypatch, answers):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
@@ -168,6 +196,7 @@ def test_slicers_testing_mode_waits_for_nobody(gui, installer, tmp_path, monkeyp
     import slicer
 
     monkeypatch.setattr(type(slicer.app), "testingEnabled", lambda self: True)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     installer.setWheelFolder(str(tmp_path / "gone"))
     with pytest.raises(UserError, match="cannot be read"):
         installer.ensureRequirements()
@@ -401,6 +430,54 @@ def test_the_panels_row_installs_and_removes_it(gui, installer, torch_wheels):
     assert (ui.torchStatus.text, ui.torchButton.text) == ("Not installed", "Install…")
     gui.close(widget)
     sys.modules["UNetSegmentationPanel"].closeWorker()
+
+
+def fake_torch(state="ready"):
+    """PyTorch's own environment, without the megabytes."""
+    folder = environment.environment_folder()
+    (folder / "packages" / "torch").mkdir(parents=True)
+    (folder / "packages" / "torch" / "__init__.py").touch()
+    version = list(sys.version_info[:2])
+    environment._write_marker(folder, {"made_by": "UNetSegmentation", "state": state, "python": sys.executable, "version": version})
+    return folder
+
+
+def test_a_removal_that_is_cancelled_ends_and_what_is_left_can_be_removed(gui, installer, monkeypatch):
+    folder = fake_torch()
+    widget = gui.open()
+    ui = widget.ui
+    gui.wait(lambda: widget._warm, 60)
+    ui.advancedSection.collapsed = False
+
+    def forever(folder, python):
+        environment._write_marker(environment.environment_folder(), {"made_by": "UNetSegmentation", "state": "removing"})
+        yield python_step("import time; time.sleep(60)")
+
+    with monkeypatch.context() as m:
+        m.setattr(environment, "remove_steps", forever)
+        gui.dialogs.answer(True)
+        ui.torchButton.click()
+        assert ui.torchButton.text == "Cancel" and ui.torchStatus.text == "Removing …" and not ui.applyButton.enabled
+        gui.wait(lambda: installer.torchEnvironment().status == "broken")
+        ui.torchButton.click()
+        gui.wait(lambda: not widget.torchRow.working)
+    assert ui.torchStatus.text == "Cancelled." and ui.torchButton.text == "Install…" and ui.torchButton.enabled
+
+    gui.dialogs.answer("Cancel", "Remove")
+    ui.torchButton.click()
+    assert folder.exists() and not widget.torchRow.working and "was not finished" in gui.dialogs.texts("message")[-1]
+    ui.torchButton.click()
+    gui.wait(lambda: not widget.torchRow.working, 60)
+    assert not folder.exists() and ui.torchStatus.text == "Not installed"
+
+    fake_torch("making")
+    with monkeypatch.context() as m:
+        planned = []
+        m.setattr(installer, "planTorch", lambda *answers: planned.append(answers))
+        gui.dialogs.answer("Install again")
+        ui.torchButton.click()
+        assert planned
+    gui.close(widget)
 
 
 def test_pytorch_that_cannot_be_installed_leaves_nothing(gui, installer, torch_wheels):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -277,6 +278,70 @@ def test_import_choose_and_remove(panel: Any, make_package: Any, models_folder: 
     p.ui.folderButton.click()
     assert str(models_folder) in p.gui.dialogs.texts("url")[0]
     assert not p.gui.dialogs.texts("error")
+
+
+def test_one_bad_card_never_breaks_the_list(
+    panel: Any, install: Any, make_package: Any, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import math
+    import zipfile
+
+    from UNetSegmentationLib import model
+    from UNetSegmentationPanel import models
+
+    good = install(name="good")
+    with zipfile.ZipFile(make_package(name="bad").path) as z, zipfile.ZipFile(models_folder / f"bad-1.0.0{SUFFIX}", "w") as out:
+        card = {**json.loads(z.read("model.json")), "metrics": {"dice": {"<b>thing": 10**401}}}
+        out.writestr("model.json", json.dumps(card))
+        out.writestr("model.onnx", z.read("model.onnx"))
+    for words in ("too large", "OverflowError"):  # by the check, and without it
+        found = {m.name: m for m in models.installedModels()}
+        assert found[good].card is not None and found["bad-1.0.0"].card is None and words in found["bad-1.0.0"].error
+        monkeypatch.setattr(model, "_MAX_NUMBER", math.inf)
+    p = panel()
+    p.choose(good)
+    assert p.settings.models == [good]
+    gone = models.Model(models_folder / "gone.unet.zip", True)
+    assert gone.megabytes == 0.0
+
+
+def test_what_a_card_says_is_shown_as_it_is(panel: Any, install: Any, models_folder: Path) -> None:
+    import qt
+
+    evil = install(channels=["<img src='//host/x'>", "<i>b</i>"])
+    (models_folder / f"<u>bad-1.0.0{SUFFIX}").write_bytes(b"no package")
+    p = panel()
+    volume()
+    p.choose(evil)
+    ((label, selector),) = p.widget.channelRows._rows
+    assert p.ui.volumeLabel.text.startswith("<img") and label.text == "<i>b</i>:"
+    assert p.ui.volumeLabel.textFormat == label.textFormat == qt.Qt.PlainText
+    assert "&lt;i&gt;b" in selector.toolTip and "<i>" not in selector.toolTip
+    tips = [p.ui.modelList.item(i).toolTip() for i in range(p.ui.modelList.count)]
+    assert not any("<u>" in tip for tip in tips) and any("&lt;u&gt;bad" in tip for tip in tips)
+
+
+def test_a_missing_version_is_stood_in_for_by_the_newest(panel: Any, install: Any) -> None:
+    from UNetSegmentationPanel import models
+
+    for version in ("1.2.0", "1.10.0", "1.9.0"):
+        install(version=version)
+    p = panel()
+    found, missing = models.resolve(["toy-1.0.0", "toy-1.9.0", "none-1.0.0"], p.widget.modelList.models)
+    assert [m.name for m in found] == ["toy-1.10.0", "toy-1.9.0"] and missing == ["none-1.0.0"]
+
+
+def test_an_imported_model_of_clicks_is_there_at_once(panel: Any, make_package: Any) -> None:
+    package = make_package(name="clicks", task="click").path
+    p = panel()
+    volume()
+    p.choose("lung-nodule-2d-1.1.0")
+    p.gui.dialogs.answer(str(package))
+    p.ui.importButton.click()
+    assert "clicks-1.0.0 is imported" in p.ui.modelMessage.text and p.ui.modelMessage.visible
+    assert "clicks-1.0.0" in p.offered(p.ui.clickModelCombo) and p.settings.models == ["lung-nodule-2d-1.1.0"]
+    p.choose("hippocampus-3d-1.1.0")
+    assert not p.ui.modelMessage.visible
 
 
 def test_models_that_cannot_be_averaged_say_why(panel: Any, install: Any) -> None:

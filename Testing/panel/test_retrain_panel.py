@@ -303,6 +303,48 @@ def test_what_is_missing_is_asked_for_with_its_size_and_installed(panel: Any, da
     assert p.ui.trainMessage.text == "The network is not reached; try again."
 
 
+def test_pytorch_stays_as_it_is_while_a_training_needs_it_and_the_other_way_round(
+    panel: Any, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from UNetSegmentationPanel import installer
+
+    monkeypatch.setattr(installer, "planTraining", lambda *answers: FakeJob(answers, "done", "monai (9 MB)"))
+    monkeypatch.setattr(installer, "planTorch", lambda *answers: FakeJob(answers, "failed", "No network; try again."))
+    launched(monkeypatch, {})
+    p = panel(dataset)
+    button, row = p.widget.ui.torchButton, p.widget.torchRow
+    usual = button.toolTip
+    assert button.enabled
+    p.gui.click(p.ui.trainButton)  # looks up what is to be installed
+    assert not button.enabled and "training needs is installed" in button.toolTip
+    p.gui.dialogs.answer(lambda text: not button.enabled and False)
+    p.section._install.end()
+    assert button.enabled and button.toolTip == usual
+
+    button.click()
+    assert row.working and button.text == "Cancel" and button.enabled
+    assert not p.ui.trainButton.enabled and "PyTorch is installed or removed" in p.ui.trainButton.toolTip
+    p.section._begin("python", {})
+    p.section._plan()
+    assert p.section._install is None and "PyTorch is installed or removed" in p.ui.trainMessage.text
+    row._job.end()
+    assert not row.working and p.ui.trainButton.enabled
+
+    folder = retraining.make_job(dataset)
+    p.find()
+    assert not button.enabled and "Wait until the training is done" in button.toolTip
+    monkeypatch.setattr(type(p.section), "_folder", str(tmp_path / "cases"))  # another training set is chosen
+    p.find()
+    assert not p.section.jobs and not button.enabled  # it still needs PyTorch
+    retraining.change(folder, state="finished")
+    p.section._lookedElsewhere = 0.0
+    p.section.update()
+    assert button.enabled
+    retraining.make_job(tmp_path / "cases", host="another computer")
+    p.find()
+    assert p.section.jobs[0].running and button.enabled  # it has a PyTorch of its own
+
+
 # ----------------------------------------------------------------------------------------------------------- finding again
 
 
@@ -766,7 +808,7 @@ def test_another_training_set_is_another_task_and_the_first_is_found_again(
 
     p.choose(hearts)
     assert p.section.job is None and not p.ui.jobWidget.visible and p.section.root.text == "Retrain" and p.ui.trainButton.enabled
-    assert p.start == "left-ventricle-2d-1.0.0"  # though the panel's model is another, which does not fit
+    assert p.start == "left-ventricle-2d-1.0.1"  # though the panel's model is another, which does not fit
     assert p.ui.trainMessage.text == "3 corrected cases of 3 patients: Left ventricle cavity."
     p.start_from("hippocampus-3d-1.1.0")
     said = "The cases are single slices and hippocampus-3d is a 3D model; start from a 2D model, or from scratch."

@@ -375,6 +375,18 @@ def test_a_wheel_folder_that_is_none(tmp_path, wheels):
         environment.plan_folder(["onnxruntime"], wheels, [])
 
 
+def test_wheels_damaged_inside_are_called_damaged(wheels):
+    path = wheels / "onnxruntime-1.21.0-py3-none-any.whl"
+    name = "onnxruntime-1.21.0.dist-info/METADATA"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr(name, "Name: onnxruntime\n" + "x: abc\n" * 500)
+    good = path.read_bytes()
+    for at, content in ((30 + len(name), b"\xff" * 20), (good.index(b"PK\x01\x02") + 10, b"\x63\0")):  # zlib.error, no such method
+        path.write_bytes(good[:at] + content + good[at + len(content) :])
+        with pytest.raises(UserError, match="damaged; copy it"):
+            environment.plan_folder(["onnxruntime"], wheels, [])
+
+
 def test_a_python_without_numpy_looks_into_a_wheel_folder_too(wheels, tmp_path):
     (wheels / "flatbuffers-25.2.10-py3-none-any.whl").unlink()
     step = environment.plan_step(sys.executable, ["onnxruntime"], folder=wheels, fresh=True)
@@ -782,7 +794,7 @@ def fake_python(folder, **changes):
         ({"version": [3, 9, 6]}, "is 3.9.6 with 64 bits; choose a 64-bit Python 3.10 or newer"),
         ({"bits": 32}, "32 bits"),
         ({"pip": None}, "has no pip"),
-        ({"system": "darwin"}, "Intel"),
+        ({"system": "darwin"}, "Intel Pythons.*training from the panel is not possible; use the command line with an Apple-silicon"),
     ],
 )
 def test_pythons_that_will_not_do(folder, tmp_path, changes, sentence):
@@ -865,6 +877,8 @@ def test_requirements_are_those_of_the_project():
     assert own <= {*project["dependencies"], *extras["torch"], *extras["train"]}
     (bound,) = [r for r in extras["torch"] if r.startswith("torch")]
     assert Requirement.read(bound).allows(environment.TORCH)
+    guide = (ROOT / "docs" / "offline-installation.md").read_text("utf-8")
+    assert [text for text in own if f'"{text}"' not in guide] == []
 
 
 def test_the_environment_folder_is_the_users(monkeypatch, tmp_path):

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import os
 import subprocess
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -79,6 +81,29 @@ def test_pip_downloads_without_running_code(sdist, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(sdist.parent))
     paths = sample.fetch_sample(tmp_path / "cache")
     assert paths["lung1"].read_text() == "content of lung1_image.nrrd"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script as launcher")
+def test_no_code_runs_behind_a_launcher_that_puts_its_packages_first(sdist, tmp_path, monkeypatch):
+    """PythonSlicer's does, with the true setuptools among them."""
+    site = tmp_path / "site-packages"
+    (site / "setuptools").mkdir(parents=True)
+    (site / "setuptools" / "__init__.py").touch()
+    (site / "setuptools" / "build_meta.py").write_text(f"raise SystemExit({MARK!r})")
+    launcher = tmp_path / "PythonSlicer"
+    launcher.write_text(f'#!/bin/sh\nexport PYTHONPATH="{site}:$PYTHONPATH"\nexec "{sys.executable}" "$@"\n')
+    launcher.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(launcher))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(sdist.parent))
+    paths = sample.fetch_sample(tmp_path / "cache")
+    assert paths["lung1"].read_text() == "content of lung1_image.nrrd"
+
+
+def test_pips_reasons_are_found_however_they_are_written():
+    assert sample._reason("  error: subprocess-exited-with-error\n  ...") == "subprocess-exited-with-error"
+    assert sample._reason("WARNING: x\nERROR: No matching distribution.") == "No matching distribution"
+    assert sample._reason("what?") == "pip gave no reason"
 
 
 def test_pip_refuses_another_hash(sdist, tmp_path, monkeypatch):

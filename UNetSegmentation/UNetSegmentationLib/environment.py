@@ -23,6 +23,7 @@ import tempfile
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -536,7 +537,7 @@ def plan_folder(
         packages[requirement.name] = Package(requirement.name, good[-1].split("-")[1], path.stat().st_size)
         try:
             waiting += _dependencies(_wheel_metadata(path))
-        except (OSError, zipfile.BadZipFile, KeyError, StopIteration) as e:
+        except (OSError, zipfile.BadZipFile, zlib.error, KeyError, StopIteration, RuntimeError) as e:  # NotImplementedError too
             raise _error(f"The wheel {path} is damaged; copy it into the folder again.") from e
     if missing or unfit:
         clauses = [f"has no wheel of {', '.join(missing)}"] if missing else []
@@ -627,7 +628,7 @@ def _look_up(requirement: Requirement, options: Sequence[str]) -> tuple[str, int
         path = Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
         try:
             return version, path.stat().st_size, _wheel_metadata(path), ""
-        except (OSError, zipfile.BadZipFile, StopIteration):
+        except (OSError, zipfile.BadZipFile, zlib.error, StopIteration, RuntimeError):
             return version, None, None, ""
     head = _open(url, "HEAD")
     length = head.headers.get("Content-Length", "") if head is not None else ""
@@ -1070,8 +1071,8 @@ def _prepare(python: str, variant: str) -> Generator[Step, Done, tuple[dict[str,
     if probe["pip"] is None:
         raise _error(f"The Python at {python} has no pip; install it (python3-pip) or choose another Python.")
     if probe["system"] == "darwin" and probe["machine"] != "arm64":
-        text = "PyTorch has no build for Intel Pythons on macOS, as Slicer's is"
-        raise _error(f"{text}; choose a Python 3.10 or newer for Apple silicon, or stay with ONNX Runtime.")
+        text = "PyTorch has no build for Intel Pythons on macOS, as Slicer's is, so training from the panel is not possible"
+        raise _error(f"{text}; use the command line with an Apple-silicon Python, or stay with ONNX Runtime to segment and click.")
     if variant == "auto":
         gpus = ""
         if probe["system"] != "darwin":

@@ -29,7 +29,7 @@ FILES = {
 }
 
 # pip asks a source distribution for its metadata by running its setup.py, which needs numpy and fails on Python 3.12
-# and later. This stands in for setuptools in pip's process and answers instead.
+# and later. This stands in for setuptools in the process that pip asks, and answers instead.
 _BACKEND = """
 from pathlib import Path
 
@@ -44,6 +44,14 @@ class Backend:
         return folder.name
 
 __legacy__ = Backend()
+"""
+
+# What pip starts has the stand-in first on its path. That is set in here, since PythonSlicer's launcher puts Slicer's own
+# packages, and the true setuptools with them, before a PYTHONPATH that comes from outside.
+_PIP = """
+import os, runpy, sys
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.argv.pop(1), os.environ.get("PYTHONPATH"))))
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
 """
 
 
@@ -101,14 +109,14 @@ def _download(temporary: Path, place: Path) -> Path:
     (backend / "setuptools" / "build_meta.py").write_text(_BACKEND, "utf-8")
     wanted = temporary / "requirements.txt"
     wanted.write_text(f"{SDIST.replace('-', '==')} --hash=sha256:{SDIST_SHA256}\n", "utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--require-hashes", "--no-deps", "--no-binary", ":all:"]
+    command = [sys.executable, "-c", _PIP, str(backend), "download", "--require-hashes", "--no-deps", "--no-binary", ":all:"]
     command += ["--no-build-isolation", "--no-input", "--disable-pip-version-check", "--retries", "2", "--timeout", "20", "-q"]
     # PIP_USE_PEP517 and not the option: pip before 23 needs it, and a pip that has dropped it ignores a variable.
-    environment = {**os.environ, "PYTHONPATH": str(backend), "PIP_USE_PEP517": "1"}
     try:
         done = subprocess.run(
             [*command, "-d", str(temporary), "-r", str(wanted)],
-            env=environment,
+            env={**os.environ, "PIP_USE_PEP517": "1"},
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # Windows only: no console over Slicer
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -132,8 +140,8 @@ def _reason(said: str) -> str:
     if "connection broken" in said:
         return "the package index cannot be reached"
     lines = [line.strip() for line in said.splitlines()]
-    line = next((line for line in lines if line.startswith("ERROR") or "No module named" in line), "pip gave no reason")
-    return line.removeprefix("ERROR: ").rstrip(".")[:200]
+    line = next((line for line in lines if line.lower().startswith("error") or "No module named" in line), "pip gave no reason")
+    return line.removeprefix("ERROR: ").removeprefix("error: ").rstrip(".")[:200]
 
 
 def _unpack(sdist: Path, wanted: dict[str, Path]) -> None:

@@ -9,6 +9,8 @@ import qt
 import slicer
 from slicer.i18n import tr as _
 
+from .models import plainTip
+
 MODEL_DEFAULT, CUSTOM = "", "custom"
 ROI, POINTS = "vtkMRMLMarkupsROINode", "vtkMRMLMarkupsFiducialNode"
 
@@ -103,7 +105,8 @@ class ChannelRows:
             label.visible = selector.visible = used
             if used:
                 label.text = f"{names[i + 1]}:"
-                selector.toolTip = _("The scan for the model's input '{name}', on the same grid as the first.").format(name=names[i + 1])
+                tip = _("The scan for the model's input '{name}', on the same grid as the first.").format(name=names[i + 1])
+                selector.toolTip = plainTip(tip)
                 selector.setCurrentNode(nodes[i] if i < len(nodes) else None)
         self._updating = False
 
@@ -114,6 +117,7 @@ class ChannelRows:
 
     def _addRow(self) -> None:
         label, selector = qt.QLabel(), slicer.qMRMLNodeComboBox()
+        label.setTextFormat(qt.Qt.PlainText)  # what a card says is no HTML
         selector.nodeTypes = ["vtkMRMLScalarVolumeNode"]
         selector.showChildNodeTypes = False
         selector.addEnabled = selector.removeEnabled = False

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import subprocess
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -61,6 +62,7 @@ def ensureRequirements(parent: Any = None, confirm: Callable[[str], bool] | None
         return True
     if confirm is None:
         confirm = functools.partial(slicer.util.confirmOkCancelDisplay, windowTitle=NAME, parent=parent)
+    _checkWritable()
     found = _plan(wanted, parent, confirm)
     if found is None:
         return False
@@ -79,9 +81,24 @@ def ensureRequirements(parent: Any = None, confirm: Callable[[str], bool] | None
     return True
 
 
+def _checkWritable() -> None:
+    """UserError where nothing can be installed into Slicer's Python. By trying it: Windows' access rights say too little."""
+    folder = Path(sysconfig.get_paths()["purelib"])
+    probe = folder / f".{NAME}-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        text = _("Slicer's folder {folder} cannot be written ({reason}); ask who installed Slicer, or install Slicer for yourself.")
+        raise UserError(text.format(folder=folder, reason=e.strerror or e)) from e
+
+
 def _plan(wanted: Sequence[str], parent: Any, ask: Callable[[str], bool]) -> tuple[Plan, str] | None:
-    """What would be installed, and the wheel folder or ""; None where the person gave up."""
-    folder = wheelFolder()
+    """What would be installed, and the wheel folder or ""; None where the person gave up.
+
+    Where the remembered folder does not serve any more, the network is tried, and the folder forgotten if that answers.
+    """
+    folder, problem, asked = wheelFolder(), "", False
     while True:
         if folder:
             try:
@@ -90,15 +107,17 @@ def _plan(wanted: Sequence[str], parent: Any, ask: Callable[[str], bool]) -> tup
                 return plan, folder
             except UserError as e:
                 problem = str(e)
-        else:
+        if not asked:
             found = _lookUp(wanted, parent)
             if found is None:
                 return None
             if not found.offline:
+                setWheelFolder("")
                 return found, ""
-            problem = found.problem
+            problem = f"{problem} {found.problem}".strip()
         if slicer.app.testingEnabled():
             raise UserError(problem)
+        asked = True
         if not ask(_("{problem} Choose a folder of wheels now?").format(problem=problem)):
             return None
         folder = str(qt.QFileDialog.getExistingDirectory(parent, _("Folder of wheels"), folder or str(Path.home())) or "")
@@ -407,9 +426,9 @@ def _removeHalfMade(python: str) -> environment.Steps:
         yield from environment.remove_steps(None, python)
 
 
-def removeTorch(onDone: Callable[[Any], Any], onError: Callable[[str], Any]) -> Job:
-    """Remove PyTorch's own environment; the worker is to be shut down before."""
-    return Job(environment.remove_steps(None, find_python()), lambda fraction, text: None, onDone, onError)
+def removeTorch(onDone: Callable[[Any], Any], onError: Callable[[str], Any], onCancelled: Callable[[], Any] = lambda: None) -> Job:
+    """Remove PyTorch's own environment; the worker is to be shut down before. Cancelled, it is half there, as "broken"."""
+    return Job(environment.remove_steps(None, find_python()), lambda fraction, text: None, onDone, onError, onCancelled)
 
 
 def torchExtension() -> bool:

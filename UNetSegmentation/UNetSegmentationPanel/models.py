@@ -6,6 +6,7 @@ import html
 import json
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,16 @@ class Model:
         return self.path.name.removesuffix(SUFFIX)
 
     @property
+    def version(self) -> tuple[int, ...]:
+        return tuple(int(v) for v in self.card.version.split("."))
+
+    @property
     def megabytes(self) -> float:
-        return self.path.stat().st_size / 1e6
+        """Of the file; 0 where it cannot be looked at (deleted meanwhile, a folder that is away)."""
+        try:
+            return self.path.stat().st_size / 1e6
+        except OSError:
+            return 0.0
 
 
 def installedModels(task: str = "automatic") -> list[Model]:
@@ -42,18 +51,23 @@ def installedModels(task: str = "automatic") -> list[Model]:
 
     The card is checked; the network's bytes are verified when a package is imported and again before it runs.
     """
+    from UNetSegmentationLib.files import UserError
     from UNetSegmentationLib.model import RESOURCES, model_files
 
     out = []
     for path in model_files():
         imported = RESOURCES not in path.parents
         try:
-            card = _readCard(path)
-        except Exception as e:
+            model = Model(path, imported, _readCard(path))
+            summary(model), cardHtml(model), model.version  # so that what no check foresaw spoils this one, not the list
+        except UserError as e:
             out.append(Model(path, imported, error=str(e)))
-            continue
-        if card.data["task"] == task:
-            out.append(Model(path, imported, card))
+        except Exception as e:
+            text = _("{file} cannot be shown ({reason}); remove it, and ask its author for a corrected package.")
+            out.append(Model(path, imported, error=text.format(file=path.name, reason=f"{type(e).__name__}: {str(e)[:200]}")))
+        else:
+            if model.card.data["task"] == task:
+                out.append(model)
     return out
 
 
@@ -66,7 +80,7 @@ def _readCard(path: Path) -> Any:
             if package.getinfo(CARD).file_size > MAX_CARD_BYTES:
                 raise ValueError("its card is too large")
             data = json.loads(package.read(CARD).decode("utf-8"))
-    except (zipfile.BadZipFile, KeyError, OSError, ValueError, RuntimeError, RecursionError) as e:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError, RuntimeError, RecursionError) as e:
         raise UserError(f"{path.name} is damaged or not a model package ({e}); remove it and import it again.") from e
     return check_card(data)
 
@@ -74,7 +88,7 @@ def _readCard(path: Path) -> Any:
 def resolve(names: Sequence[str], models: Sequence[Model]) -> tuple[list[Model], list[str]]:
     """The models of these <name>-<version>, and the names that nothing installed answers to.
 
-    Where that version is not here, another one of the same name is taken.
+    Where that version is not here, the newest one of the same name is taken.
     """
     found: list[Model] = []
     missing = []
@@ -82,7 +96,7 @@ def resolve(names: Sequence[str], models: Sequence[Model]) -> tuple[list[Model],
         exact = [m for m in models if m.card and m.name == name]
         same = [m for m in models if m.card and m.card.name == name.rpartition("-")[0]]
         if exact or same:
-            found.append((exact or same)[-1])
+            found.append((exact or sorted(same, key=lambda m: m.version))[-1])
         else:
             missing.append(name)
     return list(dict.fromkeys(found)), missing
@@ -145,6 +159,11 @@ def dice(card: Any) -> str:
     if len(numbers) > 3:
         return _("mean Dice {value:.2f}").format(value=sum(numbers) / len(numbers))
     return "Dice " + ", ".join(f"{v:.2f}" for v in numbers)
+
+
+def plainTip(text: str) -> str:
+    """A tooltip that shows the text as it is: Qt takes any "<" for HTML, and a package's card comes from anywhere."""
+    return f"<p>{html.escape(text)}</p>" if "<" in text else text
 
 
 def licence(card: Any) -> str:
@@ -219,7 +238,8 @@ class ModelList:
         self.ui, self._changed = ui, changed
         self.models: list[Model] = []
         self.busy = False
-        self.note = ""  # what went wrong with the last import or removal
+        self.note = ""  # what is to be said about the last import or removal
+        self.onClickModel: Callable[[], Any] = lambda: None  # called when a model of clicks was imported, before changed()
         ui.modelList.connect("itemSelectionChanged()", self._onSelection)
         ui.detailsButton.connect("toggled(bool)", self._onDetails)
         ui.importButton.connect("clicked(bool)", self._onImport)
@@ -238,7 +258,7 @@ class ModelList:
         for model in self.models:
             widget.addItem(summary(model))
             item = widget.item(widget.count - 1)
-            item.setToolTip(model.error or model.name)
+            item.setToolTip(plainTip(model.error or model.name))  # an error may quote the package
         widget.blockSignals(blocked)
         if self.models:  # three models are seen without scrolling, and no room is wasted on fewer
             height = widget.sizeHintForRow(0) * min(3, len(self.models)) + 2 * widget.frameWidth
@@ -314,6 +334,9 @@ class ModelList:
         self.read()
         if model.card.data["task"] == "automatic":
             self.select([model.name])
+        else:
+            self.note = _("{name} is imported; it is a model for clicks, so it is chosen under 'Click a nodule'.").format(name=model.name)
+            self.onClickModel()
         self._changed()
 
     def _onRemove(self, *_unused: Any) -> None:

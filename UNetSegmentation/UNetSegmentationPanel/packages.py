@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
+import qt
 import slicer
 from slicer.i18n import tr as _
 
@@ -21,8 +22,9 @@ class TorchRow:
     def __init__(self, ui: Any, changed: Callable[[], None]) -> None:
         self.ui, self._changed = ui, changed
         self._job: Any = None
-        self._said = ""
-        self._closed = self._extensions = False
+        self._said = self._held = ""
+        self._tip = ui.torchButton.toolTip
+        self._closed = self._extensions = self._busy = False
         ui.torchButton.connect("clicked(bool)", lambda *_: self._onClicked())
 
     def show(self, busy: bool = False) -> None:
@@ -39,7 +41,16 @@ class TorchRow:
 
     def block(self, busy: bool) -> None:
         """busy: a run goes on. What the PyTorch extension has put there is that extension's to remove."""
-        self.ui.torchButton.enabled = not busy and not self._extensions
+        self._busy = busy
+        held = "" if self.working else self._held  # what works can be cancelled
+        self.ui.torchButton.enabled = not busy and not self._extensions and not held
+        self.ui.torchButton.toolTip = held or self._tip
+
+    def hold(self, why: str) -> None:
+        """why: as one sentence, what must end before PyTorch may come or go; "" for nothing."""
+        if why != self._held:
+            self._held = why
+            self.block(self._busy)
 
     def close(self) -> None:
         self._closed = True
@@ -78,30 +89,57 @@ class TorchRow:
 
         if self._job is not None:
             self._job.cancel()
-        elif installer.torchEnvironment().status == "none" and installer.torchExtension():
+            return
+        own = installer.torchEnvironment()
+        if own.status == "none" and installer.torchExtension():
             self._installInSlicer()
-        elif installer.torchEnvironment().status != "ready":
-            self._start(_("Looking up what PyTorch needs …"), installer.planTorch, self._onPlan)
-        elif slicer.util.confirmOkCancelDisplay(
-            _("Remove {what} from this computer?").format(what=installer.describeTorch()), windowTitle="PyTorch"
-        ):
-            closeWorker()
-            self._say(_("Removing …"))
-            self._job = installer.removeTorch(lambda _result: self._onEnd(""), self._onEnd)
-            self.show()
+        elif own.status == "ready":
+            question = _("Remove {what} from this computer?").format(what=installer.describeTorch())
+            if slicer.util.confirmOkCancelDisplay(question, windowTitle="PyTorch"):
+                self._remove()
+        else:
+            again = self._askAgain(own.reason) if own.status == "broken" else True
+            if again:
+                self._start(_("Looking up what PyTorch needs …"), installer.planTorch, self._onPlan)
+            elif again is False:
+                self._remove()
+
+    @staticmethod
+    def _askAgain(reason: str) -> bool | None:
+        """What is to become of a PyTorch that is not whole: install it again, remove it, or None for nothing."""
+        box = qt.QMessageBox(slicer.util.mainWindow())
+        box.windowTitle = "PyTorch"
+        box.textFormat = qt.Qt.PlainText
+        box.text = _("PyTorch cannot be used ({reason}). Install it again, or remove it from this computer?").format(reason=reason)
+        box.setStandardButtons(qt.QMessageBox.Yes | qt.QMessageBox.No | qt.QMessageBox.Cancel)
+        box.button(qt.QMessageBox.Yes).text = _("Install again")
+        box.button(qt.QMessageBox.No).text = _("Remove")
+        return {int(qt.QMessageBox.Yes): True, int(qt.QMessageBox.No): False}.get(int(box.exec_()))
+
+    def _remove(self) -> None:
+        from . import installer
+
+        closeWorker()
+        self._said = _("Removing …")
+        self._job = installer.removeTorch(lambda _result: self._onEnd(""), self._onEnd, lambda: self._onEnd(_("Cancelled.")))
+        self._begun()
 
     def _start(self, text: str, begin: Callable[..., Any], onDone: Callable[[Any], None], **more: Any) -> None:
         self._said = text
         self._job = begin(self._onProgress, onDone, self._onEnd, lambda: self._onEnd(_("Cancelled.")), **more)
+        self._begun()
+
+    def _begun(self) -> None:
         self.show()
+        self._changed()  # nothing else may need PyTorch meanwhile
 
     def _onPlan(self, plan: Any) -> None:
         from . import installer
 
-        self._job = None
+        # The job that is over is kept during the question, so that nobody else begins meanwhile.
         question = _("Download and install {what}? It gets a folder of its own; nothing of Slicer's Python changes.").format(what=plan)
-        if self._closed or not slicer.util.confirmOkCancelDisplay(question, windowTitle="PyTorch"):
-            self._onEnd("")
+        if self._closed or not slicer.util.confirmOkCancelDisplay(question, windowTitle="PyTorch") or self._held:
+            self._onEnd(self._held)
             return
         closeWorker()
         self._start(_("Installing …"), installer.createTorch, lambda _own: self._onEnd(""), variant=plan.variant or "auto")

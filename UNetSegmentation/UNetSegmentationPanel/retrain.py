@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
 from . import closeWorker
+from .models import plainTip
 from .nodules import Pieces
 
 _POLL_MS, _AWAY_MS = 1000, 5000
@@ -39,6 +41,8 @@ class RetrainSection(VTKObservationMixin):
         self.jobs: list[Any] = []
         self.job: Any = None  # of UNetSegmentationLib.training: the one that is shown
         self.result: dict[str, Any] = {}
+        self._elsewhere: list[Any] = []  # trainings of other training sets that were seen to run
+        self._lookedElsewhere = 0.0  # s
         self._ready = self._closed = self._entered = self._updating = False
         self._base: str | None = None  # the path that the person chose; None: the one that fits best
         self._of = self._asked = ""  # the training set that this choice is for, and the one that Train was pressed for
@@ -79,6 +83,7 @@ class RetrainSection(VTKObservationMixin):
             button.connect("clicked(bool)", lambda *_: self.onDecide("discard"))
         ui.shareButton.connect("clicked(bool)", lambda *_: self.onShare())
         panel.trainingSet.addListener(self._onTrainingSet)
+        panel.modelList.onClickModel = panel.nodules.read  # a training can start from it, and clicks use it, at once
         ui.installBar.visible = False
         # A scene that is saved with a layout of ours would be empty views to those who do not know it.
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartSaveEvent, lambda *_: self._leaveViews())
@@ -128,6 +133,7 @@ class RetrainSection(VTKObservationMixin):
     def update(self) -> None:
         """The panel's models or settings changed."""
         if self._ready and not self._closed:
+            self._lookElsewhere(_AWAY_MS / 1000)
             self._showStart()
 
     # ------------------------------------------------------------------------------------------------ what a person does
@@ -148,6 +154,9 @@ class RetrainSection(VTKObservationMixin):
     def onResume(self, finish: bool = False) -> None:
         """Go on where it ended; finish: not with the training, but with the check of the best so far."""
         arguments = ["resume", str(self.job.folder), *["finish"] * finish]
+        if wait := self._torchWorks():
+            self._say(wait)
+            return
         missing = _("What the training needs is not installed any more; press Train, which installs it.")
         self._withPython(lambda *python: self._ask(_("Going on …"), arguments, self._began, *python), lambda: self._say(missing))
 
@@ -246,8 +255,21 @@ class RetrainSection(VTKObservationMixin):
             return _("Choose or make a training set above, and add corrected cases to it.")
         if any(job.running for job in self.jobs):
             return _("A training is running; wait for its end, or stop it.")
+        if wait := self._torchWorks():
+            return wait
         model = self._start()
         return self._misfit(model) if model is not None else ""
+
+    def _torchWorks(self) -> str:
+        """One sentence while the panel's row installs or removes PyTorch, which a training would need; "" otherwise."""
+        return _("Wait until PyTorch is installed or removed.") if self.panel.torchRow.working else ""
+
+    def _needsTorch(self) -> str:
+        """Why PyTorch must stay as it is, as one sentence; "" where it need not."""
+        if self._install is not None:
+            return _("Wait until what the training needs is installed, or cancel that.")
+        running = [job for job in (*self.jobs, *self._elsewhere) if job.running and job.host in ("", socket.gethostname())]
+        return _("Wait until the training is done, or stop it: it uses PyTorch.") if running or self._task is not None else ""
 
     def _start(self) -> Any:
         """The model that is started from; None: from scratch."""
@@ -298,7 +320,7 @@ class RetrainSection(VTKObservationMixin):
     def _onPlan(self, plan: Any) -> None:
         from . import installer
 
-        self._install = None
+        # The job that is over is kept during the question, so that nobody else begins meanwhile.
         question = _("To train, {what} must be downloaded and installed, in a folder of its own. Do it now?").format(what=plan)
         if self._closed or not slicer.util.confirmOkCancelDisplay(question, windowTitle=_("Retrain")):
             self._onInstallEnd(_("Nothing was installed, so nothing was trained."))
@@ -322,6 +344,8 @@ class RetrainSection(VTKObservationMixin):
 
         if self.panel.controller.running:
             self._say(_("Wait until the segmentation is done: something has to be installed first."))
+        elif wait := self._torchWorks():
+            self._say(wait)
         else:
             self._installing(_("Looking up what the training needs …"), installer.planTraining(*self._answers(self._onPlan)))
 
@@ -343,6 +367,9 @@ class RetrainSection(VTKObservationMixin):
         ui = self.ui
         if self._asked != self._folder:
             self._say(_("Another training set was chosen meanwhile, so nothing was started; press Train again."))
+            return
+        if wait := self._torchWorks():
+            self._say(wait)
             return
         base = ui.startCombo.itemData(ui.startCombo.currentIndex)
         device = ui.trainDeviceCombo.itemData(ui.trainDeviceCombo.currentIndex) or "auto"
@@ -411,9 +438,27 @@ class RetrainSection(VTKObservationMixin):
         from UNetSegmentationLib import training
 
         wanted = folder or (self.job.folder if self.job is not None else None)
+        before = [job for job in (*self._elsewhere, *self.jobs) if job.running]
         self.jobs = training.jobs(self._folder) if self._folder else []
+        here = {job.folder for job in self.jobs}
+        self._elsewhere = [job for job in before if job.folder not in here]
+        self._lookElsewhere()
         self._showStart()
         self._choose(next((job for job in self.jobs if job.folder == wanted), self.jobs[0] if self.jobs else None))
+
+    def _lookElsewhere(self, patience: float = 0.0) -> None:
+        """Which trainings of other training sets still run. patience: s after the last look in which that still counts."""
+        from UNetSegmentationLib import UserError, training
+
+        if not self._elsewhere or time.monotonic() - self._lookedElsewhere < patience:
+            return
+        self._lookedElsewhere, seen = time.monotonic(), []
+        for job in self._elsewhere:
+            try:
+                seen.append(training.read(job.folder))
+            except (UserError, OSError):  # it was discarded, or its disk is away
+                pass
+        self._elsewhere = [job for job in seen if job.running]
 
     def _choose(self, job: Any) -> None:
         if job is None or self.job is None or job.folder != self.job.folder:
@@ -603,7 +648,7 @@ class RetrainSection(VTKObservationMixin):
         ui, models = self.ui, self._models()
         choices = [*((str(m.path), _title(m.card)) for m in models), ("", _("Nothing: a new model, from scratch"))]
         _fill(ui.startCombo, choices, self._base if self._base is not None else self._likeliest(models))
-        ui.startCombo.toolTip = ui.startCombo.currentText  # which a narrow panel cuts off
+        ui.startCombo.toolTip = plainTip(ui.startCombo.currentText)  # which a narrow panel cuts off
         devices = deviceChoices()
         _fill(ui.trainDeviceCombo, devices, ui.trainDeviceCombo.itemData(ui.trainDeviceCombo.currentIndex))
         ui.trainDeviceLabel.visible = ui.trainDeviceCombo.visible = len(devices) > 2
@@ -617,7 +662,8 @@ class RetrainSection(VTKObservationMixin):
         for each in (ui.decideWidget, ui.resumeTrainingButton, ui.finishTrainingButton, ui.dropTrainingButton):
             each.enabled = self._task is None
         tip = _("Make a new model in the background; this one and the training set stay as they are.")
-        ui.trainButton.toolTip = problem or tip
+        ui.trainButton.toolTip = plainTip(problem or tip)
+        self.panel.torchRow.hold(self._needsTorch())
 
     def _describeSet(self) -> str:
         """What would be learnt from, and what the model that is started from does not know."""
@@ -748,9 +794,9 @@ class RetrainSection(VTKObservationMixin):
         # What is not the better choice is not the first one that is offered.
         instead = _replaces(job)
         tip = _("Put it in the place of {base} and choose it.") if instead else _("Put it into the list of models and choose it.")
-        ui.useButton.toolTip = tip.format(base=job.base)
+        ui.useButton.toolTip = plainTip(tip.format(base=job.base))
         ui.keepButton.visible = instead
-        ui.keepButton.toolTip = _("Put it beside {base}, under a name of its own.").format(base=job.base)
+        ui.keepButton.toolTip = plainTip(_("Put it beside {base}, under a name of its own.").format(base=job.base))
 
     def _fillScores(self, result: dict[str, Any]) -> None:
         labels = result.get("labels") if isinstance(result.get("labels"), dict) else {}
@@ -783,7 +829,7 @@ class RetrainSection(VTKObservationMixin):
             for j, text in enumerate(row):
                 item = qt.QTableWidgetItem(text)
                 item.setTextAlignment(int(qt.Qt.AlignVCenter) | int(qt.Qt.AlignRight if j else qt.Qt.AlignLeft))
-                item.setToolTip(tips[i])
+                item.setToolTip(plainTip(tips[i]))
                 if text.endswith((_UP, _DOWN)):
                     good = text.endswith(_UP) == row[0].startswith(_figures()["dice"][0])
                     item.setForeground(qt.QBrush(qt.QColor(_COLORS[good])))
@@ -799,7 +845,7 @@ class RetrainSection(VTKObservationMixin):
             for j, text in enumerate((str(row["case"]), _plain(row.get("dice_before")), _plain(row.get("dice_after")))):
                 item = qt.QTableWidgetItem(text)
                 item.setTextAlignment(int(qt.Qt.AlignVCenter) | int(qt.Qt.AlignRight if j else qt.Qt.AlignLeft))
-                item.setToolTip(str(row["case"]))
+                item.setToolTip(plainTip(str(row["case"])))
                 table.setItem(i, j, item)
         _fit(table, len(worst), [0])
         self._updating = before
