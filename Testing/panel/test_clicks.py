@@ -377,8 +377,7 @@ def paint(p: Any, name: str, mask: np.ndarray) -> None:
 
 def test_a_corrected_mask_is_what_the_next_click_goes_on_from(panel: Any) -> None:
     p = begun(panel, "right")
-    mine = truth("right")
-    mine[:, :, :66] = False
+    mine = corrected()
     paint(p, "Nodule 1", mine)
     p.settle()
     p.click(VESSEL, ctrl=True)
@@ -488,6 +487,158 @@ def test_drags_and_shift_stay_slicers(panel: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- table
+
+
+def corrected() -> np.ndarray:
+    mine = truth("right")
+    mine[:, :, :66] = False
+    return mine
+
+
+def reopened(p: Any, path: Path) -> Any:
+    p.gui.save_scene(path)
+    p.gui.load_scene(path)
+    p.gui.wait(lambda: p.node is not None, RUN_S)
+    p.settle()
+    p.ui.noduleTable.setCurrentCell(0, 0)
+    p.settle()
+    return p
+
+
+def test_undo_asks_before_it_drops_what_was_corrected_since(panel: Any, tmp_path: Path) -> None:
+    p = begun(panel, "right")
+    first = p.mask("Nodule 1")
+    p.click(VESSEL, ctrl=True)
+    paint(p, "Nodule 1", corrected())
+    p.settle()
+    for again in (False, True):
+        if again:
+            reopened(p, tmp_path / "scene.mrb")
+        p.gui.dialogs.answer(False)
+        p.gui.click(p.ui.undoClickButton)
+        p.settle()
+        assert "corrected by hand" in p.gui.dialogs.texts("message")[-1]
+        assert np.array_equal(p.mask("Nodule 1"), corrected()) and len(prompts_of(p, "Nodule 1")) == 2
+    p.gui.dialogs.answer(True)
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert np.array_equal(p.mask("Nodule 1"), first) and len(prompts_of(p, "Nodule 1")) == 1
+
+
+def test_undo_in_a_reopened_scene_comes_back_to_a_corrected_mask(panel: Any, tmp_path: Path) -> None:
+    p = begun(panel, "right")
+    first = p.mask("Nodule 1")
+    paint(p, "Nodule 1", corrected())
+    p.settle()
+    p.click(VESSEL, ctrl=True)
+    reopened(p, tmp_path / "scene.mrb")
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert np.array_equal(p.mask("Nodule 1"), corrected()) and [q[0] for q in prompts_of(p, "Nodule 1")] == ["point", "mask"]
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert np.array_equal(p.mask("Nodule 1"), first)
+
+
+def test_a_prompt_that_fails_leaves_the_corrected_mask_to_the_next_one(panel: Any, tmp_path: Path) -> None:
+    import slicer
+
+    p = begun(panel, "right")
+    paint(p, "Nodule 1", corrected())
+    p.settle()
+    roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
+    roi.SetXYZ(5000, 5000, 5000)
+    roi.SetRadiusXYZ(5, 5, 5)
+    p.tool.box(roi)
+    p.settle()
+    assert "lies outside volume" in p.tool.text and [q[0] for q in p.tool._controller.prompts] == ["point"]
+    p.click(VESSEL, ctrl=True)
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert np.array_equal(p.mask("Nodule 1"), corrected())
+
+
+def test_a_nodule_that_was_moved_with_its_scan_can_be_clicked_on(panel: Any) -> None:
+    from mrml_scenes import add_transform
+
+    p = begun(panel, "right")
+    move = np.eye(4)
+    move[:3, 3] = 25, 10, 5
+    transform = add_transform(move)
+    for node in (p.settings.volume, p.node):
+        node.SetAndObserveTransformNodeID(transform.GetID())
+    p.settle()
+    assert np.allclose(dots(True), [p.ras(BALLS["right"][0])], atol=0.8)
+    p.click(VESSEL, ctrl=True)
+    assert p.tool.text == "" and len(dots(False)) == 1
+    assert np.array_equal(p.mask("Nodule 1"), by_python(p, prompts_of(p, "Nodule 1")))
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert np.allclose(dots(True), [p.ras(BALLS["right"][0])], atol=0.8) and not dots(False)
+
+
+def warp() -> Any:
+    """A transform that is not linear, in the scene."""
+    import slicer
+    import vtk
+
+    node, spline = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTransformNode"), vtk.vtkThinPlateSplineTransform()
+    here, there = vtk.vtkPoints(), vtk.vtkPoints()
+    for place in ((0, 0, 0), (50, 0, 0), (0, 50, 0), (0, 0, 50), (20, 20, 20)):
+        here.InsertNextPoint(place)
+        there.InsertNextPoint(*(v + 3 * (place[0] == 20) for v in place))
+    spline.SetSourceLandmarks(here)
+    spline.SetTargetLandmarks(there)
+    spline.SetBasisToR()
+    node.SetAndObserveTransformToParent(spline)
+    return node
+
+
+def test_a_scan_that_gets_bent_while_a_click_runs(panel: Any) -> None:
+    p = begun(panel, "right")
+    before = p.mask("Nodule 1")
+    bent = warp()
+    with p.unanswered():
+        p.click(VESSEL, ctrl=True, wait=False)
+        for _ in range(20):
+            p.gui.process_events()
+        p.settings.volume.SetAndObserveTransformNodeID(bent.GetID())
+    p.gui.wait(lambda: not p.tool.busy, RUN_S)
+    assert "changed meanwhile" in p.tool.text
+    p.gui.click(p.ui.nextNoduleButton)
+    volume, p.settings.volume = p.settings.volume, scan("another")
+    p.settle()
+    p.settings.volume = volume  # the panel goes on, but has no place for the dots
+    p.settle()
+    assert p.node is not None and not dots(True)
+    p.settings.volume.SetAndObserveTransformNodeID(None)
+    p.settle()
+    assert p.table() and dots(True) and np.array_equal(p.mask("Nodule 1"), before)
+
+
+@POSIX
+def test_a_worker_that_hangs_at_a_click_is_ended_by_undo(panel: Any) -> None:
+    from UNetSegmentationPanel import panelWorker
+
+    p = begun(panel, "right")
+    pid = panelWorker().pid
+    os.kill(pid, signal.SIGSTOP)
+    p.click(VESSEL, ctrl=True, wait=False)
+    for _ in range(20):
+        p.gui.process_events()
+    p.gui.click(p.ui.undoClickButton)
+    p.click(VESSEL, ctrl=True)
+    assert panelWorker().pid != pid and len(prompts_of(p, "Nodule 1")) == 2
+
+
+def test_a_closed_scene_leaves_no_voxels_with_the_worker(panel: Any) -> None:
+    from UNetSegmentationPanel import panelWorker
+
+    p = begun(panel, "right")
+    folder = panelWorker()._session.folder
+    assert list(folder.glob("volume-*"))
+    p.gui.close_scene()
+    p.gui.wait(lambda: not list(folder.glob("volume-*")), RUN_S)
 
 
 def test_the_table_follows_edits_and_leads_to_the_nodule(panel: Any, tmp_path: Path) -> None:

@@ -451,7 +451,7 @@ def prompts_from_text(text: str, volume_node: Any) -> list[Prompt]:
         prompts = decode_prompts(json.loads(text)) if text else []
     except (ValueError, RecursionError, ProtocolError):
         return []
-    return _moved(prompts, _to_world(volume_node))
+    return _moved(prompts, _to_world(volume_node)) if prompts else []
 
 
 def _moved(prompts: Sequence[Prompt], matrix: np.ndarray) -> list[Prompt]:
@@ -467,6 +467,15 @@ def _moved(prompts: Sequence[Prompt], matrix: np.ndarray) -> list[Prompt]:
             values = [*_floats(moved.ravel()), *values[len(values) // 3 * 3 :]]
         out.append((kind, *values))
     return out
+
+
+def place_of(volume_node: Any) -> Any:
+    """Equal as long as the volume's voxels lie where they lie; None without voxels or under a non-linear transform."""
+    try:
+        image = image_from_volume(volume_node)
+    except UserError:
+        return None
+    return image.spacing, image.origin, image.direction
 
 
 def segment_part_steps(segmentation_node: Any, segment_id: str, volume_node: Any) -> Steps[tuple[np.ndarray, tuple[int, ...]]]:

@@ -78,6 +78,15 @@ def newClickController() -> Any:
     return ClickController(panelWorker, _ensureRequirements)
 
 
+def forgetScene() -> None:
+    """The scene is closed: nothing of its patients stays in memory or in the workers' folders."""
+    if _controller is not None:
+        _controller.forgetScene()
+    for worker in (_worker, _dataWorker):
+        if worker is not None:
+            worker.forgetVolumes()
+
+
 def _ensureRequirements() -> bool:
     from .installer import ensureRequirements
 

@@ -161,24 +161,23 @@ class ClickController(VTKObservationMixin):
         self.prompts = [*filter(agrees, self.prompts), ("mask", mask, first)]
         self._tell()
 
-    def undo(self, ask: bool = True) -> None:
-        """Without the last prompt, and without a mask that was set for it. The answer of those that are left follows (of
-        none an empty one), if they are not what was answered last. ask False: the owner has their mask itself."""
+    def undo(self) -> bool:
+        """Without the last prompt: a mask that was set before it is come back to. Whether the answer of those that are left
+        follows (of none an empty one); it does not where they are what was answered last."""
         if not self.prompts:
-            return
-        left = self.prompts[:-1]
-        while left and left[-1][0] == "mask":
-            left = left[:-1]
-        self.prompts = left
-        if not ask or _same(left, self.answered):
+            return False
+        left = self.prompts = self.prompts[:-1]
+        if _same(left, self.answered):
             self._cancel()
-            self.answered = list(left)
             self._tell()
-        else:
-            self._ask(left)
+            return False
+        self._ask(left)
+        return True
 
     def cancel(self) -> None:
-        """Prompts that are not answered yet are taken back, and nothing is heard of them."""
+        """Prompts that are not answered yet are taken back, and nothing is heard of them; a worker that hangs is ended."""
+        if self.busy and self._ready:
+            self._worker().giveUpClicks(self.lesion)
         self._cancel()
         self.prompts = list(self.answered)
         self._tell()
@@ -248,7 +247,11 @@ class ClickController(VTKObservationMixin):
     def _onAnswer(self, asked: _Asked, key: Any, answer: Any) -> None:
         if self._asked is None or asked.number > self._asked.number:
             return
-        if volumeKey([self.volumeNode]) != key:
+        try:
+            same = volumeKey([self.volumeNode]) == key
+        except Exception:  # it has no voxels any more, or lies under a transform that the core refuses
+            same = False
+        if not same:
             text = _("'{name}' was changed meanwhile, so nothing was written; click again.")
             self._fail(text.format(name=self.volumeNode.GetName()))
             return

@@ -174,6 +174,7 @@ class _Lesion:
     model: Any
     key: str
     label: Any = None
+    place: Any = None  # of the volume, when the prompts were last put there
 
     def part(self) -> Any:
         return self.node.GetSegmentation().GetSegment(self.segment) if self.there else None
@@ -191,7 +192,7 @@ class _Lesion:
 class _Step:
     undo: Any
     lesion: _Lesion
-    prompts: list[Any]  # before it
+    text: str  # of the prompts before it, as the segment held them
 
 
 class NoduleTool(VTKObservationMixin):
@@ -230,6 +231,9 @@ class NoduleTool(VTKObservationMixin):
         moved = segmentation is not self.segmentation
         if volume is not self.volume:
             self._steps = []  # what cannot be seen is not undone
+            self.removeObservers()
+            if volume is not None:
+                self.addObserver(volume, volume.TransformModifiedEvent, self._onMoved)
         self.volume, self.segmentation, self.model, self.options = volume, segmentation, model, options
         if other or (moved and (self._lesion is None or self._lesion.node is not segmentation)):
             lost = self.busy and self._lesion is not None
@@ -280,7 +284,7 @@ class NoduleTool(VTKObservationMixin):
 
     def next(self) -> None:
         """The next click is on another nodule."""
-        self._lesion = None
+        self._lesion, self._unrecorded = None, False
         if self._mine:
             self._controller.end()
         self.negative = False
@@ -303,17 +307,23 @@ class NoduleTool(VTKObservationMixin):
     @property
     def canUndo(self) -> bool:
         self._steps = [s for s in self._steps if s.undo.can_undo]
-        return bool(self._steps) or bool(self._mine and self._controller.prompts)
+        return bool(self._steps) or bool(self._mine and any(p[0] != "mask" for p in self._controller.prompts))
 
     def undo(self) -> None:
-        """Take the last prompt back; the segment is exactly as it was before it."""
+        """Take the last prompt back; the segment is exactly as it was before it. What a person corrected since is asked for."""
+        from UNetSegmentationLib import mrml
+
         if not self.canUndo or self._pieces.busy:
             return
+        lesion = self._steps[-1].lesion if self._steps else self._lesion
         if self._mine and self._controller.busy:
             self._controller.cancel()
+        elif lesion is not None and self._isCorrected(lesion) and not self._mayUndo(lesion):
+            return
         elif self._steps:
             step = self._steps.pop()
             lesion = step.lesion
+            prompts = mrml.prompts_from_text(step.text, lesion.volume)
             ours = self.segmentation is lesion.node
             step.undo.undo()
             lesion.label = None
@@ -323,13 +333,12 @@ class NoduleTool(VTKObservationMixin):
                 lesion.node = None
                 if ours:  # the selector would go on to another segmentation, which nobody chose
                     self._keep(None)
-            if lesion.there or not step.prompts:
-                self._resume(lesion, step.prompts)
+            if lesion.there or not prompts:
+                self._resume(lesion, prompts)
             else:
                 self.next()  # a person had removed it: the next click is on another one
         else:
-            self._unrecorded = True
-            self._controller.undo()
+            self._unrecorded = self._controller.undo()
         self._say("")
 
     def close(self) -> None:
@@ -352,6 +361,7 @@ class NoduleTool(VTKObservationMixin):
         self._views.stop()
         self._steps, self._lesion = [], None
         self.volume = self.segmentation = None
+        self.removeObservers()
         if self._mine:
             self._controller.end()
         self._say("")
@@ -366,6 +376,9 @@ class NoduleTool(VTKObservationMixin):
     def onError(self, text: str) -> None:
         self._unrecorded = False
         self._say(text)
+
+    def _onMoved(self, caller: Any, event: Any) -> None:
+        self.showDots()
 
     def onChanged(self) -> None:
         if self._lesion is not None and not self._mine:
@@ -398,12 +411,12 @@ class NoduleTool(VTKObservationMixin):
         return self._controller
 
     def _resume(self, lesion: _Lesion, prompts: Sequence[Any]) -> None:
-        from UNetSegmentationLib import Options
+        from UNetSegmentationLib import Options, mrml
 
         if self._controller is None:
             self._controller = clickController()
             self._controller.addListener(self)
-        self._lesion = lesion
+        self._lesion, lesion.place = lesion, mrml.place_of(lesion.volume)
         self._controller.begin(lesion.volume, lesion.model.path, lesion.key, prompts, self, Options(**self.options))
 
     def _promptSteps(self, prompt: Callable[[Any], None], positive: bool) -> Generator[Any, None, None]:
@@ -417,6 +430,8 @@ class NoduleTool(VTKObservationMixin):
             lesion = None
         controller = self._begin()
         lesion = self._lesion
+        if lesion.there and not controller.busy and mrml.place_of(lesion.volume) != lesion.place:  # moved, and the prompts with it
+            self._resume(lesion, mrml.prompts_from_text(mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG), lesion.volume))
         if not positive and not controller.prompts and not lesion.there:
             self._say(_("Click on the nodule first, then on what is not part of it."))
             return
@@ -426,13 +441,31 @@ class NoduleTool(VTKObservationMixin):
                 controller.setMask(mask, start)
         if controller is self._controller and self._mine:
             self.text = ""
-            prompt(controller)
+            try:
+                prompt(controller)
+            except Exception:
+                controller.cancel()  # the mask that was set for it, too
+                raise
 
     @staticmethod
     def _isAsWritten(lesion: _Lesion) -> bool:
         from UNetSegmentationLib import mrml
 
         return lesion.label is not None and lesion.label == mrml.label_of(lesion.part())
+
+    def _isCorrected(self, lesion: _Lesion) -> bool:
+        """Whether a person changed its mask after its last prompt."""
+        from UNetSegmentationLib import mrml
+
+        if not lesion.there or self._isAsWritten(lesion):
+            return False
+        mask, start = mrml.complete(mrml.segment_part_steps(lesion.node, lesion.segment, lesion.volume))
+        return mrml.mask_digest(mask, start) != mrml.segment_tag(lesion.part(), mrml.DIGEST_TAG)
+
+    @staticmethod
+    def _mayUndo(lesion: _Lesion) -> bool:
+        text = _("{name} was corrected by hand after its last click. Undoing that click takes the correction back, too.")
+        return slicer.util.confirmOkCancelDisplay(text.format(name=lesion.part().GetName()), windowTitle=_("Undo click"))
 
     def _writeSteps(self, lesion: _Lesion, answer: Any, prompts: list[Any]) -> Generator[Any, None, None]:
         from UNetSegmentationLib import mrml
@@ -449,7 +482,7 @@ class NoduleTool(VTKObservationMixin):
             self._changed()
             return
         scene, label = lesion.volume.GetScene(), lesion.model.card.labels[0]
-        before = [] if not lesion.there else mrml.prompts_from_text(mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG), lesion.volume)
+        before = mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG) if lesion.there else ""
         node = lesion.node if lesion.node is not None and lesion.node.GetScene() is scene else self.segmentation
         names = [] if node is None else [node.GetSegmentation().GetNthSegment(i).GetName() for i in range(_count(node))]
         word = _("Nodule") if expects_lung(lesion.model.card) else label.name
@@ -479,8 +512,7 @@ class NoduleTool(VTKObservationMixin):
         lesion.node, lesion.segment = written, segment
         lesion.label = mrml.label_of(lesion.part())
         if answer.measures:
-            image = mrml.image_from_volume(lesion.volume)
-            self.measured[digest, lesion.volume.GetID(), (image.spacing, image.origin, image.direction)] = answer.measures
+            self.measured[digest, lesion.volume.GetID(), mrml.place_of(lesion.volume)] = answer.measures
         if not unrecorded:
             self._steps.append(_Step(undo, lesion, before))
         if written is not self.segmentation:
@@ -490,18 +522,24 @@ class NoduleTool(VTKObservationMixin):
 
     def showDots(self) -> None:
         """The prompts of all nodules as small dots: of the one at hand those that were just made, of the others the stored ones."""
-        from UNetSegmentationLib import mrml
+        from UNetSegmentationLib import UserError, mrml
 
         if self.volume is None or self.volume.GetScene() is None:
             mrml.remove_dots(slicer.mrmlScene)
             return
         points: dict[bool, list[Any]] = {True: [], False: []}
-        prompts = list(self._controller.prompts) if self._mine else []
+        lesion = self._lesion
+        current = self._mine and (lesion is None or self.busy or mrml.place_of(self.volume) == lesion.place)
+        prompts = list(self._controller.prompts) if current else []
         if self.segmentation is not None and self.segmentation.GetScene() is not None:
             held = self.segmentation.GetSegmentation()
             for i in range(held.GetNumberOfSegments()):
-                if held.GetNthSegmentID(i) != self.segment:
-                    prompts += mrml.prompts_from_text(mrml.segment_tag(held.GetNthSegment(i), mrml.PROMPTS_TAG), self.volume)
+                if not current or held.GetNthSegmentID(i) != self.segment:
+                    try:
+                        prompts += mrml.prompts_from_text(mrml.segment_tag(held.GetNthSegment(i), mrml.PROMPTS_TAG), self.volume)
+                    except UserError:  # a transform that the core refuses: nobody knows where they are now
+                        prompts = []
+                        break
         for kind, *values in prompts:
             if kind == "point":
                 points[values[3]].append((-values[0], -values[1], values[2]))
@@ -600,7 +638,7 @@ class NoduleList(VTKObservationMixin):
             if part is None:
                 continue
             label, row = mrml.label_of(part), former.get(segment)
-            place = (image.spacing, image.origin, image.direction)
+            place = mrml.place_of(volume)
             if row is not None and row.label == (label, place):
                 rows.append(Row(segment, part.GetName(), row.measures, row.label, row.digest))
                 continue

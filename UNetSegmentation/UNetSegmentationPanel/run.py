@@ -116,6 +116,11 @@ class RunController(VTKObservationMixin):
         if self.running:
             self._end("cancelled", text or _("Cancelled. The scene is as it was before."))
 
+    def forgetScene(self) -> None:
+        """The scene is closed; its voxels are not held on to."""
+        self.cancel(_("The scene was closed during the run, so nothing was written."))
+        self._undo, self.outcome = None, Outcome()
+
     @property
     def canUndo(self) -> bool:
         return not self.running and self._undo is not None and self._undo.can_undo
@@ -212,7 +217,7 @@ class RunController(VTKObservationMixin):
             logging.exception("The scene could not be put back.")
 
     def _onSceneStartClose(self, caller: Any, event: Any) -> None:
-        self.cancel(_("The scene was closed during the run, so nothing was written."))
+        self.forgetScene()
 
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def _onNodeAboutToBeRemoved(self, caller: Any, event: Any, node: Any) -> None:

@@ -192,6 +192,19 @@ class PanelWorker:
             if job.outcome is not None:
                 job.outcome = _ignore, ()
 
+    def giveUpClicks(self, lesion: str) -> None:
+        """forgetClicks(), by a person who does not want to wait: the worker is told to stop, and is killed after CANCEL_S."""
+        self.forgetClicks(lesion)
+        job = self._job
+        if job is not None and job.lesion == lesion and not job.asked and job.computing and job.outcome is None:
+            job.asked = True
+            self._stop(job)
+
+    def _stop(self, job: _Job) -> None:
+        assert self._process is not None and self._session is not None
+        self._process.write(self._session.request("cancel", target=job.number)[1])
+        qt.QTimer.singleShot(round(1000 * CANCEL_S), lambda: self._enough(job))
+
     def cancel(self, job: Any = None) -> None:
         """End the running predict(), or what addCase() or dataset() began: onCancelled() is called as soon as the worker has
         stopped, or was killed after CANCEL_S."""
@@ -205,8 +218,7 @@ class PanelWorker:
             qt.QTimer.singleShot(0, lambda: _call(job.onCancelled))
             return
         if job.computing and job.outcome is None and self._process is not None and self._session is not None:
-            self._process.write(self._session.request("cancel", target=job.number)[1])
-            qt.QTimer.singleShot(round(1000 * CANCEL_S), lambda: self._enough(job))
+            self._stop(job)
         else:
             self._settle(job, job.onCancelled)
 
@@ -216,6 +228,11 @@ class PanelWorker:
             self._job.forget = True
         elif volumeKey in self._volumes:
             self._unload(volumeKey)
+
+    def forgetVolumes(self) -> None:
+        """The scene is closed: no patient's voxels stay here."""
+        for key in {*self._volumes, *([self._job.key] if self._job is not None else [])}:
+            self.forgetVolume(key)
 
     def shutdown(self) -> None:
         """End the worker, delete its folder and take no more work; a running predict() is cancelled. At most a second."""

@@ -354,6 +354,11 @@ class Sampler:
         nearest = spots[((spots - click) * voxel).__pow__(2).sum(1).argmin()]
         if ((nearest - click) * voxel * zoom).__pow__(2).sum() > 4:
             click = nearest
+        return self.prompted(values, label, known, click, rng)
+
+    def prompted(self, values: np.ndarray, label: np.ndarray, known: np.ndarray, click: np.ndarray, rng: np.random.Generator) -> Sample:
+        """With a first click at a voxel, sometimes a box beside it or instead, sometimes a mask that was brushed before."""
+        inside = label >= 0.5
         sample = Sample(self._scanner(values, rng), label, known, [tuple(float(v) for v in click)], [], None, None, 0)
         if rng.random() < 0.15:
             box = Box.around(inside)
@@ -364,7 +369,7 @@ class Sampler:
             if rng.random() < 0.5:
                 sample.positive.clear()
         if rng.random() < 0.05:  # a mask that a person brushed before the first click
-            shift = distance(inside, voxel)
+            shift = distance(inside, self.look.voxel)
             sample.previous = (shift <= rng.uniform(-1.5, 2.5)).astype(np.float32)
         sample.rounds = int(rng.choice([1, 2, 3, 4, 6], p=[0.35, 0.2, 0.2, 0.1, 0.15]))
         return sample

@@ -6,6 +6,7 @@ project.
 
 from __future__ import annotations
 
+import csv
 import os
 from functools import cache
 from pathlib import Path
@@ -36,3 +37,10 @@ def part(case_set: CaseSet, held_out: bool) -> list[Case]:
     """The cases of the fold that is held out, or those of the others."""
     fold = nodules()[2]
     return [c for c in case_set.annotated if (fold[c.patient] == HELD_OUT) == held_out]
+
+
+@cache
+def textures() -> dict[str, str]:
+    """Of each crop's file, by the radiologists: "1" and "2" ground glass, "3" part-solid, "4" and "5" solid."""
+    with open(data_folder() / "lidc_nodules" / "index.csv", newline="", encoding="utf-8") as f:
+        return {row["file"]: row["texture"] for row in csv.DictReader(f)}

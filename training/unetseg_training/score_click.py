@@ -9,7 +9,6 @@ negative, as a person would place it. Everything runs through ClickSession, the 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.model import ModelPackage, find_model
 
 from . import clicks
-from .lidc import data_folder, nodules, part
+from .lidc import data_folder, nodules, part, textures
 from .lung_nodule_click import load
 
 CLICKS = 5
@@ -36,8 +35,6 @@ def play(session: ClickSession, truth: np.ndarray, first: tuple[int, ...], count
 def held_out(package: ModelPackage, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """A row for each held-out nodule: Dice after 1 to CLICKS clicks, the worst of two further first clicks, and what kind it is."""
     rng = np.random.default_rng(20261122)
-    with open(data_folder() / "lidc_nodules" / "index.csv", newline="", encoding="utf-8") as f:
-        texture = {row["file"]: row["texture"] for row in csv.DictReader(f)}
     engine: Any = None
     for kind, case_set in zip(("crop", "cube"), nodules()[:2]):
         for case in part(case_set, True)[:limit]:
@@ -55,7 +52,7 @@ def held_out(package: ModelPackage, limit: int | None = None) -> Iterator[dict[s
                 "set": kind,
                 "case": file,
                 "diameter_mm": round(scan.diameter, 1),
-                "texture": texture.get(file, ""),
+                "texture": textures().get(file, ""),
                 "attached": int(not scan.isolated),
                 **{f"dice_{n + 1}": round(s, 4) for n, s in enumerate(scores)},
                 "first_click_worst_of_3": round(min(scores[0], *others), 4),

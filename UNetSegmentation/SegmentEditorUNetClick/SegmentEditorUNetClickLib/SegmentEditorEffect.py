@@ -77,7 +77,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self._target: Target | None = None  # what was clicked at last
         self._pressed: Any = None  # where the mouse was pressed with Ctrl
         self._swallow = False  # the release that belongs to a click
-        self._prompts: dict[str, list[Any]] = {}  # text of the tag -> prompts, to the last bit
+        self._prompts: dict[Any, list[Any]] = {}  # text of the tag and the volume's place -> prompts, to the last bit
         self._digests: dict[tuple[str, str], tuple[Any, str]] = {}  # segment -> (when it was changed, digest)
         self._lesions: dict[tuple[str, str], str] = {}  # segment -> the worker's name of it
         self._dots = Dots(scriptedEffect)
@@ -407,7 +407,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
                 segment.SetTag(tag, value)
             else:
                 segment.RemoveTag(tag)
-        self._prompts[values[0]] = list(prompts)
+        self._prompts[values[0], mrml.place_of(target.volume)] = list(prompts)
         while len(self._prompts) > KEPT_TEXTS:
             del self._prompts[next(iter(self._prompts))]
         self._redraw()
@@ -444,7 +444,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
             return [], None
         segment = target.segmentation.GetSegmentation().GetSegment(target.segmentId)
         text = mrml.segment_tag(segment, mrml.PROMPTS_TAG)
-        prompts = self._prompts.get(text) or mrml.prompts_from_text(text, target.volume)
+        prompts = self._prompts.get((text, mrml.place_of(target.volume))) or mrml.prompts_from_text(text, target.volume)
         if prompts and mrml.segment_tag(segment, mrml.DIGEST_TAG) == target.digest:
             return prompts, None
         mask, start = yield from mrml.segment_part_steps(target.segmentation, target.segmentId, target.volume)

@@ -218,7 +218,12 @@ class _Server(Program):
         with self._state:
             self._pending.discard(number)
             self._cancelled.discard(number)
-        self._write(dumps({"id": number, **answer}))
+        try:
+            line = dumps({"id": number, **answer})
+        except UserError:
+            error = UserError("The result holds numbers that are not finite, as some of the volume's voxels must be; replace those (NaN).")
+            line = dumps({"id": number, **_failure(error)})
+        self._write(line)
 
     def _load_volume(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
         volume = get(request, "volume", int)
