@@ -723,7 +723,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, toy_card, toy_onnx):
 
 @pytest.mark.parametrize(
     ("change", "network", "sentence"),
-    [({"licence": ...}, None, "lacks 'licence'"), ({}, b"hello", "not an ONNX file"), ({"roi_mm": float("nan")}, None, "finite number")],
+    [({"licence": ...}, None, "lacks 'licence'"), ({}, b"hello", "not an ONNX file"), ({"roi_mm": float("nan")}, None, "not finite")],
 )
 def test_a_bad_package_is_not_written(tmp_path, toy_card, toy_onnx, change, network, sentence):
     path = tmp_path / "toy.unet.zip"

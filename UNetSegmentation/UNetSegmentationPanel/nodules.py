@@ -607,6 +607,8 @@ class NoduleList(VTKObservationMixin):
             for event in (kinds.SegmentAdded, kinds.SegmentRemoved, kinds.SegmentModified, kinds.SourceRepresentationModified):
                 self.addObserver(node, event, self._onSegments)
             self.addObserver(node, node.TransformModifiedEvent, self._onSegments)
+            if volume is not None:
+                self.addObserver(volume, volume.TransformModifiedEvent, self._onSegments)
         self._timer.start(0)
 
     def close(self) -> None:

@@ -45,7 +45,7 @@ CLICK_CARD: dict[str, Any] = {
     "display": "lung",
     "surroundings": "lung",
     "name": "lung-nodule-click",
-    "version": "0.3.3",
+    "version": "0.4.0",
     "title": "Lung nodule or mass, by clicks",
     "description": "3D U-Net that outlines the one lung nodule or mass that is clicked on (3 to 80 mm, slices to 5 mm) in chest CT. "
     "More clicks correct it. Not a diagnosis.",
@@ -60,6 +60,7 @@ CLICK_CARD: dict[str, Any] = {
         "LIDC-IDRI, 86 nodules (1 mm cubes, one radiologist), four of five folds, CC BY 3.0",
         "LIDC-IDRI-0001 (lung without its nodule), CC BY 3.0",
         "elastix 3DCT_lung, Apache-2.0 (background only)",
+        "made masses of 25 to 90 mm in these two lungs",
     ],
 }
 NAMES = ("hippocampus-3d", "left-ventricle-2d", "lung-nodule-2d", "lung-nodule-click")
