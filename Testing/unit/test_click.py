@@ -200,6 +200,17 @@ def test_what_is_large_is_fat_from_a_smaller_share_on(click_package):
         assert answer.found == found and ("is fat" in answer.text) != found
 
 
+def test_what_is_large_and_dense_is_bone_or_contrast_medium(click_package):
+    for radius, found in ((8, True), (11, False)):  # 2.1 ml, a calcified nodule, and 5.6 ml
+        values = np.full((60, 80, 80), -900, np.float32)
+        lesion = ball(values.shape, (30, 40, 40), radius, (1, 1, 1)) > 0
+        values[lesion] = 400
+        s = ClickSession(Image(values), click_package(intensity=CT_WINDOW), Recording())
+        answer = s.add_point(at(s, 30, 40, 40))
+        assert answer.found == found and ("contrast medium" in answer.text) != found
+        assert s.add_point(at(s, 30, 40, 42)).found
+
+
 def test_skin_has_air_beside_it_and_no_lung(click_package):
     for air, found in ((-900, True), (-1000, False)):
         values = np.full((60, 80, 80), air, np.float32)

@@ -49,13 +49,16 @@ OUTSIDE_HU, OUTSIDE_SHARE = -970.0, 0.4
 # Of 779 LIDC nodules none has more than 0.31 of its voxels in fat's range of HU, where their edges lie too; of the 83 from 4 ml on
 # none more than 0.21. The chest wall that two clicks on its fat gave, 20 and 32 ml, had 0.33 and more.
 FAT_HU, FAT_SHARE, LARGE_ML, LARGE_FAT_SHARE = (-150.0, -30.0), 0.4, 4.0, 0.25
+# Of these 83 none has more than 0.21 above 250 HU; the heart, full of contrast medium, which a click on it gave, had 0.51.
+DENSE_HU, LARGE_DENSE_SHARE = 250.0, 0.3
 _BORDER_VOXELS = 6
 _NOTHING = "Nothing was found here; click inside the lesion, or draw a box around it."
 _NO_LUNG = "No lesion with lung around it was found here; if it is one, click a second time on it, or draw a box around it."
 _FAT = "What was found here is fat; if it is a lesion, click a second time on it, or draw a box around it."
 _ENDLESS = "Nothing that ends was found here; if it is a lesion, click a second time on it, or draw a box around it."
+_DENSE = "What was found here is bone or full of contrast medium; if it is a lesion, click a second time on it, or draw a box around it."
 # Of a first click; the same click and a second one are believed.
-DOUBTS = (_NO_LUNG, _FAT, _ENDLESS)
+DOUBTS = (_NO_LUNG, _FAT, _DENSE, _ENDLESS)
 
 Index = Sequence[float]
 Point = tuple[float, float, float]
@@ -361,9 +364,9 @@ class ClickSession:
             frame = wider
             answer, border, likely = self._run(frame, prompts, before, in_lung)
         text = "" if answer.found else _NOTHING
-        fat = in_lung and answer.found and self._is_fat(answer)
-        if first and answer.found and len(prompts.positive) < 2 and (border or not likely or fat):
-            answer, text = replace(_EMPTY), _ENDLESS if border else _FAT if fat else _NO_LUNG
+        other = self._other_tissue(answer) if in_lung and answer.found else ""
+        if first and answer.found and len(prompts.positive) < 2 and (border or not likely or other):
+            answer, text = replace(_EMPTY), _ENDLESS if border else other or _NO_LUNG
         elif not before.found and answer.found and not border:
             answer = self._closer(frame[1], prompts, answer, in_lung)
         self._history.append((prompts, replace(answer, text=text)))
@@ -382,10 +385,13 @@ class ClickSession:
                 return closer if closer.found and likely else answer
         return answer
 
-    def _is_fat(self, answer: Answer) -> bool:
+    def _other_tissue(self, answer: Answer) -> str:
+        """The sentence of what no nodule consists of; "" where it may be one."""
         inside = self._canonical.channels[0][answer.box.slices][answer.mask > 0]
         large = len(inside) * math.prod(self._canonical.spacing) >= LARGE_ML * 1000
-        return float(np.mean((inside > FAT_HU[0]) & (inside < FAT_HU[1]))) > (LARGE_FAT_SHARE if large else FAT_SHARE)
+        if np.mean((inside > FAT_HU[0]) & (inside < FAT_HU[1])) > (LARGE_FAT_SHARE if large else FAT_SHARE):
+            return _FAT
+        return _DENSE if large and np.mean(inside > DENSE_HU) > LARGE_DENSE_SHARE else ""
 
     def _spacing(self, zoom: float) -> np.ndarray:
         return np.array(self.card.data["spacing"][::-1], float) * zoom / self._canonical.spacing[::-1]
