@@ -176,9 +176,7 @@ class ClickController(VTKObservationMixin):
 
     def cancel(self) -> None:
         """Prompts that are not answered yet are taken back, and nothing is heard of them; a worker that hangs is ended."""
-        if self.busy and self._ready:
-            self._worker().giveUpClicks(self.lesion)
-        self._cancel()
+        self._cancel(hanging=self.busy)
         self.prompts = list(self.answered)
         self._tell()
 
@@ -291,12 +289,13 @@ class ClickController(VTKObservationMixin):
         self._say("onError", text)
         self._tell()
 
-    def _cancel(self) -> None:
-        """Of what was asked nothing is wanted any more."""
+    def _cancel(self, hanging: bool = False) -> None:
+        """Of what was asked nothing is wanted any more. hanging: nor is the worker, if it does not stop."""
         if self._asked is not None:
             self._asked = None
             if self._ready:
-                self._worker().forgetClicks(self.lesion)
+                worker = self._worker()
+                (worker.giveUpClicks if hanging else worker.forgetClicks)(self.lesion)
 
     def _drop(self) -> None:
         if self.volumeNode is not None:

@@ -634,13 +634,12 @@ class NoduleList(VTKObservationMixin):
         if usable and (node.GetScene() is None or volume.GetScene() is None):
             usable = False
         held = node.GetSegmentation() if usable else None
-        image = mrml.image_from_volume(volume) if usable else None
+        image, place = (mrml.image_from_volume(volume), mrml.place_of(volume)) if usable else (None, None)
         for segment in [held.GetNthSegmentID(i) for i in range(held.GetNumberOfSegments())] if usable else ():
             part = held.GetSegment(segment)
             if part is None:
                 continue
             label, row = mrml.label_of(part), former.get(segment)
-            place = mrml.place_of(volume)
             if row is not None and row.label == (label, place):
                 rows.append(Row(segment, part.GetName(), row.measures, row.label, row.digest))
                 continue

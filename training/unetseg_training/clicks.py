@@ -222,7 +222,7 @@ class Cutter:
         scale = self.look.voxel * self.zoom / scan.spacing
         sigma = [0.5 * math.sqrt(s * s - 1) if s > 1.2 else 0.0 for s in scale]
         planes = [a[part].astype(np.float32) for a in arrays]
-        planes[0] = _blurred(planes[0], sigma)
+        planes[0] = blurred(planes[0], sigma)
         shift, per = (v.astype(np.float32)[:, None, None, None] for v in (low - 0.5, 2 / (high - low)))
         grid = torch.from_numpy(np.ascontiguousarray(np.moveaxis((index - shift) * per - 1, 0, -1)[..., ::-1]))
         x = functional.grid_sample(
@@ -232,11 +232,11 @@ class Cutter:
         return values, mask[0] if mask else np.zeros(self.look.patch, np.float32), known
 
 
-def _blurred(values: np.ndarray, sigma: list[float]) -> np.ndarray:
+def blurred(values: np.ndarray, sigma: list[float]) -> np.ndarray:
     if not any(sigma):
         return values
-    blurred = sitk.DiscreteGaussian(sitk.GetImageFromArray(values), [max(g * g, 1e-9) for g in sigma[::-1]], 32, 0.01, False)
-    return sitk.GetArrayFromImage(blurred)
+    out = sitk.DiscreteGaussian(sitk.GetImageFromArray(values), [max(g * g, 1e-9) for g in sigma[::-1]], 32, 0.01, False)
+    return sitk.GetArrayFromImage(out)
 
 
 def coarser(array: np.ndarray, k: Sequence[int]) -> np.ndarray:
@@ -381,18 +381,22 @@ class Sampler:
 
     def bend(self, rng: np.random.Generator, zoom: float) -> np.ndarray:
         """mm (3, z, y, x) by which a patch is bent."""
-        coarse = torch.from_numpy(rng.normal(0, rng.uniform(0, self.mix.bend) * zoom, (1, 3, 3, 4, 4)).astype(np.float32))
+        return self.smooth(rng, self.mix.bend, (3, 3, 4, 4), zoom)
+
+    def smooth(self, rng: np.random.Generator, most: float, cells: tuple[int, int, int, int], scale: float = 1.0) -> np.ndarray:
+        """Noise (channels, z, y, x) on the patch, of a standard deviation up to `most` times scale, interpolated from `cells`."""
+        coarse = torch.from_numpy(rng.normal(0, rng.uniform(0, most) * scale, (1, *cells)).astype(np.float32))
         return functional.interpolate(coarse, size=self.look.patch, mode="trilinear", align_corners=True)[0].numpy()
 
     def _scanner(self, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Calibration, noise and kernel of another scanner; then the model's normalisation."""
         values = values * (1 + rng.uniform(-1, 1) * self.mix.calibration / 600) + rng.uniform(-1, 1) * self.mix.calibration
         if rng.random() < self.mix.noise / 2:
-            values = _blurred(values.astype(np.float32), [0.0, *[rng.uniform(0.3, 0.8)] * 2])
+            values = blurred(values.astype(np.float32), [0.0, *[rng.uniform(0.3, 0.8)] * 2])
         if rng.random() < self.mix.noise:
             noise = rng.normal(0, rng.uniform(5, 60), self.look.patch)
             if rng.random() < 0.5:  # grainy, as a soft kernel makes it
-                noise = _blurred(noise.astype(np.float32), [0.0, 0.8, 0.8]) * 2
+                noise = blurred(noise.astype(np.float32), [0.0, 0.8, 0.8]) * 2
             values = values + noise
         return self.look.normalised(values)
 

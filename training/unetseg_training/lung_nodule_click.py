@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-import torch
 from torch import Tensor
-from torch.nn import functional
 from UNetSegmentationLib.image import Box, read_image, reorient
 from UNetSegmentationLib.inference.click import ZOOMS, fitting
 from UNetSegmentationLib.model import find_model
@@ -26,7 +24,7 @@ from UNetSegmentationLib.networks import UNet, UNetConfig
 
 from . import clicks, finetune
 from .cases import Case
-from .clicks import Cutter, Look, Rounds, Sample, coarser, correction, deep_in_tissue, distance, thick, turned
+from .clicks import Cutter, Look, Rounds, Sample, blurred, coarser, correction, deep_in_tissue, distance, thick, turned
 from .config import Fit
 from .lidc import data_folder, nodules, part, textures
 from .train import Job, LiveEngine, run
@@ -209,15 +207,7 @@ class Sampler(clicks.Sampler):
         away = way / np.linalg.norm(way) * 0.5 * size * rng.random() ** (1 / 3) if first else rng.uniform(-0.15, 0.15, 3) * size
         axes = np.exp(rng.uniform(-0.25, 0.25, 3))
         mm = LOOK.mm * zoom - away[:, None, None, None].astype(np.float32)
-        lobes, spikes = (
-            functional.interpolate(
-                torch.from_numpy(rng.normal(0, rng.uniform(0, top), (1, 1, *cells)).astype(np.float32)),
-                size=LOOK.patch,
-                mode="trilinear",
-                align_corners=True,
-            )[0, 0].numpy()
-            for top, cells in ((0.25, (4, 5, 5)), (0.12, (9, 14, 14)))
-        )
+        lobes, spikes = (self.smooth(rng, most, cells)[0] for most, cells in ((0.25, (1, 4, 5, 5)), (0.12, (1, 9, 14, 14))))
         depth = 0.5 * size * (1 + lobes + spikes) - np.sqrt(((mm / axes[:, None, None, None].astype(np.float32)) ** 2).sum(0))
         tissue = sitk.GetImageFromArray((values > -350).astype(np.uint8))
         radius = [max(1, round(rng.uniform(4, 7) / (v * zoom))) for v in LOOK.spacing]
@@ -228,7 +218,7 @@ class Sampler(clicks.Sampler):
         if np.count_nonzero(inside) < 200 or (first and not inside[middle]):
             return self._mass(rng)
         share = np.where(wall, 0, 1 / (1 + np.exp(-np.clip(depth / rng.uniform(0.4, 1.5), -30, 30))))
-        grain = clicks._blurred(rng.normal(0, rng.uniform(5, 60), LOOK.patch).astype(np.float32), [0.0, 0.8, 0.8])
+        grain = blurred(rng.normal(0, rng.uniform(5, 60), LOOK.patch).astype(np.float32), [0.0, 0.8, 0.8])
         inner = rng.uniform(5, 80) + 60 * lobes + grain
         if rng.random() < 0.15:  # a cavity, or what has died in the middle
             inner = np.where(depth > rng.uniform(0.2, 0.4) * size, rng.choice([-900.0, -20.0, 10.0]), inner)
