@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,39 @@ def test_undo_takes_each_click_back_exactly(scene: Any) -> None:
         assert fingerprint(scene) == before
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_undo_puts_a_mask_back_where_its_scan_was_hardened(scene: Any, grid: str, shared: bool) -> None:
+    node = volume(grid)
+    masks, steps, out, segment = [MASK, np.ones((3, 3, 3), np.uint8), np.ones((1, 2, 2), np.uint8)], [], None, None
+    move = np.eye(4)
+    move[:3, :3], move[:3, 3] = rotation(40) * 1.1, (5, 6, 7)
+    for mask in masks:
+        undo = mrml.Undo(scene, 1)
+        undo.begin(out)
+        out, segment = complete(write_clicked_steps(mask, START, node, out, segment, name="Nodule 1"))
+        undo.commit([out])
+        steps.append(undo)
+        if shared and len(steps) == 1:
+            add_segment(out, "other", ball(SHAPE, (2, 2, 2), 1.5), node)
+            out.GetSegmentation().CollapseBinaryLabelmaps(False)
+    for undo, mask in zip(reversed(steps[1:]), reversed(masks[:2])):
+        for each in (node, out):
+            each.SetAndObserveTransformNodeID(add_transform(move).GetID())
+            each.HardenTransform()
+        undo.undo()
+        assert np.array_equal(read_back(out, "Nodule 1", node), full(mask))
+        mask_again, start = complete(mrml.segment_part_steps(out, segment, node))
+        assert start == START and np.array_equal(mask_again, mask)
+        surface = out.GetSegmentation().GetSegment(segment).GetRepresentation(SURFACE)
+        middle = mrml.image_from_volume(node).index_to_point([a + (n - 1) / 2 for a, n in zip(START, mask.shape)][::-1])
+        assert np.allclose(np.reshape(surface.GetBounds(), (3, 2)).mean(1), np.array(middle) * (-1, -1, 1), atol=0.3)
+        if shared:
+            assert np.array_equal(read_back(out, "other", node), ball(SHAPE, (2, 2, 2), 1.5))
+    steps[0].undo()
+    assert list(segments(out)) == ["other"] if shared else out.GetScene() is None
+
+
 def test_a_segment_removed_meanwhile_or_a_wrong_place_changes_nothing(scene: Any) -> None:
     node = volume()
     out, segment = complete(write_clicked_steps(MASK, START, node))
@@ -161,6 +195,40 @@ def test_prompts_as_text(scene: Any) -> None:
         assert mrml.prompts_from_text(bad, node) == []
     with pytest.raises(UserError):
         mrml.prompts_text([("circle", 1)], node)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_prompts_stay_with_the_voxels_of_a_scan_that_is_moved_and_hardened(scene: Any, grid: str) -> None:
+    node = volume(grid)
+    text, was = mrml.prompts_text(PROMPTS, node), mrml.image_from_volume(node)
+    move = np.eye(4)
+    move[:3, :3], move[:3, 3] = rotation(40) * 1.1, (5, 6, 7)
+    for hardened in (False, True, False):
+        node.SetAndObserveTransformNodeID(add_transform(move).GetID())
+        if hardened:
+            node.HardenTransform()
+        now, moved = mrml.image_from_volume(node), mrml.prompts_from_text(text, node)
+        for there, prompt in zip(moved, PROMPTS):
+            for i in () if prompt[0] == "mask" else range(1, 7 if prompt[0] == "box" else 4, 3):
+                assert np.allclose(now.point_to_index(there[i : i + 3]), was.point_to_index(prompt[i : i + 3]))
+        assert same(moved[2:3], PROMPTS[2:3])
+
+
+def test_prompts_of_earlier_versions_and_on_another_grid_are_known_by_their_place(scene: Any) -> None:
+    """The first versions kept them in mm alone. Slicer's loader mirrors left-handed files, and a crop has other indices."""
+    node = volume("left-handed")
+    text = mrml.prompts_text(PROMPTS, node)
+    old = json.dumps(json.loads(text)[1:])
+    mirror = geometry(GRIDS["left-handed"]) @ np.diag([1, 1, -1, 1]) + np.zeros((4, 4))
+    crop = add_volume(np.zeros((5, 6, 7), np.int16), geometry(GRIDS["left-handed"], origin=(1, 2, 3)))
+    assert same(mrml.prompts_from_text(old, node), PROMPTS)
+    assert same(mrml.prompts_from_text(text, crop), PROMPTS)
+    assert same(mrml.prompts_from_text(text, add_volume(np.zeros(SHAPE, np.int16), mirror)), PROMPTS)
+    move = np.eye(4)
+    move[:3, 3] = 5, 6, 7
+    node.SetAndObserveTransformNodeID(add_transform(move).GetID())
+    assert np.allclose(mrml.prompts_from_text(old, node)[0][1:4], (1.5 - 5, -2.25 - 6, 1 / 3 + 7))
+    assert mrml.prompts_from_text(text.replace("[", "[null,", 2), node) == []
 
 
 def test_prompts_survive_a_file(scene: Any, tmp_path: Path) -> None:

@@ -127,6 +127,31 @@ def test_a_failure_midway_leaves_the_scene_as_before(scene: Any, volume: Any, la
         assert fingerprint(scene) == before
 
 
+def test_what_was_hardened_since_is_undone_where_it_is_now(scene: Any, volume: Any, labels: np.ndarray) -> None:
+    node, undo = rich(scene, volume, labels), Undo(scene)
+    before = {name: read_back(node, name, volume) for name in segments(node)}
+    colors = [node.GetSegmentation().GetNthSegment(i).GetColor() for i in range(len(before))]
+    undo.begin(node)
+    write_prediction(predicted(volume, np.roll(labels, 1, 1)), volume, node)
+    undo.commit([node])
+    move = np.eye(4)
+    move[:3, :3], move[:3, 3] = rotation(40), (5, 6, 7)
+    transform = add_transform(move)
+    for each in (node, volume):
+        each.SetAndObserveTransformNodeID(transform.GetID())
+        each.HardenTransform()
+    undo.undo()
+    assert list(segments(node)) == list(before)
+    for name, mask in before.items():
+        assert np.array_equal(read_back(node, name, volume), mask), name
+    assert [node.GetSegmentation().GetNthSegment(i).GetColor() for i in range(len(before))] == colors
+    surface = node.GetSegmentation().GetSegment(segments(node)["nodule"]).GetRepresentation(SURFACE)
+    where = np.argwhere(before["nodule"])
+    x, y, z = image_from_volume(volume).index_to_point(where.mean(0)[::-1])
+    assert np.allclose(np.reshape(surface.GetBounds(), (3, 2)).mean(1), (-x, -y, z), atol=0.5)
+    assert_no_orphans(node)
+
+
 def test_a_generator_that_is_dropped_is_closed(scene: Any, volume: Any, labels: np.ndarray) -> None:
     before = fingerprint(scene)
     steps = write_prediction_steps(predicted(volume, labels), volume)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -577,6 +578,68 @@ def test_a_nodule_that_was_moved_with_its_scan_can_be_clicked_on(panel: Any) -> 
     assert np.allclose(dots(True), [p.ras(BALLS["right"][0])], atol=0.8) and not dots(False)
 
 
+def harden(p: Any, degrees: float = 30) -> None:
+    """Turn the scan and its nodules, and make that their own place."""
+    from mrml_scenes import add_transform, rotation
+
+    move = np.eye(4)
+    move[:3, :3], move[:3, 3] = rotation(degrees), (25, 10, 5)
+    transform = add_transform(move)
+    for node in (p.settings.volume, p.node):
+        node.SetAndObserveTransformNodeID(transform.GetID())
+    p.settle()
+    for node in (p.settings.volume, p.node):
+        node.HardenTransform()
+    p.settle()
+
+
+@pytest.mark.parametrize("where", ["here", "reopened", "reopened, of an earlier version"])
+def test_a_nodule_whose_scan_was_hardened_can_be_clicked_on(panel: Any, tmp_path: Path, where: str) -> None:
+    from UNetSegmentationPanel import panelWorker
+
+    p = begun(panel, "right")
+    first, folder = p.mask("Nodule 1"), panelWorker()._session.folder
+    sent = set(folder.glob("volume-*"))
+    if where == "reopened, of an earlier version":  # which kept mm alone
+        p.node.GetSegmentation().GetNthSegment(0).SetTag(PROMPTS_TAG, json.dumps(json.loads(p.tag("Nodule 1"))[1:]))
+    else:
+        harden(p)
+    rows = p.table()
+    if where != "here":
+        reopened(p, tmp_path / "scene.mrb")
+        assert p.tool.segment
+    assert np.array_equal(p.mask("Nodule 1"), first) and p.table() == rows
+    assert np.allclose(dots(True), [p.ras(BALLS["right"][0])], atol=0.8)
+    p.tool.arm()
+    p.click(VESSEL, ctrl=True)
+    prompts = prompts_of(p, "Nodule 1")
+    assert p.tool.text == "" and [(k, v[-1]) for k, *v in prompts] == [("point", True), ("point", False)]
+    assert np.allclose(dots(False), [p.ras(VESSEL)], atol=0.8)
+    second = p.mask("Nodule 1")
+    assert np.array_equal(second, by_python(p, prompts)) and not second[VESSEL] and first[VESSEL]
+    if where == "here":
+        assert set(folder.glob("volume-*")) == sent  # not again, only their place
+        harden(p, -70)
+        assert np.array_equal(p.mask("Nodule 1"), second)
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert np.array_equal(p.mask("Nodule 1"), first)
+    assert np.allclose(dots(True), [p.ras(BALLS["right"][0])], atol=0.8) and not dots(False)
+    p.click(VESSEL, ctrl=True)
+    assert dice(p.mask("Nodule 1"), second) > 0.99 and len(prompts_of(p, "Nodule 1")) == 2
+
+
+def test_undo_in_a_reopened_scene_whose_scan_was_moved_since(panel: Any, tmp_path: Path) -> None:
+    p = begun(panel, "right")
+    first = p.mask("Nodule 1")
+    p.click(VESSEL, ctrl=True)
+    reopened(p, tmp_path / "scene.mrb")
+    harden(p)
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert p.tool.text == "" and dice(p.mask("Nodule 1"), first) > 0.98 and len(prompts_of(p, "Nodule 1")) == 1
+
+
 def warp() -> Any:
     """A transform that is not linear, in the scene."""
     import slicer
@@ -686,6 +749,18 @@ def test_the_table_follows_edits_and_leads_to_the_nodule(panel: Any, tmp_path: P
     p.node.GetSegmentation().RemoveSegment(p.segments()["Nodule 1"])
     p.settle()
     assert [row[0] for row in p.table()] == ["Nodule 2"] and node.GetNumberOfRows() == 1 and not p.tool.segment
+
+
+def test_what_a_stroke_left_is_measured_in_pieces(panel: Any) -> None:
+    p = begun(panel, "left")
+    half = truth("left")
+    half[:24] = False
+    paint(p, "Nodule 1", half)
+    pieces = sum(1 for _ in p.widget.nodules.now._steps())
+    assert pieces > 2 * np.count_nonzero(half.any((1, 2)))
+    (row,) = p.widget.nodules.now.rows
+    assert row.measures["voxels"] == np.count_nonzero(half)
+    p.settle()
 
 
 def test_follow_up(panel: Any) -> None:

@@ -551,6 +551,30 @@ def test_a_saved_scene_is_gone_on_with(editor: Callable[..., Editor], toy: Any, 
     assert again.mask().sum() == filled(A, B).sum()
 
 
+@pytest.mark.parametrize("kind", ["oblique", "left-handed"])
+def test_a_scan_that_was_hardened_is_gone_on_with(editor: Callable[..., Editor], toy: Any, kind: str) -> None:
+    from mrml_scenes import add_transform, rotation
+    from UNetSegmentationLib.mrml import PROMPTS_TAG, prompts_from_text, segment_tag
+
+    e = editor(scan(kind))
+    e.click(IN_A)
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = rotation(-15, (3, 1, -1)), (20, -5, 11)
+    for node in (e.volume, e.segmentation):
+        node.SetAndObserveTransformNodeID(add_transform(matrix).GetID())
+        node.HardenTransform()
+    e.wait()
+    xy = e.xy(IN_A)
+    e.gui.process_events()
+    assert np.allclose(e.dots()["green"], [xy], atol=2)
+    e.click(IN_B)
+    prompts = prompts_from_text(segment_tag(e.segmentation.GetSegmentation().GetSegment(e.segment), PROMPTS_TAG), e.volume)
+    session = e.session(toy)
+    session.replay(prompts)
+    assert e.message == "" and [p[0] for p in prompts] == ["point"] * 2
+    assert np.array_equal(e.mask(), session.mask) and dice(e.mask(), filled(A, B)) > 0.95
+
+
 # ------------------------------------------------------------------------------------------------- segments and options
 
 

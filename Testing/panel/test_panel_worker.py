@@ -176,8 +176,23 @@ def test_the_volume_is_sent_once_and_everything_stays_warm(gui, worker, image, m
     first = Run(gui, worker, ("id", 5), give, [model]).end("result")
     pid = worker.pid
     again = Run(gui, worker, ("id", 5), give, [model.path]).end("result")
-    assert given == [1] and worker.pid == pid and worker._session.counts["load_volume"] == 1
+    assert given == [1, 1] and worker.pid == pid and worker._session.counts["load_volume"] == 1
     assert np.array_equal(first.labels.array, again.labels.array)
+
+
+def test_of_a_volume_that_was_moved_only_the_place_is_sent(gui, worker, image, make_package):
+    model = make_package()
+    first = Run(gui, worker, 1, image, [model], measures=True).end("result")
+    (file,) = folder_of(worker).glob("volume-*")
+    written = file.stat().st_mtime_ns
+    moved = replace(image, origin=tuple(v + 10 for v in image.origin))
+    run = Run(gui, worker, 1, moved, [model], measures=True)
+    there = run.end("result")
+    assert there.labels.same_grid(moved) and np.array_equal(there.labels.array, first.labels.array)
+    assert np.allclose(there.measures[0]["center"], np.add(first.measures[0]["center"], 10))
+    assert "sending the volume" not in [text for _, text in run.progress]
+    assert [p.stat().st_mtime_ns for p in folder_of(worker).glob("volume-*")] == [written]
+    assert worker._session.counts["load_volume"] == 2
 
 
 def test_channels_that_do_not_lie_one_after_the_other(gui, worker, make_package):

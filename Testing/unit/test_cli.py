@@ -280,6 +280,21 @@ def test_a_dicom_folder_with_two_series(here, unetseg, data, tmp_path):
     assert np.array_equal(read_image(here.out / "a.nrrd").array, read_image(folder, "1.2.3.4").array > -300)
 
 
+def test_dicom_seg_of_a_multi_frame_file_is_refused_before_anything_is_computed(here, unetseg, data, tmp_path, monkeypatch):
+    dataset = pytest.importorskip("pydicom").dcmread(data / "lung_gtv_dicom_rtstruct" / "pat_3" / "DCM_IMG_00000.dcm")
+    dataset.NumberOfFrames = 3
+    dataset.PixelData = dataset.PixelData * 3
+    (tmp_path / "scan").mkdir()
+    dataset.save_as(tmp_path / "scan" / "a.dcm")
+    for name in ("predict", "ClickSession"):
+        monkeypatch.setattr(cli, name, lambda *a, **k: pytest.fail("it computes"))
+    click = here.package(task="click", spacing=[1, 1, 1], patch=[16, 24, 24]).path
+    sentence = f"needs a DICOM file for each slice and {tmp_path / 'scan'} holds its 3 slices in one (multi-frame); write .seg.nrrd"
+    for command in (("segment", "-m", here.model), ("click", "-m", click, "--at=0,0,0")):
+        one_sentence(unetseg(command[0], tmp_path / "scan", *command[1:], "-o", here.out / "a.dcm", "-q"), sentence)
+    assert here.left() == []
+
+
 def test_cancelling_writes_nothing(here, unetseg, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt

@@ -140,6 +140,13 @@ def test_what_opens_the_panel_is_all_there():
     assert set(OPENED) <= set(PANEL_FILES)
 
 
+@pytest.mark.parametrize("name", CORE_FILES)
+def test_no_child_opens_a_window_on_windows(name):
+    for call in ast.walk(ast.parse((CORE / name).read_text("utf-8"))):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("subprocess.run", "subprocess.Popen"):
+            assert any(k.arg is None and "child_options(" in ast.unparse(k.value) for k in call.keywords), f"{name}:{call.lineno}"
+
+
 def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], cwd=MODULE, capture_output=True, text=True)
 

@@ -444,6 +444,16 @@ def test_a_series_in_time_is_no_volume(slices, tmp_path, times):
         read_image(copied(slices, tmp_path / "scan", again))
 
 
+@pytest.mark.parametrize("frames", [2, 4])
+def test_several_multi_frame_files_are_not_read_by_half(slices, tmp_path, frames):
+    def join(i, dataset):
+        dataset.NumberOfFrames = frames
+        dataset.PixelData = dataset.PixelData * frames
+
+    with pytest.raises(UserError, match="several multi-frame files; export it with one slice a file"):
+        read_image(copied(slices[:2], tmp_path / "scan", join))
+
+
 def test_a_tilted_gantry_is_noticed(slices, tmp_path):
     def tilt(i, dataset):
         x, y, z = map(float, dataset.ImagePositionPatient)

@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from UNetSegmentationLib import postprocess
 from UNetSegmentationLib.image import Box, Image, reorient
 from UNetSegmentationLib.measure import dice, measure, measure_steps, uncertain_places, worst_place
 from UNetSegmentationLib.model import Label
-from UNetSegmentationLib.postprocess import clean, components
+from UNetSegmentationLib.postprocess import clean, complete, components, largest_steps
 
 THING = Label(1, "thing", (255, 0, 0), {})
 DIAMETERS = ("longest_mm", "perpendicular_mm")
@@ -117,6 +118,29 @@ def test_a_diagonal_staircase():
     assert out["longest_mm"] == pytest.approx(12 * math.sqrt(2), abs=1) and out["perpendicular_mm"] < 2.2
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_diameters_of_a_ragged_lesion_are_those_of_all_its_pixels_edges(seed):
+    rng = np.random.default_rng(seed)
+    sx, sy = rng.choice([0.5, 0.7, 1.1], 2)
+    box = [np.s_[k % 3, a : a + 3, b : b + 4] for k, (a, b) in enumerate(rng.integers(0, 6, (7, 2)))]
+    labels = Image(mask((3, 9, 10), np.s_[:, 4, 5], *box), (sx, sy, 2.0))
+    out = one(labels)
+    half = np.array([(0.5, 0), (-0.5, 0), (0, 0.5), (0, -0.5)]) * (sx, sy)
+    sections = [(np.argwhere(plane)[:, None, ::-1] * (sx, sy) + half).reshape(-1, 2) for plane in labels.array]
+    assert out["longest_mm"] == pytest.approx(max(np.hypot(*(p[:, None] - p).T).max() for p in sections))
+    z = round(labels.point_to_index(out["longest_points"][0])[2])
+    a, b = (np.array(p)[:2] for p in out["longest_points"])
+    u = (b - a) / np.hypot(*(b - a))
+    along, across = (sections[z] - a) @ u, (sections[z] - a) @ [-u[1], u[0]]
+    left, right, ends = along[:, None], along[None], []
+    for s in along:  # of all lines between two points, those that cross here
+        with np.errstate(invalid="ignore", divide="ignore"):
+            cut = across[:, None] + (across[None] - across[:, None]) * (s - left) / (right - left)
+        cut = cut[(np.minimum(left, right) <= s) & (s <= np.maximum(left, right)) & (np.abs(left - right) > 1e-9)]
+        ends.append(np.ptp([*cut, *across[np.abs(along - s) < 1e-9]]))
+    assert out["perpendicular_mm"] == pytest.approx(max(ends))
+
+
 def test_two_components_count_both_and_the_larger_gives_the_diameters():
     labels = Image(mask((9, 60, 60), np.s_[2:4, 5:10, 5:10], np.s_[5:8, 40:46, 30:50]))
     out = one(labels)
@@ -201,6 +225,25 @@ def test_components_are_face_connected():
     labelled, counts = components(diagonal)
     assert counts.tolist() == [24, 1, 2] and labelled[1, 1, 1] == labelled[1, 1, 2] != labelled[0, 0, 0]
     assert components(np.zeros((2, 2, 2)))[1].tolist() == [8]
+
+
+COMB = mask((14, 7, 9), np.s_[:, 1, ::2], np.s_[:, 5, 1::2], np.s_[13, 1], np.s_[0, 5])  # one joined in its last plane, one in its first
+TWINS = mask((14, 7, 9), np.s_[9:12, 4:6, 1:3], np.s_[2:5, 1:3, 5:7], np.s_[13, 0, 0])
+SLANT = mask((14, 7, 9), *(np.s_[k, k // 2, k // 2 + k % 2] for k in range(14)))
+
+
+@pytest.mark.parametrize("corners", [False, True])
+@pytest.mark.parametrize("piece", [1, 7 * 9 * 5, 1 << 18])
+def test_the_largest_component_found_in_pieces_is_that_of_the_whole(corners, piece, monkeypatch):
+    monkeypatch.setattr(postprocess, "_PIECE", piece)
+    noise = [np.random.default_rng(i).random((14, 7, 9)) < share for i, share in enumerate((0.02, 0.2, 0.3, 0.35, 0.6, 0.95))]
+    for scene in (COMB, TWINS, SLANT, np.ones((1, 1, 1)), np.ones((14, 7, 9)), *noise):
+        labelled, counts = components(scene, corners)
+        best = 1 + counts[1:].argmax()
+        found, voxels = complete(largest_steps(scene > 0, corners))
+        assert voxels == counts[best] and np.array_equal(found, labelled == best)
+    found, voxels = complete(largest_steps(np.zeros((14, 7, 9), bool), corners))
+    assert voxels == 0 and found.dtype == bool and not found.any()
 
 
 def test_no_rules_change_nothing():

@@ -8,10 +8,12 @@ import math
 
 import numpy as np
 import pytest
+from UNetSegmentationLib import measure as measuring
+from UNetSegmentationLib import postprocess
 from UNetSegmentationLib.image import Box, Image, UserError, read_image
 from UNetSegmentationLib.measure import measure
 from UNetSegmentationLib.model import Label
-from UNetSegmentationLib.nodule import COLUMNS, NOTE, csv_text, describe, follow_up, match, row, size_class
+from UNetSegmentationLib.nodule import COLUMNS, NOTE, csv_text, describe, describe_steps, follow_up, match, row, size_class
 
 TILTED = tuple(float(v) for v in (np.array([[0.98, -0.199, 0], [0.199, 0.98, 0], [0, 0, 1]]) @ np.diag([1, 1, -1])).ravel())
 OBLIQUE = (0.0, -0.1961, 0.9806, -0.9806, 0.0384, 0.0077, -0.1961, -0.9806, -0.1961)  # its x axis runs down, its z to the left
@@ -167,6 +169,61 @@ def test_one_section_is_enough():
     image.array[mask > 0] = 20
     found = describe(image, mask)
     assert found["mean_mm"] == pytest.approx(8.4, abs=0.8) and found["texture"] == "solid"
+
+
+def mass(kind: str) -> tuple[Image, np.ndarray]:
+    """90 mm across, as a CT has it; its box has 1.5 million voxels."""
+    grid = np.ogrid[-46:47, -66:67, -66:67]
+    away = np.sqrt(sum((g * s) ** 2 for g, s in zip(grid, (1.0, 0.7, 0.7))))
+    array = np.random.default_rng(3).normal(0, 40, away.shape)
+    array += np.select([away > 45, away < {"solid": 45, "part-solid": 16, "ground-glass": 0}[kind]], [-850, 30], -620)
+    return Image(array.astype(np.int16), (0.7, 0.7, 1.0)), away <= 45
+
+
+# As they were when all was done in one piece, with every pixel's edges in the hulls.
+FIGURES = {
+    "solid": (779055, 381736.95, 90.68985610309456, 90.68985610309457, 90.7, 90.7, 381736.95, "4B"),
+    "part-solid": (779055, 381736.95, 90.68985610309456, 90.68985610309457, 90.7, 32.6, 17110.31, "4B"),
+    "ground-glass": (779055, 381736.95, 90.68985610309456, 90.68985610309457, 90.7, 0.0, 0.0, "3"),
+}
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_a_mass_is_described_in_small_pieces(kind, monkeypatch):
+    image, mask = mass(kind)
+    work = {"components": 0, "hulls": 0, "points": 0}
+    components, hull = postprocess.components, measuring._hull
+
+    def looked(part: np.ndarray, corners: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        work["components"] += part.size
+        return components(part, corners)
+
+    def wrapped(points: np.ndarray) -> np.ndarray:
+        work["hulls"] += 1
+        work["points"] += len(points)
+        return hull(points)
+
+    monkeypatch.setattr(postprocess, "components", looked)
+    monkeypatch.setattr(measuring, "_hull", wrapped)
+    steps, pieces, whole = describe_steps(image, mask), [], dict.fromkeys(work, 0)
+    while True:
+        work.update(dict.fromkeys(work, 0))
+        try:
+            next(steps)
+        except StopIteration as end:
+            found = end.value
+            break
+        pieces.append(dict(work))
+        whole = {key: whole[key] + work[key] for key in whole}
+    assert len(pieces) > 91  # one for each section, and more
+    assert max(piece["components"] for piece in pieces) < mask.size / 5 and max(piece["hulls"] for piece in pieces) == 1
+    # Of 91 sections few can be the widest, and of a section's 1000 ends of rows few lie on its hull.
+    assert whole["hulls"] <= 8 and whole["points"] <= 400 * whole["hulls"]
+    keys = ("voxels", "volume_mm3", "longest_mm", "perpendicular_mm", "mean_mm", "solid_mean_mm", "solid_volume_mm3", "size_class")
+    assert found["texture"] == kind
+    assert [pytest.approx(v) if isinstance(v, float) else v for v in FIGURES[kind]] == [found[key] for key in keys]
+    monkeypatch.undo()
+    assert describe(image, mask) == found
 
 
 # ---------------------------------------------------------------------------------------------------------------- side

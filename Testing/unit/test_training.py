@@ -8,10 +8,11 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from UNetSegmentationLib import training
+from UNetSegmentationLib import files, training
 from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Image
@@ -126,6 +127,22 @@ def test_it_lives_on_and_is_found_again_after_its_starter_was_killed(dataset, tm
     assert job.folder == folder and job.state == "training"
     training.stop(job)
     assert wait(job, lambda j: not j.running).state == "stopped"
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_on_windows_it_leaves_slicers_job_and_opens_no_window(tmp_path, monkeypatch, allowed):
+    flags = []
+
+    def popen(command, creationflags, **options):
+        flags.append(creationflags)
+        if not allowed and creationflags & 0x01000000:
+            raise PermissionError(13, "Access is denied")
+
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="nt"))
+    monkeypatch.setattr(training.subprocess, "Popen", popen)
+    monkeypatch.setattr(training, "_children", {})
+    training._launch(tmp_path, sys.executable, None)
+    assert flags == ([0x09000200] if allowed else [0x09000200, 0x08000200])  # never 8, DETACHED_PROCESS
 
 
 def test_a_killed_job_is_lost_and_resumed(dataset):

@@ -36,6 +36,7 @@ from UNetSegmentationLib.worker.client import (
 )
 from UNetSegmentationLib.worker.protocol import (
     FOLDER_PREFIX,
+    LOCK,
     MAX_LINE,
     PROTOCOL,
     Case,
@@ -49,6 +50,7 @@ from UNetSegmentationLib.worker.protocol import (
     run,
     save_array,
 )
+from UNetSegmentationLib.worker.server import _remove_abandoned
 from workers import (
     DEADLINE,
     MISSING_DLL,
@@ -695,6 +697,67 @@ def test_nothing_is_left_of_a_client_that_was_killed(forever, launcher, case):
         script.stdout.close()
         if copy:
             os.kill(copy, signal.SIGKILL)
+
+
+@POSIX
+def test_what_is_left_of_a_client_and_worker_that_died_at_once_goes_when_another_starts(forever, tmp_path):
+    (tmp_path / "temp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temp")}
+    arguments = [sys.executable, "-c", CLIENT, str(forever.path), "plain", sys.executable]
+    scripts = [
+        subprocess.Popen(arguments, cwd=working_folder(), stdout=subprocess.PIPE, text=True, bufsize=1, env=environment) for _ in range(2)
+    ]
+    try:
+        (dead, left), (living, used) = (script.stdout.readline().split()[:2] for script in scripts)
+        left, used = Path(left), Path(used)
+        assert left.parent == used.parent == tmp_path / "temp"
+        scripts[0].send_signal(signal.SIGSTOP)
+        os.kill(int(dead), signal.SIGKILL)
+        scripts[0].kill()
+        scripts[0].wait()
+        assert (left / "volume-1.npy").exists()
+        link = used.with_name(f"{FOLDER_PREFIX}link")
+        link.symlink_to(tmp_path)
+        (tmp_path / "volume-1.npy").touch()
+        unlocked = used.with_name(f"{FOLDER_PREFIX}unlocked")
+        unlocked.mkdir(mode=0o700)
+        opened = used.with_name(f"{FOLDER_PREFIX}opened")
+        opened.mkdir()
+        opened.chmod(0o755)
+        for path in (link, opened):
+            path.with_name(path.name + LOCK).touch()
+        fresh = used.with_name(f"{FOLDER_PREFIX}fresh")
+        fresh.mkdir(mode=0o700)
+        for lock in left.parent.glob(f"*{LOCK}"):
+            os.utime(lock, (0, 0))
+        fresh.with_name(fresh.name + LOCK).touch()
+        mine = used.with_name(f"{FOLDER_PREFIX}mine")
+        mine.mkdir(mode=0o700)
+        worker = Raw(mine)
+        try:
+            until(lambda: not left.exists(), "the end of the folder of a dead client")
+        finally:
+            worker.close()
+        _remove_abandoned(left.parent)  # the worker may have been killed on its way
+        assert alive(int(living)) and (used / "volume-1.npy").exists() and (tmp_path / "volume-1.npy").exists()
+        assert all(path.is_dir() for path in (unlocked, opened, fresh, mine)) and not left.with_name(left.name + LOCK).exists()
+        os.kill(int(living), signal.SIGKILL)
+    finally:
+        for script in scripts:
+            script.kill()
+            script.wait()
+            script.stdout.close()
+
+
+def test_a_folder_is_held_until_it_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(protocol, "NEW_S", -1e9)
+    folder, other = new_folder(), new_folder()
+    assert len(list(tmp_path.iterdir())) == 4 and not protocol.abandoned(folder)
+    (other / "thesis").touch()
+    for path in (folder, other):
+        protocol.remove_folder(path)
+    assert {p.name for p in tmp_path.iterdir()} == {other.name, other.name + LOCK} and not protocol.abandoned(other)
 
 
 @POSIX

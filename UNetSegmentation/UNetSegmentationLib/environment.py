@@ -31,6 +31,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .files import child_options
+
 # Slicer's own, of which 5.10 has builds that no index has: never installed into Slicer's Python, never removed from it.
 PROVIDED = frozenset({"numpy", "simpleitk"})
 # Other builds of the same package: onnxruntime over onnxruntime-gpu would take the GPU away.
@@ -619,7 +621,9 @@ def _look_up(requirement: Requirement, options: Sequence[str]) -> tuple[str, int
     """(version, size, METADATA, "") of the wheel that pip would take, ("", None, None, why) where there is none."""
     command = [sys.executable, "-m", "pip", "index", "versions", requirement.name, "-vv", "--only-binary", ":all:"]
     command += ["--no-input", "--retries", "1", "--timeout", f"{_TIMEOUT_S:.0f}", "--disable-pip-version-check", *options]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", errors="replace", **child_options()
+    )
     best = read_index(done.stdout + done.stderr, requirement)
     if best is None:
         return "", None, None, pip_failure(Done(done.returncode, done.stdout, done.stderr))
@@ -770,7 +774,13 @@ def _run(step: Step, variables: Mapping[str, str], folder: Path, progress: Calla
     with tempfile.TemporaryFile() as log:
         try:
             child = subprocess.Popen(
-                step.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, env=dict(variables), cwd=folder
+                step.command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=dict(variables),
+                cwd=folder,
+                **child_options(),
             )
         except OSError as e:
             return Done(None, "", e.strerror or str(e))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 def _umask() -> int:
@@ -21,6 +22,20 @@ _UMASK = _umask()  # asked for once: two threads that ask at the same time would
 
 class UserError(Exception):
     """Bad input: the message is one clear sentence for the person, saying what is wrong and what to do."""
+
+
+def child_options(apart: bool = False, breakaway: bool = False) -> dict[str, Any]:
+    """For subprocess: a child that opens no window over Slicer, nor do its own children.
+
+    apart: in a session (Windows: process group) of its own. breakaway: on Windows also out of the job that this process may be
+    in and that would end it; PermissionError where the job does not allow that.
+    """
+    if os.name != "nt":
+        return {"start_new_session": apart}
+    # CREATE_NO_WINDOW, a console that nobody sees and that its children inherit. Under DETACHED_PROCESS, beside which it is
+    # ignored, there is none, and each child that is a console program gets a window of its own.
+    # CREATE_NEW_PROCESS_GROUP, CREATE_BREAKAWAY_FROM_JOB
+    return {"creationflags": 0x08000000 | apart * 0x00000200 | breakaway * 0x01000000}
 
 
 def check_writable(path: str | Path) -> None:

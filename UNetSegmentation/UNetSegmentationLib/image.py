@@ -508,6 +508,8 @@ def _check_slices(folder: Path, files: list[str], image: Image) -> None:
         reader.SetFileName(name)
         with _quiet():
             reader.ReadImageInformation()
+        if (*reader.GetSize(), 1)[2] > 1:  # ITK would read the frames of one of them
+            raise UserError(f"The DICOM series in {folder} holds several multi-frame files; export it with one slice a file.")
         corners.append(reader.GetOrigin()[:3])
     at = np.array(corners) @ normal
     drift = np.array(corners) - corners[0] - np.outer(at - at[0], normal)

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, product
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import slicer
@@ -33,8 +33,10 @@ from .image import Box, Image, UserError, check_geometry
 from .inference.click import Prompt
 from .kept import mask_digest as mask_digest
 from .model import Label
+from .postprocess import Steps as Steps
+from .postprocess import complete as complete
 from .postprocess import slabs
-from .worker.protocol import ProtocolError, decode_prompts, encode_prompts
+from .worker.protocol import ProtocolError, decode_prompts, encode_prompts, numbers
 
 if TYPE_CHECKING:
     from .inference.predict import Prediction
@@ -70,7 +72,7 @@ _GEOMETRY = slicer.vtkSegmentationConverter.GetReferenceImageGeometryParameterNa
 _COLORS = "UNetSegmentation."  # the singleton tag of a map's colours: this and its kind
 # Scalars of the labelmaps that predictions are written as bear this name; it tells Undo what a prediction wrote.
 _WRITTEN = "UNetSegmentation"
-# The components of a box of so many voxels take 50 ms, in one piece.
+# A larger box is an organ's, whose diameters would take seconds.
 _LARGEST_MEASURED = 2 << 20
 _SURFACE_VOXELS = 56
 
@@ -80,19 +82,6 @@ class _Changed(UserError):
 
     def __init__(self) -> None:
         super().__init__("A segment was changed meanwhile; try again.")
-
-
-T = TypeVar("T")
-Steps = Generator[None, None, T]
-
-
-def complete(steps: Steps[T]) -> T:
-    """Run the pieces of a ..._steps function one after the other; what it returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 # ------------------------------------------------------------------------------------------------------------- volumes
@@ -419,7 +408,7 @@ def measure_steps(segmentation_node: Any, volume_node: Any, segment_ids: Sequenc
     """measure() of segments as they are now (all, or those named), in pieces; intensities are the volume's.
 
     For results that the Segment Editor's masking limited or a person corrected. `value` counts from 1. Segments of the size
-    of an organ get no diameters, which would take seconds in one piece. Raises UserError as segment_mask() does.
+    of an organ get no diameters, which would take seconds. Raises UserError as segment_mask() does.
     """
     image = image_from_volume(volume_node)
     segmentation = segmentation_node.GetSegmentation()
@@ -440,18 +429,38 @@ def measure_steps(segmentation_node: Any, volume_node: Any, segment_ids: Sequenc
 
 
 def prompts_text(prompts: Sequence[Prompt], volume_node: Any) -> str:
-    """Prompts (in LPS mm of the world) as the text of PROMPTS_TAG: in the volume's own coordinates, so that a transform
-    that volume and segmentation get later does no harm. UserError for what is no prompt or for a non-linear transform."""
-    return json.dumps(encode_prompts(_moved(prompts, np.linalg.inv(_to_world(volume_node)))), separators=(",", ":"))
+    """Prompts (in LPS mm of the world) as the text of PROMPTS_TAG: in the volume's own coordinates and, before them, its grid
+    then, so that a linear transform that volume and segmentation get later does no harm, hardened or not. UserError for what
+    is no prompt or for a non-linear transform."""
+    own = encode_prompts(_moved(prompts, np.linalg.inv(_to_world(volume_node))))
+    return json.dumps([["grid", *_grid_of(volume_node)], *own], separators=(",", ":"))
 
 
 def prompts_from_text(text: str, volume_node: Any) -> list[Prompt]:
     """The inverse of prompts_text(), where the volume is now; an empty list for a text that is none."""
+    now, then = _grid_of(volume_node), None
     try:
-        prompts = decode_prompts(json.loads(text)) if text else []
+        items = json.loads(text) if text else []
+        if isinstance(items, list) and items and isinstance(items[0], list) and items[0][:1] == ["grid"]:  # the first scenes have none
+            then = numbers({"grid": items.pop(0)[1:]}, "grid", 19)
+        prompts = decode_prompts(items)
     except (ValueError, RecursionError, ProtocolError):
         return []
-    return _moved(prompts, _to_world(volume_node)) if prompts else []
+    if not prompts:
+        return []
+    matrix = _to_world(volume_node)
+    if then is not None and now[16:] == then[16:] and not np.allclose(now, then, rtol=0, atol=1e-6):
+        here, there = (np.reshape(grid[:16], (4, 4)) for grid in (now, then))
+        # A crop is no move, nor is it one that Slicer's loader mirrors the voxels of left-handed files.
+        if np.linalg.det(here) * np.linalg.det(there) > 0:
+            matrix = matrix @ here @ np.linalg.inv(there)
+    return _moved(prompts, matrix)
+
+
+def _grid_of(volume_node: Any) -> tuple[float, ...]:
+    """4x4 from index (x, y, z) to the volume's own RAS, row by row, and its size; empty without voxels."""
+    data = volume_node.GetImageData()
+    return () if data is None else (*_floats(_ijk_to_ras(volume_node).ravel()), *data.GetDimensions())
 
 
 def _moved(prompts: Sequence[Prompt], matrix: np.ndarray) -> list[Prompt]:
@@ -618,6 +627,7 @@ def write_clicked_steps(
         labelmap.GetPointData().GetScalars().SetName(_WRITTEN)
         yield
         coarse = _coarser(mask, start, grid) if names == [_SURFACE] else (mask, start, grid)
+        yield
         derived = _derive(segmentation or slicer.vtkSegmentation(), *coarse, names) if names else {}
         yield
         try:
@@ -1264,6 +1274,7 @@ class _State:
 
     def mark(self) -> None:
         """Now is after the action."""
+        self.lattice = self._lattice()
         self.after = {}
         for segment_id in _ids(self.segmentation):
             labelmap = self.segmentation.GetSegment(segment_id).GetRepresentation(_LABELMAP)
@@ -1276,6 +1287,7 @@ class _State:
         now = set(_ids(segmentation))
         drop = {i for i, a in self.after.items() if i in now and i not in self.former and a.written}
         again = {i for i in self.former if self._is_to_restore(i, now)}
+        self._follow(again)
         self._move_out(drop | again & now)
         for segment_id in drop:
             segmentation.RemoveSegment(segment_id)
@@ -1301,6 +1313,29 @@ class _State:
         # One that only moved to another layer keeps what a person has since drawn in it.
         same = self.segmentation.GetSegment(segment_id).GetRepresentation(_LABELMAP) is after.labelmap
         return after.written or (same and after.labelmap.GetMTime() == after.time)
+
+    def _lattice(self) -> tuple[str, list[str]]:
+        """Reference volume's ID; 4x4 and extent of the reference geometry, "" where it has none."""
+        role = self.node.GetReferenceImageGeometryReferenceRole()
+        return self.node.GetNodeReferenceID(role) or "", self.segmentation.GetConversionParameter(_GEOMETRY).split(";")
+
+    def _follow(self, ids: set[str]) -> None:
+        """Move former segments by what was hardened since. Slicer has moved those that were there, and the reference geometry, which
+        tells by what: as long as it is the same volume's and of the same extent, nothing else changes it."""
+        (volume, then), (same, now) = self.lattice, self._lattice()
+        if not ids or volume != same or then[:16] == now[:16] or then[16:] != now[16:]:
+            return
+        here, there = (np.reshape(np.array(words[:16], float), (4, 4)) for words in (now, then))
+        transform, former = vtk.vtkTransform(), slicer.vtkSegmentation()
+        transform.SetMatrix(vtkMatrixFromArray(here @ np.linalg.inv(there)))
+        former.SetSourceRepresentationName(_LABELMAP)
+        for segment_id in ids:
+            former.AddSegment(self.former[segment_id], segment_id)
+        former.ApplyLinearTransform(transform)
+        former.CopyConversionParameters(self.segmentation)
+        for name in _representations(former):
+            if name != _LABELMAP:
+                former.CreateRepresentation(name, True)
 
     def _move_out(self, ids: set[str]) -> None:
         """Out of the layers that they share with others, whom a person added since and who stay."""

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from .image import Box, Image, UserError, reorient
-from .measure import measure
+from .measure import measure_steps
 from .model import Label
-from .postprocess import components
+from .postprocess import Steps, complete, components, largest_steps
 
 NOTE = "By size only; not a diagnosis."
 COLUMNS = ("Side", "Volume (mm³)", "Mean (mm)", "Longest (mm)", "Perpendicular (mm)", "Texture", "Solid part (mm)", "Mean HU", "Size class")
@@ -58,6 +58,11 @@ def describe(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0), l
     reader must know of these figures.
     An empty mask has 0 voxels and None for the rest.
     """
+    return complete(describe_steps(image, mask, start, lung))
+
+
+def describe_steps(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0), lung: bool = True) -> Steps[dict[str, Any]]:
+    """describe() in pieces, for a panel; the mask must not change meanwhile."""
     inside = Box.around(mask)
     placed = Box(tuple(start), tuple(int(a) + n for a, n in zip(start, mask.shape)))
     if placed & Box.whole(image.shape) != placed:
@@ -70,24 +75,29 @@ def describe(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0), l
     if any(a == 0 or b == n for a, b, n in zip(placed.start, placed.stop, image.shape)):
         out["note"] += _CUT
     labels = part.like((mask[inside.slices] > 0).astype(np.uint8))
-    sizes = _sizes(labels, part)
+    yield
+    sizes = yield from _sizes_steps(labels, part)
     out.update({key: value for key, value in sizes.items() if key in out})
     out["side"] = _side(image, out["center"])
     if not lung:
         return out
+    yield
     canonical, orientation = reorient(part)
     values, shape = canonical.channels[0], orientation.canonical(labels.array) > 0
-    core = values[_core(shape)]
+    core = values[(yield from _core_steps(shape))]
+    yield
     share = float(np.mean(core > SOLID_HU))
-    solid, solid_volume = _largest(shape & (values > SOLID_HU), part)
-    ball = (6 * solid_volume / math.pi) ** (1 / 3)
     if share >= _SOLID_SHARE:
         out.update(texture="solid", solid_mean_mm=out["mean_mm"], solid_volume_mm3=out["volume_mm3"])
-    elif share < _GLASS_SHARE and ball < _SOLID_PART_MM:
-        out.update(texture="ground-glass", solid_mean_mm=0.0, solid_volume_mm3=0.0)
     else:
-        mean = _sizes(part.like(np.ascontiguousarray(orientation.original(solid)).astype(np.uint8)))["mean_mm"] if solid.any() else 0.0
-        out.update(texture="part-solid", solid_mean_mm=mean, solid_volume_mm3=solid_volume)
+        solid, count = yield from largest_steps(shape & (values > SOLID_HU))
+        volume = float(count * np.prod(part.spacing))
+        if share < _GLASS_SHARE and (6 * volume / math.pi) ** (1 / 3) < _SOLID_PART_MM:
+            out.update(texture="ground-glass", solid_mean_mm=0.0, solid_volume_mm3=0.0)
+        else:
+            dense = part.like(np.ascontiguousarray(orientation.original(solid)).view(np.uint8))
+            mean = (yield from _sizes_steps(dense))["mean_mm"] if count else 0.0
+            out.update(texture="part-solid", solid_mean_mm=mean, solid_volume_mm3=volume)
     out["size_class"] = size_class(out["mean_mm"], out["texture"], out["solid_mean_mm"])
     if np.median(core) > _CALCIUM_HU:
         out["note"] += _CALCIUM
@@ -109,38 +119,30 @@ def size_class(mean_mm: float, texture: str, solid_mean_mm: float) -> str:
     return "3" if mean_mm < 8 else "4A" if mean_mm < 15 else "4B"
 
 
-def _sizes(labels: Image, image: Image | None = None) -> dict[str, Any]:
-    out = measure(labels, [_LABEL], image)[0]
+def _sizes_steps(labels: Image, image: Image | None = None) -> Steps[dict[str, Any]]:
+    (out,) = yield from measure_steps(labels, [_LABEL], image)
     out["mean_mm"] = round((out["longest_mm"] + out["perpendicular_mm"]) / 2, 1)
     return out
 
 
-def _core(mask: np.ndarray) -> np.ndarray:
+def _core_steps(mask: np.ndarray) -> Steps[np.ndarray]:
     """The inner half or so of the larger sections of a mask (z, y, x; z across the sections), never empty.
 
     The first and last section of a ball, and the rim of all, are partly air whatever the spacing.
     """
-    area = mask.sum((1, 2))
-    core = mask & (area >= area.max() / 2)[:, None, None]
-    whole = int(core.sum())
+    area = np.count_nonzero(mask, (1, 2))
+    framed = np.pad(mask & (area >= area.max() / 2)[:, None, None], ((0, 0), (1, 1), (1, 1)))
+    core = framed[:, 1:-1, 1:-1]
+    whole = np.count_nonzero(core)
     while True:
-        framed = np.pad(core, ((0, 0), (1, 1), (1, 1)))
         inner = core & framed[:, :-2, 1:-1] & framed[:, 2:, 1:-1] & framed[:, 1:-1, :-2] & framed[:, 1:-1, 2:]
-        count = int(inner.sum())
+        count = np.count_nonzero(inner)
+        yield
         if count < max(1, 0.3 * whole):
             return core
-        core = inner
+        core[...] = inner
         if count <= 0.6 * whole:
             return core
-
-
-def _largest(mask: np.ndarray, image: Image) -> tuple[np.ndarray, float]:
-    """The largest component, and its volume in mm³ (0 where there is none)."""
-    labelled, counts = components(mask)
-    if len(counts) < 2:
-        return mask, 0.0
-    best = 1 + int(counts[1:].argmax())
-    return labelled == best, float(counts[best] * np.prod(image.spacing))
 
 
 def _side(image: Image, center: Sequence[float]) -> str:

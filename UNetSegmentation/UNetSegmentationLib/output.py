@@ -42,6 +42,9 @@ def check_fit(path: str | Path, image: Image | None) -> None:
     name = str(path).lower()
     if name.endswith(".dcm") and not (image and image.dicom_files):
         raise UserError(f"{path} needs the scan's own DICOM series; open the scan from its DICOM folder, or write .seg.nrrd.")
+    if name.endswith(".dcm") and image and len(image.dicom_files) != image.shape[0]:
+        what = f"{image.source} holds its {image.shape[0]} slices in one (multi-frame)"
+        raise UserError(f"{path} needs a DICOM file for each slice and {what}; write .seg.nrrd, or export the scan slice by slice.")
     if name.endswith(PICTURE_SUFFIXES) and image and image.shape[0] != 1:
         raise UserError(f"{path} would hold one picture but {image.source} has {image.shape[0]} slices; write .seg.nrrd.")
 

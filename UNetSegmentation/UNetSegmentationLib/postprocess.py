@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import SimpleITK as sitk
 
 from .image import Box
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]  # work in pieces, for who must not be kept waiting
+_PIECE = 1 << 18  # voxels
+
+
+def complete(steps: Steps[T]) -> T:
+    """Run the pieces of a ..._steps function one after the other; what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def slabs(shape: Sequence[int], voxels: int = 1 << 19) -> Iterator[slice]:
@@ -26,6 +40,50 @@ def components(mask: np.ndarray, corners: bool = False) -> tuple[np.ndarray, np.
     # Plane by plane and in the smallest type: bincount and 32-bit maps of a 512x512x400 CT took 2 GB.
     labelled = view.astype(np.min_scalar_type(n))
     return labelled, voxel_counts(labelled, n)
+
+
+def largest_steps(mask: np.ndarray, corners: bool = False) -> Steps[tuple[np.ndarray, int]]:
+    """Of a (z, y, x) mask, not of no size: the component of most voxels, of several the first in the array, and their number; in
+    pieces of some _PIECE voxels each. Where nothing is marked it is empty. corners: as for components()."""
+    maps: list[tuple[slice, np.ndarray, int]] = []
+    counts, links, n = [], [np.zeros((2, 0), np.int64)], 0
+    for z in slabs(mask.shape, max(_PIECE, 4 * math.prod(mask.shape[1:]))):
+        # With the last plane of the slab before, which tells by itself what hangs together across the border.
+        labelled, sizes = components(mask[max(z.start - 1, 0) : z.stop], corners)
+        if maps:
+            sizes = sizes - voxel_counts(labelled[:1], len(sizes))
+            _, before, first = maps[-1]
+            shared = labelled[0] > 0
+            pairs = np.stack([before[-1][shared] + np.int64(first), labelled[0][shared] + np.int64(n)])
+            links.append(pairs[:, np.diff(pairs, prepend=-1).any(0)])
+            labelled = labelled[1:]
+        sizes[0] = 0
+        maps.append((z, labelled, n))
+        counts.append(sizes)
+        n += len(sizes)
+        yield
+    root = _joined(n, np.concatenate(links, 1))
+    total = np.zeros(n, np.int64)
+    np.add.at(total, root, np.concatenate(counts))
+    yield
+    best = int(total.argmax())
+    out, kept = np.zeros(mask.shape, bool), (root == best) & (total[best] > 0)
+    for z, labelled, first in maps:
+        out[z] = kept[first:][labelled]
+        yield
+    return out, int(total[best])
+
+
+def _joined(n: int, links: np.ndarray) -> np.ndarray:
+    """For each of n numbers the least of those that it hangs together with; links: (2, k), the pairs that do."""
+    root = np.arange(n)
+    while True:
+        a, b = root[links]
+        if (a == b).all():
+            return root
+        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        while (root != root[root]).any():
+            root = root[root]
 
 
 def voxel_counts(labelled: np.ndarray, n: int, weights: Sequence[np.ndarray] | None = None) -> np.ndarray:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from .files import UserError, atomic_path
+from .files import UserError, atomic_path, child_options
 from .model import user_data_folder
 
 SDIST = "pyradiomics-3.0.1"
@@ -116,12 +116,12 @@ def _download(temporary: Path, place: Path) -> Path:
         done = subprocess.run(
             [*command, "-d", str(temporary), "-r", str(wanted)],
             env={**os.environ, "PIP_USE_PEP517": "1"},
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # Windows only: no console over Slicer
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
+            **child_options(),
         )
         said = done.stdout
     except OSError as e:

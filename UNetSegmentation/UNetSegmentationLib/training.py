@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .files import UserError, atomic_path
+from .files import UserError, atomic_path, child_options
 from .model import RESOURCES, SUFFIX, Card, ModelPackage, find_model, user_models_folder, write_package
 
 FOLDER, JOB, LIVE, RESULT, STOP, LOG, BEAT, BASE = (
@@ -266,7 +266,7 @@ def process_mark(pid: int) -> str | None:
             return ""
         return None if state in "ZX" else f"{boot} {rest[18]}"
     try:
-        done = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, timeout=5)
+        done = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, timeout=5, **child_options())
     except (OSError, subprocess.SubprocessError):
         return ""
     state, _, began = done.stdout.strip().partition(" ")
@@ -311,19 +311,13 @@ def _launch(folder: Path, python: str, environment: Mapping[str, str] | None) ->
     paths = [str(training_folder()), *filter(None, [variables.get("PYTHONPATH")])]
     variables["PYTHONPATH"] = os.pathsep.join(paths)
     command = [python, "-m", "unetseg_training", str(folder.absolute())]
-    own: dict[str, Any] = {"start_new_session": True}
-    if os.name == "nt":
-        # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP, and out of the job that ends with Slicer where that is allowed.
-        own = {"creationflags": 0x00000008 | 0x00000200 | 0x01000000}
     with open(folder / LOG, "ab") as log:
         how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": working_folder(), "env": variables}
         try:
             try:
-                child = subprocess.Popen(command, **how, **own)
+                child = subprocess.Popen(command, **how, **child_options(apart=True, breakaway=True))
             except PermissionError:
-                if os.name != "nt":
-                    raise
-                child = subprocess.Popen(command, **how, creationflags=0x00000008 | 0x00000200)
+                child = subprocess.Popen(command, **how, **child_options(apart=True))
         except OSError as e:
             raise UserError(f"The training cannot be started with the Python at {python} ({e.strerror or e}); choose another.") from e
     _children[folder] = child

@@ -230,7 +230,7 @@ class ClickController(VTKObservationMixin):
         try:
             key = volumeKey([node])
             self._worker().click(
-                key,
+                key[0],
                 lambda: mrml.image_from_volume(node),
                 self.model,
                 self.options,

@@ -338,6 +338,8 @@ class NoduleTool(VTKObservationMixin):
             else:
                 self.next()  # a person had removed it: the next click is on another one
         else:
+            if lesion is not None:
+                self._follow(lesion)
             self._unrecorded = self._controller.undo()
         self._say("")
 
@@ -419,6 +421,13 @@ class NoduleTool(VTKObservationMixin):
         self._lesion, lesion.place = lesion, mrml.place_of(lesion.volume)
         self._controller.begin(lesion.volume, lesion.model.path, lesion.key, prompts, self, Options(**self.options))
 
+    def _follow(self, lesion: _Lesion) -> None:
+        """Where the scan was moved, the prompts go with it."""
+        from UNetSegmentationLib import mrml
+
+        if lesion.there and not self._controller.busy and mrml.place_of(lesion.volume) != lesion.place:
+            self._resume(lesion, mrml.prompts_from_text(mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG), lesion.volume))
+
     def _promptSteps(self, prompt: Callable[[Any], None], positive: bool) -> Generator[Any, None, None]:
         from UNetSegmentationLib import mrml
 
@@ -430,8 +439,7 @@ class NoduleTool(VTKObservationMixin):
             lesion = None
         controller = self._begin()
         lesion = self._lesion
-        if lesion.there and not controller.busy and mrml.place_of(lesion.volume) != lesion.place:  # moved, and the prompts with it
-            self._resume(lesion, mrml.prompts_from_text(mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG), lesion.volume))
+        self._follow(lesion)
         if not positive and not controller.prompts and not lesion.there:
             self._say(_("Click on the nodule first, then on what is not part of it."))
             return
@@ -651,7 +659,7 @@ class NoduleList(VTKObservationMixin):
                 model = mrml.segment_tag(part, mrml.CLICK_MODEL_TAG)
                 made = [m.card for m in self._models() if m.name.rpartition("-")[0] == model.rpartition("-")[0]]
                 lung = all(map(expects_lung, made)) if made else not model  # of a model that is not here nothing is known
-                measures = nodule.describe(image, mask, start, lung)
+                measures = yield from nodule.describe_steps(image, mask, start, lung)
             rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, place), digest))
             yield
         self.rows = rows

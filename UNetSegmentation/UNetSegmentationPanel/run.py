@@ -290,7 +290,7 @@ class RunController(VTKObservationMixin):
                 self._progress(0.97 * fraction, text)
 
         worker.predict(
-            key,
+            key[0],
             image,
             request.models,
             options,
@@ -402,13 +402,12 @@ def _combined(predictions: Sequence[Any]) -> Any:
 
 
 def volumeKey(volumes: Sequence[Any]) -> Any:
-    """Changes with the voxels of the volumes and with their place."""
+    """A pair: what changes with the voxels of the volumes, for a PanelWorker, and what with their place."""
     from UNetSegmentationLib import mrml
 
     images = [mrml.image_from_volume(node) for node in volumes]
-    return tuple(
-        (node.GetID(), node.GetImageData().GetMTime(), image.spacing, image.origin, image.direction) for node, image in zip(volumes, images)
-    )
+    voxels = tuple((node.GetID(), node.GetImageData().GetMTime()) for node in volumes)
+    return voxels, tuple((image.spacing, image.origin, image.direction) for image in images)
 
 
 def _segmentEditor(scene: Any, segmentation: Any) -> Any:

@@ -109,7 +109,7 @@ class PanelWorker:
         """predict() of the core, in the worker. Returns at once; exactly one of the last three callbacks is called, later.
 
         volumeKey: the same key, the same voxels: they are sent once. Of two volumes the worker keeps the voxels.
-        image: the volume, or what gives it, called only where it must be sent. models: packages or their files.
+        image: the volume where it lies now, or what gives it. models: packages or their files.
         UserError while another one runs.
         """
         if self._closed:
@@ -343,13 +343,18 @@ class PanelWorker:
         """A worker that runs and the number of the job's volume in it."""
         self._launch()
         assert self._session is not None
-        volume = self._volumes.pop(job.key, None)
+        volume = self._volumes.get(job.key)
         if volume is None:
             job.note = 0.0, "sending the volume"
             yield
             while len(self._volumes) >= KEPT_VOLUMES:
                 self._unload(next(iter(self._volumes)))
             volume = yield from self._session.add_volume(image() if callable(image) else image)
+        else:
+            request = self._session.place_volume(volume, image() if callable(image) else image)
+            if request is not None and self._process is not None:
+                self._process.write(request[1])
+            del self._volumes[job.key]
         self._volumes[job.key] = volume
         yield from self._greetedSteps(job)
         return volume

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..files import child_options
 from ..image import Image, UserError
 from ..inference.click import Prompt
 from ..inference.predict import Cancelled, Options, Progress
@@ -45,11 +46,13 @@ from .protocol import (
     decode_prediction,
     dumps,
     encode_case,
+    encode_geometry,
     encode_image,
     encode_options,
     encode_part,
     encode_prompts,
     get,
+    hold_folder,
     loads,
     remove_files,
     remove_folder,
@@ -107,9 +110,11 @@ def find_python() -> str:
 def new_folder() -> Path:
     """A private folder for the arrays of a session."""
     try:
-        return Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
     except OSError as e:
         raise UserError(f"The temporary folder cannot be written ({e.strerror or e}); free some disk space or choose another.") from e
+    hold_folder(folder)
+    return folder
 
 
 def command(python: str, folder: Path, background: bool = False) -> list[str]:
@@ -235,10 +240,17 @@ class Session:
         """Write the volume into the folder; a worker gets to know it by load() or with its first predict()."""
         self._last += 1
         volume = self._last
-        # Only the grid is kept, not the caller's voxels.
-        grid = replace(image, array=np.broadcast_to(np.uint8(0), image.shape))
-        self._volumes[volume] = (yield from encode_image(image, self.folder, volume)), grid
+        self._volumes[volume] = (yield from encode_image(image, self.folder, volume)), _grid(image)
         return volume
+
+    def place_volume(self, volume: int, image: Image) -> tuple[int, bytes] | None:
+        """The volume lies where `image` does, whose voxels are its own; returns what to send, None if nothing."""
+        message, _ = self._volumes[volume]
+        placed = {**message, "geometry": encode_geometry(image)}
+        if placed == message:
+            return None
+        self._volumes[volume] = placed, _grid(image)
+        return self.load(volume) if volume in self._known else None
 
     def load(self, volume: int) -> tuple[int, bytes]:
         self._known.add(volume)
@@ -347,6 +359,11 @@ class Session:
         remove_files(self.folder, f"result-{request}-*")
         if request in self._masks:
             remove_files(self.folder, f"mask-{self._masks.pop(request)}.npy")
+
+
+def _grid(image: Image) -> Image:
+    """Without the caller's voxels."""
+    return replace(image, array=np.broadcast_to(np.uint8(0), image.shape))
 
 
 def _file(model: ModelPackage | str | Path) -> str:
@@ -534,11 +551,6 @@ class WorkerClient:
         if self._process is not None and self._process.poll() is not None:
             self._kill()
         if self._process is None:
-            # A session of its own, so that the whole tree can be killed.
-            if os.name == "nt":
-                own: dict[str, Any] = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
-            else:
-                own = {"start_new_session": True}
             pipe = subprocess.PIPE
             try:
                 self._process = subprocess.Popen(
@@ -549,7 +561,7 @@ class WorkerClient:
                     bufsize=0,
                     cwd=working_folder(),
                     env=child_environment(self._python, self._environment),
-                    **own,
+                    **child_options(apart=True),  # so that the whole tree can be killed
                 )
             except OSError as e:
                 raise cannot_start(self._python, e.strerror or str(e)) from e
@@ -597,7 +609,7 @@ class WorkerClient:
         if process.poll() is None:
             try:
                 if sys.platform == "win32":
-                    subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, creationflags=0x08000000)
+                    subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, **child_options())
                 else:
                     os.killpg(process.pid, signal.SIGKILL)
             except OSError:

@@ -15,7 +15,8 @@ errors     kind is "user" (the input), "memory" or "internal"; the worker lives 
            would do where that is allowed
 arrays     volume-<id>.npy is the client's and stays until it is unloaded; result-<id>-<name>.npy is written by the worker,
            read and deleted by the client; mask-<id>.npy is the client's until its request is over; the client deletes the
-           folder (0700), or the worker when the client died
+           folder (0700), or the worker when the client died, or, where both died at once, any worker that starts later: for as
+           long as it lives the client holds the lock <folder>.lock
 
 Nothing is pickled, and both sides check everything that they receive.
 """
@@ -28,11 +29,14 @@ import json
 import math
 import os
 import re
+import sys
+import time
 import zlib
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -43,6 +47,8 @@ from ..model import Label, intensity_errors
 
 PROTOCOL = 4
 FOLDER_PREFIX = "unetseg-worker-"
+LOCK = ".lock"  # beside a folder, after its name
+NEW_S = 10.0  # a lock that was made less long ago may be about to be held
 KINDS = ("user", "memory", "internal")
 MAX_LINE = 4 << 20  # a card, whose labels a result repeats, has at most 1 MB
 _FILE = re.compile(r"(volume|result|mask)-[0-9]+(-[a-z_]+)?\.npy")
@@ -263,11 +269,50 @@ def remove_folder(folder: Path) -> None:
         return
     for _ in range(3):  # the other thread may just be writing a result
         remove_files(folder)
-        try:
+        with suppress(OSError):
             folder.rmdir()
-            return
-        except OSError:
-            pass
+            break
+    if not folder.exists():  # else the lock says later that it may go
+        if folder in _held:
+            _held.pop(folder).close()  # Windows deletes no open file
+        with suppress(OSError):
+            _lock_of(folder).unlink()
+
+
+_held: dict[Path, IO[bytes]] = {}  # the locks of this process, which the system frees however it ends
+
+
+def hold_folder(folder: Path) -> None:
+    """Say that the new folder's owner lives, until remove_folder() or the end of this process."""
+    with suppress(OSError):  # where a file system knows no locks, the folder is never taken for a dead one's
+        file = open(_lock_of(folder), "xb", opener=lambda path, flags: os.open(path, flags, 0o600))
+        _held[folder] = file
+        _take(file)
+
+
+def abandoned(folder: Path) -> bool:
+    """Whether the process that held the folder is gone; False where that cannot be found out."""
+    with suppress(OSError), _lock_of(folder).open("rb+") as file:
+        if time.time() - os.fstat(file.fileno()).st_mtime > NEW_S:
+            _take(file)
+            return True
+    return False
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + LOCK)
+
+
+def _take(file: IO[bytes]) -> None:
+    """OSError where another process has it. Not by process ids, which another container or computer may use too."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # --------------------------------------------------------------------------------------------------- images and options
@@ -275,17 +320,22 @@ def remove_folder(folder: Path) -> None:
 
 def encode_image(image: Image, folder: Path, volume: int) -> Steps[dict[str, Any]]:
     """Write the array and say where it lies; UserError for an image that no worker would take."""
-    check_geometry(image)
+    geometry = encode_geometry(image)
     if image.array.dtype.kind not in "biuf":
         raise UserError(f"{image.source or 'The image'} holds {image.array.dtype}, not numbers; convert it to a scalar volume.")
-    geometry = {
+    file = yield from save_array(folder, f"volume-{volume}.npy", image.array)
+    return {"volume": volume, "file": file, "geometry": geometry}
+
+
+def encode_geometry(image: Image) -> dict[str, Any]:
+    """Where an image lies, and what it was read from; UserError where that is nowhere."""
+    check_geometry(image)
+    return {
         "spacing": [float(v) for v in image.spacing],
         "origin": [float(v) for v in image.origin],
         "direction": [float(v) for v in image.direction],
         "source": None if image.source is None else str(image.source),
     }
-    file = yield from save_array(folder, f"volume-{volume}.npy", image.array)
-    return {"volume": volume, "file": file, "geometry": geometry}
 
 
 def decode_image(message: dict[str, Any], folder: Path) -> Image:

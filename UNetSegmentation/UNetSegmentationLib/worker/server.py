@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,11 +36,13 @@ from ..model import Label, ModelPackage
 from ..nodule import describe
 from .protocol import (
     FOLDER_PREFIX,
+    LOCK,
     PROTOCOL,
     Case,
     Lines,
     ProtocolError,
     WorkerAnswer,
+    abandoned,
     decode_case,
     decode_image,
     decode_options,
@@ -82,7 +85,7 @@ def serve(source: int, sink: int, arguments: Sequence[str]) -> int:
     return 0
 
 
-def private_folder(name: str) -> Path:
+def private_folder(name: str | Path) -> Path:
     """ValueError where it is not a folder of this user's alone that a client made."""
     folder = Path(name)
     status = folder.lstat()
@@ -92,6 +95,15 @@ def private_folder(name: str) -> Path:
     return folder
 
 
+def _remove_abandoned(place: Path) -> None:
+    """What stayed behind where a client and its worker ended at once, as in a power cut: patients' voxels, perhaps."""
+    for lock in place.glob(f"{FOLDER_PREFIX}*{LOCK}"):
+        folder = lock.with_suffix("")
+        with suppress(ValueError, OSError):
+            if abandoned(folder) and (not os.path.lexists(folder) or private_folder(folder)):
+                remove_folder(folder)
+
+
 class Program:
     """A client's child: it reads from its pipe, writes to it, and goes when it is closed."""
 
@@ -99,6 +111,7 @@ class Program:
         self._source, self._sink, self._folder = source, sink, folder
         self._parent_gone = _watch_parent(parent)
         self._writing = threading.Lock()
+        threading.Thread(target=_remove_abandoned, args=(folder.parent,), daemon=True).start()
 
     def _write(self, data: bytes) -> None:
         with self._writing:
