@@ -33,7 +33,7 @@ LAZY = {
     "engines/torch.py": {"safetensors"},
 }
 # Inside the core: cli, worker -> inference -> engines, model, intensity, image. Nothing points back up.
-LEVEL = {"files": 0, "image": 0, "intensity": 1, "model": 1, "networks": 1, "postprocess": 1, "measure": 2, "engines": 2}
+LEVEL = {"files": 0, "steps": 0, "image": 0, "intensity": 1, "model": 1, "networks": 1, "postprocess": 1, "measure": 2, "engines": 2}
 LEVEL |= {
     "output": 2,
     "picture": 2,

@@ -9,7 +9,8 @@ from UNetSegmentationLib import postprocess
 from UNetSegmentationLib.image import Box, Image, reorient
 from UNetSegmentationLib.measure import dice, measure, measure_steps, uncertain_places, worst_place
 from UNetSegmentationLib.model import Label
-from UNetSegmentationLib.postprocess import clean, complete, components, largest_steps
+from UNetSegmentationLib.postprocess import clean, components, largest_steps
+from UNetSegmentationLib.steps import complete
 
 THING = Label(1, "thing", (255, 0, 0), {})
 DIAMETERS = ("longest_mm", "perpendicular_mm")

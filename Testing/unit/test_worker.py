@@ -22,6 +22,7 @@ from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
 from UNetSegmentationLib.measure import measure, uncertain_places
 from UNetSegmentationLib.model import Label, find_model
 from UNetSegmentationLib.nodule import describe
+from UNetSegmentationLib.steps import complete
 from UNetSegmentationLib.worker import protocol
 from UNetSegmentationLib.worker.client import (
     Session,
@@ -47,7 +48,6 @@ from UNetSegmentationLib.worker.protocol import (
     encode_prompts,
     fill_array,
     load_array,
-    run,
     save_array,
 )
 from UNetSegmentationLib.worker.server import _remove_abandoned
@@ -465,7 +465,7 @@ def test_nonsense_clicks_are_answered_and_survived(raw, private, chest, clicker)
 
 def test_an_answer_that_does_not_fit_is_refused(tmp_path, chest):
     session = Session(tmp_path)
-    volume = run(session.add_volume(chest))
+    volume = complete(session.add_volume(chest))
     mask = encode_prompts([("mask", np.ones((2, 2, 2)), (0, 0, 0))])[0][1:]
     good = {"box": [[0, 0, 0], [2, 2, 2]], "mask": mask, "text": "", "zoom": 1.0, "measures": None, "seconds": {"a": 1.0}}
     good |= {"warnings": [], "engine": "x"}
@@ -494,7 +494,10 @@ def test_a_case_is_added_and_shown_as_by_the_dataset(client, tmp_path, image, ma
     package = make_package()
     volume = client.load_volume(image)
     kept_labels = client._ask(
-        lambda: client.session.predict(volume, [package], QUICK, keep=True), lambda answer: run(client.session.result(answer)), None, None
+        lambda: client.session.predict(volume, [package], QUICK, keep=True),
+        lambda answer: complete(client.session.result(answer)),
+        None,
+        None,
     )
     assert kept_labels.kept and not client.predict(volume, [package], QUICK).kept
     folder = tmp_path / "set"
@@ -552,7 +555,7 @@ def test_a_refused_first_case_leaves_no_dataset(client, tmp_path, image):
 
 
 def test_nonsense_cases_are_answered_and_survived(raw, private, image):
-    volume = run(protocol.encode_image(image, private, 1))
+    volume = complete(protocol.encode_image(image, private, 1))
     assert raw.ask(op="load_volume", id=1, **volume)["event"] == "done"
     good = protocol.encode_case(Case(str(private), (Label(1, "thing", (1, 2, 3), {}),)))
     part = {"box": [[0, 0, 0], [0, 0, 0]], "file": None}
@@ -1051,14 +1054,14 @@ def test_session_judges_what_it_hears(tmp_path):
         assert event.kind == "fatal" and "unintelligible" in str(event.error()) and event.error().kind == "worker"
     (event,) = session.feed(b'{"event": "result", "id": 5, "arrays": {}}\n')
     with pytest.raises(WorkerError, match="not valid .*reinstall"):
-        run(session.result(event))
+        complete(session.result(event))
     session.connect()
     assert session.hello is None
 
 
 def test_a_result_that_does_not_fit_is_refused(tmp_path, image):
     session = Session(tmp_path)
-    volume = run(session.add_volume(image))
+    volume = complete(session.add_volume(image))
     number, line = session.predict(volume, ["model.unet.zip"])
     assert [json.loads(part)["op"] for part in line.splitlines()] == ["load_volume", "predict"]
     np.save(tmp_path / "result-1-labels.npy", np.ones((2, 2, 2), np.uint8))
@@ -1081,10 +1084,10 @@ def test_a_result_that_does_not_fit_is_refused(tmp_path, image):
         message = {"event": "result", "id": number, "arrays": {"labels": {**good, **bad}}, **rest}
         (event,) = session.feed(json.dumps(message).encode() + b"\n")
         with pytest.raises(WorkerError, match="not valid"):
-            run(session.result(event))
+            complete(session.result(event))
     assert (tmp_path / f"volume-{volume}.npy").exists()
     (event,) = session.feed(json.dumps({"event": "result", "id": number, "arrays": {"labels": good}, **rest}).encode() + b"\n")
-    labels = run(session.result(event)).labels
+    labels = complete(session.result(event)).labels
     assert labels.array.sum() == 8 and labels.same_grid(image) and not (tmp_path / "result-1-labels.npy").exists()
 
 
@@ -1118,10 +1121,10 @@ def test_arrays_travel_in_pieces(tmp_path, monkeypatch, case, piece):
     assert count >= array.nbytes / max(piece, array.itemsize) and [p.name for p in tmp_path.iterdir()] == [name]
     assert np.array_equal(load_array(tmp_path, name), array) and load_array(tmp_path, name).dtype == array.dtype
     assert np.array_equal(np.load(tmp_path / name), array)
-    run(save_array(tmp_path, name, np.ascontiguousarray(array)))
+    complete(save_array(tmp_path, name, np.ascontiguousarray(array)))
     whole = np.zeros([n + 2 for n in array.shape], array.dtype)
     inside = whole[tuple(slice(1, -1) for _ in array.shape)]
-    run(fill_array(tmp_path, name, inside))
+    complete(fill_array(tmp_path, name, inside))
     assert np.array_equal(inside, array) and np.count_nonzero(whole) == np.count_nonzero(array)
 
 
@@ -1146,7 +1149,7 @@ def test_a_full_disk_is_a_sentence(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
         with pytest.raises(UserError, match=r"temporary folder .* cannot hold the volume \(.*\); free some disk space"):
-            run(save_array(tmp_path, "volume-1.npy", np.zeros((40, 300, 300), np.int16)))
+            complete(save_array(tmp_path, "volume-1.npy", np.zeros((40, 300, 300), np.int16)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
@@ -1154,18 +1157,18 @@ def test_a_full_disk_is_a_sentence(tmp_path):
 
 def test_an_array_that_is_not_what_was_announced_is_refused(tmp_path):
     name, target = "result-1-labels.npy", np.zeros((4, 5, 6), np.float32)
-    run(save_array(tmp_path, name, target))
+    complete(save_array(tmp_path, name, target))
     whole = (tmp_path / name).read_bytes()
     for content in (b"", whole[:5], whole[:100], whole[:-1], whole.replace(b"NUMPY\x01", b"NUMPY\x03"), whole.replace(b"<f4", b"|O8")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ProtocolError):
-            run(fill_array(tmp_path, name, target))
+            complete(fill_array(tmp_path, name, target))
     for other in (target.astype(np.int32), target[:3], np.asfortranarray(target + 1)):
-        run(save_array(tmp_path, name, other))
+        complete(save_array(tmp_path, name, other))
         with pytest.raises(ProtocolError, match="announced"):
-            run(fill_array(tmp_path, name, target))
+            complete(fill_array(tmp_path, name, target))
     with pytest.raises(ProtocolError):
-        run(fill_array(tmp_path, "../other.npy", target))
+        complete(fill_array(tmp_path, "../other.npy", target))
 
 
 def test_nothing_is_unpickled(tmp_path):
@@ -1173,6 +1176,6 @@ def test_nothing_is_unpickled(tmp_path):
     with pytest.raises(ProtocolError):
         load_array(tmp_path, "result-1-labels.npy")
     with pytest.raises(ProtocolError):
-        run(fill_array(tmp_path, "result-1-labels.npy", np.zeros(1, object)))
+        complete(fill_array(tmp_path, "result-1-labels.npy", np.zeros(1, object)))
     with pytest.raises(ProtocolError):
         decode_options({"__class__": "os.system"})

@@ -9,7 +9,8 @@ import numpy as np
 
 from .image import Box, Image, reorient
 from .model import Label
-from .postprocess import Steps, complete, components, largest_steps, slabs
+from .postprocess import components, largest_steps, slabs
+from .steps import Steps, complete
 
 
 def measure(labels: Image, label_defs: Sequence[Label], image: Image | None = None) -> list[dict[str, Any]]:

@@ -33,9 +33,9 @@ from .image import Box, Image, UserError, check_geometry
 from .inference.click import Prompt
 from .kept import mask_digest as mask_digest
 from .model import Label
-from .postprocess import Steps as Steps
-from .postprocess import complete as complete
 from .postprocess import slabs
+from .steps import Steps
+from .steps import complete as complete
 from .worker.protocol import ProtocolError, decode_prompts, encode_prompts, numbers
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ import numpy as np
 from .image import Box, Image, UserError, reorient
 from .measure import measure_steps
 from .model import Label
-from .postprocess import Steps, complete, components, largest_steps
+from .postprocess import components, largest_steps
+from .steps import Steps, complete
 
 NOTE = "By size only; not a diagnosis."
 COLUMNS = ("Side", "Volume (mm³)", "Mean (mm)", "Longest (mm)", "Perpendicular (mm)", "Texture", "Solid part (mm)", "Mean HU", "Size class")

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
 from .image import Box
+from .steps import Steps
 
-T = TypeVar("T")
-Steps = Generator[None, None, T]  # work in pieces, for who must not be kept waiting
 _PIECE = 1 << 18  # voxels
-
-
-def complete(steps: Steps[T]) -> T:
-    """Run the pieces of a ..._steps function one after the other; what it returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 def slabs(shape: Sequence[int], voxels: int = 1 << 19) -> Iterator[slice]:

@@ -31,6 +31,7 @@ from ..image import Image, UserError
 from ..inference.click import Prompt
 from ..inference.predict import Cancelled, Options, Progress
 from ..model import ModelPackage
+from ..steps import Steps, complete
 from .protocol import (
     FOLDER_PREFIX,
     KINDS,
@@ -39,7 +40,6 @@ from .protocol import (
     Case,
     Lines,
     ProtocolError,
-    Steps,
     WorkerAnswer,
     WorkerPrediction,
     decode_answer,
@@ -56,7 +56,6 @@ from .protocol import (
     loads,
     remove_files,
     remove_folder,
-    run,
 )
 
 CANCEL_S = 0.3  # how long a worker that was asked to cancel may take before it is killed
@@ -413,7 +412,7 @@ class WorkerClient:
         """Give the worker a volume, once for any number of predictions; returns its id."""
         with self._calls:
             self._start()
-            volume = run(self.session.add_volume(image))
+            volume = complete(self.session.add_volume(image))
             try:
                 self._call(*self.session.load(volume))
             except BaseException:
@@ -448,7 +447,7 @@ class WorkerClient:
         """
         return self._ask(
             lambda: self.session.predict(volume, models, options, measures),
-            lambda answer: run(self.session.result(answer)),
+            lambda answer: complete(self.session.result(answer)),
             progress,
             cancelled,
         )
@@ -483,7 +482,9 @@ class WorkerClient:
     ) -> dict[str, Any]:
         """Add a corrected mask, label values (z, y, x) in uint8 from `start` of the volume's grid, to a dataset folder: what
         Session.dataset_result() holds. Raises as predict() does; of a refusal that may be allowed, `objection` says which."""
-        return self._ask(lambda: run(self.session.add_case(volume, mask, start, case)), self.session.dataset_result, progress, cancelled)
+        return self._ask(
+            lambda: complete(self.session.add_case(volume, mask, start, case)), self.session.dataset_result, progress, cancelled
+        )
 
     def dataset(self, folder: str | Path, action: str = "show", case: str = "", version: int | None = None) -> dict[str, Any]:
         """Show or change a dataset folder; see Session.dataset()."""

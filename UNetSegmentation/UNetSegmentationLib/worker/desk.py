@@ -32,6 +32,7 @@ from ..image import Image, SeveralSeries, read_image
 from ..inference.predict import Cancelled, Options
 from ..measure import worst_place
 from ..model import Label, ModelPackage
+from ..steps import complete
 from ..worklist import LEASE, Annotator, Scan, WorkList
 from .protocol import (
     Lines,
@@ -42,7 +43,6 @@ from .protocol import (
     get,
     load_array,
     loads,
-    run,
     save_array,
     strings,
 )
@@ -203,7 +203,7 @@ class _Desk(Program):
     def _channel(self, image: Image, channel: np.ndarray) -> dict[str, Any]:
         array = _for_vtk(channel)
         self._arrays += 1
-        sent = run(encode_image(image.like(array), self._folder, self._arrays))
+        sent = complete(encode_image(image.like(array), self._folder, self._arrays))
         step = tuple(slice(None, None, max(1, n // 64)) for n in array.shape)
         some = array[step][np.isfinite(array[step])]
         low, high = np.percentile(some, (0.5, 99.5)) if some.size else (0.0, 1.0)
@@ -211,7 +211,7 @@ class _Desk(Program):
 
     def _mask(self, array: np.ndarray) -> str:
         self._arrays += 1
-        return run(save_array(self._folder, f"volume-{self._arrays}.npy", array))
+        return complete(save_array(self._folder, f"volume-{self._arrays}.npy", array))
 
     def _compare(self, request: dict[str, Any]) -> dict[str, Any]:
         """An image, those label maps on its grid that mark anything, and where they differ from the truth most."""

@@ -32,11 +32,11 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -44,6 +44,7 @@ from ..image import Box, Image, UserError, check_geometry
 from ..inference.click import Answer, Prompt, check_prompt, crop_mask
 from ..inference.predict import Options, Prediction
 from ..model import Label, intensity_errors
+from ..steps import Steps, complete
 
 PROTOCOL = 4
 FOLDER_PREFIX = "unetseg-worker-"
@@ -59,10 +60,6 @@ _MAX_MASK = 1 << 32  # voxels
 _MAPS = ("uncertainty", "mutual_information", "probabilities")
 # Windows cannot delete a file that is mapped, so there arrays are read instead.
 _MAPPED: Literal["r"] | None = None if os.name == "nt" else "r"
-
-
-_T = TypeVar("_T")
-Steps = Generator[None, None, _T]  # work in pieces: an event loop takes one at a time, run() all of them
 
 
 class ProtocolError(Exception):
@@ -88,15 +85,6 @@ class WorkerAnswer(Answer):
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     engine: str = ""
-
-
-def run(steps: Steps[_T]) -> _T:
-    """All the pieces, one after the other."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as e:
-            return e.value
 
 
 # --------------------------------------------------------------------------------------------------------------- lines
@@ -422,7 +410,7 @@ def encode_prediction(
     arrays: dict[str, Any] = {}
 
     def put(name: str, array: np.ndarray, box: Box) -> None:
-        file = None if box.empty else run(save_array(folder, f"result-{request}-{name}.npy", array[box.trailing]))
+        file = None if box.empty else complete(save_array(folder, f"result-{request}-{name}.npy", array[box.trailing]))
         arrays[name] = {"file": file, "box": _encode_box(box), "dtype": array.dtype.name, "shape": list(array.shape)}
 
     inside = Box.around(prediction.labels.array[prediction.roi.slices])
