@@ -287,6 +287,34 @@ def test_segments_are_left_out_or_get_another_label(hands: Hands) -> None:
     assert [r.label for r in hands.section.rows] == ["tumour", "tumour", "scratch"]
 
 
+def test_a_renamed_segment_is_not_what_it_was_added_as(hands: Hands) -> None:
+    from mrml_scenes import segments
+
+    node = hands.drawn(Segment_1=box((2, 6), (2, 6), (2, 6)), scratch=box((8, 9), (1, 3), (1, 3)))
+    hands.ui.setSegmentsTable.cellWidget(0, 1).setEditText("nodule")
+    hands.ui.setSegmentsTable.cellWidget(1, 1).setEditText("scar")
+    hands.add()
+    hands.section._choices.clear()  # as in another session
+    hands.section.update()
+    assert [r.label for r in hands.section.rows] == ["nodule", "scar"]
+    held = node.GetSegmentation()
+    held.GetSegment(segments(node)["Segment_1"]).SetName("vessel")
+    hands.settle()
+    hands.ui.setSegmentsTable.cellWidget(1, 1).setEditText("nodule")
+    assert [r.label for r in hands.section.rows] == ["vessel", "nodule"]
+    held.GetSegment(segments(node)["scratch"]).SetName("scar")
+    hands.settle()
+    assert [r.label for r in hands.section.rows] == ["vessel", "scar"]
+
+
+def test_a_segment_that_another_covers_does_not_vanish(hands: Hands) -> None:
+    hands.drawn(nodule=box((4, 8), (4, 8), (4, 8)), lung=box((2, 20), (2, 30), (2, 30)))
+    said = hands.add()
+    assert said.startswith("'lung' covers most of 'nodule', which would be lost") and not (hands.folder / INDEX).exists(), said
+    hands.drawn(lung=box((2, 20), (2, 30), (2, 30)), nodule=box((4, 8), (4, 8), (4, 8)))
+    assert hands.add().startswith("Added as") and hands.only.record["voxels_by_label"]["nodule"] == 64
+
+
 def test_a_scan_of_several_channels(hands: Hands, models_folder: Path, make_package: Callable[..., Any]) -> None:
     shutil.copy(make_package(name="two", channels=["T1", "T2"], **TOY).path, models_folder)
     hands.widget.enter()
@@ -359,6 +387,9 @@ def test_a_code_groups_scans_and_belongs_to_its_scan(hands: Hands) -> None:
     hands.widget._parameters.volume = hands.volume
     hands.settle()
     assert hands.ui.setPatientEdit.text == "P7"
+    hands.section.addCurrent(patient="ANON")  # what a person says counts more than what the files of a study without names do
+    hands.settle()
+    assert {e.patient for e in hands.dataset.entries.values()} == {hands.dataset.patient("P7")}
     hands.section._patients.clear()
     hands.add()  # without the code: the case stays its patient's
     assert {e.patient for e in hands.dataset.entries.values()} == {hands.dataset.patient("P7")}
@@ -419,9 +450,22 @@ def test_folders_that_cannot_be_used_are_a_sentence(hands: Hands, tmp_path: Path
     assert "is not there; connect its drive or network folder" in hands.add()
     assert not hands.folder.exists() and not hands.ui.setAddButton.enabled
     (tmp_path / "away").rename(hands.folder)
-    hands.section.refresh()
+    hands.section.addCurrent()  # as the work list does
     hands.settle()
     assert hands.add().startswith("Added as")
+
+
+def test_nothing_is_added_before_the_labels_are_known(hands: Hands) -> None:
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.add()
+    hands.scan(1)
+    hands.drawn(thing_2=box((2, 6), (2, 6), (2, 6)))
+    told: list[Any] = []
+    hands.section.setFolder(str(hands.folder))
+    hands.section.addCurrent(lambda *end: told.append(end))
+    hands.settle()
+    assert told == [(None, "The training set is being read; try again in a moment.")]
+    assert hands.add().startswith("Added as") and [d.name for d in hands.dataset.labels] == ["thing"]
 
 
 def test_what_another_person_adds_meanwhile_is_seen(hands: Hands) -> None:

@@ -235,6 +235,8 @@ def test_a_list_works_without_a_model_and_to_its_end(opened, tmp_path):
 
 
 def test_what_the_training_set_refuses_stays_open(opened):
+    import slicer
+
     hands = opened(segment=True)
     name = hands.next()
     hands.widget.trainingSet.answer = None, "The mask is empty; mark something."
@@ -243,6 +245,11 @@ def test_what_the_training_set_refuses_stays_open(opened):
     assert hands.case.name == name and hands.ui.listMessageLabel.text == "The mask is empty; mark something."
     fields = hands.widget.trainingSet.asked[0]
     assert fields["model_mask"].is_file() and fields["model"] == "toy-1.0.0"
+    # Where the scan was moved, its file of the model's mask would be refused as another scan's.
+    hands.case.volumes[0].SetAndObserveTransformNodeID(slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLinearTransformNode").GetID())
+    hands.press("doneScanButton")
+    hands.wait(lambda: len(hands.widget.trainingSet.asked) == 2)
+    assert hands.widget.trainingSet.asked[1]["model_mask"] is None
 
 
 def test_corrections_are_not_lost_without_asking(opened, monkeypatch):
@@ -266,6 +273,26 @@ def test_corrections_are_not_lost_without_asking(opened, monkeypatch):
     assert hands.ui.nextScanButton.text == "Later, next"
     hands.press("nextScanButton")
     hands.wait(lambda: hands.case.name == name)  # it comes again, after the others
+
+
+def test_what_is_corrected_while_a_case_is_added_stays_at_hand(opened, tmp_path):
+    from UNetSegmentationLib.worklist import WorkList
+
+    hands = opened(segment=True)
+    name, add = hands.next(), hands.widget.trainingSet.addCurrent
+
+    def slowly(onDone: Any, **fields: Any) -> None:
+        hands.paint(3)
+        add(onDone, **fields)
+
+    hands.widget.trainingSet.addCurrent = slowly
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.section.text)
+    assert hands.case.name == name and "is not in the training set yet" in hands.ui.listMessageLabel.text
+    assert WorkList.open(tmp_path / "list").scan(name).status == "done"
+    hands.widget.trainingSet.addCurrent = add
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.case.name != name)
 
 
 def test_the_segment_editor_opens_on_the_scan(opened, monkeypatch):
@@ -340,6 +367,73 @@ def test_a_scan_that_another_annotator_has_is_not_offered(opened, gui, tmp_path)
     work.done("s0", Annotator("bert"), "case-9")
     hands.section._onRefresh()
     hands.wait(lambda: "1 of 3 scans done" in hands.ui.listStatusLabel.text)
+
+
+def test_a_case_that_is_in_the_training_set_is_done_though_the_scene_was_closed(opened, gui, tmp_path):
+    from UNetSegmentationLib.worklist import WorkList
+
+    hands = opened()
+    name, work = hands.next(), WorkList.open(tmp_path / "list")
+    told: list[Any] = []
+    hands.widget.trainingSet.addCurrent = lambda onDone, **_fields: told.append(onDone)
+    hands.press("doneScanButton")
+    gui.close_scene()
+    told[0]("case-1", "Added as case-1.")
+    gui.wait(lambda: work.refresh().scan(name).status == "done", RUN_S)
+    hands.wait(lambda: "Added as case-1." in hands.ui.listMessageLabel.text)
+    assert hands.case is None and work.counts()["taken"] == 0
+
+
+def test_another_training_sets_list_gives_the_scan_of_the_former_back(panel, gui, tmp_path, scans):
+    """As long as no folder was chosen for the list, it lies in the training set's."""
+    from UNetSegmentationLib.worklist import WorkList
+
+    works = [WorkList.gather(tmp_path / name, [scans])[0] for name in "ab"]
+    hands = panel()
+    hands.widget.trainingSet.setFolder(str(works[0].folder))
+    hands.wait(lambda: hands.section.list is not None)
+    name = hands.next()
+    hands.section.segmenting = True
+    hands.widget.trainingSet.setFolder(str(works[1].folder))
+    hands.wait(lambda: hands.section.list is not None and hands.section.list["folder"] == str(works[1].folder))
+    assert not hands.section.segmenting and works[0].refresh().scan(name).status == "taken"
+    hands.next()
+    assert [w.refresh().counts()["taken"] for w in works] == [0, 1]
+
+
+def test_a_folder_without_a_list_and_without_cases_is_not_looked_at_for_ever(panel, gui, tmp_path, scans):
+    import qt
+    from UNetSegmentationLib.worklist import WorkList
+
+    hands = panel()
+    section, asked = hands.widget.trainingSet, []
+
+    def answered(action: str) -> None:
+        asked.append(action)
+        qt.QTimer.singleShot(0, section._tell)
+
+    section._ask = answered
+    (tmp_path / "set").mkdir()
+    section.setFolder(str(tmp_path / "set"))
+    hands.wait(lambda: "no list in this folder" in hands.ui.listStatusLabel.text)
+    with pytest.raises(AssertionError):
+        gui.wait(lambda: len(asked) > 5, 2)
+    WorkList.gather(tmp_path / "set", [scans])  # by another
+    hands.section.enter()
+    hands.wait(lambda: hands.section.list is not None)
+
+
+def test_a_result_that_was_lost_is_not_said_to_be_empty(opened, tmp_path):
+    from UNetSegmentationLib.worklist import WorkList
+
+    hands = opened(segment=True)
+    for scan in WorkList.open(tmp_path / "list").scans.values():
+        scan.mask.unlink()
+    hands.next()
+    assert hands.ui.scanInfoLabel.text == "Not segmented in advance."
+    hands.press("doneScanButton")
+    gone = hands.widget.trainingSet.asked[0]
+    assert gone["model_mask"] is None and gone["model"] == ""
 
 
 @POSIX

@@ -267,6 +267,13 @@ def test_a_removed_case_that_is_added_again_keeps_its_history_and_its_split(data
     assert dataset.restore(entry.name, 1).version == 3 and entry.label.exists() and again.label.exists()
 
 
+def test_a_case_that_is_brought_back_is_where_its_patients_others_are_meanwhile(dataset):
+    entry = dataset.add(scan(0), outline(), patient="P", split="train")
+    dataset.remove(entry.name)
+    dataset.add(scan(1), outline(), patient="P", split="test")
+    assert dataset.restore(entry.name).split == "test" and not dataset.check()
+
+
 # ------------------------------------------------------------------------------------------------------------- anonymity
 
 
@@ -451,6 +458,22 @@ def test_a_file_that_was_not_written_whole_without_a_word_is_noticed(dataset, mo
 
 
 # ------------------------------------------------------------------------------------------------------------------ lock
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
+def test_a_lock_that_a_full_disk_did_not_take_is_in_nobodys_way(dataset):
+    code = f"""
+    import resource
+    from UNetSegmentationLib.dataset import Dataset, UserError
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    try:
+        Dataset.open({str(dataset.folder)!r}).add_label(None)
+    except UserError as e:
+        print(e)
+    """
+    said, errors = python(code).communicate(timeout=60)
+    assert "disk" in said, said + errors
+    assert not list(dataset.folder.glob(".*"))
 
 
 def test_two_writers_at_once_lose_nothing(dataset):

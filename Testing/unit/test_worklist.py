@@ -322,6 +322,7 @@ def test_what_was_taken_is_free_again_when_its_time_is_over_or_its_program_gone(
     note = work.done(name, short, "case-1")
     assert note == f"{name} was taken by another annotator too, as your time for it was over." and work.scan(name).status == "done"
     assert "already done by Anna; the dataset keeps both versions" in work.done(name, Annotator("carl"), "case-1")
+    assert work.skip(name, short) == f"{name} was already done by Anna, and stays so." and work.scan(name).status == "done"
 
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -508,6 +509,7 @@ def test_the_command_line_makes_gives_and_takes(scans, make_package, tmp_path, u
     empty.mkdir()
     code, _, err = run("make", folder, empty)
     assert code == 2 and "No scans were found there" in err and not folder.exists()
+    assert run("make", empty, empty)[0] == 2 and empty.is_dir()  # a folder that was there stays
     code, _, err = run("make", folder, scans, "-m", package.path, "--limit", 2, "--device", "cpu", "--engine", "onnx")
     assert code == 0 and "4 scans: 2 waiting, 2 segmented" in err
     code, _, err = run("make", folder, "-m", package.path)  # goes on where it was stopped

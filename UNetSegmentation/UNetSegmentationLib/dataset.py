@@ -37,7 +37,8 @@ import SimpleITK as sitk
 from .files import UserError, atomic_path
 from .image import Image, check_geometry, read_image, to_sitk, write_image
 from .model import DEFAULT_COLORS, Label
-from .postprocess import voxel_counts
+from .postprocess import slabs, voxel_counts
+from .steps import Steps
 
 T = TypeVar("T")
 
@@ -161,6 +162,18 @@ def _check_fit(image: Image, mask: Image, name: str) -> None:
         raise UserError(f"{name} does not lie where its image lies (spacing, origin or direction differ); resample it to the image.")
 
 
+def covered_steps(below: np.ndarray, top: np.ndarray) -> Steps[tuple[int, int] | None]:
+    """In pieces: a label most of whose voxels another has taken, and which one; None where there is none. below, top: uint8
+    (z, y, x) of the same segments, where they overlap the earlier and the later one."""
+    both = np.zeros(1 << 16, np.int64)  # voxels by what lies below and what on top
+    for z in slabs(top.shape):
+        both += np.bincount((below[z].astype(np.uint16) << 8 | top[z]).ravel(), minlength=1 << 16)
+        yield
+    table = both.reshape(256, 256)
+    lost = np.flatnonzero(2 * table.sum(0) < table.sum(1))
+    return (int(lost[0]), int(table[lost[0]].argmax())) if lost.size else None
+
+
 def changes(before: np.ndarray, after: np.ndarray, labels: Sequence[Label], voxel_ml: float) -> dict[str, dict[str, Any]]:
     """By label what a person changed: voxels added and removed, the same in ml, and the Dice of the two masks."""
     out = {}
@@ -239,8 +252,12 @@ class FolderLock:
                 if os.name != "nt" or (time.monotonic() - began > 2 and not self.path.exists()):
                     raise
             else:
-                with os.fdopen(handle, "w") as f:
-                    f.write(content)
+                try:
+                    with os.fdopen(handle, "w") as f:
+                        f.write(content)
+                except OSError:  # a full disk: nobody is to wait for a lock that is no one's
+                    self.path.unlink(missing_ok=True)
+                    raise
                 return self
             owner, age = self._owner()
             if owner is not None and (age > STALE or (age > DEAD and process_is_gone(owner))):
@@ -760,7 +777,7 @@ class Dataset:
             data["cases"][key] = case
         if named:
             case["patient"] = person
-        kin = {c["split"] for n, c in data["cases"].items() if n != key and c["patient"] == case["patient"] and c.get("split")}
+        kin = _kin(data, key)
         if split is not None:
             if kin and kin != {split}:
                 raise UserError(f"Another case of this patient is in {kin.pop()}; put both into the same split.")
@@ -796,6 +813,8 @@ class Dataset:
         def back(data: dict[str, Any]) -> Entry:
             if name in data.get("removed", {}) and name not in data["cases"]:
                 data["cases"][name] = data["removed"].pop(name)
+                if kin := _kin(data, name):  # dealt while it was away
+                    data["cases"][name]["split"] = kin.pop()
             case = self._case(data, name)
             if version is not None:
                 found = next((v for v in case["versions"] if v["version"] == version), None)
@@ -1063,6 +1082,12 @@ def label_descriptions(labels: Sequence[Label]) -> str:
 def _label_json(label: Label) -> dict[str, Any]:
     out: dict[str, Any] = {"value": int(label.value), "name": label.name.strip(), "color": list(label.color)}
     return out | ({"terminology": label.terminology} if label.terminology else {})
+
+
+def _kin(data: dict[str, Any], name: str) -> set[str]:
+    """The splits that other cases of a case's patient are in."""
+    cases = data["cases"]
+    return {c["split"] for n, c in cases.items() if n != name and c["patient"] == cases[name]["patient"] and c.get("split")}
 
 
 def _views(data: dict[str, Any]) -> dict[str, Any]:

@@ -23,11 +23,11 @@ import math
 import os
 import re
 import secrets
-import shutil
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -213,7 +213,7 @@ class WorkList:
     @classmethod
     def gather(cls, folder: str | Path, sources: Sequence[str | Path]) -> tuple[WorkList, list[str]]:
         """Add scans to the folder's list, which is made where there is none, but not without a scan; the list and their names."""
-        new = not cls.there(folder)
+        new, made = not cls.there(folder), not Path(folder).expanduser().exists()
         work = cls.create(folder) if new else cls.open(folder)
         try:
             added = work.add(sources)
@@ -222,6 +222,9 @@ class WorkList:
         except UserError:
             if new:
                 work.discard()
+                if made:
+                    with suppress(OSError):
+                        work.folder.rmdir()
             raise
         return work, added
 
@@ -230,8 +233,6 @@ class WorkList:
         with reached(self.folder), FolderLock(self.folder, LIST_LOCK):
             if not _read(self.folder)["scans"]:
                 (self.folder / LIST).unlink()
-                if not any(p.name != LIST_LOCK for p in self.folder.iterdir()):
-                    shutil.rmtree(self.folder)
 
     def refresh(self) -> WorkList:
         """Take in what others have done."""
@@ -440,8 +441,11 @@ class WorkList:
                 note = f"{name} was taken by {claim.get('name') or 'another annotator'} too, as your time for it was over."
             else:
                 record.pop("claim", None)
-            if record["status"] == "done" and status == "done":
-                note = f"{name} was already done by {record.get('by') or 'another annotator'}; the dataset keeps both versions."
+            if record["status"] == "done":
+                already = f"{name} was already done" + (f" by {record['by']}" if record.get("by") else "")
+                if status != "done":
+                    return f"{already}, and stays so."
+                note = f"{already}; the dataset keeps both versions."
             record["status"] = status
             record |= {k: v for k, v in (("case", case), ("by", me.name)) if v}
             return note
@@ -664,7 +668,7 @@ def _stem(path: Path) -> str:
 
 
 def _free_name(stem: str, taken: dict[str, Any]) -> str:
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:60] or "scan"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem)[:60].strip("-._") or "scan"
     return name if name not in taken else next(f"{name}-{i}" for i in range(2, 1 << 30) if f"{name}-{i}" not in taken)
 
 

@@ -24,7 +24,7 @@ from .nodules import Pieces
 from .run import volumeKey
 
 FOLDER_KEY, NAME_KEY, NAMED_KEY = (f"UNetSegmentation/{name}" for name in ("TrainingSet", "Annotator", "AnnotatorNamed"))
-# Of a segment: the label that it was added as. Of a volume: its case.
+# Of a segment: its name and the label that it was added as, with a tab between them. Of a volume: its case.
 LABEL_TAG, CASE_ATTRIBUTE = "UNetSegmentation.Label", "UNetSegmentation.Case"
 ANSWER_S = 20.0  # for a folder's index; a network folder that is gone may never answer
 IDLE_MS = 120_000  # after which the worker that writes is ended
@@ -95,7 +95,7 @@ class TrainingSetSection(VTKObservationMixin):
         self._reading: Any = None
         self._adding: _Adding | None = None
         self._picked: tuple[Any, Any] | None = None  # volume and the segmentation that a person chose for it
-        self._choices: dict[tuple[str, str], tuple[bool, str]] = {}
+        self._choices: dict[tuple[str, str], tuple[bool, str, str]] = {}  # and the segment's name then
         self._patients: dict[str, str] = {}  # by volume, what was typed
         self._cards: list[Any] | None = None
         self._observed: Any = None
@@ -173,8 +173,8 @@ class TrainingSetSection(VTKObservationMixin):
         """Add the chosen volume with its corrected segmentation, after asking where it looks wrong. Returns at once.
 
         onDone(case, text) is called once, later: the case's name, or None, and a sentence on what was changed or why nothing
-        was added. patient: the identity (PatientID), of which only a hash is kept; default: what the person typed or the
-        subject hierarchy says, as for modality. model_mask: the model's own mask, where the scene does not know it, and which
+        was added. patient: the identity (PatientID), of which only a hash is kept, unless the person typed another; default:
+        what the subject hierarchy says, as for modality. model_mask: the model's own mask, where the scene does not know it, and which
         `model` made it.
         """
         problem = _("A case is still being added; wait for it.") if self.busy else ""
@@ -184,6 +184,8 @@ class TrainingSetSection(VTKObservationMixin):
         if problem:
             self.root.collapsed = False
             self._say(problem)
+            if problem == self._failed:
+                self.refresh()  # its drive may be there again
             qt.QTimer.singleShot(0, lambda: onDone(None, problem))
             return
         from UNetSegmentationLib import mrml
@@ -201,7 +203,7 @@ class TrainingSetSection(VTKObservationMixin):
             channels=self._channels(),
             known=tuple(self._known()),
             new=self.summary is None,
-            patient=patient or typed or identity or None,
+            patient=typed or patient or identity or None,
             modality=modality or told,
             by=ui.setNameEdit.text.strip() if named else "",
             dated=named,
@@ -231,6 +233,8 @@ class TrainingSetSection(VTKObservationMixin):
             return _("Choose a folder for the training set.")
         if self._failed:
             return self._failed
+        if self.summary is None and self._reading is not None:
+            return _("The training set is being read; try again in a moment.")
         if not volumes or volumes[0] is None:
             return _("Choose a volume.")
         if node is None:
@@ -385,8 +389,10 @@ class TrainingSetSection(VTKObservationMixin):
                 label = next(iter(clicked))
             elif match is None and _UNNAMED.fullmatch(part.GetName()):
                 label = known[0].name if len(known) == 1 else ""
-            label = mrml.segment_tag(part, LABEL_TAG) or label
-            included, label = self._choices.get((node.GetID(), segment), (True, label))
+            of, _tab, said = mrml.segment_tag(part, LABEL_TAG).rpartition("\t")
+            label = said if said and of in ("", part.GetName()) else label  # renamed since, it is something else
+            included, said, of = self._choices.get((node.GetID(), segment), (True, "", ""))
+            label = said if of == part.GetName() else label
             color = tuple(round(255 * c) for c in part.GetColor())
             where = (kept[1], int(kept[2])) if kept else (digest, 1) if click and digest else None
             self.rows.append(Row(segment, part.GetName(), label, codes, color, model or click, where, included))
@@ -432,6 +438,7 @@ class TrainingSetSection(VTKObservationMixin):
             raise UserError(_("A case holds at most 255 labels; leave some segments out."))
         values = [(row.segment, names.index(row.label.strip().lower()) + 1) for row in adding.rows]
         whole, low = yield from mrml.merged_steps(adding.node, values, adding.volumes[0])
+        yield from self._uncovered(adding, values, whole)
         labels, own = [], {}
         for value, name in enumerate(names, 1):
             row = next(row for row in adding.rows if row.label.strip().lower() == name)
@@ -466,6 +473,21 @@ class TrainingSetSection(VTKObservationMixin):
             onCancelled=lambda: self._end(adding, None, _("Cancelled; nothing was added.")),
         )
 
+    def _uncovered(self, adding: _Adding, values: Sequence[tuple[str, int]], whole: Any) -> Generator[Any, None, None]:
+        """UserError where most of a label would be lost, as another that comes later in the segmentation lies over it."""
+        from UNetSegmentationLib import UserError, mrml
+        from UNetSegmentationLib.dataset import covered_steps
+
+        names = {value: row.name for row, (_segment, value) in zip(adding.rows, values)}
+        if len(names) < 2:
+            return
+        below, _low = yield from mrml.merged_steps(adding.node, values[::-1], adding.volumes[0])
+        found = yield from covered_steps(below, whole)
+        if found is not None:
+            name, cover = (names[value] for value in found)
+            text = _("'{cover}' covers most of '{name}', which would be lost; move '{name}' below it in the list, or leave one out.")
+            raise UserError(text.format(cover=cover, name=name))
+
     def _onProgress(self, fraction: float, text: str) -> None:
         if self._adding is not None:
             known = {
@@ -491,7 +513,7 @@ class TrainingSetSection(VTKObservationMixin):
         for row in adding.rows:
             part = held.GetSegment(row.segment) if held is not None else None
             if part is not None:
-                part.SetTag(LABEL_TAG, row.label.strip())
+                part.SetTag(LABEL_TAG, f"{row.name}\t{row.label.strip()}")
         what = _("Added as {case}.") if data["version"] == 1 else _("{case} was updated; this is its version {version}.")
         self._end(adding, data["case"], what.format(case=data["case"], version=data["version"]) + "\n" + changesText(data["record"]))
 
@@ -625,7 +647,7 @@ class TrainingSetSection(VTKObservationMixin):
         node = self.segmentation()
         if node is not None and index < len(self.rows):
             self.rows[index] = row = replace(self.rows[index], **changed)
-            self._choices[node.GetID(), row.segment] = row.included, row.label
+            self._choices[node.GetID(), row.segment] = row.included, row.label, row.name
             self._said = ""
             self._show()
 
@@ -738,7 +760,7 @@ class TrainingSetSection(VTKObservationMixin):
         ui, node = self.ui, self.segmentation()
         if ui.setSegmentationSelector.currentNode() is not node:
             ui.setSegmentationSelector.setCurrentNode(node)
-        known = volume is not None and bool(mrml.dicom_of(volume)[0])
+        known = volume is not None and bool(self.panel.workList.known(volume).get("patient") or mrml.dicom_of(volume)[0])
         ui.setPatientEdit.placeholderText = _("from DICOM, kept as a hash") if known else _("a code, if this patient has other scans")
         ui.setPatientEdit.enabled = volume is not None
         ui.setSegmentationSelector.enabled = not self.busy

@@ -235,7 +235,7 @@ class WorkListSection:
         self._passed: list[str] = []
         self._warm = self._closed = self._paused = False
         self._quiet = 0
-        self._folder = ""
+        self._folder = self._opened = ""  # that was chosen, and that was looked into last
         self._editing = False  # the Segment Editor is to open on the next scan too
         self._pieces = Pieces(self._onLoadFailed)
         self.strip = Strip(
@@ -276,9 +276,12 @@ class WorkListSection:
     def enter(self) -> None:
         self._editing = False
         self.strip.hide()
-        if self._warm and self.list is not None and not self.root.collapsed:
-            self._onRefresh()
-            self._refresh.start()
+        if self._warm and not self.root.collapsed:
+            if self.list is None:
+                self._open()
+            else:
+                self._onRefresh()
+                self._refresh.start()
 
     def leave(self) -> None:
         """Another module, the Segment Editor for one: the scan stays open."""
@@ -322,11 +325,15 @@ class WorkListSection:
             self._open()
 
     def _onTrainingSet(self) -> None:
-        if not self._closed and self.list is None and not self.root.collapsed and not self.busy:
-            self._open()
+        if self._closed or self.root.collapsed or self.busy or self.folder == self._opened:
+            return
+        if self.segmenting:
+            self._halt()
+        self._open()
 
     def _open(self) -> None:
         """Look into the folder, if there is one."""
+        self._opened = self.folder
         if self._closed or not self.folder:
             self.show()
             return
@@ -468,8 +475,11 @@ class WorkListSection:
         """Open the next scan; the one at hand is given back."""
         if self.busy or (self.case is not None and not self._mayLeave()):
             return
-        leave = self.case.name if self.case is not None and self.case.folder == self.folder else ""
-        if leave:
+        leave = ""
+        if self.case is not None and self.case.folder != self.folder:
+            self._give(self.case)
+        elif self.case is not None:
+            leave = self.case.name
             self._passed = [*(n for n in self._passed if n != leave), leave]
         self._next(leave)
 
@@ -541,7 +551,7 @@ class WorkListSection:
             segmentation,
             scan["patient"],
             scan["maskFile"],
-            scan["model"],
+            scan["model"] if scan["maskFile"] else "",  # what it found may be lost
             scan["modality"],
             scan["value"],
             present,
@@ -606,15 +616,18 @@ class WorkListSection:
         self.text, self.busy = "", _("Adding {name} to the training set…").format(name=case.name)
 
         def added(name: str | None, text: str) -> None:
-            if self._closed or self.case is not case:
+            if self._closed or (name is None and self.case is not case):
+                return
+            if self.case is not case:  # the scene was closed meanwhile
+                self.text = text
+                self._ask("done", self._take, folder=case.folder, scan=case.name, case=name)
                 return
             self.busy = ""
             if name is None:
-                self.text, self._editing = text, False
-                self.show()
+                self._failed(text)
                 return
             self.busy = _("Marking {name} as done…").format(name=case.name)
-            self._ask("done", self._onMarked, folder=case.folder, scan=case.name, case=name)
+            self._ask("done", lambda answer: self._onMarked(answer, case), folder=case.folder, scan=case.name, case=name)
             self.show()
 
         try:
@@ -630,12 +643,15 @@ class WorkListSection:
         if case is None or volume is not case.volumes[0]:
             return {"onDone": onDone}
 
+        stamp = _stamp(case.segmentation)  # of what is added, not of what is corrected meanwhile
+
         def added(name: str | None, text: str) -> None:
             if name is not None and self.case is case:
-                case.stamp = _stamp(case.segmentation)
+                case.stamp = stamp
             onDone(name, text)
 
-        mask = Path(case.maskFile) if case.maskFile else None
+        moved = case.volumes[0].GetParentTransformNode() is not None  # from where the file's mask lies
+        mask = Path(case.maskFile) if case.maskFile and not moved else None
         return {"onDone": added, "patient": case.patient or None, "model_mask": mask, "model": case.model, "modality": case.modality}
 
     def onSkip(self) -> None:
@@ -647,10 +663,15 @@ class WorkListSection:
         self._ask("skip", self._onMarked, folder=case.folder, scan=case.name)
         self.show()
 
-    def _onMarked(self, answer: dict[str, Any]) -> None:
+    def _onMarked(self, answer: dict[str, Any], added: Case | None = None) -> None:
+        """Go on to the next scan. added: that is in the training set, but perhaps not what was corrected in it since."""
         self.busy = ""
         self._take(answer)
         notes = " ".join(answer.get("notes", ()))
+        if added is not None and self.case is added and _stamp(added.segmentation) != added.stamp:
+            text = _("What you corrected in '{name}' meanwhile is not in the training set yet; press Done again to add it.")
+            self._failed(" ".join(filter(None, [notes, text.format(name=added.name)])))
+            return
         self._next()
         self.text = notes
 
