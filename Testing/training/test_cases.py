@@ -92,6 +92,26 @@ def test_nnunet_raw(tmp_path):
         find_cases(folder)
 
 
+def test_nnunet_with_colour_pictures_regions_and_what_macos_leaves(tmp_path):
+    """nnU-Net keeps a colour picture in one file; a region of one value is a label with a name."""
+    rng = np.random.default_rng(0)
+    for part in ("imagesTr", "labelsTr"):
+        (tmp_path / part).mkdir()
+    for name in NAMES:
+        picture = sitk.GetImageFromArray(rng.integers(0, 255, (20, 20, 3)).astype(np.uint8), isVector=True)
+        sitk.WriteImage(picture, str(tmp_path / "imagesTr" / f"{name}_0000.png"))
+        sitk.WriteImage(sitk.GetImageFromArray(rng.integers(0, 3, (20, 20)).astype(np.uint8)), str(tmp_path / "labelsTr" / f"{name}.png"))
+        (tmp_path / "imagesTr" / f"._{name}_0000.png").write_bytes(b"\0\5\x16\7")
+        (tmp_path / "labelsTr" / f"._{name}.png").write_bytes(b"\0\5\x16\7")
+    labels = {"background": 0, "whole": [1, 2], "core": [2]}
+    data = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": labels, "file_ending": ".png", "numTraining": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps(data))
+    found = find_cases(tmp_path)
+    assert [c.name for c in found.cases] == list(NAMES) and [d.name for d in found.labels] == ["label 1", "core"]
+    image, mask = found.load(found.cases[0])
+    assert image.array.shape == (3, 1, 20, 20) and set(np.unique(mask)) == {0, 1, 2}
+
+
 def test_msd(tmp_path):
     data = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "organ", "2": "tumour"}, "test": ["./imagesTs/t.nii.gz"]}
     data["training"] = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in NAMES]
@@ -104,6 +124,13 @@ def test_msd(tmp_path):
     assert found.layout == "msd" and [d.name for d in found.labels] == ["organ", "tumour"] and found.channels == ("CT",)
     exact(found.subset(found.annotated))
     assert [(c.name, c.split) for c in found.cases if not c.annotated] == [("t", "test")]
+    # As others write it: names first, one modality, and paths of Windows.
+    data |= {"modality": "CT", "labels": {"background": 0, "organ": 1, "tumour": 2}, "test": []}
+    data["training"] = [{key: path.replace("/", "\\") for key, path in item.items()} for item in data["training"]]
+    (tmp_path / "dataset.json").write_text(json.dumps(data))
+    found = find_cases(tmp_path)
+    assert found.layout == "msd" and [d.name for d in found.labels] == ["organ", "tumour"]
+    exact(found)
 
 
 def test_monai_datalist(tmp_path):
@@ -138,6 +165,19 @@ def test_bids(tmp_path):
     assert [c.patient for c in found.cases] == ["sub-01", "sub-02", "sub-03"]
     image, mask = found.load(found.cases[2])
     assert image.n_channels == 2 and np.array_equal(mask, outline(2))
+
+
+def test_bids_takes_the_run_that_was_annotated(tmp_path):
+    for i, name in enumerate(("01", "02")):
+        anat = tmp_path / f"sub-{name}" / "anat"
+        put(scan(i + 10), anat / f"sub-{name}_run-1_T1w.nii.gz")
+        put(scan(i), anat / f"sub-{name}_run-2_T1w.nii.gz")
+        put(mask_of(i), tmp_path / "derivatives" / f"sub-{name}" / f"sub-{name}_run-2_dseg.nii.gz")
+    (tmp_path / "dseg.tsv").write_bytes("index\tname\n1\tMilzé\n2\n".encode("latin-1"))
+    found = find_cases(tmp_path)
+    exact(found, ["sub-01", "sub-02"], 2)
+    assert [d.name for d in found.labels] == ["Milzé", "label 2"]
+    assert "sub-01 has 2 images T1w; sub-01_run-2_T1w.nii.gz is used." in found.notes
 
 
 def test_our_own_dataset(tmp_path):
@@ -184,6 +224,10 @@ def test_luna16_gives_balls(tmp_path):
     (tmp_path / "annotations.csv").write_text("\n".join(rows) + "\n")
     found = find_cases(tmp_path)
     assert found.layout == "luna16" and len(found.annotated) == 1 and any("1 annotated scans are not here" in n for n in found.notes)
+    (tmp_path / "seg-lungs-LUNA16").mkdir()  # the challenge's lungs have the scans' names
+    for file in (tmp_path / "subset0").iterdir():
+        shutil.copy(file, tmp_path / "seg-lungs-LUNA16")
+    assert len(find_cases(tmp_path).cases) == 1
     _, mask = found.load(found.cases[0])
     z, y, x = np.indices(SHAPE)
     assert np.array_equal(mask, ((x - 4) * 0.8) ** 2 + ((y - 6) * 0.8) ** 2 + ((z - 2) * 2.0) ** 2 <= 2.1**2) and mask.sum() > 20
@@ -274,6 +318,30 @@ def test_rtstruct_gives_the_published_mask_voxel_for_voxel(data, tmp_path):
         bad.load(bad.cases[0])
     with pytest.raises(UserError, match="There is no label heart; the cases have GTV-1"):
         find_cases(folder, only=["heart"])
+
+
+def test_contours_with_holes_and_of_other_slices(data, tmp_path):
+    import pydicom
+
+    for file in (data / "lung_gtv_dicom_rtstruct" / "pat_3").iterdir():
+        shutil.copy(file, tmp_path)
+    structure = pydicom.dcmread(tmp_path / "DCM_RS_00046.dcm")
+    contours = structure.ROIContourSequence[0].ContourSequence
+    for contour in contours:
+        contour.ContourGeometricType = "CLOSEDPLANAR_XOR"
+    structure.save_as(tmp_path / "DCM_RS_00046.dcm")
+    found = find_cases(tmp_path)
+    image, mask = found.load(found.cases[0])
+    assert mask.sum() == 4047
+    for contour in contours:  # drawn on slices that lie between this scan's
+        points = np.reshape(np.array(contour.ContourData, float), (-1, 3)) + [0, 0, image.spacing[2] / 2]
+        contour.ContourData = [f"{v:.6g}" for v in points.ravel()]
+    structure.save_as(tmp_path / "DCM_RS_00046.dcm")
+    with pytest.raises(UserError, match="GTV-1 in DCM_RS_00046.dcm do not lie in its scan's slices; resample"):
+        found.load(found.cases[0])
+    before = found.digest(found.cases[0])
+    (tmp_path / ".DS_Store").write_bytes(b"x")  # a look at the folder is no other data
+    assert found.digest(found.cases[0]) == before
 
 
 def test_dicom_seg_gives_the_mask_that_it_was_made_of(data, tmp_path):
@@ -429,6 +497,41 @@ def test_instances_become_one_label(tmp_path, monkeypatch):
     assert [int(one.load(c)[1].sum()) for c in one.cases] == [399, 400, 400, 400, 400]
 
 
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_one_class_a_channel_is_no_label_map(pairs, classes):
+    """The channel of the background would be learnt as the label."""
+    for i, name in enumerate(NAMES):
+        one_hot = sitk.GetImageFromArray(np.stack([outline(i) == k for k in range(classes)]).astype(np.uint8), isVector=False)
+        sitk.WriteImage(one_hot, str(pairs / "labels" / f"{name}.nii.gz"))
+    with pytest.raises(UserError, match=f"holds {classes} channels; save one label map"):
+        find_cases(pairs)
+
+
+def test_pictures_that_are_numbered_from_0_are_no_channels(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder, name in (("images", "frame_{:04d}"), ("masks", "frame_{:04d}"), ("", "a_{:04d}"), ("", "a_{:04d}_mask")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for i in range(4):
+            picture = rng.integers(0, 2 if "mask" in folder + name else 255, (9, 9)).astype(np.uint8)
+            sitk.WriteImage(sitk.GetImageFromArray(picture), str(tmp_path / folder / f"{name.format(i)}.png"))
+    assert [c.name for c in find_cases(tmp_path).cases] == [f"frame_{i:04d}" for i in range(4)]
+    shutil.rmtree(tmp_path / "images")
+    assert [c.name for c in find_cases(tmp_path).cases] == [f"a_{i:04d}" for i in range(4)]
+
+
+def test_what_has_no_partner_is_told(tmp_path):
+    for i, name in enumerate(NAMES):
+        put(scan(i), tmp_path / f"{name}.nii.gz")
+        put(mask_of(i), tmp_path / (f"{name}_seg.nii.gz" if i else "A_seg.nii.gz"))
+    (tmp_path / "._labels.json").write_bytes(b"\0\5\x16\7\xff")
+    found = find_cases(tmp_path)
+    assert [c.name for c in found.cases] == ["b", "c"]
+    assert found.notes[:2] == (
+        "1 images have no mask (a) and are left out.",
+        "1 masks have no image of their own (A_seg.nii.gz) and are left out.",
+    )
+
+
 def test_real_pictures(data):
     found = find_cases(data / "sunnybrook")
     assert len(found.cases) == 55 and len({c.patient for c in found.cases}) == 13 and found.channels == ("image",)
@@ -550,6 +653,26 @@ def test_patients_of_names_and_of_a_pattern(pairs):
     assert len({c.patient for c in find_cases(pairs, patient="[a-c]()").cases}) == 1
     (pairs / "patients.csv").write_text("case,patient\na,x\nb,x\nc,y\n")
     assert [c.patient for c in find_cases(pairs).cases] == ["x", "x", "y"]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        b"case,patient\na,X\nb,X\nc,Y\n",
+        b"\xef\xbb\xbfcase;patient\na;X\nb;X\nc;Y\n",
+        "case,patient,clinic\na,X,Köln\nb,X,\nc,Y,\n".encode("cp1252"),
+        b"file\tpatient\r\nimages\\a.nii.gz\tX\r\nimages\\b.nii.gz\tX\r\nimages\\c.nii.gz\tY\r\n",
+    ],
+)
+def test_a_table_of_patients_as_spreadsheets_save_it(pairs, rows):
+    (pairs / "patients.csv").write_bytes(rows)
+    assert [c.patient for c in find_cases(pairs).cases] == ["X", "X", "Y"]
+
+
+def test_a_table_that_misses_a_case_does_not_let_folds_leak(pairs):
+    (pairs / "patients.csv").write_text("case,patient\na,X\nb,X\n")
+    with pytest.raises(UserError, match="patients.csv names no patient of c; give each case its line"):
+        find_cases(pairs)
 
 
 def test_a_digest_changes_with_the_voxels(pairs):

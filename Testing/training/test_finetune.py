@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("monai", reason="MONAI is not installed")
 from safetensors.torch import save  # noqa: E402
-from unetseg_training import finetune, metrics  # noqa: E402
+from unetseg_training import finetune, metrics, report  # noqa: E402
 from unetseg_training.cases import find_cases  # noqa: E402
 from UNetSegmentationLib.engines.torch import load_network  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
@@ -173,12 +174,24 @@ def test_forgetting_is_seen(make_package, tmp_path, base):
         array = np.zeros((8, 16, 16), np.float32)
         array[2:6, 2 : 8 + i, 2:6], array[2:6, 2:8, 8:12] = 1, 2
         cases.append(metrics.Item(f"c{i}", Image(array), array.astype(np.uint8)))
-    same = finetune.forgetting(before, wider, iter(cases))
+    alive = weakref.WeakSet()
+
+    def one_by_one():
+        for case in cases:
+            assert len(alive) < 2  # twenty whole CTs would not fit the memory
+            alive.add(image := Image(case.image.array))
+            yield case._replace(image=image)
+            del image
+
+    same = finetune.forgetting(before, wider, one_by_one())
     assert same["before"]["mean"] == same["after"]["mean"] == 1 and same["change"]["mean"] == 0 and not same["forgotten"]
     worse = finetune.forgetting(before, blind, cases)
     assert worse["forgotten"] and worse["change"]["high"] < -0.5 and "replay" in worse["verdict"]
     none = finetune.forgetting(before, make_package(), cases)
     assert none["labels"] == [] and none["forgotten"] is None
+    (tmp_path / "live.jsonl").write_text('{"event": "start", "step": 0}\n')
+    finetune.write(tmp_path, finetune.start_from(base()), base(), [], none)
+    report.write(tmp_path)
     package = base()
     finetune.write(tmp_path, finetune.start_from(package), package, ["encoder"], worse)
     facts = json.loads((tmp_path / "finetune.json").read_text("utf-8"))

@@ -180,6 +180,16 @@ def test_the_picture_shows_both_outlines_where_they_are():
     assert (gy.max() - gy.min()) / scale == pytest.approx(8, abs=0.5)  # 4 slices of 2 mm
 
 
+def test_the_middle_of_a_hollow_structure_is_a_voxel_of_it():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        mask = (rng.random((7, 9, 11)) < 0.1).astype(np.uint8)
+        index = np.argwhere(mask)
+        near = (((index - index.mean(0)) * (3, 1, 0.5)) ** 2).sum(1)
+        at = report._target([mask * 0, mask], (3, 1, 0.5))
+        assert mask[at] and np.isclose(near[(index == at).all(1)], near.min(), rtol=1e-4)
+
+
 def test_turned_images_are_shown_upright():
     image = Image(np.zeros((20, 60, 60), np.float32))
     truth = np.zeros((20, 60, 60), np.uint8)

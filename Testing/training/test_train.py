@@ -394,6 +394,34 @@ def test_early_stopping_and_the_end_of_time(dataset, config, tmp_path, monkeypat
     assert json.loads((tmp_path / "b" / t.RUN).read_text("utf-8"))["epochs"] == 1
 
 
+def test_killed_after_its_last_epoch_it_trains_no_further(dataset, config, tmp_path, monkeypatch):
+    scores = iter([0.5] * 4 + [0.9] * 30)
+    monkeypatch.setattr(t.HeldOut, "score", lambda self, index, network: {"ball": next(scores)})
+
+    class Killed(L.Callback):
+        def on_train_end(self, trainer, module):
+            raise KeyboardInterrupt
+
+    config = replace_fit(config, epochs=30, steps=1, patience=3)
+    with pytest.raises(KeyboardInterrupt):
+        t.train(config, tmp_path / "a", cache=tmp_path / "cache", callbacks=[Killed()])
+    result = t.train(config, tmp_path / "a", cache=tmp_path / "cache")
+    assert (result.dice, json.loads((tmp_path / "a" / t.RUN).read_text("utf-8"))["epochs"]) == (0.5, 4)
+
+
+def test_weights_that_are_no_numbers_are_not_kept(dataset, config, tmp_path):
+    class Spoil(L.Callback):
+        def on_train_batch_end(self, trainer, module, *more):
+            if trainer.global_step == 2 * config.fit.steps:  # after the last loss of the second epoch
+                next(module.model.parameters()).data.fill_(float("nan"))
+
+    with pytest.raises(UserError, match="weights are no numbers after epoch 2; .*the last good epoch is kept"):
+        t.train(config, tmp_path / "a", cache=tmp_path / "cache", callbacks=[Spoil()])
+    t.train(config, tmp_path / "a", cache=tmp_path / "cache")
+    t.train(config, tmp_path / "b", cache=tmp_path / "cache")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
 def cases_of(*patients, split=""):
     return [Case(f"case{i}", patient, (Path("i"),), Path("m"), split=split) for i, patient in enumerate(patients)]
 

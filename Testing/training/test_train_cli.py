@@ -1,6 +1,7 @@
 """The command `unetseg-train`, from a dataset to a report, and one sentence with exit code 2 for bad input."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import lightning  # noqa: E402
 from test_train import environment, write_cases  # noqa: E402
 from unetseg_training import cli, watch  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
+from unetseg_training.train import find  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.model import ModelPackage  # noqa: E402
 
@@ -188,6 +190,35 @@ def test_a_stop_and_a_full_memory_are_one_sentence(command, run, monkeypatch, er
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
     assert done == code and told in err and err.strip().count("\n") == 0
+
+
+def test_folders_of_a_person_and_of_a_hidden_share(command, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(dataset, tmp_path / "share$" / "d$x")
+    for place in ("~/share$/d$x", tmp_path / "share$" / "d$x"):
+        run = tmp_path / f"run{len(str(place))}"
+        code, _, err = command("plan", place, "-o", run, "--minutes", 0.1)
+        assert code == 0, err
+        assert len(find(c.read(run)).cases) == 4
+
+
+def test_a_console_without_the_labels_letters(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "d")
+    (tmp_path / "d" / "labels.json").write_text('{"1": "肝"}', "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "unetseg_training.cli", "check", str(tmp_path / "d")],
+        env={**environment(), "PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+    )
+    assert done.returncode == 0 and b"label 1 ?" in done.stdout, done.stderr
+
+
+def test_another_dataset_is_read_as_the_runs_own(dataset, tmp_path):
+    """With its labels made one, as those that were trained on."""
+    write_cases(tmp_path / "other", 2, 2)
+    config = c.parse({"data": {"path": str(dataset), "foreground": True}, "labels": [{"name": "ball"}], "channels": ["MR"]})
+    case_set, cases = cli._scored(tmp_path, config, str(tmp_path / "other"))
+    assert [label.name for label in case_set.labels] == ["ball"] and len(cases) == 2
 
 
 def test_folds_and_seeds_are_parsed():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 import re
@@ -158,7 +159,7 @@ class CaseSet:
 def files(path: Path) -> list[Path]:
     """The files of an image: all of a DICOM folder, and beside a header (.mhd, .nhdr) those that it names."""
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file())
+        return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))  # the Finder writes .DS_Store
     if not path.name.lower().endswith((".mhd", ".nhdr")):
         return [path]
     found = re.search(r"^(?:ElementDataFile *=|data ?file:) *(.*?) *$(.*)", path.read_text("utf-8", "replace"), re.M | re.S | re.I)
@@ -346,16 +347,32 @@ def _patients(cases: list[Case], notes: list[str]) -> list[Case]:
 
 def _table_of_patients(folder: Path, cases: list[Case]) -> list[Case] | None:
     """Patients from a table beside the images: index.csv, patients.csv or cases.csv with the columns file or case, and patient."""
-    for table in ("index.csv", "patients.csv", "cases.csv"):
-        if (folder / table).is_file():
-            with open(folder / table, newline="", encoding="utf-8-sig") as f:
-                rows = list(csv.DictReader(f))
-            key = next((k for k in ("file", "case", "name") if rows and k in rows[0]), None)
-            if key and "patient" in rows[0]:
-                known = {stem(Path(r[key])): r["patient"] for r in rows}
-                if all(c.name in known for c in cases):
-                    return [replace(c, patient=known[c.name]) for c in cases]
+    for table in (folder / name for name in ("index.csv", "patients.csv", "cases.csv")):
+        rows = _rows(table) if table.is_file() else []
+        key = next((k for k in ("file", "case", "name") if rows and k in rows[0]), None)
+        if key and "patient" in rows[0]:
+            named = [(r[key].replace("\\", "/").rpartition("/")[2], r["patient"]) for r in rows]
+            known = {n: patient for name, patient in named if patient for n in (stem(Path(name)), name)}
+            out = []
+            for case in cases:
+                names = (case.name, *(stem(p) for p in (*case.images, case.label) if p))
+                patient = next((known[n] for n in names if n in known), None)
+                if patient is None:
+                    raise UserError(f"{table} names no patient of {case.name}; give each case its line, lest folds mix patients.")
+                out.append(replace(case, patient=patient))
+            return out
     return None
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    """The rows of a table as spreadsheets save it: in many countries with semicolons, and not in UTF-8."""
+    data = table.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", "replace")
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval=""))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -371,24 +388,31 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _label_names(folder: Path) -> dict[int, str]:
     """Names by value, from labels.json ({"1": name} or {name: 1}) or an ITK-SNAP description (labels.txt)."""
     if (folder / "labels.json").is_file():
-        data = _read_json(folder / "labels.json") or {}
-        pairs = [(k, v) if str(k).isdigit() else (v, k) for k, v in data.items()]
-        return {int(v): str(n) for v, n in pairs if str(v).isdigit() and int(v)}
+        return _by_value(_read_json(folder / "labels.json") or {})
     if (folder / "labels.txt").is_file():
         lines = re.findall(r'^\s*(\d+)\s.*"(.*)"\s*$', (folder / "labels.txt").read_text("utf-8", "replace"), re.MULTILINE)
         return {int(v): n for v, n in lines if int(v)}
     return {}
 
 
+def _by_value(names: dict[str, Any]) -> dict[int, str]:
+    """{"1": name} or {name: 1}, without the background."""
+    pairs = [(k, v) if str(k).isdigit() else (v, k) for k, v in names.items()]
+    return {int(v): str(n) for v, n in pairs if str(v).isdigit() and int(v)}
+
+
 def _mask_map(path: Path) -> Image:
     """A label map as it stands in its file: one channel of whole numbers."""
     mask = read_image(path)
     channels = mask.channels
-    if len(channels) in (2, 4):  # a picture's last channel is its transparency
+    picture = _is_picture(path)
+    if picture and len(channels) in (2, 4):  # the last is its transparency; in a volume it would be one class of several
         channels = channels[:-1]
-    if len(channels) == 3 and not all(np.array_equal(channels[0], c) for c in channels[1:]):
+    if len(channels) == 3 and all(np.array_equal(channels[0], c) for c in channels[1:]):
+        channels = channels[:1]
+    if len(channels) == 3 and picture:
         raise UserError(f"{path} is a coloured picture; save its mask as one grey channel, a value for each label.")
-    if len(channels) not in (1, 3):
+    if len(channels) > 1:
         raise UserError(f"{path} holds {len(channels)} channels; save one label map.")
     array = channels[0]
     if path.name.lower().endswith((".jpg", ".jpeg")):  # lossy: what was 0 and 255 is near them
@@ -475,7 +499,7 @@ def _inside(base: Path, name: Any) -> Path:
     """A path out of a JSON file, relative to it."""
     if not isinstance(name, str):
         raise UserError(f"{base} names {name!r} where a file is wanted; correct the list.")
-    path = Path(name).expanduser()
+    path = Path(name.replace("\\", "/")).expanduser()  # a list that was written on Windows
     return path if path.is_absolute() else base / path
 
 
@@ -574,13 +598,13 @@ def _read_contours(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
                 continue
             slices: dict[int, list[np.ndarray]] = defaultdict(list)
             for contour in roi.get("ContourSequence", ()):
-                if not contour.ContourGeometricType.startswith("CLOSED_PLANAR"):
+                if not contour.ContourGeometricType.replace("_", "").startswith("CLOSEDPLANAR"):  # also CLOSEDPLANAR_XOR
                     continue
                 points = np.array(contour.ContourData, float).reshape(-1, 3) @ inverse[:3, :3].T + inverse[:3, 3]
                 z = points[:, 2]
-                if np.ptp(z) > 0.5:
-                    raise UserError(f"the contours of {name} in {file.name} do not lie in its scan's slices; resample the scan to them.")
                 k = int(np.rint(z.mean()))
+                if np.ptp(z) > 0.5 or abs(z.mean() - k) > 0.3:  # those of thinner slices would meet in one, and cancel each other
+                    raise UserError(f"the contours of {name} in {file.name} do not lie in its scan's slices; resample the scan to them.")
                 if not 0 <= k < image.shape[0]:
                     raise UserError(f"a contour of {name} in {file.name} lies outside its scan; export both together again.")
                 slices[k].append(points[:, :2])
@@ -739,6 +763,7 @@ def _find_nnunet(path: Path) -> CaseSet | None:
     channels = tuple(str(v) for _, v in sorted(data["channel_names"].items(), key=lambda item: int(item[0])))
     names: dict[int, str] = {}
     for name, value in data["labels"].items():
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
         if name == "ignore":
             notes.append("Voxels with the label ignore are taken as background.")
         elif isinstance(value, list):
@@ -755,10 +780,10 @@ def _find_nnunet(path: Path) -> CaseSet | None:
             cases.append(Case(name, name, tuple(_inside(folder, i) for i in item["images"]), _inside(folder, item["label"])))
     else:
         for part, split in (("Tr", ""), ("Ts", "test")):
-            found = sorted((folder / f"images{part}").glob(f"*_[0-9][0-9][0-9][0-9]{ending}"))
+            found = sorted((folder / f"images{part}").glob(f"[!.]*_[0-9][0-9][0-9][0-9]{ending}"))  # macOS leaves ._x beside x
             for name, group in groupby(found, lambda p: p.name[: -len(ending) - 5]):
                 files = tuple(group)
-                if len(files) != len(channels):
+                if len(files) != len(channels) and not (len(files) == 1 and _is_picture(files[0])):  # a colour picture is one file
                     raise UserError(f"Case {name}: {folder} has {len(files)} of its {len(channels)} channels; complete or remove it.")
                 mask = folder / f"labels{part}" / f"{name}{ending}"
                 if not mask.is_file() and part == "Tr":
@@ -773,11 +798,12 @@ def _find_msd(path: Path) -> CaseSet | None:
     data = _read_json(folder / INDEX) if (folder / INDEX).is_file() else None
     if not data or not isinstance(data.get("training"), list) or not isinstance(data.get("labels"), dict):
         return None
-    names = {int(v): str(n) for v, n in data["labels"].items() if str(v).isdigit() and int(v)}
-    channels = tuple(str(v) for _, v in sorted(data.get("modality", {"0": "image"}).items(), key=lambda item: int(item[0])))
     notes: list[str] = []
     cases = _datalist(folder, data)
-    labels, values = _numbered(names)
+    if not cases:
+        return None
+    labels, values = _numbered(_by_value(data["labels"]))
+    channels = _channels_of(cases, notes, data.get("modality", {"0": "image"}))
     # In nnU-Net's first format the list says case.nii.gz and the files are case_0000.nii.gz.
     spread = [replace(c, images=_spread(c.images[0], len(channels))) if len(c.images) == 1 else c for c in cases]
     return CaseSet(tuple(_patients(spread, notes)), labels, channels, "", values, tuple(notes))
@@ -821,7 +847,7 @@ def _find_monai(path: Path) -> CaseSet | None:
     if path.is_file():
         lists = [path] if path.suffix == ".json" else []
     else:
-        lists = sorted(path.glob("*.json"))
+        lists = sorted(path.glob("[!.]*.json"))
     for file in lists:
         data = _read_json(file)
         if not data or not any(isinstance(data.get(key), list) and data[key] for key in SPLITS):
@@ -836,8 +862,8 @@ def _find_monai(path: Path) -> CaseSet | None:
         for mask in masks:
             if not mask.exists():
                 raise UserError(f"{file} names {mask}, which does not exist; the list's paths must be relative to its folder.")
-        names = data.get("labels", {})
-        known = {int(v): str(n) for v, n in names.items() if str(v).isdigit() and int(v)} if isinstance(names, dict) else {}
+        names = data.get("labels")
+        known = _by_value(names) if isinstance(names, dict) else {}
         labels, values = _labels_of(cases, known or _label_names(file.parent), notes)
         channels = _channels_of(cases, notes, data.get("modality") or data.get("channel_names"))
         return CaseSet(tuple(cases), labels, channels, "", values, tuple(notes))
@@ -862,7 +888,7 @@ def _labels_of(cases: Sequence[Case], names: dict[int, str], notes: list[str]) -
 
 def _channels_of(cases: Sequence[Case], notes: list[str], named: Any = None) -> tuple[str, ...]:
     if isinstance(named, dict) and named:
-        return tuple(str(v) for _, v in sorted(named.items()))
+        return tuple(str(v) for _, v in sorted(named.items(), key=lambda item: (len(item[0]), item[0])))  # 10 after 9
     if len(cases[0].images) > 1:
         return tuple(f"channel {i}" for i in range(len(cases[0].images)))
     return _picture_channels(cases, notes)
@@ -872,8 +898,7 @@ def _find_luna16(path: Path) -> CaseSet | None:
     table = path if path.name == "annotations.csv" else path / "annotations.csv"
     if not table.is_file():
         return None
-    with open(table, newline="", encoding="utf-8-sig") as f:
-        rows = list(csv.DictReader(f))
+    rows = _rows(table)
     columns = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
     if not rows or any(c not in rows[0] for c in columns):
         return None
@@ -886,7 +911,7 @@ def _find_luna16(path: Path) -> CaseSet | None:
     cases = [
         Case(uid, uid, (file,), None, "spheres", extra=tuple(balls[uid]))
         for file in sorted(table.parent.rglob("*.mhd"))
-        if (uid := stem(file)) in balls
+        if (uid := stem(file)) in balls and "seg-lungs-LUNA16" not in file.parts  # masks of lungs, with the scans' names
     ]
     if not cases:
         raise UserError(f"{table} names no .mhd file that lies in {table.parent}; put the scans (subset0, ...) beside it.")
@@ -904,7 +929,7 @@ def _find_bids(path: Path) -> CaseSet | None:
     """sub-*/[ses-*/]*/sub-*_<contrast>.nii.gz with sub-*_..._dseg (or label-..._mask) there or under derivatives/."""
     if path.is_file() or not any(p.is_dir() for p in path.glob("sub-*")):
         return None
-    images: dict[tuple[str, str], dict[str, Path]] = defaultdict(dict)
+    images: dict[tuple[str, str], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     masks: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for file in sorted(path.rglob("sub-*")):
         found = BIDS.fullmatch(stem(file)) if file.is_file() and file.name.lower().endswith(SUFFIXES) else None
@@ -914,7 +939,7 @@ def _find_bids(path: Path) -> CaseSet | None:
         if found[4] in ("dseg", "mask", "roi"):
             masks[key].append(file)
         elif "derivatives" not in file.relative_to(path).parts and found[4] != "probseg":
-            images[key].setdefault(found[4], file)
+            images[key][found[4]].append(file)
     usable = [key for key in images if masks[key]]
     if not usable:
         return None
@@ -927,13 +952,17 @@ def _find_bids(path: Path) -> CaseSet | None:
         several = sorted(masks[key], key=lambda p: ("_dseg" not in p.name, "desc-" in p.name, str(p)))
         if len(several) > 1:
             notes.append(f"{'_'.join(filter(None, key))} has {len(several)} masks; {several[0].name} is used.")
-        cases.append(Case("_".join(filter(None, key)), key[0], tuple(images[key][c] for c in contrasts), several[0]))
+        chosen = []
+        for contrast in contrasts:
+            runs = images[key][contrast]
+            # The run, space or acquisition that the mask names too.
+            chosen.append(max(runs, key=lambda p: len(set(stem(p).split("_")) & set(stem(several[0]).split("_")))))
+            if len(runs) > 1:
+                notes.append(f"{'_'.join(filter(None, key))} has {len(runs)} images {contrast}; {chosen[-1].name} is used.")
+        cases.append(Case("_".join(filter(None, key)), key[0], tuple(chosen), several[0]))
     names: dict[int, str] = {}
     for table in sorted(path.rglob("*dseg.tsv")):
-        with open(table, newline="", encoding="utf-8-sig") as f:
-            names |= {
-                int(r["index"]): r["name"] for r in csv.DictReader(f, delimiter="\t") if r.get("index", "").isdigit() and int(r["index"])
-            }
+        names |= {int(r["index"]): r["name"] for r in _rows(table) if r.get("index", "").isdigit() and int(r["index"]) and r.get("name")}
     labels, values = _named_values([c.label for c in cases if c.label], names, notes)
     return CaseSet(tuple(cases), labels, tuple(contrasts), "", values, tuple(notes))
 
@@ -947,19 +976,17 @@ def _find_pairs(path: Path) -> CaseSet | None:
     label_folder = next((folders[n.lower()] for n in LABEL_FOLDERS if n.lower() in folders), None)
     cases: list[Case] = []
     if image_folder and label_folder:
-        images = _by_channel(_scans(image_folder))
-        for mask in _files(label_folder):
+        masks = _files(label_folder)
+        images = _by_channel(_scans(image_folder), masks)
+        for mask in masks:
             name = next((n for n in _stripped(stem(mask), MASK_WORDS) if n in images), None)
             if name is None:
                 raise UserError(f"{mask} has no image of its name in {image_folder}; give both the same name.")
             cases.append(_pair(name, images[name], mask))
-        bare = sorted(set(images) - {c.name for c in cases})
-        if bare:
-            notes.append(f"{len(bare)} images have no mask ({', '.join(bare[:3])}{', ...' if len(bare) > 3 else ''}) and are left out.")
     else:
         files = _files(path)
         masks = [f for f in files if f.name.lower().endswith(".seg.nrrd") or MASK_WORDS_PATTERN.match(stem(f))]
-        images = _by_channel([f for f in files if f not in masks])
+        images = _by_channel([f for f in files if f not in masks], masks)
         for mask in masks:
             for name in _stripped(stem(mask), MASK_WORDS):
                 found = next((name + w for w in IMAGE_WORDS if name + w in images), None)
@@ -968,6 +995,11 @@ def _find_pairs(path: Path) -> CaseSet | None:
                     break
     if not cases:
         return None
+    used = {f for c in cases for f in (*c.images, c.label)}
+    bare = sorted(name for name, group in images.items() if used.isdisjoint(group))
+    for without, lonely in (("images have no mask", bare), ("masks have no image of their own", [m.name for m in masks if m not in used])):
+        if lonely:
+            notes.append(f"{len(lonely)} {without} ({', '.join(lonely[:3])}{', ...' if len(lonely) > 3 else ''}) and are left out.")
     cases = _table_of_patients(path, cases) or _patients(cases, notes)
     labels, values = _labels_of(cases, _label_names(path), notes)
     return CaseSet(tuple(cases), labels, _channels_of(cases, notes), "", values, tuple(notes))
@@ -982,9 +1014,10 @@ def _stripped(name: str, words: Sequence[str]) -> list[str]:
     return [name, *(name[: -len(w)] for w in sorted(words, key=len, reverse=True) if name.lower().endswith(w.lower()))]
 
 
-def _by_channel(files: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
-    """Files by their name; name_0000, name_0001, ... are the channels of one image, if all are so named."""
-    if files and all(re.search(r"_\d{4}$", stem(f)) for f in files) and any(stem(f).endswith("_0000") for f in files):
+def _by_channel(files: Sequence[Path], masks: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
+    """Files by their name; name_0000, name_0001, ... are the channels of one image, if all are so named and no mask is."""
+    numbered = {stem(f) for f in files}.intersection(n for m in masks for n in _stripped(stem(m), MASK_WORDS))
+    if files and not numbered and all(re.search(r"_\d{4}$", stem(f)) for f in files) and any(stem(f).endswith("_0000") for f in files):
         grouped: dict[str, list[Path]] = defaultdict(list)
         for f in files:
             grouped[stem(f)[:-5]].append(f)
@@ -1077,7 +1110,9 @@ def _find_dicom(path: Path) -> CaseSet | None:
         raise UserError(f"{path} holds scans of several modalities ({', '.join(sorted(set(modalities)))}); give them apart.")
     if not names:
         raise UserError(f"The RTSTRUCT or SEG in {path} name no structure; export them again.")
-    return CaseSet(tuple(cases), _labels(names.values()), (modalities[0],), "", {})
+    bare = len(series) - len({c.series for c in cases})
+    notes = (f"{bare} image series have no RTSTRUCT or SEG and are left out.",) if bare else ()
+    return CaseSet(tuple(cases), _labels(names.values()), (modalities[0],), "", {}, notes)
 
 
 def _referenced(dataset: Any, series: dict[str, tuple[Path, Any]]) -> str | None:

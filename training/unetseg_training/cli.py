@@ -16,6 +16,9 @@ from UNetSegmentationLib.files import UserError
 
 def main() -> None:
     """The entry point of `unetseg-train`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a label's name that a Windows console cannot show must not end a training
     names = ("torch", "lightning", "monai", "pydantic", "rich", "safetensors", "typer", "yaml")
     if missing := [name for name in names if find_spec(name) is None]:
         sys.exit(f'unetseg-train: {", ".join(missing)} not installed; run: pip install "unet-segmentation[cli,train]"')
@@ -328,7 +331,7 @@ def _app() -> Any:
 
         from . import finetune as tuning
         from . import metrics
-        from .cases import find_cases
+        from .cases import evenly, find_cases
         from .report import write as write_report
         from .train import LiveEngine, live_package
 
@@ -366,7 +369,7 @@ def _app() -> Any:
         )
         facts = None
         if old:
-            items = list(metrics.case_items(old, old.annotated[:: max(1, len(old.annotated) // 20)]))
+            items = metrics.case_items(old, evenly(old.annotated, 20))
             facts = tuning.forgetting(package, live_package(config.card()), items, labels=old.labels, engine=LiveEngine(result.network))
             print(facts["verdict"])
         tuning.write(result.folder, start, package, frozen, facts)
@@ -464,11 +467,10 @@ def _scored(folder: Path, config: Any, data: str | None) -> tuple[Any, Sequence[
     """The dataset and the cases of it to score: the run's held-out ones, or all of another dataset."""
     import json
 
-    from .cases import find_cases
     from .train import RUN, find
 
     if data:
-        case_set = find_cases(Path(data))
+        case_set = find(config.model_copy(update={"data": config.data.model_copy(update={"path": data, "layout": None})}))
         return case_set, case_set.annotated
     case_set = find(config)
     names = set(json.loads((folder / RUN).read_text("utf-8")).get("validation_cases", ()))

@@ -10,14 +10,14 @@ forgetting(base, tuned, base_cases)        Dice on the base model's own cases be
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from UNetSegmentationLib.engines import Engine
+from UNetSegmentationLib.engines import Engine, choose_engine
 from UNetSegmentationLib.engines.torch import load_network
 from UNetSegmentationLib.files import UserError, atomic_path
 from UNetSegmentationLib.model import Card, Label, ModelPackage
@@ -293,27 +293,27 @@ def forgetting(
     cases: Iterable[metrics.Item],
     labels: Sequence[Label] | None = None,
     engine: Engine | None = None,
-    progress: Callable[[int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Dice on the base model's own cases, of the base model and of the one made from it, over the labels that both give.
 
     {"before", "after", "change" (each {"mean", "low", "high", "cases"}), "cases", "labels", "forgotten", "verdict"}.
     labels: what the truth's values mean (default: as the base's card). engine: runs `after`, where it is not exported yet.
     """
-    items = list(cases)
     cards = [before.card, after.card]
     shared = {label.name for label in cards[0].labels} & {label.name for label in cards[1].labels}
     if not shared:
         text = "The two models share no label, so there is nothing to compare on the base's cases."
-        return {"cases": len(items), "labels": [], "verdict": text, "forgotten": None}
+        return {"cases": 0, "labels": [], "verdict": text, "forgotten": None}
     own = list(labels or cards[0].labels)
-    scores = []
-    for model, runs in ((before, None), (after, engine)):
-        # A label that only the new model gives is in no truth of the base's: it gets a value that is not there, and is left out.
-        names, last = {label.name for label in own}, max(label.value for label in own)
-        more = [replace(label, value=last + label.value) for label in model.card.labels if label.name not in names]
-        rows = metrics.evaluate(model, items, labels=[*own, *more], surfaces=False, auc=False, engine=runs, progress=progress)
-        scores.append([r for r in rows if r["label"] in shared])
+    names, last = {label.name for label in own}, max(label.value for label in own)
+    engines = choose_engine(before), engine or choose_engine(after)
+    scores: list[list[metrics.Row]] = [[], []]
+    for item in cases:  # each by both models at once: twenty whole CTs would not fit the memory
+        for model, runs, rows in zip((before, after), engines, scores):
+            # A label that only the new model gives is in no truth of the base's: it gets a value that is not there, and is left out.
+            more = [replace(label, value=last + label.value) for label in model.card.labels if label.name not in names]
+            found = metrics.evaluate(model, [item], labels=[*own, *more], surfaces=False, auc=False, engine=runs)
+            rows += [r for r in found if r["label"] in shared]
     facts = [metrics.summary(rows)["dice"] for rows in scores]
     change = metrics.difference(scores[0], scores[1])
     forgotten = change["mean"] < -FORGOTTEN and (change["high"] is None or change["high"] < 0)
@@ -322,7 +322,7 @@ def forgetting(
         if forgotten
         else "It still knows what it knew."
     )
-    out = {"before": facts[0], "after": facts[1], "change": change, "cases": len(items), "labels": sorted(shared)}
+    out = {"before": facts[0], "after": facts[1], "change": change, "cases": len({r["case"] for r in scores[1]}), "labels": sorted(shared)}
     return out | {"forgotten": forgotten, "verdict": verdict}
 
 
@@ -330,4 +330,6 @@ def write(folder: str | Path, start: Start, package: ModelPackage, frozen: Seque
     """finetune.json in a run's folder, for the report and the card: where it started, what is frozen, and forgetting()."""
     facts = {"parent": f"{package.card.name}-{package.card.version}", **start.to_json(), "frozen": list(frozen)}
     with atomic_path(Path(folder) / "finetune.json") as path:
-        path.write_text(json.dumps(facts | ({"base": base} if base else {}), indent=1, ensure_ascii=False) + "\n", "utf-8")
+        path.write_text(
+            json.dumps(facts | ({"base": base} if base and base["labels"] else {}), indent=1, ensure_ascii=False) + "\n", "utf-8"
+        )

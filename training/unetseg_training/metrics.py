@@ -158,8 +158,8 @@ def _roc(probability: np.ndarray, true: np.ndarray) -> tuple[float | None, list[
 
 
 def case_items(case_set: Any, cases: Iterable[Any] | None = None) -> Iterator[Item]:
-    """The cases of a cases.CaseSet, read one after the other; by default all that have a label."""
-    for case in cases if cases is not None else [c for c in case_set.cases if c.label is not None]:
+    """The cases of a cases.CaseSet, read one after the other; by default all that are annotated."""
+    for case in cases if cases is not None else case_set.annotated:
         image, truth = case_set.load(case)
         yield Item(case.name, image, truth, case.patient)
 

@@ -475,7 +475,7 @@ def plan(
             "title": name.replace("-", " "),
             "training_data": [f"{Path(path).name}: {f.cases} cases of {f.patients} patients"],
         },
-        "data": {"path": str(Path(path).absolute()), "layout": case_set.layout, **(data or {})},
+        "data": {"path": str(Path(path).expanduser().absolute()), "layout": case_set.layout, **(data or {})},
         "labels": [_label(label) for label in case_set.labels],
         "channels": names,
         "input": {

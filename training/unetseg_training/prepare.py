@@ -180,10 +180,10 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
         out["shares"] = np.rint(255 * np.clip(sample((truth > 0)[None].astype(np.float32), grid, whole)[0], 0, 1)).astype(np.uint8)
     rng = np.random.default_rng(0)
     for k in range(1, n + 1):
-        spots = np.argwhere(labels == k).astype(np.int32)
+        spots = np.flatnonzero(labels == k)
         if len(spots) > PLACES:
             spots = spots[np.sort(rng.choice(len(spots), PLACES, replace=False))]
-        out[f"places_{k}"] = spots.reshape(-1, 3)
+        out[f"places_{k}"] = np.stack(np.unravel_index(spots, labels.shape), 1).astype(np.int32)
     return {name: np.ascontiguousarray(array) for name, array in out.items()}  # safetensors writes other orders wrongly
 
 

@@ -124,9 +124,18 @@ def _target(maps: Sequence[np.ndarray], spacing: Sequence[float]) -> tuple[int, 
     """The voxel of the truth, or else of the prediction, that lies nearest to its middle; without either, the image's middle."""
     for mask in maps:
         if mask.any():
-            index = np.argwhere(mask)
-            z, y, x = index[(((index - index.mean(0)) * spacing) ** 2).sum(1).argmin()]
-            return int(z), int(y), int(x)
+            box = Box.around(mask)
+            assert box is not None
+            part = mask[box.slices] > 0  # the indices of an organ's voxels would take gigabytes
+            far = np.zeros((1, 1, 1), np.float32)
+            for axis, mm in enumerate(spacing):
+                others = tuple(a for a in range(3) if a != axis)
+                at = np.arange(part.shape[axis])
+                away = ((at - np.average(at, weights=part.sum(others))) * mm) ** 2
+                far = far + np.expand_dims(away.astype(np.float32), others)
+            far[~part] = np.inf
+            z, y, x = (int(i) + a for i, a in zip(np.unravel_index(far.argmin(), far.shape), box.start))
+            return z, y, x
     z, y, x = (n // 2 for n in maps[0].shape)
     return z, y, x
 

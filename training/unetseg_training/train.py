@@ -280,7 +280,7 @@ def find(config: Config) -> CaseSet:
 
     data = config.data
     path = os.path.expandvars(data.path)
-    if "$" in path:
+    if "$" in path and not Path(path).expanduser().exists():  # Windows' hidden shares end in one
         raise UserError(f"data.path is {data.path}, and that variable is not set; set it to the folder, or write the folder's name.")
     found = find_cases(Path(path), data.layout, patient=data.patient, only=data.only, foreground=data.foreground)
     if len(found.labels) == len(config.labels) and all(UNNAMED.fullmatch(label.name) for label in found.labels):
@@ -547,7 +547,19 @@ class Keeper(Checkpoint):
     def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
         self._since = self._since or time.monotonic()
 
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        # A run that was killed between its last checkpoint and its end would train an epoch more than one that was not.
+        trainer.should_stop = self._late() or any(s.wait_count >= s.patience for s in trainer.early_stopping_callbacks)
+
+    def _late(self) -> bool:
+        return bool(self.fit.minutes) and self.seconds > 60 * (self.fit.minutes or 0)
+
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        if not all(p.isfinite().all() for p in module.model.parameters()):  # a checkpoint of them could never be gone on from
+            raise UserError(
+                f"The weights are no numbers after epoch {trainer.current_epoch + 1}; lower fit.learning_rate or set fit.precision to 32, "
+                "and train again: the last good epoch is kept."
+            )
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
         dice = trainer.callback_metrics.get("dice")
@@ -560,7 +572,7 @@ class Keeper(Checkpoint):
                 weights = {k: v.detach().cpu().contiguous() for k, v in module.average.state_dict().items()}
                 _write(self.folder / WEIGHTS, save_tensors(weights, {"network": json.dumps(module.job.network.to_json())}))
         trainer.save_checkpoint(self.folder / CHECKPOINT)
-        if self.fit.minutes and self.seconds > 60 * self.fit.minutes:
+        if self._late():
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
