@@ -113,6 +113,12 @@ def test_a_job_runs_is_stopped_and_goes_on(dataset):
     assert again.state == "finished" and again.fraction == 1 and not again.resumable
     with pytest.raises(UserError, match="is finished; start a new one"):
         training.resume(again, sys.executable)
+    good = json.loads((job.folder / training.JOB).read_text("utf-8"))
+    for damage in ({"dataset": None}, {"options": []}, {"started": "soon"}, {"package": 7}):
+        (job.folder / training.JOB).write_text(json.dumps(good | damage), "utf-8")
+        with pytest.raises(UserError, match="is damaged"):
+            training.read(job.folder)
+        assert training.jobs(dataset) == []
 
 
 def test_it_lives_on_and_is_found_again_after_its_starter_was_killed(dataset, tmp_path):

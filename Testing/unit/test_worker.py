@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from UNetSegmentationLib.dataset import Dataset
-from UNetSegmentationLib.image import Box, Image, UserError, read_image
+from UNetSegmentationLib.image import Box, Image, UserError, read_image, write_image
 from UNetSegmentationLib.inference.click import ClickSession, expects_lung
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
 from UNetSegmentationLib.measure import measure, uncertain_places
@@ -535,6 +535,10 @@ def test_a_case_is_added_and_shown_as_by_the_dataset(client, tmp_path, image, ma
     assert (e.value.kind, e.value.objection) == ("user", "empty") and len(dataset.refresh().versions(entry.name)) == 1
     again = client.add_case(volume, empty, replace(case, allow=("empty",), own=(("0" * 32, ((1, 3),)),)))
     assert again["version"] == 2 and not again["own"]
+    elsewhere = tmp_path / "model.nrrd"  # of the scan before it was moved
+    write_image(replace(kept_labels.labels, origin=(500.0, 0.0, 0.0)), elsewhere)
+    again = client.add_case(volume, empty, replace(case, allow=("empty",), own=(), own_file=str(elsewhere)))
+    assert again["version"] == 3 and not again["own"]
     assert client.dataset(folder, "restore", entry.name, 1)["summary"]["cases"][0]["versions"][-1]["restored"] == 1
     assert client.dataset(folder, "remove", entry.name)["summary"]["count"] == 0
     with pytest.raises(WorkerError, match="has no case"):

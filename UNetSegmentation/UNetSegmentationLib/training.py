@@ -197,11 +197,15 @@ def _load(folder: Path) -> dict[str, Any]:
 
 def _job(folder: Path, data: Mapping[str, Any]) -> Job:
     known = {f.name for f in fields(Job)} - {"folder", "dataset", "options", "package"}
-    job = Job(folder, **{k: v for k, v in data.items() if k in known})
-    job.dataset = folder.parents[1] if data["dataset"] == "" else Path(data["dataset"])
-    job.options = Options(**{k: v for k, v in data.get("options", {}).items() if k in {f.name for f in fields(Options)}})
-    package = data.get("package")
-    job.package = folder / package if package and (folder / package).is_file() else None
+    try:
+        job = Job(folder, **{k: v for k, v in data.items() if k in known})
+        job.dataset = folder.parents[1] if data["dataset"] == "" else Path(data["dataset"])
+        job.options = Options(**{k: v for k, v in data.get("options", {}).items() if k in {f.name for f in fields(Options)}})
+        package = data.get("package")
+        job.package = folder / package if package and (folder / package).is_file() else None
+        job.started = float(job.started)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{folder / JOB} is damaged ({type(e).__name__}: {e}); remove its folder, or put the file back.") from e
     return job
 
 

@@ -458,7 +458,10 @@ def _own_mask(case: Case, image: Image, dataset: Dataset) -> np.ndarray | None:
     if case.own_file and not Path(case.own_file).exists():
         return None  # segmented again meanwhile
     if case.own_file:
-        array, labels = read_mask(case.own_file, image)
+        try:
+            array, labels = read_mask(case.own_file, image)
+        except UserError:  # the scan was moved since, or the file is damaged: that is no reason to lose the correction
+            return None
         table = {d.value: wanted[d.name.strip().lower()] for d in labels if d.name.strip().lower() in wanted}
         return _translated(array, table)
     out, known = np.zeros(image.shape, np.uint8), False
