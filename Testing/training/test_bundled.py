@@ -54,6 +54,29 @@ def test_the_2d_sampler_shows_the_network_what_its_card_says(data, tmp_path):
     assert torch.equal(x[0::2], halves[0]) and torch.equal(x[1::2], halves[1])
 
 
+def test_thick_slices_in_real_lung_are_the_lesions_where_half_of_them_is(monkeypatch):
+    sampler = lung_nodule_click.Sampler([], [], [], late=0)
+    monkeypatch.setattr(sampler, "mix", lung_nodule_click.replace(sampler.mix, slabs=1.0))
+    values, label = (np.zeros(lung_nodule_click.PATCH, np.float32) for _ in range(2))
+    label[5:17] = 1  # 15 mm of 1.25 mm
+    values += 800 * label - 800
+    known = np.ones(values.shape, bool)
+    known[20:] = False
+    lengths = set()
+    for seed in range(30):
+        seen, found, sure = sampler._slabs(values, label, known, 1.0, np.random.default_rng(seed))
+        assert seen.shape == found.shape == values.shape and seen.dtype == np.float32 and sure.dtype == bool
+        assert np.allclose(seen, seen[:, :1, :1]) and -800.001 <= seen.min() and seen.max() <= 0.001
+        # A line between slices: where both are the lesion's, or neither, nothing is left or added.
+        inside = found[:, 0, 0] >= 0.5
+        assert inside[7:15].all() and not inside[:3].any() and not inside[19:].any()
+        assert not sure[20:].any() and sure[:15].all()
+        lengths.add(int(inside.sum()))
+    assert len(lengths) > 1 and abs(np.mean(list(lengths)) - 12) <= 2 and max(lengths) <= 16
+    untouched = sampler._slabs(values, label, known, 3.4, np.random.default_rng(1))
+    assert all(a is b for a, b in zip(untouched, (values, label, known)))  # of voxels of 4.25 mm one is a slice
+
+
 def test_the_clicks_rounds_go_on_after_a_kill_as_if_nothing_had_been(data, tmp_path, monkeypatch):
     """Rounds depend on the network's answers: their samples are part of the checkpoint."""
     small = UNetConfig(dimensions=3, in_channels=5, out_channels=2, channels=(4, 8), strides=((2, 2, 2),), norm="instance")

@@ -164,6 +164,15 @@ def test_what_does_not_end_is_nothing_until_a_second_click_says_otherwise(sessio
     assert s.add_point(at(s, 60, 100, 110)).found
 
 
+def test_a_mass_of_which_the_largest_patch_cuts_a_tip_ends_well_enough(session):
+    array = ball((56, 100, 240), (28, 50, 60), 20, (1, 1, 1))
+    array[24:33, 46:55, 60:200] = 1  # a vessel, nine voxels wide
+    s = session(array)
+    answer = s.add_point(at(s, 28, 50, 60))
+    assert answer.found and answer.text == "" and answer.zoom == ZOOMS[-1]
+    assert 0.9 < dice(s.mask[..., :100], array[..., :100]) and not s.mask[..., 120:].any()
+
+
 def test_deep_in_soft_tissue_a_ct_model_looks_from_further_away_first(click_package):
     lung = np.full((120, 160, 160), -900, np.float32)
     lung[ball(lung.shape, (60, 80, 80), 20, (1, 1, 1)) > 0] = 40

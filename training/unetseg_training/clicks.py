@@ -320,10 +320,10 @@ class Sampler:
         rng: np.random.Generator,
         native: bool = False,
         beyond: bool = False,
-        implant: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
+        implant: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None,
     ) -> Sample | None:
         """The scan's lesion with its first prompt; None where nothing of it is left. native: see Mix. beyond: it may go on where
-        the scan has ended. implant(values, inside, known) may put it elsewhere: the values and what is known there."""
+        the scan has ended. implant(values, label, known) may put it elsewhere, and gives what these are there."""
         voxel, patch = self.look.voxel, np.array(self.look.patch)
         anchor = _anchor(scan, rng)
         jitter = rng.uniform(-5, 5, 3) * (0.6, 1, 1) * (rng.random() < 0.5)
@@ -343,11 +343,11 @@ class Sampler:
         values, label, known = cutter(scan)
         if not beyond:
             label = label * known
+        if implant is not None and (label >= 0.5).any():
+            values, label, known = implant(values, label, known)
         inside = label >= 0.5
         if not inside.any():
             return None
-        if implant is not None:
-            values, known = implant(values, inside, known)
         click = np.clip(np.rint(self.look.middle - jitter), 0, patch - 1).astype(int)
         # Thick slices and the bend can carry the anchor out of the label by more than a person would miss it.
         spots = np.argwhere(inside)

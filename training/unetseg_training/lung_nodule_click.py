@@ -108,13 +108,16 @@ def _halved(scan: Scan) -> Scan:
 @dataclass(frozen=True)
 class Mix(clicks.Mix):
     """What a phase's samples are. crops, cubes, masses: their parts, the rest are clicks on nothing; implants: of the free-lying
-    crops; thick: of the crops, thick_cubes: of the cubes."""
+    crops, native_implants: of those that are seen as a session sees them; thick: of the crops, thick_cubes: of the cubes, slabs: of
+    what lies in real lung."""
 
     crops: float = 0.6
     cubes: float = 0.24
     masses: float = 0.0
     implants: float = 0.5
     thick_cubes: float = 0.3
+    native_implants: float = 0.0
+    slabs: float = 0.0
 
 
 EARLY = Mix(thick=0.15, zoom=1.25, tilt=12, bend=1.0, calibration=30, noise=0.5, native=0.0)
@@ -124,7 +127,9 @@ LATE = Mix(
     masses=0.15,
     implants=0.4,
     thick=0.1,
-    thick_cubes=0.2,
+    thick_cubes=0.4,
+    native_implants=0.4,
+    slabs=0.4,
     zoom=1.1,
     tilt=5,
     bend=0.3,
@@ -159,21 +164,25 @@ class Sampler(clicks.Sampler):
         group = self.crops if crop else self.cubes
         scan = group[rng.integers(len(group))]
         scan = thick(scan, rng, mix.thick if crop else mix.thick_cubes)
-        if rng.random() < mix.native:  # a session's first look, or its closest
-            zoom = session_zoom(scan, closest=rng.random() < 0.65) * math.exp(rng.uniform(-0.18, 0.18) * (rng.random() < 0.3))
-            return self.clicked(scan, zoom, rng, native=True) or self.fresh(rng)
-        implant = crop and scan.isolated and rng.random() < mix.implants
-        zoom = lung_zoom = math.exp(rng.uniform(-1, 1) * math.log(mix.zoom))
+        native = rng.random() < mix.native  # a session's first look, or its closest
+        implant = crop and scan.isolated and rng.random() < (mix.native_implants if native else mix.implants)
         size = rng.random()
-        if size < 0.15 and not implant:  # up to a mass that fills the patch
+        if native:
+            zoom = session_zoom(scan, closest=rng.random() < 0.65) * math.exp(rng.uniform(-0.18, 0.18) * (rng.random() < 0.3))
+        else:
+            zoom = math.exp(rng.uniform(-1, 1) * math.log(mix.zoom))
+        lung_zoom = zoom
+        if native:
+            pass
+        elif size < 0.15 and not implant:  # up to a mass that fills the patch
             zoom = float(np.clip(scan.diameter / rng.uniform(10, 70), 0.2, 1.3))
         elif size < 0.35 and implant:  # a mass in a patch that is zoomed out
             zoom, lung_zoom = float(np.clip(scan.diameter / rng.uniform(6, 24), 0.2, 1.3)), rng.uniform(1.3, 3.4)
 
-        def implanted(values: np.ndarray, label: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def implanted(values: np.ndarray, label: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             return self._implanted(values, label, known, lung_zoom, rng)
 
-        sample = self.clicked(scan, zoom, rng, beyond=crop and not implant, implant=implanted if implant else None)
+        sample = self.clicked(scan, zoom, rng, native, beyond=crop and not (native or implant), implant=implanted if implant else None)
         return sample or self.fresh(rng)
 
     def _place(self, rng: np.random.Generator, zoom: float, tissue: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -187,12 +196,32 @@ class Sampler(clicks.Sampler):
 
     def _implanted(
         self, values: np.ndarray, label: np.ndarray, known: np.ndarray, zoom: float, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """In real lung; a nodule keeps 1 mm of what surrounded it, and fades out over 3 more (more where zoomed out)."""
         lung, there = self._place(rng, zoom)
-        away = distance(label, LOOK.voxel * max(1.0, zoom / 2))
+        away = distance(label >= 0.5, LOOK.voxel * max(1.0, zoom / 2))
         weight = np.clip(1 - (away - 1.0) / 3.0, 0, 1) * known
-        return values * weight + lung * (1 - weight), there | (weight == 1)
+        return self._slabs(values * weight + lung * (1 - weight), label * known, there | (weight == 1), zoom, rng)
+
+    def _slabs(
+        self, values: np.ndarray, label: np.ndarray, known: np.ndarray, zoom: float, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sometimes as a scan of slices of 2 to 5.5 mm shows it, which a session interpolates. A slice is the lesion's where half of
+        it is: crops, tight in z, never show one that is less than whole, and version 0.4.0 took it for the lesion."""
+        k = round(rng.uniform(2, 5.5) / (LOOK.voxel[0] * zoom))
+        if k < 2 or rng.random() >= self.mix.slabs:
+            return values, label, known
+        phase = int(rng.integers(k))
+        block = (np.arange(len(values)) + phase) // k
+        starts = np.flatnonzero(np.diff(block, prepend=-1))
+        per = np.diff(starts, append=len(values))[:, None, None]
+        means = [(np.add.reduceat(a, starts, 0, dtype=np.float32) / per).astype(np.float32) for a in (values, label, known)]
+        means[1:] = [(means[1] >= 0.5).astype(np.float32), (means[2] == 1).astype(np.float32)]
+        at = np.clip((np.arange(len(values)) + phase - (k - 1) / 2) / k, 0, block[-1])
+        low = np.minimum(at.astype(int), block[-1] - 1)
+        share = (at - low).astype(np.float32)[:, None, None]
+        values, label, sure = (m[low] * (1 - share) + m[low + 1] * share for m in means)
+        return values, label, sure == 1
 
     def _mass(self, rng: np.random.Generator) -> Sample:
         """A made mass of 25 to 90 mm in real lung, looked at as on the way to all of it: LIDC has none above 35 mm, and what was
@@ -213,24 +242,26 @@ class Sampler(clicks.Sampler):
         radius = [max(1, round(rng.uniform(4, 7) / (v * zoom))) for v in LOOK.spacing]
         wall = sitk.GetArrayFromImage(sitk.BinaryMorphologicalOpening(tissue, radius, sitk.sitkBall)) > 0
         label = np.where(wall, 0, np.clip(depth / (LOOK.voxel.mean() * zoom) + 0.5, 0, 1)).astype(np.float32)
-        inside = label >= 0.5
-        middle = tuple(n // 2 for n in LOOK.patch)
-        if np.count_nonzero(inside) < 200 or (first and not inside[middle]):
-            return self._mass(rng)
         share = np.where(wall, 0, 1 / (1 + np.exp(-np.clip(depth / rng.uniform(0.4, 1.5), -30, 30))))
         grain = blurred(rng.normal(0, rng.uniform(5, 60), LOOK.patch).astype(np.float32), [0.0, 0.8, 0.8])
         inner = rng.uniform(5, 80) + 60 * lobes + grain
         if rng.random() < 0.15:  # a cavity, or what has died in the middle
             inner = np.where(depth > rng.uniform(0.2, 0.4) * size, rng.choice([-900.0, -20.0, 10.0]), inner)
+        made = (values * (1 - share) + inner * share).astype(np.float32)
+        made, label, known = self._slabs(made, label, known, zoom, rng)
+        inside, middle = label >= 0.5, tuple(n // 2 for n in LOOK.patch)
+        if np.count_nonzero(inside) < 200 or (first and not inside[middle]):
+            return self._mass(rng)
         spots = np.argwhere(inside)
         click = np.array(middle) if first else spots[rng.integers(len(spots))]
-        return self.prompted((values * (1 - share) + inner * share).astype(np.float32), label, known, click, rng)
+        return self.prompted(made, label, known, click, rng)
 
     def _nothing(self, rng: np.random.Generator) -> Sample:
         """A click on a vessel, the wall, bone, airway or plain lung: nothing is to be marked."""
         zoom = math.exp(rng.uniform(math.log(ZOOMS[0]), math.log(ZOOMS[-1])))
         if rng.random() < 0.75:
             values, known = self._place(rng, zoom, tissue=rng.random() < 0.8)
+            values, _, known = self._slabs(values, np.zeros_like(values), known, zoom, rng)
         else:
             scan = self.cubes[rng.integers(len(self.cubes))]
             assert scan.depth is not None

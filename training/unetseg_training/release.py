@@ -45,7 +45,7 @@ CLICK_CARD: dict[str, Any] = {
     "display": "lung",
     "surroundings": "lung",
     "name": "lung-nodule-click",
-    "version": "0.4.0",
+    "version": "0.5.0",
     "title": "Lung nodule or mass, by clicks",
     "description": "3D U-Net that outlines the one lung nodule or mass that is clicked on (3 to 80 mm, slices to 5 mm) in chest CT. "
     "More clicks correct it. Not a diagnosis.",
