@@ -168,16 +168,13 @@ class Sampler(clicks.Sampler):
         implant = crop and scan.isolated and rng.random() < (mix.native_implants if native else mix.implants)
         size = rng.random()
         if native:
-            zoom = session_zoom(scan, closest=rng.random() < 0.65) * math.exp(rng.uniform(-0.18, 0.18) * (rng.random() < 0.3))
+            zoom = lung_zoom = session_zoom(scan, closest=rng.random() < 0.65) * math.exp(rng.uniform(-0.18, 0.18) * (rng.random() < 0.3))
         else:
-            zoom = math.exp(rng.uniform(-1, 1) * math.log(mix.zoom))
-        lung_zoom = zoom
-        if native:
-            pass
-        elif size < 0.15 and not implant:  # up to a mass that fills the patch
-            zoom = float(np.clip(scan.diameter / rng.uniform(10, 70), 0.2, 1.3))
-        elif size < 0.35 and implant:  # a mass in a patch that is zoomed out
-            zoom, lung_zoom = float(np.clip(scan.diameter / rng.uniform(6, 24), 0.2, 1.3)), rng.uniform(1.3, 3.4)
+            zoom = lung_zoom = math.exp(rng.uniform(-1, 1) * math.log(mix.zoom))
+            if size < 0.15 and not implant:  # up to a mass that fills the patch
+                zoom = float(np.clip(scan.diameter / rng.uniform(10, 70), 0.2, 1.3))
+            elif size < 0.35 and implant:  # a mass in a patch that is zoomed out
+                zoom, lung_zoom = float(np.clip(scan.diameter / rng.uniform(6, 24), 0.2, 1.3)), rng.uniform(1.3, 3.4)
 
         def implanted(values: np.ndarray, label: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             return self._implanted(values, label, known, lung_zoom, rng)
@@ -215,12 +212,11 @@ class Sampler(clicks.Sampler):
         block = (np.arange(len(values)) + phase) // k
         starts = np.flatnonzero(np.diff(block, prepend=-1))
         per = np.diff(starts, append=len(values))[:, None, None]
-        means = [(np.add.reduceat(a, starts, 0, dtype=np.float32) / per).astype(np.float32) for a in (values, label, known)]
-        means[1:] = [(means[1] >= 0.5).astype(np.float32), (means[2] == 1).astype(np.float32)]
+        mean, inside, sure = ((np.add.reduceat(a, starts, 0, dtype=np.float32) / per).astype(np.float32) for a in (values, label, known))
         at = np.clip((np.arange(len(values)) + phase - (k - 1) / 2) / k, 0, block[-1])
         low = np.minimum(at.astype(int), block[-1] - 1)
         share = (at - low).astype(np.float32)[:, None, None]
-        values, label, sure = (m[low] * (1 - share) + m[low + 1] * share for m in means)
+        values, label, sure = (m[low] * (1 - share) + m[low + 1] * share for m in (mean, inside >= 0.5, sure == 1))
         return values, label, sure == 1
 
     def _mass(self, rng: np.random.Generator) -> Sample:

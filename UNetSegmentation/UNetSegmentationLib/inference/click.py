@@ -368,8 +368,9 @@ class ClickSession:
             answer, border, likely = self._run(frame, prompts, before, in_lung)
         text = "" if answer.found else _NOTHING
         other = self._other_tissue(answer) if in_lung and answer.found else ""
-        if first and answer.found and len(prompts.positive) < 2 and (border > ENDLESS_SHARE or not likely or other):
-            answer, text = replace(_EMPTY), _ENDLESS if border > ENDLESS_SHARE else other or _NO_LUNG
+        endless = border > ENDLESS_SHARE
+        if first and answer.found and len(prompts.positive) < 2 and (endless or not likely or other):
+            answer, text = replace(_EMPTY), _ENDLESS if endless else other or _NO_LUNG
         elif not before.found and answer.found and not border:
             answer = self._closer(frame[1], prompts, answer, in_lung)
         self._history.append((prompts, replace(answer, text=text)))
