@@ -1,5 +1,7 @@
 """The engines agree with one another, and say what really runs."""
 
+import warnings
+
 import numpy as np
 import pytest
 from UNetSegmentationLib.engines import choose_engine, installed, make_engine
@@ -70,3 +72,96 @@ def test_a_network_that_does_not_fit_its_card_is_refused(make_package):
     mixed = type(model)(model.path, other.card, model.onnx, None)
     with pytest.raises(UserError, match="as its card says"):
         make_engine(mixed, "onnx", "cpu", "fp32", 0)
+
+
+def test_a_gpu_that_does_not_work_is_passed_over_and_said(monkeypatch):
+    """ONNX Runtime with its CUDA provider but without CUDA; PyTorch with a device that lacks operators, or computes nonsense."""
+    import onnxruntime
+
+    model = find_model("hippocampus-3d")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of ONNX Runtime, which this build has no such provider for
+        assert "none is usable" in make_engine(model, "onnx", "gpu", "auto", 0).describe()
+        if not installed("torch"):
+            pytest.skip("torch is not installed")
+        from UNetSegmentationLib.engines import torch as engine
+
+        monkeypatch.setattr(engine, "gpu_device", lambda: "meta")  # a device of PyTorch's that has shapes only
+        with pytest.raises(UserError, match="failed while it ran the network on meta"):
+            make_engine(model, "torch", "gpu", "auto", 0)
+        chosen = choose_engine(model)
+    text = chosen.describe()
+    assert "CPU" in text and "GPU provider cannot be used" in text and "on meta" in text
+    assert chosen.run(np.zeros((1, 1, 16, 16, 16), np.float32)).shape == (1, 3, 16, 16, 16)
+
+    monkeypatch.setattr(engine, "gpu_device", lambda: "cpu")
+    assert "PyTorch" in make_engine(model, "torch", "gpu", "bf16", 0).describe()  # half precision is near enough
+    run = engine.TorchEngine.run
+    monkeypatch.setattr(engine.TorchEngine, "run", lambda self, batch: np.roll(run(self, batch), 1, axis=1))
+    with pytest.raises(UserError, match="gives wrong values on this computer's cpu"):
+        make_engine(model, "torch", "gpu", "auto", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might"), "no kernel image"),
+        (
+            NotImplementedError("The operator 'aten::max_pool3d_with_indices' is not currently implemented for the MPS device."),
+            "max_pool3d",
+        ),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)"), "memory is full"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory: you tried"), "memory is full"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "memory is full"),
+    ],
+)
+def test_what_pytorch_raises_is_one_sentence(monkeypatch, error, sentence):
+    if not installed("torch"):
+        pytest.skip("torch is not installed")
+    import torch
+
+    def fail(*_):
+        raise error
+
+    engine = make_engine(find_model("lung-nodule-2d"), "torch", "cpu", "auto", 0)
+    monkeypatch.setattr(torch, "from_numpy", fail)  # where the batch goes to the device
+    with pytest.raises(UserError, match=sentence) as raised:
+        engine.run(np.zeros((1, 3, 32, 32), np.float32))
+    assert str(raised.value).endswith(".") and "\n" not in str(raised.value)
+
+
+def test_coreml_is_for_slices_only(monkeypatch):
+    import onnxruntime
+    from UNetSegmentationLib.engines.onnx import gpu_providers
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CoreMLExecutionProvider", "CPUExecutionProvider"])
+    assert gpu_providers(2) == ["CoreMLExecutionProvider"] and gpu_providers(3) == []
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_a_precision_that_is_not_to_be_had_is_said(engine):
+    if not installed(engine):
+        pytest.skip(f"{engine} is not installed")
+    model = find_model("lung-nodule-2d")
+    assert "asked for" not in make_engine(model, engine, "cpu", "fp32", 0).describe()
+    text = make_engine(model, engine, "cpu", "bf16", 0).describe()
+    assert "bf16 was asked for" in text or ", bf16" in text
+
+
+def test_openvino_finds_one_of_several_gpus(monkeypatch):
+    if not installed("openvino"):
+        pytest.skip("openvino is not installed")
+    import openvino
+
+    class Two(openvino.Core):
+        available_devices = ("CPU", "GPU.0", "GPU.1")
+
+        def compile_model(self, model, device, settings):
+            asked.append(device)
+            return super().compile_model(model, "CPU", settings)
+
+    asked = []
+    monkeypatch.setattr(openvino, "Core", Two)
+    text = make_engine(find_model("lung-nodule-2d"), "openvino", "gpu", "auto", 0).describe()
+    assert asked == ["GPU"] and "none is usable" not in text

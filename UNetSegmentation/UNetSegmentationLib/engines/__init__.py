@@ -44,7 +44,7 @@ def make_engine(package: ModelPackage, engine: str, device: str, precision: str,
     if engine == "onnx":
         from .onnx import OnnxEngine
 
-        return OnnxEngine(package, device, threads)
+        return OnnxEngine(package, device, precision, threads)
     if engine == "openvino":
         from .openvino import OpenVINOEngine
 
@@ -67,7 +67,7 @@ def choose_engine(package: ModelPackage, engine: str = "auto", device: str = "au
         return make_engine(package, engine, device, precision, threads)
     tries: list[tuple[str, str]] = []
     if device != "cpu":
-        tries += [(name, "gpu") for name in ("onnx", "torch") if installed(name) and _has_gpu(name)]
+        tries += [(name, "gpu") for name in ("onnx", "torch") if installed(name) and _has_gpu(name, package)]
     tries += [(name, "cpu") for name in ("openvino", "onnx", "torch") if installed(name)]
     if not tries:
         raise UserError("Nothing here can run a network; install onnxruntime (pip install onnxruntime).")
@@ -76,17 +76,22 @@ def choose_engine(package: ModelPackage, engine: str = "auto", device: str = "au
         notes.append("no usable GPU was found")
     for name, where in tries:
         try:
-            return _noted(make_engine(package, name, where, precision, threads), notes)
+            made = make_engine(package, name, where, precision, threads)
         except UserError as e:
             notes.append(str(e))
+            continue
+        if where == "gpu" and getattr(made, "fell_back", False):  # its libraries (CUDA, cuDNN) are missing, say
+            notes.append("ONNX Runtime's GPU provider cannot be used")
+            continue
+        return _noted(made, notes)
     raise UserError(notes[-1])
 
 
-def _has_gpu(engine: str) -> bool:
+def _has_gpu(engine: str, package: ModelPackage) -> bool:
     if engine == "onnx":
         from .onnx import gpu_providers
 
-        return bool(gpu_providers())
+        return bool(gpu_providers(package.card.dimensions))
     from .torch import gpu_device
 
     return gpu_device() is not None

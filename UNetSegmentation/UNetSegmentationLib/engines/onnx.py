@@ -12,18 +12,23 @@ from ..model import ModelPackage
 _GPU_PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider", "CoreMLExecutionProvider")
 
 
-def gpu_providers() -> list[str]:
-    return [p for p in _GPU_PROVIDERS if p in ort.get_available_providers()]
+def gpu_providers(dimensions: int) -> list[str]:
+    """Those of this build that can run a network of 2 or 3 dimensions. CoreML, which every macOS build has, takes no 3D
+    convolution or pooling (ONNX Runtime's list of its operators): what it takes of such a network are dozens of scraps between
+    what stays on the CPU."""
+    available = ort.get_available_providers()
+    return [p for p in _GPU_PROVIDERS if p in available and (dimensions == 2 or p != "CoreMLExecutionProvider")]
 
 
 class OnnxEngine:
-    """device: "cpu", or "gpu"/"auto" for a GPU provider with the CPU behind it."""
+    """device: "cpu", or "gpu"/"auto" for a GPU provider with the CPU behind it. It runs in the network's own precision,
+    whatever is asked for. fell_back: a GPU was asked for, and the CPU runs."""
 
-    def __init__(self, package: ModelPackage, device: str = "cpu", threads: int = 0) -> None:
+    def __init__(self, package: ModelPackage, device: str = "cpu", precision: str = "auto", threads: int = 0) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        wanted = gpu_providers() if device != "cpu" else []
+        wanted = gpu_providers(package.card.dimensions) if device != "cpu" else []
         try:
             self._session = ort.InferenceSession(package.onnx, options, providers=[*wanted, "CPUExecutionProvider"])
         except Exception as e:  # ORT raises its own types, none of them public
@@ -38,8 +43,8 @@ class OnnxEngine:
         if isinstance(channels, int) and channels != package.card.inputs:
             raise UserError(f"{package.path.name} takes {channels} channels but its card says {package.card.inputs}; export it again.")
         self._input, self._output = inputs[0].name, outputs[0].name
-        self._used = self._session.get_providers()[0]
-        self._fell_back = device == "gpu" and self._used == "CPUExecutionProvider"
+        self._asked = precision if precision in ("fp16", "bf16") else ""
+        self.fell_back = device == "gpu" and self._session.get_providers()[0] == "CPUExecutionProvider"
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         try:
@@ -48,8 +53,10 @@ class OnnxEngine:
             raise UserError(f"ONNX Runtime failed while it ran the network ({_first_line(e)}); try a smaller ROI or another engine.") from e
 
     def describe(self) -> str:
-        text = f"ONNX Runtime {ort.__version__}, {self._used.removesuffix('ExecutionProvider')}"
-        return text + (" (a GPU was asked for, none is usable)" if self._fell_back else "")
+        used = self._session.get_providers()[0].removesuffix("ExecutionProvider")
+        text = f"ONNX Runtime {ort.__version__}, {used}"
+        text += f" (fp32, {self._asked} was asked for)" if self._asked else ""
+        return text + (" (a GPU was asked for, none is usable)" if self.fell_back else "")
 
 
 def _first_line(error: Exception) -> str:

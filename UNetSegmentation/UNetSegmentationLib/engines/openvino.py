@@ -15,7 +15,8 @@ class OpenVINOEngine:
         import openvino
 
         core = openvino.Core()
-        target = "GPU" if device == "gpu" and "GPU" in core.available_devices else "CPU"
+        # Where there are several, they are GPU.0, GPU.1, ..., and "GPU" is the first.
+        target = "GPU" if device == "gpu" and any(d.split(".")[0] == "GPU" for d in core.available_devices) else "CPU"
         # float32 unless asked otherwise: on CPUs with bf16 the default would differ from ONNX Runtime by 1e-2.
         kind = {"bf16": "bf16", "fp16": "f16"}.get(precision, "f32")
         settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": kind}
@@ -26,7 +27,10 @@ class OpenVINOEngine:
         except RuntimeError as e:
             raise UserError(f"OpenVINO cannot load {package.path.name} ({str(e).splitlines()[0][:200]}); use another engine.") from e
         note = " (a GPU was asked for, none is usable)" if device == "gpu" and target == "CPU" else ""
-        self._text = f"OpenVINO {openvino.__version__.split('-')[0]}, {target}, {kind}{note}"
+        used = self._model.get_property("INFERENCE_PRECISION_HINT").get_type_name()  # not every CPU has what was asked for
+        if used != kind:
+            used += f" ({kind} was asked for)"
+        self._text = f"OpenVINO {openvino.__version__.split('-')[0]}, {target}, {used}{note}"
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         try:
