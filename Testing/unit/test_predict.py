@@ -433,6 +433,7 @@ def test_the_input_is_left_alone(make_package):
         (Image(np.zeros((8, 8, 8), np.float32)), Options(roi=Box((2, 2, 2), (2, 8, 8))), "ROI is empty"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(at=(99.0, 0.0, 0.0)), "point lies outside"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(overlap=1.0), "overlap"),
+        (Image(np.zeros((8, 8, 8), np.float32)), Options(batch=0), "batch must be 1 or more"),
         (Image(np.zeros((8, 8, 8), np.float32), (0.0, 1.0, 1.0)), Options(), "cannot be right"),
     ],
 )
@@ -440,6 +441,25 @@ def test_bad_input_is_one_sentence(make_package, image, options, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         predict(image, [make_package()], options)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_network_that_gives_no_numbers_marks_nothing_and_says_so(make_package, activation):
+    model = make_package(activation=activation)
+
+    def overflow(batch):
+        return np.full((len(batch), model.card.outputs, *batch.shape[2:]), np.nan, np.float32)
+
+    with pytest.raises(UserError, match="values that are no numbers"):
+        predict(Image(noise((16, 16, 16))), [model], engines=[FakeEngine(overflow)])
+
+
+def test_an_ensemble_warns_for_each_of_its_models(make_package):
+    image = Image(noise((16, 16, 16)))
+    plain, ct = make_package(), make_package(intensity={"mode": "window", "level": -300, "width": 1400})
+    assert predict(image, [plain]).warnings == ()
+    (note,) = predict(image, [plain, ct, ct]).warnings
+    assert "do not look like HU" in note
 
 
 def test_models_that_do_not_belong_together_are_refused(make_package):

@@ -105,7 +105,7 @@ def predict(
     roi, focus = _region(image, models[0].card, options)
     target = orientation.canonical_box(roi, image.shape)
 
-    notes = warnings_for(options.intensity or models[0].card.intensity, image.channels)
+    notes = [note for m in models for note in warnings_for(options.intensity or m.card.intensity, image.channels)]
     engines = engines or [choose_engine(m, options.engine, options.device, options.precision, options.threads) for m in models]
     axes = {m.card.slice_axis for m in models if m.card.dimensions == 2}
     roll = axes.pop() if len(axes) == 1 and all(m.card.dimensions == 2 for m in models) else 0
@@ -142,7 +142,7 @@ def predict(
         mutual_information=back(result.mutual_information),
         probabilities=back(result.probabilities),
         engines=tuple(e.describe() for e in engines),
-        warnings=tuple(notes),
+        warnings=tuple(dict.fromkeys(notes)),
         seconds=time.perf_counter() - began,
         tiles=ticker.done,
     )
@@ -157,6 +157,8 @@ def _check_input(image: Image, models: Sequence[ModelPackage], options: Options)
         raise UserError("No model was chosen; choose at least one.")
     if not 0 <= options.overlap < 0.95:
         raise UserError(f"The overlap must be from 0 to below 0.95, not {options.overlap:g}.")
+    if options.batch < 1:
+        raise UserError(f"The batch must be 1 or more, not {options.batch}.")
     check_geometry(image)
     for model in models:
         card = model.card
@@ -365,7 +367,10 @@ class _Stream:
             logits = self.engine.run(np.ascontiguousarray(view.forward(stack)))
             if logits.shape != (len(stack), self.card.outputs, *stack.shape[2:]):
                 raise UserError(f"{self.card.name} gave an output of {logits.shape}, not what its card says; export it again.")
-            p, w = view.backward(activate(logits, self.card.activation))
+            p = activate(logits, self.card.activation)
+            if not math.isfinite(p.sum()):  # half precision ends at 65504; as labels it would be all or nothing
+                raise UserError(f"{self.card.name} gave values that are no numbers; run it in fp32 or on the CPU, or get the model again.")
+            p, w = view.backward(p)
             h = entropy(p, self.card.activation) if self.options.uncertainty else np.zeros(p[:, 0].shape, np.float32)
             if total is None:
                 total, inner, weight = p, h, np.ones(p.shape[-2:], np.float32)
