@@ -231,7 +231,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             return
         self.setParameterNode(self.logic.getParameterNode())
         if self._parameters.volume is None:
-            self._parameters.volume = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLScalarVolumeNode")
+            self._parameters.volume = inputs.firstVolume()
 
     def setParameterNode(self, parameters: Any) -> None:
         """Let the widgets show and change these settings; None: of none."""
@@ -302,9 +302,15 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def _onNodeAboutToBeRemoved(self, caller: Any, event: Any, node: Any) -> None:
-        # A node selector goes on to another node by itself: the next result would go into a segmentation that nobody chose.
+        # A node selector goes on to another node by itself: the next result would go into a segmentation that nobody chose, or come
+        # from a channel that is another scan.
+        if self._parameters is None or node is None:
+            return
+        channels = list(self._parameters.channels)
+        if node in channels:
+            self._parameters.channels = [None if n is node else n for n in channels]
         for name in ("output", "region", "nodules", "earlier"):
-            if self._parameters is not None and node is not None and self._parameters.getValue(name) is node:
+            if self._parameters.getValue(name) is node:
                 qt.QTimer.singleShot(0, lambda name=name: self._parameters is not None and self._parameters.setValue(name, None))
 
     def _onNodeRemoved(self, caller: Any, event: Any) -> None:

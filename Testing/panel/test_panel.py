@@ -193,8 +193,8 @@ def test_every_control_has_a_tooltip_and_its_place_in_the_tab_order(panel: Any, 
 
 def test_it_fits_into_380_pixels(panel: Any, install: Any) -> None:
     long = install(title="A model with a title that no panel could ever hold in one line " * 3, labels=TWO, intensity=HU)
-    p = panel()
     volume(name="A volume whose name is as long as those that scanners make of a protocol and a kernel")
+    p = panel()
     p.choose(long)
     p.run()
     p.ui.advancedSection.collapsed = p.ui.detailsButton.checked = False
@@ -510,6 +510,38 @@ def test_several_channels_have_a_selector_each(panel: Any, install: Any) -> None
     assert masks(p.settings.output, first)["two"].sum() == (array_of(first) == 2).sum()
     p.choose("hippocampus-3d-1.1.0")
     assert p.ui.volumeLabel.text == "Volume:" and not selector.visible
+
+
+def test_a_channel_that_is_removed_is_not_replaced_by_another_scan(panel: Any, install: Any, gui: Any) -> None:
+    import slicer
+
+    toy = install(channels=["T1", "FLAIR", "T2"], labels=TWO)
+    first, flair, t2, _other = (volume(name=name) for name in ("T1", "FLAIR", "T2", "CT"))
+    p = panel()
+    p.choose(toy)
+    p.settings.channels = [flair, t2]
+    gui.process_events()
+    assert p.ui.applyButton.enabled
+    for node in (flair, t2):
+        slicer.mrmlScene.RemoveNode(node)
+    gui.process_events()
+    assert list(p.settings.channels) == [None, None] and [s.currentNode() for _l, s in p.widget.channelRows._rows] == [None, None]
+    assert "FLAIR" in p.ui.applyButton.toolTip and not p.ui.applyButton.enabled
+
+
+def test_a_labelmap_is_no_scan(panel: Any, install: Any, gui: Any) -> None:
+    import slicer
+
+    install()
+    label = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLabelMapVolumeNode", "label")
+    slicer.util.updateVolumeFromArray(label, np.ones((4, 4, 4), np.uint8))
+    p = panel()
+    assert p.settings.volume is None and p.ui.applyButton.toolTip == "Choose a volume."
+    hidden, ct = volume(name="hidden"), volume()
+    hidden.SetHideFromEditors(True)
+    gui.leave(p.widget)
+    gui.open()
+    assert p.settings.volume is ct and p.ui.volumeSelector.currentNode() is ct
 
 
 # ------------------------------------------------------------------------------------------------------------------ run

@@ -673,12 +673,16 @@ def test_a_node_selector_remembers_what_was_wanted_before_its_scene(gui: Any) ->
 
 
 def test_names_that_python_cannot_reach(gui: Any) -> None:
+    import qt
+
     combo = selector()
     for name in ("nodes", "setNodeTypes", "setNoneEnabled", "model", "comboBox", "count", "currentText"):
         with pytest.raises(AttributeError):
             getattr(combo, name)
     with pytest.raises(AttributeError):
         combo.noneEnable = True
+    with pytest.raises(AttributeError, match="does not accept"):
+        combo.sizeAdjustPolicy = qt.QComboBox.AdjustToMinimumContentsLengthWithIcon
     with pytest.raises(ValueError):
         combo.connect("currentNodeChanged()", print)
 

@@ -12,7 +12,7 @@ from slicer.i18n import tr as _
 from .models import plainTip
 
 MODEL_DEFAULT, CUSTOM = "", "custom"
-ROI, POINTS = "vtkMRMLMarkupsROINode", "vtkMRMLMarkupsFiducialNode"
+VOLUME, ROI, POINTS = "vtkMRMLScalarVolumeNode", "vtkMRMLMarkupsROINode", "vtkMRMLMarkupsFiducialNode"
 
 
 # --------------------------------------------------------------------------------------------------------------- window
@@ -79,9 +79,17 @@ def showWindow(volumeNode: Any, cards: Sequence[Any], preset: str, level: float,
 # ------------------------------------------------------------------------------------------------------------- channels
 
 
+def firstVolume() -> Any:
+    """The first volume that the selector of volumes offers: none that is hidden, no labelmap (its class derives from the volumes')."""
+    nodes = slicer.util.getNodesByClass(VOLUME)
+    return next((n for n in nodes if n.GetClassName() == VOLUME and not n.GetHideFromEditors()), None)
+
+
 def letShrink(selector: Any) -> None:
     """A long name of a scan must not make the panel wider than its place."""
-    selector.sizeAdjustPolicy = qt.QComboBox.AdjustToMinimumContentsLengthWithIcon
+    # The selector's own sizeAdjustPolicy has the enum of another class, which PythonQt refuses with Qt 5 (commontk/CTK issue 791).
+    for combo in selector.findChildren(qt.QComboBox):
+        combo.sizeAdjustPolicy = qt.QComboBox.AdjustToMinimumContentsLengthWithIcon
 
 
 class ChannelRows:
@@ -118,7 +126,7 @@ class ChannelRows:
     def _addRow(self) -> None:
         label, selector = qt.QLabel(), slicer.qMRMLNodeComboBox()
         label.setTextFormat(qt.Qt.PlainText)  # what a card says is no HTML
-        selector.nodeTypes = ["vtkMRMLScalarVolumeNode"]
+        selector.nodeTypes = [VOLUME]
         selector.showChildNodeTypes = False
         selector.addEnabled = selector.removeEnabled = False
         selector.noneEnabled = True

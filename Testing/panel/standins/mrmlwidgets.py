@@ -38,9 +38,9 @@ class _Observers:
             observed.RemoveObserver(tag)
         self.tags.clear()
 
-    def add(self, subject: Any, method: Any, *events: Any) -> None:
+    def add(self, subject: Any, method: Any, *events: Any, priority: float = 0.0) -> None:
         if subject is not None:
-            self.tags += [(subject, subject.AddObserver(event, method)) for event in events]
+            self.tags += [(subject, subject.AddObserver(event, method, priority)) for event in events]
 
 
 @standin
@@ -123,7 +123,14 @@ class qMRMLNodeComboBox(QWidget):
     interactionNodeSingletonTag = value(str, "interactionNodeSingletonTag", "Singleton")
     selectNodeUponCreation = value(bool, "selectNodeUponCreation", True)
     noneDisplay = value(str, "noneDisplay", "None", "_fill")
-    sizeAdjustPolicy = value(int, "sizeAdjustPolicy", 0)
+
+    def _foreign(self, policy: Any) -> None:
+        raise AttributeError(
+            f"Property 'sizeAdjustPolicy' of type 'QComboBox::SizeAdjustPolicy' does not accept an object of type {policy!r}"
+        )
+
+    # PythonQt neither reads nor writes a property whose enum is another Qt class's (Qt 5, commontk/CTK issue 791).
+    sizeAdjustPolicy = property(lambda self: None, _foreign)
 
     # the list
 
@@ -272,8 +279,8 @@ class qMRMLNodeComboBox(QWidget):
         self._scene = scene
         s = slicer.vtkMRMLScene
         self._observers.clear()
-        self._observers.add(scene, self._added, s.NodeAddedEvent)
-        self._observers.add(scene, self._leaves, s.NodeAboutToBeRemovedEvent)
+        self._observers.add(scene, self._added, s.NodeAddedEvent, priority=10.0)
+        self._observers.add(scene, self._leaves, s.NodeAboutToBeRemovedEvent, priority=-10.0)
         self._observers.add(scene, self._renewed, s.EndImportEvent, s.EndCloseEvent)
         self._watch()
         requested, self._requested = self._requested, ""
