@@ -5,9 +5,9 @@ import warnings
 import numpy as np
 import pytest
 from UNetSegmentationLib.engines import choose_engine, installed, make_engine
-from UNetSegmentationLib.image import UserError, read_image
+from UNetSegmentationLib.image import Image, UserError, read_image
 from UNetSegmentationLib.inference.predict import Options, predict
-from UNetSegmentationLib.model import find_model
+from UNetSegmentationLib.model import find_model, write_package
 
 FOLDERS = {"lung-nodule-2d": "lidc_nodules", "hippocampus-3d": "msd_hippocampus"}
 
@@ -165,3 +165,20 @@ def test_openvino_finds_one_of_several_gpus(monkeypatch):
     monkeypatch.setattr(openvino, "Core", Two)
     text = make_engine(find_model("lung-nodule-2d"), "openvino", "gpu", "auto", 0).describe()
     assert asked == ["GPU"] and "none is usable" not in text
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_network_exported_for_one_batch_takes_any(make_package, toy_card, toy_onnx, tmp_path, engine, size):
+    if not installed(engine):
+        pytest.skip(f"{engine} is not installed")
+    onnx = pytest.importorskip("onnx")
+    card = toy_card()
+    network = onnx.load_from_string(toy_onnx("threshold", card))
+    for port in (network.graph.input[0], network.graph.output[0]):
+        port.type.tensor_type.shape.dim[0].dim_value = size
+    fixed = write_package(tmp_path / "fixed-1.0.0.unet.zip", card, network.SerializeToString())
+    image = Image(np.random.default_rng(0).random((30, 30, 30), np.float32))
+    want = predict(image, [make_package()], Options(engine=engine)).labels.array
+    for batch in (1, 3, 4):
+        assert np.array_equal(predict(image, [fixed], Options(engine=engine, batch=batch)).labels.array, want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,19 @@ class Engine(Protocol):
     def describe(self) -> str:
         """What really runs, and what was asked for if that is something else."""
         ...
+
+
+def in_pieces(run: Callable[[np.ndarray], np.ndarray], batch: np.ndarray, size: int | None) -> np.ndarray:
+    """Run a batch of any length where the network was exported for `size` inputs at once, as PyTorch's exporter does unless
+    it is told otherwise (None: for any number); a last piece that is too short is filled up with zeros."""
+    if size in (None, len(batch)):
+        return run(batch)
+    out = []
+    for i in range(0, len(batch), size):
+        piece = batch[i : i + size]
+        filled = np.concatenate([piece, np.zeros((size - len(piece), *batch.shape[1:]), batch.dtype)])
+        out.append(run(filled)[: len(piece)])
+    return np.concatenate(out)
 
 
 def installed(engine: str) -> bool:

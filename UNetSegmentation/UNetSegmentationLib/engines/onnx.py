@@ -7,6 +7,7 @@ import onnxruntime as ort
 
 from ..image import UserError
 from ..model import ModelPackage
+from . import in_pieces
 
 # TensorRT is left out of the automatic choice: it compiles for minutes at the first run of every input shape.
 _GPU_PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider", "CoreMLExecutionProvider")
@@ -42,15 +43,19 @@ class OnnxEngine:
         channels = inputs[0].shape[1]
         if isinstance(channels, int) and channels != package.card.inputs:
             raise UserError(f"{package.path.name} takes {channels} channels but its card says {package.card.inputs}; export it again.")
+        self._batch = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
         self._input, self._output = inputs[0].name, outputs[0].name
         self._asked = precision if precision in ("fp16", "bf16") else ""
         self.fell_back = device == "gpu" and self._session.get_providers()[0] == "CPUExecutionProvider"
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         try:
-            return self._session.run([self._output], {self._input: np.ascontiguousarray(batch, np.float32)})[0]
+            return in_pieces(self._run, np.ascontiguousarray(batch, np.float32), self._batch)
         except Exception as e:
             raise UserError(f"ONNX Runtime failed while it ran the network ({_first_line(e)}); try a smaller ROI or another engine.") from e
+
+    def _run(self, batch: np.ndarray) -> np.ndarray:
+        return self._session.run([self._output], {self._input: batch})[0]
 
     def describe(self) -> str:
         used = self._session.get_providers()[0].removesuffix("ExecutionProvider")

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..image import UserError
 from ..model import ModelPackage
+from . import in_pieces
 
 
 class OpenVINOEngine:
@@ -26,6 +27,8 @@ class OpenVINOEngine:
             self._model = core.compile_model(core.read_model(package.onnx), target, settings)
         except RuntimeError as e:
             raise UserError(f"OpenVINO cannot load {package.path.name} ({str(e).splitlines()[0][:200]}); use another engine.") from e
+        axis = self._model.input(0).partial_shape[0]
+        self._batch = axis.get_length() if axis.is_static else None
         note = " (a GPU was asked for, none is usable)" if device == "gpu" and target == "CPU" else ""
         used = self._model.get_property("INFERENCE_PRECISION_HINT").get_type_name()  # not every CPU has what was asked for
         if used != kind:
@@ -34,10 +37,13 @@ class OpenVINOEngine:
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         try:
-            return np.array(self._model(np.ascontiguousarray(batch, np.float32))[0], np.float32)
+            return in_pieces(self._run, np.ascontiguousarray(batch, np.float32), self._batch)
         except RuntimeError as e:
             reason = str(e).splitlines()[0][:200]
             raise UserError(f"OpenVINO failed while it ran the network ({reason}); try a smaller ROI or another engine.") from e
+
+    def _run(self, batch: np.ndarray) -> np.ndarray:
+        return np.array(self._model(batch)[0], np.float32)
 
     def describe(self) -> str:
         return self._text
