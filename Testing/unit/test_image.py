@@ -588,6 +588,14 @@ def test_a_coarse_grid_averages_instead_of_skipping():
     assert resample(stripes, (1.1, None, None)).array.max() > 90
 
 
+@pytest.mark.parametrize("interpolator", ["linear", "bspline"])
+def test_an_image_far_finer_than_the_grid_is_still_averaged(interpolator):
+    z, y, x = np.indices((150, 4, 300), dtype=np.float32)
+    values = resample(Image(100 + x + z, (0.01, 0.01, 0.02)), (1.0, 1.0, 1.0), interpolator).array
+    assert values.shape == (3, 1, 3)
+    np.testing.assert_allclose(values[:, 0], 100 + np.array([24.5, 74.5, 124.5])[:, None] + [49.5, 149.5, 249.5], rtol=0.01)
+
+
 def test_one_slice_can_be_resampled_in_plane():
     out = resample(Image(volume("uint8", (1, 40, 50)), (0.5, 0.5, 1.0)), (1.0, 1.0, None))
     assert out.shape == (1, 20, 25) and np.isfinite(out.array).all()

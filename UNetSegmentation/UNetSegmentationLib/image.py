@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from .files import UserError, atomic_path
+from .files import UserError, atomic_path, check_text
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
@@ -352,7 +352,8 @@ def _weights(n: int, first: float, step: float, count: int, sigma: float, interp
     region, filtered and interpolated at once, had taken 969 ms for a click's patch that is zoomed out by 3.4, and takes 66 ms so."""
     rows = sitk.GetImageFromArray(np.eye(n, dtype=np.float32))
     if sigma:
-        rows = sitk.DiscreteGaussian(rows, [1e-9, sigma * sigma], 32, 0.01, False)
+        # From a sigma of 27 on (an image 54 times finer than the grid) ITK's kernel, of 32 voxels at most, is NaN.
+        rows = sitk.DiscreteGaussian(rows, [1e-9, min(sigma, 25.0) ** 2], 32, 0.01, False)
     resampler = sitk.ResampleImageFilter()
     resampler.SetSize([n, count])
     resampler.SetOutputSpacing([1.0, step])
@@ -439,10 +440,13 @@ def list_series(folder: Path) -> dict[str, tuple[str, list[str]]]:
     """The image series of a DICOM folder and its subfolders: UID -> (description, files in slice order)."""
     found: dict[str, tuple[str, list[str]]] = {}
     for place in [folder, *sorted(p for p in folder.rglob("*") if p.is_dir())]:
+        check_text(place)
         with _quiet():
             uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(place))
         for uid in uids:
             files = list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(place), uid))
+            for file in files:
+                check_text(file)
             reader = sitk.ImageFileReader()
             reader.SetFileName(files[0])
             try:
@@ -657,6 +661,7 @@ def read_image(paths: str | Path | Sequence[str | Path], series: str | None = No
             raise UserError(f"{path} does not exist; check the name.")
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}); check your rights and the name.") from e
+    check_text(path)
     image = _read_series(path, series) if path.is_dir() else _read_file(path)
     check_geometry(image)
     return image
@@ -684,6 +689,7 @@ def write_image(image: Image, path: str | Path, metadata: dict[str, Any] | None 
 
     metadata: key -> value strings for the header (NRRD, MHA).
     """
+    check_text(path)
     # Of the formats that ITK writes, those with a header and a data file apart could not take their name at once.
     if not str(path).lower().endswith((*VOLUME_SUFFIXES, *PICTURE_SUFFIXES)):
         raise UserError(f"{path} is not the name of an image that can be written; end it in {', '.join(VOLUME_SUFFIXES)}.")
