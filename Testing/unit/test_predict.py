@@ -434,6 +434,7 @@ def test_the_input_is_left_alone(make_package):
         (Image(np.zeros((8, 8, 8), np.float32)), Options(at=(99.0, 0.0, 0.0)), "point lies outside"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(overlap=1.0), "overlap"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(batch=0), "batch must be 1 or more"),
+        (Image(np.zeros((8, 8, 8), np.float32)), Options(intensity={"mode": "window", "level": 40}), "intensity lacks width"),
         (Image(np.zeros((8, 8, 8), np.float32), (0.0, 1.0, 1.0)), Options(), "cannot be right"),
     ],
 )

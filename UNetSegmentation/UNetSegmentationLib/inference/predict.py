@@ -20,7 +20,7 @@ import numpy as np
 from ..engines import Engine, choose_engine
 from ..image import Box, Grid, Image, UserError, check_geometry, reorient, resample_back, sample
 from ..intensity import check_finite, is_air, normaliser, warnings_for
-from ..model import Card, Label, ModelPackage
+from ..model import Card, Label, ModelPackage, intensity_errors
 from ..postprocess import clean
 from .augment import View, views
 from .tiling import Tiling, blend_weights, compute_box, rims, tile
@@ -159,6 +159,8 @@ def _check_input(image: Image, models: Sequence[ModelPackage], options: Options)
         raise UserError(f"The overlap must be from 0 to below 0.95, not {options.overlap:g}.")
     if options.batch < 1:
         raise UserError(f"The batch must be 1 or more, not {options.batch}.")
+    for error in intensity_errors(options.intensity, "options.intensity") if options.intensity else ():
+        raise UserError(f"The window is not valid: {error}; correct it.")
     check_geometry(image)
     for model in models:
         card = model.card
