@@ -233,7 +233,7 @@ def test_skin_has_air_beside_it_and_no_lung(click_package):
 
 def test_what_turns_out_small_from_far_away_is_looked_at_again_from_near(click_package, monkeypatch):
     # Soft tissue all around, but for the far corners: the first look is zoomed out, and the lesion fits a patch.
-    monkeypatch.setattr(click, "lies_in_lung", lambda *_: True)
+    monkeypatch.setattr(click, "lung_around", lambda *_: 1.0)
     values = np.full((120, 160, 160), -900, np.float32)
     values[40:80, 40:120, 40:120] = 0
     lesion = ball(values.shape, (60, 80, 80), 3, (1, 1, 1)) > 0
@@ -274,6 +274,23 @@ def test_what_has_no_lung_around_it_is_nothing_until_a_second_click_says_otherwi
         assert answer.found == found and ("lung around" in answer.text) != found
         assert s.add_point(at(s, 60, 80, 83)).found and s.answer.text == ""
         assert dice(s.mask, lesion) > 0.8
+
+
+def test_what_has_little_lung_around_it_is_believed_where_two_looks_agree(click_package):
+    values = np.full((60, 80, 80), -900, np.float32)
+    values[:, :42] = 40  # the mediastinum; a first patch cuts the mass beside it, a second one finds 0.34 of lung around it
+    values[ball(values.shape, (30, 41, 40), 8, (1, 1, 1)) > 0] = 500
+
+    def steady(batch):
+        return np.where(batch[:, 0] > 0.8, 1.0, 0.0)
+
+    def swelling(batch):  # around the click, the larger the further away it is looked at from
+        return batch[:, 1]
+
+    for network, found in ((steady, True), (swelling, False)):
+        s = ClickSession(Image(values), click_package(intensity=CT_WINDOW), Recording(network))
+        answer = s.add_point(at(s, 30, 41, 40))
+        assert answer.found == found and ("lung around" in answer.text) != found
 
 
 def test_a_model_for_other_organs_asks_for_no_lung(click_package):

@@ -31,12 +31,13 @@ from UNetSegmentationLib.engines import Engine
 from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.click import (
+    LUNG_SHARE,
     SOFT_SHARE,
     SOFT_TISSUE_HU,
     ZOOMS,
     ClickSession,
     fitting,
-    lies_in_lung,
+    lung_around,
     prompt_channels,
 )
 from UNetSegmentationLib.inference.predict import Prediction
@@ -508,7 +509,7 @@ def share_in_lung(image: Image, labels: np.ndarray) -> tuple[int, int]:
         around = box.grown([math.ceil(6 / s) for s in spacing]) & Box.whole(labels.shape)
         inside = np.zeros(around.shape, bool)
         inside[box.relative_to(around).slices] = mask
-        found[0] += lies_in_lung(image.channels[0][around.slices], inside, spacing)
+        found[0] += lung_around(image.channels[0][around.slices], inside, spacing) >= LUNG_SHARE
         found[1] += 1
     return found[0], found[1]
 
