@@ -306,8 +306,8 @@ def test_size_classes_are_those_of_lung_rads_2022(texture, mean, solid, expected
     assert size_class(mean, texture, solid) == expected
 
 
-def nodule(volume=300.0, mean=8.3, center=(0.0, 0.0, 0.0), side="left"):
-    return {"voxels": 100, "volume_mm3": volume, "mean_mm": mean, "center": center, "side": side}
+def nodule(volume=300.0, mean=8.3, center=(0.0, 0.0, 0.0), side="left", note=NOTE):
+    return {"voxels": 100, "volume_mm3": volume, "mean_mm": mean, "center": center, "side": side, "note": note}
 
 
 def test_a_follow_up_gives_the_doubling_time_and_names_its_thresholds():
@@ -331,6 +331,28 @@ def test_a_follow_up_gives_the_doubling_time_and_names_its_thresholds():
         follow_up(nodule(), {"voxels": 0}, 30)
 
 
+def test_a_follow_up_does_not_contradict_its_own_figures():
+    for voxels in range(4, 400, 4):  # 5 for 4, of voxels whose products are not exact
+        for size in (0.7 * 0.7 * 1.25, 0.6 * 0.6, 0.5 * 0.5 * 0.75):
+            assert follow_up(nodule(voxels * size), nodule(voxels // 4 * 5 * size), 100)["growth"] == "growth"
+    assert follow_up(nodule(), nodule(300 * 1.246), 365)["growth"] == "growth"  # "+25 %"
+    assert follow_up(nodule(), nodule(300 * 1.244), 365)["text"].startswith("Volume +24 % in 365 days: no significant change")
+    assert "doubling in 400 days" in (text := follow_up(nodule(), nodule(300 * 2 ** (200 / 399.6)), 200)["text"]) and "400 to 600" in text
+    assert "doubling in 600 days" in (text := follow_up(nodule(), nodule(300 * 2 ** (500 / 600.4)), 500)["text"]) and "400 to 600" in text
+    same = follow_up(nodule(), nodule(300.0 * (1 + 1e-12), 8.299999), 365)
+    assert same["doubling_days"] is None and "-0" not in follow_up(nodule(), nodule(299.7, 8.27), 365)["text"]
+
+
+def test_a_follow_up_says_where_a_scan_cuts_the_nodule():
+    image = lung((0.7, 0.7, 1.25), GRIDS[0][1])
+    mask = put(image, 9, 30)
+    whole, low = describe(image, mask), int(np.argwhere(mask).min(0)[0]) + 2
+    cut = describe(image.crop(Box((low, 0, 0), image.shape)), mask[low:])
+    assert follow_up(whole, whole, 90)["note"] == NOTE
+    for pair in ((cut, whole), (whole, cut)):
+        assert "its true change is not known" in follow_up(*pair, 90)["note"]
+
+
 def test_nodules_of_two_studies_are_matched():
     places = [(50.0, 0.0, -100.0), (-60.0, 20.0, -150.0), (40.0, 60.0, -220.0)]
     before = [nodule(center=p) for p in places]
@@ -343,8 +365,25 @@ def test_nodules_of_two_studies_are_matched():
     assert match(before[:1], far[:1]) == [(0, 0)]
     assert match(before[:1], [nodule(center=far[0]["center"], side="right")]) == [(0, None), (None, 0)]
     assert match(before[:2], far[2:]) == [(0, None), (1, None), (None, 0)]
+    # One stayed, one vanished, a new one came: no shift of the table takes a right nodule to the left lung.
+    right, left, new = (nodule(center=(x, 0.0, 0.0), side=s) for x, s in ((-60.0, "right"), (60.0, "left"), (180.0, "left")))
+    assert match([right, left], [left, new]) == [(0, None), (1, 0), (None, 1)]
+    beside = [nodule(center=(x, 0.0, 0.0), side=s) for x, s in ((6.0, "left"), (-6.0, "right"))]  # of the midline
+    assert match(beside[:1], beside[1:]) == [(0, 0)]
     assert match([], near) == [(None, 0), (None, 1), (None, 2)] and match(before, []) == [(0, None), (1, None), (2, None)]
     assert match([{"voxels": 0}], near[:1]) == [(0, None), (None, 0)]
+
+
+def test_many_nodules_are_matched_with_few_shifts_tried(monkeypatch):
+    rng = np.random.default_rng(0)
+    places = rng.uniform(-150, 150, (40, 3))
+    before = [nodule(center=tuple(p), side="") for p in places]
+    moved = [*places[2:] + (0, -40, 300) + rng.normal(0, 3, (38, 3)), *rng.uniform(900, 999, (2, 3))]
+    norm, tried = np.linalg.norm, []
+    monkeypatch.setattr(np.linalg, "norm", lambda *args, **kwargs: tried.append(1) or norm(*args, **kwargs))
+    pairs = match(before, [nodule(center=tuple(p), side="") for p in moved])
+    assert pairs == [(0, None), (1, None), *((i + 2, i) for i in range(38)), (None, 38), (None, 39)]
+    assert len(tried) < 400  # of 1600 shifts
 
 
 def test_a_row_and_its_csv():

@@ -11,6 +11,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ _SOLID_PART_MM = 4.0  # a solid part like a ball of this diameter makes any nodu
 _CALCIUM_HU = 200
 _CALCIUM = f" Most of it is as dense as calcium (over {_CALCIUM_HU} HU): look at the pattern, which size does not tell."
 _CUT = " It reaches the edge of the scan, beyond which it may go on: its true size is not known."
+_CHANGE_CUT = " In one of the studies it reaches the edge of the scan: its true change is not known."
 _BODY_HU = -500
 _NO_SIDE_MM = 5.0  # so near the midline neither side is certain
 _KEYS = (
@@ -177,23 +179,25 @@ def _side(image: Image, center: Sequence[float]) -> str:
 def follow_up(before: dict[str, Any], after: dict[str, Any], days: float) -> dict[str, Any]:
     """The change of a nodule between two describe(), `days` apart.
 
-    Keys: days, volume_change_percent, mean_change_mm, doubling_days (of the volume: days * ln 2 / ln(after / before), the
-    exponential growth of Schwartz, Cancer 1961;14:1272-1294; None where it did not grow), growth ("growth", "stable" or "smaller":
-    a change of volume of 25 % or more is one, BTS 2015; less is within the error of measuring), text (a sentence with the
-    thresholds), note. UserError where there is nothing to compare.
+    Keys: days, volume_change_percent (whole), mean_change_mm (to 0.1 mm), doubling_days (of the volume: days * ln 2 / ln(after /
+    before), the exponential growth of Schwartz, Cancer 1961;14:1272-1294; None where it did not grow by 1 %), growth ("growth",
+    "stable" or "smaller": a change of volume of 25 % or more is one, BTS 2015; less is within the error of measuring), text (a
+    sentence with the thresholds, which the figures in it are held against), note: NOTE, and whether a scan's edge cuts it.
+    UserError where there is nothing to compare.
     """
     if not (math.isfinite(days) and days > 0):
         raise UserError("The second study must be later than the first; choose them in the order of their dates.")
     if not (before["voxels"] and after["voxels"]):
         raise UserError("The nodule must be outlined in both studies to be compared; click on it in the other one.")
     ratio = after["volume_mm3"] / before["volume_mm3"]
-    percent, mean = 100 * (ratio - 1), round(after["mean_mm"] - before["mean_mm"], 1)
-    doubling = days * math.log(2) / math.log(ratio) if ratio > 1 else None
+    # Of 5 voxels after 4 the last bit of the volumes would say less than 25 %. "or": without a sign at zero.
+    percent, mean = round(100 * (ratio - 1)), round(after["mean_mm"] - before["mean_mm"], 1) or 0.0
+    doubling = days * math.log(2) / math.log(ratio) if percent > 0 else None
     growth = "growth" if percent >= 25 else "smaller" if percent <= -25 else "stable"
     text = f"Volume {percent:+.0f} % in {days:.0f} days"
     if growth == "growth":
         assert doubling is not None
-        speed = "less than 400" if doubling < 400 else "400 to 600" if doubling <= 600 else "more than 600"
+        speed = "less than 400" if round(doubling) < 400 else "400 to 600" if round(doubling) <= 600 else "more than 600"
         text += f", doubling in {doubling:.0f} days: growth (BTS 2015: 25 % or more), with a doubling time of {speed} days"
     elif growth == "stable":
         text += ": no significant change (BTS 2015: less than 25 %)"
@@ -212,7 +216,7 @@ def follow_up(before: dict[str, Any], after: dict[str, Any], days: float) -> dic
         "doubling_days": doubling,
         "growth": growth,
         "text": f"{text}.",
-        "note": NOTE,
+        "note": NOTE + (_CHANGE_CUT if any(_CUT in nodule["note"] for nodule in (before, after)) else ""),
     }
 
 
@@ -220,32 +224,49 @@ def match(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], lim
     """Which nodule of one study is which of another: pairs of indices, in the order of `before`; None where it has no partner.
 
     Nodules are the same when their centers are at most limit_mm apart, the nearest first. Where a shift between the two scans'
-    coordinates (the table stands elsewhere each time) gives two or more nodules a partner, and more than none does, it is that
-    shift. A nodule that is alone in each study is the same unless it lies on the other side.
+    coordinates (the table stands elsewhere each time) gives two or more nodules a partner of no other side, and more than none
+    does, it is that shift. A nodule that is alone in each study is the same unless it lies on the other side.
     """
-    old = [(i, np.array(n["center"], float)) for i, n in enumerate(before) if n["voxels"]]
-    new = [(j, np.array(n["center"], float)) for j, n in enumerate(after) if n["voxels"]]
-
-    olds, news = (np.array([at for _, at in group]).reshape(-1, 3) for group in (old, new))
+    old = [i for i, n in enumerate(before) if n["voxels"]]
+    new = [j for j, n in enumerate(after) if n["voxels"]]
+    olds, news = (np.array([n["center"] for n in group if n["voxels"]], float).reshape(-1, 3) for group in (before, after))
+    across = np.array([[{before[i]["side"], after[j]["side"]} == {"left", "right"} for j in new] for i in old], bool)
+    across = across.reshape(len(old), len(new))
 
     def pairs(shift: np.ndarray, more_than: int = -1) -> dict[int, int]:
         apart = np.linalg.norm(olds[:, None] + shift - news, axis=2)
         near = apart <= limit_mm
+        if shift.any():  # by the midline a side may change from scan to scan, but no table goes from lung to lung
+            near &= ~across
         out: dict[int, int] = {}
         if min(near.any(0).sum(), near.any(1).sum()) > more_than:
-            for _, i, j in sorted((float(apart[a, b]), old[a][0], new[b][0]) for a, b in np.argwhere(near)):
+            for _, i, j in sorted((float(apart[a, b]), old[a], new[b]) for a, b in np.argwhere(near)):
                 if i not in out and j not in out.values():
                     out[i] = j
         return out
 
     best = pairs(np.zeros(3))
-    shifts = sorted((q - p for _, p in old for _, q in new), key=lambda shift: float(np.linalg.norm(shift)))
-    for shift in shifts:
-        found = pairs(shift, max(1, len(best)))
-        if len(found) > max(1, len(best)):
-            best = found
-    if not best and len(old) == len(new) == 1 and {before[old[0][0]]["side"], after[new[0][0]]["side"]} != {"left", "right"}:
-        best = {old[0][0]: new[0][0]}
+    # A shift brings those together whose own shifts lie around it. Counting these first, 100 nodules in each study take 1.1 s;
+    # with all shifts tried they took 49 s.
+    shifts = (news - olds[:, None]).reshape(-1, 3)
+    shifts = shifts[np.argsort(np.linalg.norm(shifts, axis=1), kind="stable")]
+    cells = np.floor(shifts / limit_mm).astype(int)
+    n = int(np.ptp(cells, axis=0).max()) + 3 if len(cells) else 1
+    codes = cells @ (n * n, n, 1)
+    held, counts = np.unique(codes, return_counts=True)
+    around = np.zeros(len(codes), int)
+    for step in product((-1, 0, 1), repeat=3):
+        wanted = codes + np.dot(step, (n * n, n, 1))
+        at = np.searchsorted(held, wanted).clip(max=len(held) - 1)
+        around += np.where(held[at] == wanted, counts[at], 0)
+    for shift, most in zip(shifts, around):
+        least = max(1, len(best))
+        if least < min(len(old), len(new), most):
+            found = pairs(shift, least)
+            if len(found) > least:
+                best = found
+    if not best and len(old) == len(new) == 1 and not across.any():
+        best = {old[0]: new[0]}
     return [*((i, best.get(i)) for i in range(len(before))), *((None, j) for j in range(len(after)) if j not in best.values())]
 
 
