@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import numpy as np
 import SimpleITK as sitk
 
-from .files import UserError, atomic_path
+from .files import UserError, atomic_path, check_text
 from .image import Image, check_geometry, read_image, to_sitk, write_image
 from .model import DEFAULT_COLORS, Label
 from .postprocess import slabs, voxel_counts
@@ -82,6 +82,7 @@ class Segment:
 def read_segments(path: str | Path, voxels: bool = True) -> tuple[Image, list[Segment]]:
     """The layers of a Slicer segmentation as channels, and its segments in their order; voxels False: a grid of zeros."""
     path = Path(path)
+    check_text(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:

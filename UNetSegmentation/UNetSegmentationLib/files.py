@@ -52,14 +52,36 @@ def check_writable(path: str | Path) -> None:
         raise UserError(f"{path} cannot be written; choose a file name in a folder that you may write to.")
 
 
+def check_text(path: str | Path) -> None:
+    """Refuse a name over which ITK would end the whole process: on Linux one may hold bytes that are no UTF-8."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        shown = str(path).encode("utf-8", "replace").decode("utf-8")
+        raise UserError(f"{shown} has a name that is not UTF-8, as those of old archives; rename it.") from None
+
+
+def move_file(path: Path, to: Path) -> None:
+    """os.replace(), which on Windows fails while another program reads one of the files or looks it over: within a second."""
+    for left in reversed(range(20)):
+        try:
+            path.replace(to)
+            return
+        except PermissionError:
+            if os.name != "nt" or not left:
+                raise
+            time.sleep(0.05)
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved to it only when the block ends well, so that no half file is ever left."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # ITK knows its formats by suffixes in lower case, and would write X.MHA beside the name that it was given.
-        handle, name = tempfile.mkstemp(prefix=".unetseg-", suffix="-" + path.name.lower(), dir=path.parent)
+        # ITK knows its formats by suffixes in lower case, and would write X.MHA beside the name that it was given. The name's
+        # end is enough: a name that just fits (255 bytes, on Windows 259 characters of the path) would not fit any more.
+        handle, name = tempfile.mkstemp(prefix=".unetseg-", suffix="-" + path.name.lower()[-16:], dir=path.parent)
         os.close(handle)
     except OSError as e:
         raise UserError(f"{path} cannot be written ({e.strerror or e}); choose a folder that you may write to.") from e
@@ -68,14 +90,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with suppress(OSError):  # some network shares know no rights
             temporary.chmod(0o666 & ~_UMASK)
-        for left in reversed(range(20)):
-            try:
-                temporary.replace(path)
-                break
-            except PermissionError:  # on Windows, while another program reads the file or looks it over
-                if os.name != "nt" or not left:
-                    raise
-                time.sleep(0.05)
+        move_file(temporary, path)
     except OSError as e:
         raise UserError(f"{path} cannot be written ({e.strerror or e}); check the disk's space and your rights.") from e
     finally:
