@@ -395,6 +395,15 @@ def test_numbers_that_nothing_can_be_computed_with_are_refused(change, number):
         check_card({**FULL, **change(number)})
 
 
+@pytest.mark.parametrize("change", [{"title": "\ud800"}, {"labels": [{"value": 1, "name": "a\udfff"}]}, {"metrics": {"\ud800": 1}}])
+def test_text_that_no_file_can_hold_is_refused(pack, tmp_path, toy_card, toy_onnx, change):
+    with pytest.raises(UserError, match="half a character; ask its author"):
+        ModelPackage.read(pack(change_card=lambda card: card.update(change)))
+    with pytest.raises(UserError, match="half a character"):
+        write_package(tmp_path / "a.unet.zip", toy_card(**change), toy_onnx("threshold", toy_card()))
+    assert not list(tmp_path.glob("*.zip"))
+
+
 def test_the_cards_tuples_are_in_array_order(make_package):
     card = make_package(dimensions=2, axis="sagittal", patch=[16, 32], divisor=[4, 8], context_slices=2, channels=["a", "b"]).card
     assert card.patch == (1, 16, 32) and card.divisor == (1, 4, 8) and card.slice_axis == 2

@@ -254,14 +254,16 @@ def intensity_errors(intensity: Any, at: str) -> Iterator[str]:
         yield f"{at}.low and high are not percentages"
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    """Every number in what JSON gave, however deep it lies."""
+def _leaves(value: Any) -> Iterator[Any]:
+    """Everything in what JSON gave but its lists and objects, and the objects' keys, however deep it lies."""
     waiting = [value]
     while waiting:
         item = waiting.pop()
-        if isinstance(item, (dict, list)):
-            waiting += item.values() if isinstance(item, dict) else item
-        elif _is_type(item, "number"):
+        if isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+        else:
             yield item
 
 
@@ -272,8 +274,11 @@ def check_card(data: Any) -> Card:
         return UserError(f"The model's card is not valid: {text}; ask its author for a corrected package.")
 
     # Also where the schema asks for nothing: an integer of any length passes there, and then no float can be made of it.
-    if not all(abs(number) <= _MAX_NUMBER for number in _numbers(data)):
-        raise wrong("it holds a number that is not finite or too large")
+    for leaf in _leaves(data):
+        if _is_type(leaf, "number") and not abs(leaf) <= _MAX_NUMBER:
+            raise wrong("it holds a number that is not finite or too large")
+        if isinstance(leaf, str) and re.search("[\ud800-\udfff]", leaf):  # JSON can say it; no file, table or node can hold it
+            raise wrong("it holds a text with half a character")
     for error in schema_errors(data, card_schema()):
         raise wrong(error)
     card = Card(data)
@@ -472,7 +477,7 @@ class ModelPackage:
     def read(cls, path: str | Path) -> ModelPackage:
         """Read and verify everything; UserError with one sentence if anything is amiss."""
         path = Path(path)
-        if not path.is_file():
+        if not os.path.isfile(path):  # False, too, for a name that is too long
             raise UserError(f"There is no model package {path}; check the name.")
         try:
             files = _read_zip(path)
@@ -483,7 +488,7 @@ class ModelPackage:
         except ValueError as e:
             raise UserError(f"{path} is refused: {e}.") from e
         try:
-            data = json.loads(files[CARD].decode("utf-8"))
+            data = json.loads(files[CARD].decode("utf-8", "surrogatepass"))
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path} has a card that is not JSON; download it again.") from e
         try:
@@ -540,7 +545,7 @@ def write_package(path: str | Path, card: dict[str, Any], onnx: bytes, safetenso
     text = json.dumps({**card, "files": listed}, indent=2, ensure_ascii=False)
     with atomic_path(path) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as z:
-            for name, content in [(CARD, text.encode("utf-8")), *files.items()]:
+            for name, content in [(CARD, text.encode("utf-8", "surrogatepass")), *files.items()]:
                 z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED, 9)
         try:
             ModelPackage.read(temporary)
@@ -583,7 +588,7 @@ def _version(path: Path) -> tuple[str, tuple[int, ...]]:
 def find_model(name: str | Path) -> ModelPackage:
     """A package by path, by name (its newest version) or by name-version, among the bundled and imported ones."""
     text = str(name)
-    if text.endswith(SUFFIX) or Path(text).is_file():
+    if text.endswith(SUFFIX) or os.path.isfile(text):
         return ModelPackage.read(text)
     files = model_files()
     matches: Sequence[Path] = [p for p in files if p.name == text + SUFFIX] or [p for p in files if _version(p)[0] == text]
