@@ -304,6 +304,26 @@ def test_cancelling_writes_nothing(here, unetseg, monkeypatch):
     assert (code, out, err) == (130, "", "unetseg: cancelled; nothing was written.\n") and here.left() == []
 
 
+def test_cancelling_says_what_is_kept(here, unetseg, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_report", interrupted)
+    code, _, err = unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "-q")
+    assert (code, err) == (130, "unetseg: cancelled; not every result may have been written.\n")
+    monkeypatch.setattr("UNetSegmentationLib.worklist.WorkList.segment", interrupted)
+    code, _, err = unetseg("worklist", "make", here.out / "list", here.scan, "-m", here.model, "-q")
+    assert (code, err.splitlines()[-1]) == (
+        130,
+        "unetseg: cancelled; what is segmented is kept, and the same command goes on with the others.",
+    )
+    mask = here.write((here.image.array > 0.5).astype(np.uint8), "mask.nrrd")
+    monkeypatch.setattr("UNetSegmentationLib.dataset.Dataset.add", interrupted)
+    code, _, err = unetseg("dataset", "add", here.out / "set", here.scan, "-m", mask, "--label", "1=a")
+    assert (code, err) == (130, "unetseg: cancelled; nothing was written.\n") and not list(here.out.glob("set/dataset.json"))
+    monkeypatch.undo()
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -436,6 +456,41 @@ def test_what_is_read_is_not_written_over(here, unetseg):
     arguments = ("-m", here.model, "-o", here.out / "a.nrrd", "--reference", reference)
     one_sentence(unetseg("segment", here.scan, *arguments, "--json", reference), "is what is read")
     assert here.scan.read_bytes() == before and here.left() == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights")
+def test_what_is_read_is_not_written_over_by_another_of_its_names(here, unetseg, tmp_path):
+    before = here.scan.read_bytes()
+    link = tmp_path / "link.nrrd"
+    link.symlink_to(here.scan)
+    for read, written in ((here.scan, here.out / ".." / here.scan.name), (link, here.scan), (here.scan, link)):
+        one_sentence(unetseg("segment", read, "-m", here.model, "-o", written), "is what is read")
+    twice = ("-o", here.out / "a.nrrd", "-o", here.out / ".." / "out" / "a.nrrd")
+    one_sentence(unetseg("segment", here.scan, "-m", here.model, *twice), "Two results")
+    assert here.scan.read_bytes() == before and link.is_symlink() and here.left() == []
+
+
+def test_a_name_that_just_fits_is_written(here, unetseg):
+    target = here.out / ("n" * 246 + ".seg.nrrd")  # 255 bytes
+    code, _, err = unetseg("segment", here.scan, "-m", here.model, "-o", target, "-q")
+    assert code == 0 and here.left() == [f"out/{target.name}"], err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems know no such names")
+def test_a_name_that_is_no_utf8_is_refused(here, data, tmp_path):
+    """In a process of its own, which ITK would end."""
+    name = tmp_path / os.fsdecode(b"sc\xe4n.nrrd")
+    name.write_bytes(here.scan.read_bytes())
+    folder = tmp_path / "series"
+    folder.mkdir()
+    for i, file in enumerate(sorted((data / "lung_gtv_dicom_rtstruct" / "pat_3").glob("DCM_IMG*"))[:3]):
+        (folder / os.fsdecode(b"\xe4%d.dcm" % i)).write_bytes(file.read_bytes())
+    for source in (name, folder):
+        result = subprocess_run("segment", source, "-m", here.model, "-o", here.out / "a.nrrd")
+        one_sentence((result.returncode, result.stdout, result.stderr), "has a name that is not UTF-8")
+    result = subprocess_run("segment", here.scan, "-m", here.model, "-o", here.out / os.fsdecode(b"\xe4.nrrd"), "-q")
+    one_sentence((result.returncode, result.stdout, result.stderr), "has a name that is not UTF-8")
+    assert here.left() == []
 
 
 def test_a_window_of_no_picture_is_refused(here, unetseg):
@@ -608,6 +663,32 @@ def test_verify_runs_the_network(unetseg, pack, toy_card, toy_onnx):
     one_sentence(unetseg("model", "verify", path), "does not fit its card")
 
 
+def test_names_that_standard_output_cannot_hold_are_escaped(here, pack):
+    """A pipe on Windows is cp1252."""
+    path = pack(change_card=lambda card: card.update(labels=[{"value": 1, "name": "\u7d50\u7bc0"}], licence="\u7bc0"))
+    (path.parent / "models").mkdir()
+    path = path.rename(path.parent / "models" / path.name)
+    options = {"PYTHONIOENCODING": "cp1252", "UNETSEG_MODELS": str(path.parent)}
+    result = subprocess_run("model", "info", path, **options)
+    assert result.returncode == 0 and json.loads(result.stdout)["labels"][0]["name"] == "\u7d50\u7bc0", result.stderr
+    result = subprocess_run("models", COLUMNS="300", **options)
+    assert result.returncode == 0 and "\\u7d50\\u7bc0" in result.stdout, result.stderr
+
+
+def test_a_name_that_is_too_long_is_one_sentence(here, unetseg):
+    one_sentence(unetseg("segment", here.scan, "-m", "m" * 300, "-o", here.out / "a.nrrd"), "There is no model")
+    one_sentence(unetseg("model", "pack", "n" * 300, "--card", "a", "-o", here.out / "a"), "cannot be read or written")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_standard_output_that_is_full_is_one_sentence(here):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "UNetSegmentation")}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "UNetSegmentationLib", "model", "info", "lung-nodule-click"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=120)
+    one_sentence((result.returncode, "", result.stderr), "standard output cannot be read or written")
+
+
 def test_pack_makes_a_package_that_segments(here, unetseg, toy_card, toy_onnx, tmp_path):
     (tmp_path / "card.json").write_text(json.dumps(toy_card(name="packed")), "utf-8")
     (tmp_path / "net.onnx").write_bytes(toy_onnx("threshold", toy_card()))
@@ -624,6 +705,7 @@ def test_pack_makes_a_package_that_segments(here, unetseg, toy_card, toy_onnx, t
         (None, b"", "card.json does not exist"),
         (b"{", b"", "is not JSON"),
         (b"\xff\xfe\x00", b"", "is not JSON"),
+        (b"[" * 100_000, b"", "is not JSON"),
         (b"[]", b"", "JSON object"),
         (b"{}", b"x", "lacks 'format'"),
         (..., b"hello", "not an ONNX file"),

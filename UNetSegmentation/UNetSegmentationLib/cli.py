@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,10 +47,16 @@ def main() -> None:
         import typer  # noqa: F401
     except ImportError:
         sys.exit('unetseg: the command line needs typer and rich; run: pip install "unet-segmentation[cli]"')
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Windows' pipes and files are cp1252, and a label's name may be Chinese
     try:
         _app()()
     except UserError as e:
         print(f"unetseg: {e}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        where = e.filename or "A file or the standard output"
+        print(f"unetseg: {where} cannot be read or written ({e.strerror or e}); check its name, its disk and your rights.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("unetseg: cancelled; nothing was written.", file=sys.stderr)
@@ -117,14 +124,14 @@ def _progress(shown: bool) -> Iterator[Callable[[float, str], None] | None]:
 
 
 @contextmanager
-def _cancellable() -> Iterator[None]:
-    """Ctrl-C ends the command with its sentence (typer's own differs from version to version)."""
+def _cancellable(left: str = "nothing was written") -> Iterator[None]:
+    """Ctrl-C, also at a prompt, ends the command with its sentence (typer's own differs from version to version)."""
     import typer
 
     try:
         yield
-    except KeyboardInterrupt:
-        print("unetseg: cancelled; nothing was written.", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
+        print(f"unetseg: cancelled; {left}.", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -146,6 +153,14 @@ def _read(images: Sequence[Path], series: str | None) -> Image:
         return read_image(list(images), uids[choice - 1])
 
 
+def _same(a: Path, b: Path) -> bool:
+    """Also over links and "..", and where a file system takes A.nrrd for a.nrrd."""
+    try:
+        return a.samefile(b)
+    except OSError:  # one of them is not there
+        return os.path.realpath(a) == os.path.realpath(b)
+
+
 def _check_names(
     targets: Sequence[Path], maps: Sequence[Path], picture: Path | None, *texts: Path | None, read: Sequence[Path | None] = ()
 ) -> None:
@@ -155,12 +170,12 @@ def _check_names(
     if sum(str(p) == "-" for p in texts) > 1:
         raise UserError("Only one of --json and --csv can go to standard output; give the other a file name.")
     everything = [p for p in (*targets, *maps, picture, *texts) if p and str(p) != "-"]
-    sources = {p.expanduser().absolute() for p in read if p}
+    sources = [p.expanduser() for p in read if p]
     for path in everything:
         check_writable(path)
-        if path.absolute() in sources:
+        if any(_same(path, source) for source in sources):
             raise UserError(f"{path} is what is read; give the result a name of its own (-o).")
-        if sum(path.absolute() == other.absolute() for other in everything) > 1:
+        if sum(_same(path, other) for other in everything) > 1:
             raise UserError(f"Two results would be written to {path}; give each a name of its own.")
     for path in targets:
         check_suffix(path)
@@ -247,6 +262,11 @@ def _print_nodule(report: dict[str, Any]) -> None:
     Console(stderr=True).print(table)
 
 
+def _print_json(value: Any) -> None:
+    """With the letters themselves where standard output can hold them."""
+    print(json.dumps(value, indent=2, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")))
+
+
 def _write_text(path: Path | None, text: str) -> None:
     """To a file, or to standard output where it is "-"."""
     if str(path) == "-":
@@ -256,6 +276,7 @@ def _write_text(path: Path | None, text: str) -> None:
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
+@_cancellable("not every result may have been written")
 def _write(
     image: Image,
     prediction: Prediction,
@@ -536,7 +557,7 @@ def _app() -> Any:
     @model_app.command()
     def info(package: Annotated[str, typer.Argument(help="A name or .unet.zip file.")]) -> None:
         """Print a package's card."""
-        print(json.dumps(find_model(package).card.data, indent=2, ensure_ascii=False))
+        _print_json(find_model(package).card.data)
 
     @model_app.command()
     def pack(
@@ -551,7 +572,7 @@ def _app() -> Any:
                 raise UserError(f"{path} does not exist; check the name.")
         try:
             data = json.loads(card.read_text("utf-8"))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{card} is not JSON ({e}); correct it.") from e
         if not isinstance(data, dict):
             raise UserError(f"{card} must hold a JSON object.")
@@ -631,7 +652,7 @@ def _dataset_app() -> Any:
                     split=split,
                     allow=allow,
                 )
-            except UserError:
+            except BaseException:
                 if new:
                     dataset.discard()
                 raise
@@ -646,7 +667,7 @@ def _dataset_app() -> Any:
         entries = dataset.entries.values()
         if as_json:
             keys = ("name", "patient", "split", "version")
-            print(json.dumps([{k: getattr(e, k) for k in keys} | {"record": e.record} for e in entries], indent=2, ensure_ascii=False))
+            _print_json([{k: getattr(e, k) for k in keys} | {"record": e.record} for e in entries])
             return
         table = Table(title=escape(f"{dataset.name}: {', '.join(d.name for d in dataset.labels)}"))
         for column in ("case", "patient", "split", "version", "size", "voxels", "changed"):
@@ -659,6 +680,7 @@ def _dataset_app() -> Any:
         Console().print(table)
 
     @app.command()
+    @_cancellable()
     def check(
         folder: Folder,
         hashes: Annotated[bool, typer.Option(help="Read every file and compare its hash.")] = True,
@@ -776,7 +798,7 @@ def _worklist_app() -> Any:
             me = Annotator.here(pid=os.getpid())
             options = Options(tta=tta, engine=engine, device=device)
             engines = None if later else [choose_engine(m, engine, device) for m in models]
-            with _cancellable():
+            with _cancellable("what is segmented is kept, and the same command goes on with the others"):
                 for i in range(0 if later else todo if limit is None else min(limit, todo)):
                     with _progress(not quiet) as progress:
                         scan = work.segment(models, me, options, progress, engines=engines)
@@ -796,7 +818,7 @@ def _worklist_app() -> Any:
         ahead = work.ordered()
         scans = [*ahead, *(s for n, s in work.scans.items() if n not in {a.name for a in ahead})]
         if json_:
-            print(json.dumps([as_json(s) for s in scans], indent=2, ensure_ascii=False))
+            _print_json([as_json(s) for s in scans])
             return
         table = Table(title=escape(counted(work)))
         for column in ("scan", "status", "value", "entropy", "disagreement", "note"):
@@ -820,7 +842,7 @@ def _worklist_app() -> Any:
         if scan is None:
             print("Nothing is left to do." if not json_ else "null")
         elif json_:
-            print(json.dumps(as_json(scan), indent=2, ensure_ascii=False))
+            _print_json(as_json(scan))
         else:
             print(scan.name)
             for file in scan.files:
