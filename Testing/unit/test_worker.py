@@ -12,9 +12,11 @@ import threading
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from UNetSegmentationLib import files
 from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.image import Box, Image, UserError, read_image, write_image
 from UNetSegmentationLib.inference.click import ClickSession, expects_lung
@@ -595,6 +597,9 @@ def test_prompts_travel_as_json(chest):
     kind, mask, start = again[3]
     assert (kind, start) == ("mask", (12, 16, 28)) and mask.shape == (5, 11, 6) and mask.all()
     assert decode_prompts(encode_prompts([("mask", np.zeros((3, 3, 3)), (1, 1, 1))]))[0][1].size == 0
+    for bad in (["point", 10**400, 0, 0, True], ["box", 0, 0, 0, 1, 1, -(10**400)], ["mask", [0, 0, 10**400], [1, 1, 1], "eJw"]):
+        with pytest.raises(ProtocolError):  # a scene of somebody else's may hold them
+            decode_prompts([bad])
 
 
 # ------------------------------------------------------------------------------------------------------ cancel and death
@@ -1024,6 +1029,30 @@ def test_nonsense_is_answered_and_survived(raw, private, image, make_package):
     assert raw.process.wait(DEADLINE) == 0 and private.exists()  # the folder is the client's
 
 
+def test_a_volume_that_could_not_be_read_is_read_when_it_can_be(raw, private, image, make_package):
+    message = complete(protocol.encode_image(image, private, 1))
+    click = {"op": "predict", "volume": 1, "models": [str(make_package().path)], "options": {}, "measures": False, "keep": False}
+    assert raw.ask(op="load_volume", id=1, **message)["event"] == "done"
+    (private / "volume-1.npy").rename(private / "away")
+    moved = {**message, "geometry": {**message["geometry"], "origin": [1.0, 2.0, 3.0]}}
+    assert raw.ask(op="load_volume", id=2, **moved)["event"] == "error"
+    answer = raw.ask(id=3, **click)  # neither where the volume lay before, nor a sentence that says nothing
+    assert answer["event"] == "error" and "volume-1.npy cannot be read" in answer["error"]
+    (private / "away").rename(private / "volume-1.npy")
+    assert raw.ask(id=4, **click)["event"] == "result"
+
+
+def test_a_volume_whose_file_was_cleared_away_is_written_again(client, image, make_package):
+    model = make_package().path
+    volume = client.load_volume(image)
+    before = client.predict(volume, [model])
+    (client.folder / f"volume-{volume}.npy").unlink()
+    assert client.session.place_volume(volume, image) is None
+    os.kill(client.pid, signal.SIGTERM)
+    until(lambda: client.pid is None, "the end of the worker")
+    assert_same(before, client.predict(volume, [model]))
+
+
 # ------------------------------------------------------------------------------------------------- without any process
 
 
@@ -1093,6 +1122,35 @@ def test_a_result_that_does_not_fit_is_refused(tmp_path, image):
     (event,) = session.feed(json.dumps({"event": "result", "id": number, "arrays": {"labels": good}, **rest}).encode() + b"\n")
     labels = complete(session.result(event)).labels
     assert labels.array.sum() == 8 and labels.same_grid(image) and not (tmp_path / "result-1-labels.npy").exists()
+
+
+def test_a_result_that_another_program_reads_is_read_all_the_same(tmp_path, image, monkeypatch):
+    """As a virus scanner on Windows does, just when it was written."""
+
+    def refused(*arguments):
+        raise PermissionError
+
+    monkeypatch.setattr(protocol, "_CUT", 10)
+    monkeypatch.setattr(os, "truncate", refused)
+    complete(save_array(tmp_path, "result-1-labels.npy", np.ones((2, 2, 2), np.uint8)))
+    entry = {"file": "result-1-labels.npy", "box": [[0, 0, 0], [2, 2, 2]], "dtype": "uint8", "shape": list(image.shape)}
+    assert complete(protocol._decode_array({"labels": entry}, "labels", tmp_path, image)).sum() == 8
+
+
+def test_an_array_waits_for_its_name(tmp_path, monkeypatch):
+    """As on Windows, where another program may be looking the new file over."""
+    times, replace = [], Path.replace
+
+    def busy(self, target):
+        times.append(target)
+        if len(times) < 3:
+            raise PermissionError
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", busy)
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="nt"))
+    complete(save_array(tmp_path, "volume-1.npy", np.ones((2, 2, 2), np.uint8)))
+    assert len(times) == 3 and load_array(tmp_path, "volume-1.npy").sum() == 8
 
 
 def some_arrays():

@@ -245,6 +245,8 @@ class Session:
     def place_volume(self, volume: int, image: Image) -> tuple[int, bytes] | None:
         """The volume lies where `image` does, whose voxels are its own; returns what to send, None if nothing."""
         message, _ = self._volumes[volume]
+        if not (self.folder / message["file"]).exists():  # macOS clears temporary folders of what was not read for three days
+            complete(encode_image(image, self.folder, volume))
         placed = {**message, "geometry": encode_geometry(image)}
         if placed == message:
             return None

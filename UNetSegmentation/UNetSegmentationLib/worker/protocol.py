@@ -40,6 +40,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
+from ..files import move_file
 from ..image import Box, Image, UserError, check_geometry
 from ..inference.click import Answer, Prompt, check_prompt, crop_mask
 from ..inference.predict import Options, Prediction
@@ -155,7 +156,8 @@ def numbers(message: dict[str, Any], name: str, count: int, kind: type | tuple[t
 
 
 def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]
+    # Not isfinite(), of which an integer of 400 digits, which JSON may hold, makes an OverflowError.
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # type: ignore[arg-type, operator]
 
 
 def strings(message: dict[str, Any], name: str) -> tuple[str, ...]:
@@ -180,7 +182,7 @@ def save_array(folder: Path, name: str, array: np.ndarray) -> Steps[str]:
             for block in _blocks(values.shape, values.itemsize):
                 file.write(np.ascontiguousarray(values[block]))
                 yield
-        os.replace(part, path)
+        move_file(part, path)
     except BaseException as e:
         try:
             part.unlink(missing_ok=True)
@@ -474,9 +476,10 @@ def _decode_array(arrays: dict[str, Any], name: str, folder: Path, image: Image)
     if not file.startswith("result-"):
         raise ProtocolError(f"{file!r} is no result.")
     yield from fill_array(folder, file, full[box.trailing])
-    for size in range((folder / file).stat().st_size - _CUT, 0, -_CUT):
-        os.truncate(folder / file, size)  # to delete 400 MB takes 30 ms
-        yield
+    with suppress(OSError):  # Windows refuses while a virus scanner reads it; the result is here all the same
+        for size in range((folder / file).stat().st_size - _CUT, 0, -_CUT):
+            os.truncate(folder / file, size)  # to delete 400 MB takes 30 ms
+            yield
     remove_files(folder, file)
     return full
 

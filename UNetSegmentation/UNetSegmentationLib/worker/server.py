@@ -144,6 +144,7 @@ class _Server(Program):
         self._cancelled: set[int] = set()
         self._greeted = False
         self._volumes: dict[int, Image] = {}
+        self._unread: dict[int, dict[str, Any]] = {}  # by volume, the request that failed
         self._packages: dict[Stamp, ModelPackage] = {}
         self._engines: dict[tuple[Stamp, str, str, str, int], Engine] = {}
         self._engines_made = 0
@@ -241,17 +242,23 @@ class _Server(Program):
     def _load_volume(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
         volume = get(request, "volume", int)
         self._drop_sessions(volume)
+        self._volumes.pop(volume, None)  # also where it cannot be read: it no longer lies where it was
+        self._unread[volume] = request
         self._volumes[volume] = decode_image(request, self._folder)
+        del self._unread[volume]
         return {"event": "done"}
 
     def _unload_volume(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
         volume = get(request, "volume", int)
         self._drop_sessions(volume)
         self._volumes.pop(volume, None)
+        self._unread.pop(volume, None)
         return {"event": "done"}
 
     def _image(self, request: dict[str, Any]) -> tuple[int, Image]:
         volume = get(request, "volume", int)
+        if volume in self._unread:  # nobody may have waited for that error, and meanwhile there may be memory
+            self._load_volume(0, self._unread[volume])
         if volume not in self._volumes:
             raise UserError("The worker does not have this volume; choose it again.")
         return volume, self._volumes[volume]
