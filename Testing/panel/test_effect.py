@@ -207,7 +207,7 @@ class Editor:
     def dots(self, view: Any = None) -> dict[str, list[tuple[float, float]]]:
         """Colour -> where discs are in the view."""
         out = {}
-        renderer = self.scripted.renderer(view or self.slice)
+        renderer = type(self.scripted).renderer(view or self.slice)
         for i in range(renderer.GetViewProps().GetNumberOfItems()):
             actor = renderer.GetViewProps().GetItemAsObject(i)
             data = actor.GetMapper().GetInputAlgorithm().GetInput()
@@ -759,6 +759,19 @@ def test_dots_show_the_clicks_of_the_selected_segment_on_their_slice(editor: Cal
     assert not e.dots()
 
 
+def test_no_dots_where_the_segmentation_is_not_shown(editor: Callable[..., Editor]) -> None:
+    import slicer
+
+    e = editor(scan("straight"), active=False)
+    green = slicer.app.layoutManager().sliceWidget("Green")
+    e.segmentation.GetDisplayNode().AddViewNodeID(e.slice.mrmlSliceNode().GetID())
+    e.widget.setActiveEffectByName(NAME)
+    e.wait()
+    e.xy(IN_C, green)
+    e.click(IN_C)
+    assert e.dots()["green"] and not any(e.dots(green).values())  # there they would not move with the slice
+
+
 def test_two_editors_do_not_hear_each_other(editor: Callable[..., Editor]) -> None:
     first, second = editor(scan("straight")), editor(scan("oblique"))
     for e, _block, index in ((first, A, IN_A), (second, B, IN_B)):
@@ -777,11 +790,12 @@ def test_the_panels_module_is_reloaded(editor: Callable[..., Editor], gui: Any) 
     assert np.array_equal(e.mask(), filled(A, B))
 
 
-def test_the_editor_leaves_nothing_behind(editor: Callable[..., Editor]) -> None:
+def test_the_editor_leaves_nothing_behind(editor: Callable[..., Editor], caplog: pytest.LogCaptureFixture) -> None:
     e = editor(scan())
     e.click(IN_A)
     effect, controller = e.effect, e.effect._controller
     e.close()
+    assert not caplog.records
     assert controller.owner is None and not controller._listeners and effect._controller is None
     assert not effect.Observations and not e.dots()
 

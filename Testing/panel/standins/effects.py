@@ -59,6 +59,11 @@ class qSlicerSegmentEditorScriptedEffect(qSlicerSegmentEditorAbstractEffect):
         QFormLayout(self._frame)
         self._frame.hide()
 
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_") and "_destroyed" in self.__dict__:
+            raise ValueError(f"Trying to call '{name}' on a destroyed {type(self).__name__} object")
+        return super().__getattribute__(name)
+
     # --- the Python side
 
     def setPythonSource(self, newPythonSource: str) -> bool:
@@ -260,6 +265,9 @@ class qSlicerSegmentEditorScriptedEffect(qSlicerSegmentEditorAbstractEffect):
     def viewNode(viewWidget: Any) -> Any:
         return viewWidget.sliceLogic().GetSliceNode()
 
+    def segmentationDisplayableInView(self, viewNode: Any) -> bool:
+        return bool(self._editor._logic.IsSegmentationDisplayableInView(viewNode))
+
     @staticmethod
     def sliceSpacing(sliceWidget: Any) -> float:
         return slicer.vtkSlicerSegmentEditorLogic.GetSliceSpacing(sliceWidget.mrmlSliceNode(), sliceWidget.sliceLogic())
@@ -358,28 +366,29 @@ class qMRMLSegmentEditorWidget(mrmlwidgets.qMRMLWidget):
     def setMRMLScene(self, scene: Any) -> None:
         super().setMRMLScene(scene)
         self._logic.SetMRMLScene(scene)
-        self._tags.append((scene, scene.AddObserver(scene.EndCloseEvent, lambda *_: self.setMRMLSegmentEditorNode(None))))
+        self._tags.append((scene, scene.AddObserver(scene.EndCloseEvent, lambda *_: self._onSceneEndClose())))
 
     def mrmlSegmentEditorNode(self) -> Any:
         return self._node
 
     def setMRMLSegmentEditorNode(self, newSegmentEditorNode: Any) -> None:
         self._unobserve(self._node)
-        if newSegmentEditorNode is None and self._active is not None:
-            self._active.deactivate()
-            self._active = None
-            self._removeViewObservations()
-        self._node = newSegmentEditorNode
-        self._logic.SetSegmentEditorNode(newSegmentEditorNode)
+        self._node = node = newSegmentEditorNode
+        self._logic.SetSegmentEditorNode(node)
+        if node is None:
+            return  # the active effect stays active until there is another node
         for effect in self._effects:
-            effect.setParameterSetNode(newSegmentEditorNode)
-            if newSegmentEditorNode is not None:
-                effect._call("setMRMLDefaults")
-        node = newSegmentEditorNode
-        if node is not None:
-            for event in (vtk.vtkCommand.ModifiedEvent, node.EffectParameterModified):
-                self._tags.append((node, node.AddObserver(event, lambda *_: self._update())))
-            self._update()
+            effect.setParameterSetNode(node)
+            effect._call("setMRMLDefaults")
+        for event in (vtk.vtkCommand.ModifiedEvent, node.EffectParameterModified):
+            self._tags.append((node, node.AddObserver(event, lambda *_: self._update())))
+        self._update()
+
+    def _onSceneEndClose(self) -> None:
+        """Nobody holds the node any more, whose pointers are weak ones."""
+        self.setMRMLSegmentEditorNode(None)
+        for effect in self._effects:
+            effect.setParameterSetNode(None)
 
     def setSegmentationNode(self, node: Any) -> None:
         self._logic.SetSegmentationNode(node)
@@ -470,6 +479,8 @@ class qMRMLSegmentEditorWidget(mrmlwidgets.qMRMLWidget):
         manager = slicer.app.layoutManager()
         for widget in (manager.sliceWidget(name) for name in manager.sliceViewNames()):
             interactor, node = widget.sliceView().interactor(), widget.mrmlSliceNode()
+            if not self._logic.IsSegmentationDisplayableInView(node):
+                continue
             for event in EVENTS:
                 self._observe(interactor, event, widget)
             tag = node.AddObserver(vtk.vtkCommand.ModifiedEvent, lambda node, _e, w=widget: self._viewEvent(node, w))
@@ -506,9 +517,10 @@ class qMRMLSegmentEditorWidget(mrmlwidgets.qMRMLWidget):
 
     def _delete(self) -> None:
         """What its destructor does."""
-        self.setMRMLSegmentEditorNode(None)
+        self._removeViewObservations()
         for effect in self._effects:
             effect.cleanup()
+            effect._destroyed = True
         for of, tag in self._tags:
             of.RemoveObserver(tag)
         self.deleteLater()

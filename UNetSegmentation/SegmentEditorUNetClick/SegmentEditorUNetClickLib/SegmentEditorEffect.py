@@ -422,7 +422,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
     def _drawSteps(self) -> Steps:
         """The dots: the clicks of the selected segment, and those that have no answer yet."""
         self._stale = False
-        if not self.scriptedEffect.active() or self._controller is None:
+        if self._controller is None or not self.scriptedEffect.active():  # without it Slicer's effect may be deleted
             return
         try:
             target = self._chosen()
@@ -633,9 +633,11 @@ class Dots:
         vtk.vtkMatrix4x4.Invert(node.GetSliceToRAS(), to_slice)
         vtk.vtkMatrix4x4.Invert(node.GetXYToRAS(), to_xy)
         reach = max(0.5, self._effect.sliceSpacing(viewWidget) / 2)
+        # The editor tells nothing of the views that the segmentation is not shown in: there dots would not move with the slice.
+        points = self._points if self._effect.segmentationDisplayableInView(node) else []
         for positive, (data, _actor) in view[1].items():
             places = vtk.vtkPoints()
-            for ras, kind in self._points:
+            for ras, kind in points:
                 if kind == positive and abs(to_slice.MultiplyPoint((*ras, 1.0))[2]) <= reach:
                     places.InsertNextPoint(*to_xy.MultiplyPoint((*ras, 1.0))[:2], 0.0)
             data.SetPoints(places)
