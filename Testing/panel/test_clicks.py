@@ -784,9 +784,81 @@ def test_follow_up(panel: Any) -> None:
     assert p.settings.days == 90
     assert p.table()[0][-2] == f"{90 * np.log(2) / np.log(now / then):.0f}"
     assert "BTS 2015" in p.ui.noduleTable.item(0, 0).toolTip()
+    p.ui.daysSpinBox.value = 900
+    p.settle()
+    assert "in 900 days" in p.ui.noduleTable.item(0, 0).toolTip()
     p.settings.earlier = None
     p.settle()
     assert len(p.table()[0]) == 10
+
+
+def test_a_follow_up_says_where_only_the_days_changed(panel: Any) -> None:
+    import slicer
+    from mrml_scenes import add_segment
+
+    p = begun(panel, "left")
+    earlier = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Last year")
+    earlier.SetReferenceImageGeometryParameterFromVolumeNode(p.settings.volume)
+    large = truth("left") | np.roll(truth("left"), 8, 2)
+    large[:, :, 0] = True  # the edge of that scan
+    add_segment(earlier, "L1", large.astype(np.uint8), p.settings.volume)
+    p.settings.earlier = earlier
+    for days in (90, 180):
+        p.ui.daysSpinBox.value = days
+        p.settle()
+        assert p.table()[0][-2:] == ["-", "smaller"] and f"in {days} days" in p.ui.noduleTable.item(0, 0).toolTip()
+    p.ui.noduleTable.setCurrentCell(0, 0)
+    assert "Nodule 1: In one of the studies it reaches the edge" in p.ui.noduleNote.text
+
+
+def test_nothing_is_new_where_the_earlier_study_was_not_measured(panel: Any, tmp_path: Path) -> None:
+    import slicer
+    from mrml_scenes import add_segment
+    from UNetSegmentationLib.mrml import NODULES_ROLE, find_table
+
+    p = begun(panel, "left")
+    then = scan("CT of last year")
+    earlier = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Last year")
+    earlier.SetReferenceImageGeometryParameterFromVolumeNode(then)
+    add_segment(earlier, "L1", truth("left").astype(np.uint8), then)
+    assert slicer.util.saveNode(earlier, str(tmp_path / "Last year.seg.nrrd"))
+    slicer.mrmlScene.RemoveNode(earlier)
+    earlier = slicer.util.loadSegmentation(str(tmp_path / "Last year.seg.nrrd"))
+    assert earlier.GetNodeReference(earlier.GetReferenceImageGeometryReferenceRole()) is None
+    p.settings.earlier = earlier
+    assert p.table()[0][-4:] == ["-"] * 4  # not yet
+    p.settle()
+    assert p.table()[0][-4] == "L1" and p.ui.goneLabel.text == ""
+    slicer.mrmlScene.RemoveNode(then)
+    p.settle()
+    assert p.table()[0][-4:] == ["-"] * 4
+    assert p.ui.goneLabel.text == "The scan of Last year is not in the scene, so its nodules are not measured; load it."
+
+    p.settings.earlier = None
+    p.settle()
+    table, row = find_table(p.node, NODULES_ROLE), p.table()[0]
+    slicer.mrmlScene.RemoveNode(p.settings.volume)
+    p.settle()
+    assert not p.table() and [table.GetCellText(0, i) for i in range(table.GetNumberOfColumns())] == row
+
+
+def test_nodules_that_were_moved_on_their_scan_are_measured_again(panel: Any) -> None:
+    import slicer
+    import vtk
+
+    p = begun(panel, "left")
+    row, center = p.table()[0], p.widget.nodules.now.rows[0].measures["center"]
+    transform = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLinearTransformNode")
+    matrix = vtk.vtkMatrix4x4()
+    matrix.SetElement(1, 3, 20 * SPACING[1])
+    transform.SetMatrixTransformToParent(matrix)
+    moved = np.add(center, (0, -20 * SPACING[1], 0))
+    p.settings.volume.SetAndObserveTransformNodeID(transform.GetID())
+    p.settle()
+    assert p.table()[0][8] != row[8]  # what lies under it now
+    p.node.SetAndObserveTransformNodeID(transform.GetID())
+    p.settle()
+    assert p.table()[0] == row and np.allclose(p.widget.nodules.now.rows[0].measures["center"], moved)
 
 
 # ------------------------------------------------------------------------------------------------------- in between

@@ -487,6 +487,11 @@ def place_of(volume_node: Any) -> Any:
     return image.spacing, image.origin, image.direction
 
 
+def place_in(segmentation_node: Any, volume_node: Any) -> Any:
+    """Equal as long as the volume's voxels lie at the same place of the segmentation; UserError under a non-linear transform."""
+    return _floats(_grid_in(segmentation_node, volume_node).ravel())
+
+
 def segment_part_steps(segmentation_node: Any, segment_id: str, volume_node: Any) -> Steps[tuple[np.ndarray, tuple[int, ...]]]:
     """segment_mask() without the zeros around it, in pieces: mask and the index (z, y, x) of its first voxel.
 
@@ -545,6 +550,26 @@ def find_nodules(volume_node: Any) -> Any:
         if clicked and node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole()) is volume_node:
             return node
     return None
+
+
+def find_scan(segmentation_node: Any, other_than: Any = None) -> Any:
+    """The one scan, but this other one, whose voxels are those of a segmentation's labelmaps; None where there is none, or more.
+
+    A segmentation that was read from a file does not know its scan.
+    """
+    labelmaps, found = list(_layers(segmentation_node.GetSegmentation())), []
+    for volume in _nodes(segmentation_node.GetScene(), "vtkMRMLScalarVolumeNode"):
+        derived = volume.IsA("vtkMRMLLabelMapVolumeNode") or volume.GetAttribute(MAP_ATTRIBUTE)
+        if volume is other_than or derived or volume.GetImageData() is None:
+            continue
+        try:
+            whole, grid = Box.whole(image_from_volume(volume).shape), _grid_in(segmentation_node, volume)
+        except UserError:
+            continue
+        boxes = [_extent_box(labelmap, grid) for labelmap in labelmaps]
+        if any(box and not box.empty for box in boxes) and all(box is not None and box & whole == box for box in boxes):
+            found.append(volume)
+    return found[0] if len(found) == 1 else None
 
 
 def show_dots(scene: Any, positive: bool, points: Sequence[Sequence[float]]) -> None:

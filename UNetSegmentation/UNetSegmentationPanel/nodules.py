@@ -584,6 +584,7 @@ class NoduleList(VTKObservationMixin):
     """What the segments of a segmentation measure, kept up to date while they are edited. changed() follows each change.
 
     known: NoduleTool.measured, which need not be made again. models(): of clicks, which say whether theirs are of lungs.
+    ready: whether the rows are the segmentation's, or still to come; text: why they will not come.
     """
 
     def __init__(
@@ -594,8 +595,8 @@ class NoduleList(VTKObservationMixin):
         self.node: Any = None
         self.volume: Any = None
         self.rows: list[Row] = []
-        self._again = False
-        self._pieces = Pieces(lambda text: logging.info("The nodules were not measured: %s", text))
+        self.ready, self.text = False, ""
+        self._pieces = Pieces(self._failed)
         self._timer = qt.QTimer()
         self._timer.setSingleShot(True)
         self._timer.setInterval(_SETTLE_MS)
@@ -624,6 +625,12 @@ class NoduleList(VTKObservationMixin):
         self._pieces.clear()
         self.removeObservers()
         self.node, self.volume, self.rows = None, None, []
+        self.ready, self.text = False, ""
+
+    def _failed(self, text: str) -> None:
+        logging.info("The nodules were not measured: %s", text)
+        self.text = text
+        self._changed()
 
     def _onSegments(self, caller: Any, event: Any) -> None:
         self._timer.start(_SETTLE_MS)
@@ -643,12 +650,13 @@ class NoduleList(VTKObservationMixin):
             usable = False
         held = node.GetSegmentation() if usable else None
         image, place = (mrml.image_from_volume(volume), mrml.place_of(volume)) if usable else (None, None)
+        inside = mrml.place_in(node, volume) if usable else None
         for segment in [held.GetNthSegmentID(i) for i in range(held.GetNumberOfSegments())] if usable else ():
             part = held.GetSegment(segment)
             if part is None:
                 continue
             label, row = mrml.label_of(part), former.get(segment)
-            if row is not None and row.label == (label, place):
+            if row is not None and row.label == (label, place, inside):
                 rows.append(Row(segment, part.GetName(), row.measures, row.label, row.digest))
                 continue
             mask, start = yield from mrml.segment_part_steps(node, segment, volume)
@@ -660,29 +668,41 @@ class NoduleList(VTKObservationMixin):
                 made = [m.card for m in self._models() if m.name.rpartition("-")[0] == model.rpartition("-")[0]]
                 lung = all(map(expects_lung, made)) if made else not model  # of a model that is not here nothing is known
                 measures = yield from nodule.describe_steps(image, mask, start, lung)
-            rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, place), digest))
+            rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, place, inside), digest))
             yield
-        self.rows = rows
+        self.rows, self.ready, self.text = rows, usable, ""
+        if node is not None and not usable:
+            self.text = _("The scan of {name} is not in the scene, so its nodules are not measured; load it.").format(name=node.GetName())
         self._changed()
 
 
-def growth(before: Sequence[Row], after: Sequence[Row], days: int) -> tuple[dict[str, list[str]], dict[str, str], list[Row]]:
-    """Segment ID of the later study: the cells of growthColumns(), and a sentence; and the earlier nodules without a successor."""
+@dataclass
+class Growth:
+    """By the later study's segment ID: the cells of growthColumns(), sentences, and what is to be known of them; and the earlier
+    nodules without a successor."""
+
+    cells: dict[str, list[str]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    gone: list[Row] = field(default_factory=list)
+
+
+def growth(before: Sequence[Row], after: Sequence[Row], days: int) -> Growth:
     from UNetSegmentationLib import nodule
 
     old, new = [[r for r in rows if r.measures and r.measures["voxels"]] for rows in (before, after)]
-    cells = {r.segment: ["-", "-", "-", _("new")] for r in new}
-    texts, gone = {}, []
+    out = Growth({r.segment: ["-", "-", "-", _("new")] for r in new})
     for i, j in nodule.match([r.measures for r in old], [r.measures for r in new]):
         if i is not None and j is None:
-            gone.append(old[i])
+            out.gone.append(old[i])
         elif i is not None and j is not None:
             found = nodule.follow_up(old[i].measures, new[j].measures, days or 1)  # the change itself needs no days
             time = "-" if found["doubling_days"] is None else f"{found['doubling_days']:.0f}" if days else _("days?")
             name = {"growth": _("growth"), "stable": _("stable"), "smaller": _("smaller")}[found["growth"]]
-            cells[new[j].segment] = [old[i].name, f"{found['volume_change_percent']:+.0f}", time, name]
-            texts[new[j].segment] = found["text"] if days else ""
-    return cells, texts, gone
+            out.cells[new[j].segment] = [old[i].name, f"{found['volume_change_percent']:+.0f}", time, name]
+            out.texts[new[j].segment] = found["text"] if days else ""
+            out.notes[new[j].segment] = found["note"].removeprefix(nodule.NOTE)
+    return out
 
 
 def growthColumns() -> list[str]:
@@ -702,7 +722,8 @@ class NoduleSection(VTKObservationMixin):
         self.ui, self._keep = ui, keep
         self.models: list[Any] = []
         self._days = 0
-        self._shown: tuple[list[str], list[list[str]]] = ([], [])
+        self._shown: tuple[list[str], list[list[str]], list[str]] = ([], [], [])
+        self._growth = Growth()
         self._updating = False
         self._roi: Any = None  # that is being drawn
         self.tool = NoduleTool(self._updateTool, lambda node: keep("nodules", node))
@@ -732,6 +753,8 @@ class NoduleSection(VTKObservationMixin):
 
     def show(self, settings: Any) -> None:
         """Let the section show the scene's settings."""
+        from UNetSegmentationLib import mrml
+
         from .models import resolve
 
         ui, self._updating = self.ui, True
@@ -752,7 +775,8 @@ class NoduleSection(VTKObservationMixin):
             self._updating = False
         self.tool.use(settings.volume, settings.nodules, model, {"engine": settings.engine, "device": settings.device})
         self.now.use(settings.nodules, settings.volume)
-        self.earlier.use(settings.earlier if settings.earlier is not settings.nodules else None, None)
+        earlier = settings.earlier if settings.earlier is not settings.nodules else None
+        self.earlier.use(earlier, mrml.find_scan(earlier, self.now.volume) if earlier is not None else None)
         self._updateTool()
         self._updateTable()
 
@@ -835,8 +859,10 @@ class NoduleSection(VTKObservationMixin):
 
         from .results import rowsText
 
-        columns, rows = self._shown
-        qt.QApplication.clipboard().setText(rowsText([columns, *rows, *([c] for _s, c in self._caveats()), [nodule.NOTE]], "\t"))
+        columns, rows, _tips = self._shown
+        qt.QApplication.clipboard().setText(
+            rowsText([columns, *rows, *([f"{row.name}:{note}"] for row, note in self._caveats()), [nodule.NOTE]], "\t")
+        )
         slicer.util.showStatusMessage(_("The table is in the clipboard."), 3000)
 
     def _onExport(self) -> None:
@@ -844,9 +870,10 @@ class NoduleSection(VTKObservationMixin):
 
         from .results import cell, saveText
 
-        columns, rows = self._shown
+        columns, rows, _tips = self._shown
         if self.now.node is not None:
-            notes = [row.measures["note"] if row.measures else nodule.NOTE for row in self.now.rows]
+            said = {row.segment: note for row, note in self._caveats()}
+            notes = [nodule.NOTE + said.get(row.segment, "") for row in self.now.rows]
             text = nodule.csv_text([[cell(text) for text in row] for row in rows], columns, notes)
             saveText(_("Save the nodules"), f"{self.now.node.GetName()}.csv", text)
 
@@ -887,38 +914,41 @@ class NoduleSection(VTKObservationMixin):
             else:
                 table.selectRow(at)
             self._updating = before
-        note = " ".join([_("By size only; not a diagnosis."), *(c for s, c in self._caveats() if s == segment)])
+        note = " ".join([_("By size only; not a diagnosis."), *(f"{row.name}:{n}" for row, n in self._caveats() if row.segment == segment)])
         if self.ui.noduleNote.text != note:
             self.ui.noduleNote.text = note
 
-    def _caveats(self) -> list[tuple[str, str]]:
-        """A segment, and what a reader must know of its figures, for each where there is something."""
+    def _caveats(self) -> list[tuple[Row, str]]:
+        """What a reader must know of a nodule's figures, for each where there is something."""
         from UNetSegmentationLib.nodule import NOTE
 
-        notes = [(row, row.measures["note"].removeprefix(NOTE)) for row in self.now.rows if row.measures]
-        return [(row.segment, f"{row.name}:{note}") for row, note in notes if note]
+        known, grown = [row for row in self.now.rows if row.measures], self._growth.notes
+        notes = [(row, row.measures["note"].removeprefix(NOTE) + grown.get(row.segment, "")) for row in known]
+        return [(row, note) for row, note in notes if note]
 
     def _updateTable(self) -> None:
         from UNetSegmentationLib import mrml, nodule
 
         ui, rows = self.ui, self.now.rows
-        columns, gone = [_("Nodule"), *nodule.COLUMNS], []
+        columns = [_("Nodule"), *nodule.COLUMNS]
         texts = [[row.name, *(nodule.row(row.measures) if row.measures else ["-"] * len(nodule.COLUMNS))] for row in rows]
-        tips: dict[str, str] = {}
+        grown = growth(self.earlier.rows, rows, self._days) if self.earlier.ready and rows else Growth()
+        self._growth, tips = grown, [grown.texts.get(row.segment, "") for row in rows]
         if self.earlier.node is not None and rows:
-            grown, tips, gone = growth(self.earlier.rows, rows, self._days)
             columns += growthColumns()
             for text, row in zip(texts, rows):
-                text += grown.get(row.segment, ["-"] * 4)
+                text += grown.cells.get(row.segment, ["-"] * 4)
         shown = bool(rows)
         ui.noduleTable.visible = ui.noduleTools.visible = ui.followUpWidget.visible = shown
-        ui.goneLabel.text = _("Not matched in this study: {names}.").format(names=", ".join(r.name for r in gone))
-        ui.goneLabel.visible = bool(gone)
-        if (columns, texts) != self._shown:
-            self._shown = columns, texts
-            self._fill(columns, texts, [tips.get(row.segment, "") for row in rows])
+        gone = _("Not matched in this study: {names}.").format(names=", ".join(r.name for r in grown.gone)) if grown.gone else ""
+        ui.goneLabel.text = gone or ("" if self.earlier.ready else self.earlier.text)
+        ui.goneLabel.visible = bool(rows and ui.goneLabel.text)
+        if (columns, texts, tips) != self._shown:
+            self._shown = columns, texts, tips
+            self._fill(columns, texts, tips)
             node = self.now.node
-            if node is not None and node.GetScene() is not None:
+            # What a scene was saved with stays as long as its scan is not there.
+            if self.now.ready and node is not None and node.GetScene() is not None:
                 held = node.GetSegmentation()
                 clicked = any(mrml.segment_tag(held.GetNthSegment(i), mrml.PROMPTS_TAG) for i in range(_count(node)))
                 if clicked or mrml.find_table(node, mrml.NODULES_ROLE) is not None:
