@@ -490,6 +490,8 @@ def test_a_name_that_is_no_utf8_is_refused(here, data, tmp_path):
         one_sentence((result.returncode, result.stdout, result.stderr), "has a name that is not UTF-8")
     result = subprocess_run("segment", here.scan, "-m", here.model, "-o", here.out / os.fsdecode(b"\xe4.nrrd"), "-q")
     one_sentence((result.returncode, result.stdout, result.stderr), "has a name that is not UTF-8")
+    result = subprocess_run("worklist", "make", here.out / "list", folder, name)
+    one_sentence((result.returncode, result.stdout, result.stderr), "has a name that is not UTF-8")
     assert here.left() == []
 
 
@@ -583,7 +585,14 @@ def test_bad_packages_are_refused_by_every_command(here, unetseg, pack, what):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["segment"], ["segment", "a.nrrd"], ["fly"], ["segment", "a.nrrd", "-m", "x", "--overlap", "much"], ["model", "pack", "a.onnx"]],
+    [
+        ["segment"],
+        ["segment", "a.nrrd"],
+        ["fly"],
+        ["segment", "a.nrrd", "-m", "x", "--overlap", "much"],
+        ["segment", "a.nrrd", "-m", "x", "--threads", "99999999999"],
+        ["model", "pack", "a.onnx"],
+    ],
 )
 def test_wrong_usage_ends_with_2_and_no_traceback(here, unetseg, arguments):
     code, _, err = unetseg(*arguments)
@@ -673,6 +682,14 @@ def test_names_that_standard_output_cannot_hold_are_escaped(here, pack):
     assert result.returncode == 0 and json.loads(result.stdout)["labels"][0]["name"] == "\u7d50\u7bc0", result.stderr
     result = subprocess_run("models", COLUMNS="300", **options)
     assert result.returncode == 0 and "\\u7d50\\u7bc0" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("label", ["1=", "x=a", "-1=a", "\u00b2=a"])
+def test_a_label_that_is_none_is_refused(here, unetseg, label):
+    mask = here.write((here.image.array > 0.5).astype(np.uint8), "mask.nrrd")
+    result = unetseg("dataset", "add", here.out / "set", here.scan, "-m", mask, f"--label={label}")
+    one_sentence(result, "must be VALUE=NAME")
+    assert here.left() == []
 
 
 def test_a_name_that_is_too_long_is_one_sentence(here, unetseg):

@@ -372,7 +372,7 @@ def _app() -> Any:
         engine: Annotated[str, typer.Option(help=f"auto, {', '.join(ENGINES)}.")] = "auto",
         device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")] = "auto",
         precision: Annotated[str, typer.Option(help=f"{', '.join(PRECISIONS)}.")] = "auto",
-        threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
+        threads: Annotated[int, typer.Option(min=0, max=4096, help="CPU threads; 0: all cores.")] = 0,
         overlap: Annotated[float, typer.Option(help="Overlap of neighbouring patches, 0 to below 1.")] = 0.5,
         series: Annotated[str | None, typer.Option(help="The series' UID, where a DICOM folder holds several.")] = None,
         uncertainty: Annotated[Path | None, typer.Option(help="Also write the uncertainty (entropy, 0 to 1) to this image file.")] = None,
@@ -427,7 +427,7 @@ def _app() -> Any:
         ] = [],  # noqa: B006
         engine: Annotated[str, typer.Option(help=f"auto, {', '.join(ENGINES)}.")] = "auto",
         device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")] = "auto",
-        threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
+        threads: Annotated[int, typer.Option(min=0, max=4096, help="CPU threads; 0: all cores.")] = 0,
         series: Annotated[str | None, typer.Option(help="The series' UID, where a DICOM folder holds several.")] = None,
         picture: Annotated[Path | None, typer.Option(help="Also write a four-panel PNG.")] = None,
         report_file: Annotated[Path | None, typer.Option("--json", help="Also write the measures as JSON; - for standard output.")] = None,
@@ -599,7 +599,7 @@ def _dataset_app() -> Any:
         out = []
         for i, text in enumerate(texts):
             value, _, name = text.rpartition("=")
-            if not name.strip() or not (value or str(i + 1)).isdigit():
+            if not name.strip() or not (value or str(i + 1)).isdecimal():
                 raise UserError(f"--label {text} must be VALUE=NAME, such as 1=nodule.")
             out.append(Label(int(value or i + 1), name.strip(), DEFAULT_COLORS[i % len(DEFAULT_COLORS)], {}))
         return out

@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .dataset import FolderLock, LockLost, flush, process_is_gone, reached, read_shared
-from .files import UserError, atomic_path
+from .files import UserError, atomic_path, check_text
 from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, read_image, reorient
 from .inference.predict import Cancelled, Options, Prediction, Progress, predict
 from .model import Label, ModelPackage
@@ -147,6 +147,8 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None) -> list
             out |= dict.fromkeys(_below(path, apart))
         else:
             out[(path,)] = None
+    for file in (file for files in out for file in files):
+        check_text(file)
     return list(out)
 
 
