@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -381,6 +382,18 @@ def test_uncertainty_is_entropy(make_package):
 def test_entropy_of_many_classes_is_normalised():
     p = np.array([[0.25, 1, 0.5], [0.25, 0, 0.5], [0.25, 0, 0], [0.25, 0, 0]], np.float32)[None]
     np.testing.assert_allclose(entropy(p, "softmax")[0], [1, 0, 0.5], atol=1e-6)
+
+
+def test_probabilities_of_many_labels_are_held_once():
+    logits = RNG.normal(0, 3, (2, 64, 16, 16, 16)).astype(np.float32)
+    before = logits.copy()
+    tracemalloc.start()
+    p = activate(logits, "softmax")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * logits.nbytes and np.array_equal(logits, before)
+    e = np.exp(logits.astype(np.float64))
+    np.testing.assert_allclose(p, e / e.sum(1, keepdims=True), atol=1e-6)
 
 
 def test_label_values_and_sigmoid_threshold(make_package):
