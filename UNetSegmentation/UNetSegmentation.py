@@ -153,7 +153,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._guiTag: Any = None
         self._guiObservers: list[int] = []
         self._observed: Any = None
-        self._updating = self._closed = self._entered = False
+        self._updating = self._closed = False
         self._missing: list[str] = []
         self._volume: Any = None  # that was chosen last
         self._region: Any = None  # that is observed
@@ -210,7 +210,6 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.removeObservers()
 
     def enter(self) -> None:
-        self._entered = True
         self.initializeParameterNode()
         if self.ready:
             self.modelList.read()
@@ -220,7 +219,6 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             section.enter()
 
     def exit(self) -> None:
-        self._entered = False
         self.nodules.leave()
         for section in self.sections:
             section.leave()
@@ -297,7 +295,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _onSceneEndClose(self, caller: Any, event: Any) -> None:
         self.logic.wrapper = None  # it keeps what it has read, and hears nothing of references that an imported scene brings
-        if self._entered:
+        if self.parent.isEntered:  # also where the module was reloaded, which is no enter()
             self.initializeParameterNode()
 
     @vtk.calldata_type(vtk.VTK_OBJECT)

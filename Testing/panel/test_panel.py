@@ -885,6 +885,9 @@ def test_the_module_is_reloaded_meanwhile(going: Panel, install: Any, gui: Any) 
     assert new.widget is not old and new.controller is going.controller and not new.controller.running
     assert scene_state() == state
     assert new.settings.models == old_models(new)
+    gui.close_scene()
+    assert new.settings is not None and new.ui.applyButton.toolTip == "Choose a volume."
+    volume()
     usable_again(new)
 
 
