@@ -321,3 +321,18 @@ def test_what_dicom_says_of_a_volume(scene: Any) -> None:
     assert mrml.dicom_of(node) == ("4711", "MR")
     hierarchy.SetItemAttribute(patient, words.GetDICOMPatientNameAttributeName(), "4711 ")  # Slicer takes it where there is no ID
     assert mrml.dicom_of(node) == ("", "MR")
+
+
+def test_the_days_between_two_studies_are_those_of_their_dates(scene: Any) -> None:
+    import slicer
+
+    one, other = volume(), volume()
+    assert mrml.days_between(one, other) is None
+    hierarchy, words = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene), slicer.vtkMRMLSubjectHierarchyConstants
+    studies = [hierarchy.CreateStudyItem(hierarchy.GetSceneItemID(), name) for name in ("Then", "Now")]
+    for node, study in zip((one, other), studies):
+        hierarchy.CreateItem(study, node)
+    for then, now, days in (("20240131", "20240301", 30), ("2024.03.01", "20240131", -30), ("20240131", "", None), ("2024", "2024", None)):
+        for study, date in zip(studies, (then, now)):
+            hierarchy.SetItemAttribute(study, words.GetDICOMStudyDateAttributeName(), date)
+        assert mrml.days_between(one, other) == days

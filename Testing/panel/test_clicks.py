@@ -763,6 +763,17 @@ def test_what_a_stroke_left_is_measured_in_pieces(panel: Any) -> None:
     p.settle()
 
 
+def dated(volume: Any, date: str) -> None:
+    """Put a volume into a study of a date, as the DICOM module does."""
+    import slicer
+
+    hierarchy = slicer.mrmlScene.GetSubjectHierarchyNode()
+    words = slicer.vtkMRMLSubjectHierarchyConstants
+    study = hierarchy.CreateStudyItem(hierarchy.GetSceneItemID(), date)
+    hierarchy.SetItemAttribute(study, words.GetDICOMStudyDateAttributeName(), date)
+    hierarchy.CreateItem(study, volume)
+
+
 def test_follow_up(panel: Any) -> None:
     import slicer
     from mrml_scenes import add_segment
@@ -787,6 +798,24 @@ def test_follow_up(panel: Any) -> None:
     p.ui.daysSpinBox.value = 900
     p.settle()
     assert "in 900 days" in p.ui.noduleTable.item(0, 0).toolTip()
+
+    p.ui.daysSpinBox.value = 0  # as the studies are dated, once they are
+    p.settle()
+    assert p.table()[0][-2] == "days?" and p.ui.daysSpinBox.value == 0
+    before = slicer.vtkSlicerVolumesLogic.CloneVolume(slicer.mrmlScene, p.settings.volume, "Before")
+    for volume, date in ((before, "20240131"), (p.settings.volume, "20240301")):
+        dated(volume, date)
+    earlier.SetReferenceImageGeometryParameterFromVolumeNode(before)
+    p.settings.earlier = None
+    p.settings.earlier = earlier
+    p.settle()
+    assert p.ui.daysSpinBox.value == 30 and p.settings.days == 0
+    assert p.table()[0][-2] == f"{30 * np.log(2) / np.log(now / then):.0f}"
+    dated(before, "20240401")
+    p.settings.earlier = None
+    p.settings.earlier = earlier
+    p.settle()
+    assert p.table()[0][-2] == "days?" and "the other way round" in p.ui.goneLabel.text
     p.settings.earlier = None
     p.settle()
     assert len(p.table()[0]) == 10

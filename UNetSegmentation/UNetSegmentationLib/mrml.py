@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import chain, count, product
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,22 @@ def dicom_of(volume_node: Any) -> tuple[str, str]:
     # Slicer takes the name where there is no ID.
     name = hierarchy.GetItemAttribute(person, words.GetDICOMPatientNameAttributeName())
     return "" if identity == name else identity.strip(), modality
+
+
+def days_between(earlier: Any, later: Any) -> int | None:
+    """Days from one volume's DICOM study to another's, as the subject hierarchy dates them; None where it does not."""
+    dates = []
+    for volume in (earlier, later):
+        hierarchy = volume.GetScene().GetFirstNodeByClass("vtkMRMLSubjectHierarchyNode")
+        item = hierarchy.GetItemByDataNode(volume) if hierarchy is not None else 0
+        words = slicer.vtkMRMLSubjectHierarchyConstants
+        study = hierarchy.GetItemAncestorAtLevel(item, words.GetDICOMLevelStudy()) if item else 0
+        text = hierarchy.GetItemAttribute(study, words.GetDICOMStudyDateAttributeName()) if study else ""
+        try:
+            dates.append(datetime.strptime(text.replace(".", ""), "%Y%m%d"))  # 2026.11.28 until DICOM of 1993
+        except ValueError:
+            return None
+    return (dates[1] - dates[0]).days
 
 
 def roi_box(roi_node: Any, volume_node: Any) -> Box:

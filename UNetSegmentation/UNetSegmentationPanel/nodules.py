@@ -722,6 +722,7 @@ class NoduleSection(VTKObservationMixin):
         self.ui, self._keep = ui, keep
         self.models: list[Any] = []
         self._days = 0
+        self._dated: int | None = None  # days by the studies' dates
         self._shown: tuple[list[str], list[list[str]], list[str]] = ([], [], [])
         self._growth = Growth()
         self._updating = False
@@ -770,13 +771,18 @@ class NoduleSection(VTKObservationMixin):
                     combo.addItem(m.card.data.get("title") or m.card.name, m.name)
             combo.currentIndex = names.index(model.name) if model is not None else -1
             ui.clickModelLabel.visible = combo.visible = len(names) > 1
-            ui.daysSpinBox.value = self._days = settings.days
         finally:
             self._updating = False
         self.tool.use(settings.volume, settings.nodules, model, {"engine": settings.engine, "device": settings.device})
         self.now.use(settings.nodules, settings.volume)
         earlier = settings.earlier if settings.earlier is not settings.nodules else None
         self.earlier.use(earlier, mrml.find_scan(earlier, self.now.volume) if earlier is not None else None)
+        self._dated = None
+        if self.earlier.volume is not None and self.now.volume is not None:
+            self._dated = mrml.days_between(self.earlier.volume, self.now.volume)
+        self._updating = True
+        ui.daysSpinBox.value = self._days = settings.days or max(0, self._dated or 0)
+        self._updating = False
         self._updateTool()
         self._updateTable()
 
@@ -941,7 +947,8 @@ class NoduleSection(VTKObservationMixin):
         shown = bool(rows)
         ui.noduleTable.visible = ui.noduleTools.visible = ui.followUpWidget.visible = shown
         gone = _("Not matched in this study: {names}.").format(names=", ".join(r.name for r in grown.gone)) if grown.gone else ""
-        ui.goneLabel.text = gone or ("" if self.earlier.ready else self.earlier.text)
+        swapped = _("The earlier study is of a later date; choose the two the other way round.") if (self._dated or 0) < 0 else ""
+        ui.goneLabel.text = swapped or gone or ("" if self.earlier.ready else self.earlier.text)
         ui.goneLabel.visible = bool(rows and ui.goneLabel.text)
         if (columns, texts, tips) != self._shown:
             self._shown = columns, texts, tips
