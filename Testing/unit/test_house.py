@@ -230,3 +230,9 @@ def test_no_path_of_a_machine_and_no_registry_host_is_committed():
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".txt", ".json", ".jsonl", ".csv", "") and path.is_file():
             assert not words.search(path.read_text("utf-8", errors="ignore")), name
+
+
+def test_nobody_is_sent_to_an_index_for_this_package():
+    """It is on none: pip would find nothing, or what somebody else put there under its name."""
+    texts = [*MODULE.rglob("*.py"), *(ROOT / "training").rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    assert [p.name for p in texts if re.search(r"pip install .*unet.segmentation", p.read_text("utf-8"))] == []

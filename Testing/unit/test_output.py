@@ -365,7 +365,7 @@ def test_dicom_seg_of_nothing(series, tmp_path):
 
 def test_dicom_seg_says_what_to_install(series, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
-    with pytest.raises(UserError, match=r'pip install "unet-segmentation\[cli\]"'):
+    with pytest.raises(UserError, match="pip install pydicom highdicom$"):
         write_segmentation(dicom_prediction(series), tmp_path / "x.dcm", series)
 
 

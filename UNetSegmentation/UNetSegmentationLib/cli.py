@@ -46,7 +46,7 @@ def main() -> None:
         import rich  # noqa: F401
         import typer  # noqa: F401
     except ImportError:
-        sys.exit('unetseg: the command line needs typer and rich; run: pip install "unet-segmentation[cli]"')
+        sys.exit("unetseg: the command line needs typer and rich; run: pip install typer rich")
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # Windows' pipes and files are cp1252, and a label's name may be Chinese
     try:

@@ -999,10 +999,10 @@ def training_python() -> tuple[str, dict[str, str]]:
 
     own = own_environment()
     if lacks := training_lacks(own):
-        names = ", ".join(Requirement.read(text).name for text in lacks)
+        names = [Requirement.read(text).name for text in lacks]
         raise _error(
-            f"Training needs {names}, which {'is' if len(lacks) == 1 else 'are'} not installed; "
-            'install it in the panel, or run: pip install "unet-segmentation[train]".'
+            f"Training needs {', '.join(names)}, which {'is' if len(lacks) == 1 else 'are'} not installed; "
+            f"install it in the panel, or run: pip install {' '.join(names)}"
         )
     return (own.python, own.variables) if own.status == "ready" else (find_python(), {})
 

@@ -126,7 +126,7 @@ def _write_dicom(prediction: Prediction, path: Path, image: Image | None) -> Non
         import highdicom  # noqa: F401
         import pydicom
     except ImportError as e:
-        raise UserError('DICOM SEG needs more Python packages; run: pip install "unet-segmentation[cli]".') from e
+        raise UserError("DICOM SEG needs pydicom and highdicom; run: pip install pydicom highdicom") from e
     try:
         sources = [pydicom.dcmread(f, stop_before_pixels=True) for f in files]
         for key in (k for k in IDENTIFIERS if not all(s.get(k) for s in sources)):

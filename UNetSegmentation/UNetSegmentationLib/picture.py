@@ -85,7 +85,7 @@ def save_picture(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise UserError('Pictures need more Python packages; run: pip install "unet-segmentation[cli]".') from e
+        raise UserError("Pictures need Matplotlib; run: pip install matplotlib") from e
     figure = Figure(figsize=(PIXELS / DPI, PIXELS / DPI), dpi=DPI, facecolor=GROUND)
     FigureCanvasAgg(figure)
     _Sheet(figure, image, prediction, window, list(measures or ()), unit, show_uncertainty).draw(title)

@@ -20,8 +20,8 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a label's name that a Windows console cannot show must not end a training
     names = ("torch", "lightning", "monai", "pydantic", "rich", "safetensors", "typer", "yaml")
-    if missing := [name for name in names if find_spec(name) is None]:
-        sys.exit(f'unetseg-train: {", ".join(missing)} not installed; run: pip install "unet-segmentation[cli,train]"')
+    if missing := [name.replace("yaml", "pyyaml") for name in names if find_spec(name) is None]:
+        sys.exit(f"unetseg-train: {', '.join(missing)} not installed; run: pip install {' '.join(missing)}")
     try:
         _app()(standalone_mode=True)
     except UserError as e:

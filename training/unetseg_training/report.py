@@ -366,7 +366,7 @@ def write(folder: str | Path) -> Path:
         import jinja2
         import matplotlib  # noqa: F401
     except ImportError as e:
-        raise UserError('The report needs more Python packages; run: pip install "unet-segmentation[train]".') from e
+        raise UserError("The report needs Jinja2 and Matplotlib; run: pip install jinja2 matplotlib") from e
     from . import metrics
 
     lines, run, scored = live.read(folder / "live.jsonl"), _json(folder / "run.json") or {}, _json(folder / "metrics.json")
