@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import ctk
 import qt
 import slicer
 import vtk
@@ -785,8 +786,9 @@ class TrainingSetSection(VTKObservationMixin):
                 item = qt.QTableWidgetItem()
                 item.setFlags(qt.Qt.ItemIsUserCheckable | qt.Qt.ItemIsEnabled)
                 table.setItem(i, 0, item)
-                combo = qt.QComboBox()
+                combo = ctk.ctkComboBox()
                 combo.editable = True
+                combo.scrollWheelEffect = ctk.ctkComboBox.NeverScroll  # the wheel is for the panel: it would change a label unseen
                 combo.connect("editTextChanged(QString)", lambda text, i=i: self._onLabel(i, text))
                 table.setCellWidget(i, 1, combo)
             combo = table.cellWidget(i, 1)

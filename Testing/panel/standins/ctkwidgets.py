@@ -8,7 +8,7 @@ from typing import Any
 
 import qt
 from PySide6.QtCore import Property, QEvent, QRect, QSize, Signal
-from PySide6.QtWidgets import QAbstractButton, QMessageBox, QPushButton, QStyle, QStyleOptionButton, QStylePainter, QWidget
+from PySide6.QtWidgets import QAbstractButton, QComboBox, QMessageBox, QPushButton, QStyle, QStyleOptionButton, QStylePainter, QWidget
 from pythonqt import standin
 
 
@@ -163,6 +163,20 @@ class ctkMenuButton(QPushButton):
         super().__init__(text, parent)
 
 
+@standin
+class ctkComboBox(QComboBox):
+    """ctkComboBox.h: a QComboBox that may leave the mouse wheel to what it lies in. The default text and icon are missing."""
+
+    NeverScroll, AlwaysScroll, ScrollWithFocus, ScrollWithNoVScrollBar = range(4)
+    scrollWheelEffect = value(int, "scroll_wheel_effect", 1)
+
+    def wheelEvent(self, event: Any) -> None:
+        if self.scrollWheelEffect == self.AlwaysScroll or (self.scrollWheelEffect == self.ScrollWithFocus and self.hasFocus()):
+            super().wheelEvent(event)
+        else:
+            event.ignore()
+
+
 def inner(kind: Any, widget: str, name: str, writable: bool = True) -> Property:
     """A property of a part of the widget."""
 
@@ -249,4 +263,4 @@ class ctkMessageBox(QMessageBox):
 
 
 sys.modules["ctk"] = ctk = ModuleType("ctk")
-vars(ctk).update({c.__name__: c for c in (ctkCollapsibleButton, ctkMenuButton, ctkDoubleSpinBox, ctkMessageBox)})
+vars(ctk).update({c.__name__: c for c in (ctkCollapsibleButton, ctkComboBox, ctkMenuButton, ctkDoubleSpinBox, ctkMessageBox)})
