@@ -278,6 +278,12 @@ def photograph_retrain(gui: Any, widget: Any, work: Path, out: Path, shoot: Any)
         each.collapsed = True
     section.root.collapsed = False
     shoot("retrain-no-training-set")
+
+    def find() -> None:
+        section._find()
+        gui.process_events()
+        gui.wait(lambda: not section._watch.busy and (section._timer.interval or not section._timer.active), 60)
+
     toy = runpy.run_path(str(ROOT / "Testing" / "conftest.py"))
     card = toy["make_card"](version="1.1.0", labels=list(retraining.LABELS))
     package = write_package(work / "toy-1.1.0.unet.zip", card, toy["make_onnx"]("threshold", card))
@@ -287,7 +293,7 @@ def photograph_retrain(gui: Any, widget: Any, work: Path, out: Path, shoot: Any)
     lines = retraining.curve()
     retraining.make_pictures(job, lines)
     retraining.write_lines(job / "live.jsonl", lines)
-    section._find()
+    find()
     ui = section.ui
 
     def settle() -> None:
@@ -315,10 +321,10 @@ def photograph_retrain(gui: Any, widget: Any, work: Path, out: Path, shoot: Any)
     section.onCurves(False)
     for verdict in ("better", "same", "worse"):
         retraining.make_result(job, package.path, verdict, sure=verdict != "same")
-        section._find()
+        find()
         shoot(f"retrain-{verdict}")
     retraining.make_result(job, package.path)
-    section._find()
+    find()
     gui.process_events()
     section.ui.worstTable.selectRow(0)
     settle()
@@ -328,11 +334,11 @@ def photograph_retrain(gui: Any, widget: Any, work: Path, out: Path, shoot: Any)
     retraining.save_picture(retraining.beside(views(("UNetBefore", "UNetAfter"), (600, 600))), out / "retrain-before-after.png")
     section.ui.endCompareButton.click()
     retraining.make_job(folder, "20260103-030405-toy", started=1767407045.0, pid=2**22 + 1, mark="another", kept=True)
-    section._find()
+    find()
     section._choose(section.jobs[0])
     shoot("retrain-interrupted", NARROW)
     shutil.rmtree(folder)
-    section._find()
+    find()
     for each in (widget.ui.inputSection, widget.ui.noduleSection, widget.ui.modelSection, widget.ui.runSection):
         each.collapsed = False
 

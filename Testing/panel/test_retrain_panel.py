@@ -51,7 +51,7 @@ class Hands:
         widget.trainingSet.refresh = lambda: None  # no process for it
         gui.wait(lambda: widget._warm, WAIT_S)
         self.section.root.collapsed = False
-        gui.process_events()
+        self.settle()
 
     def look(self) -> None:
         """What the timer does each second."""
@@ -59,19 +59,25 @@ class Hands:
         self.settle()
 
     def settle(self) -> None:
-        self.gui.process_events()
-        self.gui.wait(lambda: self.section._fetched and not self.section._pieces.busy, WAIT_S)
+        section = self.section
+
+        def quiet() -> bool:
+            self.gui.process_events()
+            asking = section._watch.busy or section._elsewhereWatch.busy or (section._timer.active and not section._timer.interval)
+            return section._fetched and not section._pieces.busy and not asking
+
+        self.gui.wait(quiet, WAIT_S)
         self.gui.process_events()
 
     def done(self) -> None:
         """Wait for the process that does what was asked for."""
         self.gui.process_events()
         self.gui.wait(lambda: self.section._task is None, 2 * WAIT_S)
-        self.gui.process_events()
+        self.settle()
 
     def find(self) -> None:
         self.section._find()
-        self.look()
+        self.settle()
 
     def rows(self, table: str = "scoreTable") -> list[list[str]]:
         table = getattr(self.ui, table)
@@ -219,6 +225,7 @@ def test_train_starts_a_job_and_follows_it_to_its_end(panel: Any, dataset: Path,
     assert "step 80 of 600" in text and "best 0.900" in text and "about 3 min of 8 min left" in text
     assert p.ui.jobBar.value == 20 and p.section.root.text == "Retrain: 20 %"
     p.gui.click(p.ui.stopTrainingButton)
+    p.settle()
     assert (folder / "stop").exists()
     retraining.change(folder, state="checking", fraction=0.9, seconds_left=None)
     p.look()
@@ -339,6 +346,7 @@ def test_pytorch_stays_as_it_is_while_a_training_needs_it_and_the_other_way_roun
     retraining.change(folder, state="finished")
     p.section._lookedElsewhere = 0.0
     p.section.update()
+    p.settle()
     assert button.enabled
     retraining.make_job(tmp_path / "cases", host="another computer")
     p.find()
@@ -377,6 +385,28 @@ def test_a_folder_that_is_gone_for_a_while_is_a_sentence_and_followed_again(pane
     assert p.section.root.text == "Retrain: 50 %" and "Training" in p.ui.jobMessage.text
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a named pipe stands for a drive that hangs: who opens it waits")
+def test_a_drive_that_hangs_holds_no_panel_up(panel: Any, tmp_path: Path) -> None:
+    folder = retraining.make_job(tmp_path / "cases")
+    p = panel()
+    assert p.section.root.text == "Retrain: 35 %"
+    (folder / "job.json").unlink()
+    os.mkfifo(folder / "job.json")
+    p.section._late.setInterval(1)
+    p.section._poll(0)
+    p.gui.wait(lambda: "does not answer" in p.ui.trainMessage.text, WAIT_S)
+    assert str(tmp_path / "cases") in p.ui.trainMessage.text and p.section.job.running  # as it was seen last
+    p.section._late.setInterval(round(1000 * WAIT_S))
+    other = retraining.make_job(tmp_path / "others", fraction=0.5)
+    p.widget.trainingSet.setFolder(str(tmp_path / "others"))
+    p.gui.wait(lambda: p.section.job is not None and p.section.job.folder == other, WAIT_S)
+    assert p.section.root.text == "Retrain: 50 %" and "does not answer" not in p.ui.trainMessage.text
+    retraining.change(other, fraction=0.6)
+    p.section._poll(0)
+    p.gui.wait(lambda: p.section.root.text == "Retrain: 60 %", WAIT_S)
+    assert [job.folder for job in p.section._elsewhere] == [folder]  # which may run still, and needs PyTorch
+
+
 def test_of_several_trainings_one_is_chosen(panel: Any, tmp_path: Path) -> None:
     retraining.make_job(tmp_path / "cases", "20260101-010101-old", title="old", state="failed", text="No space; free some.", started=1.0)
     retraining.make_job(tmp_path / "cases", title="new")
@@ -394,37 +424,6 @@ def test_of_several_trainings_one_is_chosen(panel: Any, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- curves
-
-
-def test_live_lines_are_read_once_and_anew_where_the_file_is_another(gui: Any, tmp_path: Path) -> None:
-    gui.open()
-    from UNetSegmentationPanel import trainingviews
-
-    path = tmp_path / "live.jsonl"
-    lines = trainingviews.LiveLines(path)
-    assert lines.read() == ([], False, False)  # not there yet
-    made = retraining.curve(3000)
-    retraining.write_lines(path, made[:10])
-    assert lines.read() == (made[:10], True, False)
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(made[10]) + "\n" + "not JSON\n" + json.dumps(made[11])[:9])
-    assert lines.read() == ([made[10]], False, False)
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(made[11])[9:] + "\n")
-    assert lines.read() == ([made[11]], False, False) and lines.read() == ([], False, False)
-    # Thinned out, and already longer than it was: the bytes before the place are others.
-    retraining.write_lines(path, made[:4] + made[5:40])
-    assert lines.read() == (made[:4] + made[5:40], True, False)
-    retraining.write_lines(path, made)
-    found, turns = [], 0
-    while True:
-        new, anew, more = lines.read()
-        found, turns = (new if anew else found + new), turns + 1
-        if not more:
-            break
-    assert found == made[: len(found)] and len(found) >= len(made) - 1 and turns == 1 + path.stat().st_size // (1 << 18)
-    path.write_text("")
-    assert lines.read()[0] == []
 
 
 def test_curves_grow_in_the_plot_views_and_leave_no_trace(panel: Any, gui: Any, tmp_path: Path) -> None:

@@ -261,12 +261,65 @@ def test_a_job_goes_where_its_dataset_goes(dataset, tmp_path):
     (tmp_path / "moved").rename(dataset)
 
 
-def test_lines_are_read_from_where_one_was(dataset):
+def test_live_lines_are_read_once_and_anew_where_the_file_is_another(tmp_path):
+    path = tmp_path / "live.jsonl"
+    lines = training.LiveLines(path)
+    assert lines.read() == ([], False, False)  # not there yet
+    made = [{"event": "step", "step": i, "loss": 0.1234567890123 + i} for i in range(9000)]
+
+    def write(wanted, mode="w"):
+        with open(path, mode, encoding="utf-8") as f:
+            f.writelines(json.dumps(line) + "\n" for line in wanted)
+
+    write(made[:10])
+    assert lines.read() == (made[:10], True, False)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(made[10]) + "\n" + "not JSON\n" + json.dumps(made[11])[:9])
+    assert lines.read() == ([made[10]], False, False)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(made[11])[9:] + "\n")
+    assert lines.read() == ([made[11]], False, False) and lines.read() == ([], False, False)
+    # Thinned out, and already longer than it was: the bytes before the place are others.
+    write(made[:4] + made[5:40])
+    assert lines.read() == (made[:4] + made[5:40], True, False)
+    write(made)
+    found, turns = [], 0
+    while True:
+        new, anew, more = lines.read()
+        found, turns = (new if anew else found + new), turns + 1
+        if not more:
+            break
+    assert found == made[: len(found)] and len(found) >= len(made) - 1 and turns == 1 + path.stat().st_size // (1 << 18)
+    path.write_text("")
+    assert lines.read()[0] == []
+
+
+def test_a_panels_questions_are_answered_line_by_line(dataset):
+    """By the real process, as the panel asks it."""
+    does(dataset, "finish")
     job = training.create(dataset)
-    assert training.lines(job) == []
-    job.live.write_text('{"event": "start"}\n{"event": "step", "loss": 1.5}\n{"event": "st', "utf-8")
-    assert [line["event"] for line in training.lines(job)] == ["start", "step"]
-    assert training.lines(job, 1) == [{"event": "step", "loss": 1.5}]
+    job.live.write_text(json.dumps({"event": "step", "step": 1}) + "\n", "utf-8")
+    folder, gone = str(job.folder), str(dataset / "retrain" / "gone")
+    asked = [
+        {"find": str(dataset)},
+        {"look": folder, "again": True},
+        {"look": folder, "again": False},
+        {"look": folder, "again": True},
+        {"look": gone, "again": True},
+        {"running": [folder, gone]},
+        {"stop": gone},
+        {"stop": folder},
+        {"find": str(dataset / "nowhere")},
+    ]
+    command = [sys.executable, "-m", "UNetSegmentationLib.training", "watch"]
+    text = "".join(json.dumps(question) + "\n" for question in asked)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=CORE, check=True)
+    first, found, look, same, again, none, running, no, nothing, empty = (json.loads(line) for line in done.stdout.splitlines())
+    assert first["pid"] and [training.decode(each) for each in found["jobs"]] == [training.read(job.folder)]
+    assert training.decode(look["job"]) == training.read(job.folder) and look["lines"] == [{"event": "step", "step": 1}]
+    assert look["anew"] and not same["lines"] and again["lines"] == look["lines"] and look["pictures"] == []
+    assert "holds no retraining" in none["error"] and "holds no retraining" in no["error"]
+    assert running == {"running": [folder]} and nothing == {} and (job.folder / training.STOP).exists() and empty == {"jobs": []}
 
 
 # --------------------------------------------------------------------------------------------------------------- promote

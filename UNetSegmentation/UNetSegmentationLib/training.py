@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -53,6 +53,7 @@ RUNNING = ("preparing", "training", "checking")
 START_S, BEAT_S, SILENT_S = 180.0, 20.0, 300.0
 DEVICES = ("auto", "cpu", "gpu", "mps")
 FORMER = "former"  # in the folder of models: what another took the place of
+_PIECE = 1 << 18  # of live.jsonl, read at once
 
 
 @dataclass(frozen=True)
@@ -161,21 +162,45 @@ def read(folder: str | Path) -> Job:
     return _replaced(job, state="lost", text=f"{what}; {cure}.", seconds_left=None)
 
 
-def lines(job: Job, since: int = 0) -> list[dict[str, Any]]:
-    """The whole lines of live.jsonl from number `since` on; fewer than before where a resumed training dropped some."""
-    try:
-        text = job.live.read_text("utf-8", errors="replace")
-    except OSError:
-        return []
-    out = []
-    for part in text.split("\n")[:-1][since:]:
+class LiveLines:
+    """The lines of a live.jsonl as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._at, self._last = 0, b""  # where to go on, and the bytes before it
+
+    def read(self) -> tuple[list[dict[str, Any]], bool, bool]:
+        """(new lines, whether they are the file's first ones again, whether there are more to read at once).
+
+        OSError where the file cannot be read; none and no lines where it is not there yet.
+        """
         try:
-            line = json.loads(part)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            out.append(line)
-    return out
+            with open(self.path, "rb") as f:
+                f.seek(self._at - len(self._last))
+                data = f.read(len(self._last) + _PIECE)
+                # It was thinned out or a training went on from an earlier step: the file is another one.
+                anew = not self._at or not data.startswith(self._last)
+                if anew and self._at:
+                    f.seek(0)
+                    data = f.read(_PIECE)
+                else:
+                    data = data[len(self._last) :]
+        except FileNotFoundError:
+            return [], False, False
+        if anew:
+            self._at, self._last = 0, b""
+        whole = data[: data.rfind(b"\n") + 1]
+        self._at += len(whole)
+        self._last = (self._last + whole)[-64:]
+        return [line for part in whole.split(b"\n") if (line := _line(part)) is not None], anew and bool(whole), len(data) >= _PIECE
+
+
+def _line(data: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(data)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
 
 
 def _load(folder: Path) -> dict[str, Any]:
@@ -654,9 +679,70 @@ def _clear(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- in a process
 
 
+def encode(job: Job) -> dict[str, Any]:
+    """A job as JSON for another process, which decode() gives back."""
+    return {**asdict(job), "folder": str(job.folder), "dataset": str(job.dataset), "package": str(job.package) if job.package else None}
+
+
+def decode(data: Mapping[str, Any]) -> Job:
+    package = Path(data["package"]) if data["package"] else None
+    places = {"folder": Path(data["folder"]), "dataset": Path(data["dataset"]), "package": package}
+    return Job(**{**data, **places, "options": Options(**data["options"])})
+
+
+def watch(questions: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Answers to a panel's questions, a line of JSON each: a network drive that hangs holds up this process and no panel.
+
+    {"find": dataset}                   {"jobs": encoded}
+    {"running": [job folders]}          {"running": those that run still}
+    {"look": job folder, "again": bool} {"job", "result", "lines": those of live.jsonl that are new, or all where "again"; "anew",
+                                        "more": as of LiveLines.read(); "pictures": [path, time] of the last validation's}
+    {"stop": job folder}                {}
+    {"error": a sentence} where it cannot be done.
+    """
+    live, pictures = LiveLines(Path()), []
+    for question in questions:
+        asked = json.loads(question)
+        try:
+            if "find" in asked:
+                yield {"jobs": [encode(job) for job in jobs(asked["find"])]}
+            elif "running" in asked:
+                yield {"running": [folder for folder in asked["running"] if _runs(folder)]}
+            elif "stop" in asked:
+                stop(read(asked["stop"]))
+                yield {}
+            else:
+                job = read(asked["look"])
+                if asked["again"] or live.path != job.live:
+                    live, pictures = LiveLines(job.live), []
+                lines, anew, more = live.read()
+                for line in lines:
+                    if line.get("event") == "validation":
+                        pictures = _pictures(job, line.get("pictures"))
+                stamps = [[str(path), path.stat().st_mtime] for path in pictures if path.is_file()]
+                result = None if job.running else job.result
+                yield {"job": encode(job), "result": result, "lines": lines, "anew": anew, "more": more, "pictures": stamps}
+        except UserError as e:
+            yield {"error": str(e)}
+        except OSError as e:
+            yield {"error": f"{asked.get('look', '')} cannot be read ({e.strerror or e}); it is tried again."}
+
+
+def _runs(folder: str) -> bool:
+    try:
+        return read(folder).running
+    except (UserError, OSError):  # it was discarded, or its disk is away
+        return False
+
+
+def _pictures(job: Job, names: Any) -> list[Path]:
+    return [job.folder / str(n) for n in names if ".." not in Path(str(n)).parts] if isinstance(names, list) else []
+
+
 def task(name: str, *rest: str) -> dict[str, Any]:
     """What takes a panel too long to do itself; its answer. python: which one can train; start DATASET BASE OPTIONS ("" for no
-    base, the options as JSON), with this Python and its variables; resume FOLDER [finish], likewise; promote FOLDER HOW."""
+    base, the options as JSON), with this Python and its variables: the job, encoded; resume FOLDER [finish], likewise;
+    promote FOLDER HOW: the model's path, and the job."""
     if name == "python":
         from .environment import training_python
 
@@ -666,23 +752,27 @@ def task(name: str, *rest: str) -> dict[str, Any]:
             return {"python": "", "lacks": str(e)}
         return {"python": python, "variables": variables}
     if name == "start":
-        job = start(rest[0], rest[1] or None, Options(**json.loads(rest[2])), sys.executable)
-        return {"folder": str(job.folder)}
+        return encode(start(rest[0], rest[1] or None, Options(**json.loads(rest[2])), sys.executable))
     job = read(rest[0])
     if name == "resume":
-        return {"folder": str(resume(job, sys.executable, finish="finish" in rest[1:]).folder)}
+        return encode(resume(job, sys.executable, finish="finish" in rest[1:]))
     if name == "promote":
         path = promote(job, rest[1])
-        return {"path": None if path is None else str(path)}
+        return {"path": None if path is None else str(path), "job": encode(read(job.folder))}
     raise ValueError(f"no task {name!r}")
 
 
 def main(arguments: list[str]) -> int:
-    """The first line is the process's id, the last the task's answer, or {"error": a sentence}."""
+    """The first line is the process's id, the last the task's answer, or {"error": a sentence}. With "watch": an answer for each
+    line of stdin."""
     from .environment import activate
 
     print(json.dumps({"pid": os.getpid()}), flush=True)
     activate()  # before anything but the standard library is imported
+    if arguments == ["watch"]:
+        for found in watch(sys.stdin):
+            print(json.dumps(found), flush=True)
+        return 0
     try:
         answer = task(*arguments)
     except UserError as e:

@@ -1,6 +1,7 @@
 """Retrain a model on the training set: choose, watch, stop, resume, and decide on what came out.
 
-What trains is a process of its own, which UNetSegmentationLib.training starts and finds again; here its files are looked at.
+What trains is a process of its own, which UNetSegmentationLib.training starts and finds again; another one looks at its files for
+this section, since the drive that they lie on may hang.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import shutil
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,74 @@ from slicer.util import VTKObservationMixin
 from . import closeWorker
 from .models import plainTip
 from .nodules import Pieces
+from .trainingset import ANSWER_S
 
-_POLL_MS, _AWAY_MS = 1000, 5000
-_PATIENCE_S = 0.05  # a look at a slow network folder that takes longer is taken less often
+_POLL_MS, _AWAY_MS, _IDLE_MS = 1000, 5000, 60_000
 _ROWS = 12  # of a table without scrolling
 _UP, _DOWN = "▲", "▼"
 _COLORS = {True: "#2a9d5c", False: "#e0483e"}  # better and worse, on light and on dark
+
+
+class Watch:
+    """The process that looks at trainings, started when it is first asked; UNetSegmentationLib.training.watch() says what it knows.
+
+    It answers in turn, and later where a drive hangs.
+    """
+
+    def __init__(self) -> None:
+        self._process: Any = None
+        self._line = self._log = b""
+        self._waiting: deque[Callable[[dict[str, Any]], None]] = deque()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting)
+
+    def ask(self, answered: Callable[[dict[str, Any]], None], **question: Any) -> None:
+        """answered(answer) follows from the event loop, unless close() comes before."""
+        from UNetSegmentationLib.worker.client import child_environment, find_python
+
+        from .worker import ChildProcess, variablesFor
+
+        if self._process is None:
+            python = find_python()
+            self._line = self._log = b""
+            command = [python, "-m", "UNetSegmentationLib.training", "watch"]
+            variables = child_environment(python, variablesFor(python))
+            self._process = ChildProcess(command, variables, self._heard, self._noted, self._ended)
+        self._waiting.append(answered)
+        self._process.write(json.dumps(question).encode() + b"\n")
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        self._waiting.clear()
+        if process is not None:
+            process.kill()
+
+    def _heard(self, data: bytes) -> None:
+        *lines, self._line = (self._line + data).split(b"\n")
+        for line in lines:
+            try:
+                answer = json.loads(line)
+            except ValueError:
+                continue  # of a library
+            if self._process is None or not isinstance(answer, dict):
+                continue
+            if "pid" in answer:
+                self._process.workerPid = answer["pid"]
+            elif self._waiting:
+                self._waiting.popleft()(answer)
+
+    def _noted(self, data: bytes) -> None:
+        self._log = (self._log + data)[-4096:]
+
+    def _ended(self, code: int | None, reason: str) -> None:
+        process, self._process = self._process, None
+        waiting, self._waiting = self._waiting, deque()
+        if process is not None:
+            text = _could_not(process.program, self._log.decode("utf-8", "replace") or reason)
+            for answered in waiting:
+                answered({"error": text})
 
 
 class RetrainSection(VTKObservationMixin):
@@ -49,19 +113,29 @@ class RetrainSection(VTKObservationMixin):
         self._said = ""  # what went wrong with the last thing the person asked for
         self._install: Any = None  # an installer's Job
         self._task: Any = None  # likewise, of what this module asks for
+        self._watch, self._elsewhereWatch = Watch(), Watch()  # another drive holds up another process
+        self._looked = ""  # the training set that was looked into last
+        self._finds = 0
+        self._found = False  # once in this session
         self._live: dict[str, Any] = {}  # the last of each event
-        self._lines: Any = None
+        self._anew = True  # live.jsonl is to be read from its start
         self._shown: Any = None  # what the tables hold
         self._case = ""  # that is compared
         self._fetched = True  # its files were read
         self._curves: Any = None
         self._comparison: Any = None
         self._layouts: Any = None
-        self._pictures: list[str] = []
+        self._pictures: list[list[Any]] = []
         self._pieces = Pieces(self._onFailed)
-        self._timer = qt.QTimer()
-        self._timer.setSingleShot(True)
-        self._timer.connect("timeout()", self._tick)
+        self._timer, self._late, self._idle = qt.QTimer(), qt.QTimer(), qt.QTimer()
+        for timer, ms, method in (
+            (self._timer, _POLL_MS, self._tick),
+            (self._late, round(1000 * ANSWER_S), lambda: self._say(self._silent())),
+            (self._idle, _IDLE_MS, self._watch.close),
+        ):
+            timer.setSingleShot(True)
+            timer.setInterval(ms)
+            timer.connect("timeout()", method)
         self._manager = slicer.app.layoutManager()
         if self._manager is not None:
             self._manager.connect("layoutChanged(int)", self._onLayout)
@@ -95,9 +169,6 @@ class RetrainSection(VTKObservationMixin):
         """The core is there: look which trainings the training set has."""
         self._ready = True
         self._find()
-        job = self.job
-        if job is not None and (job.running or job.state == "lost" or self._undecided(job)):
-            self.root.collapsed = False  # it is found again
 
     def enter(self) -> None:
         self._entered = True
@@ -116,7 +187,10 @@ class RetrainSection(VTKObservationMixin):
     def close(self) -> None:
         """What trains goes on; nothing of ours is left in the scene."""
         self._closed = True
-        self._timer.stop()
+        for timer in (self._timer, self._late, self._idle):
+            timer.stop()
+        self._watch.close()
+        self._elsewhereWatch.close()
         self.removeObservers()
         self._leaveViews()
         self._pieces.clear()
@@ -147,9 +221,11 @@ class RetrainSection(VTKObservationMixin):
             self._withPython(self._begin, self._plan)
 
     def onStop(self) -> None:
-        from UNetSegmentationLib import training
+        def stopped(answer: dict[str, Any]) -> None:
+            self._say(answer.get("error", ""))
+            self._poll(0)
 
-        self._try(lambda: training.stop(self.job), lambda _nothing: self._poll(0))
+        self._look(stopped, stop=str(self.job.folder))
 
     def onResume(self, finish: bool = False) -> None:
         """Go on where it ended; finish: not with the training, but with the check of the best so far."""
@@ -173,7 +249,7 @@ class RetrainSection(VTKObservationMixin):
             self._curves = trainingviews.Curves(slicer.mrmlScene)
         trainingviews.show_charts(self._curves)
         self._curves.show([], anew=True)
-        self._again()
+        self._anew, self._live = True, {}
         self._showViews()
         self._poll(0)
 
@@ -377,8 +453,13 @@ class RetrainSection(VTKObservationMixin):
         self._ask(_("Starting …"), ["start", self._folder, base or "", json.dumps(options)], self._began, python, variables)
 
     def _began(self, answer: dict[str, Any]) -> None:
+        from UNetSegmentationLib import training
+
         self._leaveViews()
-        self._find(Path(answer["folder"]))
+        job = training.decode(answer)
+        self.jobs = [job, *(j for j in self.jobs if j.folder != job.folder)]
+        self._choose(job)
+        self._find()
 
     def _ask(self, text: str, arguments: Sequence[str], then: Any, python: str = "", variables: Any = None) -> None:
         """A task of UNetSegmentationLib.training in a process of its own; then(answer). python: default Slicer's."""
@@ -403,20 +484,9 @@ class RetrainSection(VTKObservationMixin):
             self._task = Job(_answer(Step(text, command, variables or {})), lambda *_unused: None, done, failed)
             self._say(text)
 
-    def _try(self, action: Any, then: Any) -> None:
-        """What a person asked for; where it fails they read why."""
-        from .run import sentence
-
-        try:
-            answer = action()
-        except Exception as e:
-            self._say(sentence(e))
-        else:
-            self._said = ""
-            then(answer)
-
     def _decided(self, answer: dict[str, Any]) -> None:
         """The model list has it, and it is chosen."""
+        from UNetSegmentationLib import training
         from UNetSegmentationLib.model import SUFFIX
 
         path = Path(answer["path"]) if answer["path"] else None
@@ -429,53 +499,100 @@ class RetrainSection(VTKObservationMixin):
             panel._keepChoice("models" if automatic else "clickModel", [name] if automatic else name)
             self._base = str(path)
             slicer.util.showStatusMessage(_("{name} is in the list of models, and chosen.").format(name=name), 5000)
-        self._find()
+        self._take(training.decode(answer["job"]))
+        self._showStart()
 
     # -------------------------------------------------------------------------------------------------------- following it
 
-    def _find(self, folder: Path | None = None) -> None:
-        """Look again which trainings there are; show this one, or the one that was shown, or the latest."""
-        from UNetSegmentationLib import training
-
-        wanted = folder or (self.job.folder if self.job is not None else None)
-        before = [job for job in (*self._elsewhere, *self.jobs) if job.running]
-        self.jobs = training.jobs(self._folder) if self._folder else []
-        here = {job.folder for job in self.jobs}
-        self._elsewhere = [job for job in before if job.folder not in here]
+    def _find(self) -> None:
+        """Look again which trainings there are; the one that was shown, or the latest, is shown then."""
+        folder = self._folder
+        self._finds += 1
+        if folder != self._looked:
+            self._looked = folder
+            self._watch.close()  # it may wait for the former one's drive
+            self._late.stop()
+            self._elsewhere += [job for job in self.jobs if job.running]
+            self.jobs = []
+            self._choose(None)
+        if folder:
+            number = self._finds
+            self._look(lambda answer: self._onFound(answer) if number == self._finds else None, find=folder)
         self._lookElsewhere()
         self._showStart()
+
+    def _onFound(self, answer: dict[str, Any]) -> None:
+        from UNetSegmentationLib import training
+
+        if "error" in answer:
+            self._say(answer["error"])
+            return
+        before = [job for job in (*self._elsewhere, *self.jobs) if job.running]
+        self.jobs = [training.decode(job) for job in answer["jobs"]]
+        here = {job.folder for job in self.jobs}
+        self._elsewhere = [job for job in before if job.folder not in here]
+        wanted = self.job.folder if self.job is not None else None
         self._choose(next((job for job in self.jobs if job.folder == wanted), self.jobs[0] if self.jobs else None))
+        self._showStart()
+        first, self._found = not self._found, True
+        job = self.job
+        if first and job is not None and (job.running or job.state == "lost" or self._undecided(job)):
+            self.root.collapsed = False  # it is found again
 
     def _lookElsewhere(self, patience: float = 0.0) -> None:
         """Which trainings of other training sets still run. patience: s after the last look in which that still counts."""
-        from UNetSegmentationLib import UserError, training
-
-        if not self._elsewhere or time.monotonic() - self._lookedElsewhere < patience:
+        watch, asked = self._elsewhereWatch, {str(job.folder) for job in self._elsewhere}
+        if not asked or watch.busy or time.monotonic() - self._lookedElsewhere < patience:
             return
-        self._lookedElsewhere, seen = time.monotonic(), []
-        for job in self._elsewhere:
-            try:
-                seen.append(training.read(job.folder))
-            except (UserError, OSError):  # it was discarded, or its disk is away
-                pass
-        self._elsewhere = [job for job in seen if job.running]
+        self._lookedElsewhere = time.monotonic()
+
+        def answered(answer: dict[str, Any]) -> None:
+            watch.close()
+            over = asked - set(answer.get("running", asked))
+            self._elsewhere = [job for job in self._elsewhere if str(job.folder) not in over]
+            self._showStart()
+
+        watch.ask(answered, running=sorted(asked))
+
+    def _look(self, answered: Callable[[dict[str, Any]], None], **question: Any) -> None:
+        """Ask how trainings of the training set stand. A drive that hangs is told, and waited for."""
+
+        def done(answer: dict[str, Any]) -> None:
+            self._late.stop()
+            if self._watch.busy:
+                self._late.start()
+            self._idle.start()
+            if self._said == self._silent():
+                self._said = ""
+            answered(answer)
+
+        self._idle.stop()
+        if not self._watch.busy:
+            self._late.start()
+        self._watch.ask(done, **question)
+
+    def _silent(self) -> str:
+        return _("The folder {folder} does not answer; check its drive or network connection, or choose another.").format(
+            folder=self._folder
+        )
 
     def _choose(self, job: Any) -> None:
         if job is None or self.job is None or job.folder != self.job.folder:
             self._leaveViews()
-            self._lines, self._live, self._case = None, {}, ""
+            self._anew, self._live, self._case, self.result = True, {}, "", {}
         self.job = job
-        self.result = (job.result or {}) if job is not None and not job.running else {}
+        if job is not None and job.running:
+            self.result = {}
         self._fillJobs()
         self._showJob()
-        if job is not None and (job.running or self._lines is None):
+        if job is not None:
             self._poll(0)
 
-    def _again(self) -> None:
-        """Read live.jsonl from its start."""
-        from .trainingviews import LiveLines
-
-        self._lines, self._live = LiveLines(self.job.live), {}
+    def _take(self, job: Any) -> None:
+        """How a training stands now."""
+        self.jobs = [job if j.folder == job.folder else j for j in self.jobs]
+        if self.job is not None and self.job.folder == job.folder:
+            self._choose(job)
 
     def _poll(self, milliseconds: int) -> None:
         if not self._closed:
@@ -483,32 +600,31 @@ class RetrainSection(VTKObservationMixin):
 
     def _tick(self) -> None:
         """Look how the shown training stands."""
-        from UNetSegmentationLib import UserError, training
-
         if self._closed or self.job is None:
             return
-        began, before, more, trouble = time.monotonic(), self.job, False, ""
-        try:
-            job = training.read(before.folder)
-            if self._lines is None:
-                self._again()
-            lines, anew, more = self._lines.read()
-        except (UserError, OSError) as e:
-            trouble = str(e) if isinstance(e, UserError) else _("{folder} cannot be read ({reason}); it is tried again.").format(
-                folder=before.folder, reason=e.strerror or e
-            )  # fmt: skip
-            job, lines, anew = before, [], False
+        folder, again, self._anew = self.job.folder, self._anew, False
+        self._look(lambda answer: self._onLook(folder, answer), look=str(folder), again=again)
+
+    def _onLook(self, folder: Path, answer: dict[str, Any]) -> None:
+        from UNetSegmentationLib import training
+
+        before, trouble = self.job, answer.get("error", "")
+        if before is None or before.folder != folder:
+            return
+        job = before if trouble else training.decode(answer["job"])
+        lines, anew, more = answer.get("lines", []), answer.get("anew", False), answer.get("more", False)
         if anew:
             self._live = {}
         for line in lines:
             self._live[str(line.get("event"))] = line
         if self._showsCurves:
             self._curves.show(lines, anew)
-            self._showPictures()
+            self._showPictures(answer.get("pictures", []))
         self.job = job
         self.jobs = [job if j.folder == job.folder else j for j in self.jobs]
+        if not trouble:
+            self.result = answer["result"] or {}
         if before.running and not job.running:
-            self.result = job.result or {}
             slicer.util.showStatusMessage(f"{_('Retrain')}: {_states()[job.state]}", 10000)
             self._showStart()
             self._fillJobs()
@@ -518,9 +634,7 @@ class RetrainSection(VTKObservationMixin):
         if more:
             self._poll(0)
         elif job.running:
-            spent = time.monotonic() - began
-            least = _POLL_MS if self._entered and not trouble else _AWAY_MS
-            self._poll(max(least, round(20000 * spent)) if spent > _PATIENCE_S else least)
+            self._poll(_POLL_MS if self._entered and not trouble else _AWAY_MS)
 
     # --------------------------------------------------------------------------------------------------------- the views
 
@@ -539,15 +653,14 @@ class RetrainSection(VTKObservationMixin):
 
         return self._layouts.shown == CURVES
 
-    def _showPictures(self) -> None:
+    def _showPictures(self, stamps: list[list[Any]]) -> None:
+        """stamps: path and time of each."""
         from . import trainingviews
 
-        named = self._live.get("validation", {}).get("pictures")
-        paths = [self.job.live.parent / str(p) for p in named if ".." not in Path(str(p)).parts] if isinstance(named, list) else []
-        stamps = [f"{path} {path.stat().st_mtime}" for path in paths if path.is_file()]
         if not stamps or stamps == self._pictures:
             return
         new, self._pictures = not trainingviews.ours(slicer.mrmlScene, "pictures"), stamps
+        paths = [Path(path) for path, _time in stamps]
 
         def steps() -> Generator[None, None, None]:
             node = yield from trainingviews.picture_steps(slicer.mrmlScene, paths)
@@ -864,9 +977,13 @@ def _answer(step: Any) -> Generator[Any, Any, dict[str, Any]]:
     if "error" in answer:
         raise UserError(answer["error"])
     if not answer or "pid" in answer:
-        last = (done.log.strip().splitlines() or [_("it said nothing")])[-1][:200]
-        raise UserError(_("The Python at {python} could not do it ({reason}); try again.").format(python=step.command[0], reason=last))
+        raise UserError(_could_not(step.command[0], done.log))
     return answer
+
+
+def _could_not(python: str, log: str) -> str:
+    last = (log.strip().splitlines() or [_("it said nothing")])[-1][:200]
+    return _("The Python at {python} could not do it ({reason}); try again.").format(python=python, reason=last)
 
 
 # ---------------------------------------------------------------------------------------------------------------- words

@@ -5,7 +5,6 @@ No widget is known here. None of the nodes is saved with a scene: they are made 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -23,53 +22,11 @@ _LOSS, _LOSS_MEAN, _MEAN, _BEST = (0.70, 0.78, 0.88), (0.12, 0.35, 0.65), (0.1, 
 # Seen apart by the colour-blind too (Okabe and Ito).
 _LABELS = ((0.90, 0.62, 0.0), (0.34, 0.71, 0.91), (0.0, 0.62, 0.45), (0.80, 0.47, 0.65), (0.0, 0.45, 0.70), (0.84, 0.37, 0.0))
 TRUTH = (0.1, 1.0, 0.2)
-_PIECE = 1 << 18  # of live.jsonl in one turn of the event loop
 _GAP = 4  # pixels between two pictures
 _GROUP = 71  # the two views scroll and zoom together, and no others with them
 
 Line = dict[str, Any]
 Steps = Generator[None, None, Any]
-
-
-class LiveLines:
-    """The lines of a live.jsonl as they come; its format is that of unetseg_training.live."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._at, self._last = 0, b""  # where to go on, and the bytes before it
-
-    def read(self) -> tuple[list[Line], bool, bool]:
-        """(new lines, whether they are the file's first ones again, whether there are more to read at once).
-
-        OSError where the file cannot be read; none and no lines where it is not there yet.
-        """
-        try:
-            with open(self.path, "rb") as f:
-                f.seek(self._at - len(self._last))
-                data = f.read(len(self._last) + _PIECE)
-                # It was thinned out or a training went on from an earlier step: the file is another one.
-                anew = not self._at or not data.startswith(self._last)
-                if anew and self._at:
-                    f.seek(0)
-                    data = f.read(_PIECE)
-                else:
-                    data = data[len(self._last) :]
-        except FileNotFoundError:
-            return [], False, False
-        if anew:
-            self._at, self._last = 0, b""
-        whole = data[: data.rfind(b"\n") + 1]
-        self._at += len(whole)
-        self._last = (self._last + whole)[-64:]
-        return [line for part in whole.split(b"\n") if (line := _line(part)) is not None], anew and bool(whole), len(data) >= _PIECE
-
-
-def _line(data: bytes) -> Line | None:
-    try:
-        line = json.loads(data)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) else None
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
