@@ -28,12 +28,21 @@ NNUNET = nnunetv2==2.8.1 batchgenerators acvl-utils pandas scikit-image imageio 
 nnunet: .venv/ready
 	.venv/bin/pip install --quiet --upgrade --target build/nnunet --no-deps $(NNUNET)
 
+# Asked before anything is made: an environment that another Python began stays that Python's, whatever PYTHON is next time.
+# slicer-core has no wheels for 3.14.
+python-to = @$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info[:2] <= (3, $(1)) else "Python 3.10 to 3.$(1) is \
+  needed and $(PYTHON) is %d.%d; name another, for instance with PYTHON=python3.12" % sys.version_info[:2])'
+
+# build/lib: setuptools installs what lies there from an earlier time as well, such as a model that has been replaced.
 .venv-demo/ready: pyproject.toml $(shell find UNetSegmentation training -name '*.py' -o -name '*.zip' -o -name '*.json')
+	$(call python-to,14)
 	$(PYTHON) -m venv .venv-demo
+	rm -rf build/lib
 	.venv-demo/bin/pip install --quiet ".[cli]"
 	touch $@
 
 .venv/ready: pyproject.toml
+	$(call python-to,13)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet $(TORCH)
 	.venv/bin/pip install --quiet -e ".[test,train,mrml,panel,openvino]"
