@@ -310,6 +310,23 @@ def test_the_segment_editor_opens_on_the_scan(opened, monkeypatch):
     assert len(slicer.util.getNodesByClass("vtkMRMLSegmentEditorNode")) == 1
 
 
+def test_a_strip_that_went_with_slicers_window_ends_no_cleanup(gui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import qt
+    import shiboken6
+    import slicer
+
+    gui.open()
+    from UNetSegmentationPanel.worklist import Strip
+
+    windows = [qt.QMainWindow()]
+    monkeypatch.setattr(slicer.util, "mainWindow", lambda: windows[0] if windows else None)
+    strip = Strip([("Done", "", lambda: None)])
+    strip.show("scan")
+    shiboken6.delete(windows.pop())
+    strip.hide()
+    assert not strip.shown
+
+
 def test_in_the_segment_editor_a_strip_goes_on_to_the_next_scan(opened, gui, monkeypatch):
     import qt
     import slicer

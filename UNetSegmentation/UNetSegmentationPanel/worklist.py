@@ -192,9 +192,9 @@ class Strip:
         if self._bar is not None:
             window, bar = slicer.util.mainWindow(), self._bar
             self._bar, self._label, self.buttons = None, None, []
-            if window is not None:
+            if window is not None:  # else the bar went with it
                 window.removeToolBar(bar)
-            bar.deleteLater()
+                bar.deleteLater()
 
 
 # -------------------------------------------------------------------------------------------------------------- section
