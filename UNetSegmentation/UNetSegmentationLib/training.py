@@ -700,7 +700,8 @@ def watch(questions: Iterable[str]) -> Iterator[dict[str, Any]]:
     {"stop": job folder}                {}
     {"error": a sentence} where it cannot be done.
     """
-    live, pictures = LiveLines(Path()), []
+    live = LiveLines(Path())
+    pictures: list[Path] = []
     for question in questions:
         asked = json.loads(question)
         try:
