@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from unetseg_training import lidc, lung_nodule_2d, lung_nodule_click, release, t
 from unetseg_training.config import Fit, read  # noqa: E402
 from unetseg_training.export import export  # noqa: E402
 from unetseg_training.prepare import prepare  # noqa: E402
+from UNetSegmentationLib.engines.torch import load_network  # noqa: E402
 from UNetSegmentationLib.image import Box, Image, UserError  # noqa: E402
 from UNetSegmentationLib.inference.predict import Options, predict  # noqa: E402
 from UNetSegmentationLib.model import RESOURCES, check_card, find_model  # noqa: E402
@@ -135,6 +137,18 @@ def test_export_runs_at_any_size_and_equals_pytorch(tmp_path, norm):
     with pytest.raises(UserError, match="differ by"):
         export(model, card, tmp_path / "y.unet.zip", drive, tolerance=0)
     assert not (tmp_path / "y.unet.zip").exists()
+
+
+def test_the_mean_with_the_start_is_that_of_every_weight():
+    start = find_model("hippocampus-3d")
+    old, config = load_network(start).state_dict(), UNetConfig.from_json(start.card.data["network"])
+    torch.manual_seed(0)
+    model = build(config)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    for key, value in release.averaged(model, start).state_dict().items():
+        assert torch.allclose(value, (own[key] + old[key]) / 2) and not torch.allclose(value, old[key])
+    with pytest.raises(UserError, match="another network"):
+        release.averaged(build(replace(config, channels=(8, 16, 32, 48))), start)
 
 
 def test_bundled_figures_are_those_of_the_results():

@@ -3,6 +3,7 @@
     python -m unetseg_training.release hippocampus-3d runs/hippocampus-3d/fold0-seed0
     python -m unetseg_training.release lung-nodule-click runs/lung-nodule-click
     python -m unetseg_training.release lung-nodule-click                              the bundled weights, scored again
+    python -m unetseg_training.release NAME RUN --average NAME-VERSION                the mean of the run's weights and its start's
 
 The package goes to the core's resources/models; the curve and the score of every held-out case to training/results.
 """
@@ -22,12 +23,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 from UNetSegmentationLib.engines import Engine
+from UNetSegmentationLib.engines.torch import load_network
+from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import RESOURCES, SUFFIX, ModelPackage, find_model, write_package
-from UNetSegmentationLib.networks import UNetConfig
+from UNetSegmentationLib.networks import UNet, UNetConfig
 
 from . import lung_nodule_2d, lung_nodule_click, score_click
 from .config import read
@@ -113,6 +116,16 @@ def score(package: ModelPackage, tta: str | None = None) -> list[dict[str, Any]]
     return rows
 
 
+def averaged(model: UNet, start: ModelPackage) -> UNet:
+    """A model with the mean of its weights and of those that it went on from (Wortsman et al., Robust fine-tuning of zero-shot
+    models, CVPR 2022): a fine-tuning's last steps move a held-out Dice by chance about as much as by what was learnt."""
+    old, own = load_network(start).state_dict(), model.state_dict()
+    if {key: value.shape for key, value in old.items()} != {key: value.shape for key, value in own.items()}:
+        raise UserError(f"{start.path.name} has another network than the run; name the package that the run went on from.")
+    model.load_state_dict({key: (value + old[key]) / 2 for key, value in own.items()})
+    return model
+
+
 def summary(rows: list[dict[str, Any]], labels: list[str], command: str) -> dict[str, Any]:
     """The card's "metrics"."""
     held_out = "fold 0 of 5, split by patient, not trained on"
@@ -156,15 +169,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("run", type=Path, nargs="?", help="the folder that the training wrote; without it the bundled weights are scored")
+    parser.add_argument("--average", metavar="PACKAGE", help="what the run went on from: the mean of its weights and the run's")
     parser.add_argument("--output", type=Path, default=RESOURCES / "models")
     options = parser.parse_args()
     card = card_of(options.name)
-    command = " ".join(map(str, filter(None, ("python -m unetseg_training.release", options.name, options.run))))
+    average = f"--average {options.average}" if options.average else ""
+    command = " ".join(map(str, filter(None, ("python -m unetseg_training.release", options.name, options.run, average))))
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         if options.run:
             model = load_weights(options.run, UNetConfig.from_json(card["network"]))
+            if options.average:
+                model = averaged(model, find_model(options.average))
             draft = export(model, card, Path(folder) / f"draft{SUFFIX}", drive)
         else:
             draft = find_model(options.name)

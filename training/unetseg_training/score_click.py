@@ -66,6 +66,8 @@ def whole_scans() -> Iterator[tuple[str, Image, np.ndarray]]:
     yield "LIDC-IDRI-0001", read_image(folder / "LIDC-IDRI-0001_ct.nii.gz"), read_image(folder / "LIDC-IDRI-0001_nodule.nii.gz").array > 0
     tumour = read_image(folder / "LUNG1-001_lungL1_lungR2_cord3_gtv4.nii.gz").array == 4
     yield "LUNG1-001", read_image(folder / "LUNG1-001_ct.nii.gz"), tumour
+    folder = data_folder() / "lung_gtv_dicom_rtstruct"
+    yield "pat_3", read_image(folder / "pat_3"), read_image(folder / "pat_3_gtv_expected.nii.gz").array > 0
     sample = Path("demo/sample")
     for name in ("lung1", "lung2"):
         if (sample / f"{name}_image.nrrd").exists():
