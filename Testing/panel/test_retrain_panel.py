@@ -190,8 +190,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str] | None =
         except UserError as e:
             self._say(str(e))
             return
-        if "folder" in answer:
-            seen.append((Path(answer["folder"]), python, variables))
+        if "job" in answer:
+            seen.append((Path(answer["job"]["folder"]), python, variables))
         self._say("")
         then(answer)
 

@@ -753,10 +753,10 @@ def task(name: str, *rest: str) -> dict[str, Any]:
             return {"python": "", "lacks": str(e)}
         return {"python": python, "variables": variables}
     if name == "start":
-        return encode(start(rest[0], rest[1] or None, Options(**json.loads(rest[2])), sys.executable))
+        return {"job": encode(start(rest[0], rest[1] or None, Options(**json.loads(rest[2])), sys.executable))}
     job = read(rest[0])
     if name == "resume":
-        return encode(resume(job, sys.executable, finish="finish" in rest[1:]))
+        return {"job": encode(resume(job, sys.executable, finish="finish" in rest[1:]))}
     if name == "promote":
         path = promote(job, rest[1])
         return {"path": None if path is None else str(path), "job": encode(read(job.folder))}

@@ -456,7 +456,7 @@ class RetrainSection(VTKObservationMixin):
         from UNetSegmentationLib import training
 
         self._leaveViews()
-        job = training.decode(answer)
+        job = training.decode(answer["job"])
         self.jobs = [job, *(j for j in self.jobs if j.folder != job.folder)]
         self._choose(job)
         self._find()
