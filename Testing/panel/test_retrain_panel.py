@@ -137,6 +137,15 @@ def test_the_models_with_weights_are_offered_and_the_panels_is_chosen(panel: Any
     assert combo.itemData(combo.currentIndex) == ""
 
 
+def test_the_wheel_over_a_box_moves_the_panel_and_chooses_nothing(panel: Any) -> None:
+    p = panel()
+    for combo in (p.ui.startCombo, p.ui.lengthCombo):
+        combo.currentIndex = 0
+        assert combo.count > 1
+        p.gui.wheel(combo)
+        assert combo.currentIndex == 0
+
+
 def test_of_a_model_of_clicks_it_says_how_it_learns(panel: Any) -> None:
     p = panel()
     p.widget.trainingSet.summary = {"labels": [{"name": "Liver lesion"}], "count": 3, "patients": 2, "channels": ["CT"]}

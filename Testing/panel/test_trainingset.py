@@ -288,17 +288,10 @@ def test_segments_are_left_out_or_get_another_label(hands: Hands) -> None:
 
 
 def test_the_wheel_over_a_label_moves_the_panel_and_changes_no_label(hands: Hands) -> None:
-    from PySide6 import QtCore, QtGui, QtWidgets
-
     hands.apply()
     combo = hands.ui.setSegmentsTable.cellWidget(0, 1)
     assert combo.count == 2 and combo.currentText == "lung nodule"
-    at, none = QtCore.QPointF(5, 5), QtCore.QPoint()
-    buttons, phase = QtCore.Qt.MouseButton.NoButton, QtCore.Qt.ScrollPhase.NoScrollPhase
-    wheel = QtGui.QWheelEvent(
-        at, combo.mapToGlobal(at), none, QtCore.QPoint(0, -120), buttons, QtCore.Qt.KeyboardModifier.NoModifier, phase, False
-    )
-    QtWidgets.QApplication.sendEvent(combo, wheel)
+    hands.gui.wheel(combo)
     assert combo.currentText == "lung nodule" and hands.section.rows[0].label == "lung nodule"
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+import ctk
 import qt
 import slicer
 from slicer.i18n import tr as _
@@ -139,6 +140,8 @@ class RetrainSection(VTKObservationMixin):
         self._manager = slicer.app.layoutManager()
         if self._manager is not None:
             self._manager.connect("layoutChanged(int)", self._onLayout)
+        for combo in (ui.startCombo, ui.lengthCombo, ui.trainDeviceCombo, ui.jobCombo):
+            combo.scrollWheelEffect = ctk.ctkComboBox.NeverScroll  # who scrolls the panel chooses no other model unseen
         for value, text in (("quick", _("Quick, some minutes")), ("full", _("Full, as long as it gets better"))):
             ui.lengthCombo.addItem(text, value)
         self.root.connect("contentsCollapsed(bool)", lambda *_: self._onExpanded())

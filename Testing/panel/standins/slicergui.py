@@ -300,6 +300,17 @@ class Gui:
         QTest.mouseClick(widget, qt.Qt.LeftButton, qt.Qt.NoModifier, at)
         self.process_events()
 
+    def wheel(self, widget: Any, down: int = 1) -> None:
+        """Turns of the mouse wheel over the widget."""
+        from PySide6 import QtCore, QtGui, QtWidgets
+
+        at, none, turn = QtCore.QPointF(5, 5), QtCore.QPoint(), QtCore.QPoint(0, -120 * down)
+        buttons, keys = QtCore.Qt.MouseButton.NoButton, QtCore.Qt.KeyboardModifier.NoModifier
+        phase = QtCore.Qt.ScrollPhase.NoScrollPhase
+        event = QtGui.QWheelEvent(at, widget.mapToGlobal(at), none, turn, buttons, keys, phase, False)
+        QtWidgets.QApplication.sendEvent(widget, event)
+        self.process_events()
+
     def press(self, widget: Any, keys: str) -> None:
         """Keys such as "Ctrl+Return" or "Tab" with the focus on the widget, or text in single keys: "a"."""
         import qt
