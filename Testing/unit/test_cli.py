@@ -830,3 +830,14 @@ def test_click_refuses_in_one_sentence_and_writes_nothing(clicked, tmp_path, une
     code, _, stderr = unetseg("click", scan, *options, "-m", package, "-o", out)
     assert code == 2 and sentence in stderr and stderr.count("\n") == 1
     assert not out.exists()
+
+
+def test_an_older_click_takes_every_command():
+    """Before 8.2 it refuses a default of several arguments when the commands are made, so that none of them runs."""
+    import typer.main
+
+    commands, several = [typer.main.get_command(cli._app())], {}
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        several |= {(command.name, p.name): p.default for p in command.params if p.param_type_name == "argument" and p.nargs == -1}
+    assert ("make", "sources") in several and set(several.values()) == {None}

@@ -774,7 +774,10 @@ def _worklist_app() -> Any:
     @app.command()
     def make(
         folder: Folder,
-        sources: Annotated[list[Path], typer.Argument(help="Scans, folders of scans, or a .txt/.csv with a scan on each line.")] = [],  # noqa: B006
+        # None: Click before 8.2 refuses any other default of several arguments, for all commands.
+        sources: Annotated[
+            list[Path] | None, typer.Argument(help="Scans, folders of scans, or a .txt/.csv with a scan on each line.")
+        ] = None,
         model: Annotated[list[str], typer.Option("--model", "-m", help="What segments them in advance; several are averaged.")] = [],  # noqa: B006
         later: Annotated[bool, typer.Option("--later", help="Do not segment now; the panel, or this command once more, does.")] = False,
         limit: Annotated[int | None, typer.Option(help="Segment so many scans and stop.")] = None,
@@ -788,7 +791,7 @@ def _worklist_app() -> Any:
         check_models(models)
         if not sources and not WorkList.there(folder):
             raise UserError(f"{folder} holds no work list yet; name the scans, folders or lists to make it of.")
-        work, added = WorkList.gather(folder, sources)
+        work, added = WorkList.gather(folder, sources or [])
         if not quiet:
             print(f"{len(added)} scans added", file=sys.stderr)
         if not models and work.models and not later:
