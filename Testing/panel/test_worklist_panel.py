@@ -440,6 +440,28 @@ def test_a_folder_without_a_list_and_without_cases_is_not_looked_at_for_ever(pan
     hands.wait(lambda: hands.section.list is not None)
 
 
+@POSIX
+def test_a_list_whose_drive_hangs_is_told_and_left(panel, gui, tmp_path, scans):
+    """A process that was stopped stands for one that waits for its drive."""
+    from UNetSegmentationLib.worklist import WorkList
+
+    for name in "ab":
+        WorkList.gather(tmp_path / name, [scans])
+    hands = panel()
+    hands.choose(tmp_path / "a")
+    os.kill(hands.section.desk.pid, signal.SIGSTOP)
+    hands.section._late.setInterval(1)
+    hands.section._open()
+    gui.wait(lambda: "does not answer" in hands.ui.listMessageLabel.text, RUN_S)
+    assert str(tmp_path / "a") in hands.ui.listMessageLabel.text
+    hands.section._late.setInterval(round(1000 * RUN_S))
+    hands.press("nextScanButton")
+    assert hands.section.busy and not hands.ui.nextScanButton.enabled
+    hands.choose(tmp_path / "b")
+    assert hands.section.list["folder"] == str(tmp_path / "b") and not hands.ui.listMessageLabel.text
+    assert hands.next() == "s0"
+
+
 def test_a_result_that_was_lost_is_not_said_to_be_empty(opened, tmp_path):
     from UNetSegmentationLib.worklist import WorkList
 

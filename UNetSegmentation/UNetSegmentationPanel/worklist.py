@@ -20,6 +20,7 @@ import UNetSegmentationPanel
 
 from .nodules import Pieces
 from .run import sentence
+from .trainingset import ANSWER_S
 
 SETTING = "UNetSegmentation/WorkList"
 _REFRESH_MS = 30_000  # what other annotators did
@@ -51,6 +52,11 @@ class Desk:
     @property
     def pid(self) -> int | None:
         return self._pid if self.running else None
+
+    @property
+    def waiting(self) -> bool:
+        """Somebody waits for an answer: it works, or a drive hangs."""
+        return bool(self._answers)
 
     def ask(self, op: str, onAnswer: Callable[[dict[str, Any]], None], onError: Callable[[str], None], **fields: Any) -> None:
         """Exactly one of the two follows, from the event loop."""
@@ -245,10 +251,15 @@ class WorkListSection:
                 (_("Later, next"), _("Give this scan back for later, and open the next."), lambda: self._fromStrip(self.onNext)),
             ]
         )
-        self._watch, self._refresh = qt.QTimer(), qt.QTimer()
-        for timer, interval, method in ((self._watch, _WATCH_MS, self._onWatch), (self._refresh, _REFRESH_MS, self._onRefresh)):
+        self._watch, self._refresh, self._late = qt.QTimer(), qt.QTimer(), qt.QTimer()
+        for timer, interval, method in (
+            (self._watch, _WATCH_MS, self._onWatch),
+            (self._refresh, _REFRESH_MS, self._onRefresh),
+            (self._late, round(1000 * ANSWER_S), lambda: self._failed(self._silent())),
+        ):
             timer.setInterval(interval)
             timer.connect("timeout()", method)
+        self._late.setSingleShot(True)
         self.root.connect("contentsCollapsed(bool)", self._onCollapsed)
         for button, method in (
             (ui.listFolderButton, self.onChooseFolder),
@@ -304,8 +315,8 @@ class WorkListSection:
         self._closed = True
         self.strip.hide()
         self._pieces.clear()
-        self._watch.stop()
-        self._refresh.stop()
+        for timer in (self._watch, self._refresh, self._late):
+            timer.stop()
         self.desk.close((self.case.folder, self.case.name) if self.case is not None else None)
 
     def update(self) -> None:
@@ -329,6 +340,8 @@ class WorkListSection:
             return
         if self.segmenting:
             self._halt()
+        if self.desk.waiting and self.case is None:
+            self.desk.close()  # it may wait for the former folder's drive for ever
         self._open()
 
     def _open(self) -> None:
@@ -343,20 +356,37 @@ class WorkListSection:
 
         def opened(answer: dict[str, Any]) -> None:
             if folder == self.folder:
+                self._late.stop()
+                if self.text == self._silent():
+                    self.text = ""
                 self._take(answer)
                 self._refresh.start()
 
-        self._ask("open", opened, folder=folder)
+        def failed(text: str) -> None:
+            self._late.stop()
+            self._failed(text)
+
+        self._late.start()
+        self._ask("open", opened, failed, folder=folder)
+        self.show()
+
+    def _silent(self) -> str:
+        text = _("The folder {folder} does not answer; check its drive or network connection, or choose another.")
+        return text.format(folder=self.folder)
 
     def onChooseFolder(self) -> None:
         folder = self._askFolder(_("Folder of the work list"), self.folder)
         if not folder or (self.case is not None and not self._mayLeave()):
             return
-        if self.case is not None:
-            self._give(self.case)
-            self.case = None
+        case, self.case = self.case, None
         if self.segmenting:
             self._halt()
+        if self.desk.waiting:  # perhaps for ever: for the former folder's drive
+            self._pieces.clear()
+            self.desk.close((case.folder, case.name) if case is not None else None)
+            self.busy = ""
+        elif case is not None:
+            self._give(case)
         self._folder = folder
         qt.QSettings().setValue(SETTING, folder)
         self.list, self.text, self._passed = None, "", []
@@ -739,7 +769,8 @@ class WorkListSection:
         counts = known["counts"] if known else {}
         left = counts.get("waiting", 0) + counts.get("segmented", 0)
         free = self._warm and not self.busy
-        for button in (ui.listFolderButton, ui.addFolderButton, ui.addFilesButton):
+        ui.listFolderButton.enabled = free or (self._warm and self.desk.waiting)
+        for button in (ui.addFolderButton, ui.addFilesButton):
             button.enabled = free
         ui.segmentButton.enabled = self.segmenting or (free and bool(known and known["total"]))
         ui.segmentButton.checked = self.segmenting
@@ -773,6 +804,8 @@ class WorkListSection:
         known = self.list
         if not self.folder:
             return _("Choose a folder, then add the scans that are to be corrected.")
+        if known is None and self.desk.waiting:
+            return _("Reading …")
         if known is None:
             return _("There is no list in this folder yet; add scans to begin one.") if self._warm and not self.text else ""
         counts = known["counts"]
