@@ -1,5 +1,6 @@
 """Images: files in and out, orientation, resampling, boxes; every voxel stays where it was in the patient."""
 
+import contextlib
 import gzip
 import itertools
 import math
@@ -17,6 +18,7 @@ from UNetSegmentationLib.image import (
     Image,
     SeveralSeries,
     UserError,
+    _check_complete,
     check_geometry,
     from_sitk,
     list_series,
@@ -424,6 +426,24 @@ def test_a_truncated_slice_is_noticed(slices, tmp_path):
     (folder / "003.dcm").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError):
         read_image(folder)
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"])
+def test_a_truncated_slice_is_noticed_by_its_length(slices, tmp_path, syntax):
+    """SimpleITK 2.5.2, which Slicer has, fills the missing rows and says nothing."""
+    dataset = pytest.importorskip("pydicom").dcmread(slices[0])
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.save_as(tmp_path / "a.dcm", implicit_vr=syntax.endswith(".1.2"), little_endian=True)
+    content = (tmp_path / "a.dcm").read_bytes()
+    assert dataset.PixelData in content
+    end = content.index(dataset.PixelData) + len(dataset.PixelData)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(tmp_path / "a.dcm"))
+    reader.ReadImageInformation()  # of the whole file, since later ones refuse this for a part
+    for size, complete in ((len(content), True), (end, True), (end - 1, False), (end // 2, False)):
+        (tmp_path / "a.dcm").write_bytes(content[:size])
+        with contextlib.nullcontext() if complete else pytest.raises(UserError, match="a.dcm is cut short"):
+            _check_complete(tmp_path / "a.dcm", reader)
 
 
 def test_a_slice_that_lies_there_twice_is_noticed(slices, tmp_path):

@@ -502,19 +502,20 @@ def _read_series(folder: Path, uid: str | None) -> Image:
 
 
 def _check_slices(folder: Path, files: list[str], image: Image) -> None:
-    """Refuse a series with a gap or a tilted gantry: ITK would stack its slices as if they were equally spaced boxes."""
-    if len(files) < 2:
-        return
-    normal = np.reshape(image.direction, (3, 3))[:, 2]
+    """Refuse a series with a slice cut short, a gap or a tilted gantry: ITK would stack its slices as if they were equally spaced boxes."""
     corners = []
     for name in files:
         reader = sitk.ImageFileReader()
         reader.SetFileName(name)
         with _quiet():
             reader.ReadImageInformation()
-        if (*reader.GetSize(), 1)[2] > 1:  # ITK would read the frames of one of them
+        _check_complete(Path(name), reader)
+        if len(files) > 1 and (*reader.GetSize(), 1)[2] > 1:  # ITK would read the frames of one of them
             raise UserError(f"The DICOM series in {folder} holds several multi-frame files; export it with one slice a file.")
         corners.append(reader.GetOrigin()[:3])
+    if len(files) < 2:
+        return
+    normal = np.reshape(image.direction, (3, 3))[:, 2]
     at = np.array(corners) @ normal
     drift = np.array(corners) - corners[0] - np.outer(at - at[0], normal)
     if np.hypot.reduce(drift, axis=1).max() > 0.5 * min(image.spacing[:2]):
@@ -574,6 +575,13 @@ def _check_complete(path: Path, reader: sitk.ImageFileReader) -> None:
         complete, needed = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda"), 0
     elif head[:2] == b"BM":
         needed = int.from_bytes(head[2:6], "little")
+    elif head[128:132] == b"DICM":  # ITK fills in what is missing up to SimpleITK 2.5.2, which Slicer has; decoders notice it
+        needed = math.prod(reader.GetSize()) * reader.GetNumberOfComponents() * int(_tag(reader, "0028|0100") or 0) // 8
+        length = (needed + needed % 2).to_bytes(8, "little")[:4]
+        found = re.search(rb"\xe0\x7f\x10\0(O[BW]\0\0)?" + re.escape(length), head)
+        if not found:
+            return
+        start = found.end()
     elif head[:4] == b"NRRD":
         found = re.match(rb"NRRD.*?\n\r?\n", head, re.DOTALL)
         if not found:
