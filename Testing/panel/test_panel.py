@@ -340,7 +340,7 @@ def test_an_imported_model_of_clicks_is_there_at_once(panel: Any, make_package: 
     p.ui.importButton.click()
     assert "clicks-1.0.0 is imported" in p.ui.modelMessage.text and p.ui.modelMessage.visible
     assert "clicks-1.0.0" in p.offered(p.ui.clickModelCombo) and p.settings.models == ["lung-nodule-2d-1.1.0"]
-    p.choose("hippocampus-3d-1.1.0")
+    p.choose("hippocampus-3d-1.2.1")
     assert not p.ui.modelMessage.visible
 
 
@@ -393,7 +393,7 @@ def test_presets_are_offered_for_the_models_they_fit(panel: Any, install: Any) -
     assert {"lung", "bone", "custom"} <= set(p.offered(p.ui.presetCombo))
     assert "mr-percentile" not in p.offered(p.ui.presetCombo)
     assert (p.ui.levelSpinBox.value, p.ui.widthSpinBox.value) == (-300, 1400)
-    p.choose("hippocampus-3d-1.1.0")  # z-score: any window would be wrong
+    p.choose("hippocampus-3d-1.2.1")  # z-score: any window would be wrong
     assert not p.ui.presetCombo.visible and not p.ui.levelSpinBox.visible
 
 
@@ -508,7 +508,7 @@ def test_several_channels_have_a_selector_each(panel: Any, install: Any) -> None
     selector.setCurrentNode(first)
     p.run()
     assert masks(p.settings.output, first)["two"].sum() == (array_of(first) == 2).sum()
-    p.choose("hippocampus-3d-1.1.0")
+    p.choose("hippocampus-3d-1.2.1")
     assert p.ui.volumeLabel.text == "Volume:" and not selector.visible
 
 
