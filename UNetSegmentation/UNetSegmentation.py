@@ -112,8 +112,7 @@ class UNetSegmentationParameterNode:
     channels: the volumes of a model's channels after the first. preset: "" is the model's own window, "custom" is level
     and width (HU). models: <name>-<version>, several are averaged. tta: "" is the model's own. record: of the last result,
     see UNetSegmentationPanel.results; the nodes are that result's. nodules: the segmentation that is clicked into, with
-    clickModel ("" is the first one); earlier: that of an earlier study, `days` before (0: as the studies are
-    dated).
+    clickModel ("" is the first one); earlier: that of an earlier study, `days` before (0: as the studies are dated).
     """
 
     volume: vtkMRMLScalarVolumeNode

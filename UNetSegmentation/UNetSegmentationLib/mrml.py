@@ -170,10 +170,11 @@ def dicom_of(volume_node: Any) -> tuple[str, str]:
 def days_between(earlier: Any, later: Any) -> int | None:
     """Days from one volume's DICOM study to another's, as the subject hierarchy dates them; None where it does not."""
     dates = []
+    words = slicer.vtkMRMLSubjectHierarchyConstants
     for volume in (earlier, later):
-        hierarchy = volume.GetScene().GetFirstNodeByClass("vtkMRMLSubjectHierarchyNode")
+        scene = volume.GetScene()  # none of a volume that was just removed
+        hierarchy = scene.GetFirstNodeByClass("vtkMRMLSubjectHierarchyNode") if scene is not None else None
         item = hierarchy.GetItemByDataNode(volume) if hierarchy is not None else 0
-        words = slicer.vtkMRMLSubjectHierarchyConstants
         study = hierarchy.GetItemAncestorAtLevel(item, words.GetDICOMLevelStudy()) if item else 0
         text = hierarchy.GetItemAttribute(study, words.GetDICOMStudyDateAttributeName()) if study else ""
         try:
