@@ -172,8 +172,10 @@ def days_between(earlier: Any, later: Any) -> int | None:
     dates = []
     words = slicer.vtkMRMLSubjectHierarchyConstants
     for volume in (earlier, later):
-        scene = volume.GetScene()  # none of a volume that was just removed
-        hierarchy = scene.GetFirstNodeByClass("vtkMRMLSubjectHierarchyNode") if scene is not None else None
+        scene = volume.GetScene()
+        if scene is None:  # it was just removed
+            return None
+        hierarchy = scene.GetFirstNodeByClass("vtkMRMLSubjectHierarchyNode")
         item = hierarchy.GetItemByDataNode(volume) if hierarchy is not None else 0
         study = hierarchy.GetItemAncestorAtLevel(item, words.GetDICOMLevelStudy()) if item else 0
         text = hierarchy.GetItemAttribute(study, words.GetDICOMStudyDateAttributeName()) if study else ""
