@@ -48,7 +48,8 @@ class UNetSegmentation(ScriptedLoadableModule):
             + "</a>"
         )
         self.parent.acknowledgementText = _(
-            "Models trained on LIDC-IDRI (CC BY 3.0) and the Medical Segmentation Decathlon (CC BY-SA 4.0). "
+            "Models trained on LIDC-IDRI (CC BY 3.0), the Medical Segmentation Decathlon (CC BY-SA 4.0) and the Sunnybrook Cardiac Data "
+            "(public domain). "
             "The sample scans come with pyradiomics (van Griethuysen et al. 2017)."
         )
         slicer.app.connect("startupCompleted()", registerSampleData)

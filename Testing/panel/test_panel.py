@@ -277,6 +277,10 @@ def test_import_choose_and_remove(panel: Any, make_package: Any, models_folder: 
     assert not p.ui.removeButton.enabled
     p.ui.folderButton.click()
     assert str(models_folder) in p.gui.dialogs.texts("url")[0]
+    models_folder.rmdir()
+    models_folder.write_bytes(b"")
+    p.ui.folderButton.click()
+    assert "cannot be made" in p.ui.modelMessage.text and len(p.gui.dialogs.texts("url")) == 1
     assert not p.gui.dialogs.texts("error")
 
 

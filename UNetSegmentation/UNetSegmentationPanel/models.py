@@ -303,7 +303,14 @@ class ModelList:
         from UNetSegmentationLib.model import user_models_folder
 
         folder = user_models_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            self.note = _("{path} cannot be made ({reason}); make it, or name another folder in UNETSEG_MODELS.").format(
+                path=folder, reason=e.strerror
+            )
+            self._changed()
+            return
         qt.QDesktopServices.openUrl(qt.QUrl.fromLocalFile(str(folder)))
 
     def _onImport(self, *_unused: Any) -> None:
