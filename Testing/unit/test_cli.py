@@ -304,6 +304,15 @@ def test_cancelling_writes_nothing(here, unetseg, monkeypatch):
     assert (code, out, err) == (130, "", "unetseg: cancelled; nothing was written.\n") and here.left() == []
 
 
+def test_a_full_memory_is_a_sentence(here, unetseg, monkeypatch):
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "predict", full)
+    one_sentence(unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "-q"), "not enough memory")
+    assert here.left() == []
+
+
 def test_cancelling_says_what_is_kept(here, unetseg, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt

@@ -58,6 +58,9 @@ def main() -> None:
         where = e.filename or "A file or the standard output"
         print(f"unetseg: {where} cannot be read or written ({e.strerror or e}); check its name, its disk and your rights.", file=sys.stderr)
         sys.exit(2)
+    except MemoryError:
+        print("unetseg: there was not enough memory; close other programs or choose a smaller ROI, and try again.", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("unetseg: cancelled; nothing was written.", file=sys.stderr)
         sys.exit(130)
