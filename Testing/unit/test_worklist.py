@@ -510,6 +510,7 @@ def test_the_command_line_makes_gives_and_takes(scans, make_package, tmp_path, u
     code, _, err = run("make", folder, empty)
     assert code == 2 and "No scans were found there" in err and not folder.exists()
     assert run("make", empty, empty)[0] == 2 and empty.is_dir()  # a folder that was there stays
+    assert run("make", folder, scans, "-m", package.path, "--limit=-1")[0] == 2 and not folder.exists()
     code, _, err = run("make", folder, scans, "-m", package.path, "--limit", 2, "--device", "cpu", "--engine", "onnx")
     assert code == 0 and "4 scans: 2 waiting, 2 segmented" in err
     code, _, err = run("make", folder, "-m", package.path)  # goes on where it was stopped

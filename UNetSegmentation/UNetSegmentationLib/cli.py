@@ -783,7 +783,7 @@ def _worklist_app() -> Any:
         ] = None,
         model: Annotated[list[str], typer.Option("--model", "-m", help="What segments them in advance; several are averaged.")] = [],  # noqa: B006
         later: Annotated[bool, typer.Option("--later", help="Do not segment now; the panel, or this command once more, does.")] = False,
-        limit: Annotated[int | None, typer.Option(help="Segment so many scans and stop.")] = None,
+        limit: Annotated[int | None, typer.Option(min=1, help="Segment so many scans and stop.")] = None,
         tta: Annotated[str | None, typer.Option(help=f"{', '.join(TTA)}. Default: the model's own.")] = None,
         engine: Annotated[str, typer.Option(help=f"auto, {', '.join(ENGINES)}.")] = "auto",
         device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")] = "auto",
