@@ -324,9 +324,13 @@ class ModelList:
         from UNetSegmentationLib.files import UserError
 
         def replace(name: str) -> bool:
-            return slicer.util.confirmYesNoDisplay(
-                _("{name} is installed already. Replace it by this file?").format(name=name), windowTitle=_("Import a model")
-            )
+            qt.QApplication.setOverrideCursor(qt.Qt.ArrowCursor)  # a question does not wait
+            try:
+                return slicer.util.confirmYesNoDisplay(
+                    _("{name} is installed already. Replace it by this file?").format(name=name), windowTitle=_("Import a model")
+                )
+            finally:
+                qt.QApplication.restoreOverrideCursor()
 
         try:
             with slicer.util.WaitCursor():
