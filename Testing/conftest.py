@@ -9,9 +9,11 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from UNetSegmentationLib import files
 from UNetSegmentationLib.model import CARD, ONNX, SAFETENSORS, ModelPackage, write_package
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +35,22 @@ def models_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("UNETSEG_MODELS", str(folder))
     monkeypatch.setenv("UNETSEG_MASKS", str(tmp_path / "masks"))
     return folder
+
+
+@pytest.fixture
+def busy_file(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """As on Windows, where another program may be looking a new file over: it can be moved at the third try. The targets."""
+    replace, tries = Path.replace, []
+
+    def held(self: Path, target: Path) -> Path:
+        tries.append(target)
+        if len(tries) < 3:
+            raise PermissionError
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", held)
+    monkeypatch.setattr(files, "os", SimpleNamespace(**{**vars(os), "name": "nt"}))
+    return tries
 
 
 def make_card(**changes: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import sys
 import time
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,20 +236,10 @@ def test_what_another_process_has_just_written_is_taken(dataset, config, tmp_pat
     assert found.labels.any() and not list(tmp_path.glob(".unetseg-*"))
 
 
-def test_a_file_that_windows_holds_for_a_moment_is_replaced_then(tmp_path, monkeypatch):
-    replace, tries = Path.replace, []
-
-    def held(self, target):
-        tries.append(target)
-        if len(tries) < 3:
-            raise PermissionError
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", held)
-    monkeypatch.setattr(files, "os", SimpleNamespace(**{**vars(os), "name": "nt"}))
+def test_a_file_that_windows_holds_for_a_moment_is_replaced_then(tmp_path, busy_file):
     with files.atomic_path(tmp_path / "a") as temporary:
         temporary.write_text("new")
-    assert (tmp_path / "a").read_text() == "new" and len(tries) == 3
+    assert (tmp_path / "a").read_text() == "new" and len(busy_file) == 3
 
 
 def replace_fit(config, **changes):

@@ -151,8 +151,7 @@ def image_steps(volume_nodes: Sequence[Any]) -> Steps[Image]:
 
 def dicom_of(volume_node: Any) -> tuple[str, str]:
     """(PatientID, modality) of a volume that came from DICOM, as the subject hierarchy knows them; "" where it does not."""
-    hierarchy = volume_node.GetScene().GetFirstNodeByClass("vtkMRMLSubjectHierarchyNode")
-    item = hierarchy.GetItemByDataNode(volume_node) if hierarchy is not None else 0
+    hierarchy, item = _item_of(volume_node)
     if not item:
         return "", ""
     words = slicer.vtkMRMLSubjectHierarchyConstants
@@ -172,11 +171,7 @@ def days_between(earlier: Any, later: Any) -> int | None:
     dates = []
     words = slicer.vtkMRMLSubjectHierarchyConstants
     for volume in (earlier, later):
-        scene = volume.GetScene()
-        if scene is None:  # it was just removed
-            return None
-        hierarchy = scene.GetFirstNodeByClass("vtkMRMLSubjectHierarchyNode")
-        item = hierarchy.GetItemByDataNode(volume) if hierarchy is not None else 0
+        hierarchy, item = _item_of(volume)
         study = hierarchy.GetItemAncestorAtLevel(item, words.GetDICOMLevelStudy()) if item else 0
         text = hierarchy.GetItemAttribute(study, words.GetDICOMStudyDateAttributeName()) if study else ""
         try:
@@ -2004,10 +1999,16 @@ def _dress(segmentation_node: Any, volume_node: Any) -> None:
         segmentation_node.GetSegmentation().SetSourceRepresentationName(_LABELMAP)
 
 
+def _item_of(node: Any) -> tuple[Any, int]:
+    """The subject hierarchy and a node's item there; 0 where it has none, or was just removed from its scene."""
+    scene = node.GetScene()
+    hierarchy = scene.GetFirstNodeByClass("vtkMRMLSubjectHierarchyNode") if scene is not None else None
+    return hierarchy, hierarchy.GetItemByDataNode(node) if hierarchy is not None else 0
+
+
 def _place_beside(node: Any, other: Any) -> None:
     """Into the other node's folder of the subject hierarchy, where it has one."""
-    hierarchy = node.GetScene().GetFirstNodeByClass("vtkMRMLSubjectHierarchyNode")
-    item = hierarchy.GetItemByDataNode(other) if hierarchy is not None else 0
+    hierarchy, item = _item_of(other)
     if not item:
         return
     parent = hierarchy.GetItemParent(item)
@@ -2030,8 +2031,7 @@ def _remove_node(node: Any) -> None:
     parts = [node.GetNthStorageNode(i) for i in range(node.GetNumberOfStorageNodes())]
     if node.IsA("vtkMRMLDisplayableNode"):
         parts += [node.GetNthDisplayNode(i) for i in range(node.GetNumberOfDisplayNodes())]
-    hierarchy = scene.GetFirstNodeByClass("vtkMRMLSubjectHierarchyNode")
-    item = hierarchy.GetItemByDataNode(node) if hierarchy is not None else 0
+    hierarchy, item = _item_of(node)
     if item:
         hierarchy.RemoveItem(item, False)
     for each in (node, *parts):
