@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from UNetSegmentationLib.dataset import INDEX, Dataset
+from UNetSegmentationLib.dataset import INDEX, Dataset, FolderLock
 from UNetSegmentationLib.image import Box, Image, read_image
 from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import Label
@@ -537,6 +537,29 @@ def test_cancelled_while_it_is_written(hands: Hands) -> None:
     hands.gui.click(hands.ui.setAddButton)  # before anything was sent
     hands.settle()
     assert hands.ui.setMessage.text == "Cancelled; nothing was added."
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_cancelled_in_its_last_moment_it_is_said_what_became_of_it(hands: Hands, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    """late: the worker is still at it when it is killed."""
+    module = sys.modules["UNetSegmentationPanel.worker"]
+    monkeypatch.setattr(module, "CANCEL_S", 0.1 if late else RUN_S)
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.add()
+    hands.scan(1)
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    with FolderLock(hands.folder):
+        hands.gui.click(hands.ui.setAddButton)
+        hands.gui.wait(lambda: hands.ui.setMessage.text == "Adding it to the training set …", RUN_S)
+        hands.gui.click(hands.ui.setAddButton)
+        if late:
+            hands.settle()
+    hands.settle()
+    if late:
+        assert hands.ui.setMessage.text.startswith("Cancelled while it was put into the training set") and len(hands.dataset.entries) == 1
+    else:
+        assert hands.ui.setMessage.text.startswith("Added as case-") and len(hands.dataset.entries) == 2
+        assert hands.ui.setStatusLabel.text.startswith("2 cases")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits another process, as Linux can")

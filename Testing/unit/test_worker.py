@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import zlib
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from UNetSegmentationLib.dataset import Dataset
+from UNetSegmentationLib.dataset import Dataset, FolderLock
 from UNetSegmentationLib.image import Box, Image, UserError, read_image, write_image
 from UNetSegmentationLib.inference.click import ClickSession, expects_lung
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
@@ -547,6 +548,23 @@ def test_a_case_is_added_and_shown_as_by_the_dataset(client, tmp_path, image, ma
         client.dataset(tmp_path / "gone")
     with pytest.raises(UserError, match="0 to 255"):
         client.add_case(volume, np.zeros((1, 1, 1), np.int32), case)
+
+
+def test_a_case_that_was_added_when_cancel_came_is_told(client, tmp_path, image, monkeypatch):
+    monkeypatch.setattr("UNetSegmentationLib.worker.client.CANCEL_S", DEADLINE)
+    dataset, entering = Dataset.create(tmp_path / "set", "Things", [Label(1, "thing", (1, 2, 3), {})], ("CT",)), []
+    with ExitStack() as held:
+        held.enter_context(FolderLock(dataset.folder))
+
+        def progress(fraction, text):
+            if text == "adding it to the index":
+                entering.append(text)
+                held.close()
+
+        case = Case(str(dataset.folder), dataset.labels)
+        mask = np.ones((5, 5, 5), np.uint8)
+        found = client.add_case(client.load_volume(image), mask, case, progress=progress, cancelled=lambda: bool(entering))
+    assert list(dataset.refresh().entries) == [found["case"]]
 
 
 def test_a_refused_first_case_leaves_no_dataset(client, tmp_path, image):

@@ -603,6 +603,7 @@ class Dataset:
         with reached(self.folder):
             try:
                 self._write_files(image, channels, corrected, own, place, record, key, tell, stop)
+                stop()
                 tell(1.0, "adding it to the index")
                 return self._commit(lambda data: self._enter(data, key, record, person, patient is not None, split, allow, more))
             except BaseException:

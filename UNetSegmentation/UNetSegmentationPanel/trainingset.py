@@ -70,6 +70,7 @@ class _Adding:
     allow: list[str] = field(default_factory=list)
     key: Any = None
     job: Any = None
+    entering: bool = False  # what is written is being put into the index
 
 
 class TrainingSetSection(VTKObservationMixin):
@@ -471,7 +472,7 @@ class TrainingSetSection(VTKObservationMixin):
             onProgress=self._onProgress,
             onResult=lambda data: self._onAdded(adding, data),
             onError=lambda error: self._onError(adding, error),
-            onCancelled=lambda: self._end(adding, None, _("Cancelled; nothing was added.")),
+            onCancelled=lambda: self._onCancelled(adding),
         )
 
     def _uncovered(self, adding: _Adding, values: Sequence[tuple[str, int]], whole: Any) -> Generator[Any, None, None]:
@@ -491,6 +492,7 @@ class TrainingSetSection(VTKObservationMixin):
 
     def _onProgress(self, fraction: float, text: str) -> None:
         if self._adding is not None:
+            self._adding.entering = text == "adding it to the index"
             known = {
                 "sending the volume": _("Sending the volume"),
                 "starting the worker": _("Starting the worker"),
@@ -530,6 +532,12 @@ class TrainingSetSection(VTKObservationMixin):
                 None,
                 _("{error} The training set holds whole cases only: add it again, it is never there twice.").format(error=error),
             )
+
+    def _onCancelled(self, adding: _Adding) -> None:
+        text = _("Cancelled; nothing was added.")
+        if adding.entering:  # the worker was killed just then
+            text = _("Cancelled while it was put into the training set: look there whether it was added; it is never there twice.")
+        self._end(adding, None, text)
 
     def _object(self, adding: _Adding, error: Any) -> None:
         if self._closed or self._adding is not adding:

@@ -207,7 +207,7 @@ class PanelWorker:
 
     def cancel(self, job: Any = None) -> None:
         """End the running predict(), or what addCase() or dataset() began: onCancelled() is called as soon as the worker has
-        stopped, or was killed after CANCEL_S."""
+        stopped, or was killed after CANCEL_S. What was done in a dataset folder by then is a result all the same."""
         job = self._prediction if job is None else job
         if job is None or job.asked or (job is not self._job and job not in self._waiting):
             return
@@ -219,7 +219,7 @@ class PanelWorker:
             return
         if job.computing and job.outcome is None and self._process is not None and self._session is not None:
             self._stop(job)
-        else:
+        elif not (job.data and job.answer is not None):  # what is done in a dataset folder stays done
             self._settle(job, job.onCancelled)
 
     def forgetVolume(self, volumeKey: Hashable) -> None:
@@ -443,7 +443,7 @@ class PanelWorker:
 
     def _enough(self, job: _Job) -> None:
         """A worker that was asked to cancel had its time; its successor is warm when it is needed."""
-        if self._job is job and job.outcome is None:
+        if self._job is job and job.outcome is None and job.answer is None:
             self._kill()
             self._settle(job, job.onCancelled)
             self.start()
@@ -499,9 +499,9 @@ class PanelWorker:
         elif job is None or event.id != job.number or job.answer is not None:
             return  # of an unloaded volume
         elif event.kind == "progress":
-            if not job.asked:
+            if not job.asked or job.data:  # how far it came counts where it changes a folder
                 _call(job.onProgress, float(event.data["fraction"]), event.data["text"])
-        elif event.kind == "cancelled" or job.asked:
+        elif event.kind == "cancelled" or (job.asked and event.kind != "done"):
             self._settle(job, job.onCancelled)
         elif event.kind == "error":
             self._settle(job, job.onError, event.error())

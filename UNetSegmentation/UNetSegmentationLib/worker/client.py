@@ -657,7 +657,7 @@ class WorkerClient:
                 raise event.error()
             if event is not None and (event.kind == "hello" if number is None else event.id == number and event.final):
                 self._answered = True
-                if event.kind == "cancelled" or asked is not None:
+                if event.kind == "cancelled" or (asked is not None and event.kind != "done"):  # what is done stays done
                     raise Cancelled
                 if event.kind == "error":
                     raise event.error()
