@@ -187,7 +187,7 @@ def test_scans_are_segmented_opened_where_it_helps_most_and_added(panel, gui, sc
 class Set:
     """In the place of the training set's section: takes or refuses a case."""
 
-    folder, summary = "", None
+    folder, summary, annotator = "", None, ""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
@@ -379,8 +379,12 @@ def test_a_scan_that_another_annotator_has_is_not_offered(opened, gui, tmp_path)
     hands = opened()
     work = WorkList.open(tmp_path / "list")
     assert work.next(Annotator("bert", "Bert")).name == "s0"
-    assert hands.next() == "s1"
-    assert "1 with other annotators" in hands.ui.listStatusLabel.text
+    hands.widget.trainingSet.annotator = "Anna"
+    assert hands.next() == "s1" and work.refresh().scan("s1").by == "Anna"
+    assert "1 with other annotators" in hands.ui.listStatusLabel.text and hands.ui.listStatusLabel.toolTip == "s0: Bert"
+    hands.press("skipScanButton")
+    hands.wait(lambda: hands.case.name == "s2")
+    assert (work.refresh().scan("s1").status, work.scan("s1").by) == ("skipped", "Anna")
     work.done("s0", Annotator("bert"), "case-9")
     hands.section._onRefresh()
     hands.wait(lambda: "1 of 3 scans done" in hands.ui.listStatusLabel.text)
@@ -488,6 +492,28 @@ def test_the_desk_may_be_killed_and_the_scan_stays_open(opened, gui, tmp_path):
     hands.press("doneScanButton")
     hands.wait(lambda: hands.case.name != name)
     assert WorkList.open(tmp_path / "list").scan(name).status == "done"
+
+
+@POSIX
+def test_a_desk_that_was_killed_is_started_again_and_says_that_the_scan_is_taken(opened, gui, tmp_path, monkeypatch):
+    from UNetSegmentationLib.worklist import WorkList
+
+    hands = opened()
+    name = hands.next()
+    monkeypatch.setattr(sys.modules["UNetSegmentationPanel.worklist"], "_REFRESH_MS", 10)
+    # The desk's own signs of life, but every second.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "stubs"), os.environ.get("PYTHONPATH", "")]))
+    (tmp_path / "stubs").mkdir()
+    (tmp_path / "stubs" / "sitecustomize.py").write_text(
+        "import sys\nif 'desk' in sys.orig_argv:\n    import UNetSegmentationLib.worklist as w\n    w.LEASE = 6.0\n"
+    )
+    pid, before = hands.section.desk.pid, WorkList.open(tmp_path / "list").scan(name).until
+    gui.leave(hands.widget)  # into the Segment Editor
+    os.kill(pid, signal.SIGKILL)
+    gui.wait(lambda: hands.section.desk.pid not in (None, pid), RUN_S)
+    # A claim of 30 minutes becomes one of 6 s.
+    gui.wait(lambda: WorkList.open(tmp_path / "list").scan(name).until < min(before, 7), RUN_S)
+    assert WorkList.open(tmp_path / "list").scan(name).status == "taken" and hands.case.name == name
 
 
 def test_a_folder_that_is_gone_or_a_bad_scan_is_said(opened, scans, tmp_path):

@@ -167,6 +167,20 @@ def test_scans_are_found_below_a_folder_and_in_lists(tmp_path, data):
         find_scans([tmp_path / "nothing"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems know no such names")
+def test_a_name_that_is_no_utf8_leaves_the_other_scans_of_its_folder(tmp_path):
+    bad = tmp_path / "scans" / os.fsdecode(b"sc\xe4n.nii.gz")
+    write_image(ball(1.0), tmp_path / "scans" / "s0.nii.gz")
+    bad.write_bytes((tmp_path / "scans" / "s0.nii.gz").read_bytes())
+    work, added = WorkList.gather(tmp_path / "list", [tmp_path / "scans"])
+    assert added == ["s0"] and len(work.left_out) == 1 and "has a name that is not UTF-8" in work.left_out[0]
+    (tmp_path / "scans" / "s0.nii.gz").unlink()
+    for sources in ([tmp_path / "scans"], [bad]):
+        with pytest.raises(UserError, match="has a name that is not UTF-8"):
+            WorkList.gather(tmp_path / "other", sources)
+    assert not (tmp_path / "other").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------- list
 
 

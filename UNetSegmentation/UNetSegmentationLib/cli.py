@@ -796,7 +796,7 @@ def _worklist_app() -> Any:
             raise UserError(f"{folder} holds no work list yet; name the scans, folders or lists to make it of.")
         work, added = WorkList.gather(folder, sources or [])
         if not quiet:
-            print(f"{len(added)} scans added", file=sys.stderr)
+            print(f"{len(added)} scans added", *work.left_out, sep="\n", file=sys.stderr)
         if not models and work.models and not later:
             models = [find_model(m) for m in work.models]
         if models:

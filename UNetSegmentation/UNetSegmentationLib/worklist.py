@@ -119,12 +119,13 @@ class Annotator:
         return claim.get("who") == self.who and claim.get("pid", 0) == self.pid
 
 
-def find_scans(sources: Iterable[str | Path], apart: Path | None = None) -> list[tuple[Path, ...]]:
+def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_out: list[str] | None = None) -> list[tuple[Path, ...]]:
     """The scans that files, folders and lists name, each as the files of its channels.
 
     A folder: all images (.nii.gz, .nii, .nrrd, .mha) and DICOM folders below it, sorted by name; files whose name says mask, label
     or seg are none, and X_0000, X_0001, ... are the channels of X. A .txt or .csv: a scan on each line, its channels separated by
-    commas or tabs. apart: a folder to leave out (the list's own). UserError for what is not there.
+    commas or tabs. apart: a folder to leave out (the list's own). left_out: gets a sentence on each scan in a folder whose name no
+    list can hold; None: that is a UserError too, as is what is not there, or one such scan that was named itself.
     """
     out: dict[tuple[Path, ...], None] = {}
     for source in sources:
@@ -144,7 +145,15 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None) -> list
                             raise UserError(f"{path}, line {number}: {file} does not exist; correct the line or remove it.")
                     out[files] = None
         elif path.is_dir():
-            out |= dict.fromkeys(_below(path, apart))
+            for files in _below(path, apart):
+                try:
+                    for file in files:
+                        check_text(file)
+                    out[files] = None
+                except UserError as e:  # one of many is no reason to refuse the others
+                    if left_out is None:
+                        raise
+                    left_out.append(str(e))
         else:
             out[(path,)] = None
     for file in (file for files in out for file in files):
@@ -189,6 +198,7 @@ class WorkList:
         self.folder = folder
         self._data = data
         self.away: set[str] = set()  # scans that segment() left alone, since their folder is not there from this computer
+        self.left_out: list[str] = []  # scans that add() had to leave out, a sentence each
         self._clock = 0.0, 0.0  # seconds between the folder's clock and this computer's monotonic one, and when it was read
 
     @classmethod
@@ -220,6 +230,8 @@ class WorkList:
         try:
             added = work.add(sources)
             if new and not added:
+                if work.left_out:
+                    raise UserError(work.left_out[0])
                 raise UserError("No scans were found there; choose image files, or a folder that holds images or DICOM series.")
         except UserError:
             if new:
@@ -330,8 +342,9 @@ class WorkList:
     # ---------------------------------------------------------------------------------------------------------- change
 
     def add(self, sources: Iterable[str | Path]) -> list[str]:
-        """Add scans, as find_scans() finds them, that are not there yet; returns the new ones' names."""
-        found = find_scans(sources, self.folder / RESULTS)
+        """Add scans, as find_scans() finds them, that are not there yet; returns the new ones' names. left_out: what it could not add."""
+        self.left_out = []
+        found = find_scans(sources, self.folder / RESULTS, self.left_out)
 
         def enter(data: dict[str, Any]) -> list[str]:
             there = {tuple(r["files"]) for r in data["scans"].values()}

@@ -151,6 +151,11 @@ class TrainingSetSection(VTKObservationMixin):
         """A case is being added."""
         return self._adding is not None
 
+    @property
+    def annotator(self) -> str:
+        """The name that a person wants to be noted; "" for none."""
+        return str(self.ui.setNameEdit.text).strip() if self.ui.setNamedCheckBox.checked else ""
+
     def setFolder(self, folder: str) -> None:
         """Use this folder, now and in later sessions; it becomes a training set with the first case."""
         self.folder, self.summary, self._said, self._failed = folder, None, "", ""
@@ -195,7 +200,6 @@ class TrainingSetSection(VTKObservationMixin):
         volumes, ui = self._volumes(), self.ui
         identity, told = mrml.dicom_of(volumes[0])
         typed = self._patients.get(volumes[0].GetID(), "").strip()
-        named = bool(ui.setNamedCheckBox.checked)
         rows = [replace(row) for row in self.rows if row.included]
         self._adding = _Adding(
             folder=self.folder,
@@ -207,8 +211,8 @@ class TrainingSetSection(VTKObservationMixin):
             new=self.summary is None,
             patient=typed or patient or identity or None,
             modality=modality or told,
-            by=ui.setNameEdit.text.strip() if named else "",
-            dated=named,
+            by=self.annotator,
+            dated=bool(ui.setNamedCheckBox.checked),
             own_file="" if model_mask is None else str(model_mask),
             model=model or "+".join(dict.fromkeys(row.model for row in rows if row.model)),
             onDone=onDone,

@@ -419,7 +419,10 @@ class WorkListSection:
         self.busy = _("Looking for scans…")
 
         def added(answer: dict[str, Any]) -> None:
-            self.busy, self.text = "", _("{n} scans were added.").format(n=answer["added"])
+            said = [_("{n} scans were added.").format(n=answer["added"])]
+            if answer["leftOut"]:
+                said.append(_("{n} were left out: {why}").format(n=answer["leftOut"], why=answer["notes"][0]))
+            self.busy, self.text = "", " ".join(said)
             self._take(answer)
             if self.segmenting:
                 self._ask("segment", self._take, **self._choice())
@@ -497,7 +500,14 @@ class WorkListSection:
         self._watch.stop()
         if text:
             self._failed(text)
+        if self.case is not None:
+            qt.QTimer.singleShot(_REFRESH_MS, self._startAgain)
         self.show()
+
+    def _startAgain(self) -> None:
+        """While a scan is corrected, whatever module is open, the desk tells the others that it is still taken."""
+        if self.case is not None and not self._closed and not self.desk.running:
+            self.desk.ask("status", self._take, lambda _text: None, folder=self.case.folder)
 
     # ---------------------------------------------------------------------------------------------------- scan after scan
 
@@ -515,7 +525,7 @@ class WorkListSection:
 
     def _next(self, leave: str = "") -> None:
         self.text, self.busy = "", _("Reading the next scan…")
-        self._ask("next", self._onScan, folder=self.folder, leave=leave, passed=list(self._passed))
+        self._ask("next", self._onScan, folder=self.folder, leave=leave, passed=list(self._passed), by=self.panel.trainingSet.annotator)
         self.show()
 
     def _onScan(self, answer: dict[str, Any]) -> None:
@@ -648,16 +658,17 @@ class WorkListSection:
         def added(name: str | None, text: str) -> None:
             if self._closed or (name is None and self.case is not case):
                 return
+            marked = {"folder": case.folder, "scan": case.name, "case": name, "by": self.panel.trainingSet.annotator}
             if self.case is not case:  # the scene was closed meanwhile
                 self.text = text
-                self._ask("done", self._take, folder=case.folder, scan=case.name, case=name)
+                self._ask("done", self._take, **marked)
                 return
             self.busy = ""
             if name is None:
                 self._failed(text)
                 return
             self.busy = _("Marking {name} as done…").format(name=case.name)
-            self._ask("done", lambda answer: self._onMarked(answer, case), folder=case.folder, scan=case.name, case=name)
+            self._ask("done", lambda answer: self._onMarked(answer, case), **marked)
             self.show()
 
         try:
@@ -690,7 +701,7 @@ class WorkListSection:
         if case is None or self.busy or not self._mayLeave():
             return
         self.text, self.busy = "", _("Marking {name} as skipped…").format(name=case.name)
-        self._ask("skip", self._onMarked, folder=case.folder, scan=case.name)
+        self._ask("skip", self._onMarked, folder=case.folder, scan=case.name, by=self.panel.trainingSet.annotator)
         self.show()
 
     def _onMarked(self, answer: dict[str, Any], added: Case | None = None) -> None:
@@ -776,7 +787,7 @@ class WorkListSection:
         ui.segmentButton.checked = self.segmenting
         ui.segmentButton.text = _("Stop segmenting in advance") if self.segmenting else _("Segment in advance")
         ui.listStatusLabel.text = self._status()
-        ui.listStatusLabel.toolTip = "\n".join(f["error"] for f in known["failed"]) if known else ""
+        ui.listStatusLabel.toolTip = "\n".join(self._details(known)) if known else ""
         ui.listProgressBar.visible = bool(known and known["total"])
         if known:
             ui.listProgressBar.maximum = max(1, known["total"])
@@ -821,6 +832,12 @@ class WorkListSection:
         if known["models"] and known["unsegmented"] and not self.segmenting:
             parts.append(_("{n} not segmented yet").format(n=known["unsegmented"]))
         return ", ".join(parts) + "."
+
+    def _details(self, known: dict[str, Any]) -> list[str]:
+        """Who has what, as far as they gave their names, and why scans failed."""
+        mine = self.case.name if self.case is not None and self.case.folder == self.folder else None
+        others = [_("{name}: {by}").format(**each) for each in known["taken"] if each["by"] and each["name"] != mine]
+        return [*others, *(each["error"] for each in known["failed"])]
 
     def _segmentingText(self) -> str:
         known = self.list

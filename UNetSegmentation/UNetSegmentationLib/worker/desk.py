@@ -70,7 +70,7 @@ class _Desk(Program):
         self._me = Annotator.here(pid=parent)  # whose scans are free again when Slicer is gone
         self._segmenter: _Segmenter | None = None
         self._arrays = 0
-        self._taken: set[Path] = set()  # lists of which a scan is taken
+        self._lists: set[str] = set()  # that were asked for: of any a scan may be taken, also since before a crash of this process
 
     def run(self) -> None:
         threading.Thread(target=self._keep, daemon=True).start()
@@ -91,7 +91,7 @@ class _Desk(Program):
             time.sleep(0.5)
             if time.monotonic() - renewed > LEASE / 6:
                 renewed = time.monotonic()
-                for folder in list(self._taken):
+                for folder in list(self._lists):
                     try:
                         WorkList.open(folder).renew(self._me)
                     except UserError:
@@ -119,7 +119,9 @@ class _Desk(Program):
             self.tell({"id": number, **_failure(e)})
 
     def _list(self, request: dict[str, Any]) -> WorkList:
-        return WorkList.open(get(request, "folder", str))
+        work = WorkList.open(get(request, "folder", str))
+        self._lists.add(str(work.folder))
+        return work
 
     def _annotator(self, request: dict[str, Any]) -> Annotator:
         return Annotator.here(str(request.get("by") or ""), self._me.pid)
@@ -133,12 +135,12 @@ class _Desk(Program):
         folder = get(request, "folder", str)
         if not Path(folder).is_dir():
             raise UserError(f"The folder {folder} is not there; connect its drive or network folder, or choose another.")
-        return self._done(WorkList.open(folder)) if WorkList.there(folder) else {"event": "done", "list": None}
+        return self._done(self._list(request)) if WorkList.there(folder) else {"event": "done", "list": None}
 
     def _add(self, request: dict[str, Any]) -> dict[str, Any]:
         folder, sources = get(request, "folder", str), strings(request, "sources")
         work, added = WorkList.gather(folder, sources)
-        return self._done(work, added=len(added))
+        return self._done(work, added=len(added), leftOut=len(work.left_out), notes=work.left_out[:1])
 
     def _next(self, request: dict[str, Any]) -> dict[str, Any]:
         work, leave, passed = self._list(request), get(request, "leave", str), strings(request, "passed")
@@ -146,7 +148,6 @@ class _Desk(Program):
         away: dict[str, str] = {}  # scans that others may be able to read
         me = self._annotator(request)
         while (scan := work.next(me, leave, [*passed, *away])) is not None:
-            self._taken.add(work.folder)
             leave = ""
             if scan.away is not None:
                 work.back(scan.name, me)
