@@ -220,6 +220,18 @@ def test_what_is_large_and_dense_is_bone_or_contrast_medium(click_package):
         assert s.add_point(at(s, 30, 40, 42)).found
 
 
+def test_values_that_are_no_hu_are_said_to_be_the_reason(click_package):
+    for offset, said in ((0, False), (1024, True)):
+        values = np.full((60, 80, 80), -900, np.float32)
+        values[ball(values.shape, (30, 40, 40), 11, (1, 1, 1)) > 0] = 40
+        values = (values + offset).astype(np.float32 if not offset else np.uint16)
+        s = ClickSession(Image(values), click_package(intensity=CT_WINDOW), Recording())
+        for point in (at(s, 30, 40, 40), at(s, 30, 40, 42)):  # taken for contrast medium at first, then believed
+            answer = s.add_point(point)
+            assert answer.text == ("".join(s.warnings) if said else "") and ("do not look like HU" in answer.text) == said
+        assert answer.found
+
+
 def test_skin_has_air_beside_it_and_no_lung(click_package):
     for air, found in ((-900, True), (-1000, False)):
         values = np.full((60, 80, 80), air, np.float32)
@@ -268,6 +280,7 @@ def test_what_has_no_lung_around_it_is_nothing_until_a_second_click_says_otherwi
     lesion = ball((120, 160, 160), (60, 80, 80), 8, (1, 1, 1)) > 0
     for around, found in ((-900, True), (0, False)):
         values = np.where(lesion, 500, around).astype(np.float32)
+        values[0] = -1000  # somewhere, as in every scan in HU
         engine = Recording(lambda batch: np.where(batch[:, 0] > 0.8, 1.0, 0.0))
         s = ClickSession(Image(values, (1, 1, 1), (0, 0, 0)), click_package(intensity=CT_WINDOW), engine)
         answer = s.add_point(at(s, 60, 80, 80))

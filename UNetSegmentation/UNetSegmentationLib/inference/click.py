@@ -101,7 +101,7 @@ def prompt_channels(
 @dataclass(frozen=True)
 class Answer:
     """The mask after a prompt: mask (z, y, x) uint8 of 0 and 1 in `box` of the image's index space (both empty where
-    nothing was found); text: a sentence for the person, or "". zoom: how much coarser than the model's grid it ran, which
+    nothing was found); text: a sentence for the person, why nothing was found or what speaks against it, or "". zoom: how much coarser than the model's grid it ran, which
     later clicks do not undercut."""
 
     box: Box
@@ -380,7 +380,8 @@ class ClickSession:
             answer, text = replace(_EMPTY), _ENDLESS if endless else other or _NO_LUNG
         elif not before.found and answer.found and not border:
             answer = self._closer(frame[1], prompts, answer, needed if in_lung else 0.0)
-        self._history.append((prompts, replace(answer, text=text)))
+        # Of values that are no HU the doubts above say nothing: what they call bone may be any tissue.
+        self._history.append((prompts, replace(answer, text=" ".join(self.warnings) or text)))
         return self.answer
 
     def _closer(self, seen: float, prompts: _Prompts, answer: Answer, needed: float) -> Answer:
