@@ -281,6 +281,18 @@ def test_the_side_where_the_field_of_view_cuts_the_body():
     assert side_at(body(10.0, width=120, field=200), 50) == "left"  # a small child, whole
 
 
+@pytest.mark.parametrize(("axis", "known"), [(0, True), (1, False), (2, False)])
+def test_an_oblique_section_has_no_midline(axis, known):
+    image, mask = body(), np.ones((1, 3, 3), np.uint8)
+    for degrees in (10, 30):
+        turn, (i, j) = np.eye(3), [k for k in range(3) if k != axis]
+        turn[i, i] = turn[j, j] = math.cos(math.radians(degrees))
+        turn[j, i] = math.sin(math.radians(degrees))
+        turn[i, j] = -turn[j, i]
+        turned = Image(image.array, image.spacing, image.origin, tuple(turn.ravel()))
+        assert describe(turned, mask, (2, 104, 139))["side"] == ("left" if known or degrees == 10 else "")
+
+
 # ------------------------------------------------------------------------------------------------- classes and two studies
 
 

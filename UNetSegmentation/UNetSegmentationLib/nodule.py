@@ -39,6 +39,9 @@ _CUT = " It reaches the edge of the scan, beyond which it may go on: its true si
 _CHANGE_CUT = " In one of the studies it reaches the edge of the scan: its true change is not known."
 _BODY_HU = -500
 _NO_SIDE_MM = 5.0  # so near the midline neither side is certain
+# Of 300 places in the lungs of the sample lung1, resampled on axes turned about front-back or head-foot, 0 and 1 got the other side
+# at 10 degrees, 3 and 5 at 20, 14 and 9 at 30. About left-right it is 2 at 40.
+_NO_SIDE_DEGREES = 15.0
 _KEYS = (
     *("center", "longest_mm", "perpendicular_mm", "mean_mm", "longest_points", "perpendicular_points", "mean_hu", "std_hu", "min_hu"),
     *("max_hu", "texture", "solid_mean_mm", "solid_volume_mm3", "side", "size_class"),
@@ -152,9 +155,12 @@ def _side(image: Image, center: Sequence[float]) -> str:
     """On which side of the body's midline a point (LPS mm) lies, in its axial section.
 
     The midline is the middle of the body's outline (median over the rows where it is wide). It is known where the section shows
-    the outline's both sides, or 250 mm of a body that the field of view cuts; in a crop of one lung it is not.
+    the outline's both sides, or 250 mm of a body that the field of view cuts; in a crop of one lung it is not, nor where the
+    section is oblique.
     """
     canonical, _ = reorient(image)
+    if canonical.direction[0] < math.cos(math.radians(_NO_SIDE_DEGREES)):
+        return ""
     x, _, z = canonical.point_to_index(center)
     plane = canonical.channels[0][min(max(round(z), 0), canonical.shape[0] - 1)]
     steps = [max(1, round(1.5 / s)) for s in canonical.spacing[1::-1]]
