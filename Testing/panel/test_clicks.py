@@ -774,7 +774,16 @@ def dated(volume: Any, date: str) -> None:
     hierarchy.CreateItem(study, volume)
 
 
-def test_follow_up(panel: Any) -> None:
+def exported(p: Any, folder: Path) -> list[list[str]]:
+    """The rows of the table's CSV."""
+    p.gui.dialogs.answer(str(folder / "nodules.csv"))
+    p.gui.click(p.ui.exportNodulesButton)
+    with open(folder / "nodules.csv", encoding="utf-8-sig", newline="") as f:
+        return list(csv.reader(f))[1:]
+
+
+def test_follow_up(panel: Any, tmp_path: Path) -> None:
+    import qt
     import slicer
     from mrml_scenes import add_segment
 
@@ -797,7 +806,15 @@ def test_follow_up(panel: Any) -> None:
     assert "BTS 2015" in p.ui.noduleTable.item(0, 0).toolTip()
     p.ui.daysSpinBox.value = 900
     p.settle()
-    assert "in 900 days" in p.ui.noduleTable.item(0, 0).toolTip()
+    sentence = p.ui.noduleTable.item(0, 0).toolTip()
+    assert "in 900 days" in sentence
+    # What leaves the panel has neither tooltips nor the line under the table.
+    rows = exported(p, tmp_path)
+    assert [row[-1] for row in rows] == [f"By size only; not a diagnosis. {said}" for said in (sentence, "Not matched in this study.")]
+    assert rows[0][:-1] == p.table()[0] and rows[1][:-1] == ["-"] * 10 + ["Gone", "-", "-", "not matched"]
+    p.gui.click(p.ui.copyNodulesButton)
+    lines = qt.QApplication.clipboard().text().splitlines()
+    assert [line.split("\t") for line in lines[1:3]] == [row[:-1] for row in rows] and lines[3] == f"Nodule 1: {sentence}"
 
     p.ui.daysSpinBox.value = 0  # as the studies are dated, once they are
     p.settle()
@@ -816,6 +833,7 @@ def test_follow_up(panel: Any) -> None:
     p.settings.earlier = earlier
     p.settle()
     assert p.table()[0][-2] == "days?" and "the other way round" in p.ui.goneLabel.text
+    assert exported(p, tmp_path)[0][-1].endswith(p.ui.goneLabel.text)
     p.settings.earlier = None
     p.settle()
     assert len(p.table()[0]) == 10

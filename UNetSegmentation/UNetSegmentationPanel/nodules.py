@@ -725,6 +725,7 @@ class NoduleSection(VTKObservationMixin):
         self._dated: int | None = None  # days by the studies' dates
         self._shown: tuple[list[str], list[list[str]], list[str]] = ([], [], [])
         self._growth = Growth()
+        self._swapped = ""  # a sentence, where the two studies are
         self._updating = False
         self._roi: Any = None  # that is being drawn
         self.tool = NoduleTool(self._updateTool, lambda node: keep("nodules", node))
@@ -865,10 +866,9 @@ class NoduleSection(VTKObservationMixin):
 
         from .results import rowsText
 
-        columns, rows, _tips = self._shown
-        qt.QApplication.clipboard().setText(
-            rowsText([columns, *rows, *([f"{row.name}:{note}"] for row, note in self._caveats()), [nodule.NOTE]], "\t")
-        )
+        columns, rows, remarks = self._whole()
+        said = [f"{row.name}:{remark}" for row, remark in zip(self.now.rows, remarks) if remark]
+        qt.QApplication.clipboard().setText(rowsText([columns, *rows, *([line] for line in said), [nodule.NOTE]], "\t"))
         slicer.util.showStatusMessage(_("The table is in the clipboard."), 3000)
 
     def _onExport(self) -> None:
@@ -876,12 +876,22 @@ class NoduleSection(VTKObservationMixin):
 
         from .results import cell, saveText
 
-        columns, rows, _tips = self._shown
+        columns, rows, remarks = self._whole()
         if self.now.node is not None:
-            said = {row.segment: note for row, note in self._caveats()}
-            notes = [nodule.NOTE + said.get(row.segment, "") for row in self.now.rows]
-            text = nodule.csv_text([[cell(text) for text in row] for row in rows], columns, notes)
+            text = nodule.csv_text([[cell(text) for text in row] for row in rows], columns, [nodule.NOTE + remark for remark in remarks])
             saveText(_("Save the nodules"), f"{self.now.node.GetName()}.csv", text)
+
+    def _whole(self) -> tuple[list[str], list[list[str]], list[str]]:
+        """The table's titles and rows, with a row for each vanished nodule, and what is to be known of each row: on paper nobody sees
+        tooltips, nor what stands under the table."""
+        columns, rows, tips = self._shown
+        said = {row.segment: note for row, note in self._caveats()}
+        remarks = [
+            said.get(row.segment, "") + "".join(f" {text}" for text in (tip, self._swapped) if text)
+            for row, tip in zip(self.now.rows, tips)
+        ]
+        gone = [["-"] * (len(columns) - 4) + [row.name, "-", "-", _("not matched")] for row in self._growth.gone]
+        return columns, rows + gone, remarks + [_(" Not matched in this study.")] * len(gone)
 
     # ------------------------------------------------------------------------------------------------- what is to be seen
 
@@ -947,8 +957,9 @@ class NoduleSection(VTKObservationMixin):
         shown = bool(rows)
         ui.noduleTable.visible = ui.noduleTools.visible = ui.followUpWidget.visible = shown
         gone = _("Not matched in this study: {names}.").format(names=", ".join(r.name for r in grown.gone)) if grown.gone else ""
-        swapped = _("The earlier study is of a later date; choose the two the other way round.") if (self._dated or 0) < 0 else ""
-        ui.goneLabel.text = swapped or gone or ("" if self.earlier.ready else self.earlier.text)
+        swapped = (self._dated or 0) < 0
+        self._swapped = _("The earlier study is of a later date; choose the two the other way round.") if swapped else ""
+        ui.goneLabel.text = self._swapped or gone or ("" if self.earlier.ready else self.earlier.text)
         ui.goneLabel.visible = bool(rows and ui.goneLabel.text)
         if (columns, texts, tips) != self._shown:
             self._shown = columns, texts, tips

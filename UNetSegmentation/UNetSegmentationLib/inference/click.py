@@ -101,8 +101,8 @@ def prompt_channels(
 @dataclass(frozen=True)
 class Answer:
     """The mask after a prompt: mask (z, y, x) uint8 of 0 and 1 in `box` of the image's index space (both empty where
-    nothing was found); text: a sentence for the person, why nothing was found or what speaks against it, or "". zoom: how much coarser than the model's grid it ran, which
-    later clicks do not undercut."""
+    nothing was found); text: a sentence for the person, why nothing was found or what speaks against it, or "". zoom: how
+    much coarser than the model's grid it ran, which later clicks do not undercut."""
 
     box: Box
     mask: np.ndarray
