@@ -403,6 +403,32 @@ def test_a_code_groups_scans_and_belongs_to_its_scan(hands: Hands) -> None:
     assert {e.patient for e in hands.dataset.entries.values()} == {hands.dataset.patient("P7")}
 
 
+def test_frames_of_a_sequence_without_a_patient_are_one_patients(hands: Hands) -> None:
+    """Else some of them would be learnt from and others be held out."""
+    import slicer
+
+    scene, data = slicer.mrmlScene, []
+    for seed in (10, 20):
+        browser = scene.AddNewNodeByClass("vtkMRMLSequenceBrowserNode", "browser")
+        frames = scene.AddNewNodeByClass("vtkMRMLSequenceNode", "scans")
+        for i in range(2):
+            frame = slicer.util.addVolumeFromArray(made_scan(seed + i), np.diag([*SPACING, 1.0]), "frame")
+            frames.SetDataNodeAtValue(frame, str(i))
+            scene.RemoveNode(frame)
+        browser.SetAndObserveMasterSequenceNodeID(frames.GetID())
+        data.append((browser, browser.GetProxyNode(frames)))
+    for browser, volume in data:
+        hands.widget._parameters.volume = volume
+        for i in range(2):
+            browser.SetSelectedItemNumber(i)
+            slicer.modules.sequences.logic().UpdateProxyNodesFromSequences(browser)
+            hands.settle()
+            hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+            said = hands.add()
+            assert said.startswith("Added as"), said
+    assert hands.ui.setStatusLabel.text.startswith("4 cases of 2 patients")
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 

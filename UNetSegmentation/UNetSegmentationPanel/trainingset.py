@@ -6,6 +6,7 @@ so that neither the event loop nor a click waits for a slow disk or a network fo
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Callable, Generator, Sequence
@@ -209,7 +210,7 @@ class TrainingSetSection(VTKObservationMixin):
             channels=self._channels(),
             known=tuple(self._known()),
             new=self.summary is None,
-            patient=typed or patient or identity or None,
+            patient=typed or patient or identity or _sequence(volumes[0]) or None,
             modality=modality or told,
             by=self.annotator,
             dated=bool(ui.setNamedCheckBox.checked),
@@ -871,6 +872,21 @@ class TrainingSetSection(VTKObservationMixin):
 def _reference(node: Any) -> Any:
     """The volume on whose grid a segmentation lies."""
     return node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole())
+
+
+def _sequence(volume: Any) -> str:
+    """An identity that all frames of a volume's sequence share, so that they are held out together; "" for a single volume.
+
+    Of the first frame's voxels, so that it is the same in every session.
+    """
+    from UNetSegmentationLib import mrml
+
+    found = mrml.sequence_frames(volume)
+    first = None if found is None else found[0].GetSequenceNode(volume).GetNthDataNode(0)
+    if first is None or first.GetImageData() is None:
+        return ""
+    voxels = slicer.util.arrayFromVolume(first).ravel()
+    return "sequence " + hashlib.sha256(voxels[:: max(1, voxels.size >> 20)].tobytes()).hexdigest()
 
 
 def _fit(table: Any, rows: int, height: int) -> None:
