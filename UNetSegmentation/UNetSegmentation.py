@@ -157,6 +157,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._updating = self._closed = False
         self._missing: list[str] = []
         self._volume: Any = None  # that was chosen last
+        self._followUps: dict[str, tuple[str, int]] = {}  # by volume ID: the earlier study's segmentation and days that were chosen
         self._region: Any = None  # that is observed
         self._empty: Any = None  # the chosen volume as long as it has no voxels
 
@@ -289,6 +290,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _onSceneStartClose(self, caller: Any, event: Any) -> None:
         self.setParameterNode(None)
+        self._followUps = {}
         self.nodules.closeScene()
         for section in self.sections:
             section.closeScene()
@@ -359,17 +361,18 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             return
         p = self._parameters
         if p.volume is not self._volume and p.volume is not None:
-            self._volume, self._updating = p.volume, True  # all of it is shown once, below
+            former, self._volume, self._updating = self._volume, p.volume, True  # all of it is shown once, below
             try:
-                self._leaveSegmentations(p)
+                self._leaveSegmentations(p, former)
             finally:
                 self._updating = False
         self._volume = p.volume
         self._adopt()
         self._update()
 
-    def _leaveSegmentations(self, p: Any) -> None:
-        """The segmentations of the former volume are not the place for this one's."""
+    def _leaveSegmentations(self, p: Any, former: Any) -> None:
+        """The segmentations of the former volume are not the place for this one's, nor is its earlier study this one's, who may be
+        another patient; that is come back to with the volume."""
         for name in ("output", "nodules"):
             node = p.getValue(name)
             of = node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole()) if node is not None else None
@@ -377,6 +380,10 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 p.setValue(name, None)
         if p.nodules is None and self._warm:
             p.nodules = nodules.former(p.volume)
+        if former is not None and p.earlier is not None:
+            self._followUps[former.GetID()] = p.earlier.GetID(), p.days
+        earlier, p.days = self._followUps.pop(p.volume.GetID(), ("", 0))
+        p.earlier = slicer.mrmlScene.GetNodeByID(earlier) if earlier else None
 
     def _keepChoice(self, name: str, value: Any) -> None:
         """Into the scene's settings, also while another module is open."""
@@ -621,7 +628,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.resultSection.visible = shown
         ui.segmentsTable.setSegmentationNode(p.resultSegmentation if shown else None)
         ui.show3DButton.setSegmentationNode(p.resultSegmentation if shown else None)
-        ui.measuresTable.setMRMLTableNode(p.resultTable if shown else None)
+        if ui.measuresTable.mrmlTableNode() is not (p.resultTable if shown else None):  # the same one would lose what is selected
+            ui.measuresTable.setMRMLTableNode(p.resultTable if shown else None)
         ui.measuresTable.resizeColumnsToContents()
         self.walk.set(data.get("places", ()) if shown else ())
         if not shown:

@@ -839,6 +839,33 @@ def test_follow_up(panel: Any, tmp_path: Path) -> None:
     assert len(p.table()[0]) == 10
 
 
+def test_another_scan_has_no_earlier_study_until_it_is_chosen_for_it(panel: Any) -> None:
+    import slicer
+    from mrml_scenes import add_segment
+
+    p = begun(panel, "left")
+    mine, another = p.settings.volume, scan("Another patient's")
+    earlier = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Last year")
+    earlier.SetReferenceImageGeometryParameterFromVolumeNode(mine)
+    add_segment(earlier, "L1", truth("left").astype(np.uint8), mine)
+    p.settings.earlier, p.settings.days = earlier, 90
+    p.settle()
+    p.settings.volume = another
+    p.settle()
+    assert p.settings.earlier is None and p.settings.days == 0 and p.ui.daysSpinBox.value == 0
+    p.click(BALLS["left"][0])
+    assert len(p.table()[0]) == 10
+    p.settings.volume = mine  # and there is its own again
+    p.settle()
+    assert p.settings.earlier is earlier and p.settings.days == 90 and p.table()[0][-4] == "L1"
+    p.settings.volume = another
+    p.gui.process_events()
+    slicer.mrmlScene.RemoveNode(earlier)
+    p.settings.volume = mine
+    p.settle()
+    assert p.settings.earlier is None and len(p.table()[0]) == 10
+
+
 def test_a_follow_up_says_where_only_the_days_changed(panel: Any) -> None:
     import slicer
     from mrml_scenes import add_segment

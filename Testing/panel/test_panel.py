@@ -584,6 +584,11 @@ def test_apply_writes_segments_measures_and_map_and_undo_takes_them_back(panel: 
     p.ui.exportButton.click()
     assert "cannot be written" in p.gui.dialogs.texts("error")[0]
 
+    p.ui.measuresTable.selectRow(1)
+    p.settings.tta = "none"  # any setting
+    p.gui.process_events()
+    assert {index.row() for index in p.ui.measuresTable.selectedIndexes()} == {1}
+
     assert p.ui.uncertainWidget.visible and p.settings.resultUncertainty is not None
     composite = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSliceCompositeNode")
     composite.SetForegroundVolumeID(node.GetID())
