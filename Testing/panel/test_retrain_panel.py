@@ -555,9 +555,11 @@ def test_a_change_that_may_be_chance_has_no_arrow_and_nothing_to_compare_with_is
     result = json.loads((folder / "result.json").read_text("utf-8"))
     result["labels"]["Posterior"]["dice"] |= {"before": None, "change": None}
     result["labels"]["Anterior"]["dice"]["change"] = {"mean": 0.01, "low": -0.01, "high": 0.03, "cases": 6}
+    result["labels"]["Anterior"]["hausdorff95_mm"]["change"] = {"mean": -0.4, "low": -0.5, "high": -0.3, "cases": 4}
     (folder / "result.json").write_text(json.dumps(result), "utf-8")
     p = panel()
     rows = p.rows()
+    assert ["HD95 (mm)", "1.62 (1.31–1.93)", "1.22 (0.91–1.53)"] in rows
     assert rows[3] == ["Dice", "0.840 (0.82–0.86)", "0.890 (0.87–0.91)"] and rows[7] == ["Dice", "–", "0.850 (0.83–0.87)"]
 
 

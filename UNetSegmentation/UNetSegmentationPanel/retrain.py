@@ -467,6 +467,7 @@ class RetrainSection(VTKObservationMixin):
     def _ask(self, text: str, arguments: Sequence[str], then: Any, python: str = "", variables: Any = None) -> None:
         """A task of UNetSegmentationLib.training in a process of its own; then(answer). python: default Slicer's."""
         from UNetSegmentationLib.environment import Step
+        from UNetSegmentationLib.files import escape_arguments
         from UNetSegmentationLib.worker.client import find_python
 
         from .installer import Job
@@ -483,7 +484,7 @@ class RetrainSection(VTKObservationMixin):
                 self._say(sentence)
 
         if self._task is None:
-            command = (python or find_python(), "-m", "UNetSegmentationLib.training", *arguments)
+            command = (python or find_python(), "-m", "UNetSegmentationLib.training", *escape_arguments(arguments))
             self._task = Job(_answer(Step(text, command, variables or {})), lambda *_unused: None, done, failed)
             self._say(text)
 
@@ -1053,8 +1054,9 @@ def _score(figure: Any, digits: int, sign: bool = False) -> str:
 
 
 def _trend(key: str, change: Any) -> str:
-    """An arrow where the change is more than chance: its interval does not hold 0. An error that may be of either sign has none."""
-    if key == "volume_error_percent" or not isinstance(change, dict):
+    """An arrow where the change is more than chance: its interval does not hold 0, of five cases at least (as in the training's
+    verdict). An error that may be of either sign has none."""
+    if key == "volume_error_percent" or not isinstance(change, dict) or change.get("cases", 0) < 5:
         return ""
     low, high = change.get("low"), change.get("high")
     if not isinstance(low, (int, float)) or not isinstance(high, (int, float)) or low <= 0 <= high:

@@ -47,6 +47,8 @@ WORST = 4  # whose masks are kept to be looked at, with so many mm about them
 AROUND_MM, LARGEST = 20.0, 200
 # A change of the mean Dice that nobody would call one.
 SAME = 0.005
+# Fewer patients show nothing: models that are alike both improve on all of 4 once in 16 times, and no interval tells so.
+FEWEST_SURE = 5
 FIGURES = ("dice", "hausdorff95_mm", "volume_error_percent")
 THREE_CLICKS = "dice_3_clicks"
 
@@ -575,7 +577,7 @@ def verdict(facts: dict[str, Any], problem: str = "") -> tuple[str, str]:
     """("better" | "same" | "worse" | "", sentence) from compare()'s figures.
 
     Worse: the mean Dice fell by more than SAME, certain or not, or that of a label by more than twice that and beyond chance.
-    Better only where it rose by more than SAME and chance (the 95 % interval) does not explain it.
+    Better only where it rose by more than SAME and chance (the 95 % interval, of FEWEST_SURE patients at least) does not explain it.
     """
     clicked = facts.get("task") == "click"
     what = "lesion" if clicked else "case"
@@ -594,7 +596,7 @@ def verdict(facts: dict[str, Any], problem: str = "") -> tuple[str, str]:
     lost = "; ".join(f"{name} fell by {by:.3f}" for name, by in fallen.items())
     if change["mean"] < -SAME or fallen:
         return "worse", f"Worse: {figures}{'; ' + lost if lost else ''}. Keep the former model, or correct more cases and retrain."
-    if change["mean"] > SAME and (change["low"] or 0) > 0:
+    if change["mean"] > SAME and (change["low"] or 0) > 0 and facts["patients"] >= FEWEST_SURE:
         return "better", f"Better: {figures}."
     if change["mean"] > SAME:
         return "same", f"Probably better, but so few cases could show it by chance: {figures}."
