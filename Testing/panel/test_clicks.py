@@ -452,6 +452,25 @@ def test_a_box_is_a_prompt_too(panel: Any) -> None:
     p.gui.wait(lambda: not slicer.util.getNodesByClass("vtkMRMLMarkupsROINode"), RUN_S)
 
 
+@pytest.mark.parametrize("k", [0, 24])
+def test_a_box_within_one_slice_is_a_box(panel: Any, k: int) -> None:
+    import slicer
+
+    p = panel()
+    p.settings.volume = node = scan()
+    slicer.util.arrayFromVolume(node)[:] = np.roll(made_scan(), k - BALLS["left"][0][0], 0)
+    slicer.util.arrayFromVolumeModified(node)
+    p.gui.process_events()
+    p.arm()
+    roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
+    roi.SetCenterWorld(p.ras((k, *BALLS["left"][0][1:])))
+    roi.SetSizeWorld([20, 20, 0.8 * SPACING[2]])
+    p.tool.box(roi)
+    p.settle()
+    assert p.tool.text == "" and dice(p.mask("Nodule 1")[k], truth("left")[BALLS["left"][0][0]]) > 0.9
+    assert np.array_equal(p.mask("Nodule 1"), by_python(p, prompts_of(p, "Nodule 1")))
+
+
 def test_a_key_arms_and_escape_disarms(panel: Any) -> None:
     p = panel()
     p.settings.volume = scan()

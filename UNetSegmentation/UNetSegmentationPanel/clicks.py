@@ -197,8 +197,10 @@ class ClickController(VTKObservationMixin):
         if box.empty:
             raise UserError(_("The box lies outside the volume; draw it around the lesion."))
         image = mrml.image_from_volume(self.volumeNode)
-        corners = (image.index_to_point(ends[::-1]) for ends in (box.start, [n - 1 for n in box.stop]))
-        self._add(("box", *itertools.chain.from_iterable(corners)))
+        # From the middle of the first voxel to that of the last one; of a single one, such as a thick slice, from edge to edge.
+        out = [0.5 * (n == 1) for n in box.shape]
+        ends = ([a - d for a, d in zip(box.start, out)], [b - 1 + d for b, d in zip(box.stop, out)])
+        self._add(("box", *itertools.chain.from_iterable(image.index_to_point(end[::-1]) for end in ends)))
 
     def _ask(self, prompts: Sequence[Prompt], warm: bool = False) -> None:
         self._asked = _Asked(next(self._numbers), list(prompts), warm)
