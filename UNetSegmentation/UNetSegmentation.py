@@ -322,6 +322,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _fillChoices(self) -> None:
         for selector in (getattr(self.ui, f"{name}Selector") for name in ("volume", "region", "output", "nodule", "earlier")):
             inputs.letShrink(selector)
+        inputs.leaveWheel(*(getattr(self.ui, f"{name}Combo") for name in ("preset", "clickModel", "tta", "device", "engine")))
         for value, text in (
             ("", _("Model default")),
             ("none", _("None")),

@@ -642,6 +642,9 @@ def test_another_model_is_chosen_and_a_missing_one_named(editor: Callable[..., E
     e = editor(scan())
     combo = e.effect.modelCombo
     assert combo.visible is not None and [combo.itemData(i) for i in range(combo.count)][0] == "default"
+    was = combo.currentIndex
+    e.gui.wheel(combo, -1 if was else 1)
+    assert combo.currentIndex == was  # the wheel is the editor's
     combo.setCurrentIndex(combo.findData("other-click-2.1.0"))
     e.wait()
     assert e.node.GetAttribute(f"{NAME}.Model") == "other-click-2.1.0"

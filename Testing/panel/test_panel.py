@@ -533,6 +533,31 @@ def test_a_channel_that_is_removed_is_not_replaced_by_another_scan(panel: Any, i
     assert "FLAIR" in p.ui.applyButton.toolTip and not p.ui.applyButton.enabled
 
 
+def test_who_scrolls_the_panel_changes_nothing(panel: Any, install: Any, make_package: Any, models_folder: Path, gui: Any) -> None:
+    """The wheel over a box is the panel's: it would turn what the network sees, and how a nodule grew, unseen."""
+    import qt
+
+    toy = install(intensity=HU, channels=["T1", "FLAIR"])
+    shutil.copy(make_package(name="clicks", task="click").path, models_folder)
+    first, second = volume(name="T1"), volume(name="FLAIR")
+    p = panel()
+    p.choose(toy)
+    p.settings.channels = [second]
+    p.ui.daysSpinBox.value = 90
+    ((_label, channel),) = p.widget.channelRows._rows
+    selectors = [getattr(p.ui, f"{name}Selector") for name in ("volume", "region", "nodule", "earlier", "output")] + [channel]
+    combos = [getattr(p.ui, f"{name}Combo") for name in ("preset", "clickModel", "tta", "device", "engine")]
+    combos += [combo for selector in selectors for combo in selector.findChildren(qt.QComboBox)]
+    numbers = [p.ui.levelSpinBox, p.ui.widthSpinBox, p.ui.daysSpinBox]
+    assert len(combos) == 11 and sum(combo.count > 1 for combo in combos) >= 7
+    before = [combo.currentIndex for combo in combos], [box.value for box in numbers]
+    for box in combos + numbers:
+        for down in (1, -1):
+            gui.wheel(box, down)
+            assert ([combo.currentIndex for combo in combos], [box.value for box in numbers]) == before, box.objectName
+    assert p.settings.volume is first and list(p.settings.channels) == [second] and (p.settings.preset, p.settings.days) == ("", 90)
+
+
 def test_a_labelmap_is_no_scan(panel: Any, install: Any, gui: Any) -> None:
     import slicer
 

@@ -540,6 +540,8 @@ def test_collapsing_keeps_what_the_owner_hid(gui: Any) -> None:
     assert got == [True, False] and shown.visible and hidden.visible and not later.visible
     with pytest.raises(AttributeError):
         button.setCollapsed(True)  # no slot
+    with pytest.raises(AttributeError, match="does not accept"):
+        button.contentsFrameShape = qt.QFrame.StyledPanel
 
 
 def test_double_spin_box(gui: Any) -> None:

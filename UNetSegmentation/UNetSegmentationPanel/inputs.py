@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ctk
 import qt
 import slicer
 from slicer.i18n import tr as _
@@ -86,10 +87,18 @@ def firstVolume() -> Any:
 
 
 def letShrink(selector: Any) -> None:
-    """A long name of a scan must not make the panel wider than its place."""
+    """A long name of a scan must not make the panel wider than its place; and who scrolls the panel chooses no other scan."""
     # The selector's own sizeAdjustPolicy has the enum of another class, which PythonQt refuses with Qt 5 (commontk/CTK issue 791).
-    for combo in selector.findChildren(qt.QComboBox):
+    combos = selector.findChildren(ctk.ctkComboBox)
+    for combo in combos:
         combo.sizeAdjustPolicy = qt.QComboBox.AdjustToMinimumContentsLengthWithIcon
+    leaveWheel(*combos)
+
+
+def leaveWheel(*combos: Any) -> None:
+    """The mouse wheel over these is for what they lie in: it would choose something else, unseen, while a person scrolls the panel."""
+    for combo in combos:
+        combo.scrollWheelEffect = ctk.ctkComboBox.NeverScroll
 
 
 class ChannelRows:

@@ -28,6 +28,15 @@ def value(kind: Any, name: str, default: Any, changed: str = "") -> Property:
     return Property(kind, get, put)
 
 
+def foreign(name: str, kind: str) -> property:
+    """A property whose enum is another Qt class's: PythonQt neither reads nor writes it (Qt 5, commontk/CTK issue 791)."""
+
+    def put(self: Any, new: Any) -> None:
+        raise AttributeError(f"Property '{name}' of type '{kind}' does not accept an object of type {new!r}")
+
+    return property(lambda self: None, put)
+
+
 @standin
 class ctkCollapsibleButton(QAbstractButton):
     """ctkCollapsibleButton.h. Collapsing hides the children; a child that its owner hides or shows meanwhile stays so after."""
@@ -90,8 +99,8 @@ class ctkCollapsibleButton(QAbstractButton):
     collapsed = Property(bool, lambda self: self._collapsed, _set_collapsed)
     collapsedHeight = value(int, "collapsed_height", 14, "updateGeometry")
     flat = value(bool, "flat", False, "update")
-    contentsFrameShape = value(int, "frame_shape", 0)
-    contentsFrameShadow = value(int, "frame_shadow", 16)
+    contentsFrameShape = foreign("contentsFrameShape", "QFrame::Shape")
+    contentsFrameShadow = foreign("contentsFrameShadow", "QFrame::Shadow")
     contentsLineWidth = value(int, "line_width", 1)
     contentsMidLineWidth = value(int, "mid_line_width", 0)
     buttonTextAlignment = value(int, "text_alignment", 0x81)

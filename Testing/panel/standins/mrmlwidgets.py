@@ -12,10 +12,10 @@ from typing import Any
 import qt
 import slicer
 import vtk
-from ctkwidgets import ctkMenuButton, value
+from ctkwidgets import ctkComboBox, ctkMenuButton, foreign, value
 from PySide6.QtCore import Property, QItemSelection, Signal
 from PySide6.QtGui import QColor, QStandardItem, QStandardItemModel
-from PySide6.QtWidgets import QComboBox, QTableView, QWidget
+from PySide6.QtWidgets import QTableView, QWidget
 from pythonqt import dialogs, standin, standins
 from vtk.util.misc import calldata_type
 
@@ -101,7 +101,7 @@ class qMRMLNodeComboBox(QWidget):
         self._attributes: list[tuple[str, str, Any]] = []
         self._actions: list[Any] = []
         self._observers, self._watched = _Observers(self), _Observers(self)
-        self._combo = QComboBox(self)
+        self._combo = ctkComboBox(self)
         layout = qt.QHBoxLayout(self)
         layout.setContentsMargins(0, 0, 0, 0)
         layout.addWidget(self._combo)
@@ -124,13 +124,7 @@ class qMRMLNodeComboBox(QWidget):
     selectNodeUponCreation = value(bool, "selectNodeUponCreation", True)
     noneDisplay = value(str, "noneDisplay", "None", "_fill")
 
-    def _foreign(self, policy: Any) -> None:
-        raise AttributeError(
-            f"Property 'sizeAdjustPolicy' of type 'QComboBox::SizeAdjustPolicy' does not accept an object of type {policy!r}"
-        )
-
-    # PythonQt neither reads nor writes a property whose enum is another Qt class's (Qt 5, commontk/CTK issue 791).
-    sizeAdjustPolicy = property(lambda self: None, _foreign)
+    sizeAdjustPolicy = foreign("sizeAdjustPolicy", "QComboBox::SizeAdjustPolicy")
 
     # the list
 

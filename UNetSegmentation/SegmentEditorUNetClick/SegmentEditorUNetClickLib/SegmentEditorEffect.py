@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ctk
 import qt
 import slicer
 import vtk
@@ -116,7 +117,8 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self.positiveButton.toolTip = _("A left click is on the lesion. (X)")
         self.negativeButton = qt.QRadioButton(_("Not part of it"))
         self.negativeButton.toolTip = _("A left click is on what was outlined wrongly. (X, or Ctrl + left click)")
-        self.modelCombo = qt.QComboBox()
+        self.modelCombo = ctk.ctkComboBox()
+        self.modelCombo.scrollWheelEffect = ctk.ctkComboBox.NeverScroll  # who scrolls the editor chooses no other model unseen
         self.modelCombo.toolTip = _("The click models that are installed; the module U-Net Segmentation imports others.")
         self.nextButton = qt.QPushButton(_("Next lesion"))
         self.nextButton.toolTip = _("Add a segment for another lesion. (N)")
