@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -39,11 +40,8 @@ def installer(gui, tmp_path, monkeypatch):
     gui.pip.constraints = []
 
     def pip(requirements):
-        _, _, options = gui.pip.calls[-1]
-        path = options.get("constraints") or requirements[requirements.index("--constraint") + 1]
-        gui.pip.constraints.append(Path(path).read_text())
-        if "--constraint" not in requirements:
-            requirements = [*requirements, "--constraint", path]
+        with urllib.request.urlopen(os.environ["PIP_CONSTRAINT"]) as file:
+            gui.pip.constraints.append(file.read().decode())
         # --target does not see what is there already, which Slicer's pip does.
         command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site), *requirements, "flatbuffers"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -91,6 +89,18 @@ def test_asks_once_and_installs_from_the_wheel_folder(gui, installer, wheels, ve
     assert not [n for n in os.environ if n in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_ONLY_BINARY")]
     assert installer.ensureRequirements(confirm=asked) is True  # nothing more is asked
     assert len(asked) == 1 and len(gui.pip.calls) == 1
+
+
+@pytest.mark.parametrize("version", ["5.10", "5.12"])
+def test_in_folders_of_any_name_pip_gets_arguments_in_ascii_only(gui, installer, wheels, version, tmp_path, monkeypatch):
+    gui.use_slicer(version)
+    place = tmp_path / "Jörg Müller"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    installer.setWheelFolder(str(wheels.rename(place / "wheels")))
+    assert installer.ensureRequirements(confirm=Asked(True))
+    assert status(installer) == ["installed"] and gui.pip.constraints == ["numpy==2.0.2"]
+    assert repr(gui.pip.calls[0]).isascii() and "PIP_CONSTRAINT" not in os.environ
 
 
 def test_asks_by_slicers_own_dialog(gui, installer, wheels):

@@ -593,6 +593,18 @@ def test_the_worker_takes_its_packages_from_there(tmp_path):
         worker.start()
 
 
+def test_a_folder_of_any_name_is_understood_and_quoted(tmp_path):
+    place = tmp_path / "Jörg 世界"
+    place.mkdir()
+    (place / "thesis").touch()
+
+    def steps():
+        return (yield environment.Step("removing", environment._child(sys.executable, "remove", str(place))))
+
+    done = environment.run(steps(), environment={**os.environ, "PYTHONIOENCODING": "latin-1:replace"})  # Windows' code page
+    assert done.code == 1 and f"The folder {place} is not removed: it was not made by UNetSegmentation" in done.log
+
+
 @POSIX
 def test_it_comes_before_what_a_launcher_puts_first(folder, torch_wheels, pip, tmp_path):
     """PythonSlicer starts the interpreter with Slicer's packages in front of PYTHONPATH."""

@@ -226,6 +226,30 @@ def test_processes_are_told_apart_by_when_they_began():
     assert training.process_mark(-1) is None
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="Linux's ps in the place of macOS's")
+def test_where_there_is_no_proc_the_mark_is_the_same_in_every_time_zone(monkeypatch):
+    class Mac(type(Path())):
+        def exists(self):
+            return False
+
+    monkeypatch.setattr(training, "Path", Mac)
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    mark = training.process_mark(os.getpid())
+    monkeypatch.setenv("TZ", "America/New_York")
+    assert mark and mark == training.process_mark(os.getpid())
+
+
+def test_a_folder_of_any_name_gets_to_the_processes(tmp_path):
+    place = tmp_path / "Jörg 世界"
+    place.mkdir()
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(training.training_folder()), str(Path(training.__file__).parents[1])])}
+    for module, words in (("unetseg_training", ()), ("UNetSegmentationLib.training", ("resume",))):
+        command = [sys.executable, "-m", module, *files.escape_arguments([*words, str(place)])]
+        done = subprocess.run(command, env={**variables, "PYTHONIOENCODING": "utf-8"}, capture_output=True, encoding="utf-8")
+        said = json.loads(done.stdout.splitlines()[-1])["error"] if words else done.stderr
+        assert f"{place} holds no retraining" in said
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 

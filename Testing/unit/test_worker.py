@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from UNetSegmentationLib.dataset import Dataset, FolderLock
+from UNetSegmentationLib.files import escape_arguments, unescape_arguments
 from UNetSegmentationLib.image import Box, Image, UserError, read_image, write_image
 from UNetSegmentationLib.inference.click import ClickSession, expects_lung
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
@@ -82,8 +83,14 @@ def client():
 
 @pytest.fixture
 def launcher(tmp_path) -> str:
-    """A program that runs Python and stays beside it, as PythonSlicer does."""
-    return script(tmp_path / "PythonSlicer", f'"{sys.executable}" "$@"\nexit $?\n')
+    """A program that runs Python and stays beside it, as PythonSlicer does, and as on Windows passes no argument on but in ASCII."""
+    text = f"""
+        LC_ALL=C
+        case "$*" in *[!\\ -~]*) echo "not ASCII: $*" >&2; exit 1;; esac
+        "{sys.executable}" "$@"
+        exit $?
+    """
+    return script(tmp_path / "PythonSlicer", text)
 
 
 @pytest.fixture
@@ -894,6 +901,43 @@ def test_slicers_python_is_found_from_within_slicer(monkeypatch, tmp_path):
     assert os.path.samefile(find_python(), name)
 
 
+@POSIX
+def test_a_folder_of_any_name_gets_past_slicers_launcher(monkeypatch, tmp_path, launcher, image, make_package):
+    place = tmp_path / "Jörg 世界"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    with WorkerClient(launcher) as client:
+        assert client.predict(client.load_volume(image), [make_package()], QUICK).labels.array.any()
+        assert client.folder.parent == place
+
+
+@pytest.mark.parametrize("text", ["", "a b", "C:\\Jörg\\x.nii", "世界", "\udcfc", "escaped:x", "two\nlines ü"])
+def test_arguments_come_back_from_ascii(text):
+    assert all(a.isascii() for a in escape_arguments([text])) and unescape_arguments(escape_arguments([text, "-m"])) == [text, "-m"]
+
+
+def test_slicers_python_is_named_so_that_it_finds_itself_on_windows(monkeypatch):
+    class Kernel:
+        def GetShortPathNameW(self, name, buffer, size):
+            buffer.value = name.replace("Jörg", "JRG~1")
+            return len(buffer.value)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr("ctypes.WinDLL", lambda name: Kernel(), raising=False)
+    monkeypatch.setattr(sys, "executable", "C:/Users/Jörg/Slicer/bin/PythonSlicer.exe")
+    assert find_python().replace("\\", "/") == "C:/Users/JRG~1/Slicer/bin/PythonSlicer.exe"
+    monkeypatch.setattr(sys, "executable", "C:/Users/Jörg/python.exe")
+    assert find_python() == "C:/Users/Jörg/python.exe"
+
+
+def test_variables_of_windows_have_one_case(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert child_environment("python", {"Path": "C:/bin"})["Path"] == "C:/bin"
+    monkeypatch.setattr(sys, "platform", "win32")
+    out = child_environment("python", {"Path": "C:/bin", "SystemRoot": "C:/Windows", "UNETSEG_X": "1"})
+    assert (out["PATH"], out["SYSTEMROOT"], out["UNETSEG_X"]) == ("C:/bin", "C:/Windows", "1") and "Path" not in out
+
+
 def test_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
     with pytest.raises(UserError, match="temporary folder cannot be written .*; free"):
@@ -910,6 +954,10 @@ def test_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
         (1, "[python-real] exit abnormally", True, True, "memory", "by the system"),
         (1, "Fatal Python error: Aborted\n...", True, True, "worker", "exit code 1"),
         (0xC0000005, "", True, False, "worker", "exit code 3221225477"),
+        (0xC0000005 - (1 << 32), "", True, False, "worker", "exit code 3221225477"),  # as Qt gives it
+        (0xC0000017 - (1 << 32), "", True, False, "memory", "by the system"),
+        (0xC0000135 - (1 << 32), "no python312.dll\n", False, False, "worker", "cannot run the worker .no python312.dll"),
+        (1, "Windows fatal exception: access violation\n...", True, True, "worker", "exit code 1"),
         (127, "error\nno libpython\n", False, False, "worker", "cannot run the worker .no libpython"),
         (3, "", False, False, "worker", "exit code 3"),
         (-9, "", False, False, "memory", "by the system"),

@@ -31,7 +31,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .files import child_options
+from .files import child_options, escape_arguments, unescape_arguments
 
 # Slicer's own, of which 5.10 has builds that no index has: never installed into Slicer's Python, never removed from it.
 PROVIDED = frozenset({"numpy", "simpleitk"})
@@ -690,7 +690,7 @@ class Done:
 
 
 def _child(python: str, *arguments: str) -> tuple[str, ...]:
-    return (python, "-m", "UNetSegmentationLib.environment", *arguments)
+    return (python, "-m", "UNetSegmentationLib.environment", *escape_arguments(arguments))
 
 
 def child_pid(line: str) -> int | None:
@@ -1219,7 +1219,7 @@ def _verify(folder: Path, training: bool = False) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> int:
     """What the Steps run. The first line is the process id, the last the answer."""
     print(json.dumps({"pid": os.getpid()}), flush=True)
-    task, *rest = arguments
+    task, *rest = unescape_arguments(arguments)
     if task == "pip":
         import runpy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,19 @@ def child_options(apart: bool = False, breakaway: bool = False) -> dict[str, Any
     # ignored, there is none, and each child that is a console program gets a window of its own.
     # CREATE_NEW_PROCESS_GROUP, CREATE_BREAKAWAY_FROM_JOB
     return {"creationflags": 0x08000000 | apart * 0x00000200 | breakaway * 0x01000000}
+
+
+_ESCAPED = "escaped:"
+
+
+def escape_arguments(arguments: Iterable[str]) -> list[str]:
+    """A child's arguments in ASCII, for unescape_arguments() there. Of all else PythonSlicer's launcher makes "?" on Windows, so that
+    the folders of a user Jörg were not found, and on Linux and macOS it writes beyond the memory of its copy."""
+    return [a if a.isascii() and not a.startswith(_ESCAPED) else _ESCAPED + a.encode("unicode_escape").decode("ascii") for a in arguments]
+
+
+def unescape_arguments(arguments: Iterable[str]) -> list[str]:
+    return [a.removeprefix(_ESCAPED).encode("ascii").decode("unicode_escape") if a.startswith(_ESCAPED) else a for a in arguments]
 
 
 def check_writable(path: str | Path) -> None:

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .files import UserError, atomic_path, child_options
+from .files import UserError, atomic_path, child_options, escape_arguments, unescape_arguments
 from .model import RESOURCES, SUFFIX, Card, ModelPackage, find_model, user_models_folder, write_package
 
 FOLDER, JOB, LIVE, RESULT, STOP, LOG, BEAT, BASE = (
@@ -295,7 +295,10 @@ def process_mark(pid: int) -> str | None:
             return ""
         return None if state in "ZX" else f"{boot} {rest[18]}"
     try:
-        done = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, timeout=5, **child_options())
+        # It began at the same time for who has another language or, as after a journey, time zone.
+        variables = {**os.environ, "LC_ALL": "C", "TZ": "UTC"}
+        ps = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]
+        done = subprocess.run(ps, capture_output=True, text=True, timeout=5, env=variables, **child_options())
     except (OSError, subprocess.SubprocessError):
         return ""
     state, _, began = done.stdout.strip().partition(" ")
@@ -339,7 +342,7 @@ def _launch(folder: Path, python: str, environment: Mapping[str, str] | None) ->
     variables = child_environment(python, environment)
     paths = [str(training_folder()), *filter(None, [variables.get("PYTHONPATH")])]
     variables["PYTHONPATH"] = os.pathsep.join(paths)
-    command = [python, "-m", "unetseg_training", str(folder.absolute())]
+    command = [python, "-m", "unetseg_training", *escape_arguments([str(folder.absolute())])]
     with open(folder / LOG, "ab") as log:
         how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": working_folder(), "env": variables}
         try:
@@ -775,7 +778,7 @@ def main(arguments: list[str]) -> int:
             print(json.dumps(found), flush=True)
         return 0
     try:
-        answer = task(*arguments)
+        answer = task(*unescape_arguments(arguments))
     except UserError as e:
         answer = {"error": str(e)}
     print(json.dumps(answer), flush=True)

@@ -149,32 +149,37 @@ def _lookUp(wanted: Sequence[str], parent: Any) -> Plan | None:
 
 
 def _install(wanted: Sequence[str], pins: Sequence[str], folder: str, parent: Any) -> None:
-    try:
-        from slicer.packaging import pip_ensure
-    except ImportError:  # Slicer 5.10
-        pip_ensure = None
-    # By variables, since pip_ensure takes no options; as an address, since pip splits paths at spaces there.
-    variables = {"PIP_ONLY_BINARY": ":all:"}
+    # By variables, since pip_ensure takes no options and PythonSlicer no arguments that are not ASCII (see files.py); as addresses,
+    # since pip splits paths at spaces there. Slicer takes the first PythonSlicer of the path.
+    variables = {"PIP_ONLY_BINARY": ":all:", "PATH": os.pathsep.join([os.path.dirname(find_python()), os.environ["PATH"]])}
     if folder:
         variables |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": Path(folder).resolve().as_uri()}
-    with tempfile.TemporaryDirectory() as temporary, _changed(variables):
-        constraints = Path(temporary, "constraints.txt")
+    with tempfile.TemporaryDirectory() as temporary:
+        constraints = Path(temporary, "constraints.txt").resolve()
         constraints.write_text("\n".join(pins), "utf-8")
+        variables["PIP_CONSTRAINT"] = " ".join(filter(None, [os.environ.get("PIP_CONSTRAINT"), constraints.as_uri()]))
         try:
-            if pip_ensure is not None:
-                pip_ensure(list(wanted), constraints=str(constraints), prompt_install=False, requester=NAME, skip_in_testing=False)
-                return
-            dialog = _busy(_("Installing {packages}…").format(packages=", ".join(wanted)), parent)
-            try:
-                slicer.util.pip_install([*wanted, "--constraint", str(constraints)])
-            finally:
-                dialog.close()
-                dialog.deleteLater()
+            with _changed(variables):
+                _pip(list(wanted), parent)
         except (subprocess.CalledProcessError, RuntimeError) as e:
             logging.exception("pip failed.")
             text = _("The installation failed ({reason}); what pip said is in the Python console. Try again, or choose a folder of wheels.")
             reason = _("pip's exit code {code}").format(code=e.returncode) if isinstance(e, subprocess.CalledProcessError) else str(e)
             raise UserError(text.format(reason=reason)) from e
+
+
+def _pip(wanted: list[str], parent: Any) -> None:
+    try:
+        from slicer.packaging import pip_ensure
+    except ImportError:  # Slicer 5.10
+        dialog = _busy(_("Installing {packages}…").format(packages=", ".join(wanted)), parent)
+        try:
+            slicer.util.pip_install(wanted)
+        finally:
+            dialog.close()
+            dialog.deleteLater()
+    else:
+        pip_ensure(wanted, prompt_install=False, requester=NAME, skip_in_testing=False)
 
 
 @contextmanager

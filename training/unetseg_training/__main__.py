@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def main() -> int:
-    from UNetSegmentationLib import environment, training
+    from UNetSegmentationLib import environment, files, training
 
     environment.activate()  # before anything but the standard library is imported
-    folder = Path(sys.argv[1])
+    folder = Path(files.unescape_arguments(sys.argv)[1])
     if not training.claim(folder):
         return 0  # another process has it
     try:

@@ -23,6 +23,7 @@ def main() -> int:
         _stand_back()  # before there are threads, which inherit it
     try:
         from ..environment import activate
+        from ..files import unescape_arguments
 
         activate()
         if desk:
@@ -35,7 +36,7 @@ def main() -> int:
         text = f"The Python at {sys.executable} {what}; install the requirements again or choose another Python."
         os.write(sink, b"\n" + json.dumps({"event": "error", "id": None, "kind": "user", "error": text}).encode() + b"\n")
         return 1
-    return serve(source, sink, sys.argv[1:])
+    return serve(source, sink, unescape_arguments(sys.argv[1:]))
 
 
 def _stand_back() -> None:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..files import child_options
+from ..files import child_options, escape_arguments
 from ..image import Image, UserError
 from ..inference.click import Prompt
 from ..inference.predict import Cancelled, Options, Progress
@@ -97,13 +97,24 @@ class Event:
 
 
 def find_python() -> str:
-    """This Python, or Slicer's where this process is Slicer, whose sys.executable is not a Python."""
-    if "python" in Path(sys.executable or "").stem.lower():
-        return sys.executable
-    found = shutil.which("PythonSlicer")
+    """This Python, or Slicer's where this process is Slicer, whose sys.executable need not be a Python."""
+    found = sys.executable if "python" in Path(sys.executable or "").stem.lower() else shutil.which("PythonSlicer")
     if found is None:
         raise UserError("Slicer's Python (PythonSlicer) was not found; install Slicer again, or choose another Python.")
-    return found
+    return _reachable(found)
+
+
+def _reachable(python: str) -> str:
+    """On Windows PythonSlicer does not find its own settings under a name that is not ASCII, as that of a folder of a user Jörg, where
+    Slicer is installed by default; so its folder's short name is taken, which Windows makes for most disks."""
+    if sys.platform != "win32" or python.isascii() or Path(python).stem != "PythonSlicer":
+        return python
+    import ctypes
+
+    folder, name = os.path.split(python)
+    short = ctypes.create_unicode_buffer(32768)
+    done = ctypes.WinDLL("kernel32").GetShortPathNameW(folder, short, len(short))
+    return os.path.join(short.value, name) if done else python
 
 
 def new_folder() -> Path:
@@ -118,7 +129,7 @@ def new_folder() -> Path:
 
 def command(python: str, folder: Path, background: bool = False) -> list[str]:
     """How the worker is started, by a process that lives as long as it should. background: with a lower priority."""
-    return [python, "-m", f"{__package__}", str(folder), str(os.getpid()), *(["background"] if background else [])]
+    return [python, "-m", f"{__package__}", *escape_arguments([str(folder)]), str(os.getpid()), *(["background"] if background else [])]
 
 
 def working_folder() -> Path:
@@ -129,6 +140,9 @@ def working_folder() -> Path:
 def child_environment(python: str, environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """The variables of the worker; another Python does not get this one's home and paths."""
     out = dict(os.environ if environment is None else environment)
+    if sys.platform == "win32":  # where their case means nothing: "Path" beside os.environ's "PATH" would be another
+        out = {name.upper(): value for name, value in out.items()}
+    out["PYTHONIOENCODING"] = "utf-8"  # as it is read; Windows' code page would garble what a sentence quotes
     paths = [str(working_folder())]
     if python == sys.executable:
         paths += filter(None, [out.get("PYTHONPATH")])
@@ -148,12 +162,15 @@ def ending(code: int, python: str, log: str, greeted: bool, launched: bool = Fal
     code: its exit code (negative: a signal). log: the end of its stderr. greeted: it said hello. launched: the code is that
     of a launcher such as PythonSlicer, which hides how the worker itself ended.
     """
+    if code < -255:
+        code += 1 << 32  # Qt gives those of Windows as signed numbers
     number = -code if code < 0 else code - 128 if 128 < code < 160 else 0
     if not greeted and not number:
         reason = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), f"exit code {code}")[:200]
         return WorkerError(f"The Python at {python} cannot run the worker ({reason}); choose another Python.", "worker")
-    # A crash would have left the words of faulthandler.
-    if code == _NT_NO_MEMORY or (launched and code == 1 and "Fatal Python error" not in log):
+    # A crash would have left the words of faulthandler, which are others on Windows.
+    crashed = "Fatal Python error" in log or "Windows fatal exception" in log
+    if code == _NT_NO_MEMORY or (launched and code == 1 and not crashed):
         number = 9
     if number == 9:
         text = "The worker was stopped by the system, probably because memory ran out"
