@@ -449,7 +449,7 @@ def test_a_truncated_slice_is_noticed_by_its_length(slices, tmp_path, syntax):
 def test_a_slice_that_lies_there_twice_is_noticed(slices, tmp_path):
     folder = copied(slices, tmp_path / "scan")
     shutil.copy(folder / "003.dcm", folder / "again.dcm")
-    with pytest.raises(UserError, match="not evenly spaced"):
+    with pytest.raises(UserError, match="several images of the same place .*a slice twice"):
         read_image(folder)
 
 
@@ -462,6 +462,78 @@ def test_a_series_in_time_is_no_volume(slices, tmp_path, times):
 
     with pytest.raises(UserError, match="several images of the same place"):
         read_image(copied(slices, tmp_path / "scan", again))
+
+
+def multi_frame(slices, path, order, explicit=True, change=None):
+    """An enhanced CT whose frame i is slice order[i]; change(i, frame's functional groups)."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.uid import EnhancedCTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    def group(name, **values):
+        inner, outer = pydicom.Dataset(), pydicom.Dataset()
+        for key, value in values.items():
+            setattr(inner, key, value)
+        setattr(outer, name, pydicom.Sequence([inner]))
+        return outer
+
+    scan = sorted((pydicom.dcmread(f) for f in slices), key=lambda d: d.ImagePositionPatient[2])
+    out = pydicom.dcmread(slices[0])
+    out.SOPClassUID = out.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    out.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if explicit else ImplicitVRLittleEndian
+    shared, frames = pydicom.Dataset(), []
+    shared.update(group("PixelMeasuresSequence", PixelSpacing=out.PixelSpacing))
+    for i, k in enumerate(order):
+        frame = group("PlanePositionSequence", ImagePositionPatient=scan[k].ImagePositionPatient)
+        frame.update(group("PlaneOrientationSequence", ImageOrientationPatient=out.ImageOrientationPatient))
+        frame.update(group("PixelValueTransformationSequence", RescaleIntercept=out.RescaleIntercept, RescaleSlope=out.RescaleSlope))
+        if change:
+            change(i, frame)
+        frames.append(frame)
+    for key in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleIntercept", "RescaleSlope"):
+        delattr(out, key)
+    out.SharedFunctionalGroupsSequence, out.PerFrameFunctionalGroupsSequence = pydicom.Sequence([shared]), pydicom.Sequence(frames)
+    out.NumberOfFrames, out.PixelData = len(order), b"".join(scan[k].PixelData for k in order)
+    path.parent.mkdir(exist_ok=True)
+    out.save_as(path, implicit_vr=not explicit, little_endian=True)
+    return path
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_a_multi_frame_file_is_the_volume_of_its_slices(slices, tmp_path, explicit):
+    want = read_image(copied(slices, tmp_path / "scan"))
+    file = multi_frame(slices, tmp_path / "frames" / "a.dcm", range(8), explicit)
+    for path in (file, file.parent):
+        got = read_image(path)
+        assert got.same_grid(want) and np.array_equal(got.channels[0], want.array)
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+@pytest.mark.parametrize(
+    ("order", "change", "sentence"),
+    [
+        ([0, 1, 2, 4, 5, 6], None, r"not evenly spaced: 6\.00 mm between slices 3 and 4, 3\.00 mm elsewhere"),
+        ([1, 3, 5, 7, 0, 2, 4, 6], None, "not evenly spaced"),
+        ([0, 1, 2, 3, 0, 1, 2, 3], None, "several images of the same place"),
+        ([0, 0, 1, 1, 2, 2], None, "several images of the same place"),
+        (range(8), lambda i, f: setattr(f.PlanePositionSequence[0], "ImagePositionPatient", [0, i, 3 * i]), "gantry tilt"),
+        (
+            range(8),
+            lambda i, f: setattr(f.PlaneOrientationSequence[0], "ImageOrientationPatient", [1, 0, 0, 0, *((1, 0) if i < 4 else (0, -1))]),
+            "in several directions",
+        ),
+        (
+            range(8),
+            lambda i, f: setattr(f.PixelValueTransformationSequence[0], "RescaleIntercept", -1000 - i),
+            "scaled each in its own way",
+        ),
+    ],
+)
+def test_frames_that_are_no_volume_are_noticed(slices, tmp_path, explicit, order, change, sentence):
+    """ITK reads all of these, some with a spacing of 1 mm."""
+    file = multi_frame(slices, tmp_path / "frames" / "a.dcm", order, explicit, change)
+    for path in (file, file.parent):
+        with pytest.raises(UserError, match=sentence):
+            read_image(path)
 
 
 @pytest.mark.parametrize("frames", [2, 4])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -510,27 +511,67 @@ def _check_slices(folder: Path, files: list[str], image: Image) -> None:
         with _quiet():
             reader.ReadImageInformation()
         _check_complete(Path(name), reader)
-        if len(files) > 1 and (*reader.GetSize(), 1)[2] > 1:  # ITK would read the frames of one of them
+        if len(files) == 1:
+            _check_frames(Path(name), reader)
+        elif (*reader.GetSize(), 1)[2] > 1:  # ITK would read the frames of one of them
             raise UserError(f"The DICOM series in {folder} holds several multi-frame files; export it with one slice a file.")
         corners.append(reader.GetOrigin()[:3])
-    if len(files) < 2:
+    _check_places(f"DICOM series in {folder}", np.array(corners), image.direction, image.spacing)
+
+
+def _check_frames(path: Path, reader: sitk.ImageFileReader) -> None:
+    """The same of a multi-frame DICOM file: ITK stacks its frames as they come, with a spacing of 1 mm where it does not understand
+    their places, and scales all of them as the first. It gives no single frame's tags, so that they are looked for in the file."""
+    n = (*reader.GetSize(), 1)[2]
+    with path.open("rb") as f:
+        f.seek(128)
+        if n < 2 or f.read(4) != b"DICM":
+            return
+        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            places, directions, slopes, intercepts = (
+                [_decimals(m) for m in itertools.islice(re.finditer(tag + _DECIMALS, data, re.DOTALL), n)]
+                for tag in (rb"\x20\0\x32\0", rb"\x20\0\x37\0", rb"\x28\0\x53\x10", rb"\x28\0\x52\x10")
+            )
+    if len(places) != n or any(len(v) != 3 for v in places):
+        return  # pictures in time, which have no places
+    if any(len(v) != 6 or not np.allclose(v, directions[0], atol=1e-4) for v in directions):
+        raise UserError(f"The frames of {path} lie in several directions; export each stack with one slice a file.")
+    if any(v != values[0] for values in (slopes, intercepts) for v in values):
+        raise UserError(f"The frames of {path} are scaled each in its own way; export it with one slice a file.")
+    _check_places(f"DICOM file {path}", np.array(places), reader.GetDirection(), reader.GetSpacing())
+
+
+# A text of decimal numbers: its length stands after "DS", or in four bytes where the file does not name its types.
+_DECIMALS = rb"(?:DS(..)|(..)\0\0)([-+.0-9eE\\ ]+)"
+
+
+def _decimals(found: re.Match[bytes]) -> list[float]:
+    try:
+        return [float(v) for v in found[3][: int.from_bytes(found[1] or found[2], "little")].split(b"\\")]
+    except ValueError:
+        return []
+
+
+def _check_places(name: str, corners: np.ndarray, direction: Sequence[float], spacing: Sequence[float]) -> None:
+    """Refuse slices that do not stand at even steps. corners: of each, (n, 3) in LPS mm."""
+    if len(corners) < 2:
         return
-    normal = np.reshape(image.direction, (3, 3))[:, 2]
-    at = np.array(corners) @ normal
-    drift = np.array(corners) - corners[0] - np.outer(at - at[0], normal)
-    if np.hypot.reduce(drift, axis=1).max() > 0.5 * min(image.spacing[:2]):
+    normal = np.reshape(direction, (3, 3))[:, 2]
+    at = corners @ normal
+    drift = corners - corners[0] - np.outer(at - at[0], normal)
+    if np.hypot.reduce(drift, axis=1).max() > 0.5 * min(spacing[:2]):
         raise UserError(
-            f"The slices of the DICOM series in {folder} do not lie straight above one another (gantry tilt); "
-            "resample it to a regular grid first."
+            f"The slices of the {name} do not lie straight above one another (gantry tilt); resample it to a regular grid first."
         )
     steps = np.abs(np.diff(at))
-    same = np.count_nonzero(np.diff(np.sort(at)) < 1e-3)
-    if same > 1 or same == len(steps):
-        raise UserError(f"The DICOM series in {folder} holds several images of the same place (a series in time?); export one of each.")
+    if np.any(np.diff(np.sort(at)) < 1e-3):
+        raise UserError(
+            f"The {name} holds several images of the same place (a series in time, or a slice twice); keep one of each, or export it again."
+        )
     if steps.max() - steps.min() > 0.1 * np.median(steps) + 0.01:
         worst = int(np.argmax(np.abs(steps - np.median(steps))))
         raise UserError(
-            f"The DICOM series in {folder} is not evenly spaced: {steps[worst]:.2f} mm between slices {worst + 1} and {worst + 2}, "
+            f"The {name} is not evenly spaced: {steps[worst]:.2f} mm between slices {worst + 1} and {worst + 2}, "
             f"{np.median(steps):.2f} mm elsewhere; a slice may be missing, export the series again."
         )
 
@@ -556,6 +597,7 @@ def _read_file(path: Path) -> Image:
         with _quiet():
             reader.ReadImageInformation()
             _check_complete(path, reader)
+            _check_frames(path, reader)
             return from_sitk(reader.Execute(), path)
     except (RuntimeError, MemoryError) as e:
         raise UserError(f"{path} cannot be read as an image ({_reason(e)}); check that it is a complete image file.") from e
