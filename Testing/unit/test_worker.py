@@ -916,20 +916,6 @@ def test_arguments_come_back_from_ascii(text):
     assert all(a.isascii() for a in escape_arguments([text])) and unescape_arguments(escape_arguments([text, "-m"])) == [text, "-m"]
 
 
-def test_slicers_python_is_named_so_that_it_finds_itself_on_windows(monkeypatch):
-    class Kernel:
-        def GetShortPathNameW(self, name, buffer, size):
-            buffer.value = name.replace("Jörg", "JRG~1")
-            return len(buffer.value)
-
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr("ctypes.WinDLL", lambda name: Kernel(), raising=False)
-    monkeypatch.setattr(sys, "executable", "C:/Users/Jörg/Slicer/bin/PythonSlicer.exe")
-    assert find_python().replace("\\", "/") == "C:/Users/JRG~1/Slicer/bin/PythonSlicer.exe"
-    monkeypatch.setattr(sys, "executable", "C:/Users/Jörg/python.exe")
-    assert find_python() == "C:/Users/Jörg/python.exe"
-
-
 def test_variables_of_windows_have_one_case(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     assert child_environment("python", {"Path": "C:/bin"})["Path"] == "C:/bin"

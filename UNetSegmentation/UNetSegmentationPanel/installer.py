@@ -150,8 +150,8 @@ def _lookUp(wanted: Sequence[str], parent: Any) -> Plan | None:
 
 def _install(wanted: Sequence[str], pins: Sequence[str], folder: str, parent: Any) -> None:
     # By variables, since pip_ensure takes no options and PythonSlicer no arguments that are not ASCII (see files.py); as addresses,
-    # since pip splits paths at spaces there. Slicer takes the first PythonSlicer of the path.
-    variables = {"PIP_ONLY_BINARY": ":all:", "PATH": os.pathsep.join([os.path.dirname(find_python()), os.environ["PATH"]])}
+    # since pip splits paths at spaces there.
+    variables = {"PIP_ONLY_BINARY": ":all:"}
     if folder:
         variables |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": Path(folder).resolve().as_uri()}
     with tempfile.TemporaryDirectory() as temporary:

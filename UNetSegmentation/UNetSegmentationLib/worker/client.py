@@ -98,23 +98,12 @@ class Event:
 
 def find_python() -> str:
     """This Python, or Slicer's where this process is Slicer, whose sys.executable need not be a Python."""
-    found = sys.executable if "python" in Path(sys.executable or "").stem.lower() else shutil.which("PythonSlicer")
+    if "python" in Path(sys.executable or "").stem.lower():
+        return sys.executable
+    found = shutil.which("PythonSlicer")
     if found is None:
         raise UserError("Slicer's Python (PythonSlicer) was not found; install Slicer again, or choose another Python.")
-    return _reachable(found)
-
-
-def _reachable(python: str) -> str:
-    """On Windows PythonSlicer does not find its own settings under a name that is not ASCII, as that of a folder of a user Jörg, where
-    Slicer is installed by default; so its folder's short name is taken, which Windows makes for most disks."""
-    if sys.platform != "win32" or python.isascii() or Path(python).stem != "PythonSlicer":
-        return python
-    import ctypes
-
-    folder, name = os.path.split(python)
-    short = ctypes.create_unicode_buffer(32768)
-    done = ctypes.WinDLL("kernel32").GetShortPathNameW(folder, short, len(short))
-    return os.path.join(short.value, name) if done else python
+    return found
 
 
 def new_folder() -> Path:
