@@ -438,8 +438,27 @@ def test_a_full_disk_is_a_sentence_and_changes_nothing(dataset, limit):
         print(e)
     """
     said, errors = python(code).communicate(timeout=60)
-    assert "disk" in said and said.count("\n") == 1, said + errors
-    assert state(dataset) == before
+    assert "disk" in said and said.count("\n") == 1 and "choose a" not in said, said + errors  # no file name is a person's choice here
+    assert state(dataset) == before and {p.name for p in (dataset.folder / "cases").iterdir()} == set(dataset.entries)
+
+
+def test_a_drive_that_goes_while_a_case_is_written_leaves_no_part_of_it_in_its_place(dataset):
+    """Of a drive that was taken away an empty folder may be left, on this computer's own disk."""
+    dataset.add(scan(0), outline())
+    before, away = state(dataset), dataset.folder.with_name("away")
+
+    def progress(fraction, text):
+        if text == "writing the image":
+            dataset.folder.rename(away)
+            dataset.folder.mkdir()
+
+    with pytest.raises(UserError, match="is not there any more; connect its drive or network folder, and add the case again"):
+        dataset.add(scan(1), outline(), progress=progress)
+    assert not list(dataset.folder.iterdir())
+    dataset.folder.rmdir()
+    away.rename(dataset.folder)
+    dataset.clean(age=0)
+    assert state(dataset) == before and not dataset.check()
 
 
 @pytest.mark.parametrize("spoil", [lambda p: os.truncate(p, os.path.getsize(p) // 2), lambda p: write_image(scan(7), p)])

@@ -470,6 +470,20 @@ def test_a_full_disk_leaves_the_list_as_it_was(work, make_package, monkeypatch):
     assert (work.folder / "worklist.json").read_bytes() == before and not list(work.folder.glob(".unetseg-*"))
 
 
+def test_where_no_result_can_be_kept_no_scan_fails_for_it(work, make_package, monkeypatch):
+    package = make_package()
+    work.choose_models([package])
+
+    def full(*_unused):
+        raise UserError("x.seg.nrrd cannot be written (Error writing); choose a name in a folder with space.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_segmentation", full)
+        with pytest.raises(UserError, match="cannot take what was found in s0; check the disk's space"):
+            work.segment([package], ANNA, ONNX)
+    assert work.refresh().counts()["waiting"] == 4 and work.segment([package], BERT, ONNX).status == "segmented"
+
+
 def test_a_list_that_is_gone_damaged_or_hostile_is_a_sentence(work, make_package):
     path, good = work.folder / "worklist.json", json.loads((work.folder / "worklist.json").read_text())
     for change, said in (

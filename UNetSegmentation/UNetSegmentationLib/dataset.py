@@ -25,7 +25,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
@@ -609,14 +609,16 @@ class Dataset:
             except BaseException:
                 if not self._is_named(str(place)):
                     shutil.rmtree(self.folder / place, ignore_errors=True)
+                    with suppress(OSError):  # another version may be there
+                        (self.folder / place).parent.rmdir()
                 raise
 
     def _is_named(self, place: str) -> bool:
-        """Whether the index names a version's folder; so as long as it cannot be read, for check() removes what is not named."""
+        """Whether the index names a version's folder; so as long as it cannot be read, for clean() removes what is not named."""
         try:
             data = _read_index(self.folder)
         except UserError:
-            return True
+            return (self.folder / INDEX).exists()
         cases = (*data["cases"].values(), *data.get("removed", {}).values())
         return any(f.startswith(f"{place}/") for case in cases for version in case["versions"] for f in version["files"])
 
@@ -744,13 +746,17 @@ class Dataset:
             if role:
                 record[role] = name
             path = self.folder / name
+            if not (self.folder / INDEX).is_file():  # a drive that is gone may leave its empty folder, which would take the image
+                raise UserError(f"The dataset {self.folder} is not there any more; connect its drive or network folder, and add the case again.")
             grid = Image(array, image.spacing, image.origin, image.direction)
-            write_image(grid, path)
-            flush(path)
             try:  # ITK does not always notice a full disk
+                write_image(grid, path)
+                flush(path)
                 back = read_image(path)
                 whole = np.array_equal(back.array, array) and back.same_grid(grid, 0.01 * min(image.spacing))
-            except UserError:
+            except UserError as e:
+                if isinstance(e.__cause__, OSError):
+                    raise e.__cause__ from None
                 whole = False
             if not whole:
                 raise UserError(f"{self.folder} did not take the case whole; check the disk's space and state, and add the case again.")

@@ -561,7 +561,7 @@ class WorkList:
 
         try:
             result, written = self._segmented(scan, models, options, progress, over, engines)
-        except Cancelled:
+        except (Cancelled, _NotWritten):
             self._give_up(name, me)
             raise
         except SeveralSeries as e:
@@ -623,7 +623,11 @@ class WorkList:
         prediction = predict(image, models, replace(options, uncertainty=True, probabilities=False), progress, cancelled, engines)
         scores, embedding = describe(prediction, image)
         mask = PurePosixPath(RESULTS, scan.name, f"{secrets.token_hex(4)}.seg.nrrd")
-        write_segmentation(prediction, self.folder / mask)
+        try:
+            write_segmentation(prediction, self.folder / mask)
+        except UserError as e:  # the next scan would fare no better, and all would be marked as failed
+            text = f"The work list {self.folder} cannot take what was found in {scan.name}; check the disk's space, the connection and "
+            raise _NotWritten(text + "your rights, and segment again: what was found in the others is kept.") from e
         labels = [
             {"value": int(d.value), "name": d.name, "color": list(d.color)} | ({"terminology": d.terminology} if d.terminology else {})
             for d in prediction.label_defs
@@ -662,6 +666,10 @@ class WorkList:
             for empty in self.folder.glob(f"{RESULTS}/*"):
                 if empty.is_dir() and not any(empty.iterdir()):
                     empty.rmdir()
+
+
+class _NotWritten(UserError):
+    """The list's disk takes no result, which is no scan's fault."""
 
 
 class _Nothing(Exception):
