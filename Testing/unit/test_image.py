@@ -314,6 +314,31 @@ def test_a_pixel_size_in_nifti_that_itk_would_take_for_1_mm_is_refused(tmp_path,
 
 
 @pytest.mark.parametrize(
+    ("qform", "sform", "rows", "sentence"),
+    [
+        (0, 1, np.diag([0.7, 0.8, 2.5]), None),
+        (1, 1, np.diag([1.4, 0.8, 2.5]), "0.7 x 0.8 x 2.5 mm by its pixdim and 1.4 x 0.8 x 2.5 mm by its sform"),
+        (0, 4, np.diag([1.4, 0.8, 2.5]), "by its sform; correct its header"),
+        (1, 4, np.diag([1.4, 0.8, 2.5]), None),  # as it lies in a template
+        (0, 1, np.array([[0.7, 0, 0], [0, 0.64, 0], [0, 0.48, 2.5]]), "axes that are not at right angles"),
+    ],
+)
+def test_a_nifti_header_that_contradicts_itself_is_refused(tmp_path, qform, sform, rows, sentence):
+    """ITK takes the pixdim, and others the sform."""
+    path = tmp_path / "a.nii"
+    write_plain(path, compress=False)
+    content = bytearray(path.read_bytes())
+    content[252:256] = struct.pack("<hh", qform, sform)
+    content[280:328] = np.c_[rows, [1, 2, 3]].astype("<f4").tobytes()
+    path.write_bytes(content)
+    if sentence is None:
+        assert np.allclose(read_image(path).spacing, (0.7, 0.8, 2.5))
+        return
+    with pytest.raises(UserError, match=sentence):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"spacing": (0.0, 1.0, 1.0)}, "0 x 1 x 1 mm"),

@@ -600,6 +600,8 @@ def _read_file(path: Path) -> Image:
             _check_frames(path, reader)
             return from_sitk(reader.Execute(), path)
     except (RuntimeError, MemoryError) as e:
+        if "orthonormal" in str(e):
+            raise UserError(f"{path} has axes that are not at right angles (shear); resample it to a regular grid first.") from e
         raise UserError(f"{path} cannot be read as an image ({_reason(e)}); check that it is a complete image file.") from e
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}); check your rights and the disk.") from e
@@ -645,15 +647,32 @@ def _check_complete(path: Path, reader: sitk.ImageFileReader) -> None:
         deflated = head[:2] == b"\x1f\x8b"
         header = zlib.decompressobj(47).decompress(head, 348) if deflated else head[:348]
         order = {b"\x5c\x01\0\0": "<", b"\0\0\x01\x5c": ">"}.get(header[:4])  # NIfTI-1 begins with 348
-        pixdim = np.frombuffer(header, f"{order}f4", 3, 80) if order else np.ones(3)
-        if any(n > 1 and not (math.isfinite(v) and v) for n, v in zip(dims, pixdim)):  # ITK would take it for 1 mm
-            text = " x ".join(f"{v:g}" for v in pixdim)
-            raise UserError(f"{path} has a spacing of {text} mm, which cannot be right; correct the spacing in its header.")
+        if order:
+            _check_nifti(path, dims, header, order)
     else:
         return
     have = _inflated(path, start) if deflated else size - start
     if not complete or have < needed:
         raise UserError(f"{path} is cut short or damaged; copy or export it again.")
+
+
+def _check_nifti(path: Path, dims: Sequence[int], header: bytes, order: str) -> None:
+    """Refuse a NIfTI-1 header whose spacing is none, for which ITK would put 1 mm, or which names two: ITK takes the one, and
+    others the other. order: of the bytes, "<" or ">"."""
+
+    def said(numbers: np.ndarray) -> str:
+        return " x ".join(f"{v:g}" for v in numbers)
+
+    pixdim = np.frombuffer(header, f"{order}f4", 3, 80)
+    if any(n > 1 and not (math.isfinite(v) and v) for n, v in zip(dims, pixdim)):
+        raise UserError(f"{path} has a spacing of {said(pixdim)} mm, which cannot be right; correct the spacing in its header.")
+    qform, sform = np.frombuffer(header, f"{order}i2", 2, 252)
+    steps = np.linalg.norm(np.frombuffer(header, f"{order}f4", 12, 280).reshape(3, 4)[:, :3].astype(float), axis=0)
+    # An sform that leads into a template's space (3, 4) may stretch the image, where a qform says how it lies in the scanner.
+    if (sform in (1, 2) or (sform > 0 and not qform)) and any(
+        n > 1 and not math.isclose(a, abs(b), rel_tol=0.01) for n, a, b in zip(dims, steps, pixdim)
+    ):
+        raise UserError(f"{path} has a spacing of {said(pixdim)} mm by its pixdim and {said(steps)} mm by its sform; correct its header.")
 
 
 _BYTES = {
