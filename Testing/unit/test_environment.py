@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -591,6 +592,25 @@ def test_the_worker_takes_its_packages_from_there(tmp_path):
     variables = environment.OwnEnvironment(tmp_path, "ready").variables
     with WorkerClient(sys.executable, {**os.environ, **variables}) as worker, pytest.raises(UserError, match="this is ours"):
         worker.start()
+
+
+def test_certificates_of_the_system_count_beside_slicers(tmp_path, monkeypatch):
+    """A proxy that looks into what is fetched signs it with a certificate that only Windows knows; Slicer sets SSL_CERT_FILE."""
+    from pip._vendor import certifi
+
+    end = "-----END CERTIFICATE-----\n"
+    first, second = (part.partition("-----BEGIN")[1:] for part in Path(certifi.where()).read_text("utf-8").split(end)[:2])
+    slicers, proxys = tmp_path / "Slicer.crt", tmp_path / "proxy.crt"
+    slicers.write_text("".join(first) + end)
+    proxys.write_text("".join(second) + end)
+    monkeypatch.setattr(ssl.SSLContext, "load_default_certs", lambda self, purpose=None: self.load_verify_locations(proxys))
+    monkeypatch.delenv("PIP_CERT", raising=False)
+    monkeypatch.setenv("SSL_CERT_FILE", str(slicers))
+    environment._certificates.cache_clear()
+    try:
+        assert environment._certificates().cert_store_stats()["x509_ca"] == 2
+    finally:
+        environment._certificates.cache_clear()
 
 
 def test_a_folder_of_any_name_is_understood_and_quoted(tmp_path):

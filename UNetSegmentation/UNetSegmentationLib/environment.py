@@ -650,7 +650,9 @@ def read_index(output: str, requirement: Requirement) -> tuple[str, str] | None:
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE"))
+    context = ssl.create_default_context()  # Windows' own too, which know a hospital's proxy; pip asks them as well
+    if named := os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE"):  # Slicer sets the second, to its own file
+        context.load_verify_locations(named)
     if not context.cert_store_stats()["x509_ca"]:  # Slicer's OpenSSL knows no folder of certificates
         import importlib
 
