@@ -452,7 +452,7 @@ def test_a_drive_that_goes_while_a_case_is_written_leaves_no_part_of_it_in_its_p
             dataset.folder.rename(away)
             dataset.folder.mkdir()
 
-    with pytest.raises(UserError, match="is no longer there; connect its drive or network folder, and add the case again"):
+    with pytest.raises(UserError, match="is no longer there; connect its drive or network folder, and try again"):
         dataset.add(scan(1), outline(), progress=progress)
     assert not list(dataset.folder.iterdir())
     dataset.folder.rmdir()

@@ -747,7 +747,7 @@ class Dataset:
                 record[role] = name
             path = self.folder / name
             if not (self.folder / INDEX).is_file():  # a drive that is gone may leave its empty folder, which would take the image
-                raise UserError(f"The dataset {self.folder} is no longer there; connect its drive or network folder, and add the case again.")
+                raise UserError(f"The dataset {self.folder} is no longer there; connect its drive or network folder, and try again.")
             grid = Image(array, image.spacing, image.origin, image.direction)
             try:  # ITK does not always notice a full disk
                 write_image(grid, path)
