@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from unetseg_training.cases import Case, CaseSet, Mismatch, UnknownLabel, files, fill, find_cases, folds
+from unetseg_training.cases import IGNORE, Case, CaseSet, Mismatch, UnknownLabel, files, fill, find_cases, folds
 from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Box, Image, read_image, write_image
@@ -83,10 +83,17 @@ def test_nnunet_raw(tmp_path):
     (folder / "dataset.json").write_text(json.dumps({**data, "numTraining": 3, "file_ending": ".nii.gz"}))
     found = find_cases(folder)
     assert found.layout == "nnunet" and found.channels == ("FLAIR", "T1") and [d.name for d in found.labels] == ["organ", "tumour"]
-    assert found.values == {3: 1, 7: 2, 9: 0} and [c.name for c in found.annotated] == list(NAMES) and found.cases[-1].split == "test"
+    assert found.values == {3: 1, 7: 2, 9: -1} and [c.name for c in found.annotated] == list(NAMES) and found.cases[-1].split == "test"
     image, mask = found.load(found.cases[1])
     assert np.array_equal(image.array, np.stack([scan(1).array, scan(51).array])) and np.array_equal(mask, outline(1))
     assert not found.load(found.cases[-1])[1].any()
+    put(mask_of(0, (3, 9)), folder / "labelsTr" / "a.nii.gz")
+    for how, has in (({}, {0, 1, IGNORE}), ({"only": ["tumour"]}, {0, IGNORE}), ({"foreground": True}, {0, 1, IGNORE})):
+        chosen = find_cases(folder, **how)
+        assert chosen.ignores and set(np.unique(chosen.load(chosen.cases[0])[1])) == has
+    put(mask_of(0, (3, 8)), folder / "labelsTr" / "a.nii.gz")
+    with pytest.raises(UserError, match=r"holds the unknown label 8 \(known: 3 organ, 7 tumour\)"):
+        found.load(found.cases[0])
     (folder / "imagesTr" / "b_0001.nii.gz").unlink()
     with pytest.raises(UserError, match="Case b: .* has 1 of its 2 channels"):
         find_cases(folder)

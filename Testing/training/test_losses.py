@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 monai_losses = pytest.importorskip("monai.losses")
 
 from torch.nn import functional  # noqa: E402
+from unetseg_training.cases import IGNORE  # noqa: E402
 from unetseg_training.config import Loss  # noqa: E402
 from unetseg_training.losses import cross_entropy, make, median_frequency_weights, overlap_loss  # noqa: E402
 
@@ -58,6 +59,25 @@ def test_a_wrong_rare_class_costs_more_with_weights(sample):
     common = functional.one_hot(torch.where(target == 1, 0, target), 3).movedim(-1, 1).float()
     loss = make(Loss(kind="ce", class_weights=[1.0, 1.0, 20.0]), 3)
     assert loss(8 * rare, target) > 2 * loss(8 * common, target)
+
+
+@pytest.mark.parametrize("kind", ["ce", "dice", "dice_ce", "focal", "tversky", "boundary"])
+def test_what_nobody_has_judged_does_not_count(sample, kind):
+    """The loss of half the slices is that of a patch which holds those alone; what is said of the others changes nothing."""
+    logits, target, _ = sample
+    part = target.clone()
+    part[:, 4:] = IGNORE
+    loss = make(Loss(kind=kind), 3, ignores=True)
+    whole = logits.clone().requires_grad_()
+    value = loss(whole, part)
+    value.backward()
+    assert torch.isfinite(value) and not whole.grad[:, :, 4:].any() and whole.grad[:, :, :4].any()
+    other = torch.cat([logits[:, :, :4], torch.randn(logits[:, :, 4:].shape)], 2)
+    assert torch.equal(loss(other, part), value)
+    if kind != "boundary":  # distances reach from one slice to the next
+        assert torch.allclose(value, make(Loss(kind=kind), 3)(logits[:, :, :4], target[:, :4]), atol=1e-5)
+    assert torch.allclose(loss(logits, target), make(Loss(kind=kind), 3)(logits, target), atol=1e-6)
+    assert torch.isfinite(loss(logits, torch.full_like(target, IGNORE)))
 
 
 def test_deep_supervision_weighs_each_level_half_of_the_finer(sample):

@@ -13,6 +13,7 @@ import SimpleITK as sitk  # noqa: E402
 from scipy import ndimage  # noqa: E402
 from scipy.spatial.distance import cdist  # noqa: E402
 from unetseg_training import metrics  # noqa: E402
+from unetseg_training.cases import IGNORE  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image, read_image  # noqa: E402
 from UNetSegmentationLib.inference.predict import Options  # noqa: E402
@@ -69,6 +70,16 @@ def test_distances_equal_those_of_all_pairs_of_surface_voxels(seed):
     measures = sitk.LabelOverlapMeasuresImageFilter()
     measures.Execute(sitk.GetImageFromArray(a), sitk.GetImageFromArray(b))
     assert row["dice"] == pytest.approx(measures.GetDiceCoefficient())
+
+
+def test_voxels_that_nobody_has_judged_are_left_out():
+    """Of an image whose other half is not judged, all figures are those of the half alone."""
+    truth, found = blob(1), blob(2)
+    p = np.random.default_rng(0).random(truth.shape).astype(np.float32)[None]
+    half = truth.copy()
+    half[7:] = IGNORE
+    row, alone = only(found, half, probability=p), only(found[:7], truth[:7], probability=p[:, :7])
+    assert row.pop("roc") == alone.pop("roc") and row == pytest.approx(alone) and row["auc"] is not None
 
 
 def test_surface_dice_of_a_block_inside_a_larger_one():

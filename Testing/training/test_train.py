@@ -20,9 +20,13 @@ pytest.importorskip("pydantic")
 L = pytest.importorskip("lightning")
 
 from unetseg_training import config as c  # noqa: E402
+from unetseg_training import metrics  # noqa: E402
 from unetseg_training import prepare as p  # noqa: E402
 from unetseg_training import train as t  # noqa: E402
-from unetseg_training.cases import Case, find_cases  # noqa: E402
+from unetseg_training.cases import IGNORE, Case, find_cases  # noqa: E402
+from unetseg_training.check import check  # noqa: E402
+from unetseg_training.report import overlay  # noqa: E402
+from unetseg_training.sampling import Patches  # noqa: E402
 from UNetSegmentationLib import files  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Box, Grid, Image, read_image, reorient, sample, write_image  # noqa: E402
@@ -101,6 +105,44 @@ def test_a_cached_case_is_what_predict_computes(dataset, config, tmp_path):
     assert all((case.labels[tuple(case.places(k).T)] == k).all() and len(case.places(k)) == case.counts[k] for k in (1, 2))
 
 
+def test_the_label_ignore_is_neither_learnt_nor_scored(tmp_path):
+    """nnU-Net's, where only some slices are annotated: unjudged voxels stay so in the cache and in a patch, and no patch is about one."""
+    write_cases(tmp_path, 3)
+    (tmp_path / "images").rename(tmp_path / "imagesTr")
+    (tmp_path / "labels").rename(tmp_path / "labelsTr")
+    for i in range(3):
+        (tmp_path / "imagesTr" / f"case{i}.nii.gz").rename(tmp_path / "imagesTr" / f"case{i}_0000.nii.gz")
+        mask = read_image(file := tmp_path / "labelsTr" / f"case{i}.nii.gz")
+        mask.array[:, ::2] = 3
+        write_image(mask, file)
+    labels = {"background": 0, "one": 1, "two": 2, "ignore": 3}
+    about = {"channel_names": {"0": "MR"}, "labels": labels, "file_ending": ".nii.gz", "numTraining": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    config = configuration(tmp_path, fit={"steps": 2, "epochs": 1}, input={"patch": [16, 16, 16], "spacing": [1, 1, 1.5], "flip_axes": []})
+    cases = find_cases(tmp_path)
+    prepared = p.prepare(cases, config, tmp_path / "cache")
+    assert all(0.4 < (c.labels == IGNORE).mean() < 0.6 and sum(c.counts) == (c.labels != IGNORE).sum() for c in prepared)
+    source = Patches(prepared, config, 1)
+    for step in range(20):
+        case, centre, _ = source.draw(step, 1)
+        assert case.labels[tuple(centre)] != IGNORE
+    assert IGNORE in source.batch(0)[1]
+    result = t.train(config, tmp_path / "run")
+    report = check(cases)
+    assert not report.errors and report.facts[0].voxels == list(prepared[0].counts)
+    held = t.HeldOut(cases, cases.cases[:1], config)
+    scores, truth = held.score(0, result.network), cases.load(cases.cases[0])[1]
+    found = held.examples[0][3]
+    found = np.where(truth == IGNORE, 0, found)
+    assert scores["one"] == pytest.approx(2 * ((found == 1) & (truth == 1)).sum() / ((found == 1).sum() + (truth == 1).sum()))
+    items = [(c.name, *cases.load(c)) for c in cases.cases[:1]]
+    (one, _) = metrics.evaluate(held.package, items, labels=cases.labels, engine=t.LiveEngine(result.network))
+    assert one["dice"] == pytest.approx(scores["one"])
+    overlay(items[0][1], truth, held.examples[0][3])
+    with pytest.raises(UserError, match="A click model learns from what is marked all over"):
+        t.make_job(config.model_copy(update={"model": config.model.model_copy(update={"task": "click"})}), tmp_path / "cache", cases)
+
+
 def test_the_cache_is_used_again_until_something_changes(tmp_path):
     write_cases(tmp_path / "data", 3)
     config, cache = configuration(tmp_path / "data"), tmp_path / "cache"
@@ -171,8 +213,8 @@ def test_what_does_not_fit_is_named_with_its_cure(config):
     image = Image(np.zeros((4, 5, 6), np.float32))
     with pytest.raises(UserError, match=r"Case x: its mask has \(6, 5, 3\) voxels but its image \(6, 5, 4\); export"):
         p.compute(image, np.zeros((3, 5, 6), np.uint8), config, "x")
-    with pytest.raises(UserError, match="Case x: its mask holds the value 255 but the configuration names 2 labels; correct"):
-        p.compute(image, np.full((4, 5, 6), 255, np.uint8), config, "x")
+    with pytest.raises(UserError, match="Case x: its mask holds the value 3 but the configuration names 2 labels; correct"):
+        p.compute(image, np.full((4, 5, 6), 3, np.uint8), config, "x")
     with pytest.raises(UserError, match=r"Case x has 2 channels but the configuration names 1 \(MR\)"):
         p.compute(Image(np.zeros((2, 4, 5, 6), np.float32)), np.zeros((4, 5, 6), np.uint8), config, "x")
     with pytest.raises(UserError, match="Case x has 120 voxels that are NaN"):

@@ -39,6 +39,8 @@ UNNAMED = re.compile(r"label \d+|foreground")
 TOLERANCE = 0.1
 # A picture's mask with more values than these, which nobody has named, has soft edges or is a photograph.
 GREYS = 32
+# What load() gives where nobody has judged (nnU-Net's label "ignore"): neither trained on nor scored.
+IGNORE = 255
 # A map of label values is asked of at most so many files; check() reads all.
 SCANNED = 200
 SPLITS = {"training": "train", "train": "train", "validation": "validation", "val": "validation", "test": "test", "testing": "test"}
@@ -86,7 +88,8 @@ class Case:
 class CaseSet:
     """Cases of one task. labels: values 1, 2, ... in order, as load() gives them; values: what the files hold -> those.
 
-    A value of the files that maps to 0 is known and left out. rest: what a value that values lacks is; None: an error.
+    A value of the files that maps to 0 is known and left out; one that maps to -1 is what load() gives as IGNORE.
+    rest: what a value that values lacks is; None: an error.
     notes: what was assumed, a sentence each.
     """
 
@@ -102,6 +105,10 @@ class CaseSet:
     @property
     def annotated(self) -> tuple[Case, ...]:
         return tuple(c for c in self.cases if c.annotated)
+
+    @property
+    def ignores(self) -> bool:
+        return -1 in self.values.values()
 
     def subset(self, cases: Iterable[Case]) -> CaseSet:
         return replace(self, cases=tuple(cases))
@@ -123,7 +130,8 @@ class CaseSet:
             return image
 
     def load(self, case: Case) -> tuple[Image, np.ndarray]:
-        """(image, label map uint8 (z, y, x) on its grid). UserError names the case and the cure; without a mask all is 0."""
+        """(image, label map uint8 (z, y, x) on its grid: 0, 1, 2, ..., or IGNORE). UserError names the case and the cure; without a
+        mask all is 0."""
         image = self.image(case)
         with _named(case):
             if not case.annotated:
@@ -232,7 +240,7 @@ def find_cases(
         found = _keep_only(found, only)
     if not foreground:
         _check_greys(found)
-        if len(found.labels) > 255:
+        if len(found.labels) >= IGNORE:
             raise UserError(
                 f"The masks hold {len(found.labels)} values, which are instances and not labels; use --foreground to make them one label."
             )
@@ -326,7 +334,7 @@ def _keep_only(cases: CaseSet, only: Sequence[str]) -> CaseSet:
         kept.append(number)
     new = {old: i for i, old in enumerate(kept, 1)}
     labels = tuple(replace(cases.labels[old - 1], value=i) for old, i in new.items())
-    return replace(cases, labels=labels, values={v: new.get(k, 0) for v, k in cases.values.items()})
+    return replace(cases, labels=labels, values={v: new.get(k, min(k, 0)) for v, k in cases.values.items()})
 
 
 def _patients(cases: list[Case], notes: list[str]) -> list[Case]:
@@ -533,7 +541,7 @@ def _read_map(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
     if cases.rest is not None:
         known.update(dict.fromkeys(bad, cases.rest))
     elif bad:
-        listing = ", ".join(f"{v} {cases.labels[k - 1].name}" for v, k in cases.values.items() if k)
+        listing = ", ".join(f"{v} {cases.labels[k - 1].name}" for v, k in cases.values.items() if k > 0)
         raise UnknownLabel(
             f"its mask {case.label.name} holds the unknown label {bad[0]} (known: {listing}); correct the mask or name the label."
         )
@@ -542,7 +550,7 @@ def _read_map(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
     out = np.zeros(array.shape, np.uint8)
     for value in there:
         if known[value]:
-            out[array == value] = known[value]
+            out[array == value] = known[value] if known[value] > 0 else IGNORE
     return out
 
 
@@ -762,17 +770,19 @@ def _find_nnunet(path: Path) -> CaseSet | None:
     notes: list[str] = []
     channels = tuple(str(v) for _, v in sorted(data["channel_names"].items(), key=lambda item: int(item[0])))
     names: dict[int, str] = {}
+    ignored: list[int] = []
     for name, value in data["labels"].items():
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         if name == "ignore":
-            notes.append("Voxels with the label ignore are taken as background.")
+            ignored.append(int(value))
+            notes.append("Voxels with the label ignore are neither trained on nor scored.")
         elif isinstance(value, list):
             notes.append(f"The region {name} is of several values; each value is a label of its own.")
             names |= {int(v): names.get(int(v), f"label {v}") for v in value if int(v)}
         elif int(value):
             names[int(value)] = name
     labels, values = _numbered(names)
-    values |= {int(v): 0 for name, v in data["labels"].items() if name == "ignore" and not isinstance(v, list)}
+    values |= dict.fromkeys(ignored, -1)
     cases: list[Case] = []
     ending = str(data.get("file_ending", ".nii.gz"))
     if isinstance(data.get("dataset"), dict):

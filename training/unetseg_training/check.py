@@ -18,7 +18,7 @@ from UNetSegmentationLib.files import UserError, atomic_path
 from UNetSegmentationLib.image import Box
 from UNetSegmentationLib.postprocess import components, voxel_counts
 
-from .cases import Case, CaseSet, Mismatch, UnknownLabel, find_cases
+from .cases import IGNORE, Case, CaseSet, Mismatch, UnknownLabel, find_cases
 
 LEVELS = ("error", "warning", "note")
 # Robust deviations (1.4826 MAD) from the cases' median beyond which a number is odd; for fewer cases nothing is said.
@@ -181,6 +181,7 @@ def _tile(axes: Any, case_set: CaseSet, case: Case) -> None:
         image = case_set.image(case)
         try:
             mask = case_set.load(case)[1]
+            mask[mask == IGNORE] = 0
         except UserError:
             mask = np.zeros(image.shape, np.uint8)
     except UserError:
@@ -239,7 +240,8 @@ def _facts(case_set: CaseSet, case: Case, findings: list[Finding]) -> Facts:
                     case.name, "constant", "error", f"the image ({name}) is {channel.flat[0]:g} everywhere", "export it again or remove it"
                 )
             )
-    voxels = [int(n) for n in voxel_counts(mask, len(case_set.labels) + 1)]
+    counts = voxel_counts(mask, IGNORE + 1)
+    voxels = [int(n) for n in counts[: len(case_set.labels) + 1]]
     for label in case_set.labels:
         inside = mask == label.value if voxels[label.value] else None
         if inside is None:
@@ -250,7 +252,7 @@ def _facts(case_set: CaseSet, case: Case, findings: list[Finding]) -> Facts:
         assert box
         sizes = components(inside[box.slices], corners=True)[1][1:]
         specks = int((sizes <= SPECK).sum())
-        if specks and sizes.max() > 10 * SPECK:
+        if specks and sizes.max() > 10 * SPECK and not counts[IGNORE]:  # what is judged in part only may end anywhere
             text = f"{label.name} has {specks} islet{'s' * (specks > 1)} of at most {SPECK} voxels beside its main part"
             findings.append(Finding(case.name, "leftover", "warning", text, "erase what is left over, if it is not meant"))
     if case.annotated and not any(voxels[1:]):

@@ -282,7 +282,7 @@ def replay_set(base: CaseSet, labels: Sequence[str], channels: Sequence[str]) ->
             f"The base's cases have the channels {', '.join(base.channels)} and this training {', '.join(channels)}; "
             "go without replay and freeze the encoder."
         )
-    values = {value: numbers.index(number) + 1 if number in numbers else 0 for value, number in base.values.items()}
+    values = {value: numbers.index(number) + 1 if number in numbers else min(number, 0) for value, number in base.values.items()}
     known = {label.value: label for label in base.labels}
     return replace(base, labels=tuple(replace(known[n], value=i) for i, n in enumerate(numbers, 1)), values=values)
 

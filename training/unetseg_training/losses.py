@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from UNetSegmentationLib.networks.unet import deep_supervision_targets
 
+from .cases import IGNORE
 from .config import Loss
 
 LossOf = Callable[[Tensor, Tensor], Tensor]
@@ -60,8 +61,9 @@ def cross_entropy(logits: Tensor, truth: Tensor, weights: Tensor | None = None) 
     return -(log_p * truth).sum(1).mean()
 
 
-def make(settings: Loss, classes: int, counts: Sequence[Sequence[int]] = ()) -> LossOf:
+def make(settings: Loss, classes: int, counts: Sequence[Sequence[int]] = (), ignores: bool = False) -> LossOf:
     """The loss of a configuration. counts: voxels of each class in each training case, for median-frequency weights.
+    ignores: whether the classes may be IGNORE, of voxels that do not count.
 
     It takes the network's output, a list of them with deep supervision: level i then counts 1 / 2^i (Isensee et al. 2021).
     """
@@ -77,9 +79,18 @@ def make(settings: Loss, classes: int, counts: Sequence[Sequence[int]] = ()) -> 
         distance = HausdorffDTLoss(include_background=False, softmax=True)
 
     def one(logits: Tensor, target: Tensor) -> Tensor:
+        share: Tensor | float = 1.0
+        if ignores:
+            # As if these were background, and the network certain of it: no loss, no gradient, no part of an overlap.
+            known = target != IGNORE
+            certain = 100.0 * (torch.arange(classes, device=logits.device) == 0).reshape(1, -1, *(1,) * (logits.ndim - 2))
+            logits, target = torch.where(known[:, None], logits, certain), torch.where(known, target, 0)
+            # Means are over all voxels; of those that count, over all devices, is this part.
+            part = _summed(torch.stack([known.float().mean(), torch.ones((), device=logits.device)]))
+            share = (part[0] / part[1]).clamp(min=1e-6)
         truth = functional.one_hot(target, classes).movedim(-1, 1).to(logits.dtype)
         if settings.kind == "ce":
-            return cross_entropy(logits, truth, weights)
+            return cross_entropy(logits, truth, weights) / share
         if settings.kind == "dice":
             return overlap_loss(logits, truth)
         if settings.kind == "tversky":
@@ -88,8 +99,8 @@ def make(settings: Loss, classes: int, counts: Sequence[Sequence[int]] = ()) -> 
             value = focal(logits, truth)
             if weights is not None:
                 value = value * weights.to(value.device).reshape(1, -1, *(1,) * (value.ndim - 2))
-            return value.sum(1).mean()
-        both = cross_entropy(logits, truth, weights) + overlap_loss(logits, truth)
+            return value.sum(1).mean() / share
+        both = cross_entropy(logits, truth, weights) / share + overlap_loss(logits, truth)
         if settings.kind == "boundary":
             return both + settings.boundary_weight * distance(logits, truth)
         return both

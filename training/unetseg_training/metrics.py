@@ -17,7 +17,8 @@ own spacing. What each figure means, and what it is where a mask is empty:
     dice_3_clicks        of a click model, whose others are after one click   -            0
 
 None counts in no mean; how often a class was missed, or found where there is none, stands beside the means, so that no
-mean gets better by it. Specificity and AUC depend on how much background the image shows: compare them on the same images.
+mean gets better by it. Voxels whose truth is cases.IGNORE are left out of everything.
+Specificity and AUC depend on how much background the image shows: compare them on the same images.
 A picture of one slice is measured in its plane.
 """
 
@@ -26,6 +27,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +47,8 @@ from UNetSegmentationLib.files import UserError, atomic_path
 from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.predict import Options, Prediction, predict
 from UNetSegmentationLib.model import Label, ModelPackage
+
+from .cases import IGNORE
 
 SEED = 20261122
 DRAWS = 2000
@@ -95,16 +99,19 @@ def score(
     if not 0 <= tolerance_mm < math.inf:
         raise UserError(f"The tolerance of the surface Dice must be a length in mm, not {tolerance_mm:g}.")
     out = {}
+    judged = (truth != IGNORE) | any(label.value == IGNORE for label in labels)
+    total = int(np.count_nonzero(judged))
     for i, label in enumerate(labels):
-        found, true = prediction == label.value, truth == label.value
-        row = _overlap(found, true, math.prod(spacing) / 1000)
+        found, true = (prediction == label.value) & judged, truth == label.value
+        row = _overlap(found, true, total, math.prod(spacing) / 1000)
         row |= _surfaces(found, true, spacing, tolerance_mm) if surfaces else {}
-        row["auc"], row["roc"] = _roc(probability[i], true) if probability is not None else (None, None)
+        row["auc"], row["roc"] = _roc(probability[i], true, judged) if probability is not None else (None, None)
         out[label.name] = row
     return out
 
 
-def _overlap(found: np.ndarray, true: np.ndarray, voxel_ml: float) -> Row:
+def _overlap(found: np.ndarray, true: np.ndarray, total: int, voxel_ml: float) -> Row:
+    """total: voxels of the image that are judged."""
     box = Box.around(found | true)
     n_found, n_true = int(np.count_nonzero(found)), int(np.count_nonzero(true))
     state = {(True, True): "found", (False, True): "missed", (True, False): "false", (False, False): "absent"}[n_found > 0, n_true > 0]
@@ -115,13 +122,13 @@ def _overlap(found: np.ndarray, true: np.ndarray, voxel_ml: float) -> Row:
         return row | {"dice": 1.0, "sensitivity": None, "specificity": 1.0, "precision": None}
     pair = [torch.from_numpy(m[box.slices].astype(np.uint8))[None, None] for m in (found, true)]
     counts = get_confusion_matrix(pair[0], pair[1]).double()  # tp, fp, tn, fn inside the box
-    counts[..., 2] += found.size - math.prod(box.shape)
+    counts[..., 2] += total - math.prod(box.shape)
 
     def rate(name: str, of: int) -> float | None:
         return float(compute_confusion_matrix_metric(name, counts)) if of else None
 
     row["dice"] = float(compute_dice(pair[0], pair[1], ignore_empty=False))
-    row["sensitivity"], row["specificity"] = rate("sensitivity", n_true), rate("specificity", found.size - n_true)
+    row["sensitivity"], row["specificity"] = rate("sensitivity", n_true), rate("specificity", total - n_true)
     return row | {"precision": rate("precision", n_found)}
 
 
@@ -137,15 +144,19 @@ def _surfaces(found: np.ndarray, true: np.ndarray, spacing: Sequence[float], tol
     pair = [torch.from_numpy(np.ascontiguousarray(m[box.slices].squeeze(tuple(thin))))[None, None].float() for m in (found, true)]
     mm = [s for a, s in enumerate(mm) if a not in thin]
     how: dict[str, Any] = {"include_background": True, "spacing": mm}
-    return {
-        "hausdorff_mm": float(compute_hausdorff_distance(*pair, **how)),
-        "hausdorff95_mm": float(compute_hausdorff_distance(*pair, percentile=95, **how)),
-        "surface_dice": float(compute_surface_dice(*pair, [tolerance_mm], use_subvoxels=True, **how)),
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of what it does itself
+        return {
+            "hausdorff_mm": float(compute_hausdorff_distance(*pair, **how)),
+            "hausdorff95_mm": float(compute_hausdorff_distance(*pair, percentile=95, **how)),
+            "surface_dice": float(compute_surface_dice(*pair, [tolerance_mm], use_subvoxels=True, **how)),
+        }
 
 
-def _roc(probability: np.ndarray, true: np.ndarray) -> tuple[float | None, list[float] | None]:
+def _roc(probability: np.ndarray, true: np.ndarray, judged: np.ndarray) -> tuple[float | None, list[float] | None]:
     """The area under the curve, and the true positive rate at each of FPR."""
+    if not judged.all():
+        probability, true = probability[judged], true[judged]
     if true.all() or not true.any() or true.size > ROC_VOXELS:
         return None, None
     p = torch.from_numpy(np.clip(probability, 0, 1).ravel())
@@ -196,7 +207,11 @@ def evaluate(
         how = Options(**{**vars(options), "probabilities": wanted or options.probabilities})
         try:
             prediction = predict(item.image, [package], how, engines=[engine] if engine else None)
-            truth = item.truth if values is None else values[np.minimum(item.truth, len(values) - 1)]
+            truth = item.truth
+            if values is not None:
+                truth = values[np.minimum(item.truth, len(values) - 1)]
+                if len(values) <= IGNORE + 1:
+                    truth[item.truth == IGNORE] = IGNORE
             probability = prediction.probabilities.channels[-len(card.labels) :] if wanted and prediction.probabilities else None
             figures = score(prediction.labels.array, truth, item.image.spacing, card.labels, probability, tolerance_mm, surfaces)
         except UserError as e:

@@ -25,6 +25,7 @@ from UNetSegmentationLib.intensity import check_finite
 from UNetSegmentationLib.model import SLICE_AXIS
 
 from . import config as config_file
+from .cases import IGNORE
 from .config import Config, Fit
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         check_finite(image.channels, f"Case {case.name}")
         canonical, orientation = reorient(image)
         truth = orientation.canonical(mask)
+        judged = truth != IGNORE
         out.shapes.append(canonical.shape)
         out.spacings.append(tuple(float(s) for s in canonical.spacing[::-1]))  # type: ignore[arg-type]
         out.counts.append(np.bincount(truth.ravel(), minlength=n + 1)[: n + 1].tolist())
@@ -137,9 +139,9 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         if in_lung:
             from .clicks import share_in_lung
 
-            inside_lung, count = share_in_lung(canonical, truth)
+            inside_lung, count = share_in_lung(canonical, truth * judged)
             out.in_lung = tuple(np.add(out.in_lung or (0, 0), (inside_lung, count)).tolist())
-        label = values[truth > 0].ravel()
+        label = values[(truth > 0) & judged].ravel()
         if len(label):
             inside.append(rng.choice(label, min(len(label), 20000), replace=False).astype(np.float64))
         thin = values.ravel()[:: max(1, values.size // 200000)]

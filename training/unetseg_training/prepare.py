@@ -26,7 +26,7 @@ from UNetSegmentationLib.image import Box, Grid, Image, reorient, sample
 from UNetSegmentationLib.intensity import check_finite, normaliser
 from UNetSegmentationLib.model import SLICE_AXIS
 
-from .cases import files
+from .cases import IGNORE, files
 from .config import Config
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _TYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I32": np.int32}
 class Prepared:
     """A cached case; its arrays are mapped from the file when used, in whatever process that is, and stay valid while held.
 
-    values (c, a, b, c) float16, normalised but not clipped; labels (a, b, c) uint8; spacing: mm along the array's axes;
+    values (c, a, b, c) float16, normalised but not clipped; labels (a, b, c) uint8, or IGNORE; spacing: mm along the array's axes;
     low, high (c,): the window's ends in normalised units; counts: voxels of each class (0: background). Of a click model, and
     of a single label, also shares (a, b, c) uint8: of each voxel the part that is labelled, 255 for all of it.
     """
@@ -129,7 +129,7 @@ def key(config: Config, digest: str) -> str:
 
 
 def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a cached file. image: as read; mask (z, y, x): label values 1..n on the image's grid."""
+    """The arrays of a cached file. image: as read; mask (z, y, x): label values 1..n, or IGNORE, on the image's grid."""
     if mask.shape != image.shape:
         raise UserError(
             f"Case {name}: its mask has {mask.shape[::-1]} voxels but its image {image.shape[::-1]}; "
@@ -142,7 +142,7 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
         )
     check_finite(image.channels, f"Case {name}")
     n = len(config.labels)
-    if (top := int(mask.max(initial=0))) > n:
+    if (top := int(mask.max(initial=0, where=mask != IGNORE))) > n:
         raise UserError(
             f"Case {name}: its mask holds the value {top} but the configuration names {n} label{'s' * (n != 1)}; "
             "correct the mask, or plan again with that label."
@@ -177,7 +177,8 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
         "counts": np.array([np.count_nonzero(labels == k) for k in range(n + 1)], np.int32),
     }
     if _has_shares(config):
-        out["shares"] = np.rint(255 * np.clip(sample((truth > 0)[None].astype(np.float32), grid, whole)[0], 0, 1)).astype(np.uint8)
+        marked = ((truth > 0) & (truth != IGNORE))[None].astype(np.float32)
+        out["shares"] = np.rint(255 * np.clip(sample(marked, grid, whole)[0], 0, 1)).astype(np.uint8)
     rng = np.random.default_rng(0)
     for k in range(1, n + 1):
         spots = np.flatnonzero(labels == k)

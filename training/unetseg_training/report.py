@@ -24,6 +24,7 @@ from UNetSegmentationLib.image import IDENTITY, Box, Image, reorient
 from UNetSegmentationLib.picture import AXIAL, GROUND, INK, PLANES
 
 from . import live
+from .cases import IGNORE
 
 if TYPE_CHECKING:
     from UNetSegmentationLib.inference.predict import Prediction
@@ -75,20 +76,22 @@ def overlay(
     """A PNG of about 1400 x 400 pixels: axial, coronal and sagittal through the structure, and the slice where truth and
     prediction differ most; truth outlined in green, prediction in magenta.
 
-    truth, prediction: label maps (z, y, x) on the image's grid. Radiological convention, letters on the edges; scale in mm.
-    A picture of one slice gets one panel.
+    truth, prediction: label maps (z, y, x) on the image's grid, the truth IGNORE where nobody has judged. Radiological
+    convention, letters on the edges; scale in mm. A picture of one slice gets one panel.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     canonical, orientation = reorient(image)
     maps = [orientation.canonical(m) for m in (truth, prediction)]
+    judged = maps[0] != IGNORE
+    maps[0] = maps[0] * judged
     planes = [p for p in PLANES if canonical.shape[p.axis] == 1][:1] or list(PLANES)
     placed = image.shape[0] > 1 or image.origin != (0.0, 0.0, 0.0) or tuple(image.direction) != IDENTITY
     at = _target(maps, canonical.spacing[::-1])
     shots: list[tuple[Any, tuple[int, ...], str]] = [(p, at, p.name if placed else "") for p in planes]
     if len(planes) == 3:
-        shots.append(_worst_shot(maps[0] != maps[1], at))
+        shots.append(_worst_shot((maps[0] != maps[1]) & judged, at))
     width = 3.5 * len(shots) if len(shots) > 1 else 5.0
     height = width / len(shots) + 0.32
     figure = Figure((width, height), dpi=100, facecolor=GROUND)

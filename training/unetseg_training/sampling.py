@@ -14,6 +14,7 @@ from torch import Tensor
 from UNetSegmentationLib.image import Box
 
 from . import transforms
+from .cases import IGNORE
 from .config import Config
 from .prepare import Prepared
 from .transforms import IMAGE, LABEL
@@ -106,7 +107,10 @@ class Patches:
             centre = np.clip(places[rng.integers(len(places))] + near, 0, np.array(case.shape) - 1)
         else:
             case = self.pools[pool][rng.integers(len(self.pools[pool]))]
-            centre = np.array([rng.integers(n) for n in case.shape])
+            for _ in range(100):  # where nobody has judged there is nothing to learn
+                centre = np.array([rng.integers(n) for n in case.shape])
+                if case.labels[tuple(centre)] != IGNORE:
+                    break
         return case, centre, rng
 
     def sample(self, step: int, number: int) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@ from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.model import Card, ModelPackage
 from UNetSegmentationLib.networks import UNet, UNetConfig, build
 
+from .cases import IGNORE
 from .config import Config, Fit
 from .prepare import Prepared, prepare
 
@@ -129,7 +130,7 @@ class HeldOut:
             self.examples.append((case.name, image.channels[0], truth, found.astype(np.uint8), image.spacing))
         out = {}
         for value, label in enumerate(self.config.labels, 1):
-            a, b = found == value, truth == value
+            a, b = (found == value) & (truth != IGNORE), truth == value
             total = int(a.sum()) + int(b.sum())
             out[label.name] = 2 * int((a & b).sum()) / total if total else math.nan
         return out
@@ -222,6 +223,12 @@ def make_job(
     if clicked and replay:
         raise UserError("A click model is trained without its base's cases; leave --replay out, or add them to the dataset.")
     case_set = case_set or find(config)
+    ignores = case_set.ignores or bool(replay and replay[0].ignores)
+    if clicked and ignores:
+        raise UserError(
+            f"A click model learns from what is marked all over, and {config.data.path} has the label ignore; complete its masks, or train "
+            "an automatic model."
+        )
     _check_labels(config, case_set)
     train, check = held_out(case_set.annotated, config, fold)
     base = replay[0].annotated if replay else ()
@@ -261,7 +268,7 @@ def make_job(
         load()
         if clicked:
             return clicks.loss
-        return losses.make(config.loss, len(config.labels) + 1, [c.counts for c in kept["train"]])
+        return losses.make(config.loss, len(config.labels) + 1, [c.counts for c in kept["train"]], ignores)
 
     record = {
         "config": config.model_dump(mode="json"),
