@@ -94,6 +94,18 @@ def test_nnunet_raw(tmp_path):
     put(mask_of(0, (3, 8)), folder / "labelsTr" / "a.nii.gz")
     with pytest.raises(UserError, match=r"holds the unknown label 8 \(known: 3 organ, 7 tumour\)"):
         found.load(found.cases[0])
+    (folder / "imagesTr" / "a.json").write_text('{"spacing": [2, 1, 1]}')
+    assert any("The spacing in a.json and its like is not read" in n for n in find_cases(folder).notes)
+    for wrong, said in (
+        ({"labels": {"0": "background", "1": "organ"}}, "is not as nnU-Net asks .*; write"),
+        ({"channel_names": ["FLAIR", "T1"]}, "is not as nnU-Net asks .*; write"),
+        ({"labels": {"background": 0}}, "names no label but the background"),
+        ({"file_ending": ".nrrd"}, r'holds no \*_0000.nrrd; add the images, or correct "file_ending"'),
+    ):
+        (folder / "dataset.json").write_text(json.dumps({**data, "file_ending": ".nii.gz", **wrong}))
+        with pytest.raises(UserError, match=said):
+            find_cases(folder)
+    (folder / "dataset.json").write_text(json.dumps({**data, "file_ending": ".nii.gz"}))
     (folder / "imagesTr" / "b_0001.nii.gz").unlink()
     with pytest.raises(UserError, match="Case b: .* has 1 of its 2 channels"):
         find_cases(folder)
@@ -155,6 +167,13 @@ def test_monai_datalist(tmp_path):
             ("p", "train"),
             ("p", "validation"),
         ]
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{**item, "fold": i % 2} for i, item in enumerate(items)]}))
+    assert any("folds in list.json are not taken over" in n for n in find_cases(tmp_path).notes)
+    (tmp_path / "all.json").write_text(json.dumps({"training": items}))
+    with pytest.raises(UserError, match=r"holds 2 lists of cases \(all.json, list.json\); give the file of one"):
+        find_cases(tmp_path)
+    assert len(find_cases(tmp_path / "all.json").cases) == 3
+    (tmp_path / "all.json").unlink()
     (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a/image.nii.gz", "label": "gone.nii.gz"}]}))
     with pytest.raises(UserError, match="gone.nii.gz, which does not exist"):
         find_cases(tmp_path)
@@ -172,6 +191,14 @@ def test_bids(tmp_path):
     assert [c.patient for c in found.cases] == ["sub-01", "sub-02", "sub-03"]
     image, mask = found.load(found.cases[2])
     assert image.n_channels == 2 and np.array_equal(mask, outline(2))
+    for name in ("01", "02", "03"):  # lies on another grid, and is not what the masks are of
+        put(Image(np.zeros((3, 4, 5), np.float32)), tmp_path / f"sub-{name}" / "func" / f"sub-{name}_task-rest_bold.nii.gz")
+    assert find_cases(tmp_path).channels == ("FLAIR", "T1w") and any("chosen with --channel" in n for n in found.notes)
+    one = find_cases(tmp_path, channels=["t1w"])
+    assert one.channels == ("T1w",) and np.array_equal(one.load(one.cases[2])[0].array, scan(2).array)
+    assert find_cases(tmp_path, channels=["T1w", "FLAIR"]).cases[0].images == found.cases[0].images[::-1]
+    with pytest.raises(UserError, match="There is no channel T2w; the cases have FLAIR, T1w"):
+        find_cases(tmp_path, channels=["T2w"])
 
 
 def test_bids_takes_the_run_that_was_annotated(tmp_path):
@@ -461,6 +488,21 @@ def test_pictures_with_masks_of_0_and_255(tmp_path, suffix):
     sitk.WriteImage(sitk.GetImageFromArray(colour, isVector=True), str(tmp_path / "images" / f"grey{suffix}"))
     found = find_cases(tmp_path)
     assert found.channels == ("red", "green", "blue") and found.load(found.cases[0])[0].array.shape == (3, 1, 20, 30)
+
+
+def test_a_mask_with_a_palette_holds_the_palettes_numbers(tmp_path):
+    """As PASCAL VOC's, whose colours are for the eye; SimpleITK reads the colours."""
+    Picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    array = np.arange(12 * 10).reshape(12, 10).astype(np.uint8) % 3
+    for name in NAMES:
+        for part in ("images", "masks"):
+            (tmp_path / part).mkdir(exist_ok=True)
+        Picture.fromarray(array * 100).save(tmp_path / "images" / f"{name}.png")
+        mask = Picture.frombytes("P", (10, 12), array.tobytes())
+        mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    found = find_cases(tmp_path)
+    assert found.values == {1: 1, 2: 2} and np.array_equal(found.load(found.cases[0])[1][0], array)
 
 
 def test_masks_of_0_and_1_beside_masks_of_0_and_255_are_of_one_label(tmp_path):

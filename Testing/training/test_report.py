@@ -226,3 +226,12 @@ def test_the_worst_cases_are_kept_and_no_others(tmp_path, make_package):
     listed = json.loads((tmp_path / "pictures" / "worst.json").read_text("utf-8"))
     assert [w["case"] for w in listed] == ["case/2", "case/4"]
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["worst-case_2.png", "worst-case_4.png", "worst.json"]
+
+
+def test_letters_of_any_script_are_drawn_with_a_font_that_has_them(recwarn):
+    """Of those installed: DejaVu Sans, which Matplotlib brings, has no circled letters and no Chinese ones; its STIX has the former."""
+    assert report.fonts("Fall 3, größer\n") == ["DejaVu Sans"]
+    assert len(report.fonts("Ⓐ 1")) == 2 and not any(name.startswith("Last Resort") for name in report.fonts("案例Ⓐ"))
+    image, mask = Image(np.zeros((6, 8, 8), np.float32)), np.zeros((6, 8, 8), np.uint8)
+    report.overlay(image, mask, mask, title="Ⓐ")
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]

@@ -67,6 +67,23 @@ def test_plan_writes_a_configuration_that_fit_takes(command, dataset, tmp_path):
     assert code == 2 and "holds a plan already" in err and err.count("\n") == 1
 
 
+def test_a_channel_can_be_chosen(command, tmp_path):
+    data = tmp_path / "data"
+    write_cases(data, 2, 1)
+    for file in list((data / "images").iterdir()):
+        for i in range(2):
+            shutil.copy(file, file.with_name(file.name.replace(".nii.gz", f"_000{i}.nii.gz")))
+        file.unlink()
+    chosen = ("--channel", "channel 1")
+    code, out, err = command("check", data, *chosen)
+    assert code == 0 and "channels channel 1\n" in out, err
+    code, _, err = command("plan", data, "-o", tmp_path / "run", "--quick", *chosen)
+    assert code == 0, err
+    config = c.read(tmp_path / "run")
+    assert config.channels == config.data.channels == ["channel 1"]
+    assert [p.name for p in find(config).cases[0].images] == ["case0_0001.nii.gz"]
+
+
 def test_from_a_configuration_to_a_report(command, run):
     code, out, err = command("fit", run, "--fold", "all", "--quiet")
     assert code == 0, err

@@ -207,11 +207,12 @@ def find_cases(
     patient: str | None = None,
     only: Sequence[str] = (),
     foreground: bool = False,
+    channels: Sequence[str] = (),
 ) -> CaseSet:
     """The cases of a folder (or of a datalist's or dataset.json's file) in whatever layout it has.
 
     patient: a pattern whose first group, found in a case's name, is its patient. only: names of the labels to keep.
-    foreground: all labels become one. Raises UserError where nothing fits.
+    foreground: all labels become one. channels: names of those to read, in this order. Raises UserError where nothing fits.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -230,12 +231,16 @@ def find_cases(
             else "(images/ with labels/, nnU-Net, MSD, MONAI, BIDS, LUNA16, LIDC, DICOM with RTSTRUCT or SEG)"
         )
         raise UserError(f"{path} holds no annotated cases {what}; give the folder that holds both the images and their masks.")
+    if not found.labels:
+        raise UserError(f"{path} names no label but the background; name those that the masks hold.")
     _distinct((label.name for label in found.labels), path)
     twice = [name for name, n in Counter(c.name for c in found.cases).items() if n > 1]
     if twice:
         raise UserError(f"{path} has two cases named {twice[0]}; rename one of them.")
     if patient is not None:
         found = found.subset(replace(c, patient=_group(patient, c.name)) for c in found.cases)
+    if channels:
+        found = _keep_channels(found, channels)
     if only:
         found = _keep_only(found, only)
     if not foreground:
@@ -337,6 +342,18 @@ def _keep_only(cases: CaseSet, only: Sequence[str]) -> CaseSet:
     return replace(cases, labels=labels, values={v: new.get(k, min(k, 0)) for v, k in cases.values.items()})
 
 
+def _keep_channels(cases: CaseSet, channels: Sequence[str]) -> CaseSet:
+    known = {_plain(name): i for i, name in enumerate(cases.channels)}
+    if missing := [name for name in channels if _plain(name) not in known]:
+        raise UserError(f"There is no channel {missing[0]}; the cases have {', '.join(cases.channels)}.")
+    at = [known[_plain(name)] for name in channels]
+    together = next((c for c in cases.cases if len(c.images) != len(cases.channels)), None)
+    if together and at != list(range(len(cases.channels))):
+        raise UserError(f"Case {together.name} holds its channels in one file, of which none can be left out; save them in a file each.")
+    kept = cases.cases if together else tuple(replace(c, images=tuple(c.images[i] for i in at)) for c in cases.cases)
+    return replace(cases, cases=kept, channels=tuple(cases.channels[i] for i in at))
+
+
 def _patients(cases: list[Case], notes: list[str]) -> list[Case]:
     """Patients by the known patterns of names, and by left and right of one person."""
     names = {c.name for c in cases}
@@ -418,6 +435,8 @@ def _mask_map(path: Path) -> Image:
         channels = channels[:-1]
     if len(channels) == 3 and all(np.array_equal(channels[0], c) for c in channels[1:]):
         channels = channels[:1]
+    if len(channels) == 3 and picture and (numbers := _palette_numbers(path)) is not None:
+        channels = numbers[None, None]
     if len(channels) == 3 and picture:
         raise UserError(f"{path} is a coloured picture; save its mask as one grey channel, a value for each label.")
     if len(channels) > 1:
@@ -433,6 +452,14 @@ def _mask_map(path: Path) -> Image:
     if array.min(initial=0) < 0:
         raise UserError(f"{path} holds the negative value {array.min()}; it is no label map (an image?). Give the masks.")
     return mask.like(array)
+
+
+def _palette_numbers(path: Path) -> np.ndarray | None:
+    """The numbers (y, x) of a picture with a palette, as PASCAL VOC's and many labelling tools' masks: the colours are for the eye."""
+    from PIL import Image as Picture
+
+    with Picture.open(path) as picture:
+        return np.array(picture) if picture.mode == "P" else None
 
 
 def _found_values(path: Path) -> Image:
@@ -767,6 +794,16 @@ def _find_nnunet(path: Path) -> CaseSet | None:
     data = _read_json(folder / INDEX) if (folder / INDEX).is_file() else None
     if not data or "channel_names" not in data or not isinstance(data.get("labels"), dict):
         return None
+    try:
+        return _nnunet(folder, data)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"{folder / INDEX} is not as nnU-Net asks ({e}); "
+            'write "channel_names": {"0": "CT"} and "labels": {"background": 0, "organ": 1}.'
+        ) from e
+
+
+def _nnunet(folder: Path, data: dict[str, Any]) -> CaseSet:
     notes: list[str] = []
     channels = tuple(str(v) for _, v in sorted(data["channel_names"].items(), key=lambda item: int(item[0])))
     names: dict[int, str] = {}
@@ -799,6 +836,12 @@ def _find_nnunet(path: Path) -> CaseSet | None:
                 if not mask.is_file() and part == "Tr":
                     raise UserError(f"Case {name}: {mask} is missing; add its mask or remove the case.")
                 cases.append(Case(name, name, files, mask if mask.is_file() else None, split=split))
+    if not cases:
+        raise UserError(f'{folder / "imagesTr"} holds no *_0000{ending}; add the images, or correct "file_ending" in {INDEX}.')
+    if (beside := cases[0].images[0].parent / f"{cases[0].name}.json").is_file():
+        notes.append(
+            f"The spacing in {beside.name} and its like is not read, a voxel counts as 1 mm; for sizes in mm convert to NIfTI or MHA."
+        )
     return CaseSet(tuple(_patients(cases, notes)), labels, channels, "", values, tuple(notes))
 
 
@@ -855,17 +898,22 @@ def _key(parts: list[tuple[str, str]], split: str) -> str:
 
 def _find_monai(path: Path) -> CaseSet | None:
     if path.is_file():
-        lists = [path] if path.suffix == ".json" else []
+        files = [path] if path.suffix == ".json" else []
     else:
-        lists = sorted(path.glob("[!.]*.json"))
-    for file in lists:
+        files = sorted(path.glob("[!.]*.json"))
+    lists = []
+    for file in files:
         data = _read_json(file)
-        if not data or not any(isinstance(data.get(key), list) and data[key] for key in SPLITS):
-            continue
+        if data and any(isinstance(data.get(key), list) and data[key] for key in SPLITS):
+            cases = _datalist(file.parent, data)
+            if any(c.annotated for c in cases):
+                lists.append((file, data, cases))
+    if len(lists) > 1:
+        raise UserError(f"{path} holds {len(lists)} lists of cases ({', '.join(file.name for file, _, _ in lists)}); give the file of one.")
+    for file, data, cases in lists:
         notes: list[str] = []
-        cases = _datalist(file.parent, data)
-        if not any(c.annotated for c in cases):
-            continue
+        if any("fold" in item for key in SPLITS for item in data.get(key) or () if isinstance(item, dict)):
+            notes.append(f"The folds in {file.name} are not taken over: patients are dealt into folds anew (data.folds, data.fold_seed).")
         named = {c.name: c.patient for c in cases}
         cases = [c if named[c.name] != c.name else p for c, p in zip(cases, _patients(cases, notes))]
         masks = [c.label for c in cases if c.label]
@@ -953,23 +1001,29 @@ def _find_bids(path: Path) -> CaseSet | None:
     usable = [key for key in images if masks[key]]
     if not usable:
         return None
+    for key in usable:  # a mask in anat/ is of what lies in anat/, and not of func/ or dwi/
+        kind = masks[key][0].parent.name
+        alike = {contrast: kept for contrast, runs in images[key].items() if (kept := [p for p in runs if p.parent.name == kind])}
+        images[key] = alike or images[key]
     contrasts = sorted(set.intersection(*(set(images[key]) for key in usable)))
     if not contrasts:
         raise UserError(f"{path}: no contrast is there for every annotated subject; complete the images or give a subset.")
-    notes = []
-    cases = []
+    cases, told = [], []
     for key in usable:
         several = sorted(masks[key], key=lambda p: ("_dseg" not in p.name, "desc-" in p.name, str(p)))
         if len(several) > 1:
-            notes.append(f"{'_'.join(filter(None, key))} has {len(several)} masks; {several[0].name} is used.")
+            told.append(f"{'_'.join(filter(None, key))} has {len(several)} masks; {several[0].name} is used.")
         chosen = []
         for contrast in contrasts:
             runs = images[key][contrast]
             # The run, space or acquisition that the mask names too.
             chosen.append(max(runs, key=lambda p: len(set(stem(p).split("_")) & set(stem(several[0]).split("_")))))
             if len(runs) > 1:
-                notes.append(f"{'_'.join(filter(None, key))} has {len(runs)} images {contrast}; {chosen[-1].name} is used.")
+                told.append(f"{'_'.join(filter(None, key))} has {len(runs)} images {contrast}; {chosen[-1].name} is used.")
         cases.append(Case("_".join(filter(None, key)), key[0], tuple(chosen), several[0]))
+    notes = told[:3] + ([f"{len(told) - 3} more are like that."] if len(told) > 3 else [])
+    if len(contrasts) > 1:
+        notes.append(f"The contrasts {', '.join(contrasts)} are the channels; others, or fewer, are chosen with --channel.")
     names: dict[int, str] = {}
     for table in sorted(path.rglob("*dseg.tsv")):
         names |= {int(r["index"]): r["name"] for r in _rows(table) if r.get("index", "").isdigit() and int(r["index"]) and r.get("name")}

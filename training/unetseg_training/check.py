@@ -157,6 +157,8 @@ class Report:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
+        from .report import fonts
+
         if not str(path).lower().endswith(".png"):
             raise UserError(f"{path} would not be a PNG; end the picture's name in .png.")
         columns = min(4, len(worst))
@@ -168,7 +170,7 @@ class Report:
             axes = figure.add_subplot(rows, columns, i + 1, facecolor="black", xticks=[], yticks=[])
             _tile(axes, self.case_set, cases[name])
             title = f"{name}\n" + "\n".join(textwrap.wrap(f"{findings[0].kind}: {findings[0].text}", 46)[:4])
-            axes.set_title(title, fontsize=7, color="#e8e8e8", parse_math=False, loc="left")
+            axes.set_title(title, fontsize=7, color="#e8e8e8", parse_math=False, loc="left", family=fonts(title))
         figure.tight_layout()
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", facecolor=figure.get_facecolor())
@@ -429,11 +431,12 @@ def run(
     patient: str | None = None,
     only: Sequence[str] = (),
     foreground: bool = False,
+    channels: Sequence[str] = (),
     quiet: bool = False,
     progress: Callable[[float, str], object] | None = None,
 ) -> int:
     """What `unetseg-train check` does: find the cases, print the table, write JSON and picture; the number of errors."""
-    report = check(find_cases(path, layout, patient=patient, only=only, foreground=foreground), progress)
+    report = check(find_cases(path, layout, patient=patient, only=only, foreground=foreground, channels=channels), progress)
     if str(json_file) == "-":
         print(report.json())
     elif json_file:

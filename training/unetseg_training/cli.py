@@ -153,6 +153,7 @@ def _app() -> Any:
     patient_option = typer.Option(help="Regular expression whose first group is the patient in a case's name.")
     only_option = typer.Option(help="A label to learn, others are left out; may be given several times.")
     foreground_option = typer.Option("--foreground", help="Learn all labels as one.")
+    channel_option = typer.Option(help="A channel to see, others are left out; may be given several times.")
     fold_option = typer.Option(help="Fold: 0, 1, ..., several with commas, all, or split (the dataset's own).")
     seed_option = typer.Option(help="Seed: 0, 1, ..., several with commas, or all (five).")
 
@@ -163,15 +164,15 @@ def _app() -> Any:
         patient: Annotated[str | None, patient_option] = None,
         only: Annotated[list[str] | None, only_option] = None,
         foreground: Annotated[bool, foreground_option] = False,
+        channel: Annotated[list[str] | None, channel_option] = None,
         json_file: Annotated[str | None, typer.Option("--json", help="Also write all findings as JSON here; - for stdout.")] = None,
         picture: Annotated[Path | None, typer.Option(help="Also draw the worst cases here (.png).")] = None,
     ) -> None:
         """Look for what spoils a training: masks that do not fit, empty or unknown labels, duplicates, leaks, outliers."""
         from .check import run as check_run
 
-        errors = check_run(
-            data, layout, json_file=json_file, picture=picture, patient=patient, only=tuple(only or ()), foreground=foreground
-        )
+        how: dict[str, Any] = {"patient": patient, "only": only or [], "foreground": foreground, "channels": channel or []}
+        errors = check_run(data, layout, json_file=json_file, picture=picture, **how)
         if errors:
             raise typer.Exit(1)
 
@@ -185,11 +186,13 @@ def _app() -> Any:
         patient: Annotated[str | None, patient_option] = None,
         only: Annotated[list[str] | None, only_option] = None,
         foreground: Annotated[bool, foreground_option] = False,
+        channel: Annotated[list[str] | None, channel_option] = None,
         base: Annotated[str | None, typer.Option(help="A model package to fine-tune from, by name or file.")] = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plan that is there.")] = False,
     ) -> None:
         """Choose spacing, patch, network and training for a dataset on this machine: config.yaml, and plan.md with the reasons."""
-        _plan(data, output, quick, minutes, layout, patient, only, foreground, base, overwrite)
+        how = {"layout": layout, "patient": patient, "only": only or [], "foreground": foreground, "channels": channel or []}
+        _plan(data, output, quick, minutes, how, base, overwrite)
 
     @app.command()
     def fit(
@@ -343,7 +346,7 @@ def _app() -> Any:
         if begun and not resume:
             raise UserError(f"{output} holds a fine-tuning already; add --resume to go on with it, or choose another folder.")
         if not begun:
-            _plan(data, output, bool(quick), minutes, layout, None, None, False, base, False)
+            _plan(data, output, bool(quick), minutes, {"layout": layout}, base, False)
         config = _read(output)
         start = tuning.start_from(
             package,
@@ -487,13 +490,11 @@ def _plan(
     output: Path,
     quick: bool,
     minutes: float | None,
-    layout: str | None,
-    patient: str | None,
-    only: list[str] | None,
-    foreground: bool,
+    how: dict[str, Any],
     base: str | None,
     overwrite: bool,
 ) -> None:
+    """how: find_cases()'s arguments, which are the section "data" of the configuration."""
     from UNetSegmentationLib.files import check_writable
     from UNetSegmentationLib.model import find_model
     from UNetSegmentationLib.networks import UNetConfig
@@ -510,10 +511,9 @@ def _plan(
         if "network" not in card.data:
             raise UserError(f"{base} does not describe its network, so it cannot be trained on; choose a package with PyTorch weights.")
         old = card, UNetConfig.from_json(card.data["network"])
-    case_set = find_cases(Path(data), layout, patient=patient, only=tuple(only or ()), foreground=foreground)
-    settings = {"layout": layout, "patient": patient, "only": list(only or ()), "foreground": foreground}
+    case_set = find_cases(Path(data), **how)
     with _bar("reading the cases") as progress:
-        made = make_plan(case_set, data, quick=quick, minutes=minutes, data=settings, base=old, progress=progress)
+        made = make_plan(case_set, data, quick=quick, minutes=minutes, data=how, base=old, progress=progress)
     made.write(output)
     print(made.markdown())
     print(f"wrote {output / 'config.yaml'} and {output / 'plan.md'}; next: unetseg-train fit {output}")

@@ -39,6 +39,7 @@ class Data(_Strict):
     patient: str | None = _f(None, "Regular expression whose first group is the patient in a case's name; null keeps the layout's.")
     only: list[str] = _f([], "Names of the labels to learn; empty learns all.")
     foreground: bool = _f(False, "Learn all labels as one.")
+    channels: list[str] = _f([], "Names of the channels to read; empty reads all.")
     folds: int = _f(5, "Cross-validation folds, split by patient.", ge=2, le=50)
     fold_seed: int = _f(20261122, "Shuffles the patients before they are dealt out to the folds.", ge=0)
     cache: str | None = _f(None, "Folder of the pre-processed cases; null is `cache` beside this file.")

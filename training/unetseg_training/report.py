@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,28 @@ DIGITS = {"hausdorff95_mm": 1, "hausdorff_mm": 1, "volume_error_percent": 1, "sp
 def file_name(text: str) -> str:
     """A case's name as part of a file's name."""
     return re.sub(r"[^\w.-]+", "_", text)[:80] or "case"
+
+
+@cache
+def fonts(text: str) -> list[str]:
+    """The font families to write a text with in a picture: Matplotlib's own, and of those installed what it lacks the letters of."""
+    from matplotlib.font_manager import findfont, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    names = ["DejaVu Sans"]
+    own = FT2Font(findfont(names[0]))
+    missing = {c for c in text if not c.isspace() and not own.get_char_index(ord(c))}
+    for entry in fontManager.ttflist if missing else ():
+        if entry.name.startswith("Last Resort"):  # has a box for every letter
+            continue
+        try:
+            font = FT2Font(entry.fname)
+        except (OSError, RuntimeError):  # removed since they were listed
+            continue
+        if found := {c for c in missing if font.get_char_index(ord(c))}:
+            names.append(entry.name)
+            missing -= found
+    return names
 
 
 def dataset_hash(digests: dict[str, str]) -> str:
@@ -101,7 +124,7 @@ def overlay(
     for i, (plane, where, name) in enumerate(shots):
         axes = figure.add_axes((i / len(shots), 0, 1 / len(shots) - 0.003, 1 - 0.32 / height), facecolor="black")
         _panel(axes, plane, canonical, maps, where, edge, window, name, placed)
-    how: dict[str, Any] = {"y": 1 - 0.16 / height, "va": "center", "fontsize": 9, "parse_math": False}
+    how: dict[str, Any] = {"y": 1 - 0.16 / height, "va": "center", "fontsize": 9, "parse_math": False, "family": fonts(title + note)}
     figure.text(0.005, s=title, color=INK, weight="bold", **how)
     figure.text(0.995, s="prediction", color=FOUND, ha="right", **how)
     figure.text(0.995 - 0.8 / width, s="truth", color=TRUTH, ha="right", **how)

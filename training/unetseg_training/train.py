@@ -61,7 +61,7 @@ CHECKPOINT, WEIGHTS, RUN = "last.ckpt", "best.safetensors", "run.json"
 # Settings that may differ when a run goes on: they change where and how fast it runs, not what comes out.
 _FREE: dict[str, set[str] | None] = {
     "fit": {"workers", "accelerator", "devices", "nodes", "strategy", "minutes", "deterministic"},
-    "data": {"path", "cache"},
+    "data": {"path", "cache", "channels"},
     "model": None,
 }
 
@@ -289,7 +289,7 @@ def find(config: Config) -> CaseSet:
     path = os.path.expandvars(data.path)
     if "$" in path and not Path(path).expanduser().exists():  # Windows' hidden shares end in one
         raise UserError(f"data.path is {data.path}, and that variable is not set; set it to the folder, or write the folder's name.")
-    found = find_cases(Path(path), data.layout, patient=data.patient, only=data.only, foreground=data.foreground)
+    found = find_cases(Path(path), data.layout, patient=data.patient, only=data.only, foreground=data.foreground, channels=data.channels)
     if len(found.labels) == len(config.labels) and all(UNNAMED.fullmatch(label.name) for label in found.labels):
         found.labels = tuple(replace(label, name=own.name) for label, own in zip(found.labels, config.labels))
     return found
