@@ -69,6 +69,12 @@ def test_a_package_with_its_lineage_and_its_card_beside_it(tmp_path, card):
         assert part in text, part
 
 
+def test_a_name_that_is_no_packages_is_no_folder_either(tmp_path, card):
+    with pytest.raises(UserError, match=r"mine.zip would be no package; end its name in .unet.zip"):
+        export_run(network(), card, tmp_path / "mine.zip", items(), quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_differs_is_not_written_and_nothing_is_lost(tmp_path, card, monkeypatch):
     path = tmp_path / "toy.unet.zip"
     path.write_bytes(b"the former package")

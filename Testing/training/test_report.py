@@ -85,7 +85,7 @@ def run(tmp_path):
             )
     file.write("end", step=40, epoch=0, reason="stopped", message="ended before all planned steps")
     facts = {
-        "config": {"name": "my-model", "fit": {"batch": 4}, "labels": [{"name": "x"}]},
+        "config": {"model": {"name": "my-model"}, "fit": {"batch": 4}, "labels": [{"name": "x"}]},
         "seed": 7,
         "data": {"train": {"c1": "ab", "c2": "cd"}},
     }
@@ -108,6 +108,7 @@ def test_one_file_that_asks_for_nothing_else(run):
     path = report.write(run)
     text = path.read_text("utf-8")
     page = Page(text)
+    assert f"<h1>my-model, {run.name}</h1>" in text
     assert page.open == [] and path == run / "report.html"
     assert page.addresses and all(a.startswith("data:image/") for a in page.addresses)
     without = re.sub(r"data:image/[^\"]*", "", text)

@@ -152,6 +152,7 @@ def test_two_devices_from_the_command_line(run):
         (("fit", "{run}", "--resume", "--restart"), "exclude each other"),
         (("evaluate", "{run}"), "holds no run; name the folder of a fold"),
         (("export", "{run}"), "holds no run"),
+        (("fit", "{run}/config.yaml"), "config.yaml is a file; name the run's folder, "),
         (("report", "{run}/nothing"), ""),
         (("pictures", "{run}", "--case", "nobody"), "There is no case 'nobody'"),
         (("finetune", "{run}", "--from", "no-such-model", "-o", "x"), "There is no model 'no-such-model'"),

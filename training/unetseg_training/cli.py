@@ -133,6 +133,8 @@ def fit_run(
 def _read(run: Path) -> Any:
     from .config import read
 
+    if run.is_file():
+        raise UserError(f"{run} is a file; name the run's folder, {run.parent}.")
     return read(run)
 
 

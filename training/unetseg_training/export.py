@@ -244,6 +244,8 @@ def export_run(
     """
     path = Path(path)
     if not str(path).endswith(SUFFIX):
+        if path.suffix.lower() == ".zip" and not path.is_dir():
+            raise UserError(f"{path} would be no package; end its name in {SUFFIX}, or name a folder.")
         path = path / f"{card['name']}-{card['version']}{SUFFIX}"
     names: list[str] = []
 
@@ -315,7 +317,7 @@ def markdown(package: ModelPackage) -> str:
         f"- Labels: {', '.join(f'{label.value} {_words(label.name)}' for label in card.labels)}",
         "- Run it: "
         + (
-            f"`unetseg segment IMAGE -m {package.path.name} -o MASK.nii.gz`"
+            f"`unetseg segment IMAGE{'…' * (len(data['channels']) > 1)} -m {package.path.name} -o MASK.nii.gz`"
             if data["task"] == "automatic"
             else "`unetseg click`, or in 3D Slicer by clicks"
         ),

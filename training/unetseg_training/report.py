@@ -345,9 +345,9 @@ def _quality(rows: list[Row], facts: dict[str, Any]) -> str | None:
     strip.set(ylabel="Dice of each case", xlim=(-0.5, len(names) - 0.3), ylim=(min([0.5, *(r["dice"] for r in rows)]) - 0.02, 1.01))
     strip.set_xticks(range(len(names)), [n if len(n) < 25 else n[:24] + "…" for n in names], rotation=0 if len(names) < 3 else 25)
     if roc:
-        for i, (name, curve) in enumerate(roc.items()):
+        for name, curve in roc.items():
             area = facts["labels"][name].get("auc")
-            panels[1].plot(facts["fpr"], curve, color=COLORS[i], label=f"{name}, AUC {area['mean']:.4f}" if area else name)
+            panels[1].plot(facts["fpr"], curve, color=COLORS[names.index(name)], label=f"{name}, AUC {area['mean']:.4f}" if area else name)
         panels[1].set(xlabel="false positive rate (voxels of the image)", ylabel="true positive rate", xlim=(-0.01, 1), ylim=(0, 1.01))
         panels[1].legend(frameon=False, fontsize=8, loc="lower right")
     agreement.axhline(0, color="#9aa0a6", linewidth=0.6)
@@ -413,7 +413,7 @@ def write(folder: str | Path) -> Path:
     checks = [line for line in lines if line["event"] == "validation"]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     html = environment.from_string(TEMPLATE.read_text("utf-8")).render(
-        name=config.get("name") if isinstance(config, dict) and config.get("name") else folder.resolve().name,
+        name=", ".join(filter(None, (config.get("model", {}).get("name"), folder.resolve().name))),
         made=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC"),
         facts=facts,
         figure=metrics.text,
