@@ -10,8 +10,9 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 L = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 pytest.importorskip("rich", reason="Rich is not installed")
 pytest.importorskip("matplotlib", reason="Matplotlib is not installed")
-from unetseg_training import live, watch  # noqa: E402
+from unetseg_training import live, report, watch  # noqa: E402
 from unetseg_training.live import LiveFile  # noqa: E402
+from UNetSegmentationLib.image import Image, reorient  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers
 
@@ -40,13 +41,17 @@ class Module(L.LightningModule):
         self.log_dict({"dice": a, "dice/one": a + 0.1, "dice/two": a - 0.1})
 
     def examples(self):
-        image = np.random.RandomState(0).rand(8, 12, 16)
-        truth = np.zeros((8, 12, 16), np.uint8)
-        truth[2:5, 3:8, 4:9] = 1
-        return [("case 1/2", image, truth, np.roll(truth, 1, 2), (1.0, 1.0, 2.0))]
+        return EXAMPLES
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.05)
+
+
+TRUTH = np.zeros((8, 12, 16), np.uint8)
+TRUTH[2:5, 3:8, 4:9] = 1
+# As NIfTI files of heads lie: to the patient's right and front.
+HEAD = Image(np.random.RandomState(0).rand(8, 12, 16), (1.0, 1.0, 2.0), (0.0, 0.0, 0.0), (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
+EXAMPLES = [("case 1/2", HEAD, TRUTH, np.roll(TRUTH, 1, 2))]
 
 
 def train(module, callbacks, epochs=3, checkpoint=None, **how):
@@ -83,7 +88,11 @@ def test_a_run_tells_what_it_does(tmp_path, capsys, monkeypatch):
     checks = [line for line in lines if line["event"] == "validation"]
     assert [line["dice"] for line in checks] == pytest.approx([0.5, 0.7, 0.6])
     assert checks[2]["best"] == {"dice": 0.7, "step": 8} and checks[2]["dice_per_class"] == pytest.approx({"one": 0.7, "two": 0.5})
-    assert checks[0]["pictures"] == ["pictures/example-case_1_2.png"] and (tmp_path / checks[0]["pictures"][0]).stat().st_size > 10_000
+    assert checks[0]["pictures"] == ["pictures/example-case_1_2.png"]
+    # Upright, with the sides' letters where they are.
+    upright, _ = reorient(HEAD)
+    truth, found = (np.ascontiguousarray(m[:, ::-1, ::-1]) for m in EXAMPLES[0][2:])
+    assert (tmp_path / checks[0]["pictures"][0]).read_bytes() == report.overlay(upright, truth, found, title="case 1/2, step 12")
     with open(tmp_path / "curve.csv", newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert [r["step"] for r in rows] == ["4", "8", "12"] and float(rows[1]["dice two"]) == pytest.approx(0.6)

@@ -763,7 +763,7 @@ class HeldOut:
         self.cases = evenly(cases, config.fit.validate_cases or len(cases))
         self.package = live_package(config.card())
         self.parts: list[list[metrics.Item]] = []
-        self.examples: list[tuple[str, np.ndarray, np.ndarray, np.ndarray, tuple[float, float, float]]] = []
+        self.examples: list[tuple[str, Image, np.ndarray, np.ndarray]] = []
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -803,7 +803,6 @@ class HeldOut:
             if len(self.examples) < 4:
                 found = np.zeros(lesion.truth.shape, np.uint8)
                 found[turns[JUDGED - 1].box.slices] = turns[JUDGED - 1].found
-                values = lesion.image.channels[0]
-                self.examples.append((lesion.name, values, (lesion.truth > 0).astype(np.uint8), found, lesion.image.spacing))
+                self.examples.append((lesion.name, lesion.image, (lesion.truth > 0).astype(np.uint8), found))
         means = np.mean(rows, 0) if rows else [math.nan] * 2
         return {f"{n} click{'s' * (n > 1)}": float(mean) for n, mean in zip((JUDGED, CLICKS), means)}

@@ -38,6 +38,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.image import Image
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.model import Card, ModelPackage
 from UNetSegmentationLib.networks import UNet, UNetConfig, build
@@ -112,7 +113,7 @@ class HeldOut:
         self.case_set, self.config = case_set, config
         self.cases = evenly(cases, config.fit.validate_cases or len(cases))
         self.package = live_package(config.card())
-        self.examples: list[tuple[str, np.ndarray, np.ndarray, np.ndarray, tuple[float, float, float]]] = []
+        self.examples: list[tuple[str, Image, np.ndarray, np.ndarray]] = []
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -127,7 +128,7 @@ class HeldOut:
         if len(self.examples) >= 4:
             self.examples = [e for e in self.examples if e[0] != case.name]
         if len(self.examples) < 4:
-            self.examples.append((case.name, image.channels[0], truth, found.astype(np.uint8), image.spacing))
+            self.examples.append((case.name, image, truth, found.astype(np.uint8)))
         out = {}
         for value, label in enumerate(self.config.labels, 1):
             a, b = (found == value) & (truth != IGNORE), truth == value
@@ -489,7 +490,7 @@ class Training(L.LightningModule):
         self.log("dice", float(np.mean(list(means.values()))))
 
     def examples(self) -> list[Any]:
-        """(name, image (z, y, x), truth, prediction, spacing) of up to four cases of the last validation."""
+        """(name, image, truth, prediction) of up to four cases of the last validation."""
         return list(getattr(self.job.validator, "examples", []))
 
     # -- checkpoints

@@ -22,7 +22,6 @@ import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from UNetSegmentationLib.files import UserError, atomic_path
-from UNetSegmentationLib.image import Image
 
 from . import report
 from .live import FORMAT, Line, LiveFile
@@ -46,7 +45,7 @@ def callbacks(
 class Watch(Callback):
     """Collects each step and validation, and tells the bar, TensorBoard, curve.csv and live.jsonl.
 
-    A module with examples() -> [(name, image (z, y, x), truth, prediction, spacing (x, y, z))] also gets pictures, in
+    A module with examples() -> [(name, image, truth (z, y, x), prediction)] also gets pictures, in
     folder/pictures and in TensorBoard.
     """
 
@@ -190,10 +189,8 @@ class Watch(Callback):
         if show is None or (self._pictured and time.monotonic() - self._pictured < PICTURE_SECONDS):
             return
         self._pictured, self._pictures = time.monotonic(), []
-        for name, image, truth, prediction, spacing in show()[:4]:
-            png = report.overlay(
-                Image(np.asarray(image), tuple(spacing)), np.asarray(truth), np.asarray(prediction), title=f"{name}, step {step}"
-            )
+        for name, image, truth, prediction in show()[:4]:
+            png = report.overlay(image, truth, prediction, title=f"{name}, step {step}")
             place = f"pictures/example-{report.file_name(name)}.png"
             with contextlib.suppress(UserError, OSError), atomic_path(self.folder / place) as path:
                 path.write_bytes(png)
