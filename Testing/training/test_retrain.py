@@ -225,6 +225,20 @@ def test_stopped_it_keeps_the_best_and_can_go_on_exactly(dataset, base, monkeypa
     assert job.state == "stopped" and job.package is None and "before an epoch was finished" in job.text and job.resumable
 
 
+def test_stop_in_the_last_moment_is_no_end_without_a_model(dataset, base, monkeypatch):
+    """The panel shows a state that is some seconds old."""
+    export = retrain.export_run
+
+    def stopped(*words, **more):
+        (job.folder / "stop").touch()
+        return export(*words, **more)
+
+    monkeypatch.setattr(retrain, "export_run", stopped)
+    job = created(dataset, base, epochs=1)
+    job = finished(job)
+    assert job.state == "finished" and job.package.is_file() and not (job.folder / "stop").exists(), job.text
+
+
 def test_a_loss_that_is_no_number_fails_and_the_best_can_be_kept(dataset, base, monkeypatch):
     from unetseg_training import losses
 

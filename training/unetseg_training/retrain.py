@@ -103,6 +103,7 @@ class _Told:
         self.began, self._last, self._looked = time.monotonic(), 0.0, 0.0
         self._said = ""
         self.after = 60.0  # s that the checks will take
+        self.stoppable = True  # the checks follow whoever asks for the end during them
 
     def __call__(self, text: str | None = None, now: bool = False, **changes: Any) -> None:
         """text: a sentence; now: at once, else once a second."""
@@ -121,7 +122,7 @@ class _Told:
 
     def check_stop(self) -> None:
         """Raises Stopped where the file is there."""
-        if time.monotonic() - self._looked > 0.3:
+        if self.stoppable and time.monotonic() - self._looked > 0.3:
             self._looked = time.monotonic()
             if (self.folder / training.STOP).exists():
                 raise Stopped
@@ -177,11 +178,12 @@ def _work(folder: Path, told: _Told) -> tuple[str, str]:
     else:
         case_set, facts = _thawed(folder, job)
         stopped = True
+    told.stoppable = False
     training.update(folder, kept=True)
-    (folder / training.STOP).unlink(missing_ok=True)
     told("Checking the new model on held-out cases", now=True, state="checking", fraction=0.85, seconds_left=told.after)
     result = _checked(folder, job, base, case_set, facts, told, stopped)
     training.update(folder, package=result["package"], verdict=result["verdict"])
+    (folder / training.STOP).unlink(missing_ok=True)
     return ("stopped" if stopped else "finished"), result["sentence"]
 
 
