@@ -167,7 +167,9 @@ def test_monai_datalist(tmp_path):
             ("p", "train"),
             ("p", "validation"),
         ]
-    (tmp_path / "list.json").write_text(json.dumps({"training": [{**item, "fold": i % 2} for i, item in enumerate(items)]}))
+    (tmp_path / "list.json").write_text(
+        json.dumps({"training": [{**e, "fold": i % 2, "label": [e["label"]]} for i, e in enumerate(items)]})
+    )
     assert any("folds in list.json are not taken over" in n for n in find_cases(tmp_path).notes)
     (tmp_path / "all.json").write_text(json.dumps({"training": items}))
     with pytest.raises(UserError, match=r"holds 2 lists of cases \(all.json, list.json\); give the file of one"):

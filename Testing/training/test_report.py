@@ -217,6 +217,9 @@ def test_the_worst_cases_are_kept_and_no_others(tmp_path, make_package):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "worst-old.png").write_bytes(b"x")
     worst = report.Worst(tmp_path, keep=2)
+    with pytest.raises(UserError, match="The cases have no label thing"):
+        metrics.evaluate(make_package(), [("x", Image(np.zeros((4, 16, 16))), np.zeros((4, 16, 16)))], labels=[], seen=worst)
+    assert (tmp_path / "pictures" / "worst-old.png").exists()
     items = []
     for i in range(5):
         array = np.zeros((4, 16, 16), np.float32)

@@ -880,6 +880,8 @@ def _datalist(base: Path, data: dict[str, Any]) -> list[Case]:
             images = item["image"] if isinstance(item["image"], list) else [item["image"]]
             paths = tuple(_inside(base, i) for i in images)
             label = item.get("label")
+            if isinstance(label, list) and len(label) == 1:
+                label = label[0]
             if isinstance(label, list):
                 raise UserError(f"{base}: {paths[0].name} has several label files; merge them into one map.")
             name = re.sub(r"_0000$", "", stem(paths[0])) if len(paths) > 1 else stem(paths[0])

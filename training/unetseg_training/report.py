@@ -235,10 +235,11 @@ class Worst:
     def __init__(self, folder: str | Path, intensity: dict[str, Any] | None = None, keep: int = 6) -> None:
         self.folder, self.intensity, self.keep = Path(folder) / "pictures", intensity, keep
         self.cases: list[tuple[float, str, Path]] = []
-        for old in self.folder.glob("worst-*.png"):
-            old.unlink()
 
     def __call__(self, item: Item, prediction: Prediction, rows: list[Row]) -> None:
+        if not self.cases:  # only now: those of the last time are the report's until there are others
+            for old in self.folder.glob("worst-*.png"):
+                old.unlink()
         dice = float(np.mean([r["dice"] for r in rows]))
         if len(self.cases) >= self.keep and dice >= self.cases[-1][0]:
             return
