@@ -220,6 +220,21 @@ def test_the_same_scan_again_is_a_version_and_former_ones_come_back(hands: Hands
     hands.whole()
 
 
+def test_a_look_at_the_folder_does_not_cancel_what_changes_it(hands: Hands) -> None:
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.add()
+    name = hands.only.name
+    hands.ui.setCasesSection.collapsed = False
+    hands.ui.setCasesTable.selectRow(0)
+    with FolderLock(hands.folder):  # as of a colleague who writes just then
+        hands.ui.setRemoveButton.click()
+        hands.gui.process_events()
+        hands.section.enter()  # the module was left and opened again
+        hands.gui.process_events()
+    hands.settle()
+    assert not hands.dataset.entries and hands.ui.setMessage.text.startswith(f"{name} is no longer in the training set")
+
+
 def test_who_and_when_are_remembered(hands: Hands) -> None:
     import qt
 

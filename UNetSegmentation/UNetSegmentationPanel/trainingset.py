@@ -103,7 +103,7 @@ class TrainingSetSection(VTKObservationMixin):
         self._cards: list[Any] | None = None
         self._observed: Any = None
         self._volume: Any = None
-        self._updating = self._closed = False
+        self._updating = self._closed = self._changing = False
         self._pieces = Pieces(self._onFailed)
         self._settle, self._idle, self._late = qt.QTimer(), qt.QTimer(), qt.QTimer()
         for timer, ms, method in (
@@ -159,14 +159,14 @@ class TrainingSetSection(VTKObservationMixin):
 
     def setFolder(self, folder: str) -> None:
         """Use this folder, now and in later sessions; it becomes a training set with the first case."""
-        self.folder, self.summary, self._said, self._failed = folder, None, "", ""
+        self.folder, self.summary, self._said, self._failed, self._changing = folder, None, "", "", False
         qt.QSettings().setValue(FOLDER_KEY, folder)
         self._tell()
         self.refresh()
 
     def refresh(self) -> None:
         """Look again what the folder holds, which others may write to."""
-        if self.folder and not self.busy and self.panel._warm:
+        if self.folder and not self.busy and self.panel._warm and not self._changing:  # what changes it shows it too
             self._ask("show")
 
     def addCurrent(
@@ -583,13 +583,13 @@ class TrainingSetSection(VTKObservationMixin):
         """Let the worker look into the folder, or change it."""
         if self._reading is not None:
             dataWorker().cancel(self._reading)
-        folder = self.folder
+        folder, self._changing = self.folder, action != "show"
         self._idle.stop()
 
         def done(text: str = "", summary: Any = None) -> None:
             if self._reading is not job:
                 return
-            self._reading = None
+            self._reading, self._changing = None, False
             self._late.stop()
             self._idle.start()
             if self._closed or folder != self.folder:
