@@ -188,6 +188,20 @@ def test_what_is_refused_can_be_allowed(dataset):
         dataset.add(scan(3), outline(), name="b")
 
 
+def test_what_comes_back_is_not_there_twice(dataset):
+    """Else it could be learnt from as one patient's and held out as another's."""
+    dataset.add(scan(0), outline(), name="one", patient="A")
+    dataset.add(scan(1), outline(), name="one", allow=["image"])
+    dataset.add(scan(0), outline(), name="two", patient="B")
+    with pytest.raises(UserError, match="already there as two; .* or remove two first"):
+        dataset.restore("one", 1)
+    dataset.remove("two")
+    dataset.restore("one", 1)
+    with pytest.raises(UserError, match="already there as one"):
+        dataset.restore("two")
+    assert list(dataset.refresh().entries) == ["one"]
+
+
 def test_what_may_be_allowed_says_so(dataset):
     dot = np.zeros((6, 11, 9), np.uint8)
     dot[2, 2, 2] = 7

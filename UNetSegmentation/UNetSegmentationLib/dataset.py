@@ -711,7 +711,7 @@ class Dataset:
         for name, case in data["cases"].items():
             same = case["versions"][-1]["voxels"] == digest
             if same and name != key:
-                raise UserError(f"This image is already there as {name}; add it under that name to update it.")
+                raise UserError(f"This image is already there as {name}; add it under that name to update it, or remove {name} first.")
             if not same and name == key and "image" not in allow:
                 raise Objection(f"The case {key} has another image; choose another name, or allow its image to be replaced.", "image")
 
@@ -829,6 +829,7 @@ class Dataset:
                 if not found:
                     raise UserError(f"{name} has no version {version}; it has 1 to {case['versions'][-1]['version']}.")
                 case["versions"].append({**found, "version": case["versions"][-1]["version"] + 1, "restored": version})
+            self._check_twin(data, name, case["versions"][-1]["voxels"], ("image",))
             return self._entry(name, case)
 
         with reached(self.folder):
