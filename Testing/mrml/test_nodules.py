@@ -321,6 +321,8 @@ def test_what_dicom_says_of_a_volume(scene: Any) -> None:
     assert mrml.dicom_of(node) == ("4711", "MR")
     hierarchy.SetItemAttribute(patient, words.GetDICOMPatientNameAttributeName(), "4711 ")  # Slicer takes it where there is no ID
     assert mrml.dicom_of(node) == ("", "MR")
+    hierarchy.SetItemAttribute(patient, words.GetDICOMPatientIDAttributeName(), "4711 ")  # in public collections both are the same
+    assert mrml.dicom_of(node) == ("4711", "MR")
 
 
 def test_the_days_between_two_studies_are_those_of_their_dates(scene: Any) -> None:

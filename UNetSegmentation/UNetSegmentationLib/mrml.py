@@ -159,11 +159,12 @@ def dicom_of(volume_node: Any) -> tuple[str, str]:
     person = hierarchy.GetItemAncestorAtLevel(item, words.GetDICOMLevelPatient())
     if not person:
         return "", modality
-    identity = hierarchy.GetItemAttribute(person, words.GetDICOMPatientIDAttributeName())
-    identity = identity or hierarchy.GetItemUID(person, words.GetDICOMUIDName())
-    # Slicer takes the name where there is no ID.
-    name = hierarchy.GetItemAttribute(person, words.GetDICOMPatientNameAttributeName())
-    return "" if identity == name else identity.strip(), modality
+    identity = hierarchy.GetItemAttribute(person, words.GetDICOMPatientIDAttributeName())  # public collections name patients so too
+    if not identity:
+        identity = hierarchy.GetItemUID(person, words.GetDICOMUIDName())
+        if identity == hierarchy.GetItemAttribute(person, words.GetDICOMPatientNameAttributeName()):
+            identity = ""  # old scenes hold the name where there is no ID
+    return identity.strip(), modality
 
 
 def days_between(earlier: Any, later: Any) -> int | None:
