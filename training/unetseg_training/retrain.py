@@ -216,6 +216,14 @@ def _cases(folder: Path, job: training.Job) -> tuple[CaseSet, dict[str, Any]]:
         patients = len({c.patient for c in cases})
         fold = dict(zip((c.name for c in cases), folds(cases, min(round(1 / HELD_OUT), patients))))
         cases = [replace(c, split="train" if fold[c.name] else "validation") for c in cases]
+    if case_set.layout == "unetseg":
+        # A first case brings all labels of its model, of which a person may mark some only.
+        entries = dataset.entries
+        voxels = [entries[c.name].record.get("voxels_by_label", {}) for c in cases if c.split == "train" and c.name in entries]
+        marked = [label.name for label in case_set.labels if any(v.get(label.name) for v in voxels)]
+        if marked:
+            facts["unmarked"] = [label.name for label in case_set.labels if label.name not in marked]
+            case_set = find_cases(path, only=marked)
     tests = [c for c in case_set.annotated if c.split == "test"]
     case_set = case_set.subset([*(replace(c, split=c.split or "train") for c in cases), *tests])
     facts["sha256"] = report.dataset_hash({c.name: case_set.digest(c) for c in case_set.cases})
@@ -402,12 +410,16 @@ def _checked(
     cases = _held_out(case_set, job.options.quick)
     train_cases = [c for c in case_set.cases if c.split == "train"]
     record = json.loads((folder / RUN).read_text("utf-8"))
+    unmarked = facts.pop("unmarked", [])
     origin = lineage(record, base, dataset=facts, cases=len(train_cases))
     told("Writing the package", now=True, fraction=0.87)
     draft = export_run(network, config.card(), folder / f"draft{SUFFIX}", metrics.case_items(case_set, cases), origin, cases=3, quiet=True)
     compared = compare(base, draft, case_set, cases, folder / CHECK, told.progress("Scoring the models on held-out cases", 0.88, 0.99))
     scored = compared.pop("scored")
     tested = cases[0].split == "test"
+    notes = [] if tested else ["The best epoch was chosen on these very cases, which flatters it a little; mark cases as test."]
+    if unmarked:
+        notes.append(f"Marked in no case that was learnt from, so the new model does not know it: {', '.join(unmarked)}.")
     where = f"{'test' if tested else 'validation'} cases of {facts['name']}"
     if config.model.task == "click":
         where = f"lesions in the {where}, after one click"
@@ -428,7 +440,7 @@ def _checked(
         "parent": job.base,
         "stopped": stopped,
         "held_out": where,
-        "note": "" if tested else "The best epoch was chosen on these very cases, which flatters it a little; mark cases as test.",
+        "note": " ".join(notes),
         **compared,
     }
     with atomic_path(folder / training.RESULT) as temporary:
