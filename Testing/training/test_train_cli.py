@@ -82,6 +82,9 @@ def test_a_channel_can_be_chosen(command, tmp_path):
     config = c.read(tmp_path / "run")
     assert config.channels == config.data.channels == ["channel 1"]
     assert [p.name for p in find(config).cases[0].images] == ["case0_0001.nii.gz"]
+    write_cases(tmp_path / "other", 2, 1)  # one channel, of another name
+    for place, name in ((data, "case0_0001.nii.gz"), (tmp_path / "other", "case0.nii.gz")):
+        assert [p.name for p in cli._scored(tmp_path, config, str(place))[1][0].images] == [name]
 
 
 def test_from_a_configuration_to_a_report(command, run):

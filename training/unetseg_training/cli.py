@@ -475,7 +475,10 @@ def _scored(folder: Path, config: Any, data: str | None) -> tuple[Any, Sequence[
     from .train import RUN, find
 
     if data:
-        case_set = find(config.model_copy(update={"data": config.data.model_copy(update={"path": data, "layout": None})}))
+        other = config.data.model_copy(update={"path": data, "layout": None, "channels": []})
+        case_set = find(config.model_copy(update={"data": other}))
+        if len(case_set.channels) != len(config.channels):  # else they are the run's, by whatever names
+            case_set = find(config.model_copy(update={"data": other.model_copy(update={"channels": config.data.channels})}))
         return case_set, case_set.annotated
     case_set = find(config)
     names = set(json.loads((folder / RUN).read_text("utf-8")).get("validation_cases", ()))
