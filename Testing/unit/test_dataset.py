@@ -18,7 +18,7 @@ import SimpleITK as sitk
 from UNetSegmentationLib import cli
 from UNetSegmentationLib import dataset as module
 from UNetSegmentationLib.dataset import Dataset, UserError, changes, read_mask, read_segments
-from UNetSegmentationLib.image import Image, read_image, write_image
+from UNetSegmentationLib.image import Image, read_image, to_sitk, write_image
 from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import Label
 from UNetSegmentationLib.output import write_segmentation
@@ -777,6 +777,22 @@ def test_slicers_overlapping_segments(data):
     flat, _ = read_mask(data / "odd_files" / "Segmentation.seg.nrrd", image)
     sphere = array == 8
     assert sphere.sum() > 1000 and (flat[sphere] > 0).any() and np.array_equal(array[~sphere], flat[~sphere])
+
+
+def test_a_segment_that_later_ones_cover_does_not_vanish(tmp_path):
+    image, tumour, lung = scan(0), np.zeros((6, 11, 9), np.uint8), np.zeros((6, 11, 9), np.uint8)
+    tumour[2:4, 3:5, 3:5], lung[1:5, 2:6, 2:6] = 1, 1
+    for first, second in ((tumour, lung), (lung, tumour)):
+        both = sitk.Compose([sitk.GetImageFromArray(mask) for mask in (first, second)])
+        both.CopyInformation(to_sitk(image))
+        for i, name in enumerate(("tumour", "lung") if first is tumour else ("lung", "tumour")):
+            for key, value in {"ID": name, "Name": name, "Layer": i, "LabelValue": 1, "Color": "1 0 0", "Tags": ""}.items():
+                both.SetMetaData(f"Segment{i}_{key}", str(value))
+        sitk.WriteImage(both, str(tmp_path / "a.seg.nrrd"))
+        if first is tumour:
+            with pytest.raises(UserError, match="Later segments cover most of 'tumour' in .*, which would be lost; move it"):
+                read_mask(tmp_path / "a.seg.nrrd", image)
+    assert np.array_equal(read_mask(tmp_path / "a.seg.nrrd", image)[0], lung + tumour)
 
 
 def unetseg(monkeypatch, capsys, *args):

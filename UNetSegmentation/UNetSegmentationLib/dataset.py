@@ -135,14 +135,20 @@ def _check_inside(image: Image, grid: Image, name: str) -> None:
 def read_mask(path: str | Path, image: Image) -> tuple[np.ndarray, tuple[Label, ...]]:
     """(label map (z, y, x) on the image's grid, its labels; none where the file does not name them).
 
-    Where segments overlap, the later one wins. Raises UserError where the mask does not fit the image.
+    Where segments overlap, the later one wins. Raises UserError where the mask does not fit the image, or most of a segment would
+    be lost.
     """
     path = Path(path)
     if path.name.lower().endswith(".seg.nrrd"):
-        labels, out = [], np.zeros(image.shape, np.uint16)
+        labels, sizes, out = [], [], np.zeros(image.shape, np.uint16)
         for label, inside in segment_masks(path, image):
             out[inside] = label.value
             labels.append(label)
+            sizes.append(np.count_nonzero(inside))
+        for label, size, left in zip(labels, sizes, voxel_counts(out, len(labels) + 1)[1:]):
+            if 2 * left < size:
+                cure = "move it to the end of the list, or leave the other out"
+                raise UserError(f"Later segments cover most of '{label.name}' in {path}, which would be lost; {cure}.")
         return out, tuple(labels)
     mask = read_image(path)
     channels = mask.channels
