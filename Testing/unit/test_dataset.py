@@ -22,6 +22,7 @@ from UNetSegmentationLib.image import Image, read_image, to_sitk, write_image
 from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import Label
 from UNetSegmentationLib.output import write_segmentation
+from UNetSegmentationLib.worker.protocol import MAX_LINE, dumps
 
 ROOT = Path(__file__).resolve().parents[2]
 ORGAN = Label(1, "organ", (1, 2, 3), {"category": ["SCT", "123037004", "Anatomical Structure"], "type": ["SCT", "39607008", "Lung"]})
@@ -255,6 +256,18 @@ def test_the_summary_is_what_a_person_sees(dataset):
     (case,) = found["cases"]
     assert case["name"] == name and [v["version"] for v in case["versions"]] == [1, 2] and case["versions"][0]["by"] == "A"
     assert case["voxels"] == {"organ": 108, "tumour": 12} and "files" not in case["versions"][0]
+
+
+def test_of_a_large_dataset_the_summary_fits_into_a_line_of_the_workers(dataset):
+    dataset.add(scan(0), outline(), model_mask=outline(0), name="first")
+    data = json.loads((dataset.folder / "dataset.json").read_text())
+    one = data["cases"]["first"]
+    one["versions"][0]["changes"] = {f"structure {i}": one["versions"][0]["changes"]["organ"] for i in range(30)}
+    data["cases"] |= {f"case{i}": one for i in range(3000)}
+    (dataset.folder / "dataset.json").write_text(json.dumps(data))
+    found = dataset.refresh().summary()
+    assert found["count"] == 3001 and 200 < len(found["cases"]) < 3000 and found["cases"][-1]["name"] == "case2999"
+    assert len(dumps({"id": 1, "event": "done", "summary": found})) < MAX_LINE
 
 
 def test_a_case_is_removed_restored_and_erased(dataset):

@@ -484,8 +484,9 @@ class Dataset:
         case = self._case(self._data, name)
         return [self._entry(name, case, v["version"]) for v in case["versions"]]
 
-    def summary(self, most: int = 2000) -> dict[str, Any]:
-        """What a person wants to see of it, as JSON: the newest `most` cases with their versions, without files."""
+    def summary(self, size: int = 1 << 20) -> dict[str, Any]:
+        """What a person wants to see of it, as JSON: the newest cases with their versions, without files, and of those that were
+        removed. size: about so many characters of each, since the worker sends it as one line, of four times as many at most."""
         keys = ("version", "by", "date", "changes", "restored", "model_name")
 
         def told(name: str, case: dict[str, Any]) -> dict[str, Any]:
@@ -499,6 +500,16 @@ class Dataset:
                 "versions": [{key: v[key] for key in keys if v.get(key)} for v in case["versions"]],
             }
 
+        def newest(cases: dict[str, Any]) -> list[dict[str, Any]]:
+            out: list[dict[str, Any]] = []
+            left = size
+            for name, case in reversed(cases.items()):
+                out.append(told(name, case))
+                left -= len(json.dumps(out[-1]))
+                if left < 0:
+                    break
+            return out[::-1]
+
         cases, removed = self._data["cases"], self._data.get("removed", {})
         slices = [min(case["versions"][-1]["geometry"]["size"]) for case in cases.values()]
         return {
@@ -510,8 +521,8 @@ class Dataset:
             "flat": bool(slices) and statistics.median(slices) < 2,  # single slices, not volumes
             "count": len(cases),
             "patients": len({case["patient"] for case in cases.values()}),
-            "cases": [told(name, case) for name, case in list(cases.items())[-most:]],
-            "removed": [told(name, case) for name, case in list(removed.items())[-most:]],
+            "cases": newest(cases),
+            "removed": newest(removed),
         }
 
     def _case(self, data: dict[str, Any], name: str) -> dict[str, Any]:
