@@ -402,6 +402,37 @@ def test_discarded_only_the_record_stays(finished, models_folder):
         training.promote(job, "burn")
 
 
+def test_discarding_ends_well_where_windows_holds_a_file(finished, monkeypatch):
+    (finished.folder / "last.ckpt").touch()
+    unlink = Path.unlink
+
+    def held(self, missing_ok=False):
+        if self.suffix == ".ckpt":
+            raise PermissionError(13, "it is used by another process")
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", held)
+    assert training.promote(finished, "discard") is None
+    assert training.read(finished.folder).decided == "discard" and not list(finished.folder.glob("*.unet.zip"))
+
+
+def test_a_parent_that_a_virus_scanner_reads_is_put_aside_a_moment_later(finished, make_package, models_folder, busy_file, monkeypatch):
+    models_folder.mkdir()
+    parent = make_package()
+    (models_folder / parent.path.name).write_bytes(parent.path.read_bytes())
+    write = training.write_package
+
+    def written(*arguments):
+        made = write(*arguments)
+        busy_file.clear()  # the next two moves are refused again
+        return made
+
+    monkeypatch.setattr(training, "write_package", written)
+    training.promote(finished, "use")
+    former = models_folder / "former" / parent.path.name
+    assert former.is_file() and busy_file[:3] == [former] * 3
+
+
 def test_the_parent_of_another_task_stays(finished, make_package, models_folder):
     models_folder.mkdir()
     parent = make_package(name="other")

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .files import UserError, atomic_path, child_options, escape_arguments, unescape_arguments
+from .files import UserError, atomic_path, child_options, escape_arguments, move_file, unescape_arguments
 from .model import RESOURCES, SUFFIX, Card, ModelPackage, find_model, user_models_folder, write_package
 
 FOLDER, JOB, LIVE, RESULT, STOP, LOG, BEAT, BASE = (
@@ -649,7 +649,7 @@ def promote(job: Job, how: str, models_folder: str | Path | None = None) -> Path
     if former is not None:
         try:
             (models / FORMER).mkdir(exist_ok=True)
-            former.replace(models / FORMER / former.name)
+            move_file(former, models / FORMER / former.name)
         except OSError as e:
             raise UserError(f"{former} could not be put aside ({e.strerror or e}); both models are in the list now.") from e
     update(job.folder, decided=how)
@@ -672,9 +672,10 @@ def next_version(version: str) -> str:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what is large: weights, packages, masks; the record of the training stays."""
+    """Remove what is large: weights, packages, masks; the record of the training stays, as does what another program holds."""
     for path in (*folder.glob("*" + SUFFIX), *folder.glob("*.ckpt"), *folder.glob("*.safetensors")):
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
     for name in ("check", "pictures"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
