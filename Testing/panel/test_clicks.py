@@ -765,9 +765,13 @@ def test_the_table_follows_edits_and_leads_to_the_nodule(panel: Any, tmp_path: P
     assert qt.QApplication.clipboard().text().splitlines()[-2].startswith("Nodule 2: It reaches the edge")
     p.ui.noduleTable.setCurrentCell(0, 0)
 
-    p.node.GetSegmentation().RemoveSegment(p.segments()["Nodule 1"])
+    p.node.GetSegmentation().GetSegment(p.segments()["Nodule 1"]).SetName("The large one")
+    p.settle()
+    assert p.table()[0][0] == "The large one" and p.ui.clickMessage.text.startswith("The large one: click on what is missing")
+    p.node.GetSegmentation().RemoveSegment(p.segments()["The large one"])
     p.settle()
     assert [row[0] for row in p.table()] == ["Nodule 2"] and node.GetNumberOfRows() == 1 and not p.tool.segment
+    assert not p.ui.nextNoduleButton.enabled and p.ui.clickMessage.text == "Click on the nodule in a slice view."
 
 
 def test_what_a_stroke_left_is_measured_in_pieces(panel: Any) -> None:
@@ -958,7 +962,7 @@ def test_nodules_that_were_moved_on_their_scan_are_measured_again(panel: Any) ->
 
 
 @POSIX
-@pytest.mark.parametrize("what", ["scene", "volume", "other volume", "module", "segment", "segmentation", "voxels"])
+@pytest.mark.parametrize("what", ["scene", "volume", "other volume", "module", "segment", "segmentation", "voxels", "brush"])
 def test_what_happens_while_a_click_runs_breaks_nothing(panel: Any, what: str) -> None:
     import slicer
 
@@ -979,6 +983,8 @@ def test_what_happens_while_a_click_runs_breaks_nothing(panel: Any, what: str) -
             p.node.GetSegmentation().RemoveSegment(p.segments()["Nodule 1"])
         elif what == "segmentation":
             slicer.mrmlScene.RemoveNode(p.node)
+        elif what == "brush":
+            paint(p, "Nodule 1", corrected())
         else:
             slicer.util.arrayFromVolume(volume)[0, 0, 0] = -900
             slicer.util.arrayFromVolumeModified(volume)
@@ -987,9 +993,13 @@ def test_what_happens_while_a_click_runs_breaks_nothing(panel: Any, what: str) -
     known = slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
     counts = [n.GetSegmentation().GetNumberOfSegments() for n in known]
     assert counts == {"scene": [], "segmentation": [], "segment": [0]}.get(what, [1])
-    assert all(p.tag("Nodule 1").count("true") == 1 for _ in range(what in ("module", "voxels")))
-    if what == "voxels":
+    assert all(p.tag("Nodule 1").count("true") == 1 for _ in range(what in ("module", "voxels", "brush")))
+    if what in ("voxels", "brush"):
         assert "was changed meanwhile" in p.ui.clickMessage.text
+    if what == "brush":
+        assert np.array_equal(p.mask("Nodule 1"), corrected()) and len(dots(True)) == 1
+        p.click((20, 40, 71))
+        assert [prompt[0] for prompt in prompts_of(p, "Nodule 1")] == ["mask", "point"]
     if what in ("segment", "segmentation", "other volume"):
         assert "removed meanwhile, so nothing was written" in p.ui.clickMessage.text
     # And on it goes.

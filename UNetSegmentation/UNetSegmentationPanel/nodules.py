@@ -166,7 +166,8 @@ class ViewClicks:
 
 @dataclass(eq=False)
 class _Lesion:
-    """A nodule that is clicked at. segment: its ID, None before the first answer. label: the labelmap as it was written."""
+    """A nodule that is clicked at. segment: its ID, None before the first answer. label: the labelmap as it was written. asked: the
+    labelmap from which the answer that is awaited goes on, and its digest; None where that is not known."""
 
     volume: Any
     node: Any
@@ -174,6 +175,7 @@ class _Lesion:
     model: Any
     key: str
     label: Any = None
+    asked: tuple[Any, str] | None = None
     place: Any = None  # of the volume, when the prompts were last put there
 
     def part(self) -> Any:
@@ -323,6 +325,7 @@ class NoduleTool(VTKObservationMixin):
         elif self._steps:
             step = self._steps.pop()
             lesion = step.lesion
+            lesion.asked = None
             prompts = mrml.prompts_from_text(step.text, lesion.volume)
             ours = self.segmentation is lesion.node
             step.undo.undo()
@@ -339,6 +342,7 @@ class NoduleTool(VTKObservationMixin):
                 self.next()  # a person had removed it: the next click is on another one
         else:
             if lesion is not None:
+                lesion.asked = None
                 self._follow(lesion)
             self._unrecorded = self._controller.undo()
         self._say("")
@@ -443,10 +447,14 @@ class NoduleTool(VTKObservationMixin):
         if not positive and not controller.prompts and not lesion.there:
             self._say(_("Click on the nodule first, then on what is not part of it."))
             return
-        if lesion.there and not controller.busy and not self._isAsWritten(lesion):
-            mask, start = yield from mrml.segment_part_steps(lesion.node, lesion.segment, lesion.volume)
-            if mrml.mask_digest(mask, start) != mrml.segment_tag(lesion.part(), mrml.DIGEST_TAG):
-                controller.setMask(mask, start)
+        if lesion.there and not controller.busy:
+            label, written = mrml.label_of(lesion.part()), mrml.segment_tag(lesion.part(), mrml.DIGEST_TAG)
+            lesion.asked = label, written
+            if not self._isAsWritten(lesion):
+                mask, start = yield from mrml.segment_part_steps(lesion.node, lesion.segment, lesion.volume)
+                lesion.asked = label, mrml.mask_digest(mask, start)
+                if lesion.asked[1] != written:
+                    controller.setMask(mask, start)
         if controller is self._controller and self._mine:
             self.text = ""
             try:
@@ -483,6 +491,13 @@ class NoduleTool(VTKObservationMixin):
         if lesion.segment and not lesion.there:
             self._say(_("The segment was removed meanwhile, so nothing was written."))
             return
+        if lesion.there and lesion.asked is not None and mrml.label_of(lesion.part()) != lesion.asked[0]:
+            mask, start = yield from mrml.segment_part_steps(lesion.node, lesion.segment, lesion.volume)
+            if mrml.mask_digest(mask, start) != lesion.asked[1]:
+                if lesion is self._lesion:
+                    self._resume(lesion, mrml.prompts_from_text(mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG), lesion.volume))
+                self._say(_("The segment was changed meanwhile, so nothing was written; click again."))
+                return
         if answer.box.empty:
             if lesion.there:
                 mrml.remove_segment(lesion.node, lesion.segment)
@@ -519,6 +534,7 @@ class NoduleTool(VTKObservationMixin):
         undo.commit([written])
         lesion.node, lesion.segment = written, segment
         lesion.label = mrml.label_of(lesion.part())
+        lesion.asked = lesion.label, digest
         if answer.measures:
             self.measured[digest, lesion.volume.GetID(), mrml.place_of(lesion.volume)] = answer.measures
         if not unrecorded:
@@ -784,7 +800,6 @@ class NoduleSection(VTKObservationMixin):
         self._updating = True
         ui.daysSpinBox.value = self._days = settings.days or max(0, self._dated or 0)
         self._updating = False
-        self._updateTool()
         self._updateTable()
 
     def leave(self) -> None:
@@ -971,7 +986,7 @@ class NoduleSection(VTKObservationMixin):
                 clicked = any(mrml.segment_tag(held.GetNthSegment(i), mrml.PROMPTS_TAG) for i in range(_count(node)))
                 if clicked or mrml.find_table(node, mrml.NODULES_ROLE) is not None:
                     mrml.write_rows(columns, texts, node)
-        self._mark()
+        self._updateTool()
 
     def _fill(self, columns: Sequence[str], rows: Sequence[Sequence[str]], tips: Sequence[str]) -> None:
         table, self._updating, before = self.ui.noduleTable, True, self._updating
