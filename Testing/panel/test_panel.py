@@ -351,6 +351,7 @@ def test_an_imported_model_of_clicks_is_there_at_once(panel: Any, make_package: 
 def test_models_that_cannot_be_averaged_say_why(panel: Any, install: Any) -> None:
     one, two = install(name="one"), install(name="two", labels=TWO)
     flair, sigmoid = install(name="flair", channels=["T1", "FLAIR"]), install(name="sig", activation="sigmoid")
+    turned = install(name="other", channels=["FLAIR", "T1"])
     p = panel()
     volume()
     p.choose(one)
@@ -359,6 +360,8 @@ def test_models_that_cannot_be_averaged_say_why(panel: Any, install: Any) -> Non
         p.choose(one, other)
         assert words in p.ui.modelMessage.text and p.ui.modelMessage.visible
         assert not p.ui.applyButton.enabled and words in p.ui.applyButton.toolTip
+    p.choose(flair, turned)
+    assert "flair takes T1, FLAIR and other FLAIR, T1" in p.ui.modelMessage.text
 
 
 def test_an_ensemble_is_averaged(panel: Any, install: Any) -> None:

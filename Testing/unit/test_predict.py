@@ -169,6 +169,10 @@ def test_two_dimensional_picture(make_package):
     picture = Image(noise((1, 45, 70)))
     got = predict(picture, [model]).labels.array
     assert np.array_equal(got, (picture.array > 0.5).astype(np.uint8))
+    # Stored so that the slice is a coronal one, of which an axial model would see single rows.
+    for across in (Image(picture.array[0][:, None]), Image(picture.array, direction=(1, 0, 0, 0, 0, 1, 0, -1, 0))):
+        with pytest.raises(UserError, match="only one row or column of voxels in the axial slices that toy segments"):
+            predict(across, [model])
 
 
 # -------------------------------------------------------------------------------------------------------------- tiling
@@ -483,6 +487,11 @@ def test_models_that_do_not_belong_together_are_refused(make_package):
         predict(image, [make_package(), other])
     with pytest.raises(UserError, match="click model"):
         predict(image, [make_package(task="click")])
+    two, same, turned_round = (make_package(channels=names) for names in (["T1", "FLAIR"], ["t1", "Flair"], ["FLAIR", "T1"]))
+    image = Image(noise((2, 16, 16, 16)))
+    assert predict(image, [two, same]).labels.array.any()
+    with pytest.raises(UserError, match="toy takes T1, FLAIR and toy FLAIR, T1; .* in one order"):
+        predict(image, [two, turned_round])
 
 
 def test_an_output_of_another_size_is_refused(make_package):

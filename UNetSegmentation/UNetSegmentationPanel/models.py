@@ -113,6 +113,11 @@ def mismatch(models: Sequence[Model]) -> str:
             return _("{first} and {second} need different numbers of volumes, so they cannot be averaged; choose one of them.").format(
                 **names
             )
+        channels = [", ".join(card.data["channels"]) for card in (first, second)]
+        if len(first.data["channels"]) > 1 and channels[0].lower() != channels[1].lower():
+            return _("{first} takes {one} and {second} {other}, so they cannot be averaged; choose one of them.").format(
+                one=channels[0], other=channels[1], **names
+            )
         if first.activation != second.activation:
             return _("{first} and {second} end differently, so they cannot be averaged; choose one of them.").format(**names)
     return ""

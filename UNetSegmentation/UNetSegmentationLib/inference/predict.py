@@ -172,8 +172,20 @@ def _check_input(image: Image, models: Sequence[ModelPackage], options: Options)
             )
         if min(image.shape) < 2 and (card.dimensions == 3 or card.context):
             raise UserError(f"{name} has only {min(image.shape)} slice along one axis; {card.name} needs a volume.")
+        across = (n for axis, n in enumerate(reorient(image, card.acquired)[0].shape) if axis != card.slice_axis)
+        if card.dimensions == 2 and min(across) < 2:
+            which = card.data.get("axis", "axial")
+            raise UserError(
+                f"{name} has only one row or column of voxels in the {which} slices that {card.name} segments; "
+                "choose a volume, or a slice that lies so."
+            )
         if [(v.value, v.name) for v in card.labels] != [(v.value, v.name) for v in models[0].card.labels]:
             raise UserError(f"{card.name} and {models[0].card.name} do not give the same labels, so they cannot be averaged.")
+        first, second = (", ".join(m.card.data["channels"]) for m in (models[0], model))
+        if image.n_channels > 1 and first.lower() != second.lower():
+            raise UserError(
+                f"{models[0].card.name} takes {first} and {card.name} {second}; models that are averaged must take the same in one order."
+            )
         if card.activation != models[0].card.activation:
             raise UserError(f"{card.name} and {models[0].card.name} end in different activations, so they cannot be averaged.")
         if card.acquired != models[0].card.acquired:
