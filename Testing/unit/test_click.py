@@ -276,6 +276,23 @@ def test_a_closer_look_that_finds_nothing_or_more_than_it_shows_is_not_followed(
         assert answer.zoom == 1 and np.array_equal(s.mask, array) and len(engine.batches) > 1
 
 
+def test_a_correction_looks_from_nearer_at_what_was_found_from_far_away(click_package, monkeypatch):
+    monkeypatch.setattr(click, "lung_around", lambda *_: 1.0)
+    values = np.full((120, 160, 160), -900, np.float32)
+    values[40:80, 40:120, 40:120] = 0
+    lesion = ball(values.shape, (60, 80, 80), 3, (1, 1, 1)) > 0
+    values[lesion] = 500
+
+    def answer(batch):
+        """Finds nothing on a first look from near."""
+        bright = batch[:, 0] > 0.8
+        return np.where(bright & (batch[:, 4].any() or bright.sum() < 60), 1.0, 0.0)
+
+    s = ClickSession(Image(values, (1, 1, 1), (0, 0, 0)), click_package(intensity=CT_WINDOW), Recording(answer))
+    assert s.add_point(at(s, 60, 80, 80)).zoom > 1.4
+    assert s.add_point(at(s, 60, 80, 82)).zoom == 1 and np.array_equal(s.mask, lesion)
+
+
 def test_what_has_no_lung_around_it_is_nothing_until_a_second_click_says_otherwise(click_package):
     lesion = ball((120, 160, 160), (60, 80, 80), 8, (1, 1, 1)) > 0
     for around, found in ((-900, True), (0, False)):
