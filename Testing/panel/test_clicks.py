@@ -939,7 +939,7 @@ def test_nothing_is_new_where_the_earlier_study_was_not_measured(panel: Any, tmp
     assert not p.table() and [table.GetCellText(0, i) for i in range(table.GetNumberOfColumns())] == row
 
 
-def test_nodules_that_were_moved_on_their_scan_are_measured_again(panel: Any) -> None:
+def test_nodules_are_measured_again_where_another_scan_or_place_lies_beneath(panel: Any) -> None:
     import slicer
     import vtk
 
@@ -956,6 +956,13 @@ def test_nodules_that_were_moved_on_their_scan_are_measured_again(panel: Any) ->
     p.node.SetAndObserveTransformNodeID(transform.GetID())
     p.settle()
     assert p.table()[0] == row and np.allclose(p.widget.nodules.now.rows[0].measures["center"], moved)
+    # Another scan in the same node, as by a sequence's next frame: first its voxels, then its grid.
+    slicer.util.updateVolumeFromArray(p.settings.volume, np.full(SHAPE, -570, np.int16))
+    p.settle()
+    assert p.table()[0][6:10] == ["ground-glass", "-", "-570", "2"] and p.table()[0][2:6] == row[2:6]
+    p.settings.volume.SetSpacing(1.6, 1.6, 1.25)
+    p.settle()
+    assert p.table()[0][2:6] != row[2:6]
 
 
 # ------------------------------------------------------------------------------------------------------- in between

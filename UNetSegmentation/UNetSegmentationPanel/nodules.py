@@ -21,7 +21,7 @@ from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
 from . import clickController
-from .run import sentence
+from .run import sentence, volumeKey
 
 COLORS = ((255, 217, 47), (102, 194, 255), (255, 127, 80), (178, 223, 138), (231, 138, 195), (190, 174, 250), (94, 220, 200))
 # Beyond this, 88 mm in each direction at 0.6 mm, neither a nodule nor a mass is measured, but an organ, which would take long.
@@ -213,7 +213,7 @@ class NoduleTool(VTKObservationMixin):
         self.options: dict[str, str] = {}
         self.negative = False
         self.text = ""
-        # What the worker measured, by the mask's digest, the volume's ID and its place.
+        # What the worker measured, by the mask's digest and the volumeKey().
         self.measured: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._lesion: _Lesion | None = None
         self._steps: list[_Step] = []
@@ -518,6 +518,7 @@ class NoduleTool(VTKObservationMixin):
         }
         if label.terminology_entry():
             tags[slicer.vtkSegment.GetTerminologyEntryTagName()] = label.terminology_entry()
+        measured = digest, volumeKey([lesion.volume])
         yield
         undo = mrml.Undo(scene, 1)
         undo.begin(node)
@@ -536,7 +537,7 @@ class NoduleTool(VTKObservationMixin):
         lesion.label = mrml.label_of(lesion.part())
         lesion.asked = lesion.label, digest
         if answer.measures:
-            self.measured[digest, lesion.volume.GetID(), mrml.place_of(lesion.volume)] = answer.measures
+            self.measured[measured] = answer.measures
         if not unrecorded:
             self._steps.append(_Step(undo, lesion, before))
         if written is not self.segmentation:
@@ -633,7 +634,8 @@ class NoduleList(VTKObservationMixin):
                 self.addObserver(node, event, self._onSegments)
             self.addObserver(node, node.TransformModifiedEvent, self._onSegments)
             if volume is not None:
-                self.addObserver(volume, volume.TransformModifiedEvent, self._onSegments)
+                for event in (vtk.vtkCommand.ModifiedEvent, volume.ImageDataModifiedEvent, volume.TransformModifiedEvent):
+                    self.addObserver(volume, event, self._onSegments)
         self._timer.start(0)
 
     def close(self) -> None:
@@ -665,26 +667,26 @@ class NoduleList(VTKObservationMixin):
         if usable and (node.GetScene() is None or volume.GetScene() is None):
             usable = False
         held = node.GetSegmentation() if usable else None
-        image, place = (mrml.image_from_volume(volume), mrml.place_of(volume)) if usable else (None, None)
+        image, scan = (mrml.image_from_volume(volume), volumeKey([volume])) if usable else (None, None)
         inside = mrml.place_in(node, volume) if usable else None
         for segment in [held.GetNthSegmentID(i) for i in range(held.GetNumberOfSegments())] if usable else ():
             part = held.GetSegment(segment)
             if part is None:
                 continue
             label, row = mrml.label_of(part), former.get(segment)
-            if row is not None and row.label == (label, place, inside):
+            if row is not None and row.label == (label, scan, inside):
                 rows.append(Row(segment, part.GetName(), row.measures, row.label, row.digest))
                 continue
             mask, start = yield from mrml.segment_part_steps(node, segment, volume)
             digest = mrml.mask_digest(mask, start)
-            measures = row.measures if row is not None and row.digest == digest and row.label[1] == place else None
-            measures = measures or self._known.get((digest, volume.GetID(), place))
+            measures = row.measures if row is not None and row.digest == digest and row.label[1] == scan else None
+            measures = measures or self._known.get((digest, scan))
             if measures is None and 0 < mask.size <= LARGEST_VOXELS:
                 model = mrml.segment_tag(part, mrml.CLICK_MODEL_TAG)
                 made = [m.card for m in self._models() if m.name.rpartition("-")[0] == model.rpartition("-")[0]]
                 lung = all(map(expects_lung, made)) if made else not model  # of a model that is not here nothing is known
                 measures = yield from nodule.describe_steps(image, mask, start, lung)
-            rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, place, inside), digest))
+            rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, scan, inside), digest))
             yield
         self.rows, self.ready, self.text = rows, usable, ""
         if node is not None and not usable:
