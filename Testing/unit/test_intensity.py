@@ -75,6 +75,10 @@ def test_percentile_maps_its_ends_to_0_and_1():
     for got, channel in zip(normalised({"mode": "percentile", "low": 1, "high": 99}, values), values, strict=True):
         low, high = np.percentile(channel, [1, 99])
         np.testing.assert_allclose(got, np.clip((channel.astype(np.float64) - low) / (high - low), 0, 1), atol=1e-5)
+    two, half = np.arange(64).reshape(1, 4, 4, 4) % 2 == 1, {"mode": "percentile", "low": 0, "high": 50}
+    for values in (two, two * np.int8(-100) + ~two * np.int8(100)):  # of which NumPy's own percentiles are none, and 128
+        assert np.array_equal(normalised(half, values) > 0.5, values == values.max())
+        assert display_range(half, values)[1] < 1
 
 
 @pytest.mark.parametrize(
@@ -146,7 +150,9 @@ def test_level_and_width_are_parsed():
     assert parse_window(" 40.5 , 0.5") == {"mode": "window", "level": 40.5, "width": 0.5}
 
 
-@pytest.mark.parametrize("text", ["", "lungs", "40", "40,", "40,400,3", "a,b", "40,0", "40,-3", "nan,400", "40,nan", "40,inf", "-inf,400"])
+@pytest.mark.parametrize(
+    "text", ["", "lungs", "40", "40,", "40,400,3", "a,b", "40,0", "40,-3", "nan,400", "40,nan", "40,inf", "-inf,400", "1e308,1", "0,1e39"]
+)
 def test_other_windows_are_refused(text):
     with pytest.raises(UserError) as error:
         parse_window(text)

@@ -371,6 +371,7 @@ def test_a_full_card_is_valid():
         ({"context_slices": 1}, "belong to 2D models"),
         ({"labels": [{"value": 1, "name": "a"}, {"value": 1, "name": "b"}]}, "share one value"),
         ({"intensity": {"mode": "window", "level": 3}}, "lacks width"),
+        ({"intensity": {"mode": "window", "level": 1e39, "width": 3}}, "must be at most"),
         ({"intensity": {"mode": "percentile", "low": 3}}, "lacks high"),
         ({"intensity": {"mode": "ct-foreground", "low": 3, "high": 4, "mean": 0}}, "lacks std"),
         ({"intensity": {"mode": "percentile", "low": 99, "high": 1}}, "low is not below high"),
