@@ -6,13 +6,13 @@ import pytest
 @pytest.fixture
 def unetseg(monkeypatch, capfd):
     """Run the command in this process: (exit code, stdout, stderr)."""
-    from UNetSegmentationLib import cli
+    from UNetSegmentationLib.__main__ import main
 
     def run(*arguments):
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["unetseg", *map(str, arguments)])
         try:
-            cli.main()
+            main()
             code = 0
         except SystemExit as e:
             code = e.code

@@ -302,6 +302,13 @@ def test_cancelling_writes_nothing(here, unetseg, monkeypatch):
     monkeypatch.setattr(cli, "predict", interrupted)
     code, out, err = unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "-q")
     assert (code, out, err) == (130, "", "unetseg: cancelled; nothing was written.\n") and here.left() == []
+    # In any other command, and while the command's own modules are imported.
+    monkeypatch.setattr(cli, "find_model", interrupted)
+    monkeypatch.setattr("UNetSegmentationLib.dataset.Dataset.open", interrupted)
+    for command in (["model", "info", "toy"], ["segment", here.scan, "-m", "toy"], ["dataset", "list", here.out]):
+        assert unetseg(*command) == (130, "", "unetseg: cancelled.\n")
+    monkeypatch.setattr(cli, "_app", interrupted)
+    assert unetseg("models") == (130, "", "unetseg: cancelled.\n")
 
 
 def test_a_full_memory_is_a_sentence(here, unetseg, monkeypatch):

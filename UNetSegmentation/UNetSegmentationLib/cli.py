@@ -41,7 +41,7 @@ from .nodule import row as nodule_row
 
 
 def main() -> None:
-    """Run the command line; the entry point of `unetseg` and of `python -m UNetSegmentationLib`."""
+    """Run the command line."""
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401
@@ -61,9 +61,6 @@ def main() -> None:
     except MemoryError:
         print("unetseg: there was not enough memory; close other programs or choose a smaller ROI, and try again.", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("unetseg: cancelled; nothing was written.", file=sys.stderr)
-        sys.exit(130)
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing
@@ -127,14 +124,14 @@ def _progress(shown: bool) -> Iterator[Callable[[float, str], None] | None]:
 
 
 @contextmanager
-def _cancellable(left: str = "nothing was written") -> Iterator[None]:
-    """Ctrl-C, also at a prompt, ends the command with its sentence (typer's own differs from version to version)."""
+def _cancellable(left: str = "; nothing was written") -> Iterator[None]:
+    """Ctrl-C, also at a prompt, ends the command with its sentence (typer says nothing, or "Aborted." and 1, by its version)."""
     import typer
 
     try:
         yield
     except (KeyboardInterrupt, typer.Abort):
-        print(f"unetseg: cancelled; {left}.", file=sys.stderr)
+        print(f"unetseg: cancelled{left}.", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -279,7 +276,7 @@ def _write_text(path: Path | None, text: str) -> None:
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
-@_cancellable("not every result may have been written")
+@_cancellable("; not every result may have been written")
 def _write(
     image: Image,
     prediction: Prediction,
@@ -346,9 +343,9 @@ def _app() -> Any:
         help="Segment medical images with U-Nets.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
     )
     model_app = typer.Typer(help="Look into and make model packages.", no_args_is_help=True)
-    app.add_typer(model_app, name="model")
-    app.add_typer(_dataset_app(), name="dataset")
-    app.add_typer(_worklist_app(), name="worklist")
+    parts = {"model": model_app, "dataset": _dataset_app(), "worklist": _worklist_app()}
+    for name, part in parts.items():
+        app.add_typer(part, name=name)
 
     def version(value: bool) -> None:
         if value:
@@ -582,6 +579,10 @@ def _app() -> Any:
         made = write_package(output, data, network.read_bytes(), safetensors.read_bytes() if safetensors else None)
         print(f"wrote {made.path}")
 
+    for part in (app, *parts.values()):
+        for command in part.registered_commands:
+            assert command.callback is not None
+            command.callback = _cancellable("")(command.callback)
     return app
 
 
@@ -683,7 +684,6 @@ def _dataset_app() -> Any:
         Console().print(table)
 
     @app.command()
-    @_cancellable()
     def check(
         folder: Folder,
         hashes: Annotated[bool, typer.Option(help="Read every file and compare its hash.")] = True,
@@ -804,7 +804,7 @@ def _worklist_app() -> Any:
             me = Annotator.here(pid=os.getpid())
             options = Options(tta=tta, engine=engine, device=device)
             engines = None if later else [choose_engine(m, engine, device) for m in models]
-            with _cancellable("what is segmented is kept, and the same command goes on with the others"):
+            with _cancellable("; what is segmented is kept, and the same command goes on with the others"):
                 for i in range(0 if later else todo if limit is None else min(limit, todo)):
                     with _progress(not quiet) as progress:
                         scan = work.segment(models, me, options, progress, engines=engines)
