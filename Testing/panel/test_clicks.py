@@ -293,6 +293,25 @@ def test_the_next_nodule_leaves_the_others_alone(panel: Any) -> None:
     assert len(p.segments()) == 3 and (p.mask("Nodule 3") & before).any()
     assert np.array_equal(p.mask("Nodule 1"), before)
     assert [row[0] for row in p.table()] == ["Nodule 1", "Nodule 2", "Nodule 3"] and len(dots(True)) == 3
+    p.node.GetSegmentation().SetSegmentIndex(p.segments()["Nodule 1"], 2)
+    p.settle()
+    assert [row[0] for row in p.table()] == ["Nodule 2", "Nodule 3", "Nodule 1"]
+    # The last click is taken back where it was made, and the next one is made where it is to be.
+    former, p.settings.nodules = p.node, None
+    p.gui.process_events()
+    p.click(BALLS["left"][0])
+    mine, p.settings.nodules = p.node, former
+    p.gui.process_events()
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert mine.GetScene() is None and p.node is former and len(p.segments()) == 3 and not p.tool.segment
+    p.settings.nodules = None
+    p.gui.process_events()
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert sorted(p.segments(former)) == ["Nodule 1", "Nodule 2"] and not p.tool.segment
+    p.click(BALLS["right"][0])
+    assert p.node is not former and list(p.segments()) == ["Nodule 1"] and len(p.segments(former)) == 2
 
 
 def test_nothing_found_is_a_sentence_and_changes_nothing(panel: Any) -> None:

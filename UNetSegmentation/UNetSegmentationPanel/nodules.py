@@ -336,9 +336,9 @@ class NoduleTool(VTKObservationMixin):
                 lesion.node = None
                 if ours:  # the selector would go on to another segmentation, which nobody chose
                     self._keep(None)
-            if lesion.there or not prompts:
+            if ours and (lesion.there or not prompts):
                 self._resume(lesion, prompts)
-            else:
+            elif ours:
                 self.next()  # a person had removed it: the next click is on another one
         else:
             if lesion is not None:
@@ -630,7 +630,8 @@ class NoduleList(VTKObservationMixin):
         self.node, self.volume = node, volume
         if node is not None:
             kinds = slicer.vtkSegmentation
-            for event in (kinds.SegmentAdded, kinds.SegmentRemoved, kinds.SegmentModified, kinds.SourceRepresentationModified):
+            of = (kinds.SegmentAdded, kinds.SegmentRemoved, kinds.SegmentModified, kinds.SegmentsOrderModified)
+            for event in (*of, kinds.SourceRepresentationModified):
                 self.addObserver(node, event, self._onSegments)
             self.addObserver(node, node.TransformModifiedEvent, self._onSegments)
             if volume is not None:
