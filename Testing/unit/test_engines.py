@@ -1,5 +1,6 @@
 """The engines agree with one another, and say what really runs."""
 
+import sys
 import warnings
 
 import numpy as np
@@ -74,15 +75,28 @@ def test_a_network_that_does_not_fit_its_card_is_refused(make_package):
         make_engine(mixed, "onnx", "cpu", "fp32", 0)
 
 
-def test_a_gpu_that_does_not_work_is_passed_over_and_said(monkeypatch):
+def test_a_package_that_cannot_be_loaded_is_one_sentence(monkeypatch, make_package):
+    """As onnxruntime on Windows without Microsoft's runtime, and PyTorch there without one of its DLLs."""
+    monkeypatch.setitem(sys.modules, "UNetSegmentationLib.engines.onnx", None)
+    with pytest.raises(UserError, match="package onnxruntime cannot be loaded .*; install it again"):
+        make_engine(make_package(), "onnx", "cpu", "auto", 0)
+    if installed("torch") or installed("openvino"):
+        text = choose_engine(find_model("hippocampus-3d")).describe()
+        assert "ONNX" not in text and text.startswith(("OpenVINO", "PyTorch"))
+
+
+def test_a_gpu_that_does_not_work_is_passed_over_and_said(monkeypatch, capfd):
     """ONNX Runtime with its CUDA provider but without CUDA; PyTorch with a device that lacks operators, or computes nonsense."""
     import onnxruntime
 
     model = find_model("hippocampus-3d")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    loaded = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print(loaded.append(1)), raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of ONNX Runtime, which this build has no such provider for
         assert "none is usable" in make_engine(model, "onnx", "gpu", "auto", 0).describe()
+        assert loaded == [1] and capfd.readouterr().out == ""  # PyTorch's CUDA was looked for, and the report on stdout left alone
         if not installed("torch"):
             pytest.skip("torch is not installed")
         from UNetSegmentationLib.engines import torch as engine

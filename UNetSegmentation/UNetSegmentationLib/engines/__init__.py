@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -41,31 +43,38 @@ def in_pieces(run: Callable[[np.ndarray], np.ndarray], batch: np.ndarray, size: 
     return np.concatenate(out)
 
 
+_PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
+
+
 def installed(engine: str) -> bool:
     """Whether the engine's library is there, without importing it."""
-    package = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}[engine]
     try:
-        return importlib.util.find_spec(package) is not None
+        return importlib.util.find_spec(_PACKAGES[engine]) is not None
     except (ImportError, ValueError):
         return False
 
 
 def make_engine(package: ModelPackage, engine: str, device: str, precision: str, threads: int) -> Engine:
     """One engine by name; UserError when it is not installed or cannot run the model."""
+    name = _PACKAGES[engine]
     if not installed(engine):
-        name = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}[engine]
         raise UserError(f"The engine {engine} needs the Python package {name}, which is not installed; install it or use another engine.")
-    if engine == "onnx":
-        from .onnx import OnnxEngine
+    try:
+        if engine == "onnx":
+            from .onnx import OnnxEngine
 
-        return OnnxEngine(package, device, precision, threads)
-    if engine == "openvino":
-        from .openvino import OpenVINOEngine
+            return OnnxEngine(package, device, precision, threads)
+        if engine == "openvino":
+            from .openvino import OpenVINOEngine
 
-        return OpenVINOEngine(package, device, precision, threads)
-    from .torch import TorchEngine
+            return OpenVINOEngine(package, device, precision, threads)
+        from .torch import TorchEngine
 
-    return TorchEngine(package, device, precision, threads)
+        return TorchEngine(package, device, precision, threads)
+    except (ImportError, OSError) as e:  # a library that it needs is missing, which PyTorch on Windows tells by an OSError
+        more = ", and on Windows the Microsoft Visual C++ Redistributable" if os.name == "nt" else ""
+        reason = (str(e).splitlines() or [""])[0][:200]
+        raise UserError(f"The package {name} cannot be loaded ({reason}); install it again{more}.") from e
 
 
 def choose_engine(package: ModelPackage, engine: str = "auto", device: str = "auto", precision: str = "auto", threads: int = 0) -> Engine:
@@ -95,20 +104,22 @@ def choose_engine(package: ModelPackage, engine: str = "auto", device: str = "au
             notes.append(str(e))
             continue
         if where == "gpu" and getattr(made, "fell_back", False):  # its libraries (CUDA, cuDNN) are missing, say
-            notes.append("ONNX Runtime's GPU provider cannot be used")
+            notes.append("ONNX Runtime's GPU provider cannot be used; see which CUDA and cuDNN, or which driver, its version needs")
             continue
         return _noted(made, notes)
     raise UserError(notes[-1])
 
 
 def _has_gpu(engine: str, package: ModelPackage) -> bool:
-    if engine == "onnx":
-        from .onnx import gpu_providers
+    with suppress(ImportError, OSError):  # make_engine() says it
+        if engine == "onnx":
+            from .onnx import gpu_providers
 
-        return bool(gpu_providers(package.card.dimensions))
-    from .torch import gpu_device
+            return bool(gpu_providers(package.card.dimensions))
+        from .torch import gpu_device
 
-    return gpu_device() is not None
+        return gpu_device() is not None
+    return False
 
 
 class _Noted:

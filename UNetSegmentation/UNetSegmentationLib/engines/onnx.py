@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+from io import StringIO
+
 import numpy as np
 import onnxruntime as ort
 
@@ -30,12 +33,15 @@ class OnnxEngine:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         wanted = gpu_providers(package.card.dimensions) if device != "cpu" else []
+        if "CUDAExecutionProvider" in wanted and hasattr(ort, "preload_dlls"):  # from 1.21 on
+            # The CUDA and cuDNN that came with PyTorch or from NVIDIA's wheels, which no search path leads to.
+            with redirect_stdout(StringIO()):  # where it prints what it did not find
+                ort.preload_dlls()
         try:
             self._session = ort.InferenceSession(package.onnx, options, providers=[*wanted, "CPUExecutionProvider"])
         except Exception as e:  # ORT raises its own types, none of them public
-            raise UserError(
-                f"ONNX Runtime {ort.__version__} cannot load {package.path.name} ({_first_line(e)}); update onnxruntime."
-            ) from e
+            cure = "use the CPU, or update onnxruntime" if wanted else "update onnxruntime"
+            raise UserError(f"ONNX Runtime {ort.__version__} cannot load {package.path.name} ({_first_line(e)}); {cure}.") from e
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         rank = package.card.dimensions + 2
         if len(inputs) != 1 or len(outputs) < 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != rank:
@@ -46,20 +52,21 @@ class OnnxEngine:
         self._batch = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
         self._input, self._output = inputs[0].name, outputs[0].name
         self._asked = precision if precision in ("fp16", "bf16") else ""
-        self.fell_back = device == "gpu" and self._session.get_providers()[0] == "CPUExecutionProvider"
+        self._provider = self._session.get_providers()[0].removesuffix("ExecutionProvider")
+        self.fell_back = device == "gpu" and self._provider == "CPU"
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         try:
             return in_pieces(self._run, np.ascontiguousarray(batch, np.float32), self._batch)
         except Exception as e:
-            raise UserError(f"ONNX Runtime failed while it ran the network ({_first_line(e)}); try a smaller ROI or another engine.") from e
+            cure = "another engine" if self._provider == "CPU" else "the CPU"
+            raise UserError(f"ONNX Runtime failed while it ran the network ({_first_line(e)}); try a smaller ROI or {cure}.") from e
 
     def _run(self, batch: np.ndarray) -> np.ndarray:
         return self._session.run([self._output], {self._input: batch})[0]
 
     def describe(self) -> str:
-        used = self._session.get_providers()[0].removesuffix("ExecutionProvider")
-        text = f"ONNX Runtime {ort.__version__}, {used}"
+        text = f"ONNX Runtime {ort.__version__}, {self._provider}"
         text += f" (fp32, {self._asked} was asked for)" if self._asked else ""
         return text + (" (a GPU was asked for, none is usable)" if self.fell_back else "")
 

@@ -503,20 +503,14 @@ def _failure(error: Exception) -> dict[str, Any]:
     if any(isinstance(e, MemoryError) or _MEMORY.search(str(e)) for e in chain):
         text = str(error) if isinstance(error, UserError) and type(chain[-1]).__module__.startswith("torch") else _NO_MEMORY
         return {"event": "error", "kind": "memory", "error": text}
+    if not isinstance(error, (UserError, ProtocolError)) or isinstance(error.__cause__, ImportError):
+        print("".join(traceback.format_exception(error))[-_MAX_TRACEBACK:], file=sys.stderr, flush=True)
     if isinstance(error, Objection):
         return {"event": "error", "kind": "user", "error": str(error), "objection": error.kind}
     if isinstance(error, UserError):
         return {"event": "error", "kind": "user", "error": str(error)}
     if isinstance(error, ProtocolError):
         return {"event": "error", "kind": "internal", "error": str(error)}
-    text = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK:]
-    print(text, file=sys.stderr, flush=True)
-    if isinstance(error, ImportError):
-        name = (error.name or "").split(".")[0] or next(iter(re.findall(r"importing (\w+)|named '(\w+)", str(error))), ("", ""))[0]
-        package = "onnxruntime" if name.startswith("onnxruntime") else name or "that runs the network"
-        more = ", and on Windows the Microsoft Visual C++ Redistributable" if os.name == "nt" else ""
-        reason = (str(error).splitlines() or [""])[0][:200]
-        return {"event": "error", "kind": "user", "error": f"The package {package} cannot be loaded ({reason}); install it again{more}."}
     return {
         "event": "error",
         "kind": "internal",
