@@ -19,8 +19,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from UNetSegmentationLib import UserError, environment
+from UNetSegmentationLib import UserError, environment, kept
 from UNetSegmentationLib.environment import Done, Package, Plan, Requirement, Target, check, to_install
+from UNetSegmentationLib.model import user_models_folder
 from UNetSegmentationLib.worker.client import WorkerClient, child_environment
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="a shell script as launcher")
@@ -918,6 +919,14 @@ def test_the_environment_folder_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
     assert environment.environment_folder().parts[-2:] == ("UNetSegmentation", "torch")
+    # A variable that is set to nothing names no folder: it was the current one, where the environment would be built.
+    for name, where, last in (
+        ("UNETSEG_ENVIRONMENT", environment.environment_folder, "torch"),
+        ("UNETSEG_MODELS", user_models_folder, "models"),
+        ("UNETSEG_MASKS", kept.folder, "masks"),
+    ):
+        monkeypatch.setenv(name, "")
+        assert where().parts[-2:] == ("UNetSegmentation", last)
 
 
 @POSIX

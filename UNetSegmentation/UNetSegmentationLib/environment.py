@@ -841,11 +841,9 @@ class OwnEnvironment:
 
 def environment_folder() -> Path:
     """Where PyTorch's own environment lies; $UNETSEG_ENVIRONMENT overrides the user's data folder."""
-    if "UNETSEG_ENVIRONMENT" in os.environ:
-        return Path(os.environ["UNETSEG_ENVIRONMENT"])
     from .model import user_data_folder
 
-    return user_data_folder() / "torch"
+    return Path(os.environ.get("UNETSEG_ENVIRONMENT") or user_data_folder() / "torch")
 
 
 def own_environment(folder: Path | None = None) -> OwnEnvironment:

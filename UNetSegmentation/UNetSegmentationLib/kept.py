@@ -33,7 +33,7 @@ _new = 0
 
 def folder() -> Path:
     """$UNETSEG_MASKS overrides the user's data folder."""
-    return Path(os.environ["UNETSEG_MASKS"]) if "UNETSEG_MASKS" in os.environ else user_data_folder() / "masks"
+    return Path(os.environ.get("UNETSEG_MASKS") or user_data_folder() / "masks")
 
 
 def mask_digest(mask: np.ndarray, start: Sequence[int]) -> str:

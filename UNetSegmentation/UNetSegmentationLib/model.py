@@ -556,9 +556,7 @@ def write_package(path: str | Path, card: dict[str, Any], onnx: bytes, safetenso
 
 def user_models_folder() -> Path:
     """Where imported packages lie; $UNETSEG_MODELS overrides the platform's data folder."""
-    if "UNETSEG_MODELS" in os.environ:
-        return Path(os.environ["UNETSEG_MODELS"])
-    return user_data_folder() / "models"
+    return Path(os.environ.get("UNETSEG_MODELS") or user_data_folder() / "models")
 
 
 def user_data_folder() -> Path:
