@@ -636,6 +636,37 @@ def test_buttons_keys_and_mouse(editor: Callable[..., Editor]) -> None:
     assert np.array_equal(e.mask(), filled(A)) and e.message == ""
 
 
+def test_on_a_screen_of_high_resolution_a_hand_is_as_still_and_a_dot_as_large(editor: Callable[..., Editor]) -> None:
+    e = editor(scan())
+    view, xy = e.slice.sliceView(), e.xy(IN_A)
+    window = view.renderWindow()
+
+    def diameter() -> float:
+        actor = window.GetRenderers().GetFirstRenderer().GetViewProps().GetItemAsObject(0)
+        return actor.GetMapper().GetInputAlgorithm().GetInputConnection(1, 0).GetProducer().GetScale()
+
+    def ctrl_click(moved: int) -> bool:
+        e.event("LeftButtonPressEvent", xy, control=True)
+        e.event("LeftButtonReleaseEvent", (xy[0] + moved, xy[1]), control=True)
+        e.wait()
+        told, _ = "click on the lesion first" in e.message, e.effect._say("")
+        return told
+
+    window.SetDPI(144)  # as Slicer's views have it where a pixel of Qt's is two of the screen's
+    try:
+        view.interactor().SetInteractorStyle(None)  # VTK's own would grab what follows a press
+        view.interactor().SetRenderWindow(window)
+        assert ctrl_click(6) and not ctrl_click(7)
+        e.click(IN_A)
+        assert diameter() == 20
+    finally:
+        view.interactor().SetRenderWindow(None)
+        window.SetDPI(72)
+    e.widget._onLayoutChanged()
+    e.gui.wait(lambda: e.dots().get("green"))
+    assert diameter() == 10
+
+
 def test_another_model_is_chosen_and_a_missing_one_named(editor: Callable[..., Editor], models_folder: Path, make_package: Any) -> None:
     other = make_package(task="click", spacing=[2, 2, 2], patch=[16, 32, 32], name="other-click", version="2.1.0")
     shutil.copy(other.path, models_folder)

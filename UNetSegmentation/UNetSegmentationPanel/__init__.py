@@ -78,6 +78,12 @@ def newClickController() -> Any:
     return ClickController(panelWorker, _ensureRequirements)
 
 
+def pixelRatio(window: Any) -> float:
+    """How many pixels of a view's vtkRenderWindow, in which VTK tells positions, are one of Qt's: 2 on most screens of high
+    resolution."""
+    return max(1.0, window.GetDPI() / 72) if window is not None else 1.0  # 72 is VTK's for all others
+
+
 def forgetScene() -> None:
     """The scene is closed: nothing of its patients stays in memory or in the workers' folders."""
     if _controller is not None:

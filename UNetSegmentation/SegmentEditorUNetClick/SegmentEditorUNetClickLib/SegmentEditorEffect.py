@@ -22,6 +22,7 @@ from slicer.util import VTKObservationMixin
 
 NAME = "U-Net Click"  # not translated: settings are stored under it
 DEFAULT = "default"  # of the parameter Model; Slicer takes an empty one for none
+# Of Qt's, see pixelRatio().
 STILL_PIXELS = 3  # a click with Ctrl moves no more; what does is Slicer's own Ctrl and drag
 DOT_PIXELS = 5
 COLORS = {True: (0.2, 0.9, 0.3), False: (0.95, 0.25, 0.2)}
@@ -230,7 +231,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         if eventId == events.LeftButtonReleaseEvent:
             # With Ctrl it is passed on: Slicer has seen the press, and its own Ctrl and drag has to end.
             pressed, self._pressed = self._pressed, None
-            if pressed is not None and max(abs(a - b) for a, b in zip(pressed, at)) <= STILL_PIXELS:
+            if pressed is not None and self._isStill(pressed, at, callerInteractor):
                 self.click(self._ras(at, viewWidget), False)
             swallowed, self._swallow = self._swallow, False
             return swallowed
@@ -518,6 +519,12 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self.modelCombo.visible = self.modelLabel.visible = len(self._models) > 1
         self.updateGUIFromMRML()
 
+    @staticmethod
+    def _isStill(pressed: Sequence[int], at: Sequence[int], interactor: Any) -> bool:
+        from UNetSegmentationPanel import pixelRatio
+
+        return max(abs(a - b) for a, b in zip(pressed, at)) <= STILL_PIXELS * pixelRatio(interactor.GetRenderWindow())
+
     def _ras(self, xy: Sequence[int], viewWidget: Any) -> tuple[float, ...]:
         # xyToRas() of the base class goes through floats of 32 bits.
         return self.scriptedEffect.viewNode(viewWidget).GetXYToRAS().MultiplyPoint((*xy, 0.0, 1.0))[:3]
@@ -655,11 +662,13 @@ class Dots:
         self._views.clear()
 
     def _add(self, viewWidget: Any) -> None:
-        layers = {}
+        from UNetSegmentationPanel import pixelRatio
+
+        layers, diameter = {}, 2 * DOT_PIXELS * pixelRatio(self._effect.renderWindow(viewWidget))
         for positive, color in COLORS.items():
             data, disc, glyph = vtk.vtkPolyData(), vtk.vtkGlyphSource2D(), vtk.vtkGlyph2D()
             disc.SetGlyphTypeToCircle()
-            disc.SetScale(2 * DOT_PIXELS)
+            disc.SetScale(diameter)
             disc.SetResolution(16)
             glyph.SetInputData(data)
             glyph.SetSourceConnection(disc.GetOutputPort())
