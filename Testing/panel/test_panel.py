@@ -604,11 +604,16 @@ def test_apply_writes_segments_measures_and_map_and_undo_takes_them_back(panel: 
     rows = [line.split("\t") for line in qt.QApplication.clipboard().text().splitlines()]
     assert rows[0][:2] == ["Segment", "Volume [ml]"] and [r[0] for r in rows[1:]] == ["one", "two"]
     path = tmp_path / "measures.csv"
-    p.gui.dialogs.answer(str(path))
+    p.gui.dialogs.answer(str(tmp_path / "measures"))  # as it is typed; not every system's dialog adds the suffix
     p.ui.exportButton.click()
     with open(path, encoding="utf-8-sig", newline="") as f:
         assert list(csv.reader(f)) == rows
-    p.gui.dialogs.answer(str(tmp_path))
+    path.write_text("mine")
+    p.gui.dialogs.answer(str(tmp_path / "measures"), False)
+    p.ui.exportButton.click()
+    assert path.read_text() == "mine" and p.gui.dialogs.texts("message") == ["measures.csv is there already. Replace it?"]
+    (tmp_path / "folder.csv").mkdir()
+    p.gui.dialogs.answer(str(tmp_path / "folder.csv"))
     p.ui.exportButton.click()
     assert "cannot be written" in p.gui.dialogs.texts("error")[0]
 

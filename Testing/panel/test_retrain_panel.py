@@ -739,6 +739,10 @@ def test_the_package_is_saved_as_one_file(panel: Any, tmp_path: Path) -> None:
     p.gui.click(p.ui.shareButton)
     assert ModelPackage.read(tmp_path / "for a colleague.unet.zip").card.version == "1.1.0"
     assert "colleague.unet.zip" in p.ui.trainMessage.text
+    (tmp_path / "mine.unet.zip").write_text("mine")
+    p.gui.dialogs.answer(str(tmp_path / "mine"), False)  # the dialog asks about the name as it was typed only
+    p.gui.click(p.ui.shareButton)
+    assert (tmp_path / "mine.unet.zip").read_text() == "mine"
     p.gui.dialogs.answer("")
     p.gui.click(p.ui.shareButton)
     p.gui.dialogs.answer(str(tmp_path / "nowhere" / "x"))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import qt
@@ -69,10 +70,21 @@ def rowsText(rows: Sequence[Sequence[str]], separator: str) -> str:
     return out.getvalue()
 
 
+def askFile(title: str, name: str, kinds: str, suffix: str) -> Path | None:
+    """Which file to save, with its suffix, which not every system's dialog adds; None for none."""
+    chosen = str(qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), title, name, kinds) or "")
+    if not chosen or chosen.lower().endswith(suffix):
+        return Path(chosen) if chosen else None
+    path = Path(f"{chosen}{suffix}")
+    # The dialog has asked about the name as it was typed only.
+    question = _("{file} is there already. Replace it?").format(file=path.name)
+    return path if not path.exists() or slicer.util.confirmYesNoDisplay(question, windowTitle=title) else None
+
+
 def saveText(title: str, name: str, text: str) -> None:
     """Ask for a .csv file and write it, whole or not at all."""
-    path = qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), title, name, _("Comma-separated values (*.csv)"))
-    if path:
+    path = askFile(title, name, _("Comma-separated values (*.csv)"), ".csv")
+    if path is not None:
         from UNetSegmentationLib import UserError
         from UNetSegmentationLib.files import atomic_path
 

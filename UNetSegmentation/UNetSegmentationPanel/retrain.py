@@ -284,14 +284,14 @@ class RetrainSection(VTKObservationMixin):
         from UNetSegmentationLib.files import UserError, atomic_path
         from UNetSegmentationLib.model import SUFFIX
 
+        from .results import askFile
+
         package = self.job.package if self.job is not None else None
         if package is None:
             return
-        filters = _("Model packages (*{suffix})").format(suffix=SUFFIX)
-        chosen = qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), _("Save the model"), package.name, filters)
-        if not chosen:
+        target = askFile(_("Save the model"), package.name, _("Model packages (*{suffix})").format(suffix=SUFFIX), SUFFIX)
+        if target is None:
             return
-        target = Path(chosen if str(chosen).endswith(SUFFIX) else f"{chosen}{SUFFIX}")
         try:
             with atomic_path(target) as temporary:
                 shutil.copyfile(package, temporary)
