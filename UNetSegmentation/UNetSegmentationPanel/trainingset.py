@@ -117,6 +117,7 @@ class TrainingSetSection(VTKObservationMixin):
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.NodeAddedEvent, self._onNodeAdded)
         ui.setNameEdit.text = str(settings.value(NAME_KEY, "") or "")
         ui.setNamedCheckBox.checked = str(settings.value(NAMED_KEY, "")) == "1"
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.NodeAboutToBeRemovedEvent, self._onNodeAboutToBeRemoved)
         self.root.connect("contentsCollapsed(bool)", lambda collapsed: None if collapsed else self._onExpanded())
         ui.setFolderButton.connect("clicked(bool)", lambda *_: self._onChoose())
         ui.setSegmentationSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._onNode)
@@ -424,6 +425,18 @@ class TrainingSetSection(VTKObservationMixin):
 
     # ------------------------------------------------------------------------------------------------------ adding a case
 
+    @vtk.calldata_type(vtk.VTK_OBJECT)
+    def _onNodeAboutToBeRemoved(self, caller: Any, event: Any, node: Any) -> None:
+        selector = self.ui.setSegmentationSelector
+        if node is not None and node in (self._picked or ()):
+            self._picked = None
+        if node is not None and node is selector.currentNode():
+            # Before the selector, which hears it later, goes on to another by itself: that may be another scan's.
+            before, self._updating = self._updating, True
+            selector.setCurrentNode(None)
+            self._updating = before
+            self._settle.start()
+
     def _send(self) -> None:
         assert self._adding is not None
         self._idle.stop()
@@ -643,8 +656,7 @@ class TrainingSetSection(VTKObservationMixin):
 
     def _onNode(self, node: Any) -> None:
         if not self._updating and self.panel._parameters is not None:
-            gone = self._observed is not None and self._observed.GetScene() is None  # the selector goes on to another by itself
-            self._picked = None if gone else (self.panel._parameters.volume, node)
+            self._picked = self.panel._parameters.volume, node
             self._said = ""
             self.update()
 
