@@ -160,6 +160,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._followUps: dict[str, tuple[str, int]] = {}  # by volume ID: the earlier study's segmentation and days that were chosen
         self._region: Any = None  # that is observed
         self._empty: Any = None  # the chosen volume as long as it has no voxels
+        # Of these two, apart: removeObserver() keeps a node, and with it its voxels, removeObservers() does not.
+        self._input = VTKObservationMixin()
 
     # ------------------------------------------------------------------------------------------------------- life cycle
 
@@ -238,7 +240,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self._parameters is not None:
             self._disconnectParameters()
             self.removeObserver(self._observed, vtk.vtkCommand.ModifiedEvent, self._onParameters)
-        self._parameters, self._guiTag, self._observed = parameters, None, None
+        self._parameters, self._guiTag, self._observed, self._volume = parameters, None, None, None
         self._observeInput()
         if parameters is not None:
             self._connectParameters()
@@ -291,6 +293,9 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _onSceneStartClose(self, caller: Any, event: Any) -> None:
         self.setParameterNode(None)
         self._followUps = {}
+        for table in (self.ui.segmentsTable, self.ui.show3DButton):
+            table.setSegmentationNode(None)
+        self.ui.measuresTable.setMRMLTableNode(None)
         self.nodules.closeScene()
         for section in self.sections:
             section.closeScene()
@@ -539,20 +544,18 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _observeInput(self) -> None:
         """Apply depends on what is drawn, and on voxels that a new volume gets after it was chosen."""
-        volume = self._parameters.volume if self._parameters is not None else None
+        p = self._parameters
+        volume, region = (p.volume, p.region) if p is not None else (None, None)
         empty = volume if volume is not None and volume.GetImageData() is None else None
-        if empty is not self._empty:
-            for node, method in ((self._empty, self.removeObserver), (empty, self.addObserver)):
-                if node is not None:
-                    method(node, vtk.vtkCommand.ModifiedEvent, self._onParameters)
-            self._empty = empty
-        region = self._parameters.region if self._parameters is not None else None
-        if region is not self._region:
-            for node, method in ((self._region, self.removeObserver), (region, self.addObserver)):
-                if node is not None:
-                    for event in (vtk.vtkCommand.ModifiedEvent, node.PointModifiedEvent, node.PointPositionDefinedEvent):
-                        method(node, event, self._onRegion)
-            self._region = region
+        if empty is self._empty and region is self._region:
+            return
+        self._input.removeObservers()
+        if empty is not None:
+            self._input.addObserver(empty, vtk.vtkCommand.ModifiedEvent, self._onParameters)
+        if region is not None:
+            for event in (vtk.vtkCommand.ModifiedEvent, region.PointModifiedEvent, region.PointPositionDefinedEvent):
+                self._input.addObserver(region, event, self._onRegion)
+        self._empty, self._region = empty, region
 
     def _onRegion(self, caller: Any, event: Any) -> None:
         self._updateRun()

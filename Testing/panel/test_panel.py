@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import sys
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -748,8 +750,17 @@ def test_a_volume_that_gets_its_voxels_after_it_was_chosen(panel: Any, install: 
     gui.process_events()
     assert not p.ui.applyButton.enabled and "has no voxels" in p.ui.applyButton.toolTip
     slicer.util.updateVolumeFromArray(node, np.ones((4, 20, 20), np.int16))
+    p.settings.region = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
     gui.process_events()
+    p.settings.region = None
     p.run()
+    # A scene that is closed from another module leaves no patient's voxels in the panel.
+    known = [weakref.ref(n) for n in (node, p.settings.output, *slicer.util.getNodesByClass("vtkMRMLMarkupsROINode"))]
+    gui.leave(p.widget)
+    del node
+    gui.close_scene()
+    gc.collect()
+    assert [ref() for ref in known] == [None] * 3
 
 
 def test_progress_tells_how_long_it_takes(panel: Any, install: Any, gui: Any, monkeypatch: pytest.MonkeyPatch) -> None:

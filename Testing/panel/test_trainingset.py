@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import os
 import shutil
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,27 @@ def test_a_correction_becomes_a_case_and_what_changed_is_said(hands: Hands) -> N
         f"This scan is {entry.name}, version 1.",
     ]
     hands.whole()
+
+
+def test_a_segmentation_that_is_deleted_is_not_replaced_by_another_scans_and_is_kept_nowhere(hands: Hands) -> None:
+    import slicer
+
+    other = hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.scan(1)
+    node = hands.drawn(thing=box((3, 6), (2, 6), (2, 6)))
+    assert other is not node and hands.section.segmentation() is node
+    known = weakref.ref(node)
+    slicer.mrmlScene.RemoveNode(node)
+    del node
+    hands.settle()
+    assert hands.section.segmentation() is None and hands.ui.setSegmentationSelector.currentNode() is None
+    assert hands.ui.setMessage.text == "Choose the corrected segmentation."
+    again = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode")
+    again.SetReferenceImageGeometryParameterFromVolumeNode(hands.widget._parameters.volume)
+    hands.settle()
+    assert hands.section.segmentation() is again
+    gc.collect()
+    assert known() is None  # nor are its voxels, of each scan of a work list
 
 
 def test_the_same_scan_again_is_a_version_and_former_ones_come_back(hands: Hands) -> None:

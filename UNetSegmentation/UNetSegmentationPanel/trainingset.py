@@ -102,6 +102,8 @@ class TrainingSetSection(VTKObservationMixin):
         self._patients: dict[str, str] = {}  # by volume, what was typed
         self._cards: list[Any] | None = None
         self._observed: Any = None
+        # Of what is observed, apart: removeObserver() keeps each node, and with it its voxels, removeObservers() does not.
+        self._edits = VTKObservationMixin()
         self._volume: Any = None
         self._updating = self._closed = self._changing = False
         self._pieces = Pieces(self._onFailed)
@@ -115,9 +117,9 @@ class TrainingSetSection(VTKObservationMixin):
             timer.setInterval(ms)
             timer.connect("timeout()", method)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.NodeAddedEvent, self._onNodeAdded)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.NodeAboutToBeRemovedEvent, self._onNodeAboutToBeRemoved)
         ui.setNameEdit.text = str(settings.value(NAME_KEY, "") or "")
         ui.setNamedCheckBox.checked = str(settings.value(NAMED_KEY, "")) == "1"
-        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.NodeAboutToBeRemovedEvent, self._onNodeAboutToBeRemoved)
         self.root.connect("contentsCollapsed(bool)", lambda collapsed: None if collapsed else self._onExpanded())
         ui.setFolderButton.connect("clicked(bool)", lambda *_: self._onChoose())
         ui.setSegmentationSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._onNode)
@@ -287,6 +289,7 @@ class TrainingSetSection(VTKObservationMixin):
         self.cancel()
         self._pieces.clear()
         self.removeObservers()
+        self._observe(None)
         for timer in (self._settle, self._idle, self._late):
             timer.stop()
         self._listeners = []
@@ -408,11 +411,10 @@ class TrainingSetSection(VTKObservationMixin):
     def _observe(self, node: Any) -> None:
         if node is self._observed:
             return
+        self._edits.removeObservers()
         kinds = slicer.vtkSegmentation
-        events = (kinds.SegmentAdded, kinds.SegmentRemoved, kinds.SegmentModified)
-        for each, act in ((self._observed, self.removeObserver), (node, self.addObserver)):
-            for event in events if each is not None else ():
-                act(each, event, self._onSegments)
+        for event in (kinds.SegmentAdded, kinds.SegmentRemoved, kinds.SegmentModified) if node is not None else ():
+            self._edits.addObserver(node, event, self._onSegments)
         self._observed = node
 
     def _onSegments(self, caller: Any, event: Any) -> None:
@@ -422,8 +424,6 @@ class TrainingSetSection(VTKObservationMixin):
     def _onNodeAdded(self, caller: Any, event: Any, node: Any) -> None:
         if node is not None and node.IsA("vtkMRMLSegmentationNode"):
             self._settle.start()
-
-    # ------------------------------------------------------------------------------------------------------ adding a case
 
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def _onNodeAboutToBeRemoved(self, caller: Any, event: Any, node: Any) -> None:
@@ -436,6 +436,8 @@ class TrainingSetSection(VTKObservationMixin):
             selector.setCurrentNode(None)
             self._updating = before
             self._settle.start()
+
+    # ------------------------------------------------------------------------------------------------------ adding a case
 
     def _send(self) -> None:
         assert self._adding is not None
