@@ -336,6 +336,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             ("full", _("Flips and rotations")),
         ):
             self.ui.ttaCombo.addItem(text, value)
+        self._setIcon(self.ui.warningIcon, True)
 
     def _connect(self) -> None:
         ui = self.ui
@@ -676,8 +677,11 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.tryAgainButton.visible = going.phase in ("failed", "cancelled") and not problem
         if said and ui.messageIcon.toolTip != going.phase:
             ui.messageIcon.toolTip = going.phase
-            kind = qt.QStyle.SP_MessageBoxWarning if going.phase == "failed" else qt.QStyle.SP_MessageBoxInformation
-            ui.messageIcon.setPixmap(self.root.style().standardIcon(kind).pixmap(16, 16))
+            self._setIcon(ui.messageIcon, going.phase == "failed")
+
+    def _setIcon(self, label: Any, warning: bool) -> None:
+        kind = qt.QStyle.SP_MessageBoxWarning if warning else qt.QStyle.SP_MessageBoxInformation
+        label.setPixmap(self.root.style().standardIcon(kind).pixmap(16, 16))
 
 
 def _fill(combo: Any, choices: Any, value: str) -> None:

@@ -736,7 +736,7 @@ def test_warnings_are_shown(panel: Any, install: Any) -> None:
     volume()
     p.choose(toy)
     p.run()
-    assert p.ui.warningFrame.visible and "do not look like HU" in p.ui.warningLabel.text
+    assert p.ui.warningFrame.visible and "do not look like HU" in p.ui.warningLabel.text and p.ui.warningIcon.pixmap.width() > 0
 
 
 def test_a_volume_that_gets_its_voxels_after_it_was_chosen(panel: Any, install: Any, gui: Any) -> None:
