@@ -88,6 +88,15 @@ def test_metadata_reaches_the_header(tmp_path):
     assert sitk.ReadImage(str(tmp_path / "a.nrrd")).GetMetaData("Segment0_Name") == "a nodule"
 
 
+def test_arrays_of_types_that_no_file_has_are_written(tmp_path):
+    """As a person's masks (result == 1), half precision, and what nibabel reads from a big-endian NIfTI."""
+    values = volume() % 2
+    for given, kept in (("bool", "uint8"), ("float16", "float32"), (">i2", "int16"), (">f8", "float32")):
+        write_image(oblique(values.astype(given)), tmp_path / "a.nrrd")
+        back = read_image(tmp_path / "a.nrrd").array
+        assert back.dtype == kept and np.array_equal(back, values)
+
+
 @pytest.mark.parametrize(("suffix", "dtype"), [(".png", "uint8"), (".png", "uint16"), (".tif", "uint16"), (".tif", "float32")])
 def test_grey_pictures_are_one_slice(tmp_path, suffix, dtype):
     picture = volume(dtype, (1, 9, 13))
@@ -349,6 +358,7 @@ def test_a_nifti_header_that_contradicts_itself_is_refused(tmp_path, qform, sfor
         ({"direction": (0.0,) * 9}, "right angles"),
         ({"array": np.zeros((0, 4, 4))}, "no voxels"),
         ({"array": np.zeros((0, 4, 4, 4))}, "no voxels"),
+        ({"array": np.zeros((4, 4, 4), complex)}, "complex128, not numbers"),
     ],
 )
 def test_geometry_that_no_scanner_makes_is_refused(changes, sentence):

@@ -399,11 +399,14 @@ def resample_back(values: np.ndarray, box: Box, grid: Grid, target: Box) -> np.n
 
 
 def to_sitk(image: Image) -> sitk.Image:
-    """A SimpleITK image; channels become vector components."""
-    if image.array.ndim == 4:
-        out = sitk.GetImageFromArray(np.ascontiguousarray(np.moveaxis(image.array, 0, -1)), isVector=True)
+    """A SimpleITK image; channels become vector components, and types that it does not know the nearest: booleans uint8, half
+    precision float32, and another byte order, as of nibabel's arrays, this machine's."""
+    array, kind = image.array, image.array.dtype.newbyteorder("=")
+    array = array.astype({"b": np.uint8, "f": np.float64 if kind == np.float64 else np.float32}.get(kind.kind, kind), copy=False)
+    if array.ndim == 4:
+        out = sitk.GetImageFromArray(np.ascontiguousarray(np.moveaxis(array, 0, -1)), isVector=True)
     else:
-        out = sitk.GetImageFromArray(np.ascontiguousarray(image.array))
+        out = sitk.GetImageFromArray(np.ascontiguousarray(array))
     out.SetSpacing(image.spacing)
     out.SetOrigin(image.origin)
     out.SetDirection(image.direction)
@@ -741,6 +744,8 @@ def check_geometry(image: Image) -> None:
     name = str(image.source or "The image")
     if 0 in image.array.shape:
         raise UserError(f"{name} has no voxels; choose another image.")
+    if image.array.dtype.kind not in "biuf":
+        raise UserError(f"{name} holds {image.array.dtype}, not numbers; convert it to a scalar volume.")
     numbers = (*image.spacing, *image.origin, *image.direction)
     if not all(math.isfinite(v) for v in numbers):
         raise UserError(f"{name} has a geometry that is not a number; save it again with a valid header.")

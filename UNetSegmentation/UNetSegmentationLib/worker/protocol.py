@@ -311,8 +311,6 @@ def _take(file: IO[bytes]) -> None:
 def encode_image(image: Image, folder: Path, volume: int) -> Steps[dict[str, Any]]:
     """Write the array and say where it lies; UserError for an image that no worker would take."""
     geometry = encode_geometry(image)
-    if image.array.dtype.kind not in "biuf":
-        raise UserError(f"{image.source or 'The image'} holds {image.array.dtype}, not numbers; convert it to a scalar volume.")
     file = yield from save_array(folder, f"volume-{volume}.npy", image.array)
     return {"volume": volume, "file": file, "geometry": geometry}
 
