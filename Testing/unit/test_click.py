@@ -293,6 +293,25 @@ def test_a_correction_looks_from_nearer_at_what_was_found_from_far_away(click_pa
     assert s.add_point(at(s, 60, 80, 82)).zoom == 1 and np.array_equal(s.mask, lesion)
 
 
+@pytest.mark.parametrize("radius, whole", [(19, True), (13, False)])
+def test_a_part_of_a_mass_grows_with_the_distance_and_the_mass_is_taken(click_package, radius, whole):
+    """From near the network sees a lesion of its own in the mass's edge; from furthest away it sees all that is bright."""
+    shape, far = (100, 150, 150), 3.4**3
+    mass, part = ball(shape, (50, 75, 75), radius, (1, 1, 1)) > 0, ball(shape, (50, 75, 75 + radius - 4), 9, (1, 1, 1)) > 0
+    values = np.where(part, 200, np.where(mass, 50, -900)).astype(np.float32)
+
+    def answer(batch):
+        bright = batch[:, 0] > 0.5
+        return np.where(bright if bright.sum() < 1.1 * np.count_nonzero(mass | part) / far else batch[:, 0] > 0.7, 1.0, 0.0)
+
+    engine = Recording(answer)
+    s = ClickSession(Image(values, (1, 1, 1), (0, 0, 0)), click_package(intensity=CT_WINDOW), engine)
+    found = s.add_point(at(s, 50, 75, 75 + radius - 4))
+    assert found.text == "" and found.zoom == (ZOOMS[-1] if whole else 1.5)
+    assert dice(s.mask, (mass | part) if whole else part) > 0.85
+    assert engine.batches[-1][0, 1].any() and not engine.batches[-1][0, 4].any()
+
+
 def test_what_has_no_lung_around_it_is_nothing_until_a_second_click_says_otherwise(click_package):
     lesion = ball((120, 160, 160), (60, 80, 80), 8, (1, 1, 1)) > 0
     for around, found in ((-900, True), (0, False)):

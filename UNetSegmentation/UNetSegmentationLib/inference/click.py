@@ -59,6 +59,10 @@ _BORDER_VOXELS = 6
 # What the largest patch cuts with more than this share of the mask's own size (voxels to 2/3) goes on. A tip of a mass of 156 ml, found
 # with a Dice of 0.86, had 0.06; what leaked from another place in it into the mediastinum 0.5.
 ENDLESS_SHARE = 0.1
+# What is a part of a mass gets larger the further away one looks. Of 78 clicks that gave 2 ml or more of a lesion, in LIDC cubes and
+# two masses, the furthest look gave at most 2.3 times as much with it in it; of six that gave a part of a mass of 67 mm, 5 to 60 times.
+# Of 30 first clicks anywhere in that mass 26 find it so, 22 without; of 375 on nothing none is changed.
+PART_ML, GROWN, WITHIN = 2.0, 4.0, 0.9
 _NOTHING = "Nothing was found here; click inside the lesion, or draw a box around it."
 _NO_LUNG = "No lesion with lung around it was found here; if it is one, click a second time on it, or draw a box around it."
 _FAT = "What was found here is fat; if it is a lesion, click a second time on it, or draw a box around it."
@@ -373,6 +377,8 @@ class ClickSession:
             answer, border, lung = self._run(frame, prompts, before, in_lung)
             needed = TWICE_SHARE if beside >= TWICE_SHARE and _agreement(seen, answer) >= TWICE_DICE else LUNG_SHARE
         likely = lung >= needed
+        if in_lung and likely and not border:
+            answer = self._all_of(answer, prompts)
         text = "" if answer.found else _NOTHING
         other = self._other_tissue(answer) if in_lung and answer.found else ""
         endless = border > ENDLESS_SHARE
@@ -383,6 +389,22 @@ class ClickSession:
         # Of values that are no HU the doubts above say nothing: what they call bone may be any tissue.
         self._history.append((prompts, replace(answer, text=" ".join(self.warnings) or text)))
         return self.answer
+
+    def _all_of(self, answer: Answer, prompts: _Prompts) -> Answer:
+        """The mass that what was found is a part of, as the furthest look shows it; what was found where it is all."""
+        found, voxel = np.count_nonzero(answer.mask), math.prod(self._canonical.spacing) / 1000
+        if answer.zoom == ZOOMS[-1] or found * voxel < PART_ML:
+            return answer
+        look: tuple[np.ndarray, float] | None = ((np.array(answer.box.start) + answer.box.stop - 1) / 2, ZOOMS[-1])
+        for _ in range(2):
+            assert look is not None
+            whole, border, lung = self._run(look, prompts, _EMPTY, True)
+            if np.count_nonzero(whole.mask) < GROWN * found or _shared(whole, answer) < WITHIN * found:
+                return answer
+            look = self._wider(look, whole, border)
+            if look is None:
+                break
+        return whole if border <= ENDLESS_SHARE and lung >= LUNG_SHARE and not self._other_tissue(whole) else answer
 
     def _closer(self, seen: float, prompts: _Prompts, answer: Answer, needed: float) -> Answer:
         """What was found with the zoom `seen`, from as close as shows it whole; needed: the share of lung around it.
@@ -570,13 +592,17 @@ def lung_around(values: np.ndarray, mask: np.ndarray, spacing: np.ndarray) -> fl
     return lung / around.size if around.size and outside <= OUTSIDE_SHARE * lung else 0.0
 
 
-def _agreement(one: Answer, other: Answer) -> float:
-    """Dice of two answers."""
+def _shared(one: Answer, other: Answer) -> int:
+    """The voxels of both answers."""
     both = one.box & other.box
     if both.empty:
-        return 0.0
-    shared = np.count_nonzero(one.mask[both.relative_to(one.box).slices] & other.mask[both.relative_to(other.box).slices])
-    return 2 * shared / (np.count_nonzero(one.mask) + np.count_nonzero(other.mask))
+        return 0
+    return int(np.count_nonzero(one.mask[both.relative_to(one.box).slices] & other.mask[both.relative_to(other.box).slices]))
+
+
+def _agreement(one: Answer, other: Answer) -> float:
+    """Dice of two answers, not both empty."""
+    return 2 * _shared(one, other) / (np.count_nonzero(one.mask) + np.count_nonzero(other.mask))
 
 
 def _touched(mask: np.ndarray, positive: Sequence[Index], box: tuple[Index, ...] | None, drawn: np.ndarray | None = None) -> np.ndarray:
