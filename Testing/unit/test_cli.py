@@ -513,6 +513,9 @@ def test_a_name_that_is_no_utf8_is_refused(here, data, tmp_path):
 
 def test_a_window_of_no_picture_is_refused(here, unetseg):
     one_sentence(unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "--display", "bone"), "give --picture")
+    later = here.package(display="a preset of a later version").path
+    code, _, err = unetseg("segment", here.scan, "-m", later, "-o", here.out / "a.nrrd", "--picture", here.out / "a.png", "-q")
+    assert (code, err) == (0, "") and (here.out / "a.png").exists()
 
 
 BAD_NAMES = {

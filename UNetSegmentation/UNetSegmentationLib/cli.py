@@ -220,6 +220,12 @@ def _report(image: Image, prediction: Prediction, truth: Image | None) -> dict[s
     return report
 
 
+def _display(card: Card) -> dict[str, Any]:
+    """The window that a card's images are looked at with; one that only a later version knows is no reason to show none."""
+    preset = presets().get(card.data.get("display", ""))
+    return preset.intensity() if preset else card.intensity
+
+
 def _print_report(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -389,8 +395,7 @@ def _app() -> Any:
         targets = output or [Path(f"{_stem(images[0])}.seg.nrrd")]
         maps = [p for p in (uncertainty, probabilities) if p]
         _check_names(targets, maps, picture, report_file, read=[*images, reference])
-        chosen = display or packages[0].card.data.get("display")
-        shown = parse_window(chosen) if chosen and (picture or display) else packages[0].card.intensity
+        shown = parse_window(display) if display else _display(packages[0].card)
         if display and not picture:
             raise UserError("--display is of the picture; give --picture too.")
         with _cancellable(), _progress(not quiet and sys.stderr.isatty()) as progress:
@@ -455,9 +460,8 @@ def _app() -> Any:
             if not answer.found:
                 raise UserError(answer.text)
             nodule = describe(image, answer.mask, answer.box.start, expects_lung(package.card))
-        shown = parse_window(package.card.data["display"]) if package.card.data.get("display") else package.card.intensity
         prediction = session.prediction()
-        _write(image, prediction, truth, package.card, targets, {}, picture, shown, report_file, quiet, nodule, csv_file)
+        _write(image, prediction, truth, package.card, targets, {}, picture, _display(package.card), report_file, quiet, nodule, csv_file)
 
     @app.command()
     def models(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
