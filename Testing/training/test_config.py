@@ -47,6 +47,8 @@ def test_what_is_written_is_read_back_and_explains_itself(tmp_path):
         ({"augmentation": {"scaling": [1.1, 0.9]}}, "the smaller first"),
         ({"labels": [{"nam": "x"}]}, "did you mean 'name'"),
         ({"labels": [{"name": "x"}, {"name": "x"}]}, "two labels share one name"),
+        ({"labels": [{"name": "x\ny"}]}, "does not match"),
+        ({"labels": [{"name": "x", "terminology": {"category": ["SCT", "1", "a"]}}]}, "lacks 'type'"),
         ({"data": {}}, "'data.path' is missing"),
     ],
 )

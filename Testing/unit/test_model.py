@@ -372,6 +372,15 @@ def test_a_full_card_is_valid():
         ({"labels": [{"value": 1, "name": "a"}, {"value": 1, "name": "b"}]}, "share one value"),
         ({"intensity": {"mode": "window", "level": 3}}, "lacks width"),
         ({"intensity": {"mode": "window", "level": 1e39, "width": 3}}, "must be at most"),
+        # In a .seg.nrrd a line break would end the field, and what Slicer puts between a terminology's parts would add some.
+        *(({"labels": [{"value": 1, "name": name}]}, "does not match") for name in ("a\nSegment0_Name:=b", "a\x00b", "\x1b[31m", "  ")),
+        *(
+            (
+                {"labels": [{"value": 1, "name": "a", "terminology": {"category": ["S", "1", text], "type": ["S", "1", "x"]}}]},
+                "does not match",
+            )
+            for text in ("a|b", "a~b", "a^b", "a\nb")
+        ),
         ({"intensity": {"mode": "percentile", "low": 3}}, "lacks high"),
         ({"intensity": {"mode": "ct-foreground", "low": 3, "high": 4, "mean": 0}}, "lacks std"),
         ({"intensity": {"mode": "percentile", "low": 99, "high": 1}}, "low is not below high"),

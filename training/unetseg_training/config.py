@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from UNetSegmentationLib.files import UserError, atomic_path
-from UNetSegmentationLib.model import intensity_errors
+from UNetSegmentationLib.model import card_schema, intensity_errors, schema_errors
 from UNetSegmentationLib.networks import UNetConfig
 
 Axis = Literal["x", "y", "z"]
@@ -46,9 +46,18 @@ class Data(_Strict):
 
 
 class LabelEntry(_Strict):
-    name: str = Field(min_length=1, max_length=200)
+    name: str
     color: tuple[int, int, int] | None = None
     terminology: dict[str, list[str]] | None = None
+
+    @model_validator(mode="after")
+    def _fits_a_card(self) -> LabelEntry:
+        """Else the package would be refused at the end of the training."""
+        card = card_schema()
+        item = {"value": 1, **self.model_dump(mode="json", exclude_none=True)}
+        for error in schema_errors(item, card["properties"]["labels"]["items"], card, "the label"):
+            raise ValueError(error)
+        return self
 
 
 class Input(_Strict):
