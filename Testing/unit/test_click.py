@@ -489,6 +489,16 @@ def one_by_one(session, prompts):
     return session.mask
 
 
+def test_the_last_bits_of_a_prompt_do_not_matter(noisy):
+    masks = []
+    for less in (0.0, 1e-12, -1e-12):
+        s = noisy[2]()
+        first, last = (np.array(s.image.index_to_point(i)) - less for i in ((18, 21, 8), (45, 38, 21)))
+        s.add_box(first, last)
+        masks.append(s.mask)
+    assert masks[0].any() and all(np.array_equal(masks[0], m) for m in masks)
+
+
 def test_replay_gives_what_the_prompts_give_one_by_one(noisy):
     session, prompts, new = noisy
     wanted = [one_by_one(new(), prompts[:n]) for n in range(len(prompts) + 1)]

@@ -345,7 +345,10 @@ class ClickSession:
     def _index(self, point: Point, clip: bool = False) -> Point:
         if not all(math.isfinite(v) for v in point):
             raise UserError("The point must be three numbers in mm.")
-        index = self._canonical.point_to_index(point)[::-1]
+        # In mm a voxel's middle is it but for the last bits, and halfway between two of them is where a patch goes to the one or to the
+        # other: 1e-12 mm less, as after a transform there and back, gave lung1's nodule another mask (Dice 0.994) after three clicks.
+        x, y, z = (round(v, 6) for v in self._canonical.point_to_index(point))
+        index = z, y, x
         if clip:
             index = tuple(min(max(v, 0.0), n - 1.0) for v, n in zip(index, self._canonical.shape))  # type: ignore[assignment]
         elif any(not -0.5 <= v <= n - 0.5 for v, n in zip(index, self._canonical.shape)):
