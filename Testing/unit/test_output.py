@@ -264,6 +264,8 @@ def check_frames(path, p, image):
         number = holder.SegmentIdentificationSequence[0].ReferencedSegmentNumber
         back[round(z)][frame > 0] = values[seg.SegmentSequence[number - 1].SegmentLabel]
     assert np.array_equal(back, p.labels.array)
+    with pytest.raises(UserError, match="DICOM segmentation and no image"):  # not a volume of the frames that hold something
+        read_image(path)
     return seg
 
 

@@ -599,6 +599,8 @@ def _read_file(path: Path) -> Image:
     try:
         with _quiet():
             reader.ReadImageInformation()
+            if _tag(reader, "0008|0060") == "SEG":  # ITK would stack its frames, which hold only slices with something marked
+                raise UserError(f"{path} is a DICOM segmentation and no image; open it in Slicer with its scan, and save a .seg.nrrd.")
             _check_complete(path, reader)
             _check_frames(path, reader)
             return from_sitk(reader.Execute(), path)
