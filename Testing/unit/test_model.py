@@ -367,6 +367,7 @@ def test_a_full_card_is_valid():
         ({"patch": [16, 16]}, "card.patch needs 3 numbers"),
         ({"dimensions": 2, "patch": [16, 16]}, "card.divisor needs 2 numbers"),
         ({"patch": [16, 16, 18]}, "not a multiple of card.divisor"),
+        ({"spacing": [1e300, 1, 1]}, "must be at most 100"),  # it was an OverflowError when the model ran
         ({"axis": "axial"}, "belong to 2D models"),
         ({"context_slices": 1}, "belong to 2D models"),
         ({"labels": [{"value": 1, "name": "a"}, {"value": 1, "name": "b"}]}, "share one value"),
