@@ -408,6 +408,7 @@ def test_a_row_and_its_csv():
     assert (
         cells[1] == f"{found['volume_mm3']:.0f}" and cells[2] == f"{found['mean_mm']:.1f}" and cells[6] == f"{found['solid_mean_mm']:.1f}"
     )
+    assert row({**found, "mean_hu": -0.3})[7] == "0" and row({**found, "mean_hu": -0.6})[7] == "-1"
     text = csv_text([["a, b", *cells], ["c", *cells]], ["Nodule", *COLUMNS])
     heading, *lines = csv.reader(text.splitlines())
     assert heading == ["Nodule", *COLUMNS, "Note"] and lines[0] == ["a, b", *cells, NOTE] and len(lines) == 2

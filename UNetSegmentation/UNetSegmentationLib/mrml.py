@@ -1717,7 +1717,7 @@ def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any, t
         column.SetName(title)
         for row in rows:
             value = float("nan") if row[key] is None else row[key]
-            column.InsertNextValue(value if digits is None else round(value, digits))
+            column.InsertNextValue(value if digits is None else round(value, digits) + 0.0)  # no -0
         table.AddColumn(column)
     return _show_table(table, table_node, segmentation_node, SEGMENTATION_ROLE, "measures")
 

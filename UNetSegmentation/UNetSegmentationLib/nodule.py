@@ -283,7 +283,7 @@ def row(nodule: dict[str, Any]) -> list[str]:
     """A describe() as texts, a cell for each of COLUMNS; "-" where there is nothing."""
 
     def number(key: str, digits: int) -> str:
-        return "-" if nodule.get(key) is None else f"{nodule[key]:.{digits}f}"
+        return "-" if nodule.get(key) is None else f"{round(nodule[key], digits) + 0.0:.{digits}f}"  # + 0.0: no -0
 
     solid = "-" if nodule.get("texture") != "part-solid" else number("solid_mean_mm", 1)
     return [
