@@ -292,6 +292,10 @@ def test_models_that_need_a_person_segment_nothing_in_advance(work):
         with pytest.raises(UserError, match=f"{why}.*choose another model, or none"):
             work.choose_models([find_model(name)])
     assert work.next(ANNA).name == "s0"  # a list needs no model
+    # Nor do models that cannot be averaged: every scan had failed by them.
+    with pytest.raises(UserError, match="do not give the same labels, so they cannot be averaged"):
+        work.choose_models([find_model("hippocampus-3d"), find_model("left-ventricle-2d")])
+    assert work.models == ()
 
 
 @pytest.fixture

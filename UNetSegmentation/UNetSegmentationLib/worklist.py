@@ -37,7 +37,7 @@ import numpy as np
 from .dataset import FolderLock, LockLost, flush, process_is_gone, reached, read_shared
 from .files import UserError, atomic_path, check_text
 from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, read_image, reorient
-from .inference.predict import Cancelled, Options, Prediction, Progress, predict
+from .inference.predict import Cancelled, Options, Prediction, Progress, check_together, predict
 from .model import Label, ModelPackage
 from .output import write_segmentation
 from .postprocess import components
@@ -696,12 +696,14 @@ def _free_name(stem: str, taken: dict[str, Any]) -> str:
 
 
 def check_models(models: Sequence[ModelPackage]) -> None:
-    """UserError for models that cannot segment a scan by themselves."""
+    """UserError for models that cannot segment a scan by themselves, or not together."""
     for model in models:
         if model.card.data["task"] != "automatic":
             raise UserError(f"{model.card.name} works from clicks, so it segments nothing in advance; choose another model, or none.")
         if model.card.data.get("roi_mm"):
             raise UserError(f"{model.card.name} is made for a box around one target, not for whole scans; choose another model, or none.")
+    if models:
+        check_together(models)
 
 
 def _until(now: float, me: Annotator) -> float:

@@ -162,6 +162,7 @@ def _check_input(image: Image, models: Sequence[ModelPackage], options: Options)
     for error in intensity_errors(options.intensity, "options.intensity") if options.intensity else ():
         raise UserError(f"The window is not valid: {error}; correct it.")
     check_geometry(image)
+    check_together(models)
     for model in models:
         card = model.card
         if image.n_channels != len(card.data["channels"]):
@@ -179,20 +180,25 @@ def _check_input(image: Image, models: Sequence[ModelPackage], options: Options)
                 f"{name} has only one row or column of voxels in the {which} slices that {card.name} segments; "
                 "choose a volume, or a slice that lies so."
             )
-        if [(v.value, v.name) for v in card.labels] != [(v.value, v.name) for v in models[0].card.labels]:
-            raise UserError(f"{card.name} and {models[0].card.name} do not give the same labels, so they cannot be averaged.")
-        first, second = (", ".join(m.card.data["channels"]) for m in (models[0], model))
-        if image.n_channels > 1 and first.lower() != second.lower():
-            raise UserError(
-                f"{models[0].card.name} takes {first} and {card.name} {second}; models that are averaged must take the same in one order."
-            )
-        if card.activation != models[0].card.activation:
-            raise UserError(f"{card.name} and {models[0].card.name} end in different activations, so they cannot be averaged.")
-        if card.acquired != models[0].card.acquired:
-            raise UserError(f"{card.name} and {models[0].card.name} do not look at the same slices, so they cannot be averaged.")
         if card.data["task"] != "automatic":
             raise UserError(f"{card.name} is a {card.data['task']} model; it works from clicks, not on its own.")
     check_finite(image.channels, name)
+
+
+def check_together(models: Sequence[ModelPackage]) -> None:
+    """UserError for models that cannot be averaged."""
+    first = models[0].card
+    for card in (model.card for model in models[1:]):
+        names = f"{card.name} and {first.name}"
+        if [(v.value, v.name) for v in card.labels] != [(v.value, v.name) for v in first.labels]:
+            raise UserError(f"{names} do not give the same labels, so they cannot be averaged.")
+        one, other = (", ".join(c.data["channels"]) for c in (first, card))
+        if len(first.data["channels"]) != len(card.data["channels"]) or (len(first.data["channels"]) > 1 and one.lower() != other.lower()):
+            raise UserError(f"{first.name} takes {one} and {card.name} {other}; models that are averaged must take the same in one order.")
+        if card.activation != first.activation:
+            raise UserError(f"{names} end in different activations, so they cannot be averaged.")
+        if card.acquired != first.acquired:
+            raise UserError(f"{names} do not look at the same slices, so they cannot be averaged.")
 
 
 def _region(image: Image, card: Card, options: Options) -> tuple[Box, Box | None]:
