@@ -315,6 +315,8 @@ def test_the_next_nodule_leaves_the_others_alone(panel: Any) -> None:
 
 
 def test_nothing_found_is_a_sentence_and_changes_nothing(panel: Any) -> None:
+    import slicer
+
     p = begun(panel, "left")
     state, points = everything(p.node), dots(True)
     p.gui.click(p.ui.nextNoduleButton)
@@ -325,6 +327,14 @@ def test_nothing_found_is_a_sentence_and_changes_nothing(panel: Any) -> None:
     assert p.ui.clickMessage.text == "Click on the nodule first, then on what is not part of it."
     p.click((500, 48, 30))
     assert "outside the image" in p.ui.clickMessage.text and list(p.segments()) == ["Nodule 1"]
+    # Two studies side by side: what is clicked at in the other one is not looked for in this one.
+    composite = slicer.app.layoutManager().sliceWidget("Red").mrmlSliceCompositeNode()
+    composite.SetBackgroundVolumeID(scan("Last year's").GetID())
+    p.click(BALLS["right"][0])
+    assert p.ui.clickMessage.text.startswith("This view shows 'Last year's' and not 'CT'") and everything(p.node) == state
+    composite.SetForegroundVolumeID(p.settings.volume.GetID())
+    p.click(BALLS["right"][0])
+    assert list(p.segments()) == ["Nodule 1", "Nodule 2"] and p.ui.clickMessage.text.startswith("Nodule 2: click on")
 
 
 def prompts_of(p: Any, name: str) -> list[Any]:

@@ -86,13 +86,13 @@ class Pieces:
 
 
 class ViewClicks:
-    """Clicks of the left button into slice views: clicked(ras, positive). With Ctrl they are negative. Shift, the other buttons
-    and the wheel stay Slicer's; so do all clicks while something else is being placed.
+    """Clicks of the left button into slice views: clicked(ras, positive, composite node of the view). With Ctrl they are negative.
+    Shift, the other buttons and the wheel stay Slicer's; so do all clicks while something else is being placed.
 
     Slicer's own place mode knows no click with a modifier, so the views' interactors are listened to, before Slicer does.
     """
 
-    def __init__(self, clicked: Callable[[Sequence[float], bool], None]) -> None:
+    def __init__(self, clicked: Callable[[Sequence[float], bool, Any], None]) -> None:
         self._clicked = clicked
         self._observed: list[tuple[Any, Any, list[int]]] = []
         self._pressed: tuple[int, int] | None = None
@@ -125,10 +125,10 @@ class ViewClicks:
         for name in self._layouts.sliceViewNames():
             widget = self._layouts.sliceWidget(name)
             view = widget.sliceView()
-            interactor, node, tags = view.interactor(), widget.mrmlSliceNode(), []
+            interactor, tags = view.interactor(), []
 
-            def heard(caller: Any, event: str, node: Any = node, tags: list[int] = tags) -> None:
-                self._heard(caller, event, node, tags)
+            def heard(caller: Any, event: str, widget: Any = widget, tags: list[int] = tags) -> None:
+                self._heard(caller, event, widget, tags)
 
             for event in (commands.LeftButtonPressEvent, commands.LeftButtonReleaseEvent, commands.LeftButtonDoubleClickEvent):
                 tags.append(interactor.AddObserver(event, heard, 10.0))
@@ -142,7 +142,7 @@ class ViewClicks:
             view.unsetViewCursor()
         self._observed = []
 
-    def _heard(self, interactor: Any, event: str, node: Any, tags: list[int]) -> None:
+    def _heard(self, interactor: Any, event: str, widget: Any, tags: list[int]) -> None:
         mode = slicer.mrmlScene.GetNodeByID("vtkMRMLInteractionNodeSingleton")
         placing = mode is not None and mode.GetCurrentInteractionMode() == mode.Place
         if placing or interactor.GetShiftKey() or interactor.GetAltKey():
@@ -157,8 +157,8 @@ class ViewClicks:
         elif event == "LeftButtonReleaseEvent":
             pressed, self._pressed = self._pressed, None
             if pressed is not None and max(abs(a - b) for a, b in zip(pressed, at)) <= _STILL_PIXELS:
-                ras = node.GetXYToRAS().MultiplyPoint([float(at[0]), float(at[1]), 0.0, 1.0])
-                self._clicked(ras[:3], not negative)
+                ras = widget.mrmlSliceNode().GetXYToRAS().MultiplyPoint([float(at[0]), float(at[1]), 0.0, 1.0])
+                self._clicked(ras[:3], not negative, widget.mrmlSliceCompositeNode())
 
 
 # -------------------------------------------------------------------------------------------------------------- nodules
@@ -275,8 +275,15 @@ class NoduleTool(VTKObservationMixin):
         self._views.stop()
         self._changed()
 
-    def click(self, ras: Sequence[float], positive: bool = True) -> None:
-        """A prompt at a point of the world, RAS mm; negative() turns it round."""
+    def click(self, ras: Sequence[float], positive: bool = True, view: Any = None) -> None:
+        """A prompt at a point of the world, RAS mm; self.negative turns it round. view: the composite node of the slice view that was
+        clicked into, which must show the volume where it shows one: with two studies side by side it may be the other one's."""
+        ids = [] if view is None else [view.GetBackgroundVolumeID(), view.GetForegroundVolumeID()]
+        shown = [node for node in map(slicer.mrmlScene.GetNodeByID, filter(None, ids)) if node is not None]
+        if self.volume is not None and shown and self.volume not in shown:
+            text = _("This view shows '{other}' and not '{name}', which is chosen as the volume; choose '{other}', or show '{name}' here.")
+            self._say(text.format(other=shown[0].GetName(), name=self.volume.GetName()))
+            return
         positive = positive and not self.negative
         self._pieces.add(self._promptSteps(lambda c: c.addPoint(ras, positive), positive))
 
