@@ -2,9 +2,11 @@
 
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from UNetSegmentationLib import engines
 from UNetSegmentationLib.engines import choose_engine, installed, make_engine
 from UNetSegmentationLib.image import Image, UserError, read_image
 from UNetSegmentationLib.inference.predict import Options, predict
@@ -48,6 +50,14 @@ def test_automatic_choice_runs_and_a_missing_gpu_is_said():
     assert any(word in text for word in ("CUDA", "Dml", "CoreML", "cuda", "mps", "no usable GPU"))
     asked = make_engine(model, "onnx", "gpu", "auto", 0).describe()
     assert any(word in asked for word in ("CUDA", "Dml", "CoreML", "none is usable"))
+
+
+def test_pytorch_that_knows_no_gpu_is_not_imported_to_ask_for_one(monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "UNetSegmentationLib.engines.torch", SimpleNamespace(gpu_device=lambda: asked.append(1)))
+    for build, times in (("2.13.0+cpu", 0), ("2.13.0+cu130", 1)):
+        monkeypatch.setattr(engines, "version", lambda name, build=build: build)
+        assert not engines._has_gpu("torch", find_model("hippocampus-3d")) and len(asked) == times
 
 
 def test_a_threads_setting_changes_nothing_in_the_result(make_package):
@@ -101,6 +111,7 @@ def test_a_gpu_that_does_not_work_is_passed_over_and_said(monkeypatch, capfd):
             pytest.skip("torch is not installed")
         from UNetSegmentationLib.engines import torch as engine
 
+        monkeypatch.setattr(engines, "version", lambda name: "2.13.0+cu130")
         monkeypatch.setattr(engine, "gpu_device", lambda: "meta")  # a device of PyTorch's that has shapes only
         with pytest.raises(UserError, match="failed while it ran the network on meta"):
             make_engine(model, "torch", "gpu", "auto", 0)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 import numpy as np
@@ -116,9 +117,18 @@ def _has_gpu(engine: str, package: ModelPackage) -> bool:
             from .onnx import gpu_providers
 
             return bool(gpu_providers(package.card.dimensions))
+        if _torch_knows_no_gpu():
+            return False
         from .torch import gpu_device
 
         return gpu_device() is not None
+    return False
+
+
+def _torch_knows_no_gpu() -> bool:
+    """Whether PyTorch's version names a build for the CPU alone; to import it for that answer takes 2.5 s in every new process."""
+    with suppress(PackageNotFoundError):
+        return version("torch").endswith("+cpu")
     return False
 
 
