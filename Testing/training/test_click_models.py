@@ -11,7 +11,7 @@ for name in ("monai", "pydantic", "lightning", "yaml"):
 
 from safetensors.torch import save  # noqa: E402
 from test_retrain import At, finished, same, weights  # noqa: E402
-from unetseg_training import clicks, finetune, live, metrics, report, retrain  # noqa: E402
+from unetseg_training import clicks, finetune, live, metrics, retrain  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
 from unetseg_training.cases import find_cases  # noqa: E402
 from unetseg_training.plan import plan  # noqa: E402
@@ -314,7 +314,6 @@ def test_it_learns_and_says_nothing_where_there_is_nothing(nodules, base):
 
 
 def test_stopped_it_keeps_the_best_and_goes_on_exactly(nodules, base, monkeypatch):
-    monkeypatch.setattr(report, "write", lambda folder: folder)  # takes seconds, which are not this test's
     whole = finished(created(nodules, base))
     assert whole.state == "finished", whole.text
     with monkeypatch.context() as m:

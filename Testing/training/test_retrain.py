@@ -16,7 +16,7 @@ for name in ("monai", "pydantic", "lightning", "yaml"):
 
 from safetensors.torch import save  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
-from unetseg_training import live, retrain  # noqa: E402
+from unetseg_training import live, report, retrain, watch  # noqa: E402
 from unetseg_training.cases import find_cases  # noqa: E402
 from unetseg_training.train import CHECKPOINT, WEIGHTS  # noqa: E402
 from UNetSegmentationLib import training  # noqa: E402
@@ -89,9 +89,13 @@ def created(dataset, base, **fit):
 
 
 def finished(job):
-    """Do it in this process."""
-    assert training.claim(job.folder)
-    retrain.run(job.folder)
+    """Do it in this process, without the report and the pictures of its progress: they take longer than such a training, and the
+    tests of the command look at them."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(report, "write", lambda folder: folder)
+        m.setattr(watch.Watch, "_draw", lambda *words: None)
+        assert training.claim(job.folder)
+        retrain.run(job.folder)
     return training.read(job.folder)
 
 
