@@ -233,7 +233,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             return
         self.setParameterNode(self.logic.getParameterNode())
         if self._parameters.volume is None:
-            self._parameters.volume = inputs.firstVolume()
+            self._parameters.volume = inputs.likelyVolume()
 
     def setParameterNode(self, parameters: Any) -> None:
         """Let the widgets show and change these settings; None: of none."""

@@ -515,6 +515,7 @@ def test_a_key_arms_and_escape_disarms(panel: Any) -> None:
 
 def test_drags_and_shift_stay_slicers(panel: Any) -> None:
     import slicer
+    import vtk
 
     p = begun(panel)
     heard: list[str] = []
@@ -526,10 +527,19 @@ def test_drags_and_shift_stay_slicers(panel: Any) -> None:
         interactor.SetEventInformation(to, 100, ctrl, shift)
         interactor.InvokeEvent("LeftButtonReleaseEvent")
     assert len(heard) == 4 and p.node is None and not p.tool.busy
-    interactor.SetEventInformation(100, 100, 0, 0)
-    interactor.InvokeEvent("LeftButtonPressEvent")
-    interactor.InvokeEvent("LeftButtonReleaseEvent")
-    assert len(heard) == 4 and p.tool.busy
+    window = vtk.vtkRenderWindow()
+    window.SetDPI(144)  # as Slicer's views have it where a pixel of Qt's is two of the screen's
+    interactor.SetInteractorStyle(None)
+    interactor.SetRenderWindow(window)
+    try:
+        for to, busy in ((107, False), (106, True)):
+            interactor.SetEventInformation(100, 100, 0, 0)
+            interactor.InvokeEvent("LeftButtonPressEvent")
+            interactor.SetEventInformation(to, 100, 0, 0)
+            interactor.InvokeEvent("LeftButtonReleaseEvent")
+            assert len(heard) == 4 and p.tool.busy == busy
+    finally:
+        interactor.SetRenderWindow(None)
     p.settle()
     for tag in tags:
         interactor.RemoveObserver(tag)

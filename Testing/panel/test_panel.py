@@ -1139,6 +1139,16 @@ def test_a_scene_of_another_computer(panel: Any, install: Any, gui: Any, monkeyp
     assert old_models(p) == ["other-2.0.0"] and p.ui.applyButton.enabled
 
 
+def test_the_volume_that_the_views_show_is_chosen_first(panel: Any, gui: Any) -> None:
+    import slicer
+    from UNetSegmentationPanel import inputs
+
+    earlier, today = volume(name="Earlier"), volume(name="Today")
+    assert inputs.likelyVolume() is earlier
+    slicer.app.layoutManager().sliceWidget("Red").mrmlSliceCompositeNode().SetBackgroundVolumeID(today.GetID())
+    assert panel().settings.volume is today
+
+
 def test_another_volume_gets_another_segmentation(panel: Any, install: Any, gui: Any) -> None:
     toy = install()
     p = panel()

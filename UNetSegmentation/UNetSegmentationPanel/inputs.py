@@ -80,10 +80,12 @@ def showWindow(volumeNode: Any, cards: Sequence[Any], preset: str, level: float,
 # ------------------------------------------------------------------------------------------------------------- channels
 
 
-def firstVolume() -> Any:
-    """The first volume that the selector of volumes offers: none that is hidden, no labelmap (its class derives from the volumes')."""
-    nodes = slicer.util.getNodesByClass(VOLUME)
-    return next((n for n in nodes if n.GetClassName() == VOLUME and not n.GetHideFromEditors()), None)
+def likelyVolume() -> Any:
+    """Of the volumes that the selector offers (none that is hidden, no labelmap, whose class derives from the volumes') the one that the
+    views show, or else the first."""
+    nodes = [n for n in slicer.util.getNodesByClass(VOLUME) if n.GetClassName() == VOLUME and not n.GetHideFromEditors()]
+    shown = {view.GetBackgroundVolumeID() for view in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode")}
+    return next((n for n in nodes if n.GetID() in shown), nodes[0] if nodes else None)
 
 
 def letShrink(selector: Any) -> None:

@@ -20,7 +20,8 @@ import vtk
 from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
-from . import clickController
+from . import clickController, pixelRatio
+from .models import plainTip
 from .run import sentence, volumeKey
 
 COLORS = ((255, 217, 47), (102, 194, 255), (255, 127, 80), (178, 223, 138), (231, 138, 195), (190, 174, 250), (94, 220, 200))
@@ -28,7 +29,7 @@ COLORS = ((255, 217, 47), (102, 194, 255), (255, 127, 80), (178, 223, 138), (231
 LARGEST_VOXELS = 3 << 20
 _SHOWN_ROWS = 8  # of the table without scrolling
 _BUDGET_S = 0.01
-_STILL_PIXELS = 3  # a hand that clicks is not quite still
+_STILL_PIXELS = 3  # of Qt's, see pixelRatio(): a hand that clicks is not quite still
 _SETTLE_MS = 200  # after the last stroke of a brush
 
 
@@ -156,7 +157,8 @@ class ViewClicks:
             self._pressed = at
         elif event == "LeftButtonReleaseEvent":
             pressed, self._pressed = self._pressed, None
-            if pressed is not None and max(abs(a - b) for a, b in zip(pressed, at)) <= _STILL_PIXELS:
+            still = _STILL_PIXELS * pixelRatio(interactor.GetRenderWindow())
+            if pressed is not None and max(abs(a - b) for a, b in zip(pressed, at)) <= still:
                 ras = widget.mrmlSliceNode().GetXYToRAS().MultiplyPoint([float(at[0]), float(at[1]), 0.0, 1.0])
                 self._clicked(ras[:3], not negative, widget.mrmlSliceCompositeNode())
 
@@ -1017,7 +1019,7 @@ class NoduleSection(VTKObservationMixin):
                 item.setTextAlignment(
                     int(qt.Qt.AlignVCenter) | int(qt.Qt.AlignRight if number else qt.Qt.AlignLeft if j == 0 else qt.Qt.AlignHCenter)
                 )
-                item.setToolTip(tips[i] or f"{columns[j]}: {text}")
+                item.setToolTip(plainTip(tips[i] or f"{columns[j]}: {text}"))
                 table.setItem(i, j, item)
         table.resizeColumnsToContents()
         shown = min(len(rows), _SHOWN_ROWS) * table.verticalHeader().defaultSectionSize

@@ -22,6 +22,7 @@ from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
 from . import closeDataWorker, dataWorker, inputs
+from .models import plainTip
 from .nodules import Pieces
 from .run import volumeKey
 
@@ -761,7 +762,7 @@ class TrainingSetSection(VTKObservationMixin):
     def _showFolder(self) -> None:
         ui, summary = self.ui, self.summary
         ui.setFolderLabel.text = Path(self.folder).name or self.folder if self.folder else _("none chosen")
-        ui.setFolderLabel.toolTip = self.folder
+        ui.setFolderLabel.toolTip = plainTip(self.folder)
         ui.setFolderButton.enabled = not self.busy
         if not self.folder:
             text = _("Choose a training set, or an empty folder that becomes one with the first case.")
@@ -821,7 +822,7 @@ class TrainingSetSection(VTKObservationMixin):
             combo = table.cellWidget(i, 1)
             if item.text() != row.name:
                 item.setText(row.name)
-                item.setToolTip(row.name)
+                item.setToolTip(plainTip(row.name))
             state = qt.Qt.Checked if row.included else qt.Qt.Unchecked
             if item.checkState() != state:
                 item.setCheckState(state)
@@ -832,8 +833,9 @@ class TrainingSetSection(VTKObservationMixin):
             if combo.currentText != row.label:
                 combo.setEditText(row.label)
             combo.enabled = row.included
-            new = row.included and bool(names) and row.label.strip().lower() not in [n.strip().lower() for n in names]
-            combo.toolTip = _("A label that the training set does not have yet.") if new and self.summary is not None else row.label
+            known = self.summary is not None and row.included and bool(names)
+            new = known and row.label.strip().lower() not in [n.strip().lower() for n in names]
+            combo.toolTip = _("A label that the training set does not have yet.") if new else plainTip(row.label)
         _fit(table, len(rows), table.verticalHeader().defaultSectionSize)
 
     def _showCases(self) -> None:

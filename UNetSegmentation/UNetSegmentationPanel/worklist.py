@@ -18,6 +18,7 @@ from slicer.i18n import tr as _
 
 import UNetSegmentationPanel
 
+from .models import plainTip
 from .nodules import Pieces
 from .run import sentence
 from .trainingset import ANSWER_S
@@ -776,7 +777,7 @@ class WorkListSection:
         ui, known, case = self.ui, self.list, self.case
         folder = self.folder
         ui.listFolderLabel.text = Path(folder).name or folder if folder else _("none chosen")
-        ui.listFolderLabel.toolTip = folder
+        ui.listFolderLabel.toolTip = plainTip(folder)
         counts = known["counts"] if known else {}
         left = counts.get("waiting", 0) + counts.get("segmented", 0)
         free = self._warm and not self.busy
@@ -787,7 +788,7 @@ class WorkListSection:
         ui.segmentButton.checked = self.segmenting
         ui.segmentButton.text = _("Stop segmenting in advance") if self.segmenting else _("Segment in advance")
         ui.listStatusLabel.text = self._status()
-        ui.listStatusLabel.toolTip = "\n".join(self._details(known)) if known else ""
+        ui.listStatusLabel.toolTip = plainTip("\n".join(self._details(known))) if known else ""
         ui.listProgressBar.visible = bool(known and known["total"])
         if known:
             ui.listProgressBar.maximum = max(1, known["total"])
@@ -796,7 +797,7 @@ class WorkListSection:
         ui.listSegmentingLabel.visible = self.segmenting
         ui.scanFrame.visible = case is not None
         if case is not None:
-            ui.scanLabel.text = ui.scanLabel.toolTip = case.name
+            ui.scanLabel.text, ui.scanLabel.toolTip = case.name, plainTip(case.name)
             ui.scanInfoLabel.text = self._info(case)
         ui.editScanButton.enabled = case is not None and free
         ui.doneScanButton.visible = ui.skipScanButton.visible = case is not None
