@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -166,9 +167,7 @@ def test_bundled_models_reach_their_figures_on_a_few_held_out_cases(data, monkey
         with open(release.RESULTS / name / "held_out.csv", newline="", encoding="utf-8") as f:
             rows = {(r["set"], r["case"].removesuffix(".nii.gz")): r for r in csv.DictReader(f)}
         seen = 0
-        for i, (kind, case, image, truth, roi) in enumerate(release.cases(name)):
-            if i % 3 or i > 9:
-                continue
+        for kind, case, image, truth, roi in islice(release.cases(name), 0, 10, 3):  # the others are not even read
             labels = predict(image, [package], Options(roi=roi)).labels.array
             for label in package.card.labels:
                 got = release.dice(labels == label.value, truth == label.value)
