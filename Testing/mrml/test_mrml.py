@@ -55,6 +55,7 @@ from UNetSegmentationLib.mrml import (  # noqa: E402
     remove_nodes,
     roi_box,
     segment_mask,
+    write_clicked_steps,
     write_map_steps,
     write_measures,
     write_prediction,
@@ -614,6 +615,18 @@ def test_seg_nrrd_keeps_voxels_names_colours_and_terminology(scene: Any, labels:
     write_prediction(predicted(volume, np.roll(labels, 1, 0)), volume, loaded)
     assert np.array_equal(read_back(loaded, "lung", volume), np.roll(labels, 1, 0) == 2)
     assert list(segments(loaded)) == ["nodule", "lung", "overlapping"]
+
+
+def test_slicers_dicom_exporter_takes_each_segment_for_what_it_is(scene: Any, labels: np.ndarray) -> None:
+    """It looks for scalars of this name, or takes the segment for empty."""
+    volume = add_volume(labels.astype(np.int16))
+    node = write_prediction(predicted(volume, labels), volume)
+    complete(write_clicked_steps(labels, (0, 0, 0), volume, node, name="Nodule"))
+    add_segment(node, "drawn by the effect", labels, volume)
+    held = node.GetSegmentation()
+    for i in range(held.GetNumberOfSegments()):
+        scalars = held.GetNthSegment(i).GetRepresentation("Binary labelmap").GetPointData().GetArray("ImageScalars")
+        assert scalars is not None and scalars.GetValueRange() != (0, 0)
 
 
 def test_segments_lie_where_the_transformed_volume_lies(scene: Any, labels: np.ndarray) -> None:

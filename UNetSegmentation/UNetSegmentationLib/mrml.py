@@ -71,7 +71,9 @@ _LABELMAP = slicer.vtkSegmentationConverter.GetBinaryLabelmapRepresentationName(
 _SURFACE = slicer.vtkSegmentationConverter.GetClosedSurfaceRepresentationName()
 _GEOMETRY = slicer.vtkSegmentationConverter.GetReferenceImageGeometryParameterName()
 _COLORS = "UNetSegmentation."  # the singleton tag of a map's colours: this and its kind
-# Scalars of the labelmaps that predictions are written as bear this name; it tells Undo what a prediction wrote.
+# Slicer's name of a labelmap's scalars: its DICOM SEG exporter takes a segment whose scalars have another one for empty.
+_SCALARS = "ImageScalars"
+# The only component of the scalars that predictions are written as bears this name; it tells Undo what a prediction wrote.
 _WRITTEN = "UNetSegmentation"
 # A larger box is an organ's, whose diameters would take seconds.
 _LARGEST_MEASURED = 2 << 20
@@ -665,7 +667,7 @@ def write_clicked_steps(
         grid = _ijk_to_ras(volume_node) if fresh else _grid_in(segmentation_node, volume_node)
         names = [_SURFACE] if segmentation is None else [n for n in _representations(segmentation) if n != _LABELMAP]
         labelmap = oriented_labelmap(mask.astype(np.uint8), start, grid)
-        labelmap.GetPointData().GetScalars().SetName(_WRITTEN)
+        labelmap.GetPointData().GetScalars().SetComponentName(0, _WRITTEN)
         yield
         coarse = _coarser(mask, start, grid) if names == [_SURFACE] else (mask, start, grid)
         yield
@@ -879,7 +881,9 @@ def oriented_labelmap(mask: np.ndarray, start: Sequence[int], ijk_to_ras: np.nda
     the grid, in the coordinates of the segmentation node.
     """
     out = _oriented(mask.shape, start, ijk_to_ras)
-    out.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(mask).ravel(), deep=True))
+    scalars = numpy_to_vtk(np.ascontiguousarray(mask).ravel(), deep=True)
+    scalars.SetName(_SCALARS)
+    out.GetPointData().SetScalars(scalars)
     return out
 
 
@@ -1006,7 +1010,7 @@ class _Layer:
         self.start, self.labels = box.start, labels
         self.labelmap = _oriented(box.shape, box.start, grid)
         self.array = _allocated(self.labelmap, np.uint8 if max(labels) < 256 else np.uint16)
-        self.labelmap.GetPointData().GetScalars().SetName(_WRITTEN)
+        self.labelmap.GetPointData().GetScalars().SetComponentName(0, _WRITTEN)
 
 
 def _layer_steps(
@@ -1320,7 +1324,7 @@ class _State:
         for segment_id in _ids(self.segmentation):
             labelmap = self.segmentation.GetSegment(segment_id).GetRepresentation(_LABELMAP)
             scalars = labelmap.GetPointData().GetScalars() if labelmap is not None else None
-            written = scalars is not None and scalars.GetName() == _WRITTEN
+            written = scalars is not None and scalars.GetComponentName(0) == _WRITTEN
             self.after[segment_id] = _After(labelmap, labelmap.GetMTime() if labelmap is not None else 0, written)
 
     def restore(self) -> None:
