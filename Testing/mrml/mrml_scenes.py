@@ -52,7 +52,9 @@ def ball(shape: tuple[int, ...], centre: tuple[float, ...], radius: float) -> np
 
 def predicted(volume: Any, labels: np.ndarray, defs: tuple[Label, ...] = (NODULE, LUNG), model: str = "lung-2d-1.0.0") -> Any:
     image = image_from_volume(volume)
-    return SimpleNamespace(labels=image.like(labels), label_defs=defs, model_name=model, uncertainty=None, probabilities=None)
+    return SimpleNamespace(
+        labels=image.like(labels), label_defs=defs, model_name=model, uncertainty=None, probabilities=None, algorithm="AUTOMATIC"
+    )
 
 
 def segments(node: Any) -> dict[str, str]:

@@ -618,7 +618,7 @@ def test_seg_nrrd_keeps_voxels_names_colours_and_terminology(scene: Any, labels:
 
 
 def test_slicers_dicom_exporter_takes_each_segment_for_what_it_is(scene: Any, labels: np.ndarray) -> None:
-    """It looks for scalars of this name, or takes the segment for empty."""
+    """It looks for scalars of this name, or takes the segment for empty, and for these tags, or says that a person drew it."""
     volume = add_volume(labels.astype(np.int16))
     node = write_prediction(predicted(volume, labels), volume)
     complete(write_clicked_steps(labels, (0, 0, 0), volume, node, name="Nodule"))
@@ -627,6 +627,8 @@ def test_slicers_dicom_exporter_takes_each_segment_for_what_it_is(scene: Any, la
     for i in range(held.GetNumberOfSegments()):
         scalars = held.GetNthSegment(i).GetRepresentation("Binary labelmap").GetPointData().GetArray("ImageScalars")
         assert scalars is not None and scalars.GetValueRange() != (0, 0)
+    tags = [tag(held.GetNthSegment(0), f"DICOM.SegmentAlgorithm{which}") for which in ("Type", "Name")]
+    assert tags == ["AUTOMATIC", "lung-2d-1.0.0"]
 
 
 def test_segments_lie_where_the_transformed_volume_lies(scene: Any, labels: np.ndarray) -> None:

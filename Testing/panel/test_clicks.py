@@ -204,7 +204,8 @@ def test_a_click_makes_a_nodule(panel: Any) -> None:
     segment = p.node.GetSegmentation().GetNthSegment(0)
     assert segment.GetRepresentation("Closed surface").GetNumberOfPoints() > 100
     assert "Nodule" in p.tag("Nodule 1", "TerminologyEntry")
-    assert p.tag("Nodule 1", "UNetSegmentation.ClickModel") == "aclick-1.0.0"
+    assert p.tag("Nodule 1", "UNetSegmentation.ClickModel") == p.tag("Nodule 1", "DICOM.SegmentAlgorithmName") == "aclick-1.0.0"
+    assert p.tag("Nodule 1", "DICOM.SegmentAlgorithmType") == "SEMIAUTOMATIC"
     assert p.node.GetNodeReference(p.node.GetReferenceImageGeometryReferenceRole()) is p.settings.volume
     assert np.allclose(dots(True), [p.ras(BALLS["left"][0])], atol=0.8) and not dots(False)
     (row,) = p.table()

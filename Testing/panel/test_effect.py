@@ -568,7 +568,9 @@ def test_a_scan_that_was_hardened_is_gone_on_with(editor: Callable[..., Editor],
     e.gui.process_events()
     assert np.allclose(e.dots()["green"], [xy], atol=2)
     e.click(IN_B)
-    prompts = prompts_from_text(segment_tag(e.segmentation.GetSegmentation().GetSegment(e.segment), PROMPTS_TAG), e.volume)
+    segment = e.segmentation.GetSegmentation().GetSegment(e.segment)
+    assert segment_tag(segment, "DICOM.SegmentAlgorithmType") == "SEMIAUTOMATIC"
+    prompts = prompts_from_text(segment_tag(segment, PROMPTS_TAG), e.volume)
     session = e.session(toy)
     session.replay(prompts)
     assert e.message == "" and [p[0] for p in prompts] == ["point"] * 2

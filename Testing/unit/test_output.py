@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -168,6 +169,7 @@ def test_seg_nrrd_lists_what_is_there(tmp_path):
     assert file.GetMetaData("Segment1_LabelValue") == "300"
     assert file.GetMetaData("Segment0_Extent") == "0 10 0 8 0 5"
     assert NODULE.terminology_entry() in file.GetMetaData("Segment0_Tags")
+    assert "DICOM.SegmentAlgorithmType:AUTOMATIC|DICOM.SegmentAlgorithmName:lung-nodule-2d-1.0.0|" in file.GetMetaData("Segment0_Tags")
     assert np.array_equal(sitk.GetArrayFromImage(file), CASES["oblique"].labels.array)
 
 
@@ -286,7 +288,7 @@ def test_dicom_seg_is_voxel_exact(series, tmp_path):
 
 def test_dicom_seg_says_what_it_is(series, tmp_path):
     pydicom = pytest.importorskip("pydicom")
-    write_segmentation(dicom_prediction(series), tmp_path / "x.dcm", series)
+    write_segmentation(replace(dicom_prediction(series), algorithm="SEMIAUTOMATIC"), tmp_path / "x.dcm", series)
     seg, source = pydicom.dcmread(tmp_path / "x.dcm"), pydicom.dcmread(series.dicom_files[0], stop_before_pixels=True)
     assert seg.Modality == "SEG" and seg.SegmentationType == "BINARY"
     for key in ("PatientID", "PatientName", "StudyInstanceUID", "FrameOfReferenceUID", "StudyDate"):
@@ -295,7 +297,7 @@ def test_dicom_seg_says_what_it_is(series, tmp_path):
     nodule, scar = seg.SegmentSequence
     assert [s.SegmentNumber for s in (nodule, scar)] == [1, 2]
     assert [s.SegmentLabel for s in (nodule, scar)] == ["nodule", SCAR.name]
-    assert {s.SegmentAlgorithmType for s in (nodule, scar)} == {"AUTOMATIC"}
+    assert {s.SegmentAlgorithmType for s in (nodule, scar)} == {"SEMIAUTOMATIC"}  # it was clicked
     assert nodule.SegmentAlgorithmName == "lung-nodule-2d-1.0.0"
     kind = nodule.SegmentedPropertyTypeCodeSequence[0]
     assert (kind.CodingSchemeDesignator, kind.CodeValue, kind.CodeMeaning) == ("SCT", "27925004", "Nodule")

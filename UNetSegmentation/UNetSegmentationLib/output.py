@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".seg.nrrd", ".dcm", *VOLUME_SUFFIXES, ".png", ".tif", ".tiff")
 
+# By these tags of a segment Slicer's DICOM SEG exporter tells how it was made, and without them that a person drew it.
+ALGORITHM_TYPE, ALGORITHM_NAME = "DICOM.SegmentAlgorithmType", "DICOM.SegmentAlgorithmName"
+
 # What a DICOM SEG says of a label whose model names no codes.
 CATEGORY = ("SCT", "49755003", "Morphologically Abnormal Structure")
 TYPE = ("SCT", "52988006", "Lesion")
@@ -70,6 +73,11 @@ def write_segmentation(prediction: Prediction, path: str | Path, image: Image | 
         write_image(replace(labels, direction=IDENTITY), path)
 
 
+def algorithm_tags(model_name: str, kind: str) -> dict[str, str]:
+    """The tags of a segment that say how it was made. kind: DICOM's SegmentAlgorithmType, "AUTOMATIC" or "SEMIAUTOMATIC"."""
+    return {ALGORITHM_TYPE: kind, ALGORITHM_NAME: model_name[:64]}
+
+
 def present(labels: np.ndarray, label_defs: Iterable[Label]) -> tuple[Label, ...]:
     """The labels that have at least one voxel in a (z, y, x) labelmap."""
     counts = voxel_counts(labels, int(labels.max(initial=0)) + 1)
@@ -94,7 +102,11 @@ def _slicer_header(prediction: Prediction) -> dict[str, str]:
         "Segmentation_ReferenceImageExtentOffset": "0 0 0",
     }
     for i, label in enumerate(present(labels.array, prediction.label_defs) or prediction.label_defs):
-        tags = {"Segmentation.Status": "inprogress", "TerminologyEntry": label.terminology_entry()}
+        tags = {
+            "Segmentation.Status": "inprogress",
+            "TerminologyEntry": label.terminology_entry(),
+            **algorithm_tags(prediction.model_name, prediction.algorithm),
+        }
         values = {
             "ID": f"Segment_{label.value}",
             "Name": label.name,
@@ -161,7 +173,7 @@ def _dicom_seg(prediction: Prediction, found: tuple[Label, ...], sources: list[A
     segments = []
     for number, label in enumerate(found, 1):
         numbers[label.value] = number
-        segments.append(_segment(number, label, algorithm))
+        segments.append(_segment(number, label, prediction.algorithm, algorithm))
     return hd.seg.Segmentation(
         source_images=sources,
         pixel_array=numbers[prediction.labels.array],
@@ -181,7 +193,7 @@ def _dicom_seg(prediction: Prediction, found: tuple[Label, ...], sources: list[A
     )
 
 
-def _segment(number: int, label: Label, algorithm: Any) -> Any:
+def _segment(number: int, label: Label, kind: str, algorithm: Any) -> Any:
     import highdicom as hd
 
     def code(key: str, fallback: tuple[str, str, str] | None = None) -> Any:
@@ -194,7 +206,7 @@ def _segment(number: int, label: Label, algorithm: Any) -> Any:
         label.name[:64],
         code("category", CATEGORY),
         code("type", TYPE),
-        hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        hd.seg.SegmentAlgorithmTypeValues(kind),
         algorithm,
         anatomic_regions=[region] if region else None,
         display_color=hd.color.CIELabColor.from_rgb(*label.color),

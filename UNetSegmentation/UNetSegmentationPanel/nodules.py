@@ -524,6 +524,7 @@ class NoduleTool(VTKObservationMixin):
             mrml.PROMPTS_TAG: mrml.prompts_text(prompts, lesion.volume),
             mrml.DIGEST_TAG: digest,
             mrml.CLICK_MODEL_TAG: lesion.model.name,
+            **mrml.algorithm_tags(lesion.model.name, "SEMIAUTOMATIC"),
         }
         if label.terminology_entry():
             tags[slicer.vtkSegment.GetTerminologyEntryTagName()] = label.terminology_entry()

@@ -329,8 +329,8 @@ class ClickSession:
         """The mask as what predict() gives."""
         card = self.card
         labels = self.image.like(self.mask * np.uint8(card.labels[0].value))
-        name = f"{card.name}-{card.version}"
-        return Prediction(labels, card.labels, name, self.answer.box, engines=(self._engine.describe(),), warnings=self.warnings)
+        name, engines = f"{card.name}-{card.version}", (self._engine.describe(),)
+        return Prediction(labels, card.labels, name, self.answer.box, engines=engines, warnings=self.warnings, algorithm="SEMIAUTOMATIC")
 
     def measure(self) -> dict[str, Any]:
         """measure() of the mask; 0 voxels where there is none."""

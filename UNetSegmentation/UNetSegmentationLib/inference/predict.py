@@ -69,7 +69,7 @@ class Prediction:
     and models disagree (Houlsby et al. 2011), same scale; None with a single copy. probabilities: (k, z, y, x) float32,
     one channel for each output of the network (background first for softmax). Maps are 0 outside the ROI.
     roi: the box that was computed, in the image's index space (z, y, x). engines: what ran, for each model; tiles:
-    network inputs computed or skipped as air, TTA copies counted.
+    network inputs computed or skipped as air, TTA copies counted. algorithm: DICOM's SegmentAlgorithmType.
     """
 
     labels: Image
@@ -83,6 +83,7 @@ class Prediction:
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
     tiles: int = 0
+    algorithm: str = "AUTOMATIC"
 
 
 def predict(

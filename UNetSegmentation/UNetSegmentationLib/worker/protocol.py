@@ -439,7 +439,7 @@ def decode_prediction(message: dict[str, Any], folder: Path, image: Image) -> St
     arrays = get(message, "arrays", dict)
     label_defs = tuple(_decode_label(item) for item in get(message, "label_defs", list))
     labels = yield from _decode_array(arrays, "labels", folder, image)
-    maps: dict[str, Image] = {}
+    maps: dict[str, Any] = {}
     for name in _MAPS:
         if name in arrays:
             maps[name] = image.like((yield from _decode_array(arrays, name, folder, image)))
