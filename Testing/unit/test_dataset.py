@@ -95,6 +95,16 @@ def test_the_same_scan_again_is_a_new_version_and_the_former_one_stays(dataset):
     assert third.version == 3 and np.array_equal(read_image(third.label).array, outline())
 
 
+def test_a_left_handed_scan_is_the_same_case_as_slicer_loads_it(dataset):
+    right = scan(0, direction=(1.0, 0, 0, 0, 1, 0, 0, 0, 1))
+    last = right.origin[2] + right.spacing[2] * (right.shape[0] - 1)
+    left = Image(right.array[::-1], right.spacing, (*right.origin[:2], last), (1, 0, 0, 0, 1, 0, 0, 0, -1))
+    first, second = dataset.add(left, outline()[::-1]), dataset.add(right, outline())
+    assert (second.name, second.version, second.patient) == (first.name, 2, first.patient) and second.images != first.images
+    for entry, image in ((first, left), (second, right)):
+        assert np.array_equal(read_image(entry.images[0]).array, image.array) and read_image(entry.label).same_grid(image)
+
+
 def test_a_datasets_labels_have_names_and_values_of_their_own(tmp_path, dataset):
     for labels in (
         [ORGAN, ORGAN],

@@ -589,10 +589,12 @@ class Dataset:
         allowed = set(OBJECTIONS) - {"label"}
         own = None if model_mask is None else self._check_mask(image, model_mask, labels, "The model's mask", allowed, more)
         stop()
-        voxels = hashlib.sha256()
+        voxels, mirrored = hashlib.sha256(), np.linalg.det(image.matrix[:3, :3]) < 0
         for channel in channels:
             voxels.update(f"{channel.dtype.str} {channel.shape}".encode())
-            voxels.update(channel)
+            # As Slicer loads them: it turns the slices of a left-handed file round, and the work list and commands do not.
+            for plane in channel[::-1] if mirrored else channel:
+                voxels.update(plane)
         digest = voxels.hexdigest()
         key = name or "case-" + self._hash("voxels", digest)[:10]
         self._check_twin(self._data, key, digest, allow)
