@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import SimpleITK as sitk
 from UNetSegmentationLib import cli
 from UNetSegmentationLib import dataset as module
 from UNetSegmentationLib.dataset import Dataset, UserError, changes, read_mask, read_segments
-from UNetSegmentationLib.image import Image, read_image, to_sitk, write_image
+from UNetSegmentationLib.image import Box, Image, read_image, to_sitk, write_image
 from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import Label
 from UNetSegmentationLib.output import write_segmentation
@@ -816,6 +817,28 @@ def test_a_segment_that_later_ones_cover_does_not_vanish(tmp_path):
             with pytest.raises(UserError, match="Later segments cover most of 'tumour' in .*, which would be lost; move it"):
                 read_mask(tmp_path / "a.seg.nrrd", image)
     assert np.array_equal(read_mask(tmp_path / "a.seg.nrrd", image)[0], lung + tumour)
+
+
+def test_a_models_mask_is_matched_by_the_names_of_its_labels(tmp_path, monkeypatch, capsys):
+    def segmented(name, mask, *labels):
+        write_segmentation(Prediction(image.like(mask), labels, "m-1.0.0", Box.whole(mask.shape)), tmp_path / name)
+        return tmp_path / name
+
+    image, organ, tumour = (
+        scan(0, direction=(1.0, 0, 0, 0, 1, 0, 0, 0, 1)),
+        Label(1, "organ", (1, 2, 3), {}),
+        Label(2, "tumour", (4, 5, 6), {}),
+    )
+    write_image(image, tmp_path / "a.nii.gz")
+    found = segmented("model.seg.nrrd", outline(2), organ, tumour)
+    # The organ was deleted, so that the tumour is the first segment of the file.
+    mine = segmented("mine.seg.nrrd", (outline(2) == 2).astype(np.uint8), replace(tumour, value=1))
+    Dataset.create(tmp_path / "set", "Set", [organ, tumour], ["CT"])
+    for mask, removed in ((mine, 108), (found, 0)):
+        code, out, said = unetseg(monkeypatch, capsys, "add", tmp_path / "set", tmp_path / "a.nii.gz", "-m", mask, "--model-mask", found)
+        assert code == 0, said
+        assert f"organ: 0 voxels added, {removed} removed" in out and "tumour: 0 voxels added, 0 removed" in out
+    assert np.array_equal(read_image(Dataset.open(tmp_path / "set").versions(out.split()[0])[0].model).array, outline(2))
 
 
 def unetseg(monkeypatch, capsys, *args):

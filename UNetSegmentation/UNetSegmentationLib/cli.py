@@ -597,7 +597,7 @@ def _dataset_app() -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    from .dataset import EXPORTS, INDEX, OBJECTIONS, SPLITS, Dataset, modality, read_mask
+    from .dataset import EXPORTS, INDEX, OBJECTIONS, SPLITS, Dataset, modality, read_mask, read_model_mask
     from .model import DEFAULT_COLORS, Label
 
     app = typer.Typer(help="Collect annotated cases to train from, in one folder.", no_args_is_help=True)
@@ -635,7 +635,6 @@ def _dataset_app() -> Any:
         with _cancellable():
             image = _read(images, series)
             array, named = read_mask(mask, image)
-            own = read_mask(model_mask, image)[0] if model_mask else None
             new = not (folder.expanduser() / INDEX).exists()
             if new:
                 labels = named_labels(label) or list(named)
@@ -647,12 +646,14 @@ def _dataset_app() -> Any:
             else:
                 dataset = Dataset.open(folder)
             try:
+                its: Sequence[Label] = named_labels(label) or named
+                its, own = read_model_mask(model_mask, image, its, dataset.labels) if model_mask else (its, None)
                 entry = dataset.add(
                     image,
                     array,
                     name=name,
                     patient=patient,
-                    labels=named_labels(label) or named or None,
+                    labels=its or None,
                     model_mask=own,
                     model=model,
                     by=by,
@@ -759,7 +760,7 @@ def _worklist_app() -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    from .dataset import INDEX, Dataset, read_mask
+    from .dataset import INDEX, Dataset, read_mask, read_model_mask
     from .worklist import Annotator, Scan, WorkList, check_models
 
     app = typer.Typer(help="Correct many scans one by one, those first where it helps most.", no_args_is_help=True)
@@ -876,16 +877,8 @@ def _worklist_app() -> Any:
                 raise UserError(f"{folder} holds no dataset; give --dataset with the dataset's folder (unetseg dataset add makes one).")
             image = read_image(found.files, found.series)
             array, named = read_mask(mask, image)
-            own = read_mask(found.mask, image) if found.mask else None
-            if own:  # the model's labels, by their names in the values of the mask
-                values = {d.name.strip().lower(): d.value for d in named or target.labels}
-                table = np.zeros(max(d.value for d in own[1]) + 1, np.uint16)
-                for d in own[1]:
-                    table[d.value] = values.get(d.name.strip().lower(), 0)
-                own = table[own[0]], own[1]
-            entry = target.add(
-                image, array, labels=named or None, model_mask=own[0] if own else None, model=found.model if own else "", by=by
-            )
+            its, own = read_model_mask(found.mask, image, named, target.labels) if found.mask else (named, None)
+            entry = target.add(image, array, labels=its or None, model_mask=own, model=found.model if found.mask else "", by=by)
             case = entry.name
             print(f"{case} version {entry.version} in {target.folder}")
         note = work.done(scan, Annotator.here(by), case)

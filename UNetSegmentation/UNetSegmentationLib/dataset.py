@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -156,6 +156,32 @@ def read_mask(path: str | Path, image: Image) -> tuple[np.ndarray, tuple[Label, 
         raise UserError(f"{path} holds {len(channels)} channels; save one label map.")
     _check_fit(image, mask, str(path))
     return channels[0], ()
+
+
+def read_model_mask(
+    path: str | Path, image: Image, labels: Sequence[Label], known: Sequence[Label]
+) -> tuple[tuple[Label, ...], np.ndarray]:
+    """(labels of a corrected mask, label map (z, y, x) of the model's in their values, matched by name).
+
+    labels: the corrected mask's own, none where its values are those of `known`, the dataset's. Of these, those that the corrected
+    mask lacks are added: a person may have deleted their segments.
+    """
+    array, theirs = read_mask(path, image)
+
+    def key(label: Label) -> str:
+        return label.name.strip().lower()
+
+    if not theirs:
+        return tuple(labels), array
+    have = {key(label) for label in labels}
+    lacking = [label for label in known if key(label) not in have]
+    most = max((label.value for label in labels), default=0)
+    more = tuple(replace(label, value=most + i) for i, label in enumerate(lacking, 1)) if labels else ()
+    values = {key(label): label.value for label in ((*labels, *more) or known)}
+    table = np.zeros(max(label.value for label in theirs) + 1, np.uint16)
+    for label in theirs:
+        table[label.value] = values.get(key(label), 0)
+    return (*labels, *more), table[array]
 
 
 def _check_fit(image: Image, mask: Image, name: str) -> None:
