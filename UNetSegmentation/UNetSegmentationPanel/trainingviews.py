@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import slicer
@@ -242,7 +241,7 @@ class Comparison:
     def steps(self, name: str, found: Mapping[str, Any], folder: Path, labels: Sequence[Any]) -> Steps:
         """Show a case in pieces. found: the desk's answer to "compare", whose arrays lie in `folder` and are removed; labels: of
         the masks' values. What was shown before is gone, also where this fails."""
-        from UNetSegmentationLib import mrml
+        from UNetSegmentationLib import Box, Prediction, mrml
         from UNetSegmentationLib.worker.desk import received_grid, received_mask
         from UNetSegmentationLib.worker.protocol import fill_array
 
@@ -265,7 +264,7 @@ class Comparison:
                 if key not in found["masks"]:
                     continue
                 mask = grid.like(received_mask(folder, found["masks"][key], grid))
-                drawn = SimpleNamespace(labels=mask, label_defs=tuple(labels), model_name="")
+                drawn = Prediction(mask, tuple(labels), "", Box.whole(grid.shape))
                 node = _own(self.scene, "vtkMRMLSegmentationNode", titles[key].format(name=name), "comparison", hidden=True)
                 yield from mrml.write_prediction_steps(drawn, self.volume, node)
                 self.masks[key] = node
