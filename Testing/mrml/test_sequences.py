@@ -245,6 +245,16 @@ def test_a_run_that_ends_early_or_fails_leaves_all_as_it_was(scene: Any, volume:
     assert after == before | {"nodes": without_playback(before["nodes"])}
 
 
+@pytest.mark.parametrize("browser", [True, False])
+def test_a_sequence_that_is_removed_meanwhile_is_named(scene: Any, volume: Any, labels: np.ndarray, browser: bool) -> None:
+    output = run(volume, labels)
+    node = output.browser if browser else output.browser.GetMasterSequenceNode()
+    scene.RemoveNode(node)
+    for act in (output.finish, lambda: complete(output.write_steps(1, predicted(volume, labels)))):
+        with pytest.raises(UserError, match=f"'{node.GetName()}' was removed"):
+            act()
+
+
 def test_surfaces_follow_in_every_frame(scene: Any, volume: Any, labels: np.ndarray) -> None:
     node = run(volume, labels).finish()
     browser, _ = sequence_frames(volume) or (None, 0)

@@ -1573,6 +1573,7 @@ class SequenceOutput:
         if found is None:
             raise UserError(f"Volume '{volume_node.GetName()}' is not part of a sequence; apply to it alone.")
         self.browser, self.frames = found
+        self._check = _still_there(volume_node, self.browser, self.browser.GetMasterSequenceNode(), segmentation_node)
         self.volume, self.node, self.replace, self.editor = volume_node, segmentation_node, replace, editor
         self._sequence: Any = None if segmentation_node is None else self.browser.GetSequenceNode(segmentation_node)
         if segmentation_node is not None and self._sequence is None:
@@ -1590,6 +1591,7 @@ class SequenceOutput:
 
     def write_steps(self, frame: int, prediction: Prediction) -> Steps[None]:
         """Make a frame's segments, in pieces. The scene does not change."""
+        self._check()
         _check_grid(prediction.labels, self.volume)
         segmentation = self._copy_of(frame)
         fresh = not segmentation.GetNumberOfSegments()
@@ -1603,7 +1605,7 @@ class SequenceOutput:
 
     def finish(self) -> Any:
         """Put the frames' segments into the scene, and show the frame that was shown at first; the segmentation node."""
-        _still_there(self.volume, self.browser)()
+        self._check()
         scene = self.volume.GetScene()
         try:
             new = self._sequence is None
