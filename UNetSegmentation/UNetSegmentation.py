@@ -184,14 +184,16 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.walk = results.PlaceWalk()
         self._fillChoices()
         self._connect()
-        for event, method in (
-            (slicer.mrmlScene.StartCloseEvent, self._onSceneStartClose),
-            (slicer.mrmlScene.EndCloseEvent, self._onSceneEndClose),
-            (slicer.mrmlScene.EndImportEvent, self._onSceneEndClose),
-            (slicer.mrmlScene.NodeAboutToBeRemovedEvent, self._onNodeAboutToBeRemoved),
-            (slicer.mrmlScene.NodeRemovedEvent, self._onNodeRemoved),
+        last = -20.0  # after the selectors, those of channels too, which come later: what they do not offer yet they cannot show
+        for event, method, priority in (
+            (slicer.mrmlScene.StartCloseEvent, self._onSceneStartClose, 0.0),
+            (slicer.mrmlScene.EndCloseEvent, self._onSceneEndClose, last),
+            (slicer.mrmlScene.StartImportEvent, self._onSceneStartImport, 0.0),
+            (slicer.mrmlScene.EndImportEvent, self._onSceneEndClose, last),
+            (slicer.mrmlScene.NodeAboutToBeRemovedEvent, self._onNodeAboutToBeRemoved, 0.0),
+            (slicer.mrmlScene.NodeRemovedEvent, self._onNodeRemoved, 0.0),
         ):
-            self.addObserver(slicer.mrmlScene, event, method)
+            self.addObserver(slicer.mrmlScene, event, method, priority=priority)
         self.initializeParameterNode()
         # The core, and with it the models' cards, once the panel is there to be seen.
         qt.QTimer.singleShot(0, self._readModels)
@@ -300,6 +302,10 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         for section in self.sections:
             section.closeScene()
         UNetSegmentationPanel.forgetScene()
+
+    def _onSceneStartImport(self, caller: Any, event: Any) -> None:
+        # The volume's selector chooses the first scan that comes, and would put it into the settings that come with it.
+        self.setParameterNode(None)
 
     def _onSceneEndClose(self, caller: Any, event: Any) -> None:
         self.logic.wrapper = None  # it keeps what it has read, and hears nothing of references that an imported scene brings

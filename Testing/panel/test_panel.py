@@ -498,7 +498,7 @@ def test_a_box_outside_the_volume_is_one_sentence(panel: Any, install: Any) -> N
 # -------------------------------------------------------------------------------------------------------------- channels
 
 
-def test_several_channels_have_a_selector_each(panel: Any, install: Any) -> None:
+def test_several_channels_have_a_selector_each(panel: Any, install: Any, tmp_path: Path) -> None:
     toy = install(channels=["T1", "FLAIR"], labels=TWO)
     p = panel()
     first = volume()
@@ -517,6 +517,9 @@ def test_several_channels_have_a_selector_each(panel: Any, install: Any) -> None
     selector.setCurrentNode(first)
     p.run()
     assert masks(p.settings.output, first)["two"].sum() == (array_of(first) == 2).sum()
+    p.gui.save_scene(tmp_path / "scene.mrb")
+    p.gui.load_scene(tmp_path / "scene.mrb")  # its nodes come into the selectors when it is all there
+    assert selector.currentNode().GetName() == "CT" and p.settings.volume.GetName() == "second" and p.ui.applyButton.enabled
     p.choose("hippocampus-3d-1.2.1")
     assert p.ui.volumeLabel.text == "Volume:" and not selector.visible
 
