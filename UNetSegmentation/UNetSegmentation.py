@@ -453,7 +453,9 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if p is None or self.controller.running or self._problem():
             return
         intensity = inputs.chosenIntensity(p.preset, p.level, p.width)
-        options = {"intensity": intensity, "tta": p.tta or None, "device": p.device, "engine": p.engine, "uncertainty": p.uncertainty}
+        all_ = self._allFrames(p)
+        uncertainty = p.uncertainty and not all_
+        options = {"intensity": intensity, "tta": p.tta or None, "device": p.device, "engine": p.engine, "uncertainty": uncertainty}
         self.controller.start(
             run.Request(
                 volumes=self._volumes(),
@@ -462,7 +464,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 options=options,
                 segmentation=p.output,
                 replace=p.replace,
-                allFrames=p.allFrames and inputs.frames(p.volume) > 1,
+                allFrames=all_,
                 former=run.Outcome(p.resultSegmentation, p.resultTable, p.resultUncertainty, p.record),
             )
         )
@@ -519,6 +521,10 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             parameters.resultUncertainty = outcome.uncertainty
             if outcome.segmentation is not None:
                 parameters.output = outcome.segmentation  # the next Apply replaces it, or adds to it
+
+    @staticmethod
+    def _allFrames(p: Any) -> bool:
+        return p.allFrames and inputs.frames(p.volume) > 1
 
     def _volumes(self) -> tuple[Any, ...]:
         return (self._parameters.volume, *self.channelRows.nodes)
@@ -622,6 +628,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _updateOutput(self, p: Any) -> None:
         ui = self.ui
         ui.replaceCheckBox.visible = p.output is not None
+        ui.uncertaintyCheckBox.enabled = not self._allFrames(p)
         if self._warm:
             devices, engines = run.deviceChoices(), run.engineChoices()
             if p.device not in dict(devices):

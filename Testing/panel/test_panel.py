@@ -1079,7 +1079,9 @@ def test_all_frames_of_a_sequence(panel: Any, install: Any, gui: Any) -> None:
     p.settings.volume = node
     p.choose(toy)
     assert p.ui.allFramesCheckBox.visible
+    p.ui.uncertaintyCheckBox.click()
     p.ui.allFramesCheckBox.click()
+    assert not p.ui.uncertaintyCheckBox.enabled  # there is no map of all frames
     browser.SetSelectedItemNumber(1)
     p.ui.inputSection.collapsed = True  # the box cannot be seen any more, and is checked nevertheless
     p.run()
