@@ -158,6 +158,8 @@ def test_an_empty_panel_says_what_to_do(panel: Any) -> None:
     assert not p.ui.progressBar.visible and not p.ui.messageFrame.visible and not p.ui.undoButton.enabled
     assert not p.ui.presetCombo.visible and not p.ui.levelSpinBox.visible and not p.ui.allFramesCheckBox.visible
     assert not p.ui.replaceCheckBox.visible and not p.ui.detailsBrowser.visible
+    # Where its text is two lines; a size policy that is set after the word wrap would take it away.
+    assert p.ui.noduleNote.hasHeightForWidth()
     assert "torch" not in sys.modules and "onnxruntime" not in sys.modules
 
 
