@@ -219,6 +219,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.initializeParameterNode()
         if self.ready:
             self.modelList.read()
+            self._adopt()
             self.nodules.read()
             self._update()
         for section in self.sections:

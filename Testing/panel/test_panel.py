@@ -254,6 +254,14 @@ def test_import_choose_and_remove(panel: Any, make_package: Any, models_folder: 
     p.ui.importButton.click()
     assert (models_folder / package.name).read_bytes() == package.read_bytes()
     assert p.settings.models == ["mine-1.0.0"] and p.ui.removeButton.visible and p.ui.removeButton.enabled
+    shown = p.ui.modelList
+    assert shown.viewport().rect.contains(shown.visualItemRect(shown.selectedItems()[0]))  # below three others
+
+    for path, message in ((tmp_path / "away", "mine-1.0.0 is not installed here"), (models_folder / package.name, "")):
+        next(f for f in (tmp_path / "away", models_folder / package.name) if f.exists()).rename(path)
+        p.gui.leave(p.widget)
+        p.gui.open()
+        assert message in p.ui.modelMessage.text and bool(message) == p.ui.modelMessage.visible
 
     bad = tmp_path / "bad.unet.zip"
     bad.write_bytes(package.read_bytes()[:-60])

@@ -283,6 +283,8 @@ class ModelList:
         for i, model in enumerate(self.models):
             widget.item(i).setSelected(model in found)
         widget.blockSignals(blocked)
+        if found:  # three are in sight
+            widget.scrollToItem(widget.item(self.models.index(found[0])))
         self.update()
         return missing
 
