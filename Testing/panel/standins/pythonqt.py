@@ -91,11 +91,14 @@ def _print(kind: Any, context: Any, text: str) -> None:
 
 
 QtCore.qInstallMessageHandler(_print)
-_getters: dict[type, Any] = {}  # PySide6's own, of each class that has one
+_getters: dict[type, Any] = {}  # PySide6's own, of each class that has one, and then of those derived from it
 
 
 def _object_getattribute(self: Any, name: str) -> Any:
-    return next(_getters[c] for c in type(self).__mro__ if c in _getters)(self, name)
+    cls = type(self)
+    if cls not in _getters:
+        _getters[cls] = next(_getters[c] for c in cls.__mro__ if c in _getters)
+    return _getters[cls](self, name)
 
 
 class Dialogs:

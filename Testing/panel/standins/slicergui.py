@@ -247,21 +247,32 @@ class Gui:
 
     # --- time
 
-    def process_events(self) -> None:
+    def process_events(self, how: int = 0) -> None:
+        """how: QEventLoop's flags."""
         import qt
         import slicer
 
-        slicer.app.processEvents()
+        slicer.app.processEvents(qt.QEventLoop.ProcessEventsFlag(how))
         slicer.app.sendPostedEvents(None, qt.QEvent.DeferredDelete)
 
     def wait(self, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-        """Runs the event loop until the condition holds, and gives its value; AssertionError after `seconds`."""
+        """Runs the event loop until the condition holds, and gives its value; AssertionError after `seconds`.
+
+        It sleeps until there is an event, or for 20 ms, as the condition may hang on something else: to ask all the time took as
+        much from the workers that most tests wait for as these need.
+        """
+        import qt
+
         end = time.monotonic() + seconds
-        while not (held := condition()):
-            if time.monotonic() > end:
-                raise AssertionError(f"did not come true within {seconds} s")
-            self.process_events()
-            time.sleep(0.002)
+        timer = qt.QTimer()
+        timer.start(20)
+        try:
+            while not (held := condition()):
+                if time.monotonic() > end:
+                    raise AssertionError(f"did not come true within {seconds} s")
+                self.process_events(qt.QEventLoop.WaitForMoreEvents)
+        finally:
+            timer.stop()
         return held
 
     @contextmanager
