@@ -5,6 +5,9 @@ TORCH ?= torch==2.13.0
 # A box of about twice the size of the nodule, R0,R1,A0,A1,S0,S1 in mm, as a person would draw it.
 ROI = 8.3,35.6,105.2,134.8,-630,-595
 
+# Or every child process of the tests would compile the sources again, and each worker every test.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint nnunet clean
 
 demo: .venv-demo/ready
@@ -14,7 +17,7 @@ demo: .venv-demo/ready
 	  --reference demo/sample/lung1_label.nrrd
 
 test: .venv/ready
-	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready
 	.venv/bin/ruff check .
@@ -41,10 +44,14 @@ python-to = @$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_i
 	.venv-demo/bin/pip install --quiet ".[cli]"
 	touch $@
 
-.venv/ready: pyproject.toml
+# A step of its own, which CI does while `make demo` runs: it takes minutes, and needs nothing of this folder.
+.venv/torch:
 	$(call python-to,13)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet $(TORCH)
+	touch $@
+
+.venv/ready: .venv/torch pyproject.toml
 	.venv/bin/pip install --quiet -e ".[test,train,mrml,panel,openvino]"
 	touch $@
 

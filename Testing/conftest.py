@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,34 @@ from UNetSegmentationLib import files
 from UNetSegmentationLib.model import CARD, ONNX, SAFETENSORS, ModelPackage, write_package
 
 ROOT = Path(__file__).resolve().parents[1]
+# The files that take longest, as a worker takes a file at a time: none of these shall begin last, when the other workers have nothing
+# left. Those that compute and those that wait for child processes in turns.
+LONG = (
+    "test_panel",
+    "test_correct_retrain",
+    "test_worker",
+    "test_click_models",
+    "test_clicks",
+    "test_train",
+    "test_panel_worker",
+    "test_retrain",
+    "test_environment",
+    "test_bundled",
+    "test_installer",
+    "test_train_cli",
+    "test_effect",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
+    """One more than there are cores: many tests wait for a child process or for time to pass."""
+    return (yield) + 1
 
 
 @pytest.fixture(scope="session")
