@@ -674,6 +674,12 @@ def test_undo_is_one_step_for_each_apply(panel: Any, install: Any) -> None:
     p.ui.undoButton.click()
     assert count("vtkMRMLSegmentationNode") == 0 and not p.ui.undoButton.enabled
 
+    p.ui.uncertaintyCheckBox.click()
+    p.run()
+    node.GetScene().RemoveNode(p.settings.resultUncertainty)  # by hand; a node that goes has no scene any more
+    p.gui.process_events()
+    assert p.ui.resultSection.visible and not p.ui.mapCheckBox.visible and p.controller.canUndo
+
 
 def test_add_keeps_the_earlier_segments(panel: Any, install: Any) -> None:
     toy = install()

@@ -126,9 +126,9 @@ _FORMER: dict[str, tuple[str | None, float]] = {}  # what lay in the foreground 
 
 
 def mapIsShown(mapNode: Any) -> bool:
-    if mapNode is None:
+    scene = mapNode.GetScene() if mapNode is not None else None
+    if scene is None:  # it is just being removed
         return False
-    scene = mapNode.GetScene()
     views = (
         scene.GetNthNodeByClass(i, "vtkMRMLSliceCompositeNode") for i in range(scene.GetNumberOfNodesByClass("vtkMRMLSliceCompositeNode"))
     )
