@@ -378,7 +378,26 @@ def test_kept_it_gets_a_name_of_its_own(finished, make_package, models_folder):
     path = training.promote(finished, "keep")
     assert path.name == "toy-my-set-1.1.0.unet.zip"
     assert find_model("toy").card.version == "1.0.0" and find_model("toy-my-set").card.data["title"] == "A toy (My set)"
+    assert training.promote(finished, "keep") == path  # asked for twice, it is there once
+    package_of(finished, make_package, version="1.1.0", description="Another training's")
     assert training.promote(finished, "keep").name == "toy-my-set-2-1.1.0.unet.zip"
+
+
+def test_used_again_after_a_kill_it_is_there_once(finished, make_package, models_folder, monkeypatch):
+    models_folder.mkdir()
+    parent = make_package()
+    (models_folder / parent.path.name).write_bytes(parent.path.read_bytes())
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "move_file", killed)  # the new one is written, its parent still in its place
+        training.promote(finished, "use")
+    for _ in range(2):
+        assert training.promote(finished, "use").name == "toy-1.1.0.unet.zip"
+    assert [p.name for p in models_folder.glob("*.unet.zip")] == ["toy-1.1.0.unet.zip"]
+    assert (models_folder / "former" / parent.path.name).is_file()
 
 
 def test_what_has_the_same_name_and_version_is_not_replaced(finished, make_package, models_folder):
@@ -396,7 +415,7 @@ def test_discarded_only_the_record_stays(finished, models_folder):
     job = training.read(finished.folder)
     assert job.decided == "discard" and job.package is None and not job.resumable
     assert not {p.name for p in job.folder.iterdir()} & {"check", "last.ckpt", "toy-1.1.0.unet.zip"} and not models_folder.exists()
-    with pytest.raises(UserError, match="made no model"):
+    with pytest.raises(UserError, match="was discarded; start another"):
         training.promote(job, "use")
     with pytest.raises(UserError, match="choose use, keep or discard"):
         training.promote(job, "burn")

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -630,7 +630,8 @@ def promote(job: Job, how: str, models_folder: str | Path | None = None) -> Path
         _clear(job.folder)
         return None
     if job.package is None:
-        raise UserError("This retraining has made no model; resume it, or start another.")
+        what = "was discarded; start another" if job.decided == "discard" else "has made no model; resume it, or start another"
+        raise UserError(f"This retraining {what}.")
     package = ModelPackage.read(job.package)
     models = user_models_folder() if models_folder is None else Path(models_folder)
     parent = job.base.rpartition("-")
@@ -642,10 +643,12 @@ def promote(job: Job, how: str, models_folder: str | Path | None = None) -> Path
     elif package.card.name == parent[0] or _taken(models, card["name"], card["version"]):
         card["name"] = _free_name(models, slug(f"{card['name'][:40]}-{job.dataset.name[:20]}"))
         card["title"] = f"{card.get('title') or package.card.name} ({job.dataset.name})"[:200]
-    while _taken(models, card["name"], card["version"]):
-        card["version"] = next_version(card["version"])
-    target = models / f"{card['name']}-{card['version']}{SUFFIX}"
-    made = write_package(target, {k: v for k, v in card.items() if k != "files"}, package.onnx, package.safetensors)
+    path = _there(models, package, lambda name: name == card["name"] if how == "use" else name != parent[0])
+    if path is None:
+        while _taken(models, card["name"], card["version"]):
+            card["version"] = next_version(card["version"])
+        target = models / f"{card['name']}-{card['version']}{SUFFIX}"
+        path = write_package(target, {k: v for k, v in card.items() if k != "files"}, package.onnx, package.safetensors).path
     if former is not None:
         try:
             (models / FORMER).mkdir(exist_ok=True)
@@ -653,7 +656,21 @@ def promote(job: Job, how: str, models_folder: str | Path | None = None) -> Path
         except OSError as e:
             raise UserError(f"{former} could not be put aside ({e.strerror or e}); both models are in the list now.") from e
     update(job.folder, decided=how)
-    return made.path
+    return path
+
+
+def _there(models: Path, package: ModelPackage, called: Callable[[str], bool]) -> Path | None:
+    """This very package under a name of the right kind, as where it was put there before and the process killed just then."""
+
+    def content(card: Card) -> dict[str, Any]:
+        return {k: v for k, v in card.data.items() if k not in ("name", "version", "title")}
+
+    for path in sorted(models.glob("*" + SUFFIX)):
+        if called(path.name.removesuffix(SUFFIX).rpartition("-")[0]):
+            with suppress(UserError):
+                if content(ModelPackage.read(path).card) == content(package.card):
+                    return path
+    return None
 
 
 def _taken(models: Path, name: str, version: str) -> bool:
