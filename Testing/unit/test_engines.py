@@ -67,6 +67,16 @@ def test_a_threads_setting_changes_nothing_in_the_result(make_package):
     assert np.array_equal(one, two)
 
 
+def test_more_threads_than_cores_are_all_of_them(make_package, monkeypatch):
+    """With thousands ONNX Runtime did not come to an end, and PyTorch's process died."""
+    monkeypatch.setattr(engines, "make_engine", lambda *arguments: arguments[-1])
+    monkeypatch.setattr(engines.os, "cpu_count", lambda: 2)
+    model = make_package()
+    assert [choose_engine(model, "onnx", threads=n) for n in (0, 1, 2, 3, 10**20)] == [0, 1, 2, 0, 0]
+    with pytest.raises(UserError, match="must be 0 .all cores. or more, not -1"):
+        choose_engine(model, threads=-1)
+
+
 def test_unknown_names_and_missing_weights_are_one_sentence(make_package):
     model = make_package()
     for options in ({"engine": "caffe"}, {"device": "tpu"}, {"precision": "int4"}):

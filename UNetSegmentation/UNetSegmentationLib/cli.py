@@ -378,7 +378,7 @@ def _app() -> Any:
         engine: Annotated[str, typer.Option(help=f"auto, {', '.join(ENGINES)}.")] = "auto",
         device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")] = "auto",
         precision: Annotated[str, typer.Option(help=f"{', '.join(PRECISIONS)}.")] = "auto",
-        threads: Annotated[int, typer.Option(min=0, max=4096, help="CPU threads; 0: all cores.")] = 0,
+        threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
         overlap: Annotated[float, typer.Option(help="Overlap of neighbouring patches, 0 to below 1.")] = 0.5,
         series: Annotated[str | None, typer.Option(help="The series' UID, where a DICOM folder holds several.")] = None,
         uncertainty: Annotated[Path | None, typer.Option(help="Also write the uncertainty (entropy, 0 to 1) to this image file.")] = None,
@@ -432,7 +432,7 @@ def _app() -> Any:
         ] = [],  # noqa: B006
         engine: Annotated[str, typer.Option(help=f"auto, {', '.join(ENGINES)}.")] = "auto",
         device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")] = "auto",
-        threads: Annotated[int, typer.Option(min=0, max=4096, help="CPU threads; 0: all cores.")] = 0,
+        threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
         series: Annotated[str | None, typer.Option(help="The series' UID, where a DICOM folder holds several.")] = None,
         picture: Annotated[Path | None, typer.Option(help="Also write a four-panel PNG.")] = None,
         report_file: Annotated[Path | None, typer.Option("--json", help="Also write the measures as JSON; - for standard output.")] = None,

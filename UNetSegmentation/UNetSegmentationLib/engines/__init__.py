@@ -82,8 +82,12 @@ def choose_engine(package: ModelPackage, engine: str = "auto", device: str = "au
     """The engine asked for, or with "auto" the first that works here: ONNX Runtime with a GPU provider, then PyTorch
     with a GPU, OpenVINO on the CPU where installed, ONNX Runtime on the CPU, PyTorch on the CPU.
 
-    threads: 0 leaves it to the engine (all cores). Raises UserError when nothing can run the model.
+    threads: 0 leaves it to the engine (all cores), as do more than there are. Raises UserError when nothing can run the model.
     """
+    if not threads >= 0:
+        raise UserError(f"The threads must be 0 (all cores) or more, not {threads}.")
+    # With a thousand on two cores ONNX Runtime did not end in two minutes, with 100000 PyTorch's process died.
+    threads = int(threads) if threads <= (os.cpu_count() or 1) else 0
     for value, allowed, name in ((engine, ("auto", *ENGINES), "engine"), (device, DEVICES, "device"), (precision, PRECISIONS, "precision")):
         if value not in allowed:
             raise UserError(f"There is no {name} {value!r}; choose one of {', '.join(allowed)}.")
