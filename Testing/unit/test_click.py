@@ -155,6 +155,8 @@ def test_a_correction_that_the_network_ignores_is_followed_around_the_click(sess
     assert np.linalg.norm(np.argwhere(added) - (15, 20, 28), axis=1).max() < 3 * max(CLICK_SIGMA)
     s.add_point(at(s, 15, 20, 28), positive=False)
     assert not s.mask[15, 20, 28] and dice(s.mask, array) > 0.85
+    s.add_point(at(s, 15.2, 20, 28))  # of two clicks on one voxel the later one holds
+    assert s.mask[15, 20, 28]
 
 
 def test_what_does_not_end_is_nothing_until_a_second_click_says_otherwise(session):

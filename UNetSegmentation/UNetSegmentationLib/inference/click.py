@@ -216,12 +216,13 @@ class ClickSession:
     # ---------------------------------------------------------------------------------------------------------- prompts
 
     def add_point(self, point: Point, positive: bool = True) -> Answer:
-        """A click in LPS mm on what is (or, not positive, is not) part of the lesion."""
+        """A click in LPS mm on what is (or, not positive, is not) part of the lesion. Of two on one voxel the later one holds."""
         prompts, answer = self._history[-1]
         index = self._index(point)
         prompts = _noted(prompts, ("point", *point, positive))
         if positive:
-            prompts = replace(prompts, positive=(*prompts.positive, index))
+            others = tuple(p for p in prompts.negative if _voxel(p) != _voxel(index))
+            prompts = replace(prompts, positive=(*prompts.positive, index), negative=others)
         else:
             prompts = replace(prompts, negative=(*prompts.negative, index))
         return self._ask(prompts, answer)
@@ -519,7 +520,7 @@ class ClickSession:
         target = Box(tuple(low), tuple(high)) & Box.whole(self._canonical.shape)
         native = resample_back(probability[None], whole, grid, target)[0] > 0.5
         for point in prompts.negative:
-            at = tuple(math.floor(p + 0.5) - a for p, a in zip(point, target.start))
+            at = tuple(p - a for p, a in zip(_voxel(point), target.start))
             if all(0 <= i < n for i, n in zip(at, target.shape)):
                 native[at] = False
         found = Box.around(native)
@@ -571,6 +572,10 @@ def fitting(extent: Sequence[float], patch: Sequence[int], least: float) -> floa
 
 def _noted(prompts: _Prompts, prompt: Prompt) -> _Prompts:
     return replace(prompts, made=(*prompts.made, _comparable(check_prompt(prompt))))
+
+
+def _voxel(point: Index) -> tuple[int, ...]:
+    return tuple(math.floor(p + 0.5) for p in point)
 
 
 def expects_lung(card: Card) -> bool:
@@ -635,7 +640,7 @@ def _heed(margin: np.ndarray, points: Sequence[Index], wanted: float) -> None:
     """A correction that the network would not follow is followed nevertheless: the log-odds are raised (or, for a negative
     click, lowered) to `wanted` at the click, and around it as much less as the click's own Gaussian falls."""
     for point in points:
-        at = tuple(math.floor(p + 0.5) for p in point)
+        at = _voxel(point)
         if not all(0 <= i < n for i, n in zip(at, margin.shape)):
             continue
         lacking = wanted - float(margin[at])
