@@ -421,6 +421,7 @@ BAD_OPTIONS = {
     "ROI of NaN": (["--roi", "nan,1,0,1,0,1"], "must be 6 numbers"),
     "empty ROI": (["--roi", ""], "must be 6 numbers"),
     "point outside": (["--at", "5000,0,0"], "point lies outside"),
+    "point far outside": (["--at", "1e300,0,0"], "e+300, "),
     "point of two numbers": (["--at", "1,2"], "must be 3 numbers"),
     "point at infinity": (["--at", "inf,0,0"], "must be 3 numbers"),
     "empty point": (["--at", ""], "must be 3 numbers"),

@@ -213,7 +213,7 @@ def _region(image: Image, card: Card, options: Options) -> tuple[Box, Box | None
         index = image.point_to_index(options.at)[::-1]
         if any(not -0.5 <= v <= n - 0.5 for v, n in zip(index, image.shape)):
             raise UserError(
-                f"The point lies outside the image, at voxel ({', '.join(f'{v:.0f}' for v in index[::-1])}); choose a point inside."
+                f"The point lies outside the image, at voxel ({', '.join(f'{v:.6g}' for v in index[::-1])}); choose a point inside."
             )
         around = Box(
             tuple(math.floor(v - half / s + 0.5) for v, s in zip(index, image.spacing[::-1])),
