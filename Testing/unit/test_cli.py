@@ -487,6 +487,16 @@ def test_what_is_read_is_not_written_over_by_another_of_its_names(here, unetseg,
     assert here.scan.read_bytes() == before and link.is_symlink() and here.left() == []
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights")
+def test_a_result_goes_where_a_link_leads_and_keeps_the_rights_of_what_stood_there(here, unetseg, tmp_path):
+    place, link = here.out / "kept.nrrd", here.out / "link.nrrd"
+    place.write_text("former")
+    place.chmod(0o600)
+    link.symlink_to(place)
+    assert unetseg("segment", here.scan, "-m", here.model, "-o", link, "-q")[0] == 0
+    assert link.is_symlink() and place.stat().st_mode & 0o777 == 0o600 and read_image(place).shape == here.image.shape
+
+
 def test_a_name_that_just_fits_is_written(here, unetseg):
     target = here.out / ("n" * 246 + ".seg.nrrd")  # 255 bytes
     code, _, err = unetseg("segment", here.scan, "-m", here.model, "-o", target, "-q")

@@ -51,14 +51,19 @@ def unescape_arguments(arguments: Iterable[str]) -> list[str]:
     return [a.removeprefix(_ESCAPED).encode("ascii").decode("unicode_escape") if a.startswith(_ESCAPED) else a for a in arguments]
 
 
+def _target(path: str | Path) -> Path:
+    """What a name stands for: as other programs do, we write to the file that a link leads to and leave the link."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else path)
+
+
 def check_writable(path: str | Path) -> None:
     """Refuse a name that could not be written to, before the person waits for a result. Leaves no trace."""
-    path = Path(path)
-    place = path.absolute().parent
+    target = _target(path)
+    place = target.absolute().parent
     try:
         while not place.exists() and place != place.parent:
             place = place.parent
-        bad = path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK) or (path.exists() and not os.access(path, os.W_OK))
+        bad = target.is_dir() or not place.is_dir() or not os.access(place, os.W_OK) or (target.exists() and not os.access(target, os.W_OK))
     except OSError:  # a folder that may not even be looked into, or a name that is too long
         bad = True
     if bad:
@@ -89,12 +94,12 @@ def move_file(path: Path, to: Path) -> None:
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved to it only when the block ends well, so that no half file is ever left."""
-    path = Path(path)
+    target = _target(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         # ITK knows its formats by suffixes in lower case, and would write X.MHA beside the name that it was given. The name's
         # end is enough: a name that just fits (255 bytes, on Windows 259 characters of the path) would not fit any more.
-        handle, name = tempfile.mkstemp(prefix=".unetseg-", suffix="-" + path.name.lower()[-16:], dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=".unetseg-", suffix="-" + target.name.lower()[-16:], dir=target.parent)
         os.close(handle)
     except OSError as e:
         raise UserError(f"{path} cannot be written ({e.strerror or e}); choose a folder that you may write to.") from e
@@ -102,8 +107,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         with suppress(OSError):  # some network shares know no rights
-            temporary.chmod(0o666 & ~_UMASK)
-        move_file(temporary, path)
+            temporary.chmod(target.stat().st_mode & 0o777 | 0o200 if target.exists() else 0o666 & ~_UMASK)
+        move_file(temporary, target)
     except OSError as e:
         raise UserError(f"{path} cannot be written ({e.strerror or e}); check the disk's space and your rights.") from e
     finally:
