@@ -44,7 +44,9 @@ from UNetSegmentationLib.measure import measure  # noqa: E402
 from UNetSegmentationLib.model import Label  # noqa: E402
 from UNetSegmentationLib.mrml import (  # noqa: E402
     MODEL_TAG,
+    Undo,
     complete,
+    exact_surface_steps,
     find_map,
     find_table,
     image_from_volume,
@@ -550,6 +552,28 @@ def test_a_surface_is_the_one_that_slicer_makes(scene: Any, labels: np.ndarray, 
     node.CreateClosedSurfaceRepresentation()
     for name, surface in made.items():
         assert surface.shape == points(node, name).shape and surface == pytest.approx(points(node, name), abs=1e-4)
+
+
+def test_a_coarse_surface_to_look_at_becomes_slicers_own(scene: Any) -> None:
+    """Segment Statistics, models, STL files and RT structures are made of it."""
+    mass = np.zeros((4, 5, 70), np.uint8)
+    mass[1:, :4, 2:], mass[2, 2, 30] = 1, 0
+    volume = add_volume(np.zeros(mass.shape, np.int16), geometry(rotation()))
+    node, segment_id = complete(write_clicked_steps(mass, (0, 0, 0), volume, name="mass"))
+    edited = add_segment(node, "drawn", mass, volume)  # whose surface nobody asked for
+    coarse, by_slicer = points(node, "mass"), points(node, "drawn")
+    assert len(coarse) < 0.5 * len(by_slicer)
+    undo = Undo(scene)
+    undo.begin(node)
+    complete(write_clicked_steps(mass[:, :, :60], (0, 0, 0), volume, node, segment_id))
+    undo.commit([node])
+    complete(exact_surface_steps(scene))
+    assert len(points(node, "mass")) > 2 * len(coarse) and np.array_equal(points(node, "drawn"), by_slicer)
+    undo.undo()
+    assert np.array_equal(points(node, "mass"), coarse) and edited in segments(node).values()
+    complete(exact_surface_steps(scene))
+    assert np.array_equal(points(node, "mass"), by_slicer)
+    assert not list(exact_surface_steps(scene))
 
 
 def points(node: Any, name: str) -> np.ndarray:

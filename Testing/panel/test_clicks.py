@@ -217,6 +217,28 @@ def test_a_click_makes_a_nodule(panel: Any) -> None:
     assert list(p.segments()) == ["Nodule 1"]
 
 
+def test_another_module_finds_no_coarse_surface(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not of an answer that comes after the panel was left."""
+    from UNetSegmentationLib import mrml
+
+    monkeypatch.setattr(mrml, "_SURFACE_VOXELS", 8)
+    p = begun(panel, "left")
+    held = p.node.GetSegmentation()
+
+    def surfaces() -> list[int]:
+        return [held.GetNthSegment(i).GetRepresentation("Closed surface").GetNumberOfPoints() for i in range(held.GetNumberOfSegments())]
+
+    assert surfaces()[0] < 200
+    p.gui.click(p.ui.nextNoduleButton)
+    with p.unanswered():
+        p.click(BALLS["right"][0], wait=False)
+        p.gui.wait(lambda: not p.tool._pieces.busy, RUN_S)
+        p.widget.exit()
+        p.gui.wait(lambda: surfaces()[0] > 500, RUN_S)
+    p.gui.wait(lambda: len(surfaces()) == 2 and not p.tool.busy, RUN_S)
+    assert min(surfaces()) > 200
+
+
 def begun(panel: Any, *names: str) -> Any:
     """A panel with a scan and these nodules clicked."""
     p = panel()

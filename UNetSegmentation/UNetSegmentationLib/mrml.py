@@ -76,6 +76,8 @@ _COLORS = "UNetSegmentation."  # the singleton tag of a map's colours: this and 
 _SCALARS = "ImageScalars"
 # The only component of the scalars that predictions are written as bears this name; it tells Undo what a prediction wrote.
 _WRITTEN = "UNetSegmentation"
+# A surface whose field data have an array of this name is a coarse one; Slicer's own, also of the same segment, have none.
+_COARSE = "UNetSegmentation.Coarse"
 # A larger box is an organ's, whose diameters would take seconds.
 _LARGEST_MEASURED = 2 << 20
 _SURFACE_VOXELS = 56
@@ -673,6 +675,10 @@ def write_clicked_steps(
         coarse = _coarser(mask, start, grid) if names == [_SURFACE] else (mask, start, grid)
         yield
         derived = _derive(segmentation or slicer.vtkSegmentation(), *coarse, names) if names else {}
+        if coarse[0] is not mask and _SURFACE in derived:
+            mark = vtk.vtkIntArray()
+            mark.SetName(_COARSE)
+            derived[_SURFACE].GetFieldData().AddArray(mark)
         yield
         try:
             relaid = yield from _leave_steps(segmentation, segment_id)
@@ -732,6 +738,19 @@ def _coarser(mask: np.ndarray, start: Sequence[int], grid: np.ndarray) -> tuple[
     place = np.diag([step, step, step, 1.0])
     place[:3, 3] = np.array(start[::-1]) + (step - 1) / 2
     return (2 * blocks >= step**3).astype(np.uint8), (0, 0, 0), grid @ place
+
+
+def exact_surface_steps(scene: Any) -> Steps[None]:
+    """Slicer's own surfaces in place of the coarse ones, for what measures, prints or exports them: those of a lobulated mass of
+    7 cm are up to 3 mm apart, and an eighth of its area. A segment a piece, which takes 0.1 to 0.3 s."""
+    for node in _nodes(scene, "vtkMRMLSegmentationNode"):
+        segmentation = node.GetSegmentation()
+        for segment_id in _ids(segmentation):
+            segment = segmentation.GetSegment(segment_id)
+            surface = segment.GetRepresentation(_SURFACE) if segment is not None else None
+            if surface is not None and surface.GetFieldData().HasArray(_COARSE):
+                yield
+                _derive_anew(segmentation, segment, [_SURFACE])
 
 
 def _leave_steps(segmentation: Any, segment_id: str | None) -> Steps[dict[str, Any]]:
@@ -1289,6 +1308,20 @@ def _derive(segmentation: Any, mask: np.ndarray, start: Sequence[int], grid: np.
     return {name: segment.GetRepresentation(name) for name in names if one.CreateRepresentation(name)}
 
 
+def _derive_anew(segmentation: Any, segment: Any, names: Iterable[str]) -> None:
+    """Give a segment these representations of the voxels that it has now."""
+    labelmap = segment.GetRepresentation(_LABELMAP)
+    if not names or labelmap is None or labelmap.IsEmpty():
+        return
+    mask, matrix = _voxels(labelmap) == segment.GetLabelValue(), vtk.vtkMatrix4x4()
+    labelmap.GetImageToWorldMatrix(matrix)
+    box = Box.around(mask)
+    if box is not None:
+        start = box.shifted(labelmap.GetExtent()[::2][::-1]).start
+        for name, data in _derive(segmentation, mask[box.slices], start, arrayFromVTKMatrix(matrix), names).items():
+            segment.AddRepresentation(name, data)
+
+
 # ---------------------------------------------------------------------------------------------------------------- undo
 
 _VISIBILITIES = ("Visibility", "Visibility3D", "Visibility2DFill", "Visibility2DOutline")
@@ -1426,13 +1459,7 @@ class _State:
                 segment.AddRepresentation(name, data)
             else:
                 segment.RemoveRepresentation(name)
-        missing = set(names or ()) - set(representations)
-        if missing and not labelmap.IsEmpty():
-            mask, matrix = _voxels(labelmap) == former.GetLabelValue(), vtk.vtkMatrix4x4()
-            labelmap.GetImageToWorldMatrix(matrix)
-            start = labelmap.GetExtent()[::2][::-1]
-            for name, data in _derive(self.segmentation, mask, start, arrayFromVTKMatrix(matrix), missing).items():
-                segment.AddRepresentation(name, data)
+        _derive_anew(self.segmentation, segment, set(names or ()) - set(representations))
         if lost:
             self.segmentation.AddSegment(segment, segment_id)
             for display, values in self.display[segment_id]:

@@ -219,7 +219,7 @@ class NoduleTool(VTKObservationMixin):
         self.measured: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._lesion: _Lesion | None = None
         self._steps: list[_Step] = []
-        self._unrecorded = False
+        self._unrecorded = self._left = False
         self._keys = itertools.count(1)
         self._pieces = Pieces(self._say, changed)
         self._views = ViewClicks(self.click)
@@ -276,6 +276,12 @@ class NoduleTool(VTKObservationMixin):
     def disarm(self) -> None:
         self._views.stop()
         self._changed()
+
+    def leave(self) -> None:
+        """Another module is opened: clicks are Slicer's again, and so are surfaces, which it may measure or export."""
+        self._left = True
+        self.disarm()
+        self._finishSurfaces()
 
     def click(self, ras: Sequence[float], positive: bool = True, view: Any = None) -> None:
         """A prompt at a point of the world, RAS mm; self.negative turns it round. view: the composite node of the slice view that was
@@ -387,6 +393,8 @@ class NoduleTool(VTKObservationMixin):
         lesion, prompts = self._lesion, list(self._controller.answered)
         if lesion is not None:
             self._pieces.add(self._writeSteps(lesion, answer, prompts))
+            if self._left:
+                self._finishSurfaces()
 
     def onError(self, text: str) -> None:
         self._unrecorded = False
@@ -418,8 +426,15 @@ class NoduleTool(VTKObservationMixin):
         self.segmentation = node
         self._kept(node)
 
+    def _finishSurfaces(self) -> None:
+        if self._controller is not None:
+            from UNetSegmentationLib import mrml
+
+            self._pieces.add(mrml.exact_surface_steps(slicer.mrmlScene))
+
     def _begin(self) -> Any:
         """The controller, at the lesion, or at a new one."""
+        self._left = False
         if self._lesion is None or not self._mine:
             lesion = self._lesion or _Lesion(self.volume, self.segmentation, None, self.model, self._key())
             self._resume(lesion, [])
@@ -816,8 +831,8 @@ class NoduleSection(VTKObservationMixin):
         self._updateTable()
 
     def leave(self) -> None:
-        """Another module is opened: clicks are Slicer's again."""
-        self.tool.disarm()
+        """Another module is opened."""
+        self.tool.leave()
         self._endBox()
 
     def closeScene(self) -> None:
