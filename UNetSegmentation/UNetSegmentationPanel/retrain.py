@@ -123,6 +123,7 @@ class RetrainSection(VTKObservationMixin):
         self._shown: Any = None  # what the tables hold
         self._case = ""  # that is compared
         self._fetched = True  # its files were read
+        self._question: Any = None  # for them, the last one
         self._curves: Any = None
         self._comparison: Any = None
         self._layouts: Any = None
@@ -702,8 +703,10 @@ class RetrainSection(VTKObservationMixin):
             comparison.jump()
             self._showViews()
 
-        def wanted() -> bool:
-            return self._case == name and not self._fetched and self.job is not None and self.job.folder == job.folder
+        question = self._question = object()
+
+        def wanted() -> bool:  # the case may have been chosen again since, in a scene that was closed meanwhile
+            return self._question is question and bool(self._case) and self.job is not None and self.job.folder == job.folder
 
         def read(found: dict[str, Any]) -> None:
             if wanted():
