@@ -24,6 +24,7 @@ from mrml_scenes import (  # noqa: E402
     NODULE,
     SHAPE,
     SURFACE,
+    TISSUE,
     add_segment,
     add_transform,
     add_volume,
@@ -463,7 +464,11 @@ def test_replacing_keeps_the_segment_and_what_a_person_changed_on_it(scene: Any,
     volume = add_volume(np.zeros(SHAPE, np.int16))
     node = write_prediction(predicted(volume, labels), volume)
     before = segments(node)
+    status = slicer.vtkSlicerSegmentationsModuleLogic
+    assert {status.GetSegmentStatus(node.GetSegmentation().GetSegment(i)) for i in before.values()} == {status.InProgress}
+    status.SetSegmentStatus(node.GetSegmentation().GetSegment(before["lung"]), status.Completed)
     node.GetSegmentation().GetSegment(before["lung"]).SetColor(1, 0, 0)
+    nodule, entry = node.GetSegmentation().GetSegment(before["nodule"]), "TerminologyEntry"
     node.GetDisplayNode().SetSegmentOpacity(before["lung"], 0.3)
 
     moved = np.roll(labels, 2, 2)
@@ -471,8 +476,14 @@ def test_replacing_keeps_the_segment_and_what_a_person_changed_on_it(scene: Any,
     assert segments(node) == before
     lung = node.GetSegmentation().GetSegment(before["lung"])
     assert np.array_equal(read_back(node, "lung", volume), moved == LUNG.value)
-    assert lung.GetColor() == (1, 0, 0)
+    assert lung.GetColor() == (1, 0, 0) and status.GetSegmentStatus(lung) == status.Completed
     assert tag(lung, MODEL_TAG) == "lung-2d-1.1.0"
+    other = Label(1, "nodule", NODULE.color, {**TISSUE, "type": ["SCT", "4147007", "Mass"]})
+    write_prediction(predicted(volume, labels, (other, LUNG)), volume, node)
+    assert "^Mass~" in tag(nodule, entry)
+    nodule.SetTag(entry, said := tag(nodule, entry).replace("4147007^Mass", "108369006^Neoplasm"))
+    write_prediction(predicted(volume, moved), volume, node)
+    assert tag(nodule, entry) == said
     assert node.GetDisplayNode().GetSegmentOpacity2DFill(before["lung"]) == pytest.approx(0.3)
     assert node.GetSegmentation().GetNumberOfLayers() == 1
 

@@ -282,7 +282,9 @@ def test_clicks_refine_and_undo_brings_back_exactly_what_was(panel: Any) -> None
 
     slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "A reader's")
     p = begun(panel, "right")
-    assert p.node.GetName() == "CT nodules"
+    assert p.node.GetName() == "CT nodules" and p.tag("Nodule 1", "Segmentation.Status") == "inprogress"
+    said = p.tag("Nodule 1", "TerminologyEntry").replace("27925004^Nodule", "4147007^Mass")
+    p.node.GetSegmentation().GetNthSegment(0).SetTag("TerminologyEntry", said)
     states = [(everything(p.node), p.tag("Nodule 1"))]
     p.click(VESSEL, ctrl=True, view="Green")
     assert not p.mask("Nodule 1")[VESSEL] and len(dots(False)) == 1
@@ -291,6 +293,7 @@ def test_clicks_refine_and_undo_brings_back_exactly_what_was(panel: Any) -> None
     assert p.ui.negativeButton.checked
     p.click((20, 40, 84))
     assert len(dots(False)) == 2 and p.tag("Nodule 1").count("false") == 2 and len(p.segments()) == 1
+    assert p.tag("Nodule 1", "TerminologyEntry") == said
     for state in reversed(states):
         p.gui.click(p.ui.undoClickButton)
         assert (everything(p.node), p.tag("Nodule 1")) == state

@@ -541,7 +541,7 @@ class NoduleTool(VTKObservationMixin):
             mrml.CLICK_MODEL_TAG: lesion.model.name,
             **mrml.algorithm_tags(lesion.model.name, "SEMIAUTOMATIC"),
         }
-        if label.terminology_entry():
+        if label.terminology_entry() and not lesion.there:  # later it is what a person says it is
             tags[slicer.vtkSegment.GetTerminologyEntryTagName()] = label.terminology_entry()
         measured = digest, volumeKey([lesion.volume])
         yield
