@@ -220,8 +220,16 @@ def test_a_name_in_capitals_is_as_good(tmp_path, name):
     assert np.array_equal(read_image(tmp_path / name).array, image.array)
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.jpeg", "a.bmp"])  # JPEG's library ends the process where the disk is full
+def test_pictures_that_lose_values_are_not_written(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} is not the name of an image that can be written; end it in .* .tiff"):
+        write_image(Image(volume("uint8", (1, 6, 7))), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", [0, -100])
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.nrrd"])
-def test_a_disk_that_fills_up_leaves_the_former_file(tmp_path, monkeypatch, name):
+def test_a_disk_that_fills_up_leaves_the_former_file(tmp_path, monkeypatch, name, kept):
     write_image(Image(volume("int16", (5, 6, 7))), tmp_path / name)
     before, write = (tmp_path / name).read_bytes(), sitk.WriteImage
 
@@ -229,10 +237,10 @@ def test_a_disk_that_fills_up_leaves_the_former_file(tmp_path, monkeypatch, name
         write(image, path, *rest, **more)
         if ".nii" not in path:
             raise RuntimeError("No space left on device")
-        Path(path).write_bytes(Path(path).read_bytes()[:-100])  # which ITK's NIfTI does not notice
+        Path(path).write_bytes(Path(path).read_bytes()[:kept])  # which ITK's NIfTI does not notice
 
     monkeypatch.setattr(sitk, "WriteImage", full)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written .(not all of it was written|No space left on device).; choose"):
         write_image(Image(volume("int16", (20, 30, 30))), tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == before
 

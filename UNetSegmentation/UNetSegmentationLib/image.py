@@ -25,6 +25,8 @@ from .files import UserError, atomic_path, check_text
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+# JPEG loses values, and on a full disk ends the process; of BMP half a file was left there, and nothing said.
+WRITTEN_SUFFIXES = (*VOLUME_SUFFIXES, ".png", ".tif", ".tiff")
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
 
@@ -767,8 +769,8 @@ def write_image(image: Image, path: str | Path, metadata: dict[str, Any] | None 
     """
     check_text(path)
     # Of the formats that ITK writes, those with a header and a data file apart could not take their name at once.
-    if not str(path).lower().endswith((*VOLUME_SUFFIXES, *PICTURE_SUFFIXES)):
-        raise UserError(f"{path} is not the name of an image that can be written; end it in {', '.join(VOLUME_SUFFIXES)}.")
+    if not str(path).lower().endswith(WRITTEN_SUFFIXES):
+        raise UserError(f"{path} is not the name of an image that can be written; end it in {', '.join(WRITTEN_SUFFIXES)}.")
     out = to_sitk(image)
     if str(path).lower().endswith(PICTURE_SUFFIXES):
         if image.shape[0] != 1:
@@ -780,12 +782,12 @@ def write_image(image: Image, path: str | Path, metadata: dict[str, Any] | None 
     def write(temporary: Path) -> None:
         sitk.WriteImage(out, str(temporary), useCompression=True)
         if temporary.name.endswith((".nii", ".nii.gz")):  # ITK says nothing where the disk is full
-            reader = sitk.ImageFileReader()
-            reader.SetFileName(str(temporary))
-            reader.ReadImageInformation()
             try:
+                reader = sitk.ImageFileReader()
+                reader.SetFileName(str(temporary))
+                reader.ReadImageInformation()
                 _check_complete(temporary, reader)
-            except UserError:
+            except (RuntimeError, UserError):
                 raise RuntimeError("not all of it was written") from None
 
     write_with(path, write)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .files import UserError, atomic_path
-from .image import IDENTITY, PICTURE_SUFFIXES, VOLUME_SUFFIXES, Image, write_image
+from .image import IDENTITY, PICTURE_SUFFIXES, VOLUME_SUFFIXES, WRITTEN_SUFFIXES, Image, write_image
 from .model import Label
 from .postprocess import voxel_counts
 
 if TYPE_CHECKING:
     from .inference.predict import Prediction
 
-SUFFIXES = (".seg.nrrd", ".dcm", *VOLUME_SUFFIXES, ".png", ".tif", ".tiff")
+SUFFIXES = (".seg.nrrd", ".dcm", *WRITTEN_SUFFIXES)
 
 # By these tags of a segment Slicer's DICOM SEG exporter tells how it was made, and without them that a person drew it.
 ALGORITHM_TYPE, ALGORITHM_NAME = "DICOM.SegmentAlgorithmType", "DICOM.SegmentAlgorithmName"
