@@ -76,6 +76,9 @@ def test_missing_empty_and_foreign_files_are_refused(tmp_path):
         (tmp_path / "a.unet.zip").write_bytes(content)
         with pytest.raises(UserError, match="damaged or not a model package|is refused: it lacks model.json"):
             ModelPackage.read(tmp_path / "a.unet.zip")
+    (tmp_path / "a.ONNX").write_bytes(b"")
+    with pytest.raises(UserError, match="without its card; .*: unetseg model pack a.ONNX --card"):
+        ModelPackage.read(tmp_path / "a.ONNX")
 
 
 def test_every_truncation_is_refused(pack):

@@ -479,6 +479,9 @@ class ModelPackage:
         path = Path(path)
         if not os.path.isfile(path):  # False, too, for a name that is too long
             raise UserError(f"There is no model package {path}; check the name.")
+        if path.suffix.lower() == ".onnx":
+            made = f"unetseg model pack {path.name} --card CARD.json -o {path.stem}.unet.zip"
+            raise UserError(f"{path} is a network without its card; make a package of both: {made}")
         try:
             files = _read_zip(path)
         except MemoryError as e:
