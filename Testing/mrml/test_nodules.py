@@ -281,8 +281,13 @@ def test_dots_are_seen_small_and_cannot_be_moved(scene: Any, runtime: Any) -> No
     view.node.JumpSliceByCentering(20, 20, 10)
     before = view.picture()
     points = {True: (14.0, 20.0, 10.0), False: (26.0, 20.0, 10.0)}
+    mine, selection = scene.AddNewNodeByClass("vtkMRMLMarkupsLineNode"), scene.GetNodeByID("vtkMRMLSelectionNodeSingleton")
+    runtime.modules.markups.logic().SetActiveList(mine)
     for positive, point in points.items():
         mrml.show_dots(scene, positive, [point])
+    # What a person places next is his own.
+    assert (selection.GetActivePlaceNodeID(), selection.GetActivePlaceNodeClassName()) == (mine.GetID(), mine.GetClassName())
+    scene.RemoveNode(mine)
     after = view.picture()
     green, red = (view.pixel(after, points[p]).astype(int) for p in (True, False))
     assert green[1] > 2 * green[0] and red[0] > 2 * red[1]

@@ -612,7 +612,13 @@ def show_dots(scene: Any, positive: bool, points: Sequence[Sequence[float]]) -> 
         node.SetSaveWithScene(False)
         node.SetHideFromEditors(True)
         node.SetLocked(True)
+        # Slicer chooses each new list as the one to place points in, also a hidden one: a person's would be among ours, and lost.
+        selection = scene.GetNodeByID("vtkMRMLSelectionNodeSingleton")
+        chosen = None if selection is None else (selection.GetActivePlaceNodeID(), selection.GetActivePlaceNodeClassName())
         node = scene.AddNode(node)
+        if chosen is not None:
+            selection.SetReferenceActivePlaceNodeClassName(chosen[1])
+            selection.SetReferenceActivePlaceNodeID(chosen[0])
         node.CreateDefaultDisplayNodes()
         display = node.GetDisplayNode()
         display.SetSaveWithScene(False)
