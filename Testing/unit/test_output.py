@@ -171,6 +171,8 @@ def test_seg_nrrd_lists_what_is_there(tmp_path):
     assert NODULE.terminology_entry() in file.GetMetaData("Segment0_Tags")
     assert "DICOM.SegmentAlgorithmType:AUTOMATIC|DICOM.SegmentAlgorithmName:lung-nodule-2d-1.0.0|" in file.GetMetaData("Segment0_Tags")
     assert np.array_equal(sitk.GetArrayFromImage(file), CASES["oblique"].labels.array)
+    write_segmentation(replace(CASES["oblique"], model_name=""), path)
+    assert "DICOM." not in sitk.ReadImage(str(path)).GetMetaData("Segment0_Tags")
 
 
 # ----------------------------------------------------------------------------------------------------------- labelmaps

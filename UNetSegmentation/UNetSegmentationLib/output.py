@@ -74,8 +74,11 @@ def write_segmentation(prediction: Prediction, path: str | Path, image: Image | 
 
 
 def algorithm_tags(model_name: str, kind: str) -> dict[str, str]:
-    """The tags of a segment that say how it was made. kind: DICOM's SegmentAlgorithmType, "AUTOMATIC" or "SEMIAUTOMATIC"."""
-    return {ALGORITHM_TYPE: kind, ALGORITHM_NAME: model_name[:64]}
+    """The tags of a segment that say how it was made; none without a name, which Slicer's exporter asks for beside these kinds.
+
+    kind: DICOM's SegmentAlgorithmType, "AUTOMATIC" or "SEMIAUTOMATIC".
+    """
+    return {ALGORITHM_TYPE: kind, ALGORITHM_NAME: model_name[:64]} if model_name else {}
 
 
 def present(labels: np.ndarray, label_defs: Iterable[Label]) -> tuple[Label, ...]:
