@@ -453,6 +453,7 @@ def test_curves_grow_in_the_plot_views_and_leave_no_trace(panel: Any, gui: Any, 
         assert slicer.mrmlScene.GetSingletonNode(name, "vtkMRMLPlotViewNode").GetPlotChartNodeID() == chart.GetID()
     losses = [line["loss"] for line in lines[:60] if line["event"] == "step"]
     assert np.allclose(columns(curves._steps)["loss"], losses)
+    assert not slicer.mrmlScene.GetStorableNodesModifiedSinceRead()  # or Slicer would ask to save them
 
     noted: list[str] = []
     tag = curves.dice_chart.AddObserver("ModifiedEvent", lambda *_: noted.append("dice"))

@@ -123,8 +123,8 @@ class Curves:
             if f"dice {name}" not in shown:
                 self._series(self.dice_chart, name, self._checks, f"dice {name}", _LABELS[i], 2, marker=True)
 
-    def _own(self, kind: str, name: str) -> Any:
-        return _own(self.scene, kind, name, "curves")
+    def _own(self, kind: str, name: str, hidden: bool = False) -> Any:
+        return _own(self.scene, kind, name, "curves", hidden)
 
     def _chart(self, title: str, axis: str) -> Any:
         chart = self._own("vtkMRMLPlotChartNode", title)
@@ -137,7 +137,8 @@ class Curves:
         return chart
 
     def _table(self, name: str, columns: Sequence[str]) -> Any:
-        node, table = self._own("vtkMRMLTableNode", name), vtk.vtkTable()
+        # Not hidden, each would be data to Slicer that it asks to save before it closes, and then does not save.
+        node, table = self._own("vtkMRMLTableNode", name, hidden=True), vtk.vtkTable()
         for title in columns:
             column = vtk.vtkDoubleArray()
             column.SetName(title)
