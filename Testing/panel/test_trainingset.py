@@ -157,6 +157,8 @@ def box(*ends: tuple[int, int]) -> np.ndarray:
 
 
 def test_a_correction_becomes_a_case_and_what_changed_is_said(hands: Hands) -> None:
+    import slicer
+
     assert hands.ui.setStatusLabel.text.startswith("Empty") and hands.ui.setMessage.text == "Choose the corrected segmentation."
     assert not hands.ui.setAddButton.enabled
     node = hands.apply()
@@ -189,6 +191,11 @@ def test_a_correction_becomes_a_case_and_what_changed_is_said(hands: Hands) -> N
         f"This scan is {entry.name}, version 1.",
     ]
     hands.whole()
+    clone = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode")
+    clone.Copy(hands.widget._parameters.volume)  # as Crop Volume does, and Data's Clone
+    hands.widget._parameters.volume = clone
+    hands.settle()
+    assert "This scan" not in hands.ui.setStatusLabel.text
 
 
 def test_a_segmentation_that_is_deleted_is_not_replaced_by_another_scans_and_is_kept_nowhere(hands: Hands) -> None:

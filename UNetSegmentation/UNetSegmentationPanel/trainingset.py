@@ -532,7 +532,8 @@ class TrainingSetSection(VTKObservationMixin):
             self.summary = data["summary"]
         for node in adding.volumes[:1]:
             if node is not None and node.GetScene() is not None:
-                node.SetAttribute(CASE_ATTRIBUTE, data["case"])
+                # With the node, as Slicer gives what it crops, filters or clones of it the same attributes.
+                node.SetAttribute(CASE_ATTRIBUTE, f"{data['case']} {node.GetID()}")
         held = adding.node.GetSegmentation() if adding.node is not None and adding.node.GetScene() is not None else None
         for row in adding.rows:
             part = held.GetSegment(row.segment) if held is not None else None
@@ -780,8 +781,9 @@ class TrainingSetSection(VTKObservationMixin):
     def _currentCase(self) -> dict[str, Any] | None:
         """The case that the chosen volume was added as."""
         p = self.panel._parameters
-        name = p.volume.GetAttribute(CASE_ATTRIBUTE) if p is not None and p.volume is not None else None
-        return next((case for case in (self.summary or {}).get("cases", []) if case["name"] == name), None) if name else None
+        volume = p.volume if p is not None else None
+        said, of = (volume.GetAttribute(CASE_ATTRIBUTE), volume.GetID()) if volume is not None else (None, None)
+        return next((case for case in (self.summary or {}).get("cases", []) if f"{case['name']} {of}" == said), None)
 
     def _showSegments(self, volume: Any) -> None:
         from UNetSegmentationLib import mrml
