@@ -246,7 +246,8 @@ def test_the_plan_keeps_the_rule_of_the_lung_only_where_the_lesions_lie_in_it(no
 def test_more_nodules_make_a_new_version_of_the_same_model(nodules, base):
     job = training.create(nodules, base)
     cases, facts = retrain._cases(job.folder, job)
-    data = settings(nodules).model_dump(mode="json")
+    network = base.card, UNetConfig.from_json(base.card.data["network"])
+    data = plan(cases, nodules, measure=False, base=network).config.model_dump(mode="json")
     named = retrain._named(job, base, cases, facts, data)
     assert named["name"] == "nodule-click" and named["version"] == "1.1.0" and named["task"] == "click" and named["surroundings"] == "lung"
     assert named["description"] == "Finds nodules." and named["display"] == "lung"

@@ -67,6 +67,9 @@ def test_a_package_with_its_lineage_and_its_card_beside_it(tmp_path, card):
         read["files"]["model.onnx"]["sha256"],
     ):  # fmt: skip
         assert part in text, part
+    one = {**facts, "labels": {"thing": {"dice": {"mean": 0.9, "low": None, "high": None, "cases": 1}, "missed": 0, "false": 0}}}
+    package.card.data["metrics"] = {**one, "cases": 1, "patients": 1}
+    assert "On 1 case of 1 patient (fold 0 of 5), through the deployed path.\n" in markdown(package)
 
 
 def test_a_name_that_is_no_packages_is_no_folder_either(tmp_path, card):

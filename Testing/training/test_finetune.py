@@ -195,4 +195,9 @@ def test_forgetting_is_seen(make_package, tmp_path, base):
     package = base()
     finetune.write(tmp_path, finetune.start_from(package), package, ["encoder"], worse)
     facts = json.loads((tmp_path / "finetune.json").read_text("utf-8"))
-    assert facts["parent"] == "toy-1.0.0" and facts["base"]["forgotten"] and facts["frozen"] == ["encoder"]
+    assert (
+        facts["parent"]["name"] == "toy"
+        and len(facts["parent"]["sha256"]) == 64
+        and facts["base"]["forgotten"]
+        and facts["frozen"] == ["encoder"]
+    )

@@ -1,5 +1,6 @@
 """`unetseg-train finetune` and `export` from the command line: other labels, channels and spacing, replay, another task."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -34,6 +35,7 @@ def base(tmp_path_factory):
         "format": 1, "name": "balls", "version": "1.0.0", "task": "automatic", "dimensions": 3, "channels": ["MR"],
         "labels": [{"value": v.value, "name": v.name} for v in (BRIGHT, DARK)], "spacing": [1.0, 1.0, 1.0], "patch": [16, 16, 16],
         "divisor": [2, 2, 2], "intensity": {"mode": "zscore"}, "activation": "softmax", "licence": "CC0", "network": config.to_json(),
+        "training_data": ["made"],
     }  # fmt: skip
     rng = np.random.default_rng(0)
     items = [("a", Image(rng.normal(size=(12, 14, 16)).astype(np.float32)))]
@@ -81,13 +83,16 @@ def test_finetune_then_export(command, base, tmp_path):
     code, out, err = command(*words, "--freeze", "encoder", "--replay", old, "--share", 0.5, "--resume")
     assert code == 0 and "on held-out cases" in out, err
 
-    code, out, err = command("export", leaf, "-o", tmp_path / "models", "--base", base)
+    code, out, err = command("export", leaf, "-o", tmp_path / "models")
     assert code == 0 and "run evaluate first" in err, err
     (path,) = (tmp_path / "models").glob("*.unet.zip")
     package, parent = ModelPackage.read(path), ModelPackage.read(base)
     card = package.card.data
     assert [label.name for label in package.card.labels] == ["Dark"] and card["spacing"] == [1.0, 1.0, 1.0]
-    assert "balls" in json.dumps(card["lineage"]["parent"]) and card["lineage"]["parity"]["cases"] == ["case0"]
+    assert card["lineage"]["parent"]["sha256"] == hashlib.sha256(base.read_bytes()).hexdigest() and card["licence"] == "CC0"
+    assert card["training_data"] == ["made", "data: 3 cases of 3 patients, less those held out"]
+    assert package.card.origin.startswith("Fine-tuned from balls 1.0.0 with 2 cases of data")
+    assert card["lineage"]["parity"]["cases"] == ["case0"]
     assert path.with_name(path.name.removesuffix(".unet.zip") + ".md").read_text("utf-8").startswith("# ")
     before, after = (load_network(p).state_dict() for p in (parent, package))
     assert all(torch.allclose(after[k], v, atol=1e-3) for k, v in before.items() if k.startswith("encoder."))

@@ -274,7 +274,9 @@ def _app() -> Any:
     def export(
         folder: Annotated[Path, leaf_argument],
         output: Annotated[Path | None, typer.Option("--output", "-o", help="The .unet.zip to write, or a folder for it.")] = None,
-        base: Annotated[str | None, typer.Option(help="The package that it was fine-tuned from, for its lineage.")] = None,
+        base: Annotated[
+            str | None, typer.Option(help="The package that it was fine-tuned from, for its lineage. Default: as finetune noted.")
+        ] = None,
     ) -> None:
         """Make a model package, after ONNX and PyTorch agreed on held-out cases."""
         import json
@@ -283,6 +285,7 @@ def _app() -> Any:
 
         from . import metrics
         from .export import export_run, lineage
+        from .finetune import FACTS
         from .train import RUN, load_run, weights_hash
 
         config, network = load_run(folder)
@@ -296,6 +299,8 @@ def _app() -> Any:
             scored = None
             print("metrics.json is of other weights than these, so the card has no figures; run evaluate again", file=sys.stderr)
         origin = lineage(json.loads((folder / RUN).read_text("utf-8")), find_model(base) if base else None)
+        if not base and (folder / FACTS).is_file():
+            origin |= {k: v for k, v in json.loads((folder / FACTS).read_text("utf-8")).items() if k == "parent"}
         made = export_run(network, config.card(), output or folder, metrics.case_items(case_set, cases), origin, scored)
         print(f"wrote {made.path}")
 
@@ -360,6 +365,8 @@ def _app() -> Any:
         )
         print(start.sentence)
         frozen = tuple(freeze or ())
+        if not (facts_file := leaf(output, folds[0], seeds[0]) / tuning.FACTS).exists():  # it may be stopped, and exported then
+            tuning.write(facts_file.parent, start, package, frozen)
         old = find_cases(Path(replay)) if replay else None
         again = (tuning.replay_set(old, [label.name for label in config.labels], config.channels), share) if old else None
         (result,) = fit_run(

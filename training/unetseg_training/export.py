@@ -267,16 +267,22 @@ def export_run(
     return package
 
 
+def parentage(package: ModelPackage) -> dict[str, str]:
+    """What the card of a model says of the package that it was fine-tuned from."""
+    digest = hashlib.sha256(package.path.read_bytes()).hexdigest()
+    return {"name": package.card.name, "version": package.card.version, "sha256": digest}
+
+
 def lineage(run: dict[str, Any], parent: ModelPackage | None = None, **more: Any) -> dict[str, Any]:
     """Where a model comes from, for its card: from run.json, and the package that it was fine-tuned from."""
     out: dict[str, Any] = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
     if parent is not None:
-        digest = hashlib.sha256(parent.path.read_bytes()).hexdigest()
-        out["parent"] = {"name": parent.card.name, "version": parent.card.version, "sha256": digest}
+        out["parent"] = parentage(parent)
     digests = {f"{part}/{name}": d for part, cases in (run.get("data") or {}).items() for name, d in cases.items()}
     if digests:
         name = Path(str((run.get("config") or {}).get("data", {}).get("path", ""))).name
-        out |= {"dataset": {"name": name, "sha256": dataset_hash(digests)}, "cases": len(digests)}
+        # A replayed base's own cases are no part of this dataset, but of what makes the weights.
+        out |= {"dataset": {"name": name, "sha256": dataset_hash(digests)}, "cases": len(run["data"].get("train") or digests)}
     out |= {k: run[k] for k in ("seed", "fold", "git_revision", "versions") if run.get(k) is not None}
     return out | more
 
@@ -350,7 +356,7 @@ def markdown(package: ModelPackage) -> str:
         parity = origin["parity"]
         lines.append(
             f"- ONNX and PyTorch differ by {parity['largest_difference']:g} in a logit (of the largest, where that is above 1) at most, "
-            f"on {len(parity.get('cases', ()))} cases"
+            f"on {_count(len(parity.get('cases', ())), 'case')}"
         )
     lines += [f"- `{name}`: {entry['size']} bytes, SHA-256 {entry['sha256']}" for name, entry in data["files"].items()]
     return "\n".join(lines) + "\n"
@@ -372,10 +378,10 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
     out = ["| label | " + " | ".join(headings[k] for k in columns) + " |", "|---|" + "---|" * len(columns)]
     for name, own in per.items():
         out.append(f"| {_words(name)} | " + " | ".join(_interval(own.get(k)) for k in columns) + " |")
-    where = f"On {metrics['cases']} cases" if "cases" in metrics else "On cases"
-    where += f" of {metrics['patients']} patients" if "patients" in metrics else ""
+    where = f"On {_count(metrics['cases'], 'case')}" if "cases" in metrics else "On cases"
+    where += f" of {_count(metrics['patients'], 'patient')}" if "patients" in metrics else ""
     where += f" ({_words(metrics['held_out'])})" if "held_out" in metrics else " (held out)"
-    note = ", through the deployed path; in brackets 95 % bootstrap intervals." if "labels" in metrics else ", through the deployed path."
+    note = ", through the deployed path" + ("; in brackets 95 % bootstrap intervals." if any("(" in line for line in out[2:]) else ".")
     if any("surface_dice" in own for own in per.values()):
         note += f" Surface Dice at {metrics.get('tolerance_mm', 1.0):g} mm."
     out += ["", where + note]
@@ -384,6 +390,10 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
     ]
     out += [f"Cases in which a label was missed or found where there is none: {'; '.join(missed)}."] if missed else []
     return out + ([f"Command: `{metrics['command']}`"] if "command" in metrics else [])
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _interval(figure: dict[str, Any] | None) -> str:
@@ -397,7 +407,7 @@ def _limits(data: dict[str, Any]) -> list[str]:
     out = [data["limits"]] if data.get("limits") else []
     cases = data.get("metrics", {}).get("patients") or data.get("metrics", {}).get("cases")
     if cases and cases < 30:
-        out.append(f"Measured on {cases} patients only: the intervals are wide, and rare findings were not seen.")
+        out.append(f"Measured on {_count(cases, 'patient')} only: the intervals are wide, and rare findings were not seen.")
     if data.get("roi_mm"):
         out.append(f"Meant for a box of about {data['roi_mm']:g} mm about its target, not for whole images.")
     out.append(f"Other inputs than {', '.join(data['channels'])}, other scanners, ages and diseases than in its data: not measured.")

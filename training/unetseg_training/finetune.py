@@ -24,10 +24,12 @@ from UNetSegmentationLib.model import Card, Label, ModelPackage
 from UNetSegmentationLib.networks import UNet, UNetConfig, build
 
 from . import metrics
+from .export import parentage
 
 if TYPE_CHECKING:
     from .cases import CaseSet
 
+FACTS = "finetune.json"
 # Below this, so little of the base model would be left that a person had better know.
 LEAST_SHARE = 0.5
 # What sees the input's channels.
@@ -327,9 +329,9 @@ def forgetting(
 
 
 def write(folder: str | Path, start: Start, package: ModelPackage, frozen: Sequence[str] = (), base: dict[str, Any] | None = None) -> None:
-    """finetune.json in a run's folder, for the report and the card: where it started, what is frozen, and forgetting()."""
-    facts = {"parent": f"{package.card.name}-{package.card.version}", **start.to_json(), "frozen": list(frozen)}
-    with atomic_path(Path(folder) / "finetune.json") as path:
+    """finetune.json in a run's folder (FACTS), for the report and the card: where it started, what is frozen, and forgetting()."""
+    facts = {"parent": parentage(package), **start.to_json(), "frozen": list(frozen)}
+    with atomic_path(Path(folder) / FACTS) as path:
         path.write_text(
             json.dumps(facts | ({"base": base} if base and base["labels"] else {}), indent=1, ensure_ascii=False) + "\n", "utf-8"
         )

@@ -475,7 +475,7 @@ def plan(
         "model": {
             "name": name,
             "title": name.replace("-", " "),
-            "training_data": [f"{Path(path).name}: {f.cases} cases of {f.patients} patients"],
+            "training_data": [f"{Path(path).name}: {f.cases} cases of {f.patients} patients, less those held out"],
         },
         "data": {"path": str(Path(path).expanduser().absolute()), "layout": case_set.layout, **(data or {})},
         "labels": [_label(label) for label in case_set.labels],
@@ -493,6 +493,8 @@ def plan(
         "network": net,
         "fit": fit,
     }
+    if base is not None:
+        settings["model"] |= inherited(base[0], case_set, settings["model"]["training_data"])
     if clicked:
         from .clicks import IN_LUNG
 
@@ -504,6 +506,18 @@ def plan(
     settings["data"]["folds"] = settings["data"].get("folds") or max(2, min(5, f.patients))
     seconds = total * second + spent * epochs
     return Plan(config_file.parse(settings, "the plan"), why, f, machine, tuple(case_set.notes), seconds, one_case)
+
+
+def same_labels(card: Card, case_set: CaseSet) -> bool:
+    return {label.name.casefold() for label in card.labels} == {label.name.casefold() for label in case_set.labels}
+
+
+def inherited(card: Card, case_set: CaseSet, learned: list[str]) -> dict[str, Any]:
+    """What a model that goes on from another says as that one does: its licence, what it was trained on besides, and, where its
+    labels are the same, what it is for and how it is used."""
+    out = {"licence": card.data["licence"], "training_data": [*card.data.get("training_data", ()), *learned]}
+    kept = ("description", "tta", "roi_mm", "display", "postprocess") if same_labels(card, case_set) else ()
+    return out | {k: card.data[k] for k in kept if k in card.data}
 
 
 def _label(label: Any) -> dict[str, Any]:

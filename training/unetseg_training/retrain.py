@@ -35,7 +35,7 @@ from .cases import Case, CaseSet, evenly, find_cases, folds
 from .config import Config
 from .export import card_path, compact, export_run, lineage, markdown
 from .finetune import start_from
-from .plan import Machine
+from .plan import Machine, same_labels
 from .plan import plan as make_plan
 from .train import RUN, WEIGHTS, Callback, load_run, load_weights, train
 
@@ -323,16 +323,11 @@ def _named(job: training.Job, base: ModelPackage | None, case_set: CaseSet, fact
     train = [c for c in case_set.cases if c.split == "train"]
     learned = f"{facts['name']}: {len(train)} cases of {len({c.patient for c in train})} patients"
     name, version = job.name, "0.1.0"
-    out = {**data["model"], "name": name, "title": facts["name"], "training_data": [learned]}
+    out = {**data["model"], "title": facts["name"], "training_data": [*data["model"]["training_data"][:-1], learned]}
     if base is not None:
-        card = base.card.data
-        same = {label.name.casefold() for label in base.card.labels} == {label.name.casefold() for label in case_set.labels}
-        out["licence"] = card["licence"]
-        out["training_data"] = [*card.get("training_data", ()), learned]
-        if same:
-            out |= {k: card[k] for k in ("description", "tta", "roi_mm", "display", "postprocess") if k in card}
-            out["title"] = card.get("title") or base.card.name
-            data["input"]["flip_axes"] = list(card.get("flip_axes", ()))
+        if same_labels(base.card, case_set):
+            out["title"] = base.card.data.get("title") or base.card.name
+            data["input"]["flip_axes"] = list(base.card.data.get("flip_axes", ()))
         elif not job.options.name:
             # Under its base's name it would take that one's place in every list, and segment something else.
             name = training.slug(facts["name"])
