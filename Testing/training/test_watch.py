@@ -97,7 +97,7 @@ def test_a_run_tells_what_it_does(tmp_path, capsys, monkeypatch):
         rows = list(csv.DictReader(f))
     assert [r["step"] for r in rows] == ["4", "8", "12"] and float(rows[1]["dice two"]) == pytest.approx(0.6)
     out = capsys.readouterr().out
-    assert "Dice 0.600 (best 0.700 at step 8)" in out and "one 0.700, two 0.500" in out
+    assert "step 12  epoch 3  loss" in out and "Dice 0.600 (best 0.700 at step 8)" in out and "one 0.700, two 0.500" in out
 
 
 def test_tensorboard_holds_loss_dice_rate_and_pictures(tmp_path, monkeypatch):

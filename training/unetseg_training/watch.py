@@ -230,12 +230,12 @@ class _Bar:
         if console.is_terminal:
             left, right = TextColumn("epoch {task.fields[epoch]}"), TextColumn("loss {task.fields[loss]}  {task.fields[dice]}")
             self.progress = Progress(left, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), right, console=console)
-            self.task = self.progress.add_task("", total=total, completed=step, epoch=0, loss="–", dice=self.text)
+            self.task = self.progress.add_task("", total=total, completed=step, epoch=1, loss="–", dice=self.text)
             self.progress.start()
 
     def step(self, step: int, epoch: int, loss: float | None) -> None:
         if self.progress:
-            self.progress.update(self.task, completed=step, epoch=epoch, loss="–" if loss is None else f"{loss:.3f}", dice=self.text)
+            self.progress.update(self.task, completed=step, epoch=epoch + 1, loss="–" if loss is None else f"{loss:.3f}", dice=self.text)
 
     def validation(self, line: Line) -> None:
         dice, best = line["dice"], line["best"]
@@ -243,7 +243,7 @@ class _Bar:
         if not self.progress:
             loss = "–" if line["loss"] is None else f"{line['loss']:.3f}"
             classes = ", ".join(f"{n} {v:.3f}" for n, v in line["dice_per_class"].items() if v is not None)
-            print(f"step {line['step']}  epoch {line['epoch']}  loss {loss}  {self.text}  {classes}".rstrip(), flush=True)
+            print(f"step {line['step']}  epoch {line['epoch'] + 1}  loss {loss}  {self.text}  {classes}".rstrip(), flush=True)
 
     def end(self) -> None:
         if self.progress:
