@@ -840,6 +840,24 @@ def test_a_loaded_scenes_map_and_table_are_found(scene: Any, labels: np.ndarray,
     assert find_table(slicer.util.getNode("CT segmentation")) is slicer.util.getNode("CT segmentation measures")
 
 
+def test_a_persons_copy_of_a_map_or_table_is_his(scene: Any, labels: np.ndarray) -> None:
+    """Slicer gives what it clones or crops the attributes and references of the original."""
+    volume = add_volume(np.zeros(SHAPE, np.int16))
+    node, image = write_prediction(predicted(volume, labels), volume), image_from_volume(volume)
+    measures = complete(measure_steps(node, volume))
+    ours = [write_scalar_map(image.like(np.ones(SHAPE, np.float32)), volume, "m", "uncertainty"), write_measures(measures, node)]
+    copies = [scene.AddNewNodeByClass(each.GetClassName()) for each in ours]
+    for each, copy in zip(ours, copies):
+        copy.Copy(each)
+    assert [find_map(volume, "uncertainty"), find_table(node)] == ours
+    for each in ours:
+        scene.RemoveNode(each)
+    anew = [write_scalar_map(image.like(np.zeros(SHAPE, np.float32)), volume, "m", "uncertainty"), write_measures([], node)]
+    assert not set(anew) & set(copies) and slicer.util.arrayFromVolume(copies[0]).min() == 1 and copies[1].GetNumberOfRows() == 2
+    remove_nodes([node])
+    assert anew[1].GetScene() is None and copies[1].GetScene() is scene
+
+
 def test_a_map_of_unknown_kind_or_with_channels_is_a_programming_error(scene: Any) -> None:
     volume = add_volume(np.zeros(SHAPE, np.int16))
     image = image_from_volume(volume)

@@ -60,6 +60,8 @@ DOTS_ATTRIBUTE = "UNetSegmentation.Dots"
 VOLUME_ROLE = "UNetSegmentation.Volume"
 SEGMENTATION_ROLE = "UNetSegmentation.Segmentation"
 NODULES_ROLE = "UNetSegmentation.Nodules"
+# From a map or table to itself. Slicer gives a copy of it, as a person's clone or crop, its attributes and references.
+_SELF_ROLE = "UNetSegmentation.Self"
 # Below this, a map shows the scan beneath it.
 MAP_THRESHOLD = 0.05
 # RGB at 0, at the middle and at 1.
@@ -220,7 +222,7 @@ def jump_slices(scene: Any, point_lps: Sequence[float]) -> None:
 def find_map(volume_node: Any, kind: str) -> Any:
     """The map of a kind that write_map_steps() made for this volume, or None."""
     for node in _nodes(volume_node.GetScene(), "vtkMRMLScalarVolumeNode"):
-        if node.GetAttribute(MAP_ATTRIBUTE) == kind and node.GetNodeReference(VOLUME_ROLE) is volume_node:
+        if node.GetAttribute(MAP_ATTRIBUTE) == kind and _refers(node, VOLUME_ROLE, volume_node):
             return node
     return None
 
@@ -265,6 +267,7 @@ def write_map_steps(image: Image, volume_node: Any, kind: str, box: Box | None =
         if created:
             node.SetAttribute(MAP_ATTRIBUTE, kind)
             node.SetNodeReferenceID(VOLUME_ROLE, volume_node.GetID())
+            node.SetNodeReferenceID(_SELF_ROLE, node.GetID())
         if node.GetDisplayNode() is None:
             # Before the voxels come: with them, the automatic window would be computed first (1.1 s on a CT).
             node.CreateDefaultDisplayNodes()
@@ -1727,7 +1730,7 @@ class SequenceOutput:
 def find_table(segmentation_node: Any, role: str = SEGMENTATION_ROLE) -> Any:
     """The table that write_measures() (or, with NODULES_ROLE, write_rows()) made for this segmentation, or None."""
     for node in _nodes(segmentation_node.GetScene(), "vtkMRMLTableNode"):
-        if node.GetNodeReference(role) is segmentation_node:
+        if _refers(node, role, segmentation_node):
             return node
     return None
 
@@ -1741,6 +1744,7 @@ def _show_table(table: Any, node: Any, segmentation_node: Any, role: str, name: 
         node = scene.AddNewNodeByClass("vtkMRMLTableNode", scene.GenerateUniqueName(f"{segmentation_node.GetName()} {name}"))
         _place_beside(node, segmentation_node)
     node.SetNodeReferenceID(role, segmentation_node.GetID())
+    node.SetNodeReferenceID(_SELF_ROLE, node.GetID())
     _title_columns(node)
     node.SetAndObserveTable(table)
     return node
@@ -1811,6 +1815,11 @@ def _floats(values: np.ndarray) -> tuple[float, ...]:
 
 def _nodes(scene: Any, class_name: str) -> list[Any]:
     return list(slicer.util.getNodesByClass(class_name, scene)) if scene is not None else []
+
+
+def _refers(node: Any, role: str, to: Any) -> bool:
+    """Whether a map or table is this node's, and no copy."""
+    return node.GetNodeReference(role) is to and node.GetNodeReference(_SELF_ROLE) is node
 
 
 def _to_world(node: Any) -> np.ndarray:
