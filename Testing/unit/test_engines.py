@@ -87,6 +87,17 @@ def test_unknown_names_and_missing_weights_are_one_sentence(make_package):
             make_engine(model, "torch", "cpu", "fp32", 0)
 
 
+def test_where_no_engine_works_onnx_says_why(make_package, monkeypatch):
+    """PyTorch, which was tried last, said of a package without its weights to use the engine onnx."""
+
+    def none(package, engine, *rest):
+        raise UserError(f"{engine} fails.")
+
+    monkeypatch.setattr(engines, "make_engine", none)
+    with pytest.raises(UserError, match="^onnx fails"):
+        choose_engine(make_package(), device="cpu")
+
+
 def test_a_network_that_does_not_fit_its_card_is_refused(make_package):
     model = make_package()
     other = make_package(dimensions=2, patch=[16, 16], divisor=[4, 4])
@@ -182,6 +193,19 @@ def test_a_precision_that_is_not_to_be_had_is_said(engine):
     assert "asked for" not in make_engine(model, engine, "cpu", "fp32", 0).describe()
     text = make_engine(model, engine, "cpu", "bf16", 0).describe()
     assert "bf16 was asked for" in text or ", bf16" in text
+
+
+def test_openvino_says_why_it_fails_and_where_the_memory_is_full():
+    if not installed("openvino"):
+        pytest.skip("openvino is not installed")
+    with pytest.raises(UserError, match="cannot load .*Expected only non negative"):  # and no place in its source
+        make_engine(find_model("lung-nodule-2d"), "openvino", "cpu", "auto", -1)
+    engine = make_engine(find_model("lung-nodule-2d"), "openvino", "cpu", "auto", 0)
+    with pytest.raises(UserError, match="failed while it ran the network .Can't set the input tensor"):
+        engine.run(np.zeros((1, 5, 16, 16)))
+    engine._model = lambda batch: [np.zeros((0, 2, 0, 0))]  # what it gives where the memory is full
+    with pytest.raises(UserError, match="memory is full"):
+        engine.run(np.zeros((1, 3, 16, 16)))
 
 
 def test_openvino_finds_one_of_several_gpus(monkeypatch):

@@ -100,19 +100,22 @@ def choose_engine(package: ModelPackage, engine: str = "auto", device: str = "au
     if not tries:
         raise UserError("Nothing here can run a network; install onnxruntime (pip install onnxruntime).")
     notes: list[str] = []
+    failed: dict[str, str] = {}
     if device == "gpu" and tries[0][1] == "cpu":
         notes.append("no usable GPU was found")
     for name, where in tries:
         try:
             made = make_engine(package, name, where, precision, threads)
         except UserError as e:
+            failed[name] = str(e)
             notes.append(str(e))
             continue
         if where == "gpu" and getattr(made, "fell_back", False):  # its libraries (CUDA, cuDNN) are missing, say
             notes.append("ONNX Runtime's GPU provider cannot be used; see which CUDA and cuDNN, or which driver, its version needs")
             continue
         return _noted(made, notes)
-    raise UserError(notes[-1])
+    # Every package has an ONNX network: why that does not load says more than that there are no weights for PyTorch.
+    raise UserError(failed.get("onnx") or notes[-1])
 
 
 def _has_gpu(engine: str, package: ModelPackage) -> bool:

@@ -41,6 +41,7 @@ class OnnxEngine:
             self._session = ort.InferenceSession(package.onnx, options, providers=[*wanted, "CPUExecutionProvider"])
         except Exception as e:  # ORT raises its own types, none of them public
             cure = "use the CPU, or update onnxruntime" if wanted else "update onnxruntime"
+            cure = "close other programs" if "bad_alloc" in str(e) else cure
             raise UserError(f"ONNX Runtime {ort.__version__} cannot load {package.path.name} ({_first_line(e)}); {cure}.") from e
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         rank = package.card.dimensions + 2

@@ -26,7 +26,7 @@ class OpenVINOEngine:
         try:
             self._model = core.compile_model(core.read_model(package.onnx), target, settings)
         except RuntimeError as e:
-            raise UserError(f"OpenVINO cannot load {package.path.name} ({str(e).splitlines()[0][:200]}); use another engine.") from e
+            raise UserError(f"OpenVINO cannot load {package.path.name} ({_reason(e)}); use another engine.") from e
         axis = self._model.input(0).partial_shape[0]
         self._batch = axis.get_length() if axis.is_static else None
         note = " (a GPU was asked for, none is usable)" if device == "gpu" and target == "CPU" else ""
@@ -39,11 +39,19 @@ class OpenVINOEngine:
         try:
             return in_pieces(self._run, np.ascontiguousarray(batch, np.float32), self._batch)
         except RuntimeError as e:
-            reason = str(e).splitlines()[0][:200]
-            raise UserError(f"OpenVINO failed while it ran the network ({reason}); try a smaller ROI or another engine.") from e
+            raise UserError(f"OpenVINO failed while it ran the network ({_reason(e)}); try a smaller ROI or another engine.") from e
 
     def _run(self, batch: np.ndarray) -> np.ndarray:
-        return np.array(self._model(batch)[0], np.float32)
+        out = np.array(self._model(batch)[0], np.float32)
+        if not out.size:  # without an exception, and the next batch that fits is run again
+            raise UserError("The memory is full; close other programs, choose a smaller ROI, or lower the batch.")
+        return out
 
     def describe(self) -> str:
         return self._text
+
+
+def _reason(error: RuntimeError) -> str:
+    """What comes below the lines that name places in OpenVINO's source."""
+    lines = str(error).splitlines()
+    return next((line for line in lines if line and not line.startswith(("Exception from", "Check "))), type(error).__name__)[:200]
