@@ -89,6 +89,15 @@ def test_every_truncation_is_refused(pack):
         refused(path, "damaged or not a model package")
 
 
+def test_a_package_that_one_may_not_read_is_not_called_damaged(pack, monkeypatch):
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    path = pack()
+    monkeypatch.setattr(zipfile, "ZipFile", denied)
+    refused(path, "cannot be read .Permission denied.; check your rights")
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(pack, method):
     path = pack(method=method, safetensors=tensors())

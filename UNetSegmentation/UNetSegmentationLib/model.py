@@ -486,6 +486,8 @@ class ModelPackage:
             files = _read_zip(path)
         except MemoryError as e:
             raise UserError(f"There is not enough memory to read {path}; close other programs, or choose a smaller model.") from e
+        except PermissionError as e:
+            raise UserError(f"{path} cannot be read ({e.strerror or e}); check your rights.") from e
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as e:
             raise UserError(f"{path} is damaged or not a model package ({e}); download it again.") from e
         except ValueError as e:
