@@ -66,6 +66,11 @@ def test_local_sdist_then_cache(sdist, tmp_path, monkeypatch, no_pip):
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted(p.name for p in paths.values())
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_the_download(sdist, no_pip):
+    with pytest.raises(UserError, match="cannot be written"):
+        sample.fetch_sample(sdist / "folder")
+
+
 def test_damaged_file_is_fetched_again(sdist, tmp_path, monkeypatch, no_pip):
     monkeypatch.setenv("UNETSEG_SAMPLE_SDIST", str(sdist))
     paths = sample.fetch_sample(tmp_path / "cache")

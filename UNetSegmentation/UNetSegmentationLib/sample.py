@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from .files import UserError, atomic_path, child_options
+from .files import UserError, atomic_path, check_writable, child_options
 from .model import user_data_folder
 
 SDIST = "pyradiomics-3.0.1"
@@ -74,6 +74,7 @@ def fetch_sample(folder: str | Path | None = None, progress: Callable[[float, st
     missing = [key for key, path in paths.items() if _sha256(path) != FILES[key][1]]
     if not missing:
         return paths
+    check_writable(paths[missing[0]])
     named = os.environ.get("UNETSEG_SAMPLE_SDIST")
     with tempfile.TemporaryDirectory(prefix="unetseg-sample-") as temporary:
         if named:
