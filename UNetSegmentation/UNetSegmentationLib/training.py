@@ -643,7 +643,7 @@ def promote(job: Job, how: str, models_folder: str | Path | None = None) -> Path
     elif package.card.name == parent[0] or _taken(models, card["name"], card["version"]):
         card["name"] = _free_name(models, slug(f"{card['name'][:40]}-{job.dataset.name[:20]}"))
         card["title"] = f"{card.get('title') or package.card.name} ({job.dataset.name})"[:200]
-    path = _there(models, package, lambda name: name == card["name"] if how == "use" else name != parent[0])
+    path = _there(models, package, job.base, lambda name: name == card["name"] if how == "use" else name != parent[0])
     if path is None:
         while _taken(models, card["name"], card["version"]):
             card["version"] = next_version(card["version"])
@@ -659,14 +659,16 @@ def promote(job: Job, how: str, models_folder: str | Path | None = None) -> Path
     return path
 
 
-def _there(models: Path, package: ModelPackage, called: Callable[[str], bool]) -> Path | None:
-    """This very package under a name of the right kind, as where it was put there before and the process killed just then."""
+def _there(models: Path, package: ModelPackage, base: str, called: Callable[[str], bool]) -> Path | None:
+    """This very package under a name of the right kind, as where it was put there before and the process killed just then. Not its
+    parent, of which it may be no more than a copy."""
 
     def content(card: Card) -> dict[str, Any]:
         return {k: v for k, v in card.data.items() if k not in ("name", "version", "title")}
 
     for path in sorted(models.glob("*" + SUFFIX)):
-        if called(path.name.removesuffix(SUFFIX).rpartition("-")[0]):
+        stem = path.name.removesuffix(SUFFIX)
+        if stem != base and called(stem.rpartition("-")[0]):
             with suppress(UserError):
                 if content(ModelPackage.read(path).card) == content(package.card):
                     return path
