@@ -190,6 +190,10 @@ def test_a_correction_becomes_a_case_and_what_changed_is_said(hands: Hands) -> N
         "1 case of 1 patient. Labels: lung nodule, vessel.",
         f"This scan is {entry.name}, version 1.",
     ]
+    node.GetSegmentation().RemoveSegment(node.GetSegmentation().GetNthSegmentID(1))
+    hands.settle()
+    assert "vessel: 0 voxels added (0 ml), 280 removed" in hands.add()  # deleted as a whole
+    assert np.count_nonzero(read_image(hands.only.model).array == 2) == 280
     hands.whole()
     clone = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode")
     clone.Copy(hands.widget._parameters.volume)  # as Crop Volume does, and Data's Clone

@@ -158,30 +158,30 @@ def read_mask(path: str | Path, image: Image) -> tuple[np.ndarray, tuple[Label, 
     return channels[0], ()
 
 
+def completed(labels: Sequence[Label], known: Sequence[Label]) -> tuple[Label, ...]:
+    """The labels of a corrected mask, and those of `known`, the dataset's, that it lacks, with values after theirs (255 at most): a
+    person may have deleted their segments, which the model's mask holds."""
+    have, most = {label.name.strip().lower() for label in labels}, max((label.value for label in labels), default=0)
+    lacking = [label for label in known if label.name.strip().lower() not in have]
+    return (*labels, *(replace(label, value=most + i) for i, label in enumerate(lacking[: 255 - most], 1)))
+
+
 def read_model_mask(
     path: str | Path, image: Image, labels: Sequence[Label], known: Sequence[Label]
 ) -> tuple[tuple[Label, ...], np.ndarray]:
-    """(labels of a corrected mask, label map (z, y, x) of the model's in their values, matched by name).
+    """(a corrected mask's labels, completed(); label map (z, y, x) of the model's mask in their values, matched by name).
 
-    labels: the corrected mask's own, none where its values are those of `known`, the dataset's. Of these, those that the corrected
-    mask lacks are added: a person may have deleted their segments.
+    labels: none where the corrected mask's values are those of `known`, the dataset's.
     """
     array, theirs = read_mask(path, image)
-
-    def key(label: Label) -> str:
-        return label.name.strip().lower()
-
     if not theirs:
         return tuple(labels), array
-    have = {key(label) for label in labels}
-    lacking = [label for label in known if key(label) not in have]
-    most = max((label.value for label in labels), default=0)
-    more = tuple(replace(label, value=most + i) for i, label in enumerate(lacking, 1)) if labels else ()
-    values = {key(label): label.value for label in ((*labels, *more) or known)}
+    mine = completed(labels, known) if labels else ()
+    values = {label.name.strip().lower(): label.value for label in mine or known}
     table = np.zeros(max(label.value for label in theirs) + 1, np.uint16)
     for label in theirs:
-        table[label.value] = values.get(key(label), 0)
-    return (*labels, *more), table[array]
+        table[label.value] = values.get(label.name.strip().lower(), 0)
+    return mine, table[array]
 
 
 def _check_fit(image: Image, mask: Image, name: str) -> None:

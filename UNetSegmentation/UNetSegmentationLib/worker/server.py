@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import __version__, kept
-from ..dataset import INDEX, Dataset, Objection, read_mask
+from ..dataset import INDEX, Dataset, Objection, completed, read_mask
 from ..engines import Engine, choose_engine
 from ..image import Image, UserError
 from ..inference.click import ClickSession, expects_lung
@@ -338,13 +338,14 @@ class _Server(Program):
         folder = Path(case.folder)
         dataset, new = _open_dataset(folder, case)
         try:
-            own = _own_mask(case, image, dataset)
+            labels = completed(case.labels, dataset.labels)
+            own = _own_mask(case, image, labels)
             check()
             entry = dataset.add(
                 image,
                 mask,
                 patient=case.patient,
-                labels=case.labels,
+                labels=labels,
                 model_mask=own,
                 model=case.model,
                 by=case.by,
@@ -459,9 +460,9 @@ def _open_dataset(folder: Path, case: Case) -> tuple[Dataset, bool]:
     return Dataset.create(folder, name, labels, channels), True
 
 
-def _own_mask(case: Case, image: Image, dataset: Dataset) -> np.ndarray | None:
-    """The model's own mask in the values of the case's labels, as far as it is known."""
-    wanted = {label.name.strip().lower(): label.value for label in case.labels}
+def _own_mask(case: Case, image: Image, labels: Sequence[Label]) -> np.ndarray | None:
+    """The model's own mask in the values of `labels`, as far as it is known."""
+    wanted = {label.name.strip().lower(): label.value for label in labels}
     if case.own_file and not Path(case.own_file).exists():
         return None  # segmented again meanwhile
     if case.own_file:
