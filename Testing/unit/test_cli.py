@@ -620,7 +620,7 @@ def test_bad_packages_are_refused_by_every_command(here, unetseg, pack, what):
         ["segment", "a.nrrd"],
         ["fly"],
         ["segment", "a.nrrd", "-m", "x", "--overlap", "much"],
-        ["segment", "a.nrrd", "-m", "x", "--threads", "99999999999"],
+        ["segment", "a.nrrd", "-m", "x", "--threads", "-1"],
         ["model", "pack", "a.onnx"],
     ],
 )
