@@ -147,6 +147,11 @@ def test_a_mask_of_0_and_255_is_the_one_label_there_is(tmp_path):
     ds = Dataset.create(tmp_path / "set", "One", [ORGAN], ["CT"])
     entry = ds.add(scan(0), (outline() > 0) * np.uint8(255))
     assert set(np.unique(read_image(entry.label).array)) == {0, 1}
+    named = ds.add(scan(1), (outline() > 0) * np.uint8(255), labels=[ORGAN])
+    assert set(np.unique(read_image(named.label).array)) == {0, 1}
+    for other in (replace(ORGAN, value=255, name="bone"), replace(ORGAN, name="bone")):
+        with pytest.raises(UserError, match="holds the label"):
+            ds.add(scan(2), (outline() > 0) * np.uint8(255), labels=[other])
 
 
 def nan(image):

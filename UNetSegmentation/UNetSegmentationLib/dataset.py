@@ -728,9 +728,9 @@ class Dataset:
         table = {label.value: label.value for label in self.labels}
         if labels is not None:
             table = {label.value: mine[label.name.strip().lower()] for label in labels if label.name.strip().lower() in mine}
-        elif found == [255] and len(mine) == 1 and 255 not in table:
-            table = {255: self.labels[0].value}  # a mask of 0 and 255
         theirs = {label.value: label.name for label in labels or ()}
+        if found == [255] and len(mine) == len(table) == 1 and 255 not in {**table, **theirs}:
+            table = {255: next(iter(table.values()))}  # a mask of 0 and 255
         for value in found:
             if value not in table:
                 known = ", ".join(f"{d.value} {d.name}" for d in self.labels)
