@@ -458,7 +458,7 @@ def check_safetensors(data: bytes) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         ok = False
     if not ok:
-        raise UserError("The package's model.safetensors is damaged; download the model again.")
+        raise UserError("The package's model.safetensors is damaged or no safetensors file; download or export it again.")
 
 
 # ------------------------------------------------------------------------------------------------------------ packages
