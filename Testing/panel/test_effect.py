@@ -520,6 +520,33 @@ def test_two_lesions_quickly_one_after_the_other(editor: Callable[..., Editor]) 
     assert np.array_equal(e.mask(first), filled(A, C)) and np.array_equal(e.mask(), filled(B))
 
 
+def test_a_click_that_waits_for_its_turn_goes_where_it_was_aimed(
+    editor: Callable[..., Editor], models_folder: Path, make_package: Any
+) -> None:
+    from UNetSegmentationLib.mrml import CLICK_MODEL_TAG, segment_tag
+
+    other = make_package(task="click", spacing=[1, 1, 1], patch=[16, 48, 48], name="other-click", version="2.1.0")
+    shutil.copy(other.path, models_folder)
+    e = editor(scan(), active=False)
+    first, held = e.segment, e.segmentation.GetSegmentation()
+    e.widget.setActiveEffectByName(NAME)
+    e.click(IN_A, wait=False)  # while it is getting ready
+    second = held.AddEmptySegment("", "another")
+    e.widget.setCurrentSegmentID(second)
+    e.click(IN_B, wait=False)
+    e.wait()
+    assert e.message == "" and np.array_equal(e.mask(first), filled(A)) and np.array_equal(e.mask(second), filled(B))
+    e.click(IN_C, wait=False)
+    e.gui.wait(lambda: e.effect._controller.busy)
+    e.effect.modelCombo.setCurrentIndex(e.effect.modelCombo.findData("other-click-2.1.0"))
+    e.wait()
+    assert e.mask()[IN_C] and segment_tag(held.GetSegment(second), CLICK_MODEL_TAG) == "toy-click-1.0.0"  # who answered
+    e.scripted.setParameter("Model", "gone-3.0.0")
+    e.effect.startAgain()
+    e.wait()
+    assert e.message == "" and not e.mask().any() and segment_tag(held.GetSegment(second), CLICK_MODEL_TAG) == ""
+
+
 @pytest.mark.parametrize("kind", ["oblique", "left-handed"])
 def test_a_saved_scene_is_gone_on_with(editor: Callable[..., Editor], toy: Any, tmp_path: Path, kind: str) -> None:
     import slicer

@@ -44,6 +44,7 @@ class Target:
     segmentId: str
     digest: str = ""
     lesion: str = ""
+    model: Any = None  # that is asked
 
     def same(self, other: Any) -> bool:
         return (
@@ -257,7 +258,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
     def click(self, ras: Sequence[float], positive: bool = True) -> None:
         """A click at a point of the world, RAS mm, on what is, or is not, part of the selected segment's lesion."""
         if self.scriptedEffect.confirmCurrentSegmentVisible():
-            self._do(self._clickSteps(tuple(ras), positive))
+            self._do(self._clickSteps(tuple(ras), positive, self._aimed()))
 
     def nextLesion(self) -> None:
         """A new segment, selected."""
@@ -349,9 +350,11 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self._controller.begin(target.volume, self._model().path, f"effect {self._number}", owner=self)
         self._controller.warm()
 
-    def _clickSteps(self, ras: tuple[float, ...], positive: bool) -> Steps:
+    def _clickSteps(self, ras: tuple[float, ...], positive: bool, aimed: Target | None) -> Steps:
         yield from self._loadSteps()
-        target = self._chosen()
+        target = self._chosen(aimed.segmentId if aimed is not None else None)
+        if aimed is not None and not target.same(aimed):
+            raise Refusal(_("The volume or the segmentation was changed meanwhile, so nothing was written; click again."))
         if not (self._controller.busy and target.same(self._target)):
             while self._controller.busy:  # with another lesion, whose answer is not to be lost
                 yield _WAIT
@@ -360,7 +363,8 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
                 raise Refusal(_("Nothing is outlined yet that this could not be part of; click on the lesion first."))
             self._target = target
             target.lesion = self._lesions.setdefault(_key(target), f"effect {self._number}, {next(_numbers)}")
-            self._controller.begin(target.volume, self._model().path, target.lesion, prompts, owner=self)
+            target.model = self._model()
+            self._controller.begin(target.volume, target.model.path, target.lesion, prompts, owner=self)
             if corrected is not None:
                 self._controller.setMask(*corrected)
         self._say("")
@@ -404,7 +408,8 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         if edit.digest is not None:
             self._digests[_key(target)] = _changed(segment), edit.digest
         target.digest = digest = yield from self._digestSteps(target)
-        values = mrml.prompts_text(prompts, target.volume) if prompts else "", digest, self._model().name
+        # Not the model that is chosen by now, nor is one needed to empty a segment.
+        values = (mrml.prompts_text(prompts, target.volume), digest, target.model.name) if prompts else ("", digest, "")
         for tag, value in zip((mrml.PROMPTS_TAG, mrml.DIGEST_TAG, mrml.CLICK_MODEL_TAG), values):
             if prompts:
                 segment.SetTag(tag, value)
@@ -485,9 +490,19 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         known = segmentation.GetSegmentation().GetSegmentIndex(wanted) >= 0 if wanted else False
         return Target(volume, segmentation, wanted if known else "")
 
+    def _aimed(self) -> Target | None:
+        """Whose segment a click is at, however long it waits for its turn; None: the one that is selected by then."""
+        if any(steps.__name__ == "_nextSteps" for steps in self._tasks):
+            return None
+        try:
+            target = self._chosen()
+        except Refusal:
+            return None
+        return target if target.segmentId else None
+
     def _addSegment(self, target: Target) -> None:
         """A new segment for the target, named after what the model finds, and selected."""
-        label, segmentation = self._model().card.labels[0], target.segmentation.GetSegmentation()
+        label, segmentation = (target.model or self._model()).card.labels[0], target.segmentation.GetSegmentation()
         names = {segmentation.GetNthSegment(i).GetName() for i in range(segmentation.GetNumberOfSegments())}
         name = next(n for n in (f"{label.name.capitalize()} {i}" for i in itertools.count(1)) if n not in names)
         target.segmentId = segmentation.AddEmptySegment("", name, [c / 255 for c in label.color])
