@@ -541,10 +541,16 @@ def test_a_click_that_waits_for_its_turn_goes_where_it_was_aimed(
     e.effect.modelCombo.setCurrentIndex(e.effect.modelCombo.findData("other-click-2.1.0"))
     e.wait()
     assert e.mask()[IN_C] and segment_tag(held.GetSegment(second), CLICK_MODEL_TAG) == "toy-click-1.0.0"  # who answered
+    e.widget.setCurrentSegmentID(first)
+    e.click(ALSO_IN_C, wait=False)
+    e.gui.wait(lambda: e.effect._controller.busy)
+    e.widget.setCurrentSegmentID(second)
     e.scripted.setParameter("Model", "gone-3.0.0")
-    e.effect.startAgain()
+    e.effect.startAgain()  # of this one: the other's answer is not lost
+    e.widget.setCurrentSegmentID(first)
     e.wait()
-    assert e.message == "" and not e.mask().any() and segment_tag(held.GetSegment(second), CLICK_MODEL_TAG) == ""
+    assert e.message == "" and np.array_equal(e.mask(first), filled(A, C))
+    assert not e.mask(second).any() and segment_tag(held.GetSegment(second), CLICK_MODEL_TAG) == ""
 
 
 @pytest.mark.parametrize("kind", ["oblique", "left-handed"])

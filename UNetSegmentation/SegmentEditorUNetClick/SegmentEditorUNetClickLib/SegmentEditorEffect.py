@@ -267,7 +267,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
     def startAgain(self) -> None:
         """Empty the selected segment, but for where the editor's masking does not let it be edited."""
         if self.scriptedEffect.confirmCurrentSegmentVisible():
-            self._do(self._clearSteps())
+            self._do(self._clearSteps(self._aimed()))
 
     # ------------------------------------------------------------------------------------------- what the worker answers
 
@@ -352,9 +352,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
 
     def _clickSteps(self, ras: tuple[float, ...], positive: bool, aimed: Target | None) -> Steps:
         yield from self._loadSteps()
-        target = self._chosen(aimed.segmentId if aimed is not None else None)
-        if aimed is not None and not target.same(aimed):
-            raise Refusal(_("The volume or the segmentation was changed meanwhile, so nothing was written; click again."))
+        target = self._at(aimed)
         if not (self._controller.busy and target.same(self._target)):
             while self._controller.busy:  # with another lesion, whose answer is not to be lost
                 yield _WAIT
@@ -377,11 +375,14 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self._addSegment(target)
         self._say(_("Click on the next lesion."))
 
-    def _clearSteps(self) -> Steps:
+    def _clearSteps(self, aimed: Target | None) -> Steps:
         yield from self._loadSteps()
-        target = self._chosen()
+        target = self._at(aimed)
         if target.segmentId:
-            self._controller.end()
+            if target.same(self._target):
+                self._controller.end()
+            while self._controller.busy:
+                yield _WAIT
             yield from self._stateSteps(target)
             yield from self._writeSteps(target, None, (0, 0, 0), ())
             self._say("")
@@ -424,8 +425,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
 
     def _checkSteps(self, target: Target) -> Steps:
         """Refuses where the target is no longer what was clicked at."""
-        if not target.same(self._chosen(target.segmentId)):
-            raise Refusal(_("The volume or the segmentation was changed meanwhile, so nothing was written; click again."))
+        self._at(target)
         if (yield from self._digestSteps(target)) != target.digest:
             raise Refusal(_("The segment was changed meanwhile, so nothing was written; click again."))
 
@@ -491,7 +491,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         return Target(volume, segmentation, wanted if known else "")
 
     def _aimed(self) -> Target | None:
-        """Whose segment a click is at, however long it waits for its turn; None: the one that is selected by then."""
+        """The segment that a person means, however long that waits for its turn; None: the one that is selected by then."""
         if any(steps.__name__ == "_nextSteps" for steps in self._tasks):
             return None
         try:
@@ -499,6 +499,13 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         except Refusal:
             return None
         return target if target.segmentId else None
+
+    def _at(self, aimed: Target | None) -> Target:
+        """The target as it is now (None: the selected one); refuses where it is no longer the same."""
+        target = self._chosen(aimed.segmentId if aimed is not None else None)
+        if aimed is not None and not target.same(aimed):
+            raise Refusal(_("The volume or the segmentation was changed meanwhile, so nothing was written; click again."))
+        return target
 
     def _addSegment(self, target: Target) -> None:
         """A new segment for the target, named after what the model finds, and selected."""
