@@ -407,11 +407,13 @@ result = train.train(config.read(folder), folder / "two", callbacks=[Keep()])
 def test_a_loss_that_is_no_number_names_step_and_cases(dataset, config, tmp_path):
     class Break(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, index):
-            if trainer.global_step == 5:
+            if trainer.global_step == at:
                 next(module.model.parameters()).data.fill_(float("nan"))
 
-    with pytest.raises(UserError, match=r"The loss is not a number at step 6 \(cases case\d.*lower fit.learning_rate"):
-        t.train(config, tmp_path / "run", callbacks=[Break()])
+    for at, end in ((0, "train again"), (5, "train again: the last good epoch is kept")):
+        told = rf"The loss is not a number at step {at + 1} \(cases case\d.*lower fit.learning_rate.*{end}\.$"
+        with pytest.raises(UserError, match=told):
+            t.train(config, tmp_path / "run", callbacks=[Break()])
     state = torch.load(tmp_path / "run" / t.CHECKPOINT, weights_only=True)
     assert state["global_step"] == 4 and all(torch.isfinite(v).all() for v in state["state_dict"].values())
 

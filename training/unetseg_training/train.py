@@ -430,7 +430,7 @@ class Training(L.LightningModule):
             cases = f" (cases {', '.join(self.source.names(step))})" if hasattr(self.source, "names") else ""
             raise UserError(
                 f"The loss is not a number at step {step + 1}{cases}; look at these images for extreme values, lower "
-                "fit.learning_rate or set fit.precision to 32, and train again: the last good epoch is kept."
+                f"fit.learning_rate or set fit.precision to 32, and train again{_kept(self.trainer)}."
             )
         if hasattr(self.source, "after"):
             self.source.after((output[0] if isinstance(output, list) else output).detach().float())
@@ -543,6 +543,10 @@ def _load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({str(e).splitlines()[0][:100]}); delete it and train again.") from e
 
 
+def _kept(trainer: L.Trainer) -> str:
+    return ": the last good epoch is kept" if trainer.current_epoch else ""
+
+
 class Keeper(Checkpoint):
     """After each epoch: the best averaged weights, then the checkpoint; and an end when the time is used up."""
 
@@ -566,7 +570,7 @@ class Keeper(Checkpoint):
         if not all(p.isfinite().all() for p in module.model.parameters()):  # a checkpoint of them could never be gone on from
             raise UserError(
                 f"The weights are no numbers after epoch {trainer.current_epoch + 1}; lower fit.learning_rate or set fit.precision to 32, "
-                "and train again: the last good epoch is kept."
+                f"and train again{_kept(trainer)}."
             )
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
