@@ -106,6 +106,15 @@ def test_from_a_configuration_to_a_report(command, run):
     assert code == 0 and (run / "augmentation.png").is_file(), err
 
 
+def test_a_training_that_ends_before_its_first_validation_says_so(command, run):
+    config = c.read(run)
+    c.write(config.model_copy(update={"fit": config.fit.model_copy(update={"validate_every": 2, "minutes": 1e-6})}), run / "config.yaml")
+    for again in ((), ("--resume",)):
+        code, out, err = command("fit", run, "--quiet", *again)
+        assert code == 0 and f"first validation, so its Dice is not known; see: unetseg-train evaluate {run}" in out, err
+        assert "nan" not in out and '"dice": null' in (run / "fold0-seed0" / "run.json").read_text("utf-8")
+
+
 def test_seeds_differ_and_restart_begins_anew(command, run):
     assert command("fit", run, "--seed", "0,1", "--quiet")[0] == 0
     first, second = ((run / f"fold0-seed{s}" / "best.safetensors").read_bytes() for s in (0, 1))

@@ -4,6 +4,7 @@ that makes). Exit codes as of `unetseg`: 0 done, 1 the check found errors, 2 bad
 
 # No `from __future__ import annotations`: typer reads the commands' annotations, which name what only _app() imports.
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -123,10 +124,14 @@ def fit_run(
                 report.write(folder)
             except UserError as e:  # a report that fails must not look like a training that failed
                 print(f"no report was written: {e}", file=sys.stderr)
+            if math.isnan(result.dice):
+                print(f"{folder}: ended before its first validation, so its Dice is not known; see: unetseg-train evaluate {folder}")
+                continue
             parts = ", ".join(f"{name} {value:.3f}" for name, value in result.labels.items())
             print(f"{folder}: Dice {result.dice:.3f} ({parts}) on held-out cases, best in epoch {result.epoch + 1}")
-    if len(results) > 1 and is_first():
-        print(f"mean Dice of {len(results)} trainings: {sum(r.dice for r in results) / len(results):.3f}")
+    known = [r.dice for r in results if not math.isnan(r.dice)]
+    if len(known) > 1 and is_first():
+        print(f"mean Dice of {len(known)} trainings: {sum(known) / len(known):.3f}")
     return results
 
 

@@ -641,7 +641,8 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
         if first:
             _check_identity(json.loads(_load_checkpoint(saved).get("identity", "{}")), job.identity, folder)
         if (done := _read_run(folder)).get("finished"):
-            return Result(load_weights(folder, job.network), done["dice"], done["dice_by_label"], done["best_epoch"], folder)
+            dice = math.nan if done["dice"] is None else done["dice"]
+            return Result(load_weights(folder, job.network), dice, done["dice_by_label"], done["best_epoch"], folder)
     keeper = Keeper(folder, job.fit)
     try:
         with warnings.catch_warnings():
@@ -664,7 +665,7 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
         raise KeyboardInterrupt
     dice = keeper.best if keeper.best > -math.inf else math.nan
     if trainer.is_global_zero:
-        end = {"finished": True, "dice": dice, "dice_by_label": keeper.labels, "best_epoch": keeper.epoch}
+        end = {"finished": True, "dice": None if math.isnan(dice) else dice, "dice_by_label": keeper.labels, "best_epoch": keeper.epoch}
         end |= {"epochs": trainer.current_epoch, "seconds": round(keeper.seconds, 1), "steps": trainer.global_step}
         _write_run(folder, {**_read_run(folder), **end})
     trainer.strategy.barrier()
