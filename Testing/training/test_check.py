@@ -139,7 +139,10 @@ def test_missing_classes_one_case_and_patients(folder, tmp_path):
     (folder / "labels.json").unlink()
     for i in range(1, 10):
         put(folder, f"c{i}", mask=outline(False))
-    assert "only one patient has label 2" in found(folder)[("", "missing")].text
+    assert "only one patient has label 2 (label 2), as in c0" in found(folder)[("", "missing")].text
+    (folder / "labels.json").write_text(json.dumps({i: f"part {i}" for i in range(1, 12)}))
+    assert "and 4 more: no case has label 8 (part 8), no case" in check(find_cases(folder)).table(width=1000)
+    (folder / "labels.json").unlink()
     assert "all 10 cases are of one patient" in found(folder, patient="c()")[("", "one case")].text
     for i in range(1, 10):
         for part in ("images", "labels"):

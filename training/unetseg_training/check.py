@@ -132,7 +132,7 @@ class Report:
             for f in alike[: each if len(alike) > each + 1 else None]:
                 lines += textwrap.wrap(f"{level:7} {kind:10} {f}", width, subsequent_indent=" " * 19, break_on_hyphens=False)
             if len(alike) > each + 1:
-                others = ", ".join(f.case for f in alike[each:])
+                others = ", ".join(f.case or f.text for f in alike[each:])
                 lines += textwrap.wrap(
                     f"{'':18} and {len(alike) - each} more: {others}", width, subsequent_indent=" " * 19, break_on_hyphens=False
                 )
@@ -300,7 +300,8 @@ def _of_all(case_set: CaseSet, facts: Sequence[Facts]) -> list[Finding]:
             out.append(Finding("", "missing", "error", f"no case has {name}", "annotate it, or take the label out"))
             continue
         if len({f.case.patient for f in having}) == 1 < len(patients):
-            out.append(Finding("", "missing", "warning", f"only one patient has {name}", "annotate it in more: it cannot be tested"))
+            text = f"only one patient has {name}, as in {having[0].case.name}"
+            out.append(Finding("", "missing", "warning", text, "annotate it in more: it cannot be tested"))
         for split in sorted({f.case.split for f in known} - {""}):
             if not any(f.case.split == split for f in having):
                 level = "error" if split == "train" else "warning"
