@@ -159,6 +159,7 @@ def test_evaluate_scores_the_deployed_path_and_writes_it(make_package, tmp_path)
     assert [len(s[2]) for s in shown] == [2, 2] and set(np.unique(shown[0][0].truth)) == {0, 1, 2}
     facts = metrics.summary(rows, tolerance_mm=1.0)
     assert facts["dice"]["mean"] == 0.75 and facts["cases"] == facts["patients"] == 2
+    assert facts["labels"]["one"]["volume_error_percent"]["worst_tenth"] == 90  # of 0 and -100
     assert facts["labels"]["one"]["missed"] == 1 and facts["labels"]["one"]["hausdorff_mm"]["cases"] == 1
     assert "missed" in metrics.table(facts) and "1/2" in metrics.table(facts)
     metrics.write(tmp_path, rows, facts)

@@ -268,7 +268,7 @@ def _figure(rows: Sequence[Row], key: str, seed: int) -> dict[str, Any] | None:
         return None
     values = [float(r[key]) for r in kept]
     bounds = interval(values, [r["patient"] for r in kept], seed)
-    worst = float(np.percentile(values, 10 if key in HIGHER_IS_BETTER else 90))
+    worst = float(np.percentile(values, 10) if key in HIGHER_IS_BETTER else np.percentile(np.abs(values), 90))
     out = {"mean": float(np.mean(values)), "low": bounds and bounds[0], "high": bounds and bounds[1]}
     out |= {"median": float(np.median(values)), "worst_tenth": worst}
     return {k: v if v is None else round(v, 5) for k, v in out.items()} | {"cases": len(values)}
@@ -279,7 +279,7 @@ def summary(rows: Sequence[Row], seed: int = SEED, **facts: Any) -> dict[str, An
 
     {"dice": {"mean", "low", "high", "median", "worst_tenth", "cases"}, "labels": {name: {figure: the same, "present",
     "missed", "false"}}, "roc": {name: mean true positive rates at "fpr"}, "cases", "patients", "seed", "draws", ...facts}.
-    The Dice over the classes is the mean of each case's mean.
+    The Dice over the classes is the mean of each case's mean; worst_tenth of errors with a sign is of their size.
     """
     names = list(dict.fromkeys(r["label"] for r in rows))
     cases: dict[str, list[Row]] = {}
