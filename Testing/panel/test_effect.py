@@ -541,6 +541,12 @@ def test_a_click_that_waits_for_its_turn_goes_where_it_was_aimed(
     e.effect.modelCombo.setCurrentIndex(e.effect.modelCombo.findData("other-click-2.1.0"))
     e.wait()
     assert e.mask()[IN_C] and segment_tag(held.GetSegment(second), CLICK_MODEL_TAG) == "toy-click-1.0.0"  # who answered
+    e.click(IN_A, wait=False)
+    e.gui.wait(lambda: e.effect._controller.busy)
+    e.effect.modelCombo.setCurrentIndex(e.effect.modelCombo.findData("toy-click-1.0.0"))
+    e.click(IN_B, wait=False)  # waits for the other model's answer
+    e.wait()
+    assert e.message == "" and np.array_equal(e.mask(), filled(A, B, C))
     e.widget.setCurrentSegmentID(first)
     e.click(ALSO_IN_C, wait=False)
     e.gui.wait(lambda: e.effect._controller.busy)
@@ -549,7 +555,7 @@ def test_a_click_that_waits_for_its_turn_goes_where_it_was_aimed(
     e.effect.startAgain()  # of this one: the other's answer is not lost
     e.widget.setCurrentSegmentID(first)
     e.wait()
-    assert e.message == "" and np.array_equal(e.mask(first), filled(A, C))
+    assert e.message == "" and np.array_equal(e.mask(first), filled(C))  # A was overwritten
     assert not e.mask(second).any() and segment_tag(held.GetSegment(second), CLICK_MODEL_TAG) == ""
 
 

@@ -76,6 +76,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self._models: list[Any] = []
         self._tasks: deque[Steps] = deque()
         self._working = self._timed = self._waiting = self._stale = False
+        self._blocked = False  # the first of the tasks waits for the worker
         self._made = False  # the options' widgets are there
         self._target: Target | None = None  # what was clicked at last
         self._pressed: Any = None  # where the mouse was pressed with Ctrl
@@ -274,7 +275,10 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
     def onAnswer(self, answer: Any) -> None:
         target = self._target
         if target is not None:
-            self._do(self._writeSteps(target, answer.mask, answer.box.start, self._controller.answered))
+            steps = self._writeSteps(target, answer.mask, answer.box.start, self._controller.answered)
+            # What waits for the worker goes on from what is written here.
+            (self._tasks.appendleft if self._blocked else self._tasks.append)(steps)
+            self._work()
 
     def onError(self, text: str) -> None:
         if text.startswith("Nothing was found here"):  # the core's sentence goes on with a box, which only the panel has
@@ -296,11 +300,13 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         if self._working:
             return
         self._working, until, waiting = True, time.monotonic() + BUDGET_S, False
+        self._blocked = False
         try:
             while self._tasks and not waiting and time.monotonic() < until:
                 waiting = self._step(self._tasks[0]) is _WAIT
         finally:
             self._working = False
+        self._blocked = waiting
         self._showBusy()
         if self._tasks and not self._timed:
             self._timed = True
