@@ -245,15 +245,25 @@ def test_skin_has_air_beside_it_and_no_lung(click_package):
         assert answer.found == found and ("lung around" in answer.text) != found
 
 
-def test_what_turns_out_small_from_far_away_is_looked_at_again_from_near(click_package, monkeypatch):
-    # Soft tissue all around, but for the far corners: the first look is zoomed out, and the lesion fits a patch.
+@pytest.fixture
+def buried(click_package, monkeypatch):
+    """buried(answer): a session whose first look is zoomed out, with soft tissue all around but for the far corners, its engine, and
+    the lesion, which fits a patch."""
     monkeypatch.setattr(click, "lung_around", lambda *_: 1.0)
     values = np.full((120, 160, 160), -900, np.float32)
     values[40:80, 40:120, 40:120] = 0
     lesion = ball(values.shape, (60, 80, 80), 3, (1, 1, 1)) > 0
     values[lesion] = 500
-    engine = Recording(lambda batch: np.where(batch[:, 0] > 0.8, 1.0, 0.0))
-    s = ClickSession(Image(values, (1, 1, 1), (0, 0, 0)), click_package(intensity=CT_WINDOW), engine)
+
+    def make(answer):
+        engine = Recording(answer)
+        return ClickSession(Image(values, (1, 1, 1), (0, 0, 0)), click_package(intensity=CT_WINDOW), engine), engine, lesion
+
+    return make
+
+
+def test_what_turns_out_small_from_far_away_is_looked_at_again_from_near(buried):
+    s, engine, lesion = buried(lambda batch: np.where(batch[:, 0] > 0.8, 1.0, 0.0))
     answer = s.add_point(at(s, 60, 80, 80))
     assert answer.zoom == ZOOMS[0] and np.array_equal(s.mask, lesion)
     assert len(engine.batches) == 2
@@ -278,19 +288,13 @@ def test_a_closer_look_that_finds_nothing_or_more_than_it_shows_is_not_followed(
         assert answer.zoom == 1 and np.array_equal(s.mask, array) and len(engine.batches) > 1
 
 
-def test_a_correction_looks_from_nearer_at_what_was_found_from_far_away(click_package, monkeypatch):
-    monkeypatch.setattr(click, "lung_around", lambda *_: 1.0)
-    values = np.full((120, 160, 160), -900, np.float32)
-    values[40:80, 40:120, 40:120] = 0
-    lesion = ball(values.shape, (60, 80, 80), 3, (1, 1, 1)) > 0
-    values[lesion] = 500
-
+def test_a_correction_looks_from_nearer_at_what_was_found_from_far_away(buried):
     def answer(batch):
         """Finds nothing on a first look from near."""
         bright = batch[:, 0] > 0.8
         return np.where(bright & (batch[:, 4].any() or bright.sum() < 60), 1.0, 0.0)
 
-    s = ClickSession(Image(values, (1, 1, 1), (0, 0, 0)), click_package(intensity=CT_WINDOW), Recording(answer))
+    s, _, lesion = buried(answer)
     assert s.add_point(at(s, 60, 80, 80)).zoom > 1.4
     assert s.add_point(at(s, 60, 80, 82)).zoom == 1 and np.array_equal(s.mask, lesion)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+STILL_PIXELS = 3  # of Qt's: so far a hand that clicks is still
 
 _worker: Any = None
 _dataWorker: Any = None
@@ -82,6 +84,11 @@ def pixelRatio(window: Any) -> float:
     """How many pixels of a view's vtkRenderWindow, in which VTK tells positions, are one of Qt's: 2 on most screens of high
     resolution."""
     return max(1.0, window.GetDPI() / 72) if window is not None else 1.0  # 72 is VTK's for all others
+
+
+def isStill(pressed: Sequence[int], at: Sequence[int], interactor: Any) -> bool:
+    """Whether a button was let go where it was pressed, as far as a hand that clicks is still; else the mouse was dragged."""
+    return max(abs(a - b) for a, b in zip(pressed, at)) <= STILL_PIXELS * pixelRatio(interactor.GetRenderWindow())
 
 
 def forgetScene() -> None:

@@ -20,7 +20,7 @@ import vtk
 from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
-from . import clickController, pixelRatio
+from . import clickController, isStill
 from .models import plainTip
 from .run import sentence, volumeKey
 
@@ -29,7 +29,6 @@ COLORS = ((255, 217, 47), (102, 194, 255), (255, 127, 80), (178, 223, 138), (231
 LARGEST_VOXELS = 3 << 20
 _SHOWN_ROWS = 8  # of the table without scrolling
 _BUDGET_S = 0.01
-_STILL_PIXELS = 3  # of Qt's, see pixelRatio(): a hand that clicks is not quite still
 _SETTLE_MS = 200  # after the last stroke of a brush
 
 
@@ -157,8 +156,7 @@ class ViewClicks:
             self._pressed = at
         elif event == "LeftButtonReleaseEvent":
             pressed, self._pressed = self._pressed, None
-            still = _STILL_PIXELS * pixelRatio(interactor.GetRenderWindow())
-            if pressed is not None and max(abs(a - b) for a, b in zip(pressed, at)) <= still:
+            if pressed is not None and isStill(pressed, at, interactor):
                 ras = widget.mrmlSliceNode().GetXYToRAS().MultiplyPoint([float(at[0]), float(at[1]), 0.0, 1.0])
                 self._clicked(ras[:3], not negative, widget.mrmlSliceCompositeNode())
 

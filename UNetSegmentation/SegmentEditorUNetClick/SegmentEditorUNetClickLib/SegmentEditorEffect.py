@@ -22,9 +22,7 @@ from slicer.util import VTKObservationMixin
 
 NAME = "U-Net Click"  # not translated: settings are stored under it
 DEFAULT = "default"  # of the parameter Model; Slicer takes an empty one for none
-# Of Qt's, see pixelRatio().
-STILL_PIXELS = 3  # a click with Ctrl moves no more; what does is Slicer's own Ctrl and drag
-DOT_PIXELS = 5
+DOT_PIXELS = 5  # of Qt's, see pixelRatio()
 COLORS = {True: (0.2, 0.9, 0.3), False: (0.95, 0.25, 0.2)}
 BUDGET_S = 0.01  # of work in one turn of the event loop
 WAIT_MS = 15
@@ -231,9 +229,11 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
                 self.click(self._ras(at, viewWidget), bool(self.scriptedEffect.integerParameter("Positive")))
             return self._swallow
         if eventId == events.LeftButtonReleaseEvent:
+            from UNetSegmentationPanel import isStill
+
             # With Ctrl it is passed on: Slicer has seen the press, and its own Ctrl and drag has to end.
             pressed, self._pressed = self._pressed, None
-            if pressed is not None and self._isStill(pressed, at, callerInteractor):
+            if pressed is not None and isStill(pressed, at, callerInteractor):  # what moves is Slicer's own Ctrl and drag
                 self.click(self._ras(at, viewWidget), False)
             swallowed, self._swallow = self._swallow, False
             return swallowed
@@ -548,12 +548,6 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self.modelCombo.blockSignals(was)
         self.modelCombo.visible = self.modelLabel.visible = len(self._models) > 1
         self.updateGUIFromMRML()
-
-    @staticmethod
-    def _isStill(pressed: Sequence[int], at: Sequence[int], interactor: Any) -> bool:
-        from UNetSegmentationPanel import pixelRatio
-
-        return max(abs(a - b) for a, b in zip(pressed, at)) <= STILL_PIXELS * pixelRatio(interactor.GetRenderWindow())
 
     def _ras(self, xy: Sequence[int], viewWidget: Any) -> tuple[float, ...]:
         # xyToRas() of the base class goes through floats of 32 bits.

@@ -399,15 +399,15 @@ class ClickSession:
         found, voxel = np.count_nonzero(answer.mask), math.prod(self._canonical.spacing) / 1000
         if answer.zoom == ZOOMS[-1] or found * voxel < PART_ML:
             return answer
-        look: tuple[np.ndarray, float] | None = ((np.array(answer.box.start) + answer.box.stop - 1) / 2, ZOOMS[-1])
+        look = (np.array(answer.box.start) + answer.box.stop - 1) / 2, ZOOMS[-1]
         for _ in range(2):
-            assert look is not None
             whole, border, lung = self._run(look, prompts, _EMPTY, True)
             if np.count_nonzero(whole.mask) < GROWN * found or _shared(whole, answer) < WITHIN * found:
                 return answer
-            look = self._wider(look, whole, border)
-            if look is None:
+            again = self._wider(look, whole, border)
+            if again is None:
                 break
+            look = again
         return whole if border <= ENDLESS_SHARE and lung >= LUNG_SHARE and not self._other_tissue(whole) else answer
 
     def _closer(self, seen: float, prompts: _Prompts, answer: Answer, needed: float) -> Answer:
