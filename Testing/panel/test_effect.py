@@ -677,6 +677,18 @@ def test_buttons_keys_and_mouse(editor: Callable[..., Editor]) -> None:
     assert np.array_equal(e.mask(), filled(A)) and e.message == ""
 
 
+def test_a_click_into_a_view_of_another_study_is_refused(editor: Callable[..., Editor]) -> None:
+    e, other = editor(scan()), scan()
+    other.SetName("Last year's")
+    view = e.slice.mrmlSliceCompositeNode()
+    view.SetBackgroundVolumeID(other.GetID())
+    e.click(IN_A)
+    assert e.message.startswith("This view shows 'Last year's' and not ") and not e.mask().any() and e.saved == 0
+    view.SetForegroundVolumeID(e.volume.GetID())  # as where the two are compared
+    e.click(IN_A)
+    assert np.array_equal(e.mask(), filled(A)) and e.message == ""
+
+
 def test_on_a_screen_of_high_resolution_a_hand_is_as_still_and_a_dot_as_large(editor: Callable[..., Editor]) -> None:
     e = editor(scan())
     view, xy = e.slice.sliceView(), e.xy(IN_A)

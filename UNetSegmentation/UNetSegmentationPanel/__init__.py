@@ -91,6 +91,16 @@ def isStill(pressed: Sequence[int], at: Sequence[int], interactor: Any) -> bool:
     return max(abs(a - b) for a, b in zip(pressed, at)) <= STILL_PIXELS * pixelRatio(interactor.GetRenderWindow())
 
 
+def otherShown(view: Any, volume: Any) -> Any:
+    """The volume that a slice view (its composite node) shows where it shows some and not this one, else None: with two studies side
+    by side a click there is meant for the other one."""
+    import slicer
+
+    ids = [view.GetBackgroundVolumeID(), view.GetForegroundVolumeID()]
+    shown = [node for node in map(slicer.mrmlScene.GetNodeByID, filter(None, ids)) if node is not None]
+    return shown[0] if shown and volume not in shown else None
+
+
 def forgetScene() -> None:
     """The scene is closed: nothing of its patients stays in memory or in the workers' folders."""
     if _controller is not None:

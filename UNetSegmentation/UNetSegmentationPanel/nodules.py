@@ -20,7 +20,7 @@ import vtk
 from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
-from . import clickController, isStill
+from . import clickController, isStill, otherShown
 from .models import plainTip
 from .run import sentence, volumeKey
 
@@ -283,12 +283,11 @@ class NoduleTool(VTKObservationMixin):
 
     def click(self, ras: Sequence[float], positive: bool = True, view: Any = None) -> None:
         """A prompt at a point of the world, RAS mm; self.negative turns it round. view: the composite node of the slice view that was
-        clicked into, which must show the volume where it shows one: with two studies side by side it may be the other one's."""
-        ids = [] if view is None else [view.GetBackgroundVolumeID(), view.GetForegroundVolumeID()]
-        shown = [node for node in map(slicer.mrmlScene.GetNodeByID, filter(None, ids)) if node is not None]
-        if self.volume is not None and shown and self.volume not in shown:
+        clicked into, see otherShown()."""
+        other = otherShown(view, self.volume) if None not in (view, self.volume) else None
+        if other is not None:
             text = _("This view shows '{other}' and not '{name}', which is chosen as the volume; choose '{other}', or show '{name}' here.")
-            self._say(text.format(other=shown[0].GetName(), name=self.volume.GetName()))
+            self._say(text.format(other=other.GetName(), name=self.volume.GetName()))
             return
         positive = positive and not self.negative
         self._pieces.add(self._promptSteps(lambda c: c.addPoint(ras, positive), positive))

@@ -226,7 +226,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
             self._pressed = at if control and not shift and not alt else None
             self._swallow = not (shift or control or alt)
             if self._swallow:
-                self.click(self._ras(at, viewWidget), bool(self.scriptedEffect.integerParameter("Positive")))
+                self._clickIn(viewWidget, at, bool(self.scriptedEffect.integerParameter("Positive")))
             return self._swallow
         if eventId == events.LeftButtonReleaseEvent:
             from UNetSegmentationPanel import isStill
@@ -234,7 +234,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
             # With Ctrl it is passed on: Slicer has seen the press, and its own Ctrl and drag has to end.
             pressed, self._pressed = self._pressed, None
             if pressed is not None and isStill(pressed, at, callerInteractor):  # what moves is Slicer's own Ctrl and drag
-                self.click(self._ras(at, viewWidget), False)
+                self._clickIn(viewWidget, at, False)
             swallowed, self._swallow = self._swallow, False
             return swallowed
         if eventId == events.LeftButtonDoubleClickEvent:
@@ -549,9 +549,17 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self.modelCombo.visible = self.modelLabel.visible = len(self._models) > 1
         self.updateGUIFromMRML()
 
-    def _ras(self, xy: Sequence[int], viewWidget: Any) -> tuple[float, ...]:
+    def _clickIn(self, viewWidget: Any, xy: Sequence[int], positive: bool) -> None:
+        from UNetSegmentationPanel import otherShown
+
+        volume = self.scriptedEffect.parameterSetNode().GetSourceVolumeNode()
+        other = otherShown(viewWidget.mrmlSliceCompositeNode(), volume) if volume is not None else None
+        if other is not None:
+            text = _("This view shows '{other}' and not '{name}', the source volume; choose '{other}', or show '{name}' here.")
+            self._say(text.format(other=other.GetName(), name=volume.GetName()))
+            return
         # xyToRas() of the base class goes through floats of 32 bits.
-        return self.scriptedEffect.viewNode(viewWidget).GetXYToRAS().MultiplyPoint((*xy, 0.0, 1.0))[:3]
+        self.click(self.scriptedEffect.viewNode(viewWidget).GetXYToRAS().MultiplyPoint((*xy, 0.0, 1.0))[:3], positive)
 
     def _observe(self) -> None:
         """What changes where the dots are, or whose they are."""
