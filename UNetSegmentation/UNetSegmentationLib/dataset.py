@@ -36,7 +36,7 @@ import SimpleITK as sitk
 
 from .files import UserError, atomic_path, check_text
 from .image import Image, check_geometry, read_image, to_sitk, write_image
-from .model import DEFAULT_COLORS, Label
+from .model import DEFAULT_COLORS, Label, label_key
 from .postprocess import slabs, voxel_counts
 from .steps import Steps
 
@@ -161,8 +161,8 @@ def read_mask(path: str | Path, image: Image) -> tuple[np.ndarray, tuple[Label, 
 def completed(labels: Sequence[Label], known: Sequence[Label]) -> tuple[Label, ...]:
     """The labels of a corrected mask, and those of `known`, the dataset's, that it lacks, with values after theirs (255 at most): a
     person may have deleted their segments, which the model's mask holds."""
-    have, most = {label.name.strip().lower() for label in labels}, max((label.value for label in labels), default=0)
-    lacking = [label for label in known if label.name.strip().lower() not in have]
+    have, most = {label.key for label in labels}, max((label.value for label in labels), default=0)
+    lacking = [label for label in known if label.key not in have]
     return (*labels, *(replace(label, value=most + i) for i, label in enumerate(lacking[: 255 - most], 1)))
 
 
@@ -177,11 +177,22 @@ def read_model_mask(
     if not theirs:
         return tuple(labels), array
     mine = completed(labels, known) if labels else ()
-    values = {label.name.strip().lower(): label.value for label in mine or known}
-    table = np.zeros(max(label.value for label in theirs) + 1, np.uint16)
-    for label in theirs:
-        table[label.value] = values.get(label.name.strip().lower(), 0)
-    return mine, table[array]
+    return mine, translated(array, same_names(theirs, mine or known))
+
+
+def same_names(theirs: Sequence[Label], mine: Sequence[Label]) -> dict[int, int]:
+    """The values of labels of ours by those of theirs that have the same name."""
+    values = {label.key: label.value for label in mine}
+    return {label.value: values[label.key] for label in theirs if label.key in values}
+
+
+def translated(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
+    """A label map in other values, uint8; those that the table does not name become 0."""
+    lookup = np.zeros(int(array.max(initial=0)) + 1, np.uint8)
+    for value, to in table.items():
+        if 0 < value < len(lookup):
+            lookup[value] = to
+    return lookup[array]
 
 
 def _check_fit(image: Image, mask: Image, name: str) -> None:
@@ -231,8 +242,8 @@ def match_label(name: str, terminology: Mapping[str, Sequence[str]], labels: Seq
     def codes(of: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
         return {key: tuple(code[:2]) for key, code in of.items()}  # without their meaning, which is translated
 
-    names = {label.name.strip().lower(): label for label in labels}
-    wanted = name.strip().lower()
+    names = {label.key: label for label in labels}
+    wanted = label_key(name)
     if wanted in names:
         return names[wanted]
     # "Tissue" is what Slicer calls a new segment, whatever it is of.
@@ -427,7 +438,7 @@ class Dataset:
         values = [label.value for label in labels]
         if not labels or not channels or not name.strip():
             raise UserError("A dataset needs a name, at least one label and at least one channel; give them.")
-        names = ["background", *(label.name.strip().lower() for label in labels)]
+        names = ["background", *(label.key for label in labels)]
         if len(set(values)) < len(values) or len(set(names)) < len(names) or not all(0 < v < 256 for v in values) or "" in names:
             raise UserError("A dataset's labels need names of their own and values of their own from 1 to 255; correct them.")
         data = {
@@ -696,9 +707,9 @@ class Dataset:
         mine = self.labels
         out: list[Label] = []
         for label in labels or ():
-            if label.value in held and label.name.strip().lower() not in (d.name.strip().lower() for d in (*mine, *out)):
+            if label.value in held and label.key not in (d.key for d in (*mine, *out)):
                 free = next((v for v in range(1, 256) if v not in (d.value for d in (*mine, *out))), 0)
-                if not free or label.name.strip().lower() in ("", "background"):
+                if not free or label.key in ("", "background"):
                     raise UserError(f"The dataset cannot take a label {label.name!r}; rename it, or leave it out.")
                 out.append(Label(free, label.name.strip(), label.color, label.terminology))
         return tuple(out)
@@ -724,10 +735,8 @@ class Dataset:
                 raise UserError(f"{what} holds numbers that are not whole; give label values, not probabilities.")
             array = whole.astype(np.int64)
         found = map_values(array)
-        mine = {label.name.strip().lower(): label.value for label in (*self.labels, *more)}
-        table = {label.value: label.value for label in self.labels}
-        if labels is not None:
-            table = {label.value: mine[label.name.strip().lower()] for label in labels if label.name.strip().lower() in mine}
+        mine = (*self.labels, *more)
+        table = {label.value: label.value for label in self.labels} if labels is None else same_names(labels, mine)
         theirs = {label.value: label.name for label in labels or ()}
         if found == [255] and len(mine) == len(table) == 1 and 255 not in {**table, **theirs}:
             table = {255: next(iter(table.values()))}  # a mask of 0 and 255
@@ -821,7 +830,7 @@ class Dataset:
         """Put a version into the index, which another may have changed since it was checked."""
         self._check_twin(data, key, record["voxels"], allow)
         for label in more:
-            if any(d["value"] == label.value or d["name"].strip().lower() == label.name.lower() for d in data["segments"]):
+            if any(d["value"] == label.value or label_key(d["name"]) == label.key for d in data["segments"]):
                 raise UserError(f"Another person added a label just now; add the case {key} again.")
             data["segments"].append(_label_json(label))
         case = data["cases"].get(key)
@@ -884,8 +893,8 @@ class Dataset:
         """A further label; cases that are there simply have none of it."""
 
         def more(data: dict[str, Any]) -> None:
-            taken = {"background", *(d["name"].lower() for d in data["segments"])}
-            if label.name.strip().lower() in taken or any(d["value"] == label.value for d in data["segments"]):
+            taken = {"background", *(label_key(d["name"]) for d in data["segments"])}
+            if label.key in taken or any(d["value"] == label.value for d in data["segments"]):
                 raise UserError(f"The dataset already has a label {label.name} or the value {label.value}; choose others.")
             if not 0 < label.value < 256:
                 raise UserError(f"A label's value is from 1 to 255, not {label.value}.")

@@ -35,6 +35,11 @@ _MAX_RATIO = 50  # of what an entry is unpacked to; trained weights shrink by a 
 SLICE_AXIS = {"axial": 0, "coronal": 1, "sagittal": 2, "acquired": 0}
 
 
+def label_key(name: str) -> str:
+    """By which the labels of a card, a dataset and a segmentation are the same: people write them in capitals, or leave a space."""
+    return name.strip().casefold()
+
+
 @dataclass(frozen=True)
 class Label:
     """One label of a model. color: RGB 0-255; terminology: {"category": [scheme, value, meaning], "type": ..., ...}."""
@@ -43,6 +48,10 @@ class Label:
     name: str
     color: tuple[int, int, int]
     terminology: dict[str, list[str]]
+
+    @property
+    def key(self) -> str:
+        return label_key(self.name)
 
     def terminology_entry(self) -> str:
         """Slicer's serialised form, the value of a segment's TerminologyEntry tag."""

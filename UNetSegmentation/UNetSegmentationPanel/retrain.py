@@ -369,10 +369,12 @@ class RetrainSection(VTKObservationMixin):
     def _likeliest(self, models: Sequence[Any]) -> str:
         """The start that is offered first: one that fits, if possible the panel's own choice, else one that knows a label of the set."""
         chosen = self.panel.modelList.selected
-        names = {str(label["name"]).casefold() for label in (self.panel.trainingSet.summary or {}).get("labels", ())}
+        from UNetSegmentationLib.model import label_key
+
+        names = {label_key(str(label["name"])) for label in (self.panel.trainingSet.summary or {}).get("labels", ())}
 
         def less(model: Any) -> tuple[bool, ...]:
-            known = {label.name.casefold() for label in model.card.labels}
+            known = {label.key for label in model.card.labels}
             return bool(self._misfit(model)), model not in chosen, not names & known
 
         best = min(models, key=less, default=None)
@@ -787,6 +789,8 @@ class RetrainSection(VTKObservationMixin):
 
     def _describeSet(self) -> str:
         """What would be learnt from, and what the model that is started from does not know."""
+        from UNetSegmentationLib.model import label_key
+
         summary = self.panel.trainingSet.summary
         if not isinstance(summary, dict):
             return ""
@@ -797,8 +801,8 @@ class RetrainSection(VTKObservationMixin):
         card = model.card if model is not None else None
         if card is not None and card.data["task"] == "click":
             return f"{text} {_('Simulated clicks teach it: every connected part of a label is a lesion.')}"
-        known = {label.name.casefold() for label in card.labels} if card is not None else set()
-        fresh = [name for name in names if name.casefold() not in known] if card is not None else []
+        known = {label.key for label in card.labels} if card is not None else set()
+        fresh = [name for name in names if label_key(name) not in known] if card is not None else []
         if fresh:
             text += " " + _("{model} does not know {labels}: that is learnt anew.").format(model=_title(card), labels=", ".join(fresh))
         return text

@@ -451,25 +451,25 @@ class TrainingSetSection(VTKObservationMixin):
     def _steps(self, adding: _Adding) -> Generator[Any, None, None]:
         """The mask of the segments, in pieces, and off to the worker."""
         from UNetSegmentationLib import UserError, mrml
-        from UNetSegmentationLib.model import Label
+        from UNetSegmentationLib.model import Label, label_key
         from UNetSegmentationLib.worker.protocol import Case
 
         adding.key = volumeKey(adding.volumes)
         image = yield from mrml.image_steps(adding.volumes)
-        names = list(dict.fromkeys(row.label.strip().lower() for row in adding.rows))
+        names = list(dict.fromkeys(label_key(row.label) for row in adding.rows))
         if len(names) > 255:
             raise UserError(_("A case holds at most 255 labels; leave some segments out."))
-        values = [(row.segment, names.index(row.label.strip().lower()) + 1) for row in adding.rows]
+        values = [(row.segment, names.index(label_key(row.label)) + 1) for row in adding.rows]
         whole, low = yield from mrml.merged_steps(adding.node, values, adding.volumes[0])
         yield from self._uncovered(adding, values, whole)
         labels, own = [], {}
         for value, name in enumerate(names, 1):
-            row = next(row for row in adding.rows if row.label.strip().lower() == name)
-            same = next((d for d in adding.known if d.name.strip().lower() == name), None)
+            row = next(row for row in adding.rows if label_key(row.label) == name)
+            same = next((d for d in adding.known if d.key == name), None)
             labels.append(replace(same, value=value) if same is not None else Label(value, row.label.strip(), row.color, row.codes))
         for row in adding.rows:
             if row.kept is not None:
-                own.setdefault(row.kept[0], {})[row.kept[1]] = names.index(row.label.strip().lower()) + 1
+                own.setdefault(row.kept[0], {})[row.kept[1]] = names.index(label_key(row.label)) + 1
         case = Case(
             folder=adding.folder,
             labels=tuple(labels),
@@ -799,6 +799,8 @@ class TrainingSetSection(VTKObservationMixin):
         self._fillSegments()
 
     def _fillSegments(self) -> None:
+        from UNetSegmentationLib.model import label_key
+
         table, rows = self.ui.setSegmentsTable, self.rows
         table.visible = bool(rows)
         names = [label.name for label in self._known()]
@@ -836,7 +838,7 @@ class TrainingSetSection(VTKObservationMixin):
                 combo.setEditText(row.label)
             combo.enabled = row.included
             known = self.summary is not None and row.included and bool(names)
-            new = known and row.label.strip().lower() not in [n.strip().lower() for n in names]
+            new = known and label_key(row.label) not in [label_key(n) for n in names]
             combo.toolTip = _("A label that the training set does not have yet.") if new else plainTip(row.label)
         _fit(table, len(rows), table.verticalHeader().defaultSectionSize)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from UNetSegmentationLib.engines import Engine, choose_engine
 from UNetSegmentationLib.engines.torch import load_network
 from UNetSegmentationLib.files import UserError, atomic_path
-from UNetSegmentationLib.model import Card, Label, ModelPackage
+from UNetSegmentationLib.model import Card, Label, ModelPackage, label_key
 from UNetSegmentationLib.networks import UNet, UNetConfig, build
 
 from . import metrics
@@ -139,7 +139,7 @@ def _index(card: Card, label: str) -> int | None:
     background = int(card.activation == "softmax")
     if card.data["task"] == "click":
         return background
-    return next((i + background for i, own in enumerate(card.labels) if own.name.casefold() == label.casefold()), None)
+    return next((i + background for i, own in enumerate(card.labels) if own.key == label_key(label)), None)
 
 
 def _inputs(card: Card, channels: Sequence[str], per: int, extra: int) -> list[int | None]:
@@ -193,7 +193,7 @@ def _tell(
     notes = start.notes
     fresh = [n for n in labels if _index(card, n) is None]
     kept = [n for n in labels if n not in fresh]
-    gone = [label.name for label in card.labels if label.name.casefold() not in {n.casefold() for n in labels}]
+    gone = [label.name for label in card.labels if label.key not in {label_key(n) for n in labels}]
     if gone and card.data["task"] == "click":
         notes.append(f"what is clicked on is {labels[0]} and no longer {gone.pop()}")
     if fresh:

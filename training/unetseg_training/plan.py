@@ -509,7 +509,7 @@ def plan(
 
 
 def same_labels(card: Card, case_set: CaseSet) -> bool:
-    return {label.name.casefold() for label in card.labels} == {label.name.casefold() for label in case_set.labels}
+    return {label.key for label in card.labels} == {label.key for label in case_set.labels}
 
 
 def inherited(card: Card, case_set: CaseSet, learned: list[str]) -> dict[str, Any]:

@@ -518,8 +518,8 @@ def _round(value: float | None) -> float | None:
 
 def _shared(package: ModelPackage, case_set: CaseSet) -> list[tuple[Label, Label]]:
     """(the package's label, the cases' label of the same name)"""
-    mine = {label.name.casefold(): label for label in case_set.labels}
-    return [(label, mine[label.name.casefold()]) for label in package.card.labels if label.name.casefold() in mine]
+    mine = {label.key: label for label in case_set.labels}
+    return [(label, mine[label.key]) for label in package.card.labels if label.key in mine]
 
 
 def _scorer(

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import __version__, kept
-from ..dataset import INDEX, Dataset, Objection, completed, read_mask
+from ..dataset import INDEX, Dataset, Objection, completed, read_mask, same_names, translated
 from ..engines import Engine, choose_engine
 from ..image import Image, UserError
 from ..inference.click import ClickSession, expects_lung
@@ -455,45 +455,32 @@ def _open_dataset(folder: Path, case: Case) -> tuple[Dataset, bool]:
     name, channels = case.create
     labels: list[Label] = []
     for label in (*case.offered, *case.labels):
-        if label.name.strip().lower() not in (d.name.strip().lower() for d in labels):
+        if label.key not in (d.key for d in labels):
             labels.append(replace(label, value=len(labels) + 1))
     return Dataset.create(folder, name, labels, channels), True
 
 
 def _own_mask(case: Case, image: Image, labels: Sequence[Label]) -> np.ndarray | None:
     """The model's own mask in the values of `labels`, as far as it is known."""
-    wanted = {label.name.strip().lower(): label.value for label in labels}
     if case.own_file and not Path(case.own_file).exists():
         return None  # segmented again meanwhile
     if case.own_file:
         try:
-            array, labels = read_mask(case.own_file, image)
+            array, theirs = read_mask(case.own_file, image)
         except UserError:  # the scan was moved since, or the file is damaged: that is no reason to lose the correction
             return None
-        table = {d.value: wanted[d.name.strip().lower()] for d in labels if d.name.strip().lower() in wanted}
-        return _translated(array, table)
+        return translated(array, same_names(theirs, labels))
     out, known = np.zeros(image.shape, np.uint8), False
     for key, pairs in case.own:
         found = kept.find(key, image)
         if found is None:
             return None  # a part of it would tell of changes that nobody made
-        array, box, labels = found
+        array, box, theirs = found
         # What a person deleted as a whole has no segment any more that says what it was.
-        table = {d.value: wanted[d.name.strip().lower()] for d in labels if d.name.strip().lower() in wanted} | dict(pairs)
-        part = out[box.slices]
-        values = _translated(array, table)
+        part, values = out[box.slices], translated(array, same_names(theirs, labels) | dict(pairs))
         part[values > 0] = values[values > 0]
         known = True
     return out if known else None
-
-
-def _translated(array: np.ndarray, table: dict[int, int]) -> np.ndarray:
-    """uint8; values that the table does not name become 0."""
-    lookup = np.zeros(int(array.max(initial=0)) + 1, np.uint8)
-    for value, to in table.items():
-        if 0 < value < len(lookup):
-            lookup[value] = to
-    return lookup[array]
 
 
 def _failure(error: Exception) -> dict[str, Any]:
