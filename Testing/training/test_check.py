@@ -168,7 +168,7 @@ def test_the_table_json_and_picture(folder, tmp_path, capsys):
     put(folder, "c9", mask=moved(scan(0).like(outline()), 7.0))
     errors = run(folder, json_file=tmp_path / "out.json", picture=tmp_path / "out.png")
     said = capsys.readouterr().out
-    assert errors == 1 and "10 cases (pairs) of 10 patients" in said and "and 3 more: c5, c6, c7" in said and "1 errors, 8 warnings" in said
+    assert errors == 1 and "10 cases (pairs) of 10 patients" in said and "and 3 more: c5, c6, c7" in said and "1 error, 8 warnings" in said
     assert max(map(len, said.splitlines())) <= 120
     data = json.loads((tmp_path / "out.json").read_text())
     assert data["errors"] == 1 and data["findings"][0]["case"] == "c9" and data["findings"][0]["cure"]

@@ -868,12 +868,12 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     labels = ("--label", "1=organ", "--label", "5=tumour", "--patient", "Jane")
     code, out, said = run("add", folder, *case, "--model-mask", tmp_path / "m.nii.gz", *labels)
     assert code == 0 and "tumour: 0 voxels added, 0 removed, Dice with the model's 1.000" in out, said
-    assert run("split", folder, "--fractions", "1,0,0")[1].startswith("train: 1 cases")
+    assert run("split", folder, "--fractions", "1,0,0")[1].startswith("train: 1 case")
     listed = json.loads(run("list", folder, "--json")[1])
     assert listed[0]["split"] == "train" and listed[0]["version"] == 1 and "Jane" not in str(listed)
     assert listed[0]["name"] in run("list", folder)[1]
     assert run("export", folder, tmp_path / "out", "--as", "monai")[0] == 0 and (tmp_path / "out" / "datalist.json").is_file()
-    assert run("check", folder)[:2] == (0, "1 cases, 0 problems\n")
+    assert run("check", folder)[:2] == (0, "1 case, 0 problems\n")
     assert run("remove", folder, listed[0]["name"])[0] == run("restore", folder, listed[0]["name"])[0] == 0
     Dataset.open(folder).entries[listed[0]["name"]].label.unlink()
     code, out, _ = run("check", folder)

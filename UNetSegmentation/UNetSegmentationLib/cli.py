@@ -18,7 +18,7 @@ import numpy as np
 
 from . import __version__
 from .engines import DEVICES, ENGINES, PRECISIONS, choose_engine, installed, make_engine
-from .files import atomic_path, check_writable
+from .files import atomic_path, check_writable, counted
 from .image import (
     PICTURE_SUFFIXES,
     VOLUME_SUFFIXES,
@@ -665,7 +665,7 @@ def _dataset_app() -> Any:
                 if new:
                     dataset.discard()
                 raise
-        print(f"{entry.name} version {entry.version}, {len(dataset.entries)} cases in {folder}")
+        print(f"{entry.name} version {entry.version}, {counted(len(dataset.entries), 'case')} in {folder}")
         for what, change in entry.changes.items():
             print(f"  {what}: {change['added']} voxels added, {change['removed']} removed, Dice with the model's {change['dice']:.3f}")
 
@@ -705,7 +705,7 @@ def _dataset_app() -> Any:
             for problem in problems:
                 print(problem)
             removed = f", {len(gone)} leftovers removed" if clean else ""
-            print(f"{len(dataset.entries)} cases, {len(problems)} problems{removed}")
+            print(f"{counted(len(dataset.entries), 'case')}, {counted(len(problems), 'problem')}{removed}")
         if problems:
             raise typer.Exit(1)
 
@@ -718,7 +718,7 @@ def _dataset_app() -> Any:
     ) -> None:
         """Deal the patients into train, validation and test; who is dealt stays where he is."""
         for part, names in Dataset.open(folder).split(_numbers(fractions, 3, "--fractions"), seed, again).items():
-            print(f"{part}: {len(names)} cases")
+            print(f"{part}: {counted(len(names), 'case')}")
 
     @app.command()
     def export(

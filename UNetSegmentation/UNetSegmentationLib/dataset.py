@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import numpy as np
 import SimpleITK as sitk
 
-from .files import UserError, atomic_path, check_text
+from .files import UserError, atomic_path, check_text, counted
 from .image import Image, check_geometry, read_image, to_sitk, write_image
 from .model import DEFAULT_COLORS, Label, label_key
 from .postprocess import slabs, voxel_counts
@@ -757,7 +757,7 @@ class Dataset:
             for label in (*self.labels, *more):
                 n = int(np.count_nonzero(out == label.value))
                 if 0 < n < LEFTOVER:
-                    few = f"{n} voxel{'s' * (n > 1)} of {label.name}, as an eraser leaves"
+                    few = f"{counted(n, 'voxel')} of {label.name}, as an eraser leaves"
                     raise Objection(f"{what} has only {few}; remove them, or allow leftovers.", "leftover")
         return out
 

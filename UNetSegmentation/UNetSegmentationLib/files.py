@@ -24,6 +24,10 @@ class UserError(Exception):
     """Bad input: the message is one clear sentence for the person, saying what is wrong and what to do."""
 
 
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 def child_options(apart: bool = False, breakaway: bool = False) -> dict[str, Any]:
     """For subprocess: a child that opens no window over Slicer, nor do its own children.
 

@@ -21,7 +21,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from .files import UserError, atomic_path
+from .files import UserError, atomic_path, counted
 
 RESOURCES = Path(__file__).parent / "resources"
 CARD, ONNX, SAFETENSORS = "model.json", "model.onnx", "model.safetensors"
@@ -160,7 +160,7 @@ class Card:
         else:
             text = "Trained from scratch" if dataset else ""
         if text and dataset:
-            text += f" with {cases} case{'s' * (cases != 1)}" if cases else ""
+            text += f" with {counted(cases, 'case')}" if cases else ""
             text += f" {'of' if cases else 'on'} {dataset['name']}" if dataset.get("name") else ""
             text += f" (revision {dataset['revision']})" if dataset.get("revision") is not None else ""
         return f"{text}{', ' + lineage['date'] if lineage.get('date') else ''}." if text else ""

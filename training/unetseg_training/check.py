@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.files import UserError, atomic_path, counted
 from UNetSegmentationLib.image import Box
 from UNetSegmentationLib.postprocess import components, voxel_counts
 
@@ -114,13 +114,14 @@ class Report:
     def table(self, width: int = 120, each: int = 5) -> str:
         """The report as text of so many columns; of findings of one kind and level the first few are shown."""
         d = self.data()
-        lines = [f"{d['cases']} cases ({d['layout']}) of {d['patients']} patients, channels {', '.join(d['channels'])}"]
+        cases, patients = counted(d["cases"], "case"), counted(d["patients"], "patient")
+        lines = [f"{cases} ({d['layout']}) of {patients}, channels {', '.join(d['channels'])}"]
         deep = any(f.size[2] > 1 for f in self.facts)
         unit = "voxels" if deep else "pixels"
         for label in d["labels"]:
             size = f", median {label['median_voxels']:g} {unit}" if label["cases"] else ""
             size += f" ({label['median_ml']:g} ml)" if size and deep else ""
-            lines.append(f"  label {label['value']} {label['name']}: in {label['cases']} cases{size}")
+            lines.append(f"  label {label['value']} {label['name']}: in {counted(label['cases'], 'case')}{size}")
         for key, of in (("size", unit), ("spacing", "mm")):
             if key in d:
                 ranges = [f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, _, high in d[key]]
@@ -137,7 +138,7 @@ class Report:
                     f"{'':18} and {len(alike) - each} more: {others}", width, subsequent_indent=" " * 19, break_on_hyphens=False
                 )
         counts = {level: sum(f.level == level for f in self.findings) for level in LEVELS}
-        lines.append("nothing was found" if not self.findings else ", ".join(f"{n} {level}s" for level, n in counts.items() if n))
+        lines.append("nothing was found" if not self.findings else ", ".join(counted(n, level) for level, n in counts.items() if n))
         return "\n".join(lines)
 
     def worst(self, n: int = PICTURES) -> list[tuple[str, list[Finding]]]:
@@ -292,7 +293,8 @@ def _of_all(case_set: CaseSet, facts: Sequence[Facts]) -> list[Finding]:
         out.append(Finding("", "one case", "warning", text, "add cases of others: what is learned cannot be tested on anybody else"))
     bare = len(case_set.cases) - len(case_set.annotated)
     if bare:
-        out.append(Finding("", "unmarked", "note", f"{bare} cases have no mask", "annotate them or leave them; they are not trained on"))
+        cure = "annotate them or leave them; they are not trained on"
+        out.append(Finding("", "unmarked", "note", f"{counted(bare, 'case')} without a mask", cure))
     for label in case_set.labels:
         having = [f for f in known if f.voxels[label.value]]
         name = f"label {label.value} ({label.name})"

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 from UNetSegmentationLib.engines import Engine, make_engine
-from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.files import UserError, atomic_path, counted
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.model import ONNX, SAFETENSORS, SUFFIX, ModelPackage, check_card, write_package
 from UNetSegmentationLib.networks import UNet
@@ -356,7 +356,7 @@ def markdown(package: ModelPackage) -> str:
         parity = origin["parity"]
         lines.append(
             f"- ONNX and PyTorch differ by {parity['largest_difference']:g} in a logit (of the largest, where that is above 1) at most, "
-            f"on {_count(len(parity.get('cases', ())), 'case')}"
+            f"on {counted(len(parity.get('cases', ())), 'case')}"
         )
     lines += [f"- `{name}`: {entry['size']} bytes, SHA-256 {entry['sha256']}" for name, entry in data["files"].items()]
     return "\n".join(lines) + "\n"
@@ -378,8 +378,8 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
     out = ["| label | " + " | ".join(headings[k] for k in columns) + " |", "|---|" + "---|" * len(columns)]
     for name, own in per.items():
         out.append(f"| {_words(name)} | " + " | ".join(_interval(own.get(k)) for k in columns) + " |")
-    where = f"On {_count(metrics['cases'], 'case')}" if "cases" in metrics else "On cases"
-    where += f" of {_count(metrics['patients'], 'patient')}" if "patients" in metrics else ""
+    where = f"On {counted(metrics['cases'], 'case')}" if "cases" in metrics else "On cases"
+    where += f" of {counted(metrics['patients'], 'patient')}" if "patients" in metrics else ""
     where += f" ({_words(metrics['held_out'])})" if "held_out" in metrics else " (held out)"
     note = ", through the deployed path" + ("; in brackets 95 % bootstrap intervals." if any("(" in line for line in out[2:]) else ".")
     if any("surface_dice" in own for own in per.values()):
@@ -390,10 +390,6 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
     ]
     out += [f"Cases in which a label was missed or found where there is none: {'; '.join(missed)}."] if missed else []
     return out + ([f"Command: `{metrics['command']}`"] if "command" in metrics else [])
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _interval(figure: dict[str, Any] | None) -> str:
@@ -407,7 +403,7 @@ def _limits(data: dict[str, Any]) -> list[str]:
     out = [data["limits"]] if data.get("limits") else []
     cases = data.get("metrics", {}).get("patients") or data.get("metrics", {}).get("cases")
     if cases and cases < 30:
-        out.append(f"Measured on {_count(cases, 'patient')} only: the intervals are wide, and rare findings were not seen.")
+        out.append(f"Measured on {counted(cases, 'patient')} only: the intervals are wide, and rare findings were not seen.")
     if data.get("roi_mm"):
         out.append(f"Meant for a box of about {data['roi_mm']:g} mm about its target, not for whole images.")
     out.append(f"Other inputs than {', '.join(data['channels'])}, other scanners, ages and diseases than in its data: not measured.")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.files import UserError, atomic_path, counted
 from UNetSegmentationLib.image import reorient
 from UNetSegmentationLib.inference.click import expects_lung
 from UNetSegmentationLib.intensity import check_finite
@@ -187,7 +187,7 @@ class Plan:
         lines = [
             f"# Plan of {c.model.name}",
             "",
-            f"{f.cases} annotated cases of {f.patients} patients in `{c.data.path}`"
+            f"{counted(f.cases, 'annotated case')} of {counted(f.patients, 'patient')} in `{c.data.path}`"
             + (f" ({f.read} of them looked at)" if f.read < f.cases else "")
             + f"; this machine has {self.machine}. Change `config.yaml`, not this file.",
             "",
@@ -475,7 +475,7 @@ def plan(
         "model": {
             "name": name,
             "title": name.replace("-", " "),
-            "training_data": [f"{Path(path).name}: {f.cases} cases of {f.patients} patients, less those held out"],
+            "training_data": [f"{Path(path).name}: {counted(f.cases, 'case')} of {counted(f.patients, 'patient')}, less those held out"],
         },
         "data": {"path": str(Path(path).expanduser().absolute()), "layout": case_set.layout, **(data or {})},
         "labels": [_label(label) for label in case_set.labels],
@@ -525,7 +525,7 @@ def _label(label: Any) -> dict[str, Any]:
 
 
 def _span(seconds: float) -> str:
-    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
+    return f"about {counted(max(1, round(seconds / 60)), 'minute')}" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
 def _smallest(f: Fingerprint) -> float:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import save
-from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.files import UserError, atomic_path, counted
 from UNetSegmentationLib.image import Box, Grid, Image, reorient, sample
 from UNetSegmentationLib.intensity import check_finite, normaliser
 from UNetSegmentationLib.model import SLICE_AXIS
@@ -144,7 +144,7 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
     n = len(config.labels)
     if (top := int(mask.max(initial=0, where=mask != IGNORE))) > n:
         raise UserError(
-            f"Case {name}: its mask holds the value {top} but the configuration names {n} label{'s' * (n != 1)}; "
+            f"Case {name}: its mask holds the value {top} but the configuration names {counted(n, 'label')}; "
             "correct the mask, or plan again with that label."
         )
     canonical, orientation = reorient(image, config.input.axis == "acquired")

@@ -23,7 +23,7 @@ import numpy as np
 from UNetSegmentationLib import training
 from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.engines import make_engine
-from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.files import UserError, atomic_path, counted
 from UNetSegmentationLib.image import Box, Image, write_image
 from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import SUFFIX, Label, ModelPackage, user_models_folder, write_package
@@ -206,7 +206,7 @@ def _cases(folder: Path, job: training.Job) -> tuple[CaseSet, dict[str, Any]]:
         facts = {"name": dataset.name, "revision": dataset.refresh().revision}
     cases = [c for c in case_set.annotated if c.split != "test"]
     if len(cases) < 2 or len({c.patient for c in cases}) < 2:
-        what = f"{len(cases)} annotated case{'s' * (len(cases) != 1)}" if len(cases) < 2 else f"cases of one patient only ({len(cases)})"
+        what = counted(len(cases), "annotated case") if len(cases) < 2 else f"cases of one patient only ({len(cases)})"
         raise UserError(
             f"{path.name} has {what} to learn from; a model needs two patients at least, one to learn from and one to be checked on: "
             "add more."
@@ -590,7 +590,7 @@ def verdict(facts: dict[str, Any], problem: str = "") -> tuple[str, str]:
     """
     clicked = facts.get("task") == "click"
     what = "lesion" if clicked else "case"
-    on = f"on {facts['cases']} held-out {what}{'s' * (facts['cases'] != 1)} of {facts['patients']} patient{'s' * (facts['patients'] != 1)}"
+    on = f"on {counted(facts['cases'], f'held-out {what}')} of {counted(facts['patients'], 'patient')}"
     on += ", after one click" * clicked
     dice = facts["mean"]["dice"]
     after, change = dice["after"], dice["change"]
