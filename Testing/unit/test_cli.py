@@ -209,6 +209,16 @@ def test_several_labels_are_compared_by_their_values(here, unetseg):
     assert [item["dice"] for item in json.loads(out)["labels"]] == [pytest.approx(2 / 3, abs=1e-3), 0]
 
 
+def test_volumes_of_cells_and_means_of_normalised_values_are_not_told_as_0(capsys):
+    from UNetSegmentationLib.cli import _print_report
+
+    cell = {"name": "cell", "volume_ml": 2.34e-7, "longest_mm": 0.0123, "perpendicular_mm": None, "mean_hu": 0.527}
+    lesion = {"name": "nodule", "volume_ml": 1.2346, "longest_mm": 12.34, "perpendicular_mm": 9.87, "mean_hu": -31.6}
+    _print_report({"model": "nodules", "image": "ct", "seconds": 1.0, "engines": ["ONNX Runtime"], "labels": [cell, lesion]})
+    said = capsys.readouterr().err
+    assert all(text in said for text in ("2.3e-07", "0.012", "0.53", "1.235", "12.3", "9.9", "-32"))
+
+
 @pytest.mark.parametrize("quiet", [True, False])
 def test_values_that_are_not_hu_are_warned_of_on_stderr_and_in_the_report(here, unetseg, quiet):
     model = here.package(intensity=WINDOW).path

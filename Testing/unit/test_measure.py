@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from UNetSegmentationLib import postprocess
 from UNetSegmentationLib.image import Box, Image, reorient
-from UNetSegmentationLib.measure import dice, measure, measure_steps, uncertain_places, worst_place
+from UNetSegmentationLib.measure import dice, measure, measure_steps, rounded, uncertain_places, worst_place
 from UNetSegmentationLib.model import Label
 from UNetSegmentationLib.postprocess import clean, components, largest_steps
 from UNetSegmentationLib.steps import complete
@@ -199,6 +199,22 @@ def test_measures_are_the_same_in_all_48_orientations(order, signs):
             assert got[key] == value
         else:
             np.testing.assert_allclose(got[key], value, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "expected"),
+    [
+        (12.3456, 3, 12.346),
+        (0.0456, 3, 0.046),
+        (2.345e-7, 3, 2.3e-7),
+        (-0.0461, 1, -0.046),
+        (-1e-9, 3, -1e-9),
+        (0.0, 3, 0.0),
+        (-123.44, 1, -123.4),
+    ],
+)
+def test_what_is_smaller_than_a_scans_voxel_keeps_two_digits(value, digits, expected):
+    assert rounded(value, digits) == expected and math.isnan(rounded(math.nan, digits))
 
 
 def test_dice():

@@ -239,7 +239,9 @@ def _print_report(report: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name == "segment" else "right")
 
     def show(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
+        if value is None:
+            return "-"
+        return f"{value:.2g}" if 0 < abs(value) < 10**-digits else f"{value:.{digits}f}"
 
     for item in report["labels"]:
         row = [

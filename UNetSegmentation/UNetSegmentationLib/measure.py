@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,13 @@ from .image import Box, Image, reorient
 from .model import Label
 from .postprocess import components, largest_steps, slabs
 from .steps import Steps, complete
+
+
+def rounded(value: float, digits: int) -> float:
+    """To so many decimals, which are more than a scan's voxel can tell; what is smaller, such as volumes of cells in ml and MR whose
+    values lie between 0 and 1, to two digits of its own."""
+    own = 1 - math.floor(math.log10(abs(value))) if math.isfinite(value) and value else digits
+    return round(value, max(digits, own)) + 0.0  # no -0
 
 
 def measure(labels: Image, label_defs: Sequence[Label], image: Image | None = None) -> list[dict[str, Any]]:

@@ -1754,8 +1754,7 @@ def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any, t
     """A table node with a row for each label that measure() found, and the units in the columns' titles; return it.
 
     table_node: which one to write anew; None: the segmentation's own, made on first use and placed beside it. Mean, SD
-    and the like are in HU where the reference volume says so, else in its own units. Rounded to 0.001 ml and 0.1 mm or HU,
-    which is more than a voxel can tell.
+    and the like are in HU where the reference volume says so, else in its own units. Rounded to 0.001 ml and 0.1 mm or HU.
     """
     unit = _intensity_unit(segmentation_node)
     columns = (
@@ -1776,7 +1775,7 @@ def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any, t
         column.SetName(title)
         for row in rows:
             value = float("nan") if row[key] is None else row[key]
-            column.InsertNextValue(value if digits is None else round(value, digits) + 0.0)  # no -0
+            column.InsertNextValue(value if digits is None else measure.rounded(value, digits))
         table.AddColumn(column)
     return _show_table(table, table_node, segmentation_node, SEGMENTATION_ROLE, "measures")
 
