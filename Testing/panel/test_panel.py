@@ -524,6 +524,8 @@ def test_several_channels_have_a_selector_each(panel: Any, install: Any, tmp_pat
     assert masks(p.settings.output, first)["two"].all()  # the toy looks at the last channel
     p.settings.output = None
     p.settings.volume = second
+    p.gui.process_events()
+    assert "'second' is chosen for both 'T1' and 'FLAIR'" in p.ui.applyButton.toolTip and not p.ui.applyButton.enabled
     selector.setCurrentNode(first)
     p.run()
     assert masks(p.settings.output, first)["two"].sum() == (array_of(first) == 2).sum()
