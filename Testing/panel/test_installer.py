@@ -442,6 +442,28 @@ def test_the_panels_row_installs_and_removes_it(gui, installer, torch_wheels):
     sys.modules["UNetSegmentationPanel"].closeWorker()
 
 
+def test_offline_a_wheel_folder_with_pytorch_is_asked_for(gui, installer, torch_wheels, wheels, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setattr(environment, "TORCH_INDEX", "http://127.0.0.1:9/")
+    installer.setWheelFolder("")
+    widget = gui.open()
+    ui = widget.ui
+    gui.wait(lambda: widget._warm, 60)
+
+    gui.dialogs.answer(False)
+    ui.torchButton.click()
+    gui.wait(lambda: not widget.torchRow.working, 60)
+    assert "index cannot be reached" in ui.torchStatus.text and ui.torchButton.text == "Install…"
+
+    gui.dialogs.answer(True, str(wheels), True, str(torch_wheels), False)
+    ui.torchButton.click()
+    gui.wait(lambda: not gui.dialogs.answers and not widget.torchRow.working, 60)
+    first, other, question = gui.dialogs.texts("message")[-3:]
+    assert "index cannot be reached" in first and f"{wheels} has no wheel of torch. Choose" in other
+    assert question.startswith("Download and install") and "torch 2.13.0" in question and installer.wheelFolder() == str(torch_wheels)
+    gui.close(widget)
+
+
 def fake_torch(state="ready"):
     """PyTorch's own environment, without the megabytes."""
     folder = environment.environment_folder()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import retraining
+from UNetSegmentationLib.environment import Package, Plan
 
 WAIT_S = 60.0
 TRAIN_S = 300.0  # for a training of a moment, on a machine that has other things to do
@@ -278,11 +279,12 @@ def test_what_is_missing_is_asked_for_with_its_size_and_installed(panel: Any, da
     from UNetSegmentationPanel import installer
 
     python: dict[str, str] = {}
-    answer = ["done", "lightning and monai (212 MB)"]
+    plan = Plan((Package("lightning", "2.6.6", 12_000_000), Package("monai", "1.6.1", 200_000_000)))
+    answer = ["done", plan]
     monkeypatch.setattr(installer, "planTraining", lambda *answers: FakeJob(answers, *answer))
-    installed: list[str] = []
+    installed: list[Plan] = []
 
-    def install(plan: str, *answers: Any) -> Any:
+    def install(plan: Plan, *answers: Any) -> Any:
         installed.append(plan)
         python["X"] = "1"
         return FakeJob(answers, "done", None)
@@ -307,16 +309,25 @@ def test_what_is_missing_is_asked_for_with_its_size_and_installed(panel: Any, da
     p.section._install.end()
     p.section._install.end()
     assert len(seen) == 1
-    assert installed == ["lightning and monai (212 MB)"] and "212 MB" in str(p.gui.dialogs.shown) and p.section.job.running
+    assert installed == [plan] and "212 MB" in str(p.gui.dialogs.shown) and p.section.job.running
 
-    answer[:] = ["failed", "The network is not reached; try again."]
+    answer[:] = ["done", Plan((Package("lightning", ""),), False, "No network, or choose a folder of wheels.")]
+    offered: list[str] = []
+    monkeypatch.setattr(installer, "askForTorchWheels", lambda problem, title: offered.append(problem) or len(offered) == 1)
     python.clear()
     retraining.change(p.section.job.folder, state="failed", text="Out of memory; train with smaller patches.")
     p.look()
     assert p.ui.jobMessage.text == "Out of memory; train with smaller patches."
     p.gui.click(p.ui.trainButton)
     p.section._install.end()
-    assert p.ui.trainMessage.text == "The network is not reached; try again."
+    assert p.section._install is not None  # is planned again, from the folder that was chosen
+    p.section._install.end()
+    assert offered == 2 * ["No network, or choose a folder of wheels."] == 2 * [p.ui.trainMessage.text] and p.section._install is None
+
+    answer[:] = ["failed", "The folder lacks monai; put it there."]
+    p.gui.click(p.ui.trainButton)
+    p.section._install.end()
+    assert p.ui.trainMessage.text == "The folder lacks monai; put it there."
 
 
 def test_pytorch_stays_as_it_is_while_a_training_needs_it_and_the_other_way_round(
@@ -324,7 +335,7 @@ def test_pytorch_stays_as_it_is_while_a_training_needs_it_and_the_other_way_roun
 ) -> None:
     from UNetSegmentationPanel import installer
 
-    monkeypatch.setattr(installer, "planTraining", lambda *answers: FakeJob(answers, "done", "monai (9 MB)"))
+    monkeypatch.setattr(installer, "planTraining", lambda *answers: FakeJob(answers, "done", Plan((Package("monai", "1.6.1", 9_000_000),))))
     monkeypatch.setattr(installer, "planTorch", lambda *answers: FakeJob(answers, "failed", "No network; try again."))
     launched(monkeypatch, {})
     p = panel(dataset)

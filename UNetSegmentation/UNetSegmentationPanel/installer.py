@@ -118,11 +118,16 @@ def _plan(wanted: Sequence[str], parent: Any, ask: Callable[[str], bool]) -> tup
         if slicer.app.testingEnabled():
             raise UserError(problem)
         asked = True
-        if not ask(_("{problem} Choose a folder of wheels now?").format(problem=problem)):
-            return None
-        folder = str(qt.QFileDialog.getExistingDirectory(parent, _("Folder of wheels"), folder or str(Path.home())) or "")
+        folder = _askForFolder(problem, folder, parent, ask)
         if not folder:
             return None
+
+
+def _askForFolder(problem: str, former: str, parent: Any, ask: Callable[[str], bool]) -> str:
+    """Another folder of wheels than the former one; "" where the person gave up."""
+    if not ask(_("{problem} Choose a folder of wheels now?").format(problem=problem)):
+        return ""
+    return str(qt.QFileDialog.getExistingDirectory(parent, _("Folder of wheels"), former or str(Path.home())) or "")
 
 
 def _lookUp(wanted: Sequence[str], parent: Any) -> Plan | None:
@@ -423,7 +428,25 @@ def installTraining(
 def _torchWheels() -> str | None:
     """The wheel folder, where it was meant for PyTorch too."""
     folder = wheelFolder()
-    return folder if folder and any(Path(folder).glob("torch-*.whl")) else None
+    return folder if folder and _hasTorch(folder) else None
+
+
+def _hasTorch(folder: str) -> bool:
+    return any(Path(folder).glob("torch-*.whl"))
+
+
+def askForTorchWheels(problem: str, title: str) -> bool:
+    """Whether a wheel folder with PyTorch was chosen, since nothing can be fetched (`problem`): then all is to be planned again."""
+    folder = wheelFolder()
+    while not slicer.app.testingEnabled():
+        folder = _askForFolder(problem, folder, None, functools.partial(slicer.util.confirmOkCancelDisplay, windowTitle=title))
+        if not folder:
+            break
+        if _hasTorch(folder):
+            setWheelFolder(folder)
+            return True
+        problem = _("The wheel folder {folder} has no wheel of torch.").format(folder=folder)
+    return False
 
 
 def _removeHalfMade(python: str) -> environment.Steps:

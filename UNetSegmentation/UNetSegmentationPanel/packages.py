@@ -100,7 +100,7 @@ class TorchRow:
         else:
             again = self._askAgain(own.reason) if own.status == "broken" else True
             if again:
-                self._start(_("Looking up what PyTorch needs …"), installer.planTorch, self._onPlan)
+                self._plan()
             elif again is False:
                 self._remove()
 
@@ -133,10 +133,21 @@ class TorchRow:
         self.show()
         self._changed()  # nothing else may need PyTorch meanwhile
 
+    def _plan(self) -> None:
+        from . import installer
+
+        self._start(_("Looking up what PyTorch needs …"), installer.planTorch, self._onPlan)
+
     def _onPlan(self, plan: Any) -> None:
         from . import installer
 
         # The job that is over is kept during the question, so that nobody else begins meanwhile.
+        if plan.offline:
+            chosen = not self._closed and installer.askForTorchWheels(plan.problem, "PyTorch")
+            self._onEnd("" if chosen else plan.problem)
+            if chosen and not self._closed:
+                self._plan()
+            return
         question = _("Download and install {what}? It gets a folder of its own; nothing of Slicer's Python changes.").format(what=plan)
         if self._closed or not slicer.util.confirmOkCancelDisplay(question, windowTitle="PyTorch") or self._held:
             self._onEnd(self._held)

@@ -403,6 +403,12 @@ class RetrainSection(VTKObservationMixin):
         from . import installer
 
         # The job that is over is kept during the question, so that nobody else begins meanwhile.
+        if plan.offline:
+            chosen = not self._closed and installer.askForTorchWheels(plan.problem, _("Retrain"))
+            self._onInstallEnd("" if chosen else plan.problem)
+            if chosen and not self._closed:
+                self._plan()
+            return
         question = _("To train, {what} must be downloaded and installed, in a folder of its own. Do it now?").format(what=plan)
         if self._closed or not slicer.util.confirmOkCancelDisplay(question, windowTitle=_("Retrain")):
             self._onInstallEnd(_("Nothing was installed, so nothing was trained."))
