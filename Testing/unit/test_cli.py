@@ -652,7 +652,9 @@ def test_version_and_help(unetseg):
 
 def test_models_lists_good_ones_and_names_broken_ones(here, unetseg, models_folder):
     models_folder.mkdir()
-    model = here.package(name="mine", labels=[{"value": 1, "name": "lung [left]"}], metrics={"dice": {"lung": 0.912, "odd": "high"}})
+    licence = "CC BY 4.0. Trained on the chest CT of a hospital with a name that is too long for a column."
+    of = {"licence": licence, "metrics": {"dice": {"lung": 0.912, "odd": "high"}}}
+    model = here.package(name="mine", labels=[{"value": 1, "name": "lung [left]"}], **of)
     (models_folder / model.path.name).write_bytes(model.path.read_bytes())
     odd = here.package(name="odd", metrics={"dice": 0.8})
     (models_folder / odd.path.name).write_bytes(odd.path.read_bytes())
@@ -662,7 +664,8 @@ def test_models_lists_good_ones_and_names_broken_ones(here, unetseg, models_fold
     assert code == 0 and cards["mine"] == model.card.data and "odd" in cards
     assert len(err.splitlines()) == 1 and "broken-1.0.0.unet.zip is damaged" in err
     code, out, err = unetseg("models")
-    assert code == 0 and "mine" in out and "0.912" in out and "[left]" in out and "broken" in err
+    assert code == 0 and "lung 0.912" in out and "[left]" in out and "broken" in err
+    assert licence in " ".join(out.split()) and "automatic, 3D" in out and "…" not in out
 
 
 def test_models_are_used_by_their_names(here, unetseg, models_folder):

@@ -477,21 +477,23 @@ def _app() -> Any:
         if as_json:
             print(json.dumps([card.data for _, card in cards], indent=2))
         else:
-            table = Table(caption=escape(f"imported models: {user_models_folder()}"))
-            for name in ("model", "task", "segments", "size", "measured Dice", "licence"):
-                table.add_column(name, no_wrap=name in ("model", "size"))
+            table, console = Table(), Console()
+            for name in ("model", "task", "size", "segments, measured Dice"):
+                table.add_column(name, no_wrap=name in ("model", "task", "size"), overflow="fold")
             for path, card in cards:
                 scores = card.data.get("metrics", {}).get("dice")
                 numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float))} if isinstance(scores, dict) else {}
+                names = dict.fromkeys((*(label.name for label in card.labels), *numbers))
                 table.add_row(
                     f"{card.name} {card.version}",
                     f"{card.data['task']}, {card.dimensions}D",
-                    escape(", ".join(label.name for label in card.labels)),
                     f"{path.stat().st_size / 1e6:.1f} MB",
-                    escape(", ".join(f"{k} {v:.3f}" for k, v in numbers.items()) or "-"),
-                    escape(card.data["licence"]),
+                    escape("\n".join(f"{name} {numbers[name]:.3f}" if name in numbers else name for name in names)),
                 )
-            Console().print(table)
+            console.print(table)
+            for _, card in cards:
+                console.print(escape(f"{card.name} {card.version}: {card.data['licence']}"), highlight=False)
+            console.print(escape(f"Imported models: {user_models_folder()}"), highlight=False)
         for text in broken:
             print(f"unetseg: {text}", file=sys.stderr)
 
