@@ -175,7 +175,7 @@ def _app() -> Any:
         json_file: Annotated[str | None, typer.Option("--json", help="Also write all findings as JSON here; - for stdout.")] = None,
         picture: Annotated[Path | None, typer.Option(help="Also draw the worst cases here (.png).")] = None,
     ) -> None:
-        """Look for what spoils a training: masks that do not fit, empty or unknown labels, duplicates, leaks, outliers."""
+        """Look for what spoils a training. Masks that do not fit, empty or unknown labels, duplicates, leaks and outliers are named."""
         from .check import run as check_run
 
         how: dict[str, Any] = {"patient": patient, "only": only or [], "foreground": foreground, "channels": channel or []}
@@ -197,7 +197,7 @@ def _app() -> Any:
         base: Annotated[str | None, typer.Option(help="A model package to fine-tune from, by name or file.")] = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plan that is there.")] = False,
     ) -> None:
-        """Choose spacing, patch, network and training for a dataset on this machine: config.yaml, and plan.md with the reasons."""
+        """Choose spacing, patch, network and training for a dataset. For this machine: config.yaml, and plan.md with the reasons."""
         how = {"layout": layout, "patient": patient, "only": only or [], "foreground": foreground, "channels": channel or []}
         _plan(data, output, quick, minutes, how, base, overwrite)
 
@@ -243,7 +243,7 @@ def _app() -> Any:
         folder: Annotated[Path, leaf_argument],
         data: Annotated[str | None, typer.Option(help="Another dataset to score, all of it; else the fold's held-out cases.")] = None,
     ) -> None:
-        """Score held-out cases through the path that the program uses: metrics.csv, metrics.json, report.html."""
+        """Score held-out cases on the path that the program uses. Writes metrics.csv, metrics.json and report.html."""
         from . import clicks, metrics, report
         from .train import LiveEngine, live_package, load_run, weights_hash
 
@@ -270,7 +270,7 @@ def _app() -> Any:
 
     @app.command()
     def report(folder: Annotated[Path, leaf_argument]) -> None:
-        """Write report.html: curves, a table of the cases, the worst as pictures."""
+        """Write report.html: curves, all cases, the worst as pictures."""
         from .report import write
 
         print(f"wrote {write(folder)}")
@@ -283,7 +283,7 @@ def _app() -> Any:
             str | None, typer.Option(help="The package that it was fine-tuned from, for its lineage. Default: as finetune noted.")
         ] = None,
     ) -> None:
-        """Make a model package, after ONNX and PyTorch agreed on held-out cases."""
+        """Make a model package. ONNX and PyTorch must agree on held-out cases before."""
         import json
 
         from UNetSegmentationLib.model import find_model
@@ -330,7 +330,7 @@ def _app() -> Any:
         resume: Annotated[bool, typer.Option("--resume", help="With -o: go on where it was stopped or killed.")] = False,
         layout: Annotated[str | None, layout_option] = None,
     ) -> None:
-        """Go on from a model package with other cases, labels, channels or spacing.
+        """Fine-tune a model on other cases, labels, channels or spacing.
 
         It trains, scores the new model and its base on held-out cases, says whether it got better, and makes a package. Ctrl-C
         keeps the best so far.
@@ -407,7 +407,7 @@ def _app() -> Any:
 
     @app.command()
     def stop(job: Annotated[Path, job_argument]) -> None:
-        """End a retraining that runs on its own; the best so far becomes a package."""
+        """End a retraining that runs on its own. The best so far becomes a package."""
         from UNetSegmentationLib import training
 
         training.stop(training.read(job))
