@@ -118,6 +118,8 @@ def test_a_second_channel_and_a_third_label(command, base, tmp_path):
         (("-o", "{tmp}/x"), "needs a model to start from"),
         (("--from", "{base}", "-o", "{tmp}/x", "--fold", "all"), "one fold with one seed at a time"),
         (("--from", "{base}", "--replay", "{data}"), "go with -o RUN"),
+        (("--from", "{base}", "--fold", "1"), "go with -o RUN"),
+        (("--from", "{base}", "-o", "{tmp}/x", "--device", "cpu"), "do not go with -o RUN"),
         (("--from", "{base}", "-o", "{tmp}/x", "--quick", "--freeze", "head"), "no layer 'head' to freeze"),
     ],
 )

@@ -325,8 +325,8 @@ def _app() -> Any:
         freeze: Annotated[list[str] | None, typer.Option(help="With -o: layers to keep, e.g. encoder; several times.")] = None,
         replay: Annotated[str | None, typer.Option(help="With -o: the base model's own dataset, to train on as well.")] = None,
         share: Annotated[float, typer.Option(help="With -o: part of the patches that come from it.", min=0, max=1)] = 0.25,
-        fold: Annotated[str, fold_option] = "0",
-        seed: Annotated[str, seed_option] = "0",
+        fold: Annotated[str, typer.Option(help="With -o: the fold, 0, 1, ..., or split (the dataset's own).")] = "0",
+        seed: Annotated[str, typer.Option(help="With -o: the seed.")] = "0",
         resume: Annotated[bool, typer.Option("--resume", help="With -o: go on where it was stopped or killed.")] = False,
         layout: Annotated[str | None, layout_option] = None,
     ) -> None:
@@ -336,10 +336,12 @@ def _app() -> Any:
         keeps the best so far.
         """
         if output is None:
-            if freeze or replay or resume or layout:
-                raise UserError("--freeze, --replay, --resume and --layout go with -o RUN; give it, or leave them out.")
+            if freeze or replay or resume or layout or (fold, seed) != ("0", "0"):
+                raise UserError("--freeze, --replay, --fold, --seed, --resume and --layout go with -o RUN; give it, or leave them out.")
             _retrain(data, base, quick is not False, minutes, device, name, job, detach)
             return
+        if name or job or detach or device != "auto":
+            raise UserError("--device, --name, --job and --detach do not go with -o RUN; leave either out.")
         if base is None:
             raise UserError("finetune needs a model to start from; name one with --from, or use plan and fit.")
         from UNetSegmentationLib.model import find_model
