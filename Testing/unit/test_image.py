@@ -1,16 +1,21 @@
 """Images: files in and out, orientation, resampling, boxes; every voxel stays where it was in the patient."""
 
 import contextlib
+import ctypes
 import gzip
 import itertools
 import math
+import os
 import shutil
 import struct
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from UNetSegmentationLib import files
 from UNetSegmentationLib.files import atomic_path, check_writable
 from UNetSegmentationLib.image import (
     Box,
@@ -937,6 +942,53 @@ def test_check_writable_leaves_no_trace(tmp_path):
         with pytest.raises(UserError, match="cannot be written"):
             check_writable(path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_windows_lets_nobody_write_to_is_refused_at_once(tmp_path, monkeypatch):
+    tries = []
+
+    def refuse(path, *_unused):
+        tries.append(path)
+        raise PermissionError(13, "Permission denied")
+
+    windows = SimpleNamespace(**{**vars(os), "name": "nt", "open": refuse})
+    monkeypatch.setattr(files, "os", windows)
+    monkeypatch.setattr(tempfile, "_os", windows)
+    monkeypatch.setattr(tempfile, "TMP_MAX", 50)  # of 2**31 - 1
+    with pytest.raises(UserError, match="cannot be written .Permission denied.; choose a folder"), atomic_path(tmp_path / "a.csv"):
+        pass
+    with pytest.raises(UserError, match="cannot be written; choose a file name in a folder that you may write to"):
+        check_writable(tmp_path / "a.nrrd")
+    assert len(tries) == 2
+
+
+@pytest.mark.parametrize(("patience", "whole"), [(1.0, False), (60.0, True)])
+def test_a_file_that_windows_holds_is_waited_for(tmp_path, monkeypatch, patience, whole):
+    clock = [0.0]
+    replace = Path.replace
+
+    def held(self, target):
+        if clock[0] < 20:
+            raise PermissionError(13, "Access is denied")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", held)
+    monkeypatch.setattr(files, "os", SimpleNamespace(**{**vars(os), "name": "nt"}))
+    waiting = SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s))
+    monkeypatch.setattr(files, "time", waiting)
+    with contextlib.nullcontext() if whole else pytest.raises(UserError, match="cannot be written"):
+        with atomic_path(tmp_path / "a", patience) as temporary:
+            temporary.write_text("new")
+    assert (tmp_path / "a").exists() == whole and clock[0] < patience + 1
+
+
+def test_what_works_in_the_background_has_a_lower_priority_on_windows_too(monkeypatch):
+    said = []
+    kernel = SimpleNamespace(SetPriorityClass=lambda process, priority: said.append((process.value, priority)))
+    monkeypatch.setattr(files, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr("ctypes.WinDLL", lambda name: kernel, raising=False)
+    files.stand_back()
+    assert said == [(ctypes.c_void_p(-1).value, 0x4000)]
 
 
 def test_a_drive_that_is_not_there_is_a_sentence(monkeypatch):

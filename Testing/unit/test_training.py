@@ -151,6 +151,17 @@ def test_on_windows_it_leaves_slicers_job_and_opens_no_window(tmp_path, monkeypa
     assert flags == ([0x09000200] if allowed else [0x09000200, 0x08000200])  # never 8, DETACHED_PROCESS
 
 
+def test_the_process_of_a_training_stands_back_on_every_system(tmp_path, monkeypatch):
+    from unetseg_training import __main__ as process
+
+    done = []
+    monkeypatch.setattr(sys, "argv", ["unetseg_training", str(tmp_path)])
+    monkeypatch.setattr(training, "claim", lambda folder: True)
+    monkeypatch.setattr(files, "stand_back", done.append)
+    monkeypatch.setitem(sys.modules, "unetseg_training.retrain", SimpleNamespace(run=lambda folder: done.append(folder) or 0))
+    assert process.main() == 0 and done == [5, tmp_path]
+
+
 def test_a_killed_job_is_lost_and_resumed(dataset):
     job = wait(start(dataset), lambda j: j.state == "training")
     os.kill(job.pid, signal.SIGKILL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +42,16 @@ def child_options(apart: bool = False, breakaway: bool = False) -> dict[str, Any
     return {"creationflags": 0x08000000 | apart * 0x00000200 | breakaway * 0x01000000}
 
 
+def stand_back(by: int = 10) -> None:
+    """Give this process, and what it starts, a lower priority: what the person does meanwhile comes first. by: of nice."""
+    if sys.platform == "win32":
+        import ctypes
+
+        ctypes.WinDLL("kernel32").SetPriorityClass(ctypes.c_void_p(-1), 0x4000)  # this process, BELOW_NORMAL_PRIORITY_CLASS
+    else:
+        os.nice(by)
+
+
 _ESCAPED = "escaped:"
 
 
@@ -60,6 +70,19 @@ def _target(path: str | Path) -> Path:
     return Path(os.path.realpath(path) if os.path.islink(path) else path)
 
 
+def _new_beside(target: Path) -> Path:
+    """An empty file under a name of its own in the target's folder.
+
+    Not by tempfile, which on Windows takes a folder that may not be written to for one where the name is taken, and up to Python
+    3.12 tries two billion others.
+    """
+    # ITK knows its formats by suffixes in lower case, and would write X.MHA beside the name that it was given. The name's
+    # end is enough: a name that just fits (255 bytes, on Windows 259 characters of the path) would not fit any more.
+    path = target.absolute().parent / f".unetseg-{os.urandom(4).hex()}-{target.name.lower()[-16:]}"
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    return path
+
+
 def check_writable(path: str | Path) -> None:
     """Refuse a name that could not be written to, before the person waits for a result. Leaves no trace."""
     target = _target(path)
@@ -68,6 +91,10 @@ def check_writable(path: str | Path) -> None:
         while not place.exists() and place != place.parent:
             place = place.parent
         bad = target.is_dir() or not place.is_dir() or not os.access(place, os.W_OK) or (target.exists() and not os.access(target, os.W_OK))
+        if not bad and place == target.absolute().parent:  # by trying it: Windows' access rights say too little
+            probe = _new_beside(target)
+            with suppress(OSError):
+                probe.unlink()
     except OSError:  # a folder that may not even be looked into, or a name that is too long
         bad = True
     if bad:
@@ -83,36 +110,35 @@ def check_text(path: str | Path) -> None:
         raise UserError(f"{shown} has a name that is not UTF-8, as those of old archives; rename it.") from None
 
 
-def move_file(path: Path, to: Path) -> None:
-    """os.replace(), which on Windows fails while another program reads one of the files or looks it over: within a second."""
-    for left in reversed(range(20)):
+def move_file(path: Path, to: Path, patience: float = 1.0) -> None:
+    """os.replace(), also of a folder, which on Windows fails while another program reads one of the files or looks it over: that is
+    waited for, `patience` seconds."""
+    until = time.monotonic() + patience
+    while True:
         try:
             path.replace(to)
             return
         except PermissionError:
-            if os.name != "nt" or not left:
+            if os.name != "nt" or time.monotonic() > until:
                 raise
             time.sleep(0.05)
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, moved to it only when the block ends well, so that no half file is ever left."""
+def atomic_path(path: str | Path, patience: float = 1.0) -> Iterator[Path]:
+    """A temporary name beside `path`, moved to it only when the block ends well, so that no half file is ever left. patience: of
+    move_file()."""
     target = _target(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # ITK knows its formats by suffixes in lower case, and would write X.MHA beside the name that it was given. The name's
-        # end is enough: a name that just fits (255 bytes, on Windows 259 characters of the path) would not fit any more.
-        handle, name = tempfile.mkstemp(prefix=".unetseg-", suffix="-" + target.name.lower()[-16:], dir=target.parent)
-        os.close(handle)
+        temporary = _new_beside(target)
     except OSError as e:
         raise UserError(f"{path} cannot be written ({e.strerror or e}); choose a folder that you may write to.") from e
-    temporary = Path(name)
     try:
         yield temporary
         with suppress(OSError):  # some network shares know no rights
             temporary.chmod(target.stat().st_mode & 0o777 | 0o200 if target.exists() else 0o666 & ~_UMASK)
-        move_file(temporary, target)
+        move_file(temporary, target, patience)
     except OSError as e:
         raise UserError(f"{path} cannot be written ({e.strerror or e}); check the disk's space and your rights.") from e
     finally:

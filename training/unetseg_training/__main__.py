@@ -1,6 +1,5 @@
 """python -m unetseg_training FOLDER: the process of a job that UNetSegmentationLib.training.start() has made."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,8 +12,7 @@ def main() -> int:
     if not training.claim(folder):
         return 0  # another process has it
     try:
-        if sys.platform != "win32":
-            os.nice(5)  # what the person does meanwhile comes first
+        files.stand_back(5)
         from .retrain import run
     except ImportError as e:
         name = (getattr(e, "name", None) or "").split(".")[0]

@@ -517,8 +517,9 @@ def rate(fit: Fit, step: int) -> float:
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:
-    """All or nothing, on the disk itself before the name changes."""
-    with atomic_path(path) as temporary, temporary.open("wb") as f:
+    """All or nothing, on the disk itself before the name changes. A virus scanner may be longer at a checkpoint than at other files,
+    and a night's training is not to end for it."""
+    with atomic_path(path, patience=60.0) as temporary, temporary.open("wb") as f:
         f.write(content)
         f.flush()
         os.fsync(f.fileno())

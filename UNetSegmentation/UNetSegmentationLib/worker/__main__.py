@@ -6,6 +6,8 @@ import json
 import os
 import sys
 
+from ..files import stand_back, unescape_arguments
+
 
 def main() -> int:
     # Only the protocol may use the real stdin and stdout: what libraries print goes to stderr, from their import on.
@@ -20,10 +22,9 @@ def main() -> int:
     os.write(sink, b'\n{"event":"starting","pid":%d}\n' % os.getpid())
     desk = sys.argv[3:] == ["desk"]
     if sys.argv[3:] == ["background"] or desk:
-        _stand_back()  # before there are threads, which inherit it
+        stand_back()  # before there are threads, which inherit it
     try:
         from ..environment import activate
-        from ..files import unescape_arguments
 
         activate()
         if desk:
@@ -37,15 +38,6 @@ def main() -> int:
         os.write(sink, b"\n" + json.dumps({"event": "error", "id": None, "kind": "user", "error": text}).encode() + b"\n")
         return 1
     return serve(source, sink, unescape_arguments(sys.argv[1:]))
-
-
-def _stand_back() -> None:
-    if sys.platform == "win32":
-        import ctypes
-
-        ctypes.WinDLL("kernel32").SetPriorityClass(ctypes.c_void_p(-1), 0x4000)  # this process, BELOW_NORMAL_PRIORITY_CLASS
-    else:
-        os.nice(10)
 
 
 if __name__ == "__main__":
