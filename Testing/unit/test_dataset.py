@@ -765,6 +765,24 @@ def test_itksnap_takes_the_label_descriptions(filled, tmp_path):
     assert len(list((folder / "images").iterdir())) == len(list((folder / "labels").iterdir())) == 6
 
 
+def test_an_export_whose_files_windows_looks_over_is_moved_then(filled, tmp_path, busy_file):
+    folder = filled.export(tmp_path / "monai", "monai")
+    assert (folder / "datalist.json").is_file() and busy_file == [folder] * 3
+
+
+def test_names_that_differ_in_case_alone_are_one_to_windows_and_macos(dataset):
+    dataset.add(scan(0), outline(), name="P1")
+    with pytest.raises(UserError, match="There is a case P1 already, the same name to Windows and macOS; choose another, or update"):
+        dataset.add(scan(1), outline(), name="p1")
+    dataset.remove("P1", erase=True)
+    added = dataset.add(scan(1), outline(), name="p1")
+    former, version = dataset.folder / "cases" / "P1", added.label.parent
+    if not former.samefile(version.parent):
+        former.rmdir()
+        version.parent.rename(former)
+    assert dataset.clean(age=0) == [] and (former / version.name / "label.nii.gz").is_file()
+
+
 def test_an_export_is_whole_or_not_there(filled, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()

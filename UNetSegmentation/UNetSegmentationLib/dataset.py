@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import numpy as np
 import SimpleITK as sitk
 
-from .files import UserError, atomic_path, check_text, counted
+from .files import UserError, atomic_path, check_text, counted, move_file
 from .image import Image, check_geometry, read_image, to_sitk, write_image
 from .model import DEFAULT_COLORS, Label, label_key
 from .postprocess import slabs, voxel_counts
@@ -766,6 +766,8 @@ class Dataset:
             same = case["versions"][-1]["voxels"] == digest
             if same and name != key:
                 raise UserError(f"This image is already there as {name}; add it under that name to update it, or remove {name} first.")
+            if key not in data["cases"] and name.casefold() == key.casefold():
+                raise UserError(f"There is a case {name} already, the same name to Windows and macOS; choose another, or update that one.")
             if not same and name == key and "image" not in allow:
                 raise Objection(f"The case {key} has another image; choose another name, or allow its image to be replaced.", "image")
 
@@ -1003,8 +1005,9 @@ class Dataset:
     def _orphans(self, age: float) -> list[Path]:
         """What no index names and is older than `age` seconds."""
         cases = [*self._data["cases"].values(), *self._data.get("removed", {}).values()]
-        named = {str(PurePosixPath(f).parent) for case in cases for version in case["versions"] for f in version["files"]}
-        found = [p for p in self.folder.glob(f"{CASES}/*/*") if p.relative_to(self.folder).as_posix() not in named]
+        # By the name of a version's folder, which is like no other: where case means nothing, P1 and p1 share theirs.
+        named = {PurePosixPath(f).parent.name for case in cases for version in case["versions"] for f in version["files"]}
+        found = [p for p in self.folder.glob(f"{CASES}/*/*") if p.name not in named]
         for pattern in (".unetseg-*", ".clock-*", ".grave-*"):
             found += self.folder.glob(pattern)
         now = time.time()
@@ -1050,7 +1053,7 @@ class Dataset:
                 {"nnunet": self._export_nnunet, "monai": self._export_monai, "itksnap": self._export_itksnap}[kind](making)
                 if target.is_dir():
                     target.rmdir()
-                making.rename(target)
+                move_file(making, target)
             except BaseException:
                 shutil.rmtree(making, ignore_errors=True)
                 raise
