@@ -452,6 +452,31 @@ def test_killed_while_segmenting_the_next_goes_on_and_nothing_is_half_there(work
     assert set(work.folder.glob("worklist/*/*")) == named and all(m.is_file() for m in named)
 
 
+def test_a_result_that_windows_holds_stops_nothing_and_goes_later(work, make_package, monkeypatch):
+    one, other = make_package(), make_package(name="other")
+    work.choose_models([one])
+    former = work.segment([one], ANNA, ONNX).mask
+    work.choose_models([other])
+    unlink = Path.unlink
+
+    def held(self, missing_ok=False):
+        if self == former:
+            raise PermissionError(13, "The process cannot access the file")
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", held)
+        for _ in range(4):
+            assert work.segment([other], ANNA, ONNX).status == "segmented"
+    named = work.scans["s0"].mask
+    shared = named.parent.with_name("S0")  # the folder of a scan S0, where case means nothing
+    named.parent.rename(shared)
+    for path in shared.iterdir():
+        os.utime(path, (0, 0))
+    work.clean()
+    assert [p.name for p in shared.iterdir()] == [named.name]
+
+
 def test_cancelled_the_scan_is_free_again(work, make_package):
     package = make_package()
     work.choose_models([package])

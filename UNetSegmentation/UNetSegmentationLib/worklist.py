@@ -136,7 +136,7 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
             try:
                 lines = path.read_text("utf-8-sig").splitlines()
             except (OSError, UnicodeDecodeError) as e:
-                raise UserError(f"{path} cannot be read as a list of scans; save it as text with one scan on each line.") from e
+                raise UserError(f"{path} cannot be read as a list of scans; save it as UTF-8 text with one scan on each line.") from e
             for number, line in enumerate(lines, 1):
                 if line.strip() and not line.lstrip().startswith("#"):
                     files = tuple((path.parent / part.strip().strip('"')).absolute() for part in re.split(r"[,\t]", line) if part.strip())
@@ -603,7 +603,8 @@ class WorkList:
 
         try:
             for file in self._commit(enter):
-                (self.folder / file).unlink(missing_ok=True)
+                with suppress(OSError):  # Windows, while another program reads it; clean() removes it later
+                    (self.folder / file).unlink(missing_ok=True)
         except BaseException:
             if result.get("mask") and not self._is_named(result["mask"]):
                 (self.folder / result["mask"]).unlink(missing_ok=True)
@@ -658,10 +659,11 @@ class WorkList:
     def clean(self) -> None:
         """Remove what killed programs left: results that the list does not name and that are older than a day."""
         self.refresh()
-        named = {r.get("mask") for r in self._data["scans"].values()}
+        # By the file's own name, which is like no other: where case means nothing, CT and ct share a folder.
+        named = {PurePosixPath(mask).name for r in self._data["scans"].values() if (mask := r.get("mask"))}
         with reached(self.folder):
             for path in self.folder.glob(f"{RESULTS}/*/*"):
-                if path.relative_to(self.folder).as_posix() not in named and time.time() - path.stat().st_mtime > 24 * 3600:
+                if path.name not in named and time.time() - path.stat().st_mtime > 24 * 3600:
                     path.unlink(missing_ok=True)
             for empty in self.folder.glob(f"{RESULTS}/*"):
                 if empty.is_dir() and not any(empty.iterdir()):
