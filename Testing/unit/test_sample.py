@@ -90,13 +90,17 @@ def test_pip_downloads_without_running_code(sdist, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script as launcher")
 def test_no_code_runs_behind_a_launcher_that_puts_its_packages_first(sdist, tmp_path, monkeypatch):
-    """PythonSlicer's does, with the true setuptools among them."""
+    """PythonSlicer's does, with the true setuptools among them; and it passes on ASCII only, whatever the user's name is."""
+    place = tmp_path / "Jörg 世界"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
     site = tmp_path / "site-packages"
     (site / "setuptools").mkdir(parents=True)
     (site / "setuptools" / "__init__.py").touch()
     (site / "setuptools" / "build_meta.py").write_text(f"raise SystemExit({MARK!r})")
     launcher = tmp_path / "PythonSlicer"
-    launcher.write_text(f'#!/bin/sh\nexport PYTHONPATH="{site}:$PYTHONPATH"\nexec "{sys.executable}" "$@"\n')
+    ascii_only = "printf %s \"$*\" | LC_ALL=C grep -q '[^ -~]' && exit 1"
+    launcher.write_text(f'#!/bin/sh\n{ascii_only}\nexport PYTHONPATH="{site}:$PYTHONPATH"\nexec "{sys.executable}" "$@"\n')
     launcher.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(launcher))
     monkeypatch.setenv("PIP_NO_INDEX", "1")

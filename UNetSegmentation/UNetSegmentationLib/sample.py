@@ -50,7 +50,7 @@ __legacy__ = Backend()
 # packages, and the true setuptools with them, before a PYTHONPATH that comes from outside.
 _PIP = """
 import os, runpy, sys
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.argv.pop(1), os.environ.get("PYTHONPATH"))))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.path.abspath("backend"), os.environ.get("PYTHONPATH"))))
 runpy.run_module("pip", run_name="__main__", alter_sys=True)
 """
 
@@ -76,7 +76,8 @@ def fetch_sample(folder: str | Path | None = None, progress: Callable[[float, st
         return paths
     check_writable(paths[missing[0]])
     named = os.environ.get("UNETSEG_SAMPLE_SDIST")
-    with tempfile.TemporaryDirectory(prefix="unetseg-sample-") as temporary:
+    # On Windows a virus scanner may hold what was downloaded beyond the end.
+    with tempfile.TemporaryDirectory(prefix="unetseg-sample-", ignore_cleanup_errors=True) as temporary:
         if named:
             sdist = Path(named).expanduser()
             if _sha256(sdist) != SDIST_SHA256:
@@ -104,18 +105,20 @@ def _digest(content: bytes) -> str:
 
 def _download(temporary: Path, place: Path) -> Path:
     """The verified source distribution in `temporary`, fetched by pip."""
-    backend = temporary / "backend"
-    (backend / "setuptools").mkdir(parents=True)
-    (backend / "setuptools" / "__init__.py").touch()
-    (backend / "setuptools" / "build_meta.py").write_text(_BACKEND, "utf-8")
-    wanted = temporary / "requirements.txt"
-    wanted.write_text(f"{SDIST.replace('-', '==')} --hash=sha256:{SDIST_SHA256}\n", "utf-8")
-    command = [sys.executable, "-c", _PIP, str(backend), "download", "--require-hashes", "--no-deps", "--no-binary", ":all:"]
+    setuptools = temporary / "backend" / "setuptools"
+    setuptools.mkdir(parents=True)
+    (setuptools / "__init__.py").touch()
+    (setuptools / "build_meta.py").write_text(_BACKEND, "utf-8")
+    (temporary / "requirements.txt").write_text(f"{SDIST.replace('-', '==')} --hash=sha256:{SDIST_SHA256}\n", "utf-8")
+    # In that folder, and without its name, which PythonSlicer's launcher passes on in ASCII only (see files.py).
+    command = [sys.executable, "-c", _PIP, "download", "-d", ".", "-r", "requirements.txt", "--require-hashes", "--no-deps"]
+    command += ["--no-binary", ":all:"]
     command += ["--no-build-isolation", "--no-input", "--disable-pip-version-check", "--retries", "2", "--timeout", "20", "-q"]
     # PIP_USE_PEP517 and not the option: pip before 23 needs it, and a pip that has dropped it ignores a variable.
     try:
         done = subprocess.run(
-            [*command, "-d", str(temporary), "-r", str(wanted)],
+            command,
+            cwd=temporary,
             env={**os.environ, "PIP_USE_PEP517": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -159,7 +159,7 @@ def _install(wanted: Sequence[str], pins: Sequence[str], folder: str, parent: An
     variables = {"PIP_ONLY_BINARY": ":all:"}
     if folder:
         variables |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": Path(folder).resolve().as_uri()}
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         constraints = Path(temporary, "constraints.txt").resolve()
         constraints.write_text("\n".join(pins), "utf-8")
         variables["PIP_CONSTRAINT"] = " ".join(filter(None, [os.environ.get("PIP_CONSTRAINT"), constraints.as_uri()]))
