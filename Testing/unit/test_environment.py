@@ -789,6 +789,11 @@ def test_links_and_folders_that_hold_more_are_not_removed(folder, tmp_path, monk
         assert not real.exists() and home.is_dir()
 
 
+def test_a_marker_that_windows_holds_for_a_moment_is_written_then(folder, busy_file):
+    environment._write_marker(folder, {"made_by": "UNetSegmentation", "state": "ready"})
+    assert environment._read_marker(folder)["state"] == "ready" and len(busy_file) == 3
+
+
 def test_a_removal_that_was_cut_off_can_be_finished(folder):
     environment._write_marker(folder, {"made_by": "UNetSegmentation", "state": "removing", "python": sys.executable})
     (folder / "packages").mkdir()

@@ -31,7 +31,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .files import child_options, escape_arguments, unescape_arguments
+from .files import child_options, escape_arguments, move_file, unescape_arguments
 
 # Slicer's own, of which 5.10 has builds that no index has: never installed into Slicer's Python, never removed from it.
 PROVIDED = frozenset({"numpy", "simpleitk"})
@@ -1178,7 +1178,7 @@ def _write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / (_MARKER + ".new")
         temporary.write_text(json.dumps(marker, indent=1), "utf-8")
-        os.replace(temporary, folder / _MARKER)
+        move_file(temporary, folder / _MARKER)
     except OSError as e:
         raise _error(f"The folder {folder} cannot be written ({e.strerror or e}); set UNETSEG_ENVIRONMENT to another.") from e
 
