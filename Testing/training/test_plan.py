@@ -10,6 +10,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("monai")
 
 from unetseg_training import config as c  # noqa: E402
+from unetseg_training import plan as module  # noqa: E402
 from unetseg_training.plan import Fingerprint, Machine, fingerprint, plan  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image  # noqa: E402
@@ -41,6 +42,16 @@ def cases(n=6, shape=(20, 24, 28), spacing=(1.0, 1.0, 1.0), labels=("a", "b"), c
 
 def of(case_set, machine=LAPTOP, **how):
     return plan(case_set, "some/My Data", machine=machine, measure=False, **how)
+
+
+def test_the_memory_of_windows_is_asked_for(monkeypatch):
+    def fill(status):
+        assert bytes(status)[:4] == (64).to_bytes(4, "little")
+        status[1] = 64 << 30
+
+    monkeypatch.setattr(module, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr("ctypes.WinDLL", lambda name: SimpleNamespace(GlobalMemoryStatusEx=fill), raising=False)
+    assert module._memory() == 64 << 30
 
 
 def test_files_say_what_and_why(tmp_path):

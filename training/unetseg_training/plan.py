@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -69,10 +70,16 @@ class Machine:
 
 def _memory() -> int:
     """Bytes of memory of this machine, or of the container that we run in."""
+    if sys.platform == "win32":
+        import ctypes
+
+        status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: its own size, then bytes of memory
+        ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(status)
+        return status[1] or 8 << 30
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return 8 << 30  # Windows has no sysconf; what a laptop has at least
+        return 8 << 30  # what a laptop has at least
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             total = min(total, int(Path(name).read_text()))

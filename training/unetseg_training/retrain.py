@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -425,7 +426,8 @@ def _checked(
     with atomic_path(card_path(package)) as temporary:
         temporary.write_text(markdown(package), "utf-8")
     for rest in (draft.path, card_path(draft)):
-        rest.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows, while a virus scanner looks at it
+            rest.unlink(missing_ok=True)
     metrics.write(folder, scored, summary)
     result = {
         "format": 1,
