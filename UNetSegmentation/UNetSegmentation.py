@@ -84,11 +84,15 @@ def loadSample(source: Any = None) -> list[Any]:
     from UNetSegmentationLib import UserError
     from UNetSegmentationLib.sample import fetch_sample
 
+    def say(_fraction: float, text: str) -> None:
+        slicer.util.showStatusMessage(text, 3000)
+        slicer.app.processEvents(qt.QEventLoop.ExcludeUserInputEvents)  # or nothing is to be seen until all is downloaded
+
     name = source.sampleName if source is not None else SAMPLES["lung1"]
     key = next(k for k, v in SAMPLES.items() if v == name)
     try:
         with slicer.util.WaitCursor():
-            paths = fetch_sample(progress=lambda _fraction, text: slicer.util.showStatusMessage(text, 3000))
+            paths = fetch_sample(progress=say)
     except UserError as e:
         slicer.util.errorDisplay(str(e), windowTitle=_("Sample data"))
         return []

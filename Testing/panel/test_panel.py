@@ -1263,3 +1263,23 @@ def test_the_self_test_passes_here_too(gui: Any) -> None:
 
     UNetSegmentationTest().runTest()
     assert gui.dialogs.texts("delay")[-1] == "Test passed"
+
+
+# --------------------------------------------------------------------------------------------------------------- the sample
+
+
+def test_the_download_of_the_sample_is_told_while_it_lasts(panel: Callable[[], Panel], monkeypatch: pytest.MonkeyPatch) -> None:
+    import qt
+    from UNetSegmentationLib import UserError, sample
+
+    gui, seen = panel().gui, []
+
+    def fetch(progress: Callable[[float, str], object]) -> dict[str, Path]:
+        qt.QTimer.singleShot(0, lambda: seen.append("painted"))
+        progress(0.0, "Downloading the sample scans (34 MB) ...")
+        assert seen == ["painted"]
+        raise UserError("The index cannot be reached; try again.")
+
+    monkeypatch.setattr(sample, "fetch_sample", fetch)
+    assert sys.modules["UNetSegmentation"].loadSample() == []
+    assert gui.dialogs.texts("error") == ["The index cannot be reached; try again."]
