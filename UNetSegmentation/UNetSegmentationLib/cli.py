@@ -355,6 +355,8 @@ def _app() -> Any:
     for name, part in parts.items():
         app.add_typer(part, name=name)
 
+    without = "Default: the image's name with .seg.nrrd, in the current folder."
+
     def version(value: bool) -> None:
         if value:
             print(__version__)
@@ -369,7 +371,8 @@ def _app() -> Any:
         images: Annotated[list[Path], typer.Argument(help="An image file or a DICOM folder; several for a model with several channels.")],
         model: Annotated[list[str], typer.Option("--model", "-m", help="A model's name or .unet.zip file; several are averaged.")],
         output: Annotated[
-            list[Path], typer.Option("--output", "-o", help=".seg.nrrd, .nii.gz, .nrrd, .mha, .dcm (DICOM SEG), .png; may be repeated.")
+            list[Path],
+            typer.Option("--output", "-o", help=f".seg.nrrd, .nii.gz, .nrrd, .mha, .dcm (DICOM SEG), .png; may be repeated. {without}"),
         ] = [],  # noqa: B006 - typer copies it
         roi: Annotated[
             str | None, typer.Option(help="Only this box: R0,R1,A0,A1,S0,S1 in mm RAS, or ijk:i0,i1,j0,j1,k0,k1 in voxels.")
@@ -430,7 +433,8 @@ def _app() -> Any:
         box: Annotated[str | None, typer.Option(help="A box about it: R0,R1,A0,A1,S0,S1 in mm RAS.")] = None,
         model: Annotated[str, typer.Option("--model", "-m", help="A click model's name or .unet.zip file.")] = CLICK_MODEL,
         output: Annotated[
-            list[Path], typer.Option("--output", "-o", help=".seg.nrrd, .nii.gz, .nrrd, .mha, .dcm (DICOM SEG); may be repeated.")
+            list[Path],
+            typer.Option("--output", "-o", help=f".seg.nrrd, .nii.gz, .nrrd, .mha, .dcm (DICOM SEG); may be repeated. {without}"),
         ] = [],  # noqa: B006
         engine: Annotated[str, typer.Option(help=f"auto, {', '.join(ENGINES)}.")] = "auto",
         device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")] = "auto",
