@@ -227,13 +227,15 @@ def test_models_are_listed_with_what_a_person_needs(panel: Any, install: Any, mo
 
 
 def test_details_show_the_card_and_run_nothing_of_it(panel: Any, install: Any) -> None:
-    evil = install(title="<img src=x>Toy", description="<script>alert(1)</script>", licence="<b>mine</b>. And more")
+    words = {"description": "<script>alert(1)</script>", "licence": "<b>mine</b>. And more", "limits": "Fails on children."}
+    evil = install(title="<img src=x>Toy", **words)
     p = panel()
     p.choose(evil)
     p.ui.detailsButton.click()
     assert p.ui.detailsBrowser.visible
     text = p.ui.detailsBrowser.toPlainText()
     assert "<img src=x>Toy" in text and "<script>alert(1)</script>" in text and "<b>mine</b>. And more" in text
+    assert "Fails on children" in text
     assert "<b>mine</b>" in p.ui.modelList.item(p.ui.modelList.count - 1).text()
     p.choose("lung-nodule-2d-1.1.0")
     text = p.ui.detailsBrowser.toPlainText()

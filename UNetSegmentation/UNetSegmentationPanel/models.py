@@ -223,6 +223,8 @@ def cardHtml(model: Model) -> str:
         (_("Segments"), text(", ".join(label.name for label in card.labels))),
         (_("Input"), text(", ".join(data["channels"]))),
         (_("Made for"), text(_("a box of about {mm:g} mm around one target").format(mm=size) if size else _("whole volumes"))),
+        (_("Intended use"), text(data.get("intended_use", ""))),
+        (_("Limits"), text(data.get("limits", ""))),
         (_("Measured"), measured or text(_("nothing is stated"))),
         (_("Trained on"), "<br>".join(text(v) for v in data.get("training_data", ())) or text(_("nothing is stated"))),
         (_("Licence"), text(data["licence"])),
