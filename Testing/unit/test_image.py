@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gzip
 import itertools
+import locale
 import math
 import os
 import shutil
@@ -24,6 +25,7 @@ from UNetSegmentationLib.image import (
     SeveralSeries,
     UserError,
     _check_complete,
+    _take_utf8_names,
     check_geometry,
     from_sitk,
     list_series,
@@ -893,6 +895,28 @@ def test_an_images_array_has_three_or_four_axes_and_like_checks_the_shape():
         Image(np.zeros((3, 3)))
     with pytest.raises(ValueError, match="does not fit"):
         Image(np.zeros((3, 3, 3))).like(np.zeros((3, 3, 4)))
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha", ".png", ".tif"])
+def test_names_hold_any_letter(tmp_path, suffix):
+    image = Image(volume("uint8", (1, 9, 9)))
+    path = tmp_path / "Jörg 世界" / f"Schädel ß{suffix}"
+    write_image(image, path)
+    assert np.array_equal(read_image(path).array, image.array) and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_on_windows_only_the_letters_of_the_locale_change(monkeypatch, known):
+    asked = []
+
+    def setlocale(category, name):
+        asked.append((category, name))
+        if not known:
+            raise locale.Error("unsupported locale setting")
+
+    monkeypatch.setattr(locale, "setlocale", setlocale)
+    _take_utf8_names()
+    assert asked == [(locale.LC_CTYPE, ".UTF8")]
 
 
 # -------------------------------------------------------------------------------------------------------- writing safely

@@ -7,12 +7,14 @@ Arrays are (z, y, x), or (c, z, y, x) with channels. Physical space is LPS in mm
 from __future__ import annotations
 
 import itertools
+import locale
 import math
 import mmap
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +30,17 @@ PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 # JPEG loses values, and on a full disk ends the process; of BMP half a file was left there, and nothing said.
 WRITTEN_SUFFIXES = (*VOLUME_SUFFIXES, ".png", ".tif", ".tiff")
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+
+
+def _take_utf8_names() -> None:
+    """SimpleITK names files in UTF-8, and ITK opens NIfTI, NRRD and pictures by Windows' C library, which takes that for the code
+    page of a user Jörg, and finds nothing, but in such a locale. (Slicer says so in its program's manifest, PythonSlicer does not.)"""
+    with suppress(locale.Error):  # Windows before 10, 1803
+        locale.setlocale(locale.LC_CTYPE, ".UTF8")  # and not LC_ALL, for which numbers may have a decimal comma
+
+
+if sys.platform == "win32":
+    _take_utf8_names()
 
 
 class SeveralSeries(UserError):
