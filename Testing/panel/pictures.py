@@ -137,10 +137,6 @@ def photograph_nodules(gui: Any, widget: Any, volume: Any, shoot: Any) -> None:
     shoot("nodules")
     shoot("nodules-narrow", NARROW)
     shoot("nodules-dark", dark=True)
-    section.tool.next()
-    section.tool.click((3.0, 3.0, 52.0))
-    settle()
-    shoot("nodules-nothing-found")
     earlier = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "CT of last year, nodules")
     earlier.SetReferenceImageGeometryParameterFromVolumeNode(volume)
     from mrml_scenes import add_segment
@@ -157,8 +153,12 @@ def photograph_nodules(gui: Any, widget: Any, volume: Any, shoot: Any) -> None:
     table.horizontalScrollBar().setValue(table.horizontalScrollBar().maximum)
     shoot("nodules-follow-up")
     shoot("nodules-follow-up-wide", 1100)
-    section.tool.disarm()
     settings.earlier = None
+    section.tool.next()
+    section.tool.click((3.0, 3.0, 52.0))
+    settle()
+    shoot("nodules-nothing-found")
+    section.tool.disarm()
     ui.runSection.collapsed = ui.modelSection.collapsed = ui.inputSection.collapsed = False
 
 
