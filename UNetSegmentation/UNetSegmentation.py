@@ -180,7 +180,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.controller.addListener(self._onRun)
         self.modelList = models.ModelList(self.ui, self._onModels)
         self.channelRows = inputs.ChannelRows(self.ui, self._onChannels)
-        self.torchRow = packages.TorchRow(self.ui, self._update)
+        self.torchRow = packages.TorchRow(self.ui, self._update, lambda: self.workList.leavePyTorch())
         self.nodules = nodules.NoduleSection(self.ui, root, self._keepChoice)
         self.trainingSet = trainingset.TrainingSetSection(self)
         self.workList = worklist.WorkListSection(self)

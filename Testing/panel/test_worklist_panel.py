@@ -494,6 +494,31 @@ def test_the_desk_may_be_killed_and_the_scan_stays_open(opened, gui, tmp_path):
     assert WorkList.open(tmp_path / "list").scan(name).status == "done"
 
 
+def test_the_desk_is_gone_before_pytorch_is_removed_and_comes_back(opened, gui, monkeypatch):
+    import qt
+    from UNetSegmentationPanel import installer
+
+    hands, seen = opened(), []
+    name, first = hands.next(), hands.section.desk.pid
+    assert first is not None
+
+    def remove(onDone, onError, onCancelled):
+        seen.append(hands.section.desk.running)
+        qt.QTimer.singleShot(0, lambda: onDone(None))
+
+    monkeypatch.setattr(installer, "removeTorch", remove)
+    hands.widget.torchRow._remove()
+    gui.wait(lambda: not hands.widget.torchRow.working, RUN_S)
+    assert seen == [False] and hands.case.name == name and not hands.ui.listMessageLabel.text
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.case.name != name)
+    assert hands.section.desk.pid != first
+    hands.section._onRefresh()
+    hands.widget.torchRow._remove()
+    assert hands.ui.listMessageLabel.text == "PyTorch is being removed, so the work list was interrupted; go on when that is done."
+    gui.wait(lambda: not hands.widget.torchRow.working, RUN_S)
+
+
 @POSIX
 def test_a_desk_that_was_killed_is_started_again_and_says_that_the_scan_is_taken(opened, gui, tmp_path, monkeypatch):
     from UNetSegmentationLib.worklist import WorkList

@@ -17,10 +17,11 @@ from . import closeWorker
 
 
 class TorchRow:
-    """changed() is called when PyTorch has come or gone. Nothing is looked up before show()."""
+    """changed() is called when PyTorch has come or gone, and leave() before it goes, beside closeWorker(), for all else that uses it.
+    Nothing is looked up before show()."""
 
-    def __init__(self, ui: Any, changed: Callable[[], None]) -> None:
-        self.ui, self._changed = ui, changed
+    def __init__(self, ui: Any, changed: Callable[[], None], leave: Callable[[], None]) -> None:
+        self.ui, self._changed, self._leave = ui, changed, leave
         self._job: Any = None
         self._said = self._held = ""
         self._tip = ui.torchButton.toolTip
@@ -120,6 +121,7 @@ class TorchRow:
         from . import installer
 
         closeWorker()
+        self._leave()
         self._said = _("Removing …")
         self._job = installer.removeTorch(lambda _result: self._onEnd(""), self._onEnd, lambda: self._onEnd(_("Cancelled.")))
         self._begun()

@@ -93,6 +93,14 @@ class Desk:
             remove_folder(self.folder)
             self.folder = None
 
+    def end(self, why: str) -> None:
+        """End it, within a second, as if it had died; why: the sentence for who waits. Whatever is asked next starts another."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait(1.0)
+            self._gone(why)
+
     def _start(self) -> None:
         if self._process is not None:
             return
@@ -154,6 +162,9 @@ class Desk:
         else:
             log = self._log.decode("utf-8", "replace")
             text = str(ending(code, process.program, log, self._pid is not None, process.launched))
+        self._gone(text)
+
+    def _gone(self, text: str) -> None:
         waiting, self._answers = self._answers, {}
         for _onAnswer, onError in waiting.values():
             onError(text)
@@ -322,6 +333,11 @@ class WorkListSection:
 
     def update(self) -> None:
         self.show()
+
+    def leavePyTorch(self) -> None:
+        """PyTorch is to be removed, and Windows removes no file that a process has loaded: the desk goes on with what is there then."""
+        working = self.segmenting or self.desk.waiting
+        self.desk.end(_("PyTorch is being removed, so the work list was interrupted; go on when that is done.") if working else "")
 
     # ------------------------------------------------------------------------------------------------------------ folder
 
