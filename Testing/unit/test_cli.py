@@ -749,8 +749,9 @@ def test_standard_output_that_is_full_is_one_sentence(here):
     one_sentence((result.returncode, "", result.stderr), "standard output cannot be read or written")
 
 
-def test_pack_makes_a_package_that_segments(here, unetseg, toy_card, toy_onnx, tmp_path):
-    (tmp_path / "card.json").write_text(json.dumps(toy_card(name="packed")), "utf-8")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_pack_makes_a_package_that_segments(here, unetseg, toy_card, toy_onnx, tmp_path, encoding):
+    (tmp_path / "card.json").write_text(json.dumps(toy_card(name="packed")), encoding)
     (tmp_path / "net.onnx").write_bytes(toy_onnx("threshold", toy_card()))
     target = here.out / f"packed-1.0.0{SUFFIX}"
     code, out, err = unetseg("model", "pack", tmp_path / "net.onnx", "--card", tmp_path / "card.json", "-o", target)

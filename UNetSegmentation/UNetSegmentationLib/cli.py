@@ -583,7 +583,7 @@ def _app() -> Any:
             if not path.is_file():
                 raise UserError(f"{path} does not exist; check the name.")
         try:
-            data = json.loads(card.read_text("utf-8"))
+            data = json.loads(card.read_bytes())  # also in UTF-16, as PowerShell's > writes it, and with Notepad's mark
         except (ValueError, RecursionError) as e:
             raise UserError(f"{card} is not JSON ({e}); correct it.") from e
         if not isinstance(data, dict):
