@@ -397,3 +397,11 @@ def test_large_boxes_are_cut(tmp_path):
     cut = retrain._cut(image, {"truth": mask})
     assert cut["truth"].shape == (200, 40, 40) and cut["image"].origin == (5.0, 6.0, 7.0 + 50)
     assert retrain._cut(image, {"truth": mask * 0})["image"].shape == (41, 40, 40)
+
+
+def test_worst_cases_are_written_where_windows_leaves_those_of_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(retrain.shutil, "rmtree", lambda folder, ignore_errors: None)  # another program holds one
+    for _ in range(2):
+        worst = [(0.5, {"case": "c"}, {"image": Image(np.ones((2, 3, 4), np.uint8))})]
+        (entry,) = retrain._written(tmp_path / "check", worst)
+    assert read_image(tmp_path / entry["files"]["image"]).shape == (2, 3, 4)

@@ -637,7 +637,7 @@ def _cut(image: Image, masks: dict[str, np.ndarray]) -> dict[str, Image]:
 
 def _written(folder: Path, worst: Sequence[tuple[float, dict[str, Any], dict[str, Image]]]) -> list[dict[str, Any]]:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # where a program holds one of its files, Windows leaves it
     out = []
     for _, entry, images in worst:
         files = {key: f"{folder.name}/{report.file_name(entry['case'])}_{key}.nii.gz" for key in images}
