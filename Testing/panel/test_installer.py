@@ -379,7 +379,7 @@ def test_pytorch_is_planned_made_shown_used_and_removed(gui, installer, torch_wh
     assert python == own.python and variables["UNETSEG_PACKAGES"] == str(own.folder / "packages")
     assert installer.ensureRequirements(confirm=Asked()) is True  # the worker runs there
     told = Told()
-    installer.removeTorch(*told.arguments[1:3])
+    installer.removeTorch(*told.arguments[1:])
     assert outcome(gui, told)[0] == "done"
     assert installer.torchEnvironment().status == "none" and not own.folder.exists()
 
@@ -390,15 +390,15 @@ def test_what_training_needs_is_planned_and_added_to_pytorch(gui, installer, tor
     unit.make_wheel(torch_wheels, "pyyaml", "9.9", files={"yaml/__init__.py": ""})
     with monkeypatch.context() as m:
         m.setattr(environment, "training_lacks", lambda own=None: ["torch>=2.4", "monai>=1.4"])  # whatever this Python has
-        assert installer.trainingPython() is None and installer.describeTraining() == "To be installed first: torch, monai"
         told = Told()
         installer.planTraining(*told.arguments)
         kind, plan = outcome(gui, told)
         assert kind == "done" and "torch 2.13.0" in str(plan) and "monai 9.9" in str(plan)
     told = Told()
     installer.createTorch(*told.arguments, variant="cpu")  # as of a person who only ran models with it
-    assert outcome(gui, told)[0] == "done" and installer.trainingPython() is None
-    assert installer.describeTraining().startswith("To be installed first: lightning, monai")
+    assert outcome(gui, told)[0] == "done"
+    with pytest.raises(UserError, match="lightning, monai"):
+        environment.training_python()
     told = Told()
     installer.planTraining(*told.arguments)
     kind, plan = outcome(gui, told)
@@ -406,11 +406,11 @@ def test_what_training_needs_is_planned_and_added_to_pytorch(gui, installer, tor
     told = Told()
     installer.installTraining(plan, *told.arguments)
     kind, own = outcome(gui, told)
-    assert kind == "done" and own.status == "ready" and installer.describeTraining().startswith("Ready to train: PyTorch")
-    python, variables = installer.trainingPython()
+    assert kind == "done" and own.status == "ready"
+    python, variables = environment.training_python()
     assert python == own.python and variables["UNETSEG_PACKAGES"] == str(own.folder / "packages")
     told = Told()
-    installer.removeTorch(*told.arguments[1:3])
+    installer.removeTorch(*told.arguments[1:])
     assert outcome(gui, told)[0] == "done"
 
 
@@ -542,7 +542,7 @@ def test_a_folder_that_is_not_ours_is_not_removed(gui, installer):
     folder.mkdir()
     (folder / "thesis.docx").touch()
     told = Told()
-    installer.removeTorch(*told.arguments[1:3])
+    installer.removeTorch(*told.arguments[1:])
     kind, sentence = outcome(gui, told)
     assert kind == "error" and "is not removed" in sentence and (folder / "thesis.docx").exists()
     assert "cannot be used" in installer.describeTorch()

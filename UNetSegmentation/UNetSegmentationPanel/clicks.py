@@ -134,14 +134,9 @@ class ClickController(VTKObservationMixin):
         r, a, s = (float(v) for v in ras)
         self._add(("point", -r, -a, s, bool(positive)))
 
-    def addBox(self, rasBounds: Sequence[float]) -> None:
-        """A box about the lesion: R0, R1, A0, A1, S0, S1 of the world in mm; the smallest box of voxels that holds it counts."""
-        image = mrml.image_from_volume(self.volumeNode)
-        r, a, s = (sorted(rasBounds[i : i + 2]) for i in (0, 2, 4))
-        self._addBox(image.box_around_points([(-x, -y, z) for x, y, z in itertools.product(r, a, s)]) & Box.whole(image.shape))
-
     def addRoi(self, roiNode: Any) -> None:
-        """As addBox(), of a markups ROI, which may be turned. UserError for one that has no size or lies outside."""
+        """A box about the lesion, of a markups ROI, which may be turned: the smallest one of voxels that holds it counts.
+        UserError for one that has no size or lies outside."""
         self._addBox(mrml.roi_box(roiNode, self.volumeNode))
 
     def setMask(self, mask: np.ndarray, start: Sequence[int] = (0, 0, 0)) -> None:

@@ -48,7 +48,7 @@ def workerPython() -> tuple[str | None, dict[str, str] | None]:
     return own.python, {**variablesFor(own.python), **own.variables}
 
 
-def ensureRequirements(parent: Any = None, confirm: Callable[[str], bool] | None = None) -> bool:
+def ensureRequirements(confirm: Callable[[str], bool] | None = None) -> bool:
     """Whether onnxruntime is usable for the worker; asks once, and installs it. False where the person declines.
 
     confirm: asks a question (default: a dialog). A damaged installation is repaired; nothing else that Slicer's Python has
@@ -61,9 +61,9 @@ def ensureRequirements(parent: Any = None, confirm: Callable[[str], bool] | None
     if not wanted:
         return True
     if confirm is None:
-        confirm = functools.partial(slicer.util.confirmOkCancelDisplay, windowTitle=NAME, parent=parent)
+        confirm = functools.partial(slicer.util.confirmOkCancelDisplay, windowTitle=NAME)
     _checkWritable()
-    found = _plan(wanted, parent, confirm)
+    found = _plan(wanted, confirm)
     if found is None:
         return False
     plan, folder = found
@@ -72,7 +72,7 @@ def ensureRequirements(parent: Any = None, confirm: Callable[[str], bool] | None
     if not confirm(" ".join([*damaged, question.format(packages=plan, source=folder or _("the network"))])):
         return False
     environment.remove_remnants(states)
-    _install(wanted, environment.pins(states), folder, parent)
+    _install(wanted, environment.pins(states), folder)
     importlib.invalidate_caches()
     left = [s for s in environment.check(environment.read_requirements(REQUIREMENTS)) if s.status != "installed"]
     if left:
@@ -93,7 +93,7 @@ def _checkWritable() -> None:
         raise UserError(text.format(folder=folder, reason=e.strerror or e)) from e
 
 
-def _plan(wanted: Sequence[str], parent: Any, ask: Callable[[str], bool]) -> tuple[Plan, str] | None:
+def _plan(wanted: Sequence[str], ask: Callable[[str], bool]) -> tuple[Plan, str] | None:
     """What would be installed, and the wheel folder or ""; None where the person gave up.
 
     Where the remembered folder does not serve any more, the network is tried, and the folder forgotten if that answers.
@@ -108,7 +108,7 @@ def _plan(wanted: Sequence[str], parent: Any, ask: Callable[[str], bool]) -> tup
             except UserError as e:
                 problem = str(e)
         if not asked:
-            found = _lookUp(wanted, parent)
+            found = _lookUp(wanted)
             if found is None:
                 return None
             if not found.offline:
@@ -118,19 +118,19 @@ def _plan(wanted: Sequence[str], parent: Any, ask: Callable[[str], bool]) -> tup
         if slicer.app.testingEnabled():
             raise UserError(problem)
         asked = True
-        folder = _askForFolder(problem, folder, parent, ask)
+        folder = _askForFolder(problem, folder, ask)
         if not folder:
             return None
 
 
-def _askForFolder(problem: str, former: str, parent: Any, ask: Callable[[str], bool]) -> str:
+def _askForFolder(problem: str, former: str, ask: Callable[[str], bool]) -> str:
     """Another folder of wheels than the former one; "" where the person gave up."""
     if not ask(_("{problem} Choose a folder of wheels now?").format(problem=problem)):
         return ""
-    return str(qt.QFileDialog.getExistingDirectory(parent, _("Folder of wheels"), former or str(Path.home())) or "")
+    return str(qt.QFileDialog.getExistingDirectory(None, _("Folder of wheels"), former or str(Path.home())) or "")
 
 
-def _lookUp(wanted: Sequence[str], parent: Any) -> Plan | None:
+def _lookUp(wanted: Sequence[str]) -> Plan | None:
     """Asks the index, with a dialog to cancel it; None where that was done."""
     results: list[Plan] = []
     failures: list[str] = []
@@ -139,7 +139,7 @@ def _lookUp(wanted: Sequence[str], parent: Any) -> Plan | None:
         return environment.read_plan((yield environment.plan_step(find_python(), wanted)))
 
     job = Job(steps(), lambda fraction, text: None, results.append, failures.append)
-    dialog = _busy(_("Looking up what has to be installed…"), parent, cancel=True)
+    dialog = _busy(_("Looking up what has to be installed…"), cancel=True)
     try:
         while job.running and not dialog.wasCanceled:
             slicer.app.processEvents()
@@ -153,7 +153,7 @@ def _lookUp(wanted: Sequence[str], parent: Any) -> Plan | None:
     return results[0] if results else None
 
 
-def _install(wanted: Sequence[str], pins: Sequence[str], folder: str, parent: Any) -> None:
+def _install(wanted: Sequence[str], pins: Sequence[str], folder: str) -> None:
     # By variables, since pip_ensure takes no options and PythonSlicer no arguments that are not ASCII (see files.py); as addresses,
     # since pip splits paths at spaces there.
     variables = {"PIP_ONLY_BINARY": ":all:"}
@@ -165,7 +165,7 @@ def _install(wanted: Sequence[str], pins: Sequence[str], folder: str, parent: An
         variables["PIP_CONSTRAINT"] = " ".join(filter(None, [os.environ.get("PIP_CONSTRAINT"), constraints.as_uri()]))
         try:
             with _changed(variables):
-                _pip(list(wanted), parent)
+                _pip(list(wanted))
         except (subprocess.CalledProcessError, RuntimeError) as e:
             logging.exception("pip failed.")
             text = _("The installation failed ({reason}); what pip said is in the Python console. Try again, or choose a folder of wheels.")
@@ -173,11 +173,11 @@ def _install(wanted: Sequence[str], pins: Sequence[str], folder: str, parent: An
             raise UserError(text.format(reason=reason)) from e
 
 
-def _pip(wanted: list[str], parent: Any) -> None:
+def _pip(wanted: list[str]) -> None:
     try:
         from slicer.packaging import pip_ensure
     except ImportError:  # Slicer 5.10
-        dialog = _busy(_("Installing {packages}…").format(packages=", ".join(wanted)), parent)
+        dialog = _busy(_("Installing {packages}…").format(packages=", ".join(wanted)))
         try:
             slicer.util.pip_install(wanted)
         finally:
@@ -202,8 +202,8 @@ def _changed(variables: Mapping[str, str]) -> Generator[None, None, None]:
                 os.environ[name] = value
 
 
-def _busy(text: str, parent: Any, cancel: bool = False) -> Any:
-    dialog = slicer.util.createProgressDialog(parent=parent, labelText=text, windowTitle=NAME, windowModality=qt.Qt.ApplicationModal)
+def _busy(text: str, cancel: bool = False) -> Any:
+    dialog = slicer.util.createProgressDialog(labelText=text, windowTitle=NAME, windowModality=qt.Qt.ApplicationModal)
     dialog.setRange(0, 0)  # no end is known
     if not cancel:
         dialog.setCancelButton(None)
@@ -353,50 +353,30 @@ def planTorch(
     onProgress: Callable[[float | None, str], Any],
     onDone: Callable[[Plan], Any],
     onError: Callable[[str], Any],
-    onCancelled: Callable[[], Any] = lambda: None,
-    python: str | None = None,
-    variant: str = "auto",
+    onCancelled: Callable[[], Any],
 ) -> Job:
     """Find out what createTorch() would fetch: onDone(plan), with str(plan) to ask about and plan.variant to go on with."""
-    return Job(environment.plan_torch_steps(python or find_python(), variant, _torchWheels()), onProgress, onDone, onError, onCancelled)
+    return Job(environment.plan_torch_steps(find_python(), "auto", _torchWheels()), onProgress, onDone, onError, onCancelled)
 
 
 def createTorch(
     onProgress: Callable[[float | None, str], Any],
     onDone: Callable[[OwnEnvironment], Any],
     onError: Callable[[str], Any],
-    onCancelled: Callable[[], Any] = lambda: None,
-    python: str | None = None,
+    onCancelled: Callable[[], Any],
     variant: str = "auto",
 ) -> Job:
-    """Make PyTorch's own environment, with the given Python (default: Slicer's); the worker is to be shut down before."""
-    python = python or find_python()
+    """Make PyTorch's own environment, with Slicer's Python; the worker is to be shut down before."""
+    python = find_python()
     steps = environment.create_steps(python, None, variant, _torchWheels())
     return Job(steps, onProgress, onDone, onError, onCancelled, cleanup=lambda: _removeHalfMade(python))
-
-
-def trainingPython() -> tuple[str, dict[str, str]] | None:
-    """(python, environment) for training.start() and resume(); None where something has to be installed first."""
-    try:
-        python, variables = environment.training_python()
-    except UserError:
-        return None
-    return python, {**variablesFor(python), **variables}
-
-
-def describeTraining() -> str:
-    """One line about what training needs."""
-    if not (lacks := environment.training_lacks()):
-        return _("Ready to train: {what}").format(what=describeTorch()) if torchEnvironment().status == "ready" else _("Ready to train")
-    return _("To be installed first: {names}").format(names=", ".join(environment.Requirement.read(text).name for text in lacks))
 
 
 def planTraining(
     onProgress: Callable[[float | None, str], Any],
     onDone: Callable[[Plan], Any],
     onError: Callable[[str], Any],
-    onCancelled: Callable[[], Any] = lambda: None,
-    python: str | None = None,
+    onCancelled: Callable[[], Any],
 ) -> Job:
     """Find out what installTraining() would fetch: PyTorch's own environment with all that training needs, or what that lacks of
     it. onDone(plan), with str(plan) to ask about."""
@@ -404,7 +384,7 @@ def planTraining(
     if own.status == "ready":
         steps: environment.Steps = environment.plan_training_steps(own, _torchWheels())
     else:
-        steps = environment.plan_torch_steps(python or find_python(), "auto", _torchWheels(), training=True)
+        steps = environment.plan_torch_steps(find_python(), "auto", _torchWheels(), training=True)
     return Job(steps, onProgress, onDone, onError, onCancelled)
 
 
@@ -413,14 +393,13 @@ def installTraining(
     onProgress: Callable[[float | None, str], Any],
     onDone: Callable[[OwnEnvironment], Any],
     onError: Callable[[str], Any],
-    onCancelled: Callable[[], Any] = lambda: None,
-    python: str | None = None,
+    onCancelled: Callable[[], Any],
 ) -> Job:
     """Install what planTraining() found. The worker is to be shut down before where there was no environment of PyTorch."""
     own = torchEnvironment()
     if own.status == "ready":
         return Job(environment.add_training_steps(own, _torchWheels()), onProgress, onDone, onError, onCancelled)
-    python = python or find_python()
+    python = find_python()
     steps = environment.create_steps(python, None, plan.variant or "auto", _torchWheels(), training=True)
     return Job(steps, onProgress, onDone, onError, onCancelled, cleanup=lambda: _removeHalfMade(python))
 
@@ -439,7 +418,7 @@ def askForTorchWheels(problem: str, title: str) -> bool:
     """Whether a wheel folder with PyTorch was chosen, since nothing can be fetched (`problem`): then all is to be planned again."""
     folder = wheelFolder()
     while not slicer.app.testingEnabled():
-        folder = _askForFolder(problem, folder, None, functools.partial(slicer.util.confirmOkCancelDisplay, windowTitle=title))
+        folder = _askForFolder(problem, folder, functools.partial(slicer.util.confirmOkCancelDisplay, windowTitle=title))
         if not folder:
             break
         if _hasTorch(folder):
@@ -454,7 +433,7 @@ def _removeHalfMade(python: str) -> environment.Steps:
         yield from environment.remove_steps(None, python)
 
 
-def removeTorch(onDone: Callable[[Any], Any], onError: Callable[[str], Any], onCancelled: Callable[[], Any] = lambda: None) -> Job:
+def removeTorch(onDone: Callable[[Any], Any], onError: Callable[[str], Any], onCancelled: Callable[[], Any]) -> Job:
     """Remove PyTorch's own environment; the worker is to be shut down before. Cancelled, it is half there, as "broken"."""
     return Job(environment.remove_steps(None, find_python()), lambda fraction, text: None, onDone, onError, onCancelled)
 
