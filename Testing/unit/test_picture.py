@@ -45,8 +45,8 @@ def head(direction, place, radius=12.0, size=80.0, spacing=(1.0, 1.0, 1.0), valu
     return image.like((60 * (labels > 0)).astype(np.int16)), result(image.like(labels.astype(np.uint8)))
 
 
-def result(labels, defs=(MAGENTA, GREEN), uncertainty=None):
-    return Prediction(labels, defs, "toy-1.0.0", Box.whole(labels.shape), uncertainty)
+def result(labels, defs=(MAGENTA, GREEN)):
+    return Prediction(labels, defs, "toy-1.0.0", Box.whole(labels.shape))
 
 
 def draw(image, prediction, path, **options):
@@ -213,21 +213,6 @@ def test_one_slice_gets_the_whole_sheet(tmp_path):
     rows, columns = where(pixels, MAGENTA.color, (16, 75, SIZE - 16, END))
     assert np.ptp(rows) == pytest.approx(np.ptp(columns), rel=0.05)
     assert np.ptp(rows) > 450 and rows.mean() < -150 and columns.mean() > 100
-
-
-def test_uncertainty(tmp_path):
-    image, prediction = head(np.eye(3), (0, 0, 0))
-    with pytest.raises(UserError, match="uncertainty"):
-        save_picture(image, prediction, tmp_path / "x.png", (0, 100), show_uncertainty=True)
-    certain = result(prediction.labels, uncertainty=image.like(np.zeros(image.shape, np.float32)))
-    doubtful = result(prediction.labels, uncertainty=image.like(np.ones(image.shape, np.float32)))
-    before = draw(image, certain, tmp_path / "x.png", show_uncertainty=True)
-    after = draw(image, doubtful, tmp_path / "y.png", show_uncertainty=True)
-    differs = (before != after).any(-1)
-    left, top, right, bottom = CLOSE_UP
-    assert differs[top:bottom, left:right].mean() > 0.5
-    differs[top - 30 : bottom + 60, left - 10 : right + 10] = False
-    assert not differs.any()
 
 
 def test_only_png(tmp_path):

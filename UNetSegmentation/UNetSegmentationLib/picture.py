@@ -65,21 +65,18 @@ def save_picture(
     measures: Sequence[dict[str, Any]] | None = None,
     title: str = "",
     unit: str = "",
-    show_uncertainty: bool = False,
 ) -> None:
     """Write a PNG of about 1600 x 1600 pixels: axial, coronal and sagittal through the largest component, and a close-up.
 
     window: (low, high) in the image's own units, whose name is `unit` ("HU" for CT). measures: a dictionary a label with
     value, volume_mm3, longest_mm, perpendicular_mm, longest_points, perpendicular_points (two LPS points in mm each) and
-    mean_hu; any may be missing or None. show_uncertainty: the close-up shows prediction.uncertainty instead of the
-    diameters. An image of one slice gets a single panel. Raises UserError; what stood at `path` is then untouched.
+    mean_hu; any may be missing or None. An image of one slice gets a single panel. Raises UserError; what stood at `path`
+    is then untouched.
     """
     if not str(path).lower().endswith(".png"):
         raise UserError(f"{path} would not be a PNG; end the picture's name in .png.")
     if prediction.labels.shape != image.shape:
         raise ValueError(f"labels {prediction.labels.shape} are not on the image's grid {image.shape}")
-    if show_uncertainty and prediction.uncertainty is None:
-        raise UserError("This result has no uncertainty map; segment again with uncertainty, or leave it out of the picture.")
     try:
         import matplotlib  # noqa: F401
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -88,7 +85,7 @@ def save_picture(
         raise UserError("Pictures need Matplotlib; run: pip install matplotlib") from e
     figure = Figure(figsize=(PIXELS / DPI, PIXELS / DPI), dpi=DPI, facecolor=GROUND)
     FigureCanvasAgg(figure)
-    _Sheet(figure, image, prediction, window, list(measures or ()), unit, show_uncertainty).draw(title)
+    _Sheet(figure, image, prediction, window, list(measures or ()), unit).draw(title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", facecolor=GROUND)
 
@@ -104,14 +101,10 @@ class _Sheet:
         window: Window,
         measures: list[dict[str, Any]],
         unit: str,
-        show_uncertainty: bool,
     ) -> None:
         self.figure = figure
         self.image, orientation = reorient(image)
         self.labels = orientation.canonical(prediction.labels.array)
-        self.uncertainty = None
-        if show_uncertainty and prediction.uncertainty is not None:
-            self.uncertainty = orientation.canonical(prediction.uncertainty.array)
         self.spacing = self.image.spacing[::-1]
         self.window = (float(window[0]), max(float(window[1]), float(window[0]) + 1e-6))
         self.unit = unit
@@ -200,11 +193,9 @@ class _Sheet:
         rows, columns = (self.labels.shape[a] * self.spacing[a] for a in (plane.rows, plane.columns))
         middle = ((columns - self.spacing[plane.columns]) / 2, (rows - self.spacing[plane.rows]) / 2)
         self._frame(axes, plane, middle, columns, rows)
-        self._slice(axes, plane, at[plane.axis], fill=0.0 if closed and self.uncertainty is not None else 0.18)
+        self._slice(axes, plane, at[plane.axis])
         if not closed:
             self._crosshair(axes, plane)
-        elif self.uncertainty is not None:
-            self._uncertainty(axes, plane, at[plane.axis])
         elif self.target.label:
             self._callipers(axes, plane, at[plane.axis])
         if self.placed:
@@ -214,27 +205,24 @@ class _Sheet:
 
     def _close_up(self, axes: Any) -> None:
         z, y, x = self.target.at
-        if self.target.label is None and self.uncertainty is None:
+        if self.target.label is None:
             self._text(axes, 0.5, 0.5, "Nothing was found", size=12, color=FAINT, ha="center", va="center")
             return
         lesion = max(self.target.size[1:])
-        measure = self.measures.get(self.target.label.value, {}) if self.target.label else {}
+        measure = self.measures.get(self.target.label.value, {})
         points = self._points(measure, "longest_points")
         if points is not None and 0 <= round(points[:, 0].mean()) < self.labels.shape[0]:
             z = round(points[:, 0].mean())
             y, x = points[:, 1:].mean(0)
             lesion = float(np.hypot(*((points[1] - points[0])[1:] * self.spacing[1:])))
         extent = [n * s for n, s in zip(self.labels.shape[1:], self.spacing[1:])]
-        edge = min(max(40.0, 3 * lesion), max(extent)) if self.target.label else max(extent)
+        edge = min(max(40.0, 3 * lesion), max(extent))
         self._frame(axes, AXIAL, (x * self.spacing[2], y * self.spacing[1]), edge, edge)
         # Lighter than in the other panels: here the lesion's own texture matters.
-        self._slice(axes, AXIAL, z, fill=0.0 if self.uncertainty is not None else 0.1, line=1.3)
-        if self.uncertainty is not None:
-            self._uncertainty(axes, AXIAL, z)
-        else:
-            self._callipers(axes, AXIAL, z)
+        self._slice(axes, AXIAL, z, fill=0.1, line=1.3)
+        self._callipers(axes, AXIAL, z)
         self._marks(axes, AXIAL)
-        self._caption(axes, AXIAL, z, "Uncertainty" if self.uncertainty is not None else "Close-up, axial")
+        self._caption(axes, AXIAL, z, "Close-up, axial")
         self._scale_bar(axes)
 
     def _frame(self, axes: Any, plane: _Plane, middle: tuple[float, float], width: float, height: float) -> None:
@@ -262,7 +250,7 @@ class _Sheet:
         axes.set(xlim=x, ylim=y)
 
     def _slice(self, axes: Any, plane: _Plane, index: int, fill: float = 0.18, line: float = 0.9) -> None:
-        """The image, and the labels' outlines and fill; fill: opacity, 0 for white outlines only."""
+        """The image, and the labels' outlines and fill; fill: its opacity."""
         extent = self._extent(plane)
         if self._rgb:
             pixels = np.moveaxis(self.image.array[:3].take(index, plane.axis + 1), 0, -1)
@@ -284,25 +272,8 @@ class _Sheet:
         for label in self.defs:
             mask = padded == label.value
             if mask.any():
-                color = tuple(c / 255 for c in label.color) if fill else "white"
+                color = tuple(c / 255 for c in label.color)
                 axes.contour(xs, ys, mask, levels=[0.5], colors=[color], linewidths=line)
-
-    def _uncertainty(self, axes: Any, plane: _Plane, index: int) -> None:
-        from matplotlib import colormaps
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-
-        assert self.uncertainty is not None
-        colors, scale = colormaps["inferno"], Normalize(0, 1)
-        values = np.clip(np.nan_to_num(self.uncertainty.take(index, plane.axis).astype(np.float32)), 0, 1)
-        pixels = colors(values)
-        pixels[..., 3] = np.clip(2 * values, 0, 0.8)
-        self._imshow(axes, pixels, self._extent(plane), interpolation="nearest")
-        bar = axes.inset_axes((0.93, 0.56, 0.025, 0.36))
-        self.figure.colorbar(ScalarMappable(scale, colors), cax=bar, ticks=[0, 0.5, 1])
-        bar.tick_params(colors=INK, labelsize=7, length=2, labelleft=True, labelright=False, left=True, right=False)
-        for text in bar.get_yticklabels():
-            text.set_path_effects(_halo(1.8))
 
     def _crosshair(self, axes: Any, plane: _Plane) -> None:
         """Faint lines where the other two planes cut, open around the lesion."""
