@@ -205,8 +205,8 @@ def test_a_python_without_pytorch_is_told(dataset, tmp_path, monkeypatch):
     for name in ("torch", "monai", "lightning"):
         text = f"raise ModuleNotFoundError('No module named {name}', name='{name}')"
         (tmp_path / "bare" / f"{name}.py").write_text(text, "utf-8")
-    environment = {**os.environ, "UNETSEG_PACKAGES": str(tmp_path / "bare")}
-    job = wait(training.start(dataset, None, Options(), sys.executable, environment), lambda j: not j.running)
+    monkeypatch.setenv("UNETSEG_PACKAGES", str(tmp_path / "bare"))
+    job = wait(start(dataset), lambda j: not j.running)
     assert job.state == "failed" and "lacks the package" in job.text and job.text.endswith("install what training needs and resume it.")
 
 

@@ -372,7 +372,6 @@ def start(
     base: ModelPackage | str | Path | None = None,
     options: Options = Options(),
     python: str | None = None,
-    environment: Mapping[str, str] | None = None,
     folder: str | Path | None = None,
 ) -> Job:
     """Begin a retraining and return at once. base: a package with its weights, None: from scratch. python: one that has what
@@ -382,7 +381,7 @@ def start(
     """
     job = create(dataset, base, options, folder)
     try:
-        return _go(job.folder, python, environment)
+        return _go(job.folder, python)
     except BaseException:
         shutil.rmtree(job.folder, ignore_errors=True)
         raise
@@ -503,7 +502,6 @@ def slug(text: str) -> str:
 def resume(
     job: Job,
     python: str | None = None,
-    environment: Mapping[str, str] | None = None,
     finish: bool = False,
     launch: bool = True,
 ) -> Job:
@@ -529,18 +527,19 @@ def resume(
         # A former package, which may have been judged worse, is no longer on offer.
         update(job.folder, **changed, fraction=0.0, verdict="", package=None)
         try:
-            return _go(job.folder, python, environment) if launch else read(job.folder)
+            return _go(job.folder, python) if launch else read(job.folder)
         except BaseException:
             update(job.folder, **before)
             raise
 
 
-def _go(folder: Path, python: str | None, environment: Mapping[str, str] | None) -> Job:
+def _go(folder: Path, python: str | None) -> Job:
+    environment: dict[str, str] | None = None
     if python is None:
         from .environment import training_python
 
         python, variables = training_python()
-        environment = {**(os.environ if environment is None else environment), **variables}
+        environment = {**os.environ, **variables}
     update(folder, python=python)
     _launch(folder, python, environment)
     return read(folder)
@@ -571,10 +570,10 @@ def claim(folder: Path) -> bool:
     return True
 
 
-def end(folder: Path, state: str, text: str, patience: float = 120.0) -> None:
-    """The last words of the job's process. patience: seconds to wait for a network folder that is away."""
+def end(folder: Path, state: str, text: str) -> None:
+    """The last words of the job's process. It waits two minutes for a network folder that is away."""
     done = {"fraction": 1.0} if state == "finished" else {}
-    until = time.monotonic() + patience
+    until = time.monotonic() + 120
     while True:
         try:
             with suppress(OSError):
@@ -613,7 +612,7 @@ def signs_of_life(folder: Path) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------- promote
 
 
-def promote(job: Job, how: str, models_folder: str | Path | None = None) -> Path | None:
+def promote(job: Job, how: str) -> Path | None:
     """What becomes of a finished job's package; returns where it lies then.
 
     "use": it takes its parent's place among the user's models; the parent, where it lies there and not with the program, goes
@@ -633,7 +632,7 @@ def promote(job: Job, how: str, models_folder: str | Path | None = None) -> Path
         what = "was discarded; start another" if job.decided == "discard" else "has made no model; resume it, or start another"
         raise UserError(f"This retraining {what}.")
     package = ModelPackage.read(job.package)
-    models = user_models_folder() if models_folder is None else Path(models_folder)
+    models = user_models_folder()
     parent = job.base.rpartition("-")
     card = dict(package.card.data)
     former: Path | None = None
