@@ -141,14 +141,14 @@ class Report:
         lines.append("nothing was found" if not self.findings else ", ".join(counted(n, level) for level, n in counts.items() if n))
         return "\n".join(lines)
 
-    def worst(self, n: int = PICTURES) -> list[tuple[str, list[Finding]]]:
+    def worst(self) -> list[tuple[str, list[Finding]]]:
         """The cases with findings, those with errors first."""
         by_case: dict[str, list[Finding]] = defaultdict(list)
         for f in self.findings:
             if f.case:
                 by_case[f.case].append(f)
         order = sorted(by_case, key=lambda c: (min(LEVELS.index(f.level) for f in by_case[c]), -len(by_case[c])))
-        return [(c, by_case[c]) for c in order[:n]]
+        return [(c, by_case[c]) for c in order[:PICTURES]]
 
     def picture(self, path: str | Path) -> bool:
         """A PNG of the worst cases with their outlines; False, and nothing is written, where there is none."""

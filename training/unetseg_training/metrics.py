@@ -180,7 +180,6 @@ def evaluate(
     cases: Iterable[Item | tuple[Any, ...]],
     options: Options = Options(),
     labels: Sequence[Label] | None = None,
-    tolerance_mm: float = 1.0,
     surfaces: bool = True,
     auc: bool = True,
     engine: Engine | None = None,
@@ -213,7 +212,7 @@ def evaluate(
                 if len(values) <= IGNORE + 1:
                     truth[item.truth == IGNORE] = IGNORE
             probability = prediction.probabilities.channels[-len(card.labels) :] if wanted and prediction.probabilities else None
-            figures = score(prediction.labels.array, truth, item.image.spacing, card.labels, probability, tolerance_mm, surfaces)
+            figures = score(prediction.labels.array, truth, item.image.spacing, card.labels, probability, surfaces=surfaces)
         except UserError as e:
             raise UserError(f"{item.name}: {e}") from e
         head = {"case": item.name, "patient": item.patient or item.name}
@@ -243,10 +242,8 @@ def _values(own: Sequence[Label], labels: Sequence[Label] | None) -> np.ndarray 
 # ------------------------------------------------------------------------------------------------------------ intervals
 
 
-def interval(
-    values: Sequence[float], groups: Sequence[str] | None = None, seed: int = SEED, draws: int = DRAWS, level: float = 0.95
-) -> tuple[float, float] | None:
-    """The bootstrap interval (percentiles) of the mean; None with fewer than two groups.
+def interval(values: Sequence[float], groups: Sequence[str] | None = None, seed: int = SEED) -> tuple[float, float] | None:
+    """The 95 % bootstrap interval (percentiles) of the mean; None with fewer than two groups.
 
     groups: e.g. the patient of each value. Whole groups are drawn, since two scans of one patient are no two patients.
     """
@@ -256,25 +253,25 @@ def interval(
     if len(names) < 2:
         return None
     sums, counts = np.bincount(at, np.asarray(values, np.float64)), np.bincount(at)
-    drawn = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+    drawn = np.random.default_rng(seed).integers(len(names), size=(DRAWS, len(names)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
+    low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
 
-def _figure(rows: Sequence[Row], key: str, seed: int) -> dict[str, Any] | None:
+def _figure(rows: Sequence[Row], key: str) -> dict[str, Any] | None:
     kept = [r for r in rows if r.get(key) is not None]
     if not kept:
         return None
     values = [float(r[key]) for r in kept]
-    bounds = interval(values, [r["patient"] for r in kept], seed)
+    bounds = interval(values, [r["patient"] for r in kept])
     worst = float(np.percentile(values, 10) if key in HIGHER_IS_BETTER else np.percentile(np.abs(values), 90))
     out = {"mean": float(np.mean(values)), "low": bounds and bounds[0], "high": bounds and bounds[1]}
     out |= {"median": float(np.median(values)), "worst_tenth": worst}
     return {k: v if v is None else round(v, 5) for k, v in out.items()} | {"cases": len(values)}
 
 
-def summary(rows: Sequence[Row], seed: int = SEED, **facts: Any) -> dict[str, Any]:
+def summary(rows: Sequence[Row], **facts: Any) -> dict[str, Any]:
     """Means with 95 % intervals, by class and over the classes. facts: also kept, e.g. tolerance_mm, held_out, command.
 
     {"dice": {"mean", "low", "high", "median", "worst_tenth", "cases"}, "labels": {name: {figure: the same, "present",
@@ -286,11 +283,11 @@ def summary(rows: Sequence[Row], seed: int = SEED, **facts: Any) -> dict[str, An
     for row in rows:
         cases.setdefault(row["case"], []).append(row)
     whole = [{"patient": rs[0]["patient"], "dice": float(np.mean([r["dice"] for r in rs]))} for rs in cases.values()]
-    out: dict[str, Any] = {"dice": _figure(whole, "dice", seed), "labels": {}, "roc": {}}
+    out: dict[str, Any] = {"dice": _figure(whole, "dice"), "labels": {}, "roc": {}}
     for name in names:
         own = [r for r in rows if r["label"] == name]
         states = [r.get("state", "found") for r in own]
-        figures = {key: _figure(own, key, seed) for key in FIGURES}
+        figures = {key: _figure(own, key) for key in FIGURES}
         counts = {
             "present": states.count("found") + states.count("missed"),
             "missed": states.count("missed"),
@@ -300,16 +297,16 @@ def summary(rows: Sequence[Row], seed: int = SEED, **facts: Any) -> dict[str, An
         curves = [r["roc"] for r in own if r.get("roc")]
         if curves:
             out["roc"][name] = np.mean(curves, 0).round(5).tolist()
-    out |= {"cases": len(cases), "patients": len({r["patient"] for r in rows}), "seed": seed, "draws": DRAWS}
+    out |= {"cases": len(cases), "patients": len({r["patient"] for r in rows}), "seed": SEED, "draws": DRAWS}
     return out | ({"fpr": list(FPR)} if out["roc"] else {}) | facts
 
 
-def difference(before: Sequence[Row], after: Sequence[Row], key: str = "dice", seed: int = SEED) -> dict[str, Any]:
+def difference(before: Sequence[Row], after: Sequence[Row], key: str = "dice") -> dict[str, Any]:
     """The mean change of a figure from one model to another on the same cases, with its interval: {"mean", "low", "high", ...}."""
     old = {(r["case"], r["label"]): r.get(key) for r in before}
     pairs = [(r, old.get((r["case"], r["label"]))) for r in after]
     rows = [{"patient": r["patient"], "change": r[key] - o} for r, o in pairs if o is not None and r.get(key) is not None]
-    out = _figure(rows, "change", seed)
+    out = _figure(rows, "change")
     if out is None:
         raise UserError("The two models share no case and label to compare on; score both on the same cases.")
     del out["worst_tenth"]
