@@ -707,7 +707,7 @@ def test_a_result_of_another_grid_changes_nothing(scene: Any, labels: np.ndarray
     assert np.array_equal(read_back(node, "lung", volume), mask)
 
 
-def test_a_segmentation_of_surfaces_is_refused_but_can_be_read(scene: Any, labels: np.ndarray) -> None:
+def test_a_segmentation_of_surfaces_is_refused_but_can_be_read(scene: Any) -> None:
     volume = add_volume(np.zeros((40, 40, 40), np.int16))
     node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", "contours")
     node.GetSegmentation().SetSourceRepresentationName(SURFACE)
@@ -821,7 +821,7 @@ def test_a_map_of_a_box_lies_where_the_box_lies(scene: Any, flips: tuple[int, in
         write_scalar_map(image.like(values), volume, "m", "uncertainty", Box((50, 0, 0), (60, 1, 1)))
 
 
-def test_a_loaded_scenes_map_and_table_are_found(scene: Any, labels: np.ndarray, tmp_path: Path) -> None:
+def test_a_loaded_scenes_map_and_table_are_found(scene: Any, labels: np.ndarray) -> None:
     volume = add_volume(np.zeros(SHAPE, np.int16))
     node = write_prediction(predicted(volume, labels), volume)
     write_scalar_map(image_from_volume(volume).like(np.ones(SHAPE, np.float32)), volume, "m", "uncertainty")

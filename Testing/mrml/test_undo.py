@@ -114,7 +114,7 @@ def test_closed_after_any_piece_the_scene_is_as_before(scene: Any, volume: Any, 
     assert fingerprint(scene) != before
 
 
-def test_a_failure_midway_leaves_the_scene_as_before(scene: Any, volume: Any, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_midway_leaves_the_scene_as_before(scene: Any, volume: Any, labels: np.ndarray) -> None:
     node = rich(scene, volume, labels)
     before = fingerprint(scene)
     for target in (node, None):

@@ -625,7 +625,7 @@ def test_undo_in_a_reopened_scene_comes_back_to_a_corrected_mask(panel: Any, tmp
     assert np.array_equal(p.mask("Nodule 1"), first)
 
 
-def test_a_prompt_that_fails_leaves_the_corrected_mask_to_the_next_one(panel: Any, tmp_path: Path) -> None:
+def test_a_prompt_that_fails_leaves_the_corrected_mask_to_the_next_one(panel: Any) -> None:
     import slicer
 
     p = begun(panel, "right")

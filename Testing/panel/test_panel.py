@@ -1149,7 +1149,7 @@ def test_a_saved_scene_brings_the_settings_and_the_result_back(panel: Any, insta
     p.run()
 
 
-def test_a_scene_of_another_computer(panel: Any, install: Any, gui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scene_of_another_computer(panel: Any, install: Any, gui: Any) -> None:
     install(name="other", version="2.0.0")
     p = panel()
     volume()

@@ -548,7 +548,7 @@ def test_a_folder_that_cannot_be_made(gui, worker, monkeypatch, tmp_path, image,
 
 
 @POSIX
-def test_a_full_disk(gui, worker, image, make_package):
+def test_a_full_disk(gui, worker, make_package):
     import resource
 
     big, model = Image(np.ones((40, 300, 300), np.int16)), make_package()

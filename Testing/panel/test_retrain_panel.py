@@ -249,7 +249,7 @@ def test_train_starts_a_job_and_follows_it_to_its_end(panel: Any, dataset: Path,
     assert len(seen) == 2 and p.section.job.running and not (folder / "stop").exists()
 
 
-def test_what_cannot_be_trained_on_is_a_sentence(panel: Any, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_trained_on_is_a_sentence(panel: Any, dataset: Path) -> None:
     """By the real processes."""
     from UNetSegmentationLib.dataset import Dataset
 

@@ -671,7 +671,7 @@ def test_the_scene_is_closed_while_a_case_is_added(hands: Hands) -> None:
 
 
 @POSIX
-def test_a_folder_that_does_not_answer_is_given_up(hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_does_not_answer_is_given_up(hands: Hands) -> None:
     panel, module = sys.modules["UNetSegmentationPanel"], sys.modules["UNetSegmentationPanel.trainingset"]
     hands.section._late.setInterval(300)
     os.kill(panel.dataWorker().pid, signal.SIGSTOP)  # as one that waits for a network drive

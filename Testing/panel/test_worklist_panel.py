@@ -218,7 +218,7 @@ def opened(panel, scans, tmp_path) -> Callable[..., Hands]:
     return open_
 
 
-def test_a_list_works_without_a_model_and_to_its_end(opened, tmp_path):
+def test_a_list_works_without_a_model_and_to_its_end(opened):
     hands = opened()
     assert hands.next() == "s0" and hands.ui.scanInfoLabel.text == "Not segmented in advance."
     assert hands.case.segmentation.GetSegmentation().GetNumberOfSegments() == 0

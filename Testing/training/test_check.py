@@ -132,7 +132,7 @@ def test_an_offset_of_ct_is_suspected(folder):
     assert "as if 1024 had been added" in check(find_cases(folder)).table()
 
 
-def test_missing_classes_one_case_and_patients(folder, tmp_path):
+def test_missing_classes_one_case_and_patients(folder):
     (folder / "labels.json").write_text('{"1": "organ", "2": "tumour", "3": "node"}')
     f = found(folder)[("", "missing")]
     assert f.level == "error" and f.text == "no case has label 3 (node)" and "take the label out" in f.cure

@@ -114,7 +114,7 @@ def sampler(dataset, tmp_path, labels=(NODULE,), in_lung=True):
 # --------------------------------------------------------------------------------------------------------------- samples
 
 
-def test_a_component_is_a_lesion_and_a_crumb_is_none(nodules):
+def test_a_component_is_a_lesion_and_a_crumb_is_none():
     image, mask = scan((40, 40))
     mask[18:, 30:, 2] = 2
     found = list(clicks.lesions(np.minimum(mask, 2), image.spacing))
@@ -340,7 +340,7 @@ def test_a_run_of_plan_and_fit_and_its_other_commands(nodules, base, tmp_path, c
     assert code == 2 and "without its base's cases" in err
 
 
-def test_without_lesions_to_compare_on_it_says_so(nodules, base, tmp_path):
+def test_without_lesions_to_compare_on_it_says_so(nodules, base):
     cases = find_cases(nodules)
     image, mask = scan((40, 40))
     cases.load = lambda case: (image, mask * 0)

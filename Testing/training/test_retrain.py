@@ -390,7 +390,7 @@ def test_without_a_common_label_or_channel_there_is_nothing_to_compare(tmp_path,
     assert found["labels"]["Dark"]["dice"]["change"]["mean"] == 0 and found["labels"]["Bright"]["dice"]["before"] is None
 
 
-def test_large_boxes_are_cut(tmp_path):
+def test_large_boxes_are_cut():
     image = Image(np.zeros((300, 40, 40), np.float32), (1.0, 1.0, 1.0), (5.0, 6.0, 7.0))
     mask = np.zeros(image.shape, np.uint8)
     mask[10:290, 20, 20] = 1

@@ -498,7 +498,7 @@ def test_what_is_read_is_not_written_over_by_another_of_its_names(here, unetseg,
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights")
-def test_a_result_goes_where_a_link_leads_and_keeps_the_rights_of_what_stood_there(here, unetseg, tmp_path):
+def test_a_result_goes_where_a_link_leads_and_keeps_the_rights_of_what_stood_there(here, unetseg):
     place, link = here.out / "kept.nrrd", here.out / "link.nrrd"
     place.write_text("former")
     place.chmod(0o600)

@@ -389,7 +389,7 @@ def test_wheels_damaged_inside_are_called_damaged(wheels):
             environment.plan_folder(["onnxruntime"], wheels, [])
 
 
-def test_a_python_without_numpy_looks_into_a_wheel_folder_too(wheels, tmp_path):
+def test_a_python_without_numpy_looks_into_a_wheel_folder_too(wheels):
     (wheels / "flatbuffers-25.2.10-py3-none-any.whl").unlink()
     step = environment.plan_step(sys.executable, ["onnxruntime"], folder=wheels, fresh=True)
     command = [step.command[0], "-S", *step.command[1:]]  # without its site-packages
@@ -879,7 +879,7 @@ def test_pytorch_is_never_asked_for_without_version_and_build(variant, tmp_path)
     assert "off" in environment._pip_step("python", tmp_path, [], [], None, "23.2.1", None).command
 
 
-def test_paths_that_are_too_long_for_windows(tmp_path, monkeypatch):
+def test_paths_that_are_too_long_for_windows(monkeypatch):
     short, long = Path("C:/u/torch"), Path("C:/Users/" + "x" * 90)
     assert environment._temporary(short, "win32") == short / "t"
     assert environment._temporary(long, "linux") == long / "t"

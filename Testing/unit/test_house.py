@@ -202,7 +202,7 @@ def test_cmake_ships_the_training():
     assert "add_subdirectory(training)" in (ROOT / "CMakeLists.txt").read_text("utf-8")
 
 
-def test_wheel_ships_every_resource(tmp_path):
+def test_wheel_ships_every_resource():
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     packages = set(re.findall(r'^  "(UNetSegmentationLib[\w.]*)",$', text, re.M))
     assert packages == {".".join(p.parent.relative_to(MODULE).parts) for p in CORE.rglob("__init__.py")}, (

@@ -13,7 +13,6 @@ from UNetSegmentationLib.postprocess import clean, components, largest_steps
 from UNetSegmentationLib.steps import complete
 
 THING = Label(1, "thing", (255, 0, 0), {})
-DIAMETERS = ("longest_mm", "perpendicular_mm")
 ORIENTATIONS = [(o, s) for o in itertools.permutations(range(3)) for s in itertools.product((1, -1), repeat=3)]
 
 

@@ -176,7 +176,7 @@ def test_a_card_that_is_no_card_is_refused(pack, toy_onnx, toy_card, text):
     refused(pack([(CARD, text), (ONNX, toy_onnx("threshold", toy_card()))]), "card is not valid")
 
 
-def test_a_card_as_large_as_a_book_is_refused_unread(pack, toy_onnx, toy_card):
+def test_a_card_as_large_as_a_book_is_refused_unread(pack):
     refused(pack([(CARD, b" " * (MAX_CARD_BYTES + 1)), (ONNX, b"x")]), "'model.json' is too large")
 
 

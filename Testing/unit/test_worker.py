@@ -338,7 +338,7 @@ def test_clicks_on_a_real_scan_are_those_of_a_session(client, data):
         assert session.mask.sum() > 1000
 
 
-def test_sessions_are_kept_shared_and_dropped(client, chest, clicker, make_package):
+def test_sessions_are_kept_shared_and_dropped(client, chest, clicker):
     prompts, volume = click_prompts(chest), client.load_volume(chest)
     warmed = client.click(volume, clicker, QUICK)
     assert not warmed.found and warmed.text == "" and "network" in warmed.seconds

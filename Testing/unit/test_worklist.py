@@ -136,7 +136,7 @@ def test_a_noisy_real_scan_is_worth_more(data):
 # --------------------------------------------------------------------------------------------------------------- scans
 
 
-def test_scans_are_found_below_a_folder_and_in_lists(tmp_path, data):
+def test_scans_are_found_below_a_folder_and_in_lists(tmp_path):
     folder = tmp_path / "scans"
     for name in (
         "b.nii.gz",
@@ -513,7 +513,7 @@ def test_where_no_result_can_be_kept_no_scan_fails_for_it(work, make_package, mo
     assert work.refresh().counts()["waiting"] == 4 and work.segment([package], BERT, ONNX).status == "segmented"
 
 
-def test_a_list_that_is_gone_damaged_or_hostile_is_a_sentence(work, make_package):
+def test_a_list_that_is_gone_damaged_or_hostile_is_a_sentence(work):
     path, good = work.folder / "worklist.json", json.loads((work.folder / "worklist.json").read_text())
     for change, said in (
         (lambda d: d.update(format="other"), "another program's"),
