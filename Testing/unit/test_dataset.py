@@ -117,10 +117,6 @@ def test_a_datasets_labels_have_names_and_values_of_their_own(tmp_path, dataset)
             Dataset.create(tmp_path / "bad", "x", labels, ["CT"])
     with pytest.raises(UserError, match="already holds a dataset.json"):
         Dataset.create(dataset.folder, "x", [ORGAN], ["CT"])
-    with pytest.raises(UserError, match="already has a label Tumour"):
-        dataset.add_label(Label(9, "Tumour", (0, 0, 0), {}))
-    dataset.add_label(Label(9, "scar", (0, 0, 0), {}))
-    assert [d.name for d in Dataset.open(dataset.folder).labels] == ["organ", "tumour", "scar"]
     assert not (tmp_path / "bad" / "dataset.json").exists()
 
 
@@ -529,7 +525,7 @@ def test_a_lock_that_a_full_disk_did_not_take_is_in_nobodys_way(dataset):
     from UNetSegmentationLib.dataset import Dataset, UserError
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     try:
-        Dataset.open({str(dataset.folder)!r}).add_label(None)
+        Dataset.open({str(dataset.folder)!r}).split()
     except UserError as e:
         print(e)
     """

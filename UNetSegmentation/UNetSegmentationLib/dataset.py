@@ -891,20 +891,6 @@ class Dataset:
         with reached(self.folder):
             return self._commit(back)
 
-    def add_label(self, label: Label) -> None:
-        """A further label; cases that are there simply have none of it."""
-
-        def more(data: dict[str, Any]) -> None:
-            taken = {"background", *(label_key(d["name"]) for d in data["segments"])}
-            if label.key in taken or any(d["value"] == label.value for d in data["segments"]):
-                raise UserError(f"The dataset already has a label {label.name} or the value {label.value}; choose others.")
-            if not 0 < label.value < 256:
-                raise UserError(f"A label's value is from 1 to 255, not {label.value}.")
-            data["segments"].append(_label_json(label))
-
-        with reached(self.folder):
-            self._commit(more)
-
     def split(self, fractions: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0, again: bool = False) -> dict[str, list[str]]:
         """Deal the patients into train, validation and test; returns the cases of each.
 
