@@ -75,7 +75,7 @@ def train(module, callbacks, epochs=3, checkpoint=None, **how):
 def test_a_run_tells_what_it_does(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(watch, "STEP_SECONDS", 0.0)
     monkeypatch.setattr(watch, "PICTURE_SECONDS", 0.0)
-    train(Module(), watch.callbacks(tmp_path, labels=["one", "two"]), num_sanity_val_steps=2)
+    train(Module(), [watch.Watch(tmp_path, ["one", "two"])], num_sanity_val_steps=2)
     lines = live.read(tmp_path / "live.jsonl")
     assert [line["event"] for line in lines] == ["start", *(["step"] * 4 + ["validation"]) * 3, "end"]
     start, end = lines[0], lines[-1]
@@ -103,7 +103,7 @@ def test_a_run_tells_what_it_does(tmp_path, capsys, monkeypatch):
 def test_tensorboard_holds_loss_dice_rate_and_pictures(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed")
     monkeypatch.setattr(watch, "STEP_SECONDS", 0.0)
-    train(Module(), watch.callbacks(tmp_path, labels=["one", "two"]))
+    train(Module(), [watch.Watch(tmp_path, ["one", "two"])])
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "learning rate", "dice/mean", "dice/one", "dice/two"}
@@ -113,7 +113,7 @@ def test_tensorboard_holds_loss_dice_rate_and_pictures(tmp_path, monkeypatch):
 
 def test_watching_changes_nothing(tmp_path):
     watched, alone = Module(), Module()
-    train(watched, watch.callbacks(tmp_path, labels=["one", "two"]))
+    train(watched, [watch.Watch(tmp_path, ["one", "two"])])
     train(alone, [])
     assert torch.equal(watched.line.weight, alone.line.weight)
 

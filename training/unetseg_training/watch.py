@@ -14,7 +14,6 @@ import io
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +31,16 @@ PICTURE_SECONDS = 60.0
 RECENT = 50
 
 
-def callbacks(
-    folder: str | Path, config: Any = None, labels: Sequence[str] | None = None, bar: bool = True, tensorboard: bool = True
-) -> list[Callback]:
-    """What a Trainer needs to be watched. labels: the classes' names, as logged under "dice/<name>"; else the config's, or of a
-    click model what is logged."""
-    if labels is None:
-        labels = [label.name for label in config.labels] if config is not None and config.model.task == "automatic" else []
-    return [Watch(Path(folder), list(labels), bar, tensorboard)]
+def callbacks(folder: str | Path, config: Any = None, bar: bool = True, tensorboard: bool = True) -> list[Callback]:
+    """What a Trainer needs to be watched: the Dice of the config's labels, or of a click model what is logged."""
+    labels = [label.name for label in config.labels] if config is not None and config.model.task == "automatic" else []
+    return [Watch(Path(folder), labels, bar, tensorboard)]
 
 
 class Watch(Callback):
     """Collects each step and validation, and tells the bar, TensorBoard, curve.csv and live.jsonl.
 
+    labels: the classes' names, as logged under "dice/<name>"; []: what is logged.
     A module with examples() -> [(name, image, truth (z, y, x), prediction)] also gets pictures, in
     folder/pictures and in TensorBoard.
     """
