@@ -94,13 +94,9 @@ def fetch_sample(folder: str | Path | None = None, progress: Callable[[float, st
 def _sha256(path: Path) -> str:
     """The hash of a file; "" where it cannot be read."""
     try:
-        return _digest(path.read_bytes())
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return ""
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _download(temporary: Path, place: Path) -> Path:
@@ -157,7 +153,7 @@ def _unpack(sdist: Path, wanted: dict[str, Path]) -> None:
                 member = archive.getmember(f"{SDIST}/data/{name}")
                 source = archive.extractfile(member) if member.isreg() else None
                 content = source.read() if source else b""
-                if _digest(content) != sha256:
+                if hashlib.sha256(content).hexdigest() != sha256:
                     raise UserError(f"{name} in {sdist} is not the published file; download it again.")
                 with atomic_path(path) as temporary:
                     temporary.write_bytes(content)
