@@ -1735,10 +1735,9 @@ def find_table(segmentation_node: Any, role: str = SEGMENTATION_ROLE) -> Any:
     return None
 
 
-def _show_table(table: Any, node: Any, segmentation_node: Any, role: str, name: str) -> Any:
-    """Let `node`, else the segmentation's own table node, which is made on first use, show a vtkTable."""
-    if node is None:
-        node = find_table(segmentation_node, role)
+def _show_table(table: Any, segmentation_node: Any, role: str, name: str) -> Any:
+    """Let the segmentation's own table node, which is made on first use, show a vtkTable."""
+    node = find_table(segmentation_node, role)
     if node is None:
         scene = segmentation_node.GetScene()
         node = scene.AddNewNodeByClass("vtkMRMLTableNode", scene.GenerateUniqueName(f"{segmentation_node.GetName()} {name}"))
@@ -1750,11 +1749,11 @@ def _show_table(table: Any, node: Any, segmentation_node: Any, role: str, name: 
     return node
 
 
-def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any, table_node: Any = None) -> Any:
-    """A table node with a row for each label that measure() found, and the units in the columns' titles; return it.
+def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any) -> Any:
+    """A segmentation's table node, made on first use and placed beside it, with a row for each label that measure() found and
+    the units in the columns' titles; return it.
 
-    table_node: which one to write anew; None: the segmentation's own, made on first use and placed beside it. Mean, SD
-    and the like are in HU where the reference volume says so, else in its own units. Rounded to 0.001 ml and 0.1 mm or HU.
+    Mean, SD and the like are in HU where the reference volume says so, else in its own units. Rounded to 0.001 ml and 0.1 mm or HU.
     """
     unit = _intensity_unit(segmentation_node)
     columns = (
@@ -1777,7 +1776,7 @@ def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any, t
             value = float("nan") if row[key] is None else row[key]
             column.InsertNextValue(value if digits is None else measure.rounded(value, digits))
         table.AddColumn(column)
-    return _show_table(table, table_node, segmentation_node, SEGMENTATION_ROLE, "measures")
+    return _show_table(table, segmentation_node, SEGMENTATION_ROLE, "measures")
 
 
 def write_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], segmentation_node: Any) -> Any:
@@ -1789,7 +1788,7 @@ def write_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], segmentati
         for row in rows:
             column.InsertNextValue(row[i])
         table.AddColumn(column)
-    return _show_table(table, None, segmentation_node, NODULES_ROLE, "table")
+    return _show_table(table, segmentation_node, NODULES_ROLE, "table")
 
 
 def _title_columns(table_node: Any) -> None:
