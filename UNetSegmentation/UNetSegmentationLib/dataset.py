@@ -370,6 +370,41 @@ class FolderLock:
             grave.unlink(missing_ok=True)
 
 
+class Unchanged(Exception):
+    """What a commit()'s change raises where it finds that there is nothing to do."""
+
+
+def commit(
+    folder: Path,
+    lock: str,
+    what: str,
+    read: Callable[[Path], dict[str, Any]],
+    change: Callable[[dict[str, Any]], T],
+    write: Callable[[Path, dict[str, Any], FolderLock], None],
+) -> tuple[dict[str, Any], T]:
+    """Read a shared folder's index, change it, replace it; all under the lock. The index then, and what `change` returned (None
+    where that raised Unchanged). What else `change` raises leaves it as it was. what: the folder is, for the sentence."""
+    for attempt in range(5):
+        with FolderLock(folder, lock) as held:
+            data = read(folder)
+            try:
+                out = change(data)
+            except Unchanged:
+                return data, None  # type: ignore[return-value]
+            data["revision"] += 1
+            try:
+                write(folder, data, held)
+            except LockLost:
+                continue
+            except UserError as e:  # on Windows and its shares while another reads it
+                if attempt == 4 or not isinstance(e.__cause__, PermissionError):
+                    raise
+                time.sleep(0.2)
+                continue
+            return data, out
+    raise UserError(f"The {what} {folder} is changed by others all the time; try again.")
+
+
 def process_is_gone(owner: Mapping[str, Any]) -> bool:
     """Whether a lock's owner was a process of this computer that is gone."""
     pid = owner.get("pid")
@@ -936,24 +971,8 @@ class Dataset:
             return self._commit(deal)
 
     def _commit(self, change: Callable[[dict[str, Any]], T]) -> T:
-        """Read the index, change it, replace it; all under the lock. What `change` raises leaves it as it was."""
-        for attempt in range(5):
-            with FolderLock(self.folder) as lock:
-                data = _read_index(self.folder)
-                out = change(data)
-                data["revision"] += 1
-                try:
-                    _write_index(self.folder, data, lock)
-                except LockLost:
-                    continue
-                except UserError as e:  # on Windows and its shares while another reads the index
-                    if attempt == 4 or not isinstance(e.__cause__, PermissionError):
-                        raise
-                    time.sleep(0.2)
-                    continue
-                self._data = data
-                return out
-        raise UserError(f"The dataset {self.folder} is changed by others all the time; try again.")
+        self._data, out = commit(self.folder, LOCK, "dataset", _read_index, change, _write_index)
+        return out
 
     # ---------------------------------------------------------------------------------------------------------- check
 

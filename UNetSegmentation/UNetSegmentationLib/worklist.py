@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .dataset import FolderLock, LockLost, flush, process_is_gone, reached, read_shared
+from .dataset import FolderLock, LockLost, Unchanged, commit, flush, process_is_gone, reached, read_shared
 from .files import UserError, atomic_path, check_text
 from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, read_image, reorient
 from .inference.predict import Cancelled, Options, Prediction, Progress, check_together, predict
@@ -434,7 +434,7 @@ class WorkList:
             until = _until(self._now(), me)
             mine = [r["claim"] for r in data["scans"].values() if me.owns(r.get("claim") or {})]
             if not mine:
-                raise _Nothing
+                raise Unchanged
             for claim in mine:
                 claim["until"] = until
 
@@ -473,7 +473,7 @@ class WorkList:
         def free(data: dict[str, Any]) -> None:
             record = self._record(data, name)
             if me is not None and not me.owns(record.get("claim") or {}):
-                raise _Nothing
+                raise Unchanged
             record.pop("claim", None)
             if me is None:
                 record["status"] = "segmented" if record.get("mask") else "waiting"
@@ -491,29 +491,9 @@ class WorkList:
         return data["scans"][name]
 
     def _commit(self, change: Callable[[dict[str, Any]], T]) -> T:
-        """Read the list, change it, replace it; all under the lock. What `change` raises leaves it as it was."""
         with reached(self.folder):
-            for attempt in range(5):
-                with FolderLock(self.folder, LIST_LOCK) as lock:
-                    data = _read(self.folder)
-                    try:
-                        out = change(data)
-                    except _Nothing:
-                        self._data = data
-                        return None  # type: ignore[return-value]
-                    data["revision"] += 1
-                    try:
-                        _write(self.folder, data, lock)
-                    except LockLost:
-                        continue
-                    except UserError as e:  # on Windows and its shares while another reads it
-                        if attempt == 4 or not isinstance(e.__cause__, PermissionError):
-                            raise
-                        time.sleep(0.2)
-                        continue
-                    self._data = data
-                    return out
-        raise UserError(f"The work list {self.folder} is changed by others all the time; try again.")
+            self._data, out = commit(self.folder, LIST_LOCK, "work list", _read, change, _write)
+        return out
 
     # --------------------------------------------------------------------------------------------------------- segment
 
@@ -539,7 +519,7 @@ class WorkList:
             todo = [n for n in todo if not (data["scans"][n].get("claim") and _lives(data["scans"][n]["claim"], now))]
             todo.sort(key=lambda n: data["scans"][n]["status"] != "waiting")
             if not todo or data["models"] != names:
-                raise _Nothing
+                raise Unchanged
             data["scans"][todo[0]]["claim"] = self._claim(replace(me, lease=LEASE), now, "segment")
             return todo[0]
 
@@ -648,7 +628,7 @@ class WorkList:
         def free(data: dict[str, Any]) -> None:
             record = data["scans"].get(name) or {}
             if (record.get("claim") or {}).get("for") != "segment" or not me.owns(record["claim"]):
-                raise _Nothing
+                raise Unchanged
             del record["claim"]
 
         try:
@@ -672,10 +652,6 @@ class WorkList:
 
 class _NotWritten(UserError):
     """The list's disk takes no result, which is no scan's fault."""
-
-
-class _Nothing(Exception):
-    """There is nothing to change."""
 
 
 def _split(data: dict[str, Any], name: str, series: Sequence[str]) -> None:
