@@ -139,8 +139,7 @@ class Walk:
         config = self.config(plan(cases, data, quick=True, measure=False, base=base).config, steps, version)
         start = None
         if parent:
-            names = [label.name for label in config.labels]
-            start = finetune.start_from(parent, config.unet(), names, config.channels, config.input.spacing, config.input.intensity).state
+            start = finetune.start_of(parent, config).state
         result = train(config, folder / "run", cases, fold=None, start=start, cache=self.work / "cache")
         run = json.loads((folder / "run" / RUN).read_text("utf-8"))
         items = metrics.case_items(cases, [c for c in cases.annotated if c.split == "validation"][:2])

@@ -362,14 +362,7 @@ def _app() -> Any:
         if not begun:
             _plan(data, output, bool(quick), minutes, {"layout": layout}, base, False)
         config = _read(output)
-        start = tuning.start_from(
-            package,
-            config.unet(),
-            [label.name for label in config.card_labels()],
-            config.channels,
-            config.input.spacing,
-            config.input.intensity,
-        )
+        start = tuning.start_of(package, config)
         print(start.sentence)
         frozen = tuple(freeze or ())
         if not (facts_file := leaf(output, folds[0], seeds[0]) / tuning.FACTS).exists():  # it may be stopped, and exported then

@@ -28,6 +28,7 @@ from .export import parentage
 
 if TYPE_CHECKING:
     from .cases import CaseSet
+    from .config import Config
 
 FACTS = "finetune.json"
 # Below this, so little of the base model would be left that a person had better know.
@@ -126,6 +127,12 @@ def start_from(
         start.notes.append("single slices, so its filters for neighbouring slices are added up")
     _tell(start, len(old), card, name, labels, channels, spacing, intensity)
     return start
+
+
+def start_of(package: ModelPackage, config: Config) -> Start:
+    """start_from() for a plan, with its network, labels, channels, spacing and intensity."""
+    labels = [label.name for label in config.card_labels()]
+    return start_from(package, config.unet(), labels, config.channels, config.input.spacing, config.input.intensity)
 
 
 def _old_key(key: str, deeper: int) -> str:

@@ -35,7 +35,7 @@ from . import config as config_file
 from .cases import Case, CaseSet, evenly, find_cases, folds
 from .config import Config
 from .export import card_path, compact, export_run, lineage, markdown
-from .finetune import start_from
+from .finetune import start_of
 from .plan import Machine, same_labels
 from .plan import plan as make_plan
 from .train import RUN, WEIGHTS, Callback, load_run, load_weights, train
@@ -148,14 +148,7 @@ def _work(folder: Path, told: _Told) -> tuple[str, str]:
         sentence = ""
         state = None
         if base is not None:
-            start = start_from(
-                base,
-                config.unet(),
-                [label.name for label in config.card_labels()],
-                config.channels,
-                config.input.spacing,
-                config.input.intensity,
-            )
+            start = start_of(base, config)
             state, sentence = start.state, start.sentence
         told(sentence or "Training from scratch", now=True)
         try:
