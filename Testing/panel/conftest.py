@@ -143,6 +143,13 @@ def _application(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return start(tmp_path_factory.mktemp("gui") / "gui")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_worker_left() -> Iterator[None]:
+    yield
+    if "UNetSegmentationPanel" in sys.modules:
+        sys.modules["UNetSegmentationPanel"].shutdown()
+
+
 @pytest.fixture
 def gui(_application: Any) -> Iterator[Any]:
     """Slicer with an empty scene, fresh settings and no module loaded. Exceptions that nobody caught fail the test."""

@@ -48,13 +48,6 @@ def scan(name: str = "CT") -> Any:
     return node
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_worker_left() -> Iterator[None]:
-    yield
-    if "UNetSegmentationPanel" in sys.modules:
-        sys.modules["UNetSegmentationPanel"].shutdown()
-
-
 TISSUE = {"category": ["SCT", "49755003", "Morphologically Altered Structure"], "type": ["SCT", "27925004", "Nodule"]}
 TOY = {
     "name": "aclick",

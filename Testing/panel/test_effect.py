@@ -23,13 +23,6 @@ A, B, C = ((4, 8), (6, 14), (6, 16)), ((4, 9), (20, 30), (6, 16)), ((5, 9), (8, 
 IN_A, IN_B, IN_C, ALSO_IN_C, NOWHERE = (6, 10, 10), (6, 25, 10), (7, 12, 28), (7, 22, 28), (12, 3, 37)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_worker_left() -> Iterator[None]:
-    yield
-    if "UNetSegmentationPanel" in sys.modules:
-        sys.modules["UNetSegmentationPanel"].shutdown()
-
-
 @pytest.fixture
 def toy(models_folder: Path, make_package: Callable[..., Any]) -> Any:
     """A click model whose network is a threshold at 0.5, among the imported ones."""

@@ -12,7 +12,7 @@ import sys
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,6 @@ def install(models_folder: Path, make_package: Callable[..., Any]) -> Callable[.
         return path.name.removesuffix(SUFFIX)
 
     return put
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_worker_left() -> Iterator[None]:
-    yield
-    if "UNetSegmentationPanel" in sys.modules:
-        sys.modules["UNetSegmentationPanel"].shutdown()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,6 @@ TOY = {
     "name": "toy",
     "labels": [{"value": 1, "name": "thing", "color": [10, 200, 30]}, {"value": 2, "name": "other", "color": [200, 10, 30]}],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_worker_left() -> Iterator[None]:
-    yield
-    if "UNetSegmentationPanel" in sys.modules:
-        sys.modules["UNetSegmentationPanel"].shutdown()
 
 
 def made(edge: float, x: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
