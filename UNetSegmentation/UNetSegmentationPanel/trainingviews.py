@@ -46,7 +46,7 @@ class Curves:
         self._top = self._table(_("Best Dice"), ["step", "dice"])
         self._series(self.loss_chart, _("Loss"), self._steps, "loss", _LOSS, 1)
         self._series(self.loss_chart, _("Mean"), self._checks, "loss", _LOSS_MEAN, 2, marker=True)
-        self._mean = self._series(self.dice_chart, _("Mean"), self._checks, "dice", _MEAN, 3, marker=True)
+        self._series(self.dice_chart, _("Mean"), self._checks, "dice", _MEAN, 3, marker=True)
         self._peak = self._series(self.dice_chart, _("Best"), self._top, "dice", _BEST, 0, marker=True)
 
     @property
