@@ -496,19 +496,13 @@ def megabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(size / 1e6, 0.1):.{0 if size >= 1e7 else 1}f} MB"
 
 
-def plan_folder(
-    requirements: Iterable[str],
-    folder: str | Path,
-    paths: Sequence[str | Path] | None = None,
-    target: Target | None = None,
-) -> Plan:
+def plan_folder(requirements: Iterable[str], folder: str | Path, paths: Sequence[str | Path] | None = None) -> Plan:
     """What would be installed from a folder of wheels, whose content is all there is (pip's --no-index --find-links).
 
-    paths: where what is there already is looked for ([]: nothing is). target: the Python to install for; only wheels are
-    judged by it, markers such as "sys_platform == 'win32'" by this Python. UserError naming every wheel that is missing, and
-    every one that is there for another Python or platform.
+    paths: where what is there already is looked for ([]: nothing is). UserError naming every wheel that is missing, and every
+    one that is there for another Python or platform.
     """
-    target = target or Target.here()
+    target = Target.here()
     try:
         wheels = sorted(n for n in os.listdir(folder) if n.lower().endswith(".whl"))
     except OSError as e:
