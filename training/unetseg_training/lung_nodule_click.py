@@ -345,7 +345,8 @@ def main() -> None:
     options = parser.parse_args()
     start = finetune.start_from(find_model(options.base)).state if options.base else None
     # 6000 more steps from 0.5.0 at up to 1e-3 gave 0.824, 0.863 and 0.877 on the held-out crops, and the mean of both (release's
-    # --average) 0.830, 0.864 and 0.877, but of four first clicks in a 67 mm mass two found a small part, of 0.5.0's one: not shipped.
+    # --average) 0.830, 0.864 and 0.877, but of four first clicks in a 67 mm mass two found a small part, of 0.5.0's one: neither was
+    # shipped. Curve and figures: results/lung-nodule-click/not-shipped.
     settings: dict[str, Any] = (
         {"batch": 8, "learning_rate": 8e-4, "warmup": 60, "ema": 0.997, "validate_every": 2}
         if start
