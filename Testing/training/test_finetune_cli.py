@@ -81,7 +81,8 @@ def test_finetune_then_export(command, base, tmp_path):
         code, _, err = command(*words, "--share", 0.5, "--replay", old, *changed, "--resume")
         assert code == 2 and f"trained with other settings ({changed[-2].strip('-')})" in err
     code, out, err = command(*words, "--freeze", "encoder", "--replay", old, "--share", 0.5, "--resume")
-    assert code == 0 and "on held-out cases" in out, err
+    # On a busy machine the time is up before the first validation.
+    assert code == 0 and ("ended before its first validation" if record["dice"] is None else "on held-out cases") in out, err
 
     code, out, err = command("export", leaf, "-o", tmp_path / "models")
     assert code == 0 and "run evaluate first" in err, err
