@@ -256,7 +256,7 @@ def _facts(case_set: CaseSet, case: Case, findings: list[Finding]) -> Facts:
         sizes = components(inside[box.slices], corners=True)[1][1:]
         specks = int((sizes <= SPECK).sum())
         if specks and sizes.max() > 10 * SPECK and not counts[IGNORE]:  # what is judged in part only may end anywhere
-            text = f"{label.name} has {specks} islet{'s' * (specks > 1)} of at most {SPECK} voxels beside its main part"
+            text = f"{label.name} has {counted(specks, 'islet')} of at most {SPECK} voxels beside its main part"
             findings.append(Finding(case.name, "leftover", "warning", text, "erase what is left over, if it is not meant"))
     if case.annotated and not any(voxels[1:]):
         findings.append(

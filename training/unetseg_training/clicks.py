@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from UNetSegmentationLib.engines import Engine
-from UNetSegmentationLib.files import UserError
+from UNetSegmentationLib.files import UserError, counted
 from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.click import (
     LUNG_SHARE,
@@ -805,4 +805,4 @@ class HeldOut:
                 found[turns[JUDGED - 1].box.slices] = turns[JUDGED - 1].found
                 self.examples.append((lesion.name, lesion.image, (lesion.truth > 0).astype(np.uint8), found))
         means = np.mean(rows, 0) if rows else [math.nan] * 2
-        return {f"{n} click{'s' * (n > 1)}": float(mean) for n, mean in zip((JUDGED, CLICKS), means)}
+        return {counted(n, "click"): float(mean) for n, mean in zip((JUDGED, CLICKS), means)}

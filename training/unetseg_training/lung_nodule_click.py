@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 from torch import Tensor
+from UNetSegmentationLib.files import counted
 from UNetSegmentationLib.image import Box, read_image, reorient
 from UNetSegmentationLib.inference.click import ZOOMS, fitting
 from UNetSegmentationLib.model import find_model
@@ -300,7 +301,7 @@ class HeldOut:
             if next_ := correction(predicted, label, sample.known, None, LOOK.voxel):
                 (sample.positive if next_[1] else sample.negative).append(next_[0])
             sample.previous = predicted.astype(np.float32)
-        return {f"{n} click{'s' * (n > 1)}": score for n, score in enumerate(scores, 1)}
+        return {counted(n, "click"): score for n, score in enumerate(scores, 1)}
 
 
 def patch(scan: Scan, rng: np.random.Generator) -> Sample:
