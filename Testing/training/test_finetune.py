@@ -3,6 +3,7 @@
 import copy
 import json
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,21 @@ def test_slices_of_a_2d_model_stay_with_their_image():
     old, new = load_network(package).state_dict()["encoder.0.first.0.weight"], start.state["encoder.0.first.0.weight"]
     assert new.shape[1] == 2 * old.shape[1] and torch.equal(new[:, : old.shape[1]], old) and not new[:, old.shape[1] :].any()
     assert start.network.out_channels == 3
+
+
+def test_a_2d_model_goes_on_with_more_or_fewer_neighbouring_slices():
+    package = find_model("lung-nodule-2d")
+    network, per = UNetConfig.from_json(package.card.data["network"]), package.card.inputs
+    key = "encoder.0.first.0.weight"
+    old = load_network(package).state_dict()[key]
+    more = finetune.start_from(package, replace(network, in_channels=per + 4))
+    assert torch.equal(more.state[key][:, 2:-2], old) and not more.state[key][:, [0, 1, -2, -1]].any() and not more.new
+    assert f"{per + 4} slices instead of {per}, the new ones without influence at first" in more.sentence
+    fewer = finetune.start_from(package, replace(network, in_channels=per - 2))
+    assert torch.allclose(fewer.state[key].sum(1), old.sum(1), atol=1e-6)
+    assert torch.equal(fewer.state[key][:, 1:-1], old[:, 2:-2]) and not fewer.new
+    with pytest.raises(UserError, match="does not fit 1 images"):
+        finetune.start_from(package, replace(network, in_channels=per + 1))
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence(base, make_package):

@@ -154,7 +154,7 @@ def test_from_lung_nodules_in_ct_to_left_ventricles_in_mr(hearts, tmp_path):
     package, config = planned(hearts, "lung-nodule-2d")
     assert config.input.context_slices == 0 and config.input.axis == "acquired" and config.input.intensity["mode"] == "zscore"
     start = finetune.start_of(package, config)
-    assert "single slices, so its filters for neighbouring slices are added up" in start.sentence
+    assert "single slices, so its filters for the others are added up" in start.sentence
     old = load_network(package)
     per = package.card.inputs
     one = torch.randn(1, 1, 32, 32)

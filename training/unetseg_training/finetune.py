@@ -90,8 +90,9 @@ def start_from(
     )
     if wanted.dimensions != card.dimensions:
         raise UserError(f"{name} is a {card.dimensions}D network and the plan asks for {wanted.dimensions}D; plan with the base's network.")
-    flat = per > 1 and not extra and wanted.in_channels == len(channels)  # single pictures have no neighbouring slices
-    if wanted.out_channels != len(labels) + background or (wanted.in_channels != len(channels) * per + extra and not flat):
+    slices, rest = divmod(wanted.in_channels - extra, len(channels))
+    resliced = slices != per and card.dimensions == 2 and slices % 2 == 1
+    if wanted.out_channels != len(labels) + background or rest or (slices != per and not resliced):
         raise UserError(
             f"The plan's network takes {wanted.in_channels} channels and gives {wanted.out_channels}, which does not fit {len(channels)} "
             f"images and {len(labels)} labels on {name} ({per} slices each); plan with the base's network."
@@ -101,11 +102,11 @@ def start_from(
         state = {k: v.clone() for k, v in build(wanted).state_dict().items()}
     start = Start(state, wanted)
     old = source.state_dict()
-    if flat:
+    if resliced:
         for key in FIRST:
-            if key in old:  # one slice now has the weights of all: what the base gave where its slices were alike
-                old[key] = old[key].unflatten(1, (-1, per)).sum(2)
-    inputs = _inputs(card, channels, 1 if flat else per, extra)
+            if key in old:
+                old[key] = _resliced(old[key], per, slices)
+    inputs = _inputs(card, channels, slices, extra)
     rows = [0] * background + [_index(card, n) for n in labels]
     for key, target in state.items():
         value = old.get(_old_key(key, len(wanted.channels) - len(source.config.channels)))
@@ -123,8 +124,10 @@ def start_from(
             start.kept.append(key)
         else:
             start.new.append(key)
-    if flat:
-        start.notes.append("single slices, so its filters for neighbouring slices are added up")
+    if resliced:
+        seen = "single slices" if slices == 1 else f"{slices} slices instead of {per}"
+        change = "so its filters for the others are added up" if slices < per else "the new ones without influence at first"
+        start.notes.append(f"{seen}, {change}")
     _tell(start, len(old), card, name, labels, channels, spacing, intensity)
     return start
 
@@ -147,6 +150,19 @@ def _index(card: Card, label: str) -> int | None:
     if card.data["task"] == "click":
         return background
     return next((i + background for i, own in enumerate(card.labels) if own.key == label_key(label)), None)
+
+
+def _resliced(value: Tensor, per: int, slices: int) -> Tensor:
+    """Weights (out, images * per, ...) for other numbers of slices: a slice that goes adds its own to the outermost that
+    stays (what the base gave where these were alike), one that comes has none."""
+    planes = value.unflatten(1, (-1, per))
+    if (more := (slices - per) // 2) > 0:
+        empty = planes.new_zeros(planes[:, :, :1].shape).repeat_interleave(more, 2)
+        return torch.cat([empty, planes, empty], 2).flatten(1, 2)
+    kept = planes[:, :, -more : per + more].clone()
+    kept[:, :, 0] += planes[:, :, :-more].sum(2)
+    kept[:, :, -1] += planes[:, :, per + more :].sum(2)
+    return kept.flatten(1, 2)
 
 
 def _inputs(card: Card, channels: Sequence[str], per: int, extra: int) -> list[int | None]:
