@@ -194,6 +194,12 @@ def test_cmake_lists_exactly_the_files_there_are(module):
     assert added in (ROOT / "CMakeLists.txt").read_text("utf-8")
 
 
+def test_cmake_lets_slicers_macros_find_python():
+    """ctkMacroCompilePythonScript calls find_package(PythonInterp), which fails where policy CMP0148 of CMake 3.27 is set."""
+    newest = re.search(r"cmake_minimum_required\(VERSION [\d.]+\.\.\.(\d+)\.(\d+)", (ROOT / "CMakeLists.txt").read_text("utf-8"))
+    assert newest and (int(newest[1]), int(newest[2])) < (3, 27)
+
+
 def test_cmake_ships_the_training():
     folder = ROOT / "training"
     listed = set(re.findall(r"^  ([\w./-]+\.(?:py|jinja))$", (folder / "CMakeLists.txt").read_text("utf-8"), re.M))
