@@ -839,6 +839,23 @@ def test_dots_show_the_clicks_of_the_selected_segment_on_their_slice(editor: Cal
     assert not e.dots()
 
 
+def test_another_frame_of_a_sequence_shows_its_own_dots(editor: Callable[..., Editor]) -> None:
+    """Slicer's browser lets the node hold each frame's vtkSegmentation."""
+    import slicer
+
+    e, frame = editor(scan("straight")), slicer.vtkMRMLSegmentationNode()
+    e.click(IN_C)
+    first = slicer.vtkMRMLSegmentationNode()
+    first.CopyContent(e.segmentation, False)
+    frame.SetAndObserveSegmentation(slicer.vtkSegmentation())
+    e.segmentation.CopyContent(frame, False)
+    e.gui.wait(lambda: not any(e.dots().values()))
+    e.segmentation.CopyContent(first, False)
+    e.gui.wait(lambda: e.dots()["green"])
+    e.segmentation.GetSegmentation().GetSegment(e.segment).RemoveTag("UNetSegmentation.Prompts")
+    e.gui.wait(lambda: not any(e.dots().values()))
+
+
 def test_no_dots_where_the_segmentation_is_not_shown(editor: Callable[..., Editor]) -> None:
     import slicer
 

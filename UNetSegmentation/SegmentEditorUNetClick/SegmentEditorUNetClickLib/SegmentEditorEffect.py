@@ -572,9 +572,10 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         if volume is not None:
             self.addObserver(volume, volume.TransformModifiedEvent, self._onChange)
         if node is not None:
-            segmentation = node.GetSegmentation()
-            for event in (segmentation.SegmentModified, segmentation.SegmentRemoved, segmentation.SourceRepresentationModified):
-                self.addObserver(segmentation, event, self._onChange)
+            of = slicer.vtkSegmentation
+            # Of the node, which passes them on: of a sequence each frame has another vtkSegmentation.
+            for event in (of.SegmentModified, of.SegmentRemoved, of.SourceRepresentationModified, node.SegmentationChangedEvent):
+                self.addObserver(node, event, self._onChange)
 
     def _onEditor(self, caller: Any, event: Any) -> None:
         if self._observed != (caller.GetSourceVolumeNode(), caller.GetSegmentationNode()):
