@@ -583,6 +583,31 @@ def test_a_saved_scene_is_gone_on_with(editor: Callable[..., Editor], toy: Any, 
     assert again.mask().sum() == filled(A, B).sum()
 
 
+def test_a_scene_that_was_saved_without_the_effect_is_clicked_into(
+    editor: Callable[..., Editor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node of the module Segment Editor stays, but has then the attributes that were saved, and no others."""
+    import slicer
+
+    monkeypatch.setattr("UNetSegmentationLib.inference.click.MODEL", "toy-click")
+    e = editor(scan(), active=False)
+    e.node.SetSingletonTag("SegmentEditor")
+    for name in ("Positive", "Model"):
+        e.node.RemoveAttribute(f"{NAME}.{name}")
+    e.gui.save_scene(tmp_path / "scene.mrb")
+    e.gui.load_scene(tmp_path / "scene.mrb")
+    assert e.widget.mrmlSegmentEditorNode() is e.node and e.node.GetAttribute(f"{NAME}.Model") is None
+    e.volume = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLScalarVolumeNode")
+    e.segmentation = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSegmentationNode")
+    e.widget.setSegmentationNode(e.segmentation)
+    e.widget.setSourceVolumeNode(e.volume)
+    e.widget.setActiveEffectByName(NAME)
+    e.wait()
+    assert e.effect.positiveButton.checked
+    e.click(IN_A)
+    assert e.message == "" and np.array_equal(e.mask(), filled(A))
+
+
 @pytest.mark.parametrize("kind", ["oblique", "left-handed"])
 def test_a_scan_that_was_hardened_is_gone_on_with(editor: Callable[..., Editor], toy: Any, kind: str) -> None:
     from mrml_scenes import add_transform, rotation
@@ -713,7 +738,9 @@ def test_on_a_screen_of_high_resolution_a_hand_is_as_still_and_a_dot_as_large(ed
     assert diameter() == 10
 
 
-def test_another_model_is_chosen_and_a_missing_one_named(editor: Callable[..., Editor], models_folder: Path, make_package: Any) -> None:
+def test_another_model_is_chosen_and_a_missing_one_named(
+    editor: Callable[..., Editor], models_folder: Path, make_package: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = make_package(task="click", spacing=[2, 2, 2], patch=[16, 32, 32], name="other-click", version="2.1.0")
     shutil.copy(other.path, models_folder)
     e = editor(scan())
@@ -731,6 +758,13 @@ def test_another_model_is_chosen_and_a_missing_one_named(editor: Callable[..., E
     e.scripted.setParameter("Model", "gone-3.0.0")
     e.click(IN_A)
     assert "gone-3.0.0 is not installed" in e.message and np.array_equal(e.mask(), session.mask)
+    assert combo.currentIndex == -1 and not combo.isHidden()
+    monkeypatch.setattr("UNetSegmentationLib.inference.click.MODEL", "toy-click")
+    combo.setCurrentIndex(0)
+    e.click(IN_A)
+    assert e.message == "" and e.node.GetAttribute(f"{NAME}.Model") == "default"
+    e.scripted.setParameter("Model", "other-click-1.9.0")
+    assert combo.currentIndex == combo.findData("other-click-2.1.0")  # which is taken for it
 
 
 def test_without_volume_or_segmentation_a_sentence_says_what_to_do(editor: Callable[..., Editor]) -> None:

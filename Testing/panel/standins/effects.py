@@ -372,20 +372,29 @@ class qMRMLSegmentEditorWidget(mrmlwidgets.qMRMLWidget):
         return self._node
 
     def setMRMLSegmentEditorNode(self, newSegmentEditorNode: Any) -> None:
+        if newSegmentEditorNode is self._node:
+            return
         self._unobserve(self._node)
         self._node = node = newSegmentEditorNode
         self._logic.SetSegmentEditorNode(node)
         if node is None:
             return  # the active effect stays active until there is another node
-        for effect in self._effects:
-            effect.setParameterSetNode(node)
-            effect._call("setMRMLDefaults")
+        self._initializeParameterSetNode()
         for event in (vtk.vtkCommand.ModifiedEvent, node.EffectParameterModified):
             self._tags.append((node, node.AddObserver(event, lambda *_: self._update())))
         self._update()
 
+    def _initializeParameterSetNode(self) -> None:
+        for effect in self._effects:
+            effect.setParameterSetNode(self._node)
+            effect._call("setMRMLDefaults")
+
     def _onSceneEndClose(self) -> None:
-        """Nobody holds the node any more, whose pointers are weak ones."""
+        """Of a node that is no singleton nobody holds more than a weak pointer."""
+        if self._node is not None and self._node.GetScene() is not None:
+            self._initializeParameterSetNode()
+            self._update()
+            return
         self.setMRMLSegmentEditorNode(None)
         for effect in self._effects:
             effect.setParameterSetNode(None)

@@ -154,14 +154,18 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
     def updateGUIFromMRML(self) -> None:
         if not self._made or self.scriptedEffect.parameterSetNode() is None:
             return
+        # A scene that was saved without this effect takes its parameters away, and Slicer asks for them only with a new node.
+        self.setMRMLDefaults()
         positive = bool(self.scriptedEffect.integerParameter("Positive"))
         for button, on in ((self.positiveButton, positive), (self.negativeButton, not positive)):
             was = button.blockSignals(True)
             button.checked = on
             button.blockSignals(was)
-        was = self.modelCombo.blockSignals(True)
-        self.modelCombo.currentIndex = max(0, self.modelCombo.findData(self.scriptedEffect.parameter("Model")))
+        was, index = self.modelCombo.blockSignals(True), self._shownModel()
+        self.modelCombo.currentIndex = index
         self.modelCombo.blockSignals(was)
+        # Also where there is no choice but to leave one that is not installed.
+        self.modelCombo.visible = self.modelLabel.visible = len(self._models) > 1 or (bool(self._models) and index < 0)
 
     def updateMRMLFromGUI(self) -> None:
         if self.scriptedEffect.parameterSetNode() is None:
@@ -546,8 +550,18 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         for model in self._models:
             self.modelCombo.addItem(f"{model.card.name} {model.card.version}", model.name)
         self.modelCombo.blockSignals(was)
-        self.modelCombo.visible = self.modelLabel.visible = len(self._models) > 1
         self.updateGUIFromMRML()
+
+    def _shownModel(self) -> int:
+        """The model's place in the list; -1 where it is not there, so that any, the default too, can be chosen instead."""
+        wanted = self.scriptedEffect.parameter("Model")
+        index = self.modelCombo.findData(wanted)
+        if index < 0 and self._models:
+            from UNetSegmentationPanel import models
+
+            found, _missing = models.resolve([wanted], self._models)
+            index = self.modelCombo.findData(found[0].name) if found else -1
+        return index
 
     def _clickIn(self, viewWidget: Any, xy: Sequence[int], positive: bool) -> None:
         from UNetSegmentationPanel import otherShown
