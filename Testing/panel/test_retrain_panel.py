@@ -522,6 +522,25 @@ def test_another_layout_or_a_closed_scene_ends_the_curves_only(panel: Any, gui: 
     assert slicer.app.layoutManager().layout != 7161
 
 
+def test_a_view_that_fills_all_gives_way_to_the_curves_and_to_the_layout_before(panel: Any, tmp_path: Path) -> None:
+    import slicer
+
+    retraining.write_lines(retraining.make_job(tmp_path / "cases") / "live.jsonl", retraining.curve(80))
+    p = panel()
+    p.look()
+    manager = slicer.app.layoutManager()
+    before, node = manager.layout, manager.layoutLogic().GetLayoutNode()
+    node.AddMaximizedViewNode(manager.sliceWidget("Red").mrmlSliceNode())  # by the button of the view
+    p.gui.click(p.ui.curvesButton)
+    p.look()
+    assert manager.layout == 7161 and node.GetNumberOfMaximizedViewNodes() == 0
+    node.AddMaximizedViewNode(slicer.mrmlScene.GetSingletonNode("UNetDice", "vtkMRMLPlotViewNode"))
+    p.look()
+    assert p.ui.curvesButton.checked and node.GetNumberOfMaximizedViewNodes() == 1  # looked at so
+    p.gui.click(p.ui.curvesButton)
+    assert manager.layout == before and node.GetNumberOfMaximizedViewNodes() == 0
+
+
 def test_examples_lie_upright_in_the_view(panel: Any, tmp_path: Path) -> None:
     folder = retraining.make_job(tmp_path / "cases")
     lines = retraining.curve(80)

@@ -1014,6 +1014,11 @@ def test_the_application(gui: Any) -> None:
     manager.setLayout(999)
     manager.disconnect("layoutChanged(int)", changed.append)
     assert changed == [999]
+    node.AddMaximizedViewNode(manager.sliceWidget("Mine").mrmlSliceNode())
+    node.SetViewArrangement(node.SlicerLayoutFourUpView)
+    assert node.GetNumberOfMaximizedViewNodes() == 1  # the node keeps what fills all; the manager does not
+    manager.setLayout(998)  # unknown
+    assert manager.layout == node.SlicerLayoutConventionalView and node.GetNumberOfMaximizedViewNodes() == 0
     slicer.util.setSliceViewerLayers(background=add_volume(), fit=True)
     for name in ("mainWindow", "aplicationLogic"):
         with pytest.raises(AttributeError):

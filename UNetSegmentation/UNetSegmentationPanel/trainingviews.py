@@ -371,7 +371,8 @@ class Layouts:
         if self.shown != number:
             if not node.IsLayoutDescription(number):
                 node.AddLayoutDescription(number, descriptions()[number])
-            node.SetViewArrangement(number)
+            # Unlike the node, the manager lets go of a view that somebody has made fill all.
+            slicer.app.layoutManager().setLayout(number)
         for view in (LOSS, DICE, EXAMPLES, BEFORE, AFTER):
             for kind in ("vtkMRMLPlotViewNode", "vtkMRMLSliceNode", "vtkMRMLSliceCompositeNode"):
                 own = slicer.mrmlScene.GetSingletonNode(view, kind)
@@ -383,7 +384,7 @@ class Layouts:
         """Back to the layout before, where ours is on."""
         if self.shown is not None:
             former = self._former if self._former not in (None, CURVES, COMPARISON) else slicer.vtkMRMLLayoutNode.SlicerLayoutFourUpView
-            self._node.SetViewArrangement(former)
+            slicer.app.layoutManager().setLayout(former)
         self._former = None
 
 

@@ -1,8 +1,8 @@
 """`slicer.app`, its managers, and the scripted modules in `slicer.modules`.
 
 Names after Slicer 5.12: Base/QTCore/qSlicerCoreApplication.h, Base/QTGUI/qSlicerApplication.h,
-qSlicerScriptedLoadableModule.h, qSlicerScriptedLoadableModuleWidget.h, Libs/MRML/Widgets/qMRMLLayoutManager.h. The
-application runs without a main window (--no-main-window).
+qSlicerScriptedLoadableModule.h, qSlicerScriptedLoadableModuleWidget.h, Libs/MRML/Widgets/qMRMLLayoutManager.h. There is
+no main window to find, but the layout manager, which Slicer has with such a window only (not with --no-main-window).
 """
 
 from __future__ import annotations
@@ -176,7 +176,11 @@ class qSlicerLayoutManager(QObject):
             self.layoutChanged.emit(self._shown)
 
     def _set_layout(self, layout: int) -> None:
-        self._logic.GetLayoutNode().SetViewArrangement(int(layout))
+        node = self._logic.GetLayoutNode()
+        if int(layout) == node.GetViewArrangement():
+            return
+        node.RemoveAllMaximizedViewNodes()  # which the node does not, told of another layout by itself
+        node.SetViewArrangement(int(layout) if node.IsLayoutDescription(int(layout)) else node.SlicerLayoutConventionalView)
 
     layout = Property(int, lambda self: self._logic.GetLayoutNode().GetViewArrangement(), _set_layout)
     threeDViewCount = Property(int, lambda self: 0)
