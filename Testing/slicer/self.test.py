@@ -1,6 +1,6 @@
 """Runs the modules' self-tests in a real Slicer and ends it with an exit code:
 
-    Slicer --no-splash --no-main-window --additional-module-paths UNetSegmentation UNetSegmentation/SegmentEditorUNetClick \\
+    Slicer --no-splash --additional-module-paths UNetSegmentation UNetSegmentation/SegmentEditorUNetClick \\
       --python-script Testing/slicer/self.test.py
 
 (A name with a point: slicer-core imports every module that it finds in a folder called slicer.)
