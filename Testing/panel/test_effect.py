@@ -765,6 +765,12 @@ def test_another_model_is_chosen_and_a_missing_one_named(
     assert e.message == "" and e.node.GetAttribute(f"{NAME}.Model") == "default"
     e.scripted.setParameter("Model", "other-click-1.9.0")
     assert combo.currentIndex == combo.findData("other-click-2.1.0")  # which is taken for it
+    was = e.node.StartModify()
+    for name, value in (("Positive", "0"), ("Model", "toy-click-1.0.0")):  # a scene brings both
+        e.node.SetAttribute(f"{NAME}.{name}", value)
+    e.node.EndModify(was)
+    assert e.node.GetAttribute(f"{NAME}.Model") == combo.itemData(combo.currentIndex) == "toy-click-1.0.0"
+    assert e.effect.negativeButton.checked and not e.effect.positiveButton.checked
 
 
 def test_without_volume_or_segmentation_a_sentence_says_what_to_do(editor: Callable[..., Editor]) -> None:

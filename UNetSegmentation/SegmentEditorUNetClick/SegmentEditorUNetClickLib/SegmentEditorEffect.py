@@ -157,13 +157,12 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         # A scene that was saved without this effect takes its parameters away, and Slicer asks for them only with a new node.
         self.setMRMLDefaults()
         positive = bool(self.scriptedEffect.integerParameter("Positive"))
-        for button, on in ((self.positiveButton, positive), (self.negativeButton, not positive)):
-            was = button.blockSignals(True)
-            button.checked = on
-            button.blockSignals(was)
-        was, index = self.modelCombo.blockSignals(True), self._shownModel()
-        self.modelCombo.currentIndex = index
-        self.modelCombo.blockSignals(was)
+        # All at once: a button that another one unchecks would store the model that is still shown.
+        were = [(widget, widget.blockSignals(True)) for widget in (self.positiveButton, self.modelCombo)]
+        (self.positiveButton if positive else self.negativeButton).checked = True
+        self.modelCombo.currentIndex = index = self._shownModel()
+        for widget, was in were:
+            widget.blockSignals(was)
         # Also where there is no choice but to leave one that is not installed.
         self.modelCombo.visible = self.modelLabel.visible = len(self._models) > 1 or (bool(self._models) and index < 0)
 
