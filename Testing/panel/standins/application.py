@@ -144,9 +144,9 @@ class qSlicerLayoutManager(QObject):
         self._logic.SetMRMLScene(slicer.mrmlScene)  # makes the nodes of the views
         self._logic.GetLayoutNode().SetViewArrangement(slicer.vtkMRMLLayoutNode.SlicerLayoutFourUpView)
         self._application_logic, self._slices = application_logic, {}
-        self._shown = self._logic.GetLayoutNode().GetViewArrangement()
         self._observers = mrmlwidgets._Observers(self)
         self._observers.add(self._logic.GetLayoutNode(), self._layout_modified, vtk.vtkCommand.ModifiedEvent)
+        self._observers.add(slicer.mrmlScene, self._batch_ended, slicer.vtkMRMLScene.EndBatchProcessEvent)
         for name in ("Red", "Green", "Yellow"):
             self._make_slice(slicer.mrmlScene.GetSingletonNode(name, "vtkMRMLSliceNode"))
 
@@ -170,10 +170,13 @@ class qSlicerLayoutManager(QObject):
         self._slices[node.GetLayoutName()] = qMRMLSliceWidget(logic)
 
     def _layout_modified(self, node: Any, event: str) -> None:
-        if node.GetViewArrangement() != self._shown:
-            self._shown = node.GetViewArrangement()
+        # Whatever of the node has changed, be it a view that fills all or the description of a layout that is not on.
+        if not slicer.mrmlScene.IsBatchProcessing():
             self._make_slices()
-            self.layoutChanged.emit(self._shown)
+            self.layoutChanged.emit(node.GetViewArrangement())
+
+    def _batch_ended(self, scene: Any, event: str) -> None:
+        self._layout_modified(self._logic.GetLayoutNode(), event)
 
     def _set_layout(self, layout: int) -> None:
         node = self._logic.GetLayoutNode()
