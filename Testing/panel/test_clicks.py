@@ -1123,6 +1123,36 @@ def leftovers() -> list[str]:
     return [n.GetName() for n in nodes if any(n.IsA(kind) for kind in kinds)]
 
 
+def test_a_view_that_is_removed_while_clicks_are_awaited_keeps_no_other(panel: Any) -> None:
+    import slicer
+
+    p = panel()
+    p.settings.volume = scan()
+    p.gui.process_events()
+    manager = slicer.app.layoutManager()
+    before, node = manager.layout, manager.layoutLogic().GetLayoutNode()
+    node.AddLayoutDescription(999, '<layout><item><view class="vtkMRMLSliceNode" singletontag="Mine"></view></item></layout>')
+    manager.setLayout(999)
+    manager.setLayout(before)
+    p.arm()
+    mine = manager.sliceWidget("Mine")
+    assert mine.sliceView().cursor_of_the_test is not None
+    slicer.mrmlScene.RemoveNode(mine.mrmlSliceNode())  # as another module does with its own
+    p.gui.click(p.ui.clickButton)
+    p.arm()
+    p.click(BALLS["left"][0])
+    assert list(p.segments()) == ["Nodule 1"]
+    p.gui.click(p.ui.clickButton)
+    views = [manager.sliceWidget(name).sliceView() for name in manager.sliceViewNames()]
+    assert len(views) == 3 and all(view.cursor_of_the_test is None for view in views)
+    heard: list[str] = []
+    for interactor in [view.interactor() for view in views]:
+        tag = interactor.AddObserver("LeftButtonPressEvent", lambda c, e: heard.append(e))
+        interactor.InvokeEvent("LeftButtonPressEvent")
+        interactor.RemoveObserver(tag)
+    assert len(heard) == 3
+
+
 def test_closing_the_panel_leaves_the_segments_alone(panel: Any) -> None:
     import slicer
 

@@ -136,11 +136,14 @@ class ViewClicks:
             self._observed.append((interactor, view, tags))
 
     def _leave(self) -> None:
-        for interactor, view, tags in self._observed:
+        observed, self._observed = self._observed, []
+        for interactor, view, tags in observed:
             for tag in tags:
                 interactor.RemoveObserver(tag)
-            view.unsetViewCursor()
-        self._observed = []
+            try:
+                view.unsetViewCursor()
+            except ValueError:  # PythonQt's, of a view whose node has left the scene
+                pass
 
     def _heard(self, interactor: Any, event: str, widget: Any, tags: list[int]) -> None:
         mode = slicer.mrmlScene.GetNodeByID("vtkMRMLInteractionNodeSingleton")

@@ -22,6 +22,7 @@ from PySide6.QtCore import Property, QObject, Signal
 from PySide6.QtGui import QIcon
 from PySide6.QtWidgets import QApplication
 from pythonqt import standin
+from vtk.util.misc import calldata_type
 
 
 @standin
@@ -99,6 +100,11 @@ class qMRMLSliceView:
         self._interactor = vtk.vtkRenderWindowInteractor()
         self.cursor_of_the_test: Any = None
 
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_") and "_destroyed" in self.__dict__:
+            raise ValueError(f"Trying to call '{name}' on a destroyed {type(self).__name__} object")
+        return super().__getattribute__(name)
+
     def interactor(self) -> Any:
         return self._interactor
 
@@ -147,6 +153,7 @@ class qSlicerLayoutManager(QObject):
         self._observers = mrmlwidgets._Observers(self)
         self._observers.add(self._logic.GetLayoutNode(), self._layout_modified, vtk.vtkCommand.ModifiedEvent)
         self._observers.add(slicer.mrmlScene, self._batch_ended, slicer.vtkMRMLScene.EndBatchProcessEvent)
+        self._observers.add(slicer.mrmlScene, self._node_removed, slicer.vtkMRMLScene.NodeRemovedEvent)
         for name in ("Red", "Green", "Yellow"):
             self._make_slice(slicer.mrmlScene.GetSingletonNode(name, "vtkMRMLSliceNode"))
 
@@ -174,6 +181,12 @@ class qSlicerLayoutManager(QObject):
         if not slicer.mrmlScene.IsBatchProcessing():
             self._make_slices()
             self.layoutChanged.emit(node.GetViewArrangement())
+
+    @calldata_type(vtk.VTK_OBJECT)
+    def _node_removed(self, scene: Any, event: str, node: Any) -> None:
+        """With a view's node goes its widget."""
+        for name in [name for name, widget in self._slices.items() if widget.mrmlSliceNode() is node]:
+            self._slices.pop(name).sliceView()._destroyed = True
 
     def _batch_ended(self, scene: Any, event: str) -> None:
         self._layout_modified(self._logic.GetLayoutNode(), event)
