@@ -115,7 +115,9 @@ class TorchRow:
         box.setStandardButtons(qt.QMessageBox.Yes | qt.QMessageBox.No | qt.QMessageBox.Cancel)
         box.button(qt.QMessageBox.Yes).text = _("Install again")
         box.button(qt.QMessageBox.No).text = _("Remove")
-        return {int(qt.QMessageBox.Yes): True, int(qt.QMessageBox.No): False}.get(int(box.exec_()))
+        answer = int(box.exec_())
+        box.deleteLater()  # its parent would keep it
+        return {int(qt.QMessageBox.Yes): True, int(qt.QMessageBox.No): False}.get(answer)
 
     def _remove(self) -> None:
         from . import installer
