@@ -800,7 +800,7 @@ class UNetSegmentationTest(ScriptedLoadableModuleTest):
 
     ROI_RAS = (8.3, 35.6), (105.2, 134.8), (-630.0, -595.0)  # about twice the nodule of the first sample scan
 
-    DICE = 0.6  # it is 0.664: the model outlines more generously than that label
+    DICE = 0.6  # it is 0.666: the model outlines more generously than that label
     CLICK_DICE = 0.5  # of one click; what the models reach is in the README
 
     def setUp(self) -> None:
@@ -829,7 +829,7 @@ class UNetSegmentationTest(ScriptedLoadableModuleTest):
 
         self.delayDisplay("Choose volume, model and box")
         settings.volume = volume
-        settings.models = ["lung-nodule-2d-1.1.0"]
+        settings.models = ["lung-nodule-2d-1.2.1"]
         settings.region = self.box()
         settings.uncertainty = True
         slicer.app.processEvents()

@@ -65,7 +65,7 @@ def photograph(gui: Any, out: Path, work: Path) -> None:
     roi.SetCenterWorld((28, 35, 28))
     roi.SetSizeWorld((26, 26, 26))
     settings = widget._parameters
-    settings.models = ["lung-nodule-2d-1.1.0"]
+    settings.models = ["lung-nodule-2d-1.2.1"]
     shoot("asks-for-a-region")
     settings.region, settings.uncertainty = roi, True
     shoot("ready")

@@ -211,7 +211,7 @@ def test_models_are_listed_with_what_a_person_needs(panel: Any, install: Any, mo
     p = panel()
     texts = [p.ui.modelList.item(i).text() for i in range(p.ui.modelList.count)]
     lung = next(t for t in texts if t.startswith("Lung nodule in a box"))
-    assert "Lung nodule" in lung and "Dice 0.84" in lung and "MB" in lung and "Apache-2.0" in lung and "2.5D" in lung
+    assert "Lung nodule" in lung and "Dice 0.85" in lung and "MB" in lung and "Apache-2.0" in lung and "2.5D" in lung
     assert not any("clicks" in t for t in texts)
     (i,) = [i for i, t in enumerate(texts) if t.startswith("broken")]
     assert "damaged" in p.ui.modelList.item(i).toolTip()
@@ -230,7 +230,7 @@ def test_details_show_the_card_and_run_nothing_of_it(panel: Any, install: Any) -
     assert "<img src=x>Toy" in text and "<script>alert(1)</script>" in text and "<b>mine</b>. And more" in text
     assert "Fails on children" in text
     assert "<b>mine</b>" in p.ui.modelList.item(p.ui.modelList.count - 1).text()
-    p.choose("lung-nodule-2d-1.1.0")
+    p.choose("lung-nodule-2d-1.2.1")
     text = p.ui.detailsBrowser.toPlainText()
     assert "LIDC-IDRI" in text and "50 mm" in text and "162 cases" in text
     p.ui.detailsButton.click()
@@ -280,7 +280,7 @@ def test_import_choose_and_remove(panel: Any, make_package: Any, models_folder: 
     p.ui.removeButton.click()
     assert not (models_folder / package.name).exists() and p.settings.models == [] and not p.ui.removeButton.visible
 
-    p.choose("lung-nodule-2d-1.1.0")
+    p.choose("lung-nodule-2d-1.2.1")
     assert not p.ui.removeButton.enabled
     p.ui.folderButton.click()
     assert str(models_folder) in p.gui.dialogs.texts("url")[0]
@@ -346,11 +346,11 @@ def test_an_imported_model_of_clicks_is_there_at_once(panel: Any, make_package: 
     package = make_package(name="clicks", task="click").path
     p = panel()
     volume()
-    p.choose("lung-nodule-2d-1.1.0")
+    p.choose("lung-nodule-2d-1.2.1")
     p.gui.dialogs.answer(str(package))
     p.ui.importButton.click()
     assert "clicks-1.0.0 is imported" in p.ui.modelMessage.text and p.ui.modelMessage.visible
-    assert "clicks-1.0.0" in p.offered(p.ui.clickModelCombo) and p.settings.models == ["lung-nodule-2d-1.1.0"]
+    assert "clicks-1.0.0" in p.offered(p.ui.clickModelCombo) and p.settings.models == ["lung-nodule-2d-1.2.1"]
     p.choose("hippocampus-3d-1.2.1")
     assert not p.ui.modelMessage.visible
 
@@ -402,7 +402,7 @@ def test_presets_are_offered_for_the_models_they_fit(panel: Any, install: Any) -
     volume()
     p.choose(none)
     assert not p.ui.presetCombo.visible
-    p.choose("lung-nodule-2d-1.1.0")
+    p.choose("lung-nodule-2d-1.2.1")
     assert p.ui.presetCombo.visible and p.offered(p.ui.presetCombo)[0] == ""
     assert {"lung", "bone", "custom"} <= set(p.offered(p.ui.presetCombo))
     assert "mr-percentile" not in p.offered(p.ui.presetCombo)
@@ -438,7 +438,7 @@ def test_a_preset_is_seen_by_person_and_model(panel: Any, install: Any) -> None:
 def test_model_default_shows_the_models_own_display_window(panel: Any) -> None:
     p = panel()
     node = volume()
-    p.choose("lung-nodule-2d-1.1.0")
+    p.choose("lung-nodule-2d-1.2.1")
     p.pick(p.ui.presetCombo, "bone")
     p.pick(p.ui.presetCombo, "")
     assert window_of(node) == (-600, 1500)  # the card's "display": lung

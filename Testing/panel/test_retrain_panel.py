@@ -858,11 +858,11 @@ def test_another_training_set_is_another_task_and_the_first_is_found_again(
     p.start_from("hippocampus-3d-1.2.1")
     said = "The cases are single slices and hippocampus-3d is a 3D model; start from a 2D model, or from scratch."
     assert p.ui.trainMessage.text == said and not p.ui.trainButton.enabled
-    p.start_from("lung-nodule-2d-1.1.0")
+    p.start_from("lung-nodule-2d-1.2.1")
     assert p.ui.trainMessage.text.endswith("does not know Left ventricle cavity: that is learnt anew.")
     p.gui.click(p.ui.trainButton)
     ((heart, _python, _variables),) = seen
-    assert heart.parent == hearts / "retrain" and p.section.job.folder == heart and p.section.job.base == "lung-nodule-2d-1.1.0"
+    assert heart.parent == hearts / "retrain" and p.section.job.folder == heart and p.section.job.base == "lung-nodule-2d-1.2.1"
 
     retraining.change(running, fraction=0.5)
     p.choose(hippocampi)

@@ -554,7 +554,7 @@ def test_segmenting_in_advance_waits_for_the_person_and_says_why_it_cannot(opene
     hands.widget.modelList.select([])
     hands.press("segmentButton")
     assert "Choose a model above" in hands.ui.listMessageLabel.text and not hands.ui.segmentButton.checked
-    hands.widget._parameters.models = ["lung-nodule-2d-1.1.0"]
+    hands.widget._parameters.models = ["lung-nodule-2d-1.2.1"]
     gui.process_events()
     hands.press("segmentButton")
     hands.wait(lambda: "made for a box around one target" in hands.ui.listMessageLabel.text)

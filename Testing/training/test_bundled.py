@@ -50,11 +50,23 @@ def test_the_2d_sampler_shows_the_network_what_its_card_says(data, tmp_path):
     some = [prepare(s, config, tmp_path, lidc.part(s, False)[:3]) for s in lidc.nodules()[:2]]
     source = lung_nodule_2d.Slices(*some, some[1], config)
     x, y = source.batch(5)
-    assert x.shape == (24, 3, 96, 96) and y.shape == (24, 1, 96, 96)
+    assert x.shape == (16, 7, 96, 96) and y.shape == (16, 1, 96, 96)
     assert y.min() == 0 and y.max() == 1 and ((y > 0.1) & (y < 0.9)).any() and -0.5 <= x.min() and x.max() <= 1.5
     assert torch.equal(x, source.batch(5)[0]) and not torch.equal(x, source.batch(6)[0])
     halves = [lung_nodule_2d.Slices(*some, some[1], config, (rank, 2)).batch(5)[0] for rank in (0, 1)]
     assert torch.equal(x[0::2], halves[0]) and torch.equal(x[1::2], halves[1])
+
+
+def test_a_small_nodule_counts_like_a_large_one_and_none_may_be_found_where_none_is():
+    share = torch.zeros(3, 1, 32, 32)
+    share[0, 0, 2:5, 2:5], share[1, 0, 4:28, 4:28] = 1, 1
+    found = {"right": share, "small one missed": share.clone(), "large one missed": share.clone(), "one where none is": share.clone()}
+    found["small one missed"][0] = found["large one missed"][1] = 0
+    found["one where none is"][2] = share[1]
+    costs = {k: float(lung_nodule_2d.loss(torch.cat([10 - 20 * v, 20 * v - 10], 1), share)) for k, v in found.items()}
+    # Cross-entropy, the batch's Dice and the patches' own, of which the small one's is a third and not 9 / 585.
+    assert costs["right"] < 1e-3 and costs["small one missed"] == pytest.approx(20 * 9 / 3072 + (9 / 1161 + 9 / 19 / 3) / 2, abs=1e-4)
+    assert costs["large one missed"] > costs["one where none is"] > 20 * 576 / 3072 + 0.3
 
 
 def test_thick_slices_in_real_lung_are_the_lesions_where_half_of_them_is(monkeypatch):
@@ -124,7 +136,7 @@ def test_the_clicks_rounds_go_on_after_a_kill_as_if_nothing_had_been(data, tmp_p
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_export_runs_at_any_size_and_equals_pytorch(tmp_path, norm):
     torch.manual_seed(0)
-    model = build(UNetConfig(dimensions=2, in_channels=3, channels=(4, 8, 8), norm=norm)).eval()
+    model = build(UNetConfig(dimensions=2, in_channels=7, channels=(4, 8, 8), norm=norm)).eval()
     rng = np.random.default_rng(0)
     images = [Image(rng.integers(-1000, 400, (3, h, 60)).astype(np.int16)) for h in (50, 130)]
     card = {**release.card_of("lung-nodule-2d"), "divisor": [4, 4], "patch": [64, 48]}
