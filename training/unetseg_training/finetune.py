@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from UNetSegmentationLib.engines import Engine, choose_engine
 from UNetSegmentationLib.engines.torch import load_network
 from UNetSegmentationLib.files import UserError, atomic_path
@@ -153,16 +154,14 @@ def _index(card: Card, label: str) -> int | None:
 
 
 def _resliced(value: Tensor, per: int, slices: int) -> Tensor:
-    """Weights (out, images * per, ...) for other numbers of slices: a slice that goes adds its own to the outermost that
+    """Weights (out, images * per, y, x) for other numbers of slices: a slice that goes adds its own to the outermost that
     stays (what the base gave where these were alike), one that comes has none."""
-    planes = value.unflatten(1, (-1, per))
-    if (more := (slices - per) // 2) > 0:
-        empty = planes.new_zeros(planes[:, :, :1].shape).repeat_interleave(more, 2)
-        return torch.cat([empty, planes, empty], 2).flatten(1, 2)
-    kept = planes[:, :, -more : per + more].clone()
-    kept[:, :, 0] += planes[:, :, :-more].sum(2)
-    kept[:, :, -1] += planes[:, :, per + more :].sum(2)
-    return kept.flatten(1, 2)
+    planes, more = value.unflatten(1, (-1, per)), (slices - per) // 2
+    new = functional.pad(planes, (0, 0, 0, 0, more, more))
+    if more < 0:
+        new[:, :, 0] += planes[:, :, :-more].sum(2)
+        new[:, :, -1] += planes[:, :, more:].sum(2)
+    return new.flatten(1, 2)
 
 
 def _inputs(card: Card, channels: Sequence[str], per: int, extra: int) -> list[int | None]:

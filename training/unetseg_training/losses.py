@@ -42,13 +42,16 @@ def _summed(x: Tensor) -> Tensor:
     return x
 
 
-def overlap_loss(logits: Tensor, truth: Tensor, false_positive: float = 0.5, false_negative: float = 0.5, smooth: float = 1.0) -> Tensor:
+def overlap_loss(
+    logits: Tensor, truth: Tensor, false_positive: float = 0.5, false_negative: float = 0.5, smooth: float = 1.0, each: bool = False
+) -> Tensor:
     """1 - Tversky index (Salehi et al. 2017), mean over the labels without the background; with the default weights 1 - Dice.
-    truth: one-hot, like the logits. Voxels are counted over the whole batch."""
+    truth: one-hot, like the logits. Voxels are counted over the whole batch; each: in every patch by itself, and the mean taken."""
     p = logits.softmax(1)[:, 1:]
     t = truth[:, 1:]
-    axes = (0, *range(2, logits.ndim))
-    hit, fp, fn = _summed(torch.stack([(p * t).sum(axes), (p * (1 - t)).sum(axes), ((1 - p) * t).sum(axes)]))
+    axes = tuple(range(2, logits.ndim)) if each else (0, *range(2, logits.ndim))
+    sums = torch.stack([(p * t).sum(axes), (p * (1 - t)).sum(axes), ((1 - p) * t).sum(axes)])
+    hit, fp, fn = sums if each else _summed(sums)
     return 1 - ((hit + smooth / 2) / (hit + false_positive * fp + false_negative * fn + smooth / 2)).mean()
 
 
