@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -242,3 +243,15 @@ def test_nobody_is_sent_to_an_index_for_this_package():
     """It is on none: pip would find nothing, or what somebody else put there under its name."""
     texts = [*MODULE.rglob("*.py"), *(ROOT / "training").rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
     assert [p.name for p in texts if re.search(r"pip install .*unet.segmentation", p.read_text("utf-8"))] == []
+
+
+def test_a_screen_reader_has_a_name_for_every_control():
+    """Qt takes it from a control's text, from the label whose buddy it is, or from accessibleName; tooltips are none."""
+    controls = re.compile(r"Q(\w+Button|\w*ComboBox|\w*SpinBox|LineEdit|PlainTextEdit|ListWidget|TableWidget|TreeWidget|ProgressBar)")
+    for path in (ROOT / "UNetSegmentation" / "Resources" / "UI").glob("*.ui"):
+        widgets = list(ElementTree.parse(path).iter("widget"))
+        buddies = {b.text for w in widgets for b in w.iterfind("property[@name='buddy']/cstring")}
+        for widget in widgets:
+            if controls.fullmatch(widget.attrib["class"]) and widget.attrib["name"] not in buddies:
+                names = [widget.findtext(f"property[@name='{p}']/string") for p in ("text", "accessibleName")]
+                assert any(names), f"{path.name}: {widget.attrib['name']} has no name"

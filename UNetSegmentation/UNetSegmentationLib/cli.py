@@ -712,7 +712,7 @@ def _dataset_app() -> Any:
         else:
             for problem in problems:
                 print(problem)
-            removed = f", {len(gone)} leftovers removed" if clean else ""
+            removed = f", {counted(len(gone), 'leftover')} removed" if clean else ""
             print(f"{counted(len(dataset.entries), 'case')}, {counted(len(problems), 'problem')}{removed}")
         if problems:
             raise typer.Exit(1)
