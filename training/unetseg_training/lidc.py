@@ -33,10 +33,10 @@ def nodules() -> tuple[CaseSet, CaseSet, dict[str, int]]:
     return crops, cubes, {c.patient: fold for c, fold in zip(cases, folds(cases, 5))}
 
 
-def part(case_set: CaseSet, held_out: bool) -> list[Case]:
+def part(case_set: CaseSet, held_out: bool, fold: int = HELD_OUT) -> list[Case]:
     """The cases of the fold that is held out, or those of the others."""
-    fold = nodules()[2]
-    return [c for c in case_set.annotated if (fold[c.patient] == HELD_OUT) == held_out]
+    of = nodules()[2]
+    return [c for c in case_set.annotated if (of[c.patient] == fold) == held_out]
 
 
 @cache

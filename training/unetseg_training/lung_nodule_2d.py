@@ -30,7 +30,7 @@ from UNetSegmentationLib.networks import UNet
 from . import finetune, transforms
 from .cases import Case, CaseSet
 from .config import Config, read
-from .lidc import data_folder, nodules, part
+from .lidc import HELD_OUT, data_folder, nodules, part
 from .losses import cross_entropy, overlap_loss
 from .prepare import Prepared, prepare
 from .train import Job, LiveEngine, live_package, run
@@ -167,9 +167,10 @@ def region(case: Case, truth: np.ndarray, cube: bool) -> Box:
 class HeldOut:
     """Every third held-out crop and every second cube, through predict()."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, fold: int) -> None:
         self.package = live_package(config.card())
-        self.cases = [(c, False) for c in part(nodules()[0], True)[::3]] + [(c, True) for c in part(nodules()[1], True)[::2]]
+        crops, cubes = (part(s, True, fold) for s in nodules()[:2])
+        self.cases = [(c, False) for c in crops[::3]] + [(c, True) for c in cubes[::2]]
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -186,15 +187,15 @@ class HeldOut:
         return {"cubes" if cube else "crops": dice(found, truth)}
 
 
-def job(config: Config, cache: Path, start: dict[str, Tensor] | None = None) -> Job:
+def job(config: Config, cache: Path, start: dict[str, Tensor] | None = None, fold: int = HELD_OUT) -> Job:
     kept: dict[str, list[Prepared]] = {}
 
     def load() -> None:
         if not kept:
             for name, case_set, cases in (
-                ("crops", nodules()[0], part(nodules()[0], False)),
-                ("cubes", nodules()[1], part(nodules()[1], False)),
-                ("scans", scans(), list(scans().cases)),
+                ("crops", nodules()[0], part(nodules()[0], False, fold)),
+                ("cubes", nodules()[1], part(nodules()[1], False, fold)),
+                ("scans", scans(), [c for c in scans().cases if nodules()[2].get(c.patient) != fold]),
             ):
                 kept[name] = prepare(case_set, config, cache, cases)
 
@@ -202,8 +203,10 @@ def job(config: Config, cache: Path, start: dict[str, Tensor] | None = None) -> 
         load()
         return Slices(kept["crops"], kept["cubes"], kept["scans"], config, (rank, devices))
 
-    record: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": kept}
-    return Job(config.unet(), config.fit, source, lambda: loss, HeldOut(config), load, start, seed=config.fit.seed, record=record)
+    record: dict[str, Any] = {"config": config.model_dump(mode="json"), "fold": fold, "data": kept}
+    held_out = HeldOut(config, fold)
+    identity = {"fold": fold}
+    return Job(config.unet(), config.fit, source, lambda: loss, held_out, load, start, None, config.fit.seed, identity, record)
 
 
 def main() -> None:
@@ -212,12 +215,14 @@ def main() -> None:
     parser.add_argument("--from", dest="base", help="a package to go on from")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--fold", type=int, default=HELD_OUT, choices=range(5), help="held out; the bundled model's is %(default)s")
     options = parser.parse_args()
     config = read(CONFIG)
     changed = {name: value for name in ("epochs", "learning_rate") if (value := getattr(options, name)) is not None}
     config = config.model_copy(update={"fit": config.fit.model_copy(update=changed)})
     start = finetune.start_from(find_model(options.base), config.unet()).state if options.base else None
-    run(job(config, options.folder.parent / "cache", start), options.folder, callbacks=[Watch(options.folder, ["crops", "cubes"])])
+    made = job(config, options.folder.parent / "cache", start, options.fold)
+    run(made, options.folder, callbacks=[Watch(options.folder, ["crops", "cubes"])])
 
 
 if __name__ == "__main__":

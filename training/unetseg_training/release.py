@@ -4,6 +4,7 @@
     python -m unetseg_training.release lung-nodule-click runs/lung-nodule-click
     python -m unetseg_training.release lung-nodule-click                              the bundled weights, scored again
     python -m unetseg_training.release NAME RUN --average NAME-VERSION                the mean of the run's weights and its start's
+    python -m unetseg_training.release NAME RUN --fold K                              the figures of another fold's run; no package
 
 The package goes to the core's resources/models; the curve and the score of every held-out case to training/results.
 """
@@ -36,7 +37,7 @@ from . import lung_nodule_2d, lung_nodule_click, score_click
 from .config import read
 from .export import export
 from .lidc import nodules, part
-from .train import find, load_weights
+from .train import LiveEngine, find, live_package, load_weights
 from .train import held_out as held_out_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -76,17 +77,17 @@ def card_of(name: str) -> dict[str, Any]:
     return {**CLICK_CARD, "network": lung_nodule_click.CONFIG.to_json()}
 
 
-def cases(name: str) -> Iterator[tuple[str, str, Image, np.ndarray, Box]]:
+def cases(name: str, fold: int = FOLD) -> Iterator[tuple[str, str, Image, np.ndarray, Box]]:
     """(set, case, image, label map, what the model is given of it) of the held-out fold."""
     if name.startswith("lung-nodule"):
         for kind, case_set in zip(("crop", "cube"), nodules()[:2]):
-            for case in part(case_set, True):
+            for case in part(case_set, True, fold):
                 image, truth = case_set.load(case)
                 yield kind, case.name, image, truth, lung_nodule_2d.region(case, truth, kind == "cube")
     else:
         config = read(RECIPES / f"{name}.yaml")
         case_set = find(config)
-        for case in held_out_of(case_set.annotated, config, FOLD)[1]:
+        for case in held_out_of(case_set.annotated, config, fold)[1]:
             image, truth = case_set.load(case)
             yield "crop", case.name, image, truth, Box.whole(truth.shape)
 
@@ -102,13 +103,14 @@ def drive(package: ModelPackage, engine: Engine) -> None:
             predict(image, [package], Options(tta="none"), engines=[engine])
 
 
-def score(package: ModelPackage, tta: str | None = None) -> list[dict[str, Any]]:
+def score(package: ModelPackage, engine: Engine | None = None, fold: int = FOLD) -> list[dict[str, Any]]:
     """Dice of every held-out case and label, through the deployed path."""
     if package.card.data["task"] == "click":
         return list(score_click.held_out(package))
     rows = []
-    for kind, name, image, truth, roi in cases(package.card.name):
-        prediction = predict(image, [package], Options(roi=roi, tta=tta, engine="onnx", device="cpu"))
+    for kind, name, image, truth, roi in cases(package.card.name, fold):
+        options = Options(roi=roi, engine="onnx", device="cpu")
+        prediction = predict(image, [package], options, engines=[engine] if engine else None)
         row: dict[str, Any] = {"set": kind, "case": name, "seconds": round(prediction.seconds, 3)}
         for label in package.card.labels:
             row[label.name] = round(dice(prediction.labels.array == label.value, truth == label.value), 4)
@@ -148,6 +150,36 @@ def summary(rows: list[dict[str, Any]], labels: list[str], command: str) -> dict
     return out
 
 
+def score_fold(name: str, run: Path, fold: int) -> None:
+    """The rows of a fold's run take their place in folds.csv beside the other folds'."""
+    card = card_of(name)
+    rows = score(live_package(card), LiveEngine(load_weights(run, UNetConfig.from_json(card["network"]))), fold)
+    path = RESULTS / name / "folds.csv"
+    before = []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as f:
+            before = [row for row in csv.DictReader(f) if int(row["fold"]) != fold]
+    steps = json.loads((run / "run.json").read_text("utf-8"))["steps"]
+    own = [{"fold": fold, "steps": steps, **{k: v for k, v in row.items() if k != "seconds"}} for row in rows]
+    every = sorted([*before, *own], key=lambda row: int(row["fold"]))
+    write_rows(path, every)
+    for label in live_package(card).card.labels:
+        for kind in ("crop", "cube"):
+            of = [(int(r["fold"]), float(r[label.name])) for r in every if r["set"] == kind]
+            folds = {k: f"{np.mean([d for f, d in of if f == k]):.4f}" for k in sorted({f for f, _ in of})}
+            if of:
+                dice_ = [d for _, d in of]
+                print(f"{label.name}, {kind}s: mean {np.mean(dice_):.4f}, 10th percentile {np.percentile(dice_, 10):.4f}", folds)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def plot(curve: list[dict[str, str]], path: Path) -> None:
     """curve: the lines of curve.csv."""
     matplotlib.use("Agg")
@@ -170,8 +202,13 @@ def main() -> None:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("run", type=Path, nargs="?", help="the folder that the training wrote; without it the bundled weights are scored")
     parser.add_argument("--average", metavar="PACKAGE", help="what the run went on from: the mean of its weights and the run's")
+    parser.add_argument("--fold", type=int, choices=range(5), help="which the run held out, where it is not the bundled model's")
     parser.add_argument("--output", type=Path, default=RESOURCES / "models")
     options = parser.parse_args()
+    if options.fold is not None:
+        if not options.run or options.average or options.name == "lung-nodule-click":
+            parser.error("--fold goes with a run of another model than lung-nodule-click, and not with --average")
+        return score_fold(options.name, options.run, options.fold)
     card = card_of(options.name)
     average = f"--average {options.average}" if options.average else ""
     command = " ".join(map(str, filter(None, ("python -m unetseg_training.release", options.name, options.run, average))))
@@ -192,11 +229,7 @@ def main() -> None:
         target = options.output / f"{card['name']}-{card['version']}{SUFFIX}"
         write_package(target, final, draft.onnx, draft.safetensors)
     results = RESULTS / options.name
-    results.mkdir(parents=True, exist_ok=True)
-    with open(results / "held_out.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(results / "held_out.csv", rows)
     if options.run:
         with open(options.run / "curve.csv", newline="", encoding="utf-8") as f:
             curve = list(csv.DictReader(f))
