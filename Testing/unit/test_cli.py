@@ -834,7 +834,8 @@ def test_click_tells_the_nodules_size(clicked, tmp_path, unetseg):
     for name, value in zip(COLUMNS, row(told)):
         assert any(name in line and value in line for line in err.splitlines()), name
     assert NOTE in " ".join(err.split())  # a narrow table breaks it
-    heading, line = csv.reader((tmp_path / "o.csv").read_text("utf-8").splitlines())
+    heading, line = csv.reader((tmp_path / "o.csv").read_text("utf-8-sig").splitlines())
+    assert (tmp_path / "o.csv").read_bytes().startswith(b"\xef\xbb\xbf")  # a spreadsheet would read mm³ as mmÂ³
     assert heading == ["Scan", "R (mm)", "A (mm)", "S (mm)", *COLUMNS, "Note"]
     assert line == ["scan.nrrd", "-12.5", "-12.5", "5.5", *row(told), NOTE]
     code, out, err = unetseg(*command, "--csv", "-", "-q")

@@ -63,6 +63,19 @@ def test_the_longest_diameter_follows_the_ellipse():
     assert math.degrees(math.atan2(*(b - a)[[1, 0]])) % 180 == pytest.approx(30, abs=3)
 
 
+def test_a_mirrored_or_turned_lesion_has_the_same_diameters():
+    """Of diameters of one length, which small masks often have, it is that with the longest across."""
+    rng, (y, x) = np.random.default_rng(0), np.indices((16, 16))
+    for _ in range(60):
+        middle, half = rng.uniform(5, 10, (3, 2, 1, 1)), rng.uniform(1, 5, (3, 2, 1, 1))
+        blob = mask((3, 16, 16))
+        blob[1] = (((np.stack([y, x]) - middle) / half) ** 2).sum(1).min(0) <= 1
+        views = (blob, blob[:, ::-1], blob[:, :, ::-1], blob.transpose(0, 2, 1))
+        sizes = [one(Image(np.ascontiguousarray(v), (0.7, 0.7, 1.0))) for v in views]
+        for key in ("longest_mm", "perpendicular_mm"):
+            assert np.ptp([size[key] for size in sizes]) < 1e-3
+
+
 @pytest.mark.parametrize("tilt", [0.0, 20.0])
 @pytest.mark.parametrize("degrees", [0, 30, 75])
 def test_the_end_points_lie_on_the_section_at_right_angles_and_a_length_apart(degrees, tilt):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from decimal import ROUND_HALF_UP, Decimal
 
 import numpy as np
 import pytest
@@ -65,7 +66,9 @@ def test_a_balls_sizes(spacing, direction, diameter):
     found = describe(image, mask)
     voxel = sorted(spacing)[1]
     assert abs(found["mean_mm"] - diameter) <= voxel and abs(found["longest_mm"] - diameter) <= 1.5 * voxel
-    assert found["mean_mm"] == round((found["longest_mm"] + found["perpendicular_mm"]) / 2, 1)
+    mean, longest, perpendicular = (Decimal(cell) for cell in row(found)[2:5])  # as by hand from what the table shows
+    assert mean == ((longest + perpendicular) / 2).quantize(Decimal("0.1"), ROUND_HALF_UP)
+    assert found["mean_mm"] == float(mean) and abs(float(longest) - found["longest_mm"]) < 0.0501
     assert found["volume_mm3"] == pytest.approx(math.pi / 6 * diameter**3, rel=0.6 if spacing[2] > diameter / 2 else 0.12)
     assert found["center"] == pytest.approx((0, 0, 0), abs=0.3)
     assert (found["texture"], found["solid_mean_mm"], found["side"]) == ("solid", found["mean_mm"], "")
@@ -386,6 +389,16 @@ def test_nodules_of_two_studies_are_matched():
     assert match([{"voxels": 0}], near[:1]) == [(0, None), (None, 0)]
 
 
+def test_chance_pairs_do_not_outvote_a_nodule_that_stayed():
+    """Two new nodules lie by chance as far and in the same direction from two that vanished."""
+    stayed, vanished = (50.0, 0.0, -100.0), [(40.0, 60.0, 20.0), (90.0, -50.0, 80.0)]
+    new = [tuple(np.add(p, (30, -60, 50)) + (0, 0, 12 * i)) for i, p in enumerate(vanished)]
+    before = [nodule(center=p) for p in (stayed, *vanished)]
+    after = [nodule(center=p) for p in (tuple(np.add(stayed, 1.5)), *new)]
+    assert match(before, after) == [(0, 0), (1, None), (2, None), (None, 1), (None, 2)]
+    assert match(before[1:], after[1:]) == [(0, 0), (1, 1)]  # without it nothing speaks against the table having moved
+
+
 def test_many_nodules_are_matched_with_few_shifts_tried(monkeypatch):
     rng = np.random.default_rng(0)
     places = rng.uniform(-150, 150, (40, 3))
@@ -412,6 +425,7 @@ def test_a_row_and_its_csv():
     text = csv_text([["a, b", *cells], ["c", *cells]], ["Nodule", *COLUMNS])
     heading, *lines = csv.reader(text.splitlines())
     assert heading == ["Nodule", *COLUMNS, "Note"] and lines[0] == ["a, b", *cells, NOTE] and len(lines) == 2
+    assert csv_text([["=1+1", "-0.5", "-"]], ("a", "b", "c")).splitlines()[1].startswith("'=1+1,-0.5,-,")
     assert csv_text([]).splitlines() == [",".join([*COLUMNS, "Note"])]
 
 

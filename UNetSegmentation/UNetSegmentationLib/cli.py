@@ -275,13 +275,13 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")))
 
 
-def _write_text(path: Path | None, text: str) -> None:
+def _write_text(path: Path | None, text: str, encoding: str = "utf-8") -> None:
     """To a file, or to standard output where it is "-"."""
     if str(path) == "-":
         print(text)
     elif path:
         with atomic_path(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.write_text(text + "\n", encoding=encoding)
 
 
 @_cancellable("; not every result may have been written")
@@ -332,7 +332,8 @@ def _write(
         x, y, z = nodule["center"]
         place = [f"{v:.1f}" for v in (-x, -y, z)]
         cells = [Path(str(image.source)).name, *place, *nodule_row(nodule)]
-        _write_text(csv_file, csv_text([cells], ("Scan", "R (mm)", "A (mm)", "S (mm)", *COLUMNS), [nodule["note"]]).rstrip("\n"))
+        text = csv_text([cells], ("Scan", "R (mm)", "A (mm)", "S (mm)", *COLUMNS), [nodule["note"]])
+        _write_text(csv_file, text.rstrip("\n"), "utf-8-sig")  # the mark by which spreadsheets know UTF-8
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if not quiet:

@@ -62,6 +62,8 @@ def tableText(tableNode: Any, separator: str) -> str:
 
 def rowsText(rows: Sequence[Sequence[str]], separator: str) -> str:
     """The first row holds the titles."""
+    from UNetSegmentationLib.nodule import cell
+
     out = io.StringIO()
     writer = csv.writer(out, delimiter=separator, lineterminator="\n")
     writer.writerow(rows[0])
@@ -94,15 +96,6 @@ def saveText(title: str, name: str, text: str) -> None:
                 temporary.write_text(text, encoding="utf-8-sig", newline="")
         except UserError as e:
             slicer.util.errorDisplay(str(e), windowTitle=title)
-
-
-def cell(text: str) -> str:
-    # A spreadsheet would run a name that begins like a formula.
-    try:
-        float(text)
-    except ValueError:
-        return "'" + text if len(text) > 1 and text[0] in "=+-@" else text
-    return text
 
 
 def showMap(mapNode: Any, shown: bool) -> None:
