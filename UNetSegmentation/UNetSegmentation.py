@@ -161,6 +161,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._updating = self._closed = False
         self._missing: list[str] = []
         self._volume: Any = None  # that was chosen last
+        self._earlier: Any = None  # the earlier study that was last compared with
         self._followUps: dict[str, tuple[str, int]] = {}  # by volume ID: the earlier study's segmentation and days that were chosen
         self._region: Any = None  # that is observed
         self._empty: Any = None  # the chosen volume as long as it has no voxels
@@ -253,7 +254,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._connectParameters()
             self._observed = parameters.parameterNode
             self.addObserver(self._observed, vtk.vtkCommand.ModifiedEvent, self._onParameters)
-            self._volume = parameters.volume
+            self._volume, self._earlier = parameters.volume, parameters.earlier
             self._adopt()
             self._update()
 
@@ -384,7 +385,10 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 self._leaveSegmentations(p, former)
             finally:
                 self._updating = False
-        self._volume = p.volume
+        elif p.earlier is not None and self._earlier not in (None, p.earlier) and p.days:
+            p.days, self._earlier = 0, p.earlier  # these were the days to another study, and this one's dates may tell
+            return  # the settings' change was followed by this again
+        self._volume, self._earlier = p.volume, p.earlier or self._earlier
         self._adopt()
         self._update()
 

@@ -920,6 +920,65 @@ def test_follow_up(panel: Any, tmp_path: Path) -> None:
     assert len(p.table()[0]) == 10
 
 
+def test_days_that_were_typed_are_those_to_one_earlier_study(panel: Any) -> None:
+    import slicer
+    from mrml_scenes import add_segment
+
+    p = begun(panel, "left")
+    studies = [slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", name) for name in ("2023", "2024")]
+    for node in studies:
+        node.SetReferenceImageGeometryParameterFromVolumeNode(p.settings.volume)
+        add_segment(node, "L1", truth("left").astype(np.uint8), p.settings.volume)
+    p.settings.earlier = studies[0]
+    p.settle()
+    p.ui.daysSpinBox.value = 460
+    p.settle()
+    p.settings.earlier = studies[1]
+    p.settle()
+    assert p.settings.days == 0 and p.ui.daysSpinBox.value == 0
+    p.ui.daysSpinBox.value = 91
+    p.settings.earlier = None
+    p.settle()
+    p.settings.earlier = studies[1]  # the same again
+    p.settle()
+    assert p.settings.days == 91
+    p.settings.earlier = None
+    p.settings.earlier = studies[0]
+    p.settle()
+    assert p.settings.days == 0
+
+
+def test_a_scan_that_its_transform_stretches_says_so_and_one_that_cannot_be_measured_has_no_figures(panel: Any, tmp_path: Path) -> None:
+    import slicer
+    import vtk
+
+    p = begun(panel, "left")
+    figures = p.table()[0]
+    transform = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLinearTransformNode", "Registration")
+    for node in (p.settings.volume, p.settings.nodules):
+        node.SetAndObserveTransformNodeID(transform.GetID())
+    p.settle()
+    assert p.table()[0] == figures and "stretches" not in exported(p, tmp_path)[0][-1]
+    larger = vtk.vtkMatrix4x4()
+    larger.SetElement(2, 2, 1.1)
+    transform.SetMatrixTransformToParent(larger)
+    p.settle()
+    assert "stretches it by +10.0 %" in p.ui.noduleNote.text and "stretches it by +10.0 %" in exported(p, tmp_path)[0][-1]
+    assert float(p.table()[0][2]) == pytest.approx(1.1 * float(figures[2]), rel=0.02)
+
+    bent = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLBSplineTransformNode", "Bent")
+    grid = vtk.vtkThinPlateSplineTransform()
+    bent.SetAndObserveTransformToParent(grid)
+    for node in (p.settings.volume, p.settings.nodules):
+        node.SetAndObserveTransformNodeID(bent.GetID())
+    p.settle()
+    assert set(p.table()[0][1:]) == {"-"} and "non-linear" in p.ui.goneLabel.text
+    for node in (p.settings.volume, p.settings.nodules):
+        node.SetAndObserveTransformNodeID(None)
+    p.settle()
+    assert p.table()[0] == figures and not p.ui.goneLabel.text
+
+
 def test_another_scan_has_no_earlier_study_until_it_is_chosen_for_it(panel: Any) -> None:
     import slicer
     from mrml_scenes import add_segment
@@ -987,7 +1046,7 @@ def test_nothing_is_new_where_the_earlier_study_was_not_measured(panel: Any, tmp
     slicer.mrmlScene.RemoveNode(then)
     p.settle()
     assert p.table()[0][-4:] == ["-"] * 4
-    assert p.ui.goneLabel.text == "The scan of Last year is not in the scene, so its nodules are not measured; load it."
+    assert p.ui.goneLabel.text.startswith("The scan of Last year is not in the scene, or one of several there, so its nodules are")
 
     p.settings.earlier = None
     p.settle()

@@ -127,6 +127,16 @@ def image_from_volume(volume_node: Any) -> Image:
     return image
 
 
+def stretch_note(volume_node: Any) -> str:
+    """Of a scan whose parent transforms make it larger or smaller along an axis, as a registration of two studies may: what is to be
+    known of sizes in the world; "" where these are the scan's own."""
+    scale = np.linalg.svd(_to_world(volume_node)[:3, :3], compute_uv=False)
+    most = float(scale[np.abs(scale - 1).argmax()])
+    if abs(most - 1) < 1e-3:
+        return ""
+    return f" Its scan's transform stretches it by {100 * (most - 1):+.1f} %: these are not its own sizes."
+
+
 def image_from_volumes(volume_nodes: Sequence[Any]) -> Image:
     """Several volume nodes as the channels of one image, in their order; one node alone as by image_from_volume().
 

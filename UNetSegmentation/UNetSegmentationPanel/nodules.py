@@ -25,8 +25,9 @@ from .models import plainTip
 from .run import sentence, volumeKey
 
 COLORS = ((255, 217, 47), (102, 194, 255), (255, 127, 80), (178, 223, 138), (231, 138, 195), (190, 174, 250), (94, 220, 200))
-# Beyond this, 88 mm in each direction at 0.6 mm, neither a nodule nor a mass is measured, but an organ, which would take long.
-LARGEST_VOXELS = 3 << 20
+# Beyond this, 128 mm in each direction at 0.5 mm, neither a nodule nor a mass is measured, but an organ. One of 125 mm takes 0.7 s, in
+# pieces of 26 ms at most.
+LARGEST_VOXELS = 16 << 20
 _SHOWN_ROWS = 8  # of the table without scrolling
 _BUDGET_S = 0.01
 _SETTLE_MS = 200  # after the last stroke of a brush
@@ -626,7 +627,8 @@ class NoduleList(VTKObservationMixin):
     """What the segments of a segmentation measure, kept up to date while they are edited. changed() follows each change.
 
     known: NoduleTool.measured, which need not be made again. models(): of clicks, which say whether theirs are of lungs.
-    ready: whether the rows are the segmentation's, or still to come; text: why they will not come.
+    ready: whether the rows are the segmentation's, or still to come; text: why they will not come; note: what is to be known of
+    all figures.
     """
 
     def __init__(
@@ -637,7 +639,7 @@ class NoduleList(VTKObservationMixin):
         self.node: Any = None
         self.volume: Any = None
         self.rows: list[Row] = []
-        self.ready, self.text = False, ""
+        self.ready, self.text, self.note = False, "", ""
         self._pieces = Pieces(self._failed)
         self._timer = qt.QTimer()
         self._timer.setSingleShot(True)
@@ -669,10 +671,11 @@ class NoduleList(VTKObservationMixin):
         self._pieces.clear()
         self.removeObservers()
         self.node, self.volume, self.rows = None, None, []
-        self.ready, self.text = False, ""
+        self.ready, self.text, self.note = False, "", ""
 
     def _failed(self, text: str) -> None:
         logging.info("The nodules were not measured: %s", text)
+        self.rows, self.ready = [Row(row.segment, row.name, None) for row in self.rows], False  # what they were may be true no more
         self.text = text
         self._changed()
 
@@ -714,9 +717,12 @@ class NoduleList(VTKObservationMixin):
                 measures = yield from nodule.describe_steps(image, mask, start, lung)
             rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, scan, inside), digest))
             yield
-        self.rows, self.ready, self.text = rows, usable, ""
+        self.rows, self.ready, self.text, self.note = rows, usable, "", mrml.stretch_note(volume) if usable else ""
         if node is not None and not usable:
-            self.text = _("The scan of {name} is not in the scene, so its nodules are not measured; load it.").format(name=node.GetName())
+            self.text = _(
+                "The scan of {name} is not in the scene, or one of several there, so its nodules are not measured; load it, or choose it "
+                "as the source volume in the Segment Editor."
+            ).format(name=node.GetName())
         self._changed()
 
 
@@ -917,11 +923,11 @@ class NoduleSection(VTKObservationMixin):
     def _onExport(self) -> None:
         from UNetSegmentationLib import nodule
 
-        from .results import cell, saveText
+        from .results import saveText
 
         columns, rows, remarks = self._whole()
         if self.now.node is not None:
-            text = nodule.csv_text([[cell(text) for text in row] for row in rows], columns, [nodule.NOTE + remark for remark in remarks])
+            text = nodule.csv_text(rows, columns, [nodule.NOTE + remark for remark in remarks])
             saveText(_("Save the nodules"), f"{self.now.node.GetName()}.csv", text)
 
     def _whole(self) -> tuple[list[str], list[list[str]], list[str]]:
@@ -981,8 +987,9 @@ class NoduleSection(VTKObservationMixin):
         """What a reader must know of a nodule's figures, for each where there is something."""
         from UNetSegmentationLib.nodule import NOTE
 
-        known, grown = [row for row in self.now.rows if row.measures], self._growth.notes
-        notes = [(row, row.measures["note"].removeprefix(NOTE) + grown.get(row.segment, "")) for row in known]
+        known = [row for row in self.now.rows if row.measures]
+        grown = {segment: note + (self.earlier.note and _(" Earlier:") + self.earlier.note) for segment, note in self._growth.notes.items()}
+        notes = [(row, row.measures["note"].removeprefix(NOTE) + self.now.note + grown.get(row.segment, "")) for row in known]
         return [(row, note) for row, note in notes if note]
 
     def _updateTable(self) -> None:
@@ -1002,7 +1009,7 @@ class NoduleSection(VTKObservationMixin):
         gone = _("Not matched in this study: {names}.").format(names=", ".join(r.name for r in grown.gone)) if grown.gone else ""
         swapped = (self._dated or 0) < 0
         self._swapped = _("The earlier study is of a later date; choose the two the other way round.") if swapped else ""
-        ui.goneLabel.text = self._swapped or gone or ("" if self.earlier.ready else self.earlier.text)
+        ui.goneLabel.text = self.now.text or self._swapped or gone or ("" if self.earlier.ready else self.earlier.text)
         ui.goneLabel.visible = bool(rows and ui.goneLabel.text)
         if (columns, texts, tips) != self._shown:
             self._shown = columns, texts, tips
