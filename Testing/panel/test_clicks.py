@@ -1167,6 +1167,8 @@ def test_the_model_that_comes_with_the_module(panel: Any) -> None:
     p = panel()
     p.settings.clickModel, p.settings.volume = "", scan()
     p.gui.process_events()
+    tip = p.ui.clickModelCombo.toolTip
+    assert all(text in tip for text in ("Not a diagnosis", "after one click", "one target that is clicked on", "LIDC-IDRI"))
     assert p.ui.clickModelCombo.visible and p.tool.model.card.name == "lung-nodule-click"
     p.arm()
     p.click(BALLS["left"][0])

@@ -206,9 +206,11 @@ def cardHtml(model: Model) -> str:
     if model.card is None:
         return f"<p>{text(model.error)}</p>"
     card, data = model.card, model.card.data
-    metrics = data.get("metrics", {})
+    metrics, clicks = data.get("metrics", {}), data["task"] == "click"
     scores = metrics.get("dice") if isinstance(metrics.get("dice"), dict) else {}
     measured = "<br>".join(text(f"{k}: Dice {v:.3f}") for k, v in scores.items() if isinstance(v, (int, float)))
+    if scores and clicks:
+        measured += "<br>" + text(_("after one click"))
     if metrics.get("cases"):
         measured += "<br>" + text(_("on {n} cases").format(n=metrics["cases"]))
     if metrics.get("held_out"):
@@ -218,11 +220,12 @@ def cardHtml(model: Model) -> str:
     sees = intensity["mode"]
     if sees == "window":
         sees = _("window level {level:g}, width {width:g} HU").format(level=intensity["level"], width=intensity["width"])
-    size = card.data.get("roi_mm")
+    size = data.get("roi_mm")
+    made_for = _("a box of about {mm:g} mm around one target").format(mm=size) if size else _("whole volumes")
     rows = [
         (_("Segments"), text(", ".join(label.name for label in card.labels))),
         (_("Input"), text(", ".join(data["channels"]))),
-        (_("Made for"), text(_("a box of about {mm:g} mm around one target").format(mm=size) if size else _("whole volumes"))),
+        (_("Made for"), text(_("one target that is clicked on") if clicks else made_for)),
         (_("Intended use"), text(data.get("intended_use", ""))),
         (_("Limits"), text(data.get("limits", ""))),
         (_("Measured"), measured or text(_("nothing is stated"))),

@@ -807,7 +807,7 @@ class NoduleSection(VTKObservationMixin):
         """Let the section show the scene's settings."""
         from UNetSegmentationLib import mrml
 
-        from .models import resolve
+        from .models import cardHtml, resolve
 
         ui, self._updating = self.ui, True
         try:
@@ -821,7 +821,8 @@ class NoduleSection(VTKObservationMixin):
                 for m in self.models:
                     combo.addItem(m.card.data.get("title") or m.card.name, m.name)
             combo.currentIndex = names.index(model.name) if model is not None else -1
-            ui.clickModelLabel.visible = combo.visible = len(names) > 1
+            combo.toolTip = cardHtml(model) if model is not None else ""
+            ui.clickModelLabel.visible = combo.visible = bool(names)
         finally:
             self._updating = False
         self.tool.use(settings.volume, settings.nodules, model, {"engine": settings.engine, "device": settings.device})
