@@ -29,6 +29,12 @@ def test_no_patient_is_in_two_folds_and_all_cases_have_one(data):
     held_out = [c for s in (crops, cubes) for c in lidc.part(s, True)]
     kept = {c.patient for s in (crops, cubes) for c in lidc.part(s, False)}
     assert len(held_out) == 162 + 23 and not kept & {c.patient for c in held_out}
+    every = [c.name for k in range(5) for s in (crops, cubes) for c in lidc.part(s, True, k)]
+    assert len(every) == len(set(every)) == len(crops.annotated) + len(cubes.annotated)
+    for k in range(5):
+        made = lung_nodule_2d.job(read(lung_nodule_2d.CONFIG), data, fold=k)
+        assert {fold[c.patient] for c, _ in made.validator.cases} == {k} and made.identity == {"fold": k}
+        assert k not in {fold.get(c.patient) for c in lung_nodule_2d.scans(k).cases}
 
 
 @pytest.mark.parametrize("name", release.NAMES)
@@ -162,6 +168,18 @@ def test_the_mean_with_the_start_is_that_of_every_weight():
         assert torch.allclose(value, (own[key] + old[key]) / 2) and not torch.allclose(value, old[key])
     with pytest.raises(UserError, match="another network"):
         release.averaged(build(replace(config, channels=(8, 16, 32, 48))), start)
+
+
+def test_the_figures_of_a_fold_take_the_place_of_its_former_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "RESULTS", tmp_path)
+    monkeypatch.setattr(release, "load_weights", lambda run, network: build(network))
+    (tmp_path / "run.json").write_text('{"steps": 5000}')
+    for fold, dice in ((3, 0.5), (1, 0.8), (3, 0.7)):
+        row = {"set": "crop", "case": f"c{fold}", "seconds": 1.0, "Lung nodule": dice}
+        monkeypatch.setattr(release, "score", lambda package, engine, number, row=row: [row])
+        release.score_fold("lung-nodule-2d", tmp_path, fold)
+    text = (tmp_path / "lung-nodule-2d" / "folds.csv").read_text().split()
+    assert text == ["fold,steps,set,case,Lung", "nodule", "1,5000,crop,c1,0.8", "3,5000,crop,c3,0.7"]
 
 
 def test_bundled_figures_are_those_of_the_results():

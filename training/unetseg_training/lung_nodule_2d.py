@@ -48,8 +48,8 @@ NATIVE = 0.7
 SMOOTH = 10.0
 
 
-def scans() -> CaseSet:
-    """Whole chest CT, for what is not a nodule: one with its nodule's mask, one without a nodule."""
+def scans(fold: int = HELD_OUT) -> CaseSet:
+    """Whole chest CT, for what is not a nodule: one with its nodule's mask (not where its patient is held out), one without a nodule."""
     folder = data_folder()
     one = Case(
         "LIDC-IDRI-0001",
@@ -58,7 +58,8 @@ def scans() -> CaseSet:
         folder / "chest_ct/LIDC-IDRI-0001_nodule.nii.gz",
     )
     other = Case("3DCT_lung", "elastix", (folder / "elastix_lung/3DCT_lung.mha",), None)
-    return CaseSet((one, other), nodules()[0].labels, ("CT",), "pairs", nodules()[0].values)
+    kept = tuple(case for case in (one, other) if nodules()[2].get(case.patient) != fold)
+    return CaseSet(kept, nodules()[0].labels, ("CT",), "pairs", nodules()[0].values)
 
 
 class Slices:
@@ -195,7 +196,7 @@ def job(config: Config, cache: Path, start: dict[str, Tensor] | None = None, fol
             for name, case_set, cases in (
                 ("crops", nodules()[0], part(nodules()[0], False, fold)),
                 ("cubes", nodules()[1], part(nodules()[1], False, fold)),
-                ("scans", scans(), [c for c in scans().cases if nodules()[2].get(c.patient) != fold]),
+                ("scans", scans(fold), list(scans(fold).cases)),
             ):
                 kept[name] = prepare(case_set, config, cache, cases)
 
