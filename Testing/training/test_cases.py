@@ -699,6 +699,18 @@ def test_folds_keep_patients_together_and_are_fixed(data):
     assert (len(held_out), held_out[:3]) == (87, ["LIDC-IDRI-0001", "LIDC-IDRI-0006", "LIDC-IDRI-0012"])
 
 
+def test_a_fold_of_empty_masks_gets_a_marked_patient_and_others_stay():
+    cases = [Case(f"c{i}", f"p{i}", (), None) for i in range(9)]
+    before = folds(cases, 3)
+    full = {i for i in range(9) if before[i] != 1} | {before.index(1)}
+    assert folds(cases, 3, marked=lambda c: int(c.name[1:]) in full) == before
+    for some in (full - {before.index(1)}, {i for i in range(9) if before[i] == 0}):
+        after = folds(cases, 3, marked=lambda c, some=some: int(c.name[1:]) in some)
+        assert {after[i] for i in some} == {0, 1, 2} and sorted(after) == sorted(before)
+        assert sum(a != b for a, b in zip(after, before)) == 2 * len({0, 1, 2} - {before[i] for i in some})
+    assert folds(cases, 3, marked=lambda c: False) == before
+
+
 def test_patients_of_names_and_of_a_pattern(pairs):
     assert [c.patient for c in find_cases(pairs, patient="([ab]|c)").cases] == ["a", "b", "c"]
     assert len({c.patient for c in find_cases(pairs, patient="[a-c]()").cases}) == 1

@@ -83,6 +83,12 @@ WRONG = {
         "spacing in z is 9 mm",
         "check its header",
     ),
+    "slice": (
+        lambda f: put(f, "c3", Image(scan(3).array[2:3], scan(3).spacing), outline()[2:3]),
+        "warning",
+        "a single slice among volumes",
+        "its whole volume",
+    ),
     "unreadable": (
         lambda f: (f / "images" / "c3.nii.gz").write_bytes(b"x" * 400),
         "error",

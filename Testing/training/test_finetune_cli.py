@@ -42,7 +42,7 @@ def base(tmp_path_factory):
     return export.export_run(build(config).eval(), card, tmp_path_factory.mktemp("base"), items, quiet=True).path
 
 
-def balls(folder, n, labels, channels, spacing=(1.0, 1.0, 1.5), split=True):
+def balls(folder, n, labels, channels, spacing=(1.0, 1.0, 1.5), split=("validation", "train", "train")):
     """A dataset folder: write_cases' balls, of which `labels` are annotated, in so many channels."""
     write_cases(folder / "plain", n)
     dataset = Dataset.create(folder / "data", "balls", labels, channels)
@@ -52,9 +52,7 @@ def balls(folder, n, labels, channels, spacing=(1.0, 1.0, 1.5), split=True):
         truth = np.zeros_like(mask.array)
         for label in labels:
             truth[mask.array == (1 if label.name == "Bright" else 2)] = label.value
-        dataset.add(
-            Image(values, spacing), truth, name=f"case{i}", patient=str(i), split=("train" if i else "validation") if split else None
-        )
+        dataset.add(Image(values, spacing), truth, name=f"case{i}", patient=str(i), split=split[i])
     return dataset.folder
 
 
@@ -68,6 +66,7 @@ def test_finetune_then_export(command, base, tmp_path):
     assert code == 0, err
     assert "From balls 1.0.0:" in out and "no longer given: Bright" in out
     assert "It still knows what it knew." in out or "It has forgotten" in out
+    assert "It was trained on these very cases" in out
     leaf = run / "split-seed0"
     record = json.loads((leaf / "run.json").read_text("utf-8"))
     assert record["finished"] and len(record["data"]["base"]) == 2 and record["validation_cases"] == ["case0"]
@@ -100,6 +99,17 @@ def test_finetune_then_export(command, base, tmp_path):
     image = read_image(data / sorted(p.relative_to(data) for p in data.glob("cases/case0/*/image_0000.nii.gz"))[0])
     for engine in ("onnx", "torch"):
         assert predict(image, [package], Options(engine=engine)).labels.array.shape == image.shape
+
+
+def test_test_cases_of_the_base_show_what_was_forgotten(command, base, tmp_path):
+    data = balls(tmp_path / "new", 3, [BRIGHT], ["MR"])
+    old = balls(tmp_path / "old", 3, [BRIGHT], ["MR"], split=("validation", "train", "test"))
+    words = ("--from", base, "-o", tmp_path / "run", "--quick", "--minutes", 0.01, "--fold", "split", "--replay", old)
+    code, out, err = command("finetune", data, *words)
+    assert code == 0 and "these very cases" not in out, err
+    leaf = tmp_path / "run" / "split-seed0"
+    assert list(json.loads((leaf / "run.json").read_text("utf-8"))["data"]["base"]) == ["case0", "case1"]
+    assert json.loads((leaf / "finetune.json").read_text("utf-8"))["base"]["cases"] == 1
 
 
 def test_a_second_channel_and_a_third_label(command, base, tmp_path):

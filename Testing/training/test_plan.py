@@ -14,7 +14,7 @@ from unetseg_training import plan as module  # noqa: E402
 from unetseg_training.plan import Fingerprint, Machine, fingerprint, plan  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image  # noqa: E402
-from UNetSegmentationLib.model import Label, find_model  # noqa: E402
+from UNetSegmentationLib.model import Card, Label, find_model  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig  # noqa: E402
 
 LAPTOP = Machine(2, 16 << 30)
@@ -84,7 +84,16 @@ def test_thick_slices_are_not_halved_first():
 
 
 @pytest.mark.parametrize(
-    "names, flips", [(("left lung", "right lung"), ["y", "z"]), (("Anterior", "Posterior"), ["x", "z"]), (("a", "b"), ["x", "y", "z"])]
+    "names, flips",
+    [
+        (("left lung", "right lung"), ["y", "z"]),
+        (("LeftKidney", "other"), ["y", "z"]),
+        (("LLung", "other"), ["y", "z"]),
+        (("KidneyR", "other"), ["y", "z"]),
+        (("Anterior", "Posterior"), ["x", "z"]),
+        (("a", "b"), ["x", "y", "z"]),
+        (("L1", "Largest"), ["x", "y", "z"]),  # a vertebra has no side
+    ],
 )
 def test_mirrors_that_would_make_a_label_wrong_are_left_out(names, flips):
     assert of(cases(labels=names)).config.input.flip_axes == flips
@@ -102,6 +111,35 @@ def test_pictures_and_few_slices_are_2d():
     assert (flat.dimensions, flat.context_slices, flat.spacing) == (2, 0, (None, None, None))
     few = of(cases(shape=(100, 6, 120), spacing=(1.0, 3.0, 1.0))).config.input
     assert (few.dimensions, few.axis, few.context_slices, few.spacing) == (2, "coronal", 1, (1.0, None, 1.0))
+
+
+def test_large_pictures_are_made_coarser():
+    made = of(cases(2, shape=(1, 1500, 2000), labels=("a",), spot=200), quick=True)
+    x, y, z = made.config.input.spacing
+    assert x == y > 4 and z is None and "made coarser" in made.reasons["input.spacing"]
+    assert made.case_seconds < 5
+    # A base that takes pictures as they are has more to do.
+    kept = of(cases(2, shape=(1, 180, 190), labels=("a",)), quick=True).config
+    base = Card(kept.card()), kept.unet()
+    assert kept.input.spacing == (None, None, None)
+    tuned = of(cases(2, shape=(1, 1500, 2000), labels=("a",), spot=200), quick=True, base=base)
+    assert tuned.config.input.spacing == (None, None, None) and tuned.case_seconds > 3 * made.case_seconds
+
+
+@pytest.mark.parametrize("shape", [(20, 24, 28), (6, 100, 120)])
+def test_a_single_slice_among_volumes_is_named(shape):
+    mixed = cases(shape=shape)
+    whole = mixed.load
+
+    def load(case):
+        image, mask = whole(case)
+        return (Image(image.array[-1:]), mask[-1:]) if case.name == "case2" else (image, mask)
+
+    mixed.load = load
+    with pytest.raises(
+        UserError, match=r"Single slices are among the volumes \(case2\); replace each by its whole volume, or leave it out"
+    ):
+        of(mixed)
 
 
 def whole_body(n=20):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -425,6 +426,10 @@ def test_early_stopping_and_the_end_of_time(dataset, config, tmp_path, monkeypat
     assert json.loads((tmp_path / "a" / t.RUN).read_text("utf-8"))["epochs"] == 4  # the best is the first
     t.train(replace_fit(config, minutes=1e-6), tmp_path / "b", cache=tmp_path / "cache")
     assert json.loads((tmp_path / "b" / t.RUN).read_text("utf-8"))["epochs"] == 1
+    for minutes, epochs in ((1e-6, 1), (None, 4)):  # with more time it goes on
+        t.train(replace_fit(config, minutes=minutes), tmp_path / "b", cache=tmp_path / "cache")
+        assert json.loads((tmp_path / "b" / t.RUN).read_text("utf-8"))["epochs"] == epochs
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
 def test_killed_after_its_last_epoch_it_trains_no_further(dataset, config, tmp_path, monkeypatch):
@@ -495,6 +500,39 @@ def test_a_label_that_no_training_case_holds(tmp_path):
     fold = 0 if "case3" in [x.name for x in of[1]] else 1
     with pytest.raises(UserError, match=rf"Label 2 \(.*\) is in none of the training cases of fold {fold} .*train another fold"):
         t.train(config, tmp_path / "run", fold=fold)
+
+
+def emptied(folder, *names):
+    for name in names:
+        mask = read_image(path := folder / "labels" / f"{name}.nii.gz")
+        write_image(mask.like(np.zeros_like(mask.array)), path)
+
+
+def test_empty_masks_are_judged_before_the_training(tmp_path):
+    write_cases(tmp_path / "data", 4, 1)
+    config, cases = configuration(tmp_path / "data"), find_cases(tmp_path / "data")
+    alone = [x.name for x in t.held_out(cases.annotated, config, 0)[1]]
+    emptied(tmp_path / "data", *alone)
+    held = [t.held_out(cases.annotated, config, fold, cases.marked)[1] for fold in (0, 1)]
+    assert [sum(map(cases.marked, part)) for part in held] == [1, 1]
+    for part in held:  # of which one is chosen
+        validator = t.HeldOut(cases, sorted(part, key=cases.marked), config)
+        validator.read()
+        assert len(validator) == 1 and cases.marked(validator.cases[0])
+    split = cases.subset(replace(x, split="validation" if x.name in alone else "train") for x in cases.cases)
+    with pytest.raises(t.UnfitFold, match=rf"all held-out cases \({alone[0]}, {alone[1]}\) are empty, .*; mark something"):
+        t.train(config, tmp_path / "run", split, fold=None)
+    assert not (tmp_path / "run" / t.RUN).exists()
+
+
+def test_test_cases_are_not_replayed(dataset, config, tmp_path):
+    cases = find_cases(dataset)
+    other = cases.subset(replace(x, split="test" if x.name == "case1" else "") for x in cases.cases)
+    job = t.make_job(config, tmp_path, cases, replay=(other, 0.5))
+    job.prepare()
+    assert [x.name for x in job.record["data"]["base"]] == ["case0", "case2", "case3"]
+    with pytest.raises(UserError, match="All annotated cases of .* are for testing"):
+        t.make_job(config, tmp_path, cases, replay=(other.subset(other.cases[1:2]), 0.5))
 
 
 class Rounds:

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 for name in ("typer", "rich", "monai", "pydantic", "lightning", "yaml"):
     pytest.importorskip(name)
 import lightning  # noqa: E402
-from test_train import environment, write_cases  # noqa: E402
+from test_train import emptied, environment, write_cases  # noqa: E402
 from unetseg_training import cli, watch  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
 from unetseg_training.train import find  # noqa: E402
@@ -104,6 +104,20 @@ def test_from_a_configuration_to_a_report(command, run):
     assert code == 0 and (run / "fold0-seed0" / "metrics.json").is_file(), err
     code, out, err = command("pictures", run)
     assert code == 0 and (run / "augmentation.png").is_file(), err
+
+
+def test_all_folds_are_those_that_there_are_and_can_be_trained(command, run, tmp_path):
+    write_cases(tmp_path / "data", 3, 1)
+    config = c.read(run)
+    c.write(
+        config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "data"), "folds": 5})}), run / "config.yaml"
+    )
+    code, out, err = command("fit", run, "--fold", "all", "--quiet")
+    assert code == 0 and "mean Dice of 3 trainings" in out, err
+    emptied(tmp_path / "data", "case1")
+    code, out, err = command("fit", run, "--fold", "all", "--quiet", "--restart")
+    assert code == 2 and "mean Dice of 2 trainings" in out
+    assert "was not trained: The masks of all held-out cases (case1) are empty" in err and err.strip().count("\n") == 0
 
 
 def test_a_training_that_ends_before_its_first_validation_says_so(command, run):

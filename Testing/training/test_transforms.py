@@ -164,6 +164,17 @@ def test_patches_come_from_the_seed_and_the_number_alone():
     assert not torch.equal(Patches(cases, config, 6).batch(3)[0], x)
 
 
+@pytest.mark.parametrize("batch, foreground, near", [(1, 0.5, 15), (1, 0.67, 20), (3, 0.5, 45), (10, 0.3, 90)])
+def test_of_any_batch_the_part_asked_for_is_about_a_label(batch, foreground, near):
+    config = configuration(fit={"batch": batch, "foreground": foreground})
+    labels = np.zeros((64, 80, 96), np.uint8)
+    labels[0, 0, 0] = 1
+    source = Patches([prepared(labels, labels)], config, 0)
+    centres = np.array([[source.draw(step, i)[1] for i in range(batch)] for step in range(30)])
+    counts = (centres <= [8, 10, 12]).all(2).sum(1)  # within a quarter of the patch; by chance one in 400
+    assert abs(counts.sum() - near) <= 1 and counts.max() - counts.min() <= 1 + (batch == 10)
+
+
 def test_labels_are_drawn_alike_however_rare_and_replay_as_often_as_asked():
     config = configuration(fit={"batch": 10, "foreground": 1.0})
     rare = np.zeros((40, 50, 60), np.uint8)

@@ -143,6 +143,11 @@ class CaseSet:
                     raise
                 raise UserError(f"its annotation {case.label.name} is not as its format asks ({e}); export it again.") from e
 
+    def marked(self, case: Case) -> bool:
+        """Whether its mask holds any label."""
+        mask = self.load(case)[1]
+        return bool(((mask > 0) & (mask != IGNORE)).any())
+
     def digest(self, case: Case) -> str:
         """SHA-256 over the bytes of the case's files and how they are read: another digest, another case."""
         rest = () if self.rest is None else (self.rest,)
@@ -190,13 +195,31 @@ def evenly(cases: Sequence[Case], limit: int) -> list[Case]:
     return [cases[int(i * step)] for i in range(min(limit, len(cases)))]
 
 
-def folds(cases: Sequence[Case], k: int, seed: int = 20261122) -> list[int]:
-    """The fold of each case, the same for all of a patient: a fixed shuffle of the sorted patients, dealt out in turn."""
+def folds(cases: Sequence[Case], k: int, seed: int = 20261122, marked: Callable[[Case], bool] | None = None) -> list[int]:
+    """The fold of each case, the same for all of a patient: a fixed shuffle of the sorted patients, dealt out in turn.
+
+    marked: whether a case's mask holds anything. A fold where none does could not be scored: a patient of it then changes places with
+    a marked one of the fold that has most. All others stay where they are.
+    """
     patients = sorted({c.patient for c in cases})
     if not 2 <= k <= len(patients):
         raise UserError(f"{len(patients)} patients cannot be dealt into {k} folds; choose 2 to {len(patients)}, or add cases.")
     order = np.random.default_rng(seed).permutation(len(patients))
-    fold = {patients[i]: rank % k for rank, i in enumerate(order)}
+    parts = [[patients[i] for i in order[f::k]] for f in range(k)]
+    if marked is not None:
+        known: dict[str, bool] = {}
+
+        def has(patient: str) -> bool:  # asked as rarely as can be: each answer reads a case
+            if patient not in known:
+                known[patient] = any(marked(c) for c in cases if c.patient == patient)
+            return known[patient]
+
+        for bare in [part for part in parts if not any(map(has, part))]:
+            most = max(parts, key=lambda part: sum(map(has, part)))
+            if sum(map(has, most)) > 1:
+                i = next(i for i, patient in enumerate(most) if has(patient))
+                most[i], bare[0] = bare[0], most[i]
+    fold = {patient: f for f, part in enumerate(parts) for patient in part}
     return [fold[c.patient] for c in cases]
 
 

@@ -291,6 +291,9 @@ def _of_all(case_set: CaseSet, facts: Sequence[Facts]) -> list[Finding]:
     if len(known) == 1 or len(patients) == 1:
         text = "there is one case only" if len(known) == 1 else f"all {len(known)} cases are of one patient"
         out.append(Finding("", "one case", "warning", text, "add cases of others: what is learned cannot be tested on anybody else"))
+    if known and np.median([f.size for f in known], 0).min() >= 2:  # plan() then wants volumes
+        cure = "replace it by its whole volume, or leave it out"
+        out += [Finding(f.case.name, "slice", "warning", "it is a single slice among volumes", cure) for f in known if min(f.size) < 2]
     bare = len(case_set.cases) - len(case_set.annotated)
     if bare:
         cure = "annotate them or leave them; they are not trained on"

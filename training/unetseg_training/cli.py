@@ -92,31 +92,36 @@ def fit_run(
     quiet: bool = False,
     **how: Any,
 ) -> list[Any]:
-    """Train each fold with each seed, those that are finished left as they are; the Results."""
+    """Train each fold with each seed, those that are finished left as they are; the Results. What is said of a fold that cannot be
+    trained, is said when the others are."""
     from . import report, watch
     from .config import read
-    from .train import CHECKPOINT, RUN, find, is_first, train
+    from .train import CHECKPOINT, RUN, UnfitFold, find, is_first, train
 
     config = read(run)
-    results = []
+    results, unfit = [], dict[int | None, UnfitFold]()
     case_set = how.pop("case_set", None) or find(config)
     for fold in folds:
         for seed in seeds:
             folder = leaf(run, fold, seed)
             if is_first() and not (resume or restart) and ((folder / CHECKPOINT).exists() or (folder / RUN).exists()):
                 raise UserError(f"{folder} holds a training already; add --resume to go on with it, or --restart to begin anew.")
-            with _bar("pre-processing") as progress:
-                result = train(
-                    config,
-                    folder,
-                    case_set,
-                    fold=fold,
-                    seed=seed,
-                    resume=not restart,
-                    callbacks=watch.callbacks(folder, config, bar=not quiet),
-                    progress=progress,
-                    **how,
-                )
+            try:
+                with _bar("pre-processing") as progress:
+                    result = train(
+                        config,
+                        folder,
+                        case_set,
+                        fold=fold,
+                        seed=seed,
+                        resume=not restart,
+                        callbacks=watch.callbacks(folder, config, bar=not quiet),
+                        progress=progress,
+                        **how,
+                    )
+            except UnfitFold as e:
+                unfit[fold] = e
+                break  # no seed cures it
             results.append(result)
             if not is_first():
                 continue
@@ -132,6 +137,8 @@ def fit_run(
     known = [r.dice for r in results if not math.isnan(r.dice)]
     if len(known) > 1 and is_first():
         print(f"mean Dice of {len(known)} trainings: {sum(known) / len(known):.3f}")
+    if unfit:
+        raise UserError(" ".join(str(e) if len(folds) == 1 else f"Fold {fold} was not trained: {e}" for fold, e in unfit.items()))
     return results
 
 
@@ -213,8 +220,14 @@ def _app() -> Any:
         """Train what config.yaml describes."""
         if resume and restart:
             raise UserError("--resume and --restart exclude each other; give one.")
-        config = _read(run)
-        fit_run(run, parse_folds(fold, config.data.folds), parse_seeds(seed), resume=resume, restart=restart, quiet=quiet)
+        from .train import find
+
+        config, seeds = _read(run), parse_seeds(seed)
+        folds = parse_folds(fold, config.data.folds)
+        case_set = find(config)
+        if fold == "all":  # of few patients there are fewer than config.yaml asks for
+            folds = folds[: max(2, len({c.patient for c in case_set.annotated if c.split != "test"}))]
+        fit_run(run, folds, seeds, resume=resume, restart=restart, quiet=quiet, case_set=case_set)
 
     @app.command()
     def pictures(
@@ -381,8 +394,11 @@ def _app() -> Any:
         )
         facts = None
         if old:
-            items = metrics.case_items(old, evenly(old.annotated, 20))
+            kept = [c for c in old.annotated if c.split == "test"]
+            items = metrics.case_items(old, evenly(kept or old.annotated, 20))
             facts = tuning.forgetting(package, live_package(config.card()), items, labels=old.labels, engine=LiveEngine(result.network))
+            if facts["cases"] and not kept:
+                facts["verdict"] += " It was trained on these very cases, as none is marked as test."
             print(facts["verdict"])
         tuning.write(result.folder, start, package, frozen, facts)
         print(f"wrote {write_report(result.folder)}")

@@ -772,11 +772,13 @@ class HeldOut:
         return self.cases[index].name
 
     def read(self) -> None:
-        """UserError where there is no lesion."""
+        """UnfitFold where there is no lesion."""
+        from .train import UnfitFold
+
         if not self.parts:
             self.parts = [list(self._cut(item)) for item in metrics.case_items(self.case_set, self.cases)]
         if not any(self.parts):
-            raise UserError(NO_LESION)
+            raise UnfitFold(NO_LESION)
 
     def _cut(self, item: metrics.Item) -> Iterator[metrics.Item]:
         found = list(by_lesion(item))

@@ -138,7 +138,7 @@ class Fit(_Strict):
     steps: int = _f(100, "Optimizer steps an epoch.", ge=1)
     batch: int = _f(8, "Patches in a batch, over all devices.", ge=1)
     accumulate: int = _f(1, "Batches whose gradients are added up for a step.", ge=1)
-    foreground: Share = _f(0.5, "Part of each batch whose patches are centred on a label; the others lie anywhere.")
+    foreground: Share = _f(0.5, "Part of the patches that are centred on a label; the others lie anywhere.")
     precision: Literal["auto", "32", "bf16", "16"] = _f("auto", "auto: bf16 where this machine is fast at it, 16 on older GPUs, else 32.")
     learning_rate: Positive = _f(1e-3, "AdamW's, after the warm-up.")
     final_rate: float = _f(1e-6, "Where the cosine ends.", ge=0)

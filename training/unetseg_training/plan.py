@@ -94,7 +94,8 @@ class Fingerprint:
 
     intensity: of label voxels over all cases, first channel: low (0.5 %), high (99.5 %), mean, std; zeros: share of voxels
     that are exactly 0; hu: whether the values look like HU; read: cases looked at, of `cases`. in_lung: of the labels' connected
-    components, how many have lung around them, and how many there are; None where that was not asked for.
+    components, how many have lung around them, and how many there are; None where that was not asked for. single: names of
+    the cases that are one slice.
     """
 
     cases: int
@@ -107,6 +108,7 @@ class Fingerprint:
     zeros: float = 0.0
     hu: bool = False
     in_lung: tuple[int, int] | None = None
+    single: list[str] = field(default_factory=list)
 
     @property
     def median_spacing(self) -> tuple[float, ...]:
@@ -140,6 +142,7 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         truth = orientation.canonical(mask)
         judged = truth != IGNORE
         out.shapes.append(canonical.shape)
+        out.single += [case.name] * (min(canonical.shape) < 2)
         out.spacings.append(tuple(float(s) for s in canonical.spacing[::-1]))  # type: ignore[arg-type]
         out.counts.append(np.bincount(truth.ravel(), minlength=n + 1)[: n + 1].tolist())
         values = canonical.channels[0]
@@ -314,7 +317,7 @@ def plan(
             spacing = [wanted[a] if a in axes else spacing[a] for a in range(3)]
             median = math.prod(physical[a] / spacing[a] for a in axes)
             text += f", made coarser for {where}: the median image then has {median / 1e6:.1f} million voxels"
-    same = dims == 2 and picture and len(set(f.spacings)) == 1
+    same = dims == 2 and picture and len(set(f.spacings)) == 1 and spacing == list(f.median_spacing)  # not made coarser
     spacing = [float(f"{s:.3g}") for s in spacing]
     chosen: list[float | None] = [None if same or (dims == 2 and a == flat) else spacing[a] for a in (2, 1, 0)]
     why["input.spacing"] = "all pictures have the same" if same else text
@@ -362,8 +365,14 @@ def plan(
         why |= dict.fromkeys(("input.dimensions", "input.spacing", "input.patch", "network.channels"), text)
         why.pop("network.strides", None)
         why.pop("network.deep_supervision", None)
-        kept = [card.spacing[2 - a] or spacing[a] for a in axes]
+        kept = [card.spacing[2 - a] or f.median_spacing[a] for a in axes]
         shapes = np.array([[n[a] * v[a] / k for a, k in zip(axes, kept)] for n, v in zip(f.shapes, f.spacings)])
+
+    if (dims == 3 or context) and f.single:
+        raise UserError(
+            f"Single slices are among the volumes ({', '.join(f.single[:5])}{', …' * (len(f.single) > 5)}); replace each by its whole "
+            "volume, or leave it out."
+        )
 
     # Intensity.
     names: list[str] = list(case_set.channels)
@@ -387,7 +396,8 @@ def plan(
 
     # Mirrors.
     label_names = [label.name for label in case_set.labels]
-    spoken = " ".join(re.sub(r"[_\W]+", " ", n.lower()) for n in label_names)
+    words_of = (re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", n) for n in label_names)  # LeftLung, KidneyR
+    spoken = " ".join(re.sub(r"[_\W]+", " ", n.lower()) for n in words_of)
     barred = [a for a, words in _SIDES.items() if re.search(words, spoken)]
     usable = {2 - a for a in axes}  # 0: x
     flips = [a for i, a in enumerate("xyz") if i in usable and a not in barred]

@@ -5,6 +5,7 @@ So a resumed training, one with other worker processes, and one on several devic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -67,8 +68,8 @@ def cut(case: Prepared, centre: Sequence[int] | np.ndarray, config: Config, marg
 
 
 class Patches:
-    """A Source of random patches. The first fit.foreground of each batch is centred on a label: first the label is drawn,
-    then a case that holds it, then the voxel, so that a rare label is seen as often as a common one.
+    """A Source of random patches. Of each batch the first are centred on a label, fit.foreground of all over the steps: first the
+    label is drawn, then a case that holds it, then the voxel, so that a rare label is seen as often as a common one.
 
     replay: other cases, drawn instead with the probability `share`. part: (rank, devices): this device's of the batch.
     """
@@ -97,7 +98,9 @@ class Patches:
         rng = np.random.default_rng((self.seed, step, number))
         pool = int(rng.random() < self.share)
         holding = self.holding[pool]
-        if number < round(self.config.fit.batch * self.config.fit.foreground) and holding:
+        # Summed over the steps: rounded in each, half of a batch of 1 would be none (Dice of balls in volumes: 0.886, now 0.977).
+        share = self.config.fit.batch * self.config.fit.foreground
+        if number < math.floor((step + 1) * share) - math.floor(step * share) and holding:
             label = list(holding)[rng.integers(len(holding))]
             case = holding[label][rng.integers(len(holding[label]))]
             places = case.places(label)

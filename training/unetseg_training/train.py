@@ -104,13 +104,17 @@ class Validator(Protocol):
     def name(self, index: int) -> str: ...
 
 
+class UnfitFold(UserError):
+    """One fold cannot be trained or scored; the others may be."""
+
+
 class HeldOut:
     """Whole held-out cases through predict(), on their own grids."""
 
     def __init__(self, case_set: CaseSet, cases: Sequence[Case], config: Config) -> None:
         from .cases import evenly
 
-        self.case_set, self.config = case_set, config
+        self.case_set, self.config, self.all = case_set, config, cases
         self.cases = evenly(cases, config.fit.validate_cases or len(cases))
         self.package = live_package(config.card())
         self.examples: list[tuple[str, Image, np.ndarray, np.ndarray]] = []
@@ -120,6 +124,21 @@ class HeldOut:
 
     def name(self, index: int) -> str:
         return self.cases[index].name
+
+    def read(self) -> None:
+        """Others where those chosen have empty masks, which have no Dice once the network finds nothing; UnfitFold where all have."""
+        from .cases import evenly
+
+        if any(map(self.case_set.marked, self.cases)):
+            return
+        marked = [c for c in self.all if self.case_set.marked(c)]
+        if not marked:
+            names = f"{', '.join(c.name for c in self.all[:3])}{', …' * (len(self.all) > 3)}"
+            raise UnfitFold(
+                f"The masks of all held-out cases ({names}) are empty, so nothing shows how well the model does; mark something in one, "
+                "or hold out others."
+            )
+        self.cases = evenly(marked, self.config.fit.validate_cases or len(marked))
 
     def score(self, index: int, network: UNet) -> dict[str, float]:
         case = self.cases[index]
@@ -171,9 +190,11 @@ class Result:
     folder: Path
 
 
-def held_out(cases: Sequence[Case], config: Config, fold: int | None) -> tuple[list[Case], list[Case]]:
-    """Training and validation cases. fold: of the patient-wise folds; None: the dataset's own split. Test cases are in
-    neither."""
+def held_out(
+    cases: Sequence[Case], config: Config, fold: int | None, marked: Callable[[Case], bool] | None = None
+) -> tuple[list[Case], list[Case]]:
+    """Training and validation cases. fold: of the patient-wise folds, for which marked is as of folds(); None: the dataset's own
+    split. Test cases are in neither."""
     from .cases import folds
 
     named = [c for c in cases if c.split != "test"]
@@ -200,7 +221,7 @@ def held_out(cases: Sequence[Case], config: Config, fold: int | None) -> tuple[l
     k = min(config.data.folds, patients)
     if not 0 <= fold < k:
         raise UserError(f"There is no fold {fold}; {what} has the folds 0 to {k - 1}.")
-    of = folds(named, k, config.data.fold_seed)
+    of = folds(named, k, config.data.fold_seed, marked)
     return [c for c, f in zip(named, of) if f != fold], [c for c, f in zip(named, of) if f == fold]
 
 
@@ -231,8 +252,10 @@ def make_job(
             "an automatic model."
         )
     _check_labels(config, case_set)
-    train, check = held_out(case_set.annotated, config, fold)
-    base = replay[0].annotated if replay else ()
+    train, check = held_out(case_set.annotated, config, fold, case_set.marked)
+    base = [c for c in replay[0].annotated if c.split != "test"] if replay else []
+    if replay and not base:
+        raise UserError(f"All annotated cases of {replay[0].source} are for testing, so none can be replayed; name another dataset.")
     kept: dict[str, list[Prepared]] = {}
 
     identity: dict[str, Any] = {
@@ -253,8 +276,7 @@ def make_job(
             kept["train"] = prepare(case_set, config, cache, train, progress)
             kept["base"] = prepare(replay[0], config, cache, base, progress) if replay else []
             _check_classes(config, kept["train"] + kept["base"], fold)
-            if isinstance(validator, clicks.HeldOut):
-                validator.read()
+            validator.read()
             identity["data"] = hashlib.sha256("".join(c.digest for c in kept["train"] + kept["base"]).encode()).hexdigest()
 
     def source(rank: int, devices: int) -> Source:
@@ -309,7 +331,7 @@ def _check_classes(config: Config, cases: Sequence[Prepared], fold: int | None) 
     for value, label in enumerate(config.labels, 1):
         if not any(c.counts[value] for c in cases):
             where = "the training cases" if fold is None else f"the training cases of fold {fold}"
-            raise UserError(
+            raise UnfitFold(
                 f"Label {value} ({label.name}) is in none of {where} ({len(cases)}: {', '.join(c.name for c in cases[:3])}"
                 f"{', …' if len(cases) > 3 else ''}); annotate it in one, train another fold, or leave it out with data.only."
             )
@@ -562,9 +584,9 @@ class Keeper(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         # A run that was killed between its last checkpoint and its end would train an epoch more than one that was not.
-        trainer.should_stop = self._late() or any(s.wait_count >= s.patience for s in trainer.early_stopping_callbacks)
+        trainer.should_stop = self.late() or any(s.wait_count >= s.patience for s in trainer.early_stopping_callbacks)
 
-    def _late(self) -> bool:
+    def late(self) -> bool:
         return bool(self.fit.minutes) and self.seconds > 60 * (self.fit.minutes or 0)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
@@ -585,7 +607,7 @@ class Keeper(Checkpoint):
                 weights = {k: v.detach().cpu().contiguous() for k, v in module.average.state_dict().items()}
                 _write(self.folder / WEIGHTS, save_tensors(weights, {"network": json.dumps(module.job.network.to_json())}))
         trainer.save_checkpoint(self.folder / CHECKPOINT)
-        if self._late():
+        if self.late():
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -641,7 +663,9 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
     if going_on:
         if first:
             _check_identity(json.loads(_load_checkpoint(saved).get("identity", "{}")), job.identity, folder)
-        if (done := _read_run(folder)).get("finished"):
+        done, minutes = _read_run(folder), job.fit.minutes
+        # One that ended as its time was up goes on when it has more.
+        if done.get("finished") and not (done.get("late") and (not minutes or done["seconds"] < 60 * minutes)):
             dice = math.nan if done["dice"] is None else done["dice"]
             return Result(load_weights(folder, job.network), dice, done["dice_by_label"], done["best_epoch"], folder)
     keeper = Keeper(folder, job.fit)
@@ -668,6 +692,7 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
     if trainer.is_global_zero:
         end = {"finished": True, "dice": None if math.isnan(dice) else dice, "dice_by_label": keeper.labels, "best_epoch": keeper.epoch}
         end |= {"epochs": trainer.current_epoch, "seconds": round(keeper.seconds, 1), "steps": trainer.global_step}
+        end["late"] = keeper.late()
         _write_run(folder, {**_read_run(folder), **end})
     trainer.strategy.barrier()
     return Result(load_weights(folder, job.network), dice, keeper.labels, keeper.epoch, folder)
