@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -474,6 +475,38 @@ def test_a_reference_may_hold_other_segments_or_be_cropped_as_slicer_crops_it(he
     for reference in (one, tmp_path / "c.seg.nrrd"):
         code, out, err = unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "--reference", reference, "--json", "-")
         assert code == 0 and json.loads(out)["labels"][0]["dice"] == 1, err
+
+
+def test_a_references_segments_are_known_by_their_names(here, unetseg, tmp_path):
+    """Slicer numbers them in the order of its list, and the model's values may be any."""
+    truth = (here.image.array > 0.5).astype(np.uint8)
+    truth[:2] = 2
+    named = {"Segment0_ID": "a", "Segment0_Name": "other", "Segment0_LabelValue": "1"}
+    named |= {"Segment1_ID": "b", "Segment1_Name": "thing", "Segment1_LabelValue": "2"}
+    write_image(here.image.like(np.where(truth > 0, 3 - truth, 0).astype(np.uint8)), tmp_path / "n.seg.nrrd", named)
+    labels = [{"value": 9, "name": "thing", "color": [230, 159, 0]}]
+    for model in (here.model, here.package(labels=labels).path):
+        arguments = ("-m", model, "-o", here.out / "a.nrrd", "--reference", tmp_path / "n.seg.nrrd", "--json", "-")
+        code, out, err = unetseg("segment", here.scan, *arguments)
+        assert code == 0 and json.loads(out)["labels"][0]["dice"] == 1, err
+
+
+def test_a_slice_of_the_scan_is_not_written_over(here, unetseg, data, tmp_path):
+    shutil.copytree(data / "lung_gtv_dicom_rtstruct" / "pat_3", tmp_path / "dcm")
+    slices = {p: p.read_bytes() for p in (tmp_path / "dcm").glob("DCM_IMG*")}
+    first = min(slices)
+    for arguments in (("-o", here.out / "a.nrrd", "--json", first), ("-o", first.rename(first.with_suffix(".dcm")))):
+        one_sentence(unetseg("segment", tmp_path / "dcm", "-m", here.model, *arguments), "is a slice of a scan that is read")
+    first.with_suffix(".dcm").rename(first)
+    assert slices == {p: p.read_bytes() for p in (tmp_path / "dcm").glob("DCM_IMG*")} and here.left() == []
+
+
+def test_a_grey_picture_that_is_stored_in_colour_is_segmented(here, unetseg):
+    values = (255 * here.image.array[8]).astype(np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(np.stack([values] * 3, -1), isVector=True), str(here.out / "a.png"))
+    model = here.package(dimensions=2, patch=[16, 16], divisor=[1, 1], spacing=[None, None, None], intensity={"mode": "none"}).path
+    code, _, err = unetseg("segment", here.out / "a.png", "-m", model, "-o", here.out / "b.png")
+    assert code == 0 and np.array_equal(read_image(here.out / "b.png").array[0] > 0, values > 0.5), err
 
 
 def test_what_is_read_is_not_written_over(here, unetseg):

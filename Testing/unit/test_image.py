@@ -29,6 +29,7 @@ from UNetSegmentationLib.image import (
     check_geometry,
     from_sitk,
     list_series,
+    of_channels,
     paste,
     read_image,
     reorient,
@@ -201,13 +202,51 @@ def write_plain(path: Path, compress: bool = True) -> bytes:
         ("a.png", True),
         ("a.jpg", True),
         ("a.bmp", False),
+        ("a.tif", False),
+        ("a.img", False),
+        ("a.img.gz", True),
     ],
 )
 def test_truncated_files_are_refused(tmp_path, name, compress, kept):
     content = write_plain(tmp_path / name, compress)
+    kept = -200 if (name, kept) == ("a.tif", -1) else kept  # it ends in the name of the program that wrote it
     (tmp_path / name).write_bytes(content[: int(len(content) * kept) if kept > 0 else kept])
-    with pytest.raises(UserError, match=r"a\.\S+ (is cut short or damaged|cannot be read as an image)"):
-        read_image(tmp_path / name)
+    for read in {name, "a.hdr"} if name == "a.img" else {name}:
+        with pytest.raises(UserError, match=r"a\.\S+ (is cut short or damaged|cannot be read as an image)"):
+            read_image(tmp_path / read)
+
+
+@pytest.mark.parametrize("name", ["a.hdr", "a.img", "a.tif"])
+def test_whole_pairs_and_pages_are_read(tmp_path, name):
+    write_plain(tmp_path / name, False)
+    assert np.array_equal(read_image(tmp_path / name).array, volume("int16", (20, 40, 50)))
+
+
+@pytest.mark.parametrize(
+    ("name", "dpi", "spacing"), [("a.tif", 72, 1.0), ("a.jpg", 300, 1.0), ("a.png", 72, 1.0), ("a.tif", 50800, 0.0005)]
+)
+def test_a_pictures_print_size_is_no_spacing(tmp_path, name, dpi, spacing):
+    """A microscope's resolution is one, finer than anything is printed."""
+    picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    picture.fromarray(volume("uint8", (40, 50))).save(tmp_path / name, dpi=(dpi, dpi))
+    assert read_image(tmp_path / name).spacing[:2] == pytest.approx((spacing, spacing), rel=1e-3)
+
+
+def test_a_picture_has_the_channels_that_are_asked_for(tmp_path):
+    grey, colours = volume("uint8", (1, 8, 8)), volume("uint8", (4, 1, 8, 8))
+    same = np.stack([grey, grey, grey, grey // 2])
+    source = tmp_path / "a.png"
+    for array, n, want in (
+        (same[:3], 1, grey),
+        (same, 1, grey),
+        (same[[0, 3]], 1, grey),
+        (colours, 3, colours[:3]),
+        (same[:3], 3, same[:3]),
+    ):
+        for image in (Image(array, source=source), Image(array)):  # Slicer's have no file
+            assert np.array_equal(of_channels(image, n).channels, want.reshape(n, 1, 8, 8))
+    for image in (Image(colours[:3], source=source), Image(same[:3].astype(np.int16)), Image(same[:3], source=tmp_path / "a.nrrd")):
+        assert of_channels(image, 1) is image
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.mha"])
@@ -430,6 +469,21 @@ def test_the_mask_that_belongs_to_a_series_lies_on_its_grid(data):
     assert not upside_down.same_grid(image) and reorient(upside_down)[0].same_grid(image)
 
 
+def test_slices_of_different_types_keep_their_values(slices, tmp_path):
+    """ITK takes the first slice's type for all."""
+    image = read_image(copied(slices, tmp_path / "whole"))
+    whole, first = image.array.astype(np.float32), int(Path(image.dicom_files[0]).stem)
+
+    def edit(i, dataset):
+        values = dataset.pixel_array.astype(np.int32) * int(dataset.RescaleSlope) + int(dataset.RescaleIntercept)
+        dataset.RescaleSlope, dataset.RescaleIntercept = "1", "0" if i == first else "-2000"
+        dataset.PixelRepresentation = 0
+        dataset.PixelData = (values.clip(0) if i == first else values + 2000).astype(np.uint16).tobytes()
+
+    read = read_image(copied(slices, tmp_path / "mixed", edit)).array
+    assert np.array_equal(read[1:], whole[1:]) and np.array_equal(read[0], whole[0].clip(0)) and whole[1:].min() < -900
+
+
 def test_several_series_are_listed_and_read_by_uid(slices, tmp_path):
     def second(i, dataset):
         dataset.SeriesInstanceUID = "1.2.3.4"
@@ -446,6 +500,14 @@ def test_several_series_are_listed_and_read_by_uid(slices, tmp_path):
     assert read_image(tmp_path / "scan", first).shape[0] == 8
     with pytest.raises(UserError, match="holds no series 9.9"):
         read_image(tmp_path / "scan", "9.9")
+    # As channels: of a folder with one series it is that, and each of the others wants to be told.
+    one = copied(slices, tmp_path / "one")
+    assert read_image([tmp_path / "scan", one], first).n_channels == 2 == read_image([one, tmp_path / "scan"], first).n_channels
+    for uid, n in (("9.1", 8), ("9.2", 5)):
+        copied(slices[:n], tmp_path / "two" / uid, lambda i, dataset, uid=uid: setattr(dataset, "SeriesInstanceUID", uid))
+    with pytest.raises(SeveralSeries, match="two holds 2"):
+        read_image([tmp_path / "scan", tmp_path / "two"], first)
+    assert read_image([tmp_path / "scan", tmp_path / "two"], f"{first},9.1").n_channels == 2
 
 
 def test_other_files_beside_a_series_are_ignored(slices, tmp_path, data, capfd):

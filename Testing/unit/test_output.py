@@ -310,6 +310,15 @@ def test_dicom_seg_says_what_it_is(series, tmp_path):
     assert scar.SegmentedPropertyTypeCodeSequence[0].CodeValue == "52988006"
 
 
+def test_dicom_seg_of_a_label_with_a_long_meaning(series, tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    p = dicom_prediction(series)
+    long = replace(p.label_defs[0], terminology={**p.label_defs[0].terminology, "type": ("SCT", "27925004", "N" * 65)})
+    write_segmentation(replace(p, label_defs=(long, *p.label_defs[1:])), tmp_path / "x.dcm", series)
+    segment = pydicom.dcmread(tmp_path / "x.dcm").SegmentSequence[0]
+    assert segment.SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "N" * 64
+
+
 def test_dicom_seg_of_a_reversed_series(series, tmp_path):
     """Files from head to feet: the arrays of image and labels follow the files."""
     d = np.reshape(series.direction, (3, 3)) @ np.diag([1.0, 1.0, -1.0])

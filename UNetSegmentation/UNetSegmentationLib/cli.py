@@ -26,6 +26,7 @@ from .image import (
     Image,
     SeveralSeries,
     UserError,
+    list_series,
     read_image,
     write_image,
 )
@@ -35,7 +36,7 @@ from .inference.click import ClickSession, Prompt, expects_lung
 from .inference.predict import Options, Prediction, predict
 from .intensity import display_range, expects_hu, parse_window, presets
 from .measure import dice, measure
-from .model import Card, ModelPackage, find_model, model_files, user_models_folder, write_package
+from .model import Card, Label, ModelPackage, find_model, model_files, user_models_folder, write_package
 from .nodule import COLUMNS, csv_text, describe
 from .nodule import row as nodule_row
 
@@ -137,20 +138,21 @@ def _cancellable(left: str = "; nothing was written") -> Iterator[None]:
 
 def _read(images: Sequence[Path], series: str | None) -> Image:
     """Read; where a folder holds several series and a person sits there, ask which."""
-    try:
-        return read_image(list(images), series)
-    except SeveralSeries as e:
-        if not sys.stdin.isatty():
-            raise
-        import typer
+    while True:  # a folder after the other
+        try:
+            return read_image(list(images), series)
+        except SeveralSeries as e:
+            if not sys.stdin.isatty():
+                raise
+            import typer
 
-        uids = list(e.series)
-        for i, uid in enumerate(uids, 1):
-            print(f"{i}: {e.series[uid]}", file=sys.stderr)
-        choice = typer.prompt("Which series", type=int, err=True)
-        if not 1 <= choice <= len(uids):
-            raise UserError(f"There is no series {choice}; choose a number from 1 to {len(uids)}.") from None
-        return read_image(list(images), uids[choice - 1])
+            uids = list(e.series)
+            for i, uid in enumerate(uids, 1):
+                print(f"{i}: {e.series[uid]}", file=sys.stderr)
+            choice = typer.prompt("Which series", type=int, err=True)
+            if not 1 <= choice <= len(uids):
+                raise UserError(f"There is no series {choice}; choose a number from 1 to {len(uids)}.") from None
+            series = ",".join(filter(None, (series, uids[choice - 1])))
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -175,6 +177,9 @@ def _check_names(
         check_writable(path)
         if any(_same(path, source) for source in sources):
             raise UserError(f"{path} is what is read; give the result a name of its own (-o).")
+        for folder in (s for s in sources if s.is_dir() and path.is_file() and path.resolve().is_relative_to(s.resolve())):
+            if any(_same(path, Path(file)) for _, files in list_series(folder).values() for file in files):
+                raise UserError(f"{path} is a slice of a scan that is read; give the result a name of its own (-o).")
         if sum(_same(path, other) for other in everything) > 1:
             raise UserError(f"Two results would be written to {path}; give each a name of its own.")
     for path in targets:
@@ -186,14 +191,23 @@ def _check_names(
         raise UserError(f"{picture} would not be a PNG; end the picture's name in .png.")
 
 
-def _check_fit(image: Image, targets: Sequence[Path], reference: Path | None) -> Image | None:
-    """The reference on the image's grid. Refuses results that this image cannot give, before anything is computed."""
-    from .dataset import read_mask
+def _check_fit(image: Image, targets: Sequence[Path], reference: Path | None, labels: Sequence[Label]) -> Image | None:
+    """The reference on the image's grid, its segments by their names in the values of `labels` where any has one of theirs. Refuses
+    results that this image cannot give, before anything is computed."""
+    from .dataset import read_mask, same_names
     from .output import check_fit
 
     for path in targets:
         check_fit(path, image)
-    return None if reference is None else image.like(read_mask(reference, image)[0])
+    if reference is None:
+        return None
+    array, named = read_mask(reference, image)
+    table = same_names(named, labels)
+    if table:
+        values = np.zeros(int(array.max()) + 1, np.uint16)
+        values[list(table)] = list(table.values())
+        array = values[array]
+    return image.like(array)
 
 
 def _report(image: Image, prediction: Prediction, truth: Image | None) -> dict[str, Any]:
@@ -406,7 +420,7 @@ def _app() -> Any:
             raise UserError("--display is of the picture; give --picture too.")
         with _cancellable(), _progress(not quiet and sys.stderr.isatty()) as progress:
             image = _read(images, series)
-            truth = _check_fit(image, targets, reference)
+            truth = _check_fit(image, targets, reference, packages[0].card.labels)
             options = Options(
                 roi=parse_roi(roi, image) if roi is not None else None,
                 at=parse_point(at) if at is not None else None,
@@ -461,7 +475,7 @@ def _app() -> Any:
             raise UserError("Nothing was clicked on; give --at R,A,S or --box.")
         with _cancellable():
             image = _read(images, series)
-            truth = _check_fit(image, targets, reference)
+            truth = _check_fit(image, targets, reference, package.card.labels)
             session = ClickSession(image, package, options=Options(engine=engine, device=device, threads=threads))
             answer = session.replay(prompts)
             if not answer.found:

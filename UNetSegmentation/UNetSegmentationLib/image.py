@@ -498,39 +498,54 @@ def _quiet() -> Iterator[None]:
         sitk.ProcessObject.SetGlobalWarningDisplay(before)
 
 
-def _read_series(folder: Path, uid: str | None) -> Image:
+def _read_series(folder: Path, wanted: str | None, among: bool) -> Image:
+    """wanted: its UID, or several with commas between them; among: the folder is one of several, of which another may be meant."""
     series = list_series(folder)
     if not series:
         raise UserError(f"{folder} holds no DICOM image series; choose a folder with the slices of one scan, or an image file.")
+    uid = next((u for u in (wanted or "").split(",") if u in series), None)
     if uid is None:
+        if wanted and not among:
+            raise UserError(f"{folder} holds no series {wanted}; it has {', '.join(series)}.")
         if len(series) > 1:
             raise SeveralSeries(folder, {u: text for u, (text, _) in series.items()})
         uid = next(iter(series))
-    elif uid not in series:
-        raise UserError(f"{folder} holds no series {uid}; it has {', '.join(series)}.")
     files = series[uid][1]
+    slices = [_information(file) for file in files]
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(files)
+    if len({s.GetPixelIDValue() for s in slices}) > 1:
+        # ITK casts all to the first slice's type: -1024 HU after a slice whose intercept is 0 became 64512.
+        components = slices[0].GetNumberOfComponents()
+        reader.SetOutputPixelType(sitk.sitkFloat32 if components == 1 else sitk.sitkVectorFloat32)
     try:
         with _quiet():
             image = from_sitk(reader.Execute(), folder, files)
     except RuntimeError as e:
         raise UserError(f"The DICOM series in {folder} cannot be read ({_reason(e)}); export it again from the archive.") from e
-    _check_slices(folder, files, image)
+    _check_slices(folder, slices, image)
     return image
 
 
-def _check_slices(folder: Path, files: list[str], image: Image) -> None:
-    """Refuse a series with a slice cut short, a gap or a tilted gantry: ITK would stack its slices as if they were equally spaced boxes."""
-    corners = []
-    for name in files:
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(name)
+def _information(file: str) -> sitk.ImageFileReader:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(file)
+    try:
         with _quiet():
             reader.ReadImageInformation()
-        _check_complete(Path(name), reader)
-        if len(files) == 1:
-            _check_frames(Path(name), reader)
+    except RuntimeError as e:
+        raise UserError(f"{file} cannot be read as an image ({_reason(e)}); export its series again from the archive.") from e
+    return reader
+
+
+def _check_slices(folder: Path, slices: Sequence[sitk.ImageFileReader], image: Image) -> None:
+    """Refuse a series with a slice cut short, a gap or a tilted gantry: ITK would stack its slices as if they were equally spaced boxes."""
+    corners = []
+    for reader in slices:
+        path = Path(reader.GetFileName())
+        _check_complete(path, reader)
+        if len(slices) == 1:
+            _check_frames(path, reader)
         elif (*reader.GetSize(), 1)[2] > 1:  # ITK would read the frames of one of them
             raise UserError(f"The DICOM series in {folder} holds several multi-frame files; export it with one slice a file.")
         corners.append(reader.GetOrigin()[:3])
@@ -618,7 +633,10 @@ def _read_file(path: Path) -> Image:
                 raise UserError(f"{path} is a DICOM segmentation and no image; open it in Slicer with its scan, and save a .seg.nrrd.")
             _check_complete(path, reader)
             _check_frames(path, reader)
-            return from_sitk(reader.Execute(), path)
+            image = from_sitk(reader.Execute(), path)
+            # A picture knows how large it is printed, which ITK takes for mm: 72 dpi for 0.35. Only a microscope's is so fine.
+            print_size = path.suffix.lower() in (".jpg", ".jpeg") or (_in_inches(path) and min(image.spacing[:2]) > 0.01)
+            return replace(image, spacing=(1.0, 1.0, 1.0)) if print_size else image
     except (RuntimeError, MemoryError) as e:
         if "orthonormal" in str(e):
             raise UserError(f"{path} has axes that are not at right angles (shear); resample it to a regular grid first.") from e
@@ -660,20 +678,59 @@ def _check_complete(path: Path, reader: sitk.ImageFileReader) -> None:
         if not found or re.search(rb"^BinaryData *= *False", head[: found.start()], re.MULTILINE | re.IGNORECASE):
             return
         start, deflated = found.end(), bool(re.search(rb"^CompressedData *= *True", head[: found.start()], re.MULTILINE))
+    elif _tiff_order(head):
+        complete, needed = all(whole for whole, _ in _directories(path)), 0
     # Last, for what was converted from NIfTI may carry its fields on.
-    elif reader.HasMetaDataKey("vox_offset") and not path.name.lower().endswith((".hdr", ".img", ".img.gz")):
+    elif reader.HasMetaDataKey("vox_offset"):
+        pair = re.fullmatch(r"(.*)\.(hdr|img|img\.gz)", path.name, re.IGNORECASE)
+        if pair:  # of which the one has the header, the other the voxels
+            voxels = next((p for s in (".img", ".img.gz", ".IMG") if (p := path.with_name(pair[1] + s)).exists()), path)
+            size, path = voxels.stat().st_size, voxels
+            with path.open("rb") as f:
+                head = f.read(1 << 20)
         dims = [max(1, int(reader.GetMetaData(f"dim[{i}]"))) for i in range(1, int(reader.GetMetaData("dim[0]")) + 1)]
         needed = int(float(reader.GetMetaData("vox_offset"))) + math.prod(dims) * int(reader.GetMetaData("bitpix")) // 8
         deflated = head[:2] == b"\x1f\x8b"
         header = zlib.decompressobj(47).decompress(head, 348) if deflated else head[:348]
         order = {b"\x5c\x01\0\0": "<", b"\0\0\x01\x5c": ">"}.get(header[:4])  # NIfTI-1 begins with 348
-        if order:
+        if order and not pair:
             _check_nifti(path, dims, header, order)
     else:
         return
     have = _inflated(path, start) if deflated else size - start
     if not complete or have < needed:
         raise UserError(f"{path} is cut short or damaged; copy or export it again.")
+
+
+def _tiff_order(head: bytes) -> str:
+    """Of the bytes of a classic TIFF: "<" or ">"; "" for other files."""
+    return {b"II*\0": "<", b"MM\0*": ">"}.get(head[:4], "")
+
+
+def _directories(path: Path) -> Iterator[tuple[bool, list[bytes]]]:
+    """Of each page of a TIFF whether its description is whole, and the entries of that."""
+    seen: set[int] = set()
+    with path.open("rb") as f:
+        order = _tiff_order(f.read(4))
+        at = int.from_bytes(f.read(4), "little" if order == "<" else "big") if order else 0
+        while at and at not in seen:
+            seen.add(at)
+            f.seek(at)
+            count = int.from_bytes(f.read(2), "little" if order == "<" else "big")
+            data = f.read(12 * count + 4)
+            yield count > 0 and len(data) == 12 * count + 4, [data[12 * i : 12 * i + 12] for i in range(count)]
+            at = int.from_bytes(data[12 * count :], "little" if order == "<" else "big")
+
+
+def _in_inches(path: Path) -> bool:
+    """Whether a TIFF's resolution is in dots per inch: its tag 296 is 2, or not there."""
+    if not path.name.lower().endswith((".tif", ".tiff")):
+        return False
+    with path.open("rb") as f:
+        order = "little" if f.read(2) == b"II" else "big"
+    _, entries = next(_directories(path), (True, []))
+    units = [int.from_bytes(e[8:10], order) for e in entries if int.from_bytes(e[:2], order) == 296]  # type: ignore[arg-type]
+    return units in ([], [2])
 
 
 def _check_nifti(path: Path, dims: Sequence[int], header: bytes, order: str) -> None:
@@ -728,11 +785,12 @@ def read_image(paths: str | Path | Sequence[str | Path], series: str | None = No
     """Read one image, or several files as the channels of one.
 
     paths: NIfTI, NRRD, MHA/MHD, PNG/TIFF/JPEG, one DICOM file, or a folder with a DICOM series; or a list of those on
-    one grid, a channel each. series: the UID, where a folder holds several (without it: SeveralSeries).
+    one grid, a channel each. series: the UID, where a folder holds several (without it: SeveralSeries); of several
+    folders theirs, with commas between them.
     Raises UserError with one sentence for the person.
     """
     if not isinstance(paths, (str, Path)):
-        images = [read_image(p, series) for p in paths]
+        images = [_read(p, series, len(paths) > 1) for p in paths]
         if not images:
             raise UserError("No image was given; name an image file or a DICOM folder.")
         if len(images) == 1:
@@ -744,16 +802,32 @@ def read_image(paths: str | Path | Sequence[str | Path], series: str | None = No
                     f"({other.shape[::-1]} against {images[0].shape[::-1]} voxels, or another place); resample one to the other."
                 )
         return images[0].like(np.concatenate([i.channels for i in images]))
-    path = Path(paths).expanduser()
+    return _read(paths, series, False)
+
+
+def _read(name: str | Path, series: str | None, among: bool) -> Image:
+    path = Path(name).expanduser()
     try:
         if not path.exists():
             raise UserError(f"{path} does not exist; check the name.")
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}); check your rights and the name.") from e
     check_text(path)
-    image = _read_series(path, series) if path.is_dir() else _read_file(path)
+    image = _read_series(path, series, among) if path.is_dir() else _read_file(path)
     check_geometry(image)
     return image
+
+
+def of_channels(image: Image, n: int) -> Image:
+    """The image as a model of n channels takes it, where it is a picture that holds them otherwise: grey that was stored as colours,
+    or what has transparency beside it. Any other image as it is."""
+    # What came through Slicer has no file's name any more.
+    if not str(image.source).lower().endswith(PICTURE_SUFFIXES) if image.source else image.array.dtype != np.uint8:
+        return image
+    c = image.channels
+    if n == 1 and (len(c) == 2 or (len(c) in (3, 4) and all(np.array_equal(c[0], other) for other in c[1:3]))):
+        return image.like(c[0])
+    return image.like(c[:3]) if n == 3 and len(c) == 4 else image
 
 
 def check_geometry(image: Image) -> None:

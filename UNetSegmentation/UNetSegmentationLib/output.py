@@ -201,7 +201,7 @@ def _segment(number: int, label: Label, kind: str, algorithm: Any) -> Any:
 
     def code(key: str, fallback: tuple[str, str, str] | None = None) -> Any:
         entry = label.terminology.get(key) or fallback
-        return hd.sr.CodedConcept(entry[1], entry[0], entry[2]) if entry else None
+        return hd.sr.CodedConcept(entry[1], entry[0], entry[2][:64]) if entry else None
 
     region = code("region")
     segment = hd.seg.SegmentDescription(

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, map_values, read_segments, segment_masks
 from UNetSegmentationLib.files import UserError
-from UNetSegmentationLib.image import PICTURE_SUFFIXES, Image, read_image
+from UNetSegmentationLib.image import PICTURE_SUFFIXES, Image, of_channels, read_image
 from UNetSegmentationLib.model import DEFAULT_COLORS, Label
 
 SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", *PICTURE_SUFFIXES)
@@ -117,11 +117,7 @@ class CaseSet:
         """The image alone, (z, y, x) or (c, z, y, x)."""
         with _named(case):
             image = read_image(case.images if len(case.images) > 1 else case.images[0], case.series or None)
-            channels = image.channels
-            if len(self.channels) == 1 and len(channels) in (2, 3, 4) and _is_picture(case.images[0]):
-                image = image.like(channels[0])  # a grey picture that was stored as RGB
-            elif len(self.channels) == 3 and len(channels) == 4 and _is_picture(case.images[0]):
-                image = image.like(channels[:3])  # without its transparency
+            image = of_channels(image, len(self.channels))
             if image.n_channels != len(self.channels):
                 raise UserError(
                     f"the image has {image.n_channels} channels, the others {len(self.channels)} ({', '.join(self.channels)}); "

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..engines import Engine, choose_engine
-from ..image import Box, Grid, Image, UserError, check_geometry, reorient, resample_back, sample
+from ..image import Box, Grid, Image, UserError, check_geometry, of_channels, reorient, resample_back, sample
 from ..intensity import check_finite, is_air, normaliser, warnings_for
 from ..model import Card, Label, ModelPackage, intensity_errors
 from ..postprocess import clean
@@ -101,6 +101,8 @@ def predict(
     input that the models cannot take; nothing is ever half done.
     """
     began = time.perf_counter()
+    if models:
+        image = of_channels(image, len(models[0].card.data["channels"]))
     _check_input(image, models, options)
     canonical, orientation = reorient(image, models[0].card.acquired)
     roi, focus = _region(image, models[0].card, options)
