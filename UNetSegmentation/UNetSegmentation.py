@@ -308,6 +308,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         for section in self.sections:
             section.closeScene()
         UNetSegmentationPanel.forgetScene()
+        results.forgetScene()
 
     def _onSceneStartImport(self, caller: Any, event: Any) -> None:
         # The volume's selector chooses the first scan that comes, and would put it into the settings that come with it.
@@ -488,7 +489,12 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self.nodules.tool.disarm()
 
     def onUndo(self) -> None:
+        shown = self._parameters.resultUncertainty if self._parameters is not None else None
+        was = results.mapIsShown(shown)
+        results.showMap(shown, False)  # of views whose foreground leaves the scene nobody knows what lay there before
         outcome = self.controller.undo()
+        if was and shown.GetScene() is not None:
+            results.showMap(shown, True)
         if outcome is not None:
             self._keep(outcome)
 

@@ -22,13 +22,14 @@ from mrml_scenes import (
     ball,
     fingerprint,
     geometry,
+    predicted,
     read_back,
     rotation,
     segments,
     tag,
 )
 from UNetSegmentationLib import UserError, mrml
-from UNetSegmentationLib.mrml import complete, write_clicked_steps
+from UNetSegmentationLib.mrml import complete, write_clicked_steps, write_prediction
 
 GRIDS = {"plain": np.eye(3), "oblique": rotation(), "left-handed": rotation() @ np.diag([1, 1, -1])}
 MASK, START = np.ones((2, 3, 2), np.uint8), (4, 5, 6)
@@ -122,6 +123,25 @@ def test_undo_takes_each_click_back_exactly(scene: Any) -> None:
     for undo, before in zip(reversed(steps), reversed(seen)):
         undo.undo()
         assert fingerprint(scene) == before
+
+
+def test_a_predicted_segment_that_was_clicked_at_is_not_replaced(scene: Any) -> None:
+    node, labels = volume(), ball(SHAPE, (4, 5, 7), 3)
+    out = write_prediction(predicted(node, labels), node)
+    segment, undo = out.GetSegmentation().GetSegment(segments(out)["nodule"]), mrml.Undo(scene)
+    undo.begin(out)
+    complete(write_clicked_steps(MASK, START, node, out, segments(out)["nodule"], tags={mrml.PROMPTS_TAG: "[]"}))
+    undo.commit([out])
+    write_prediction(predicted(node, labels), node, out)
+    assert list(segments(out)) == ["nodule", "nodule 2"] and np.array_equal(read_back(out, "nodule", node), full())
+    undo.undo()
+    assert segment.HasTag(mrml.MODEL_TAG) and not segment.HasTag(mrml.PROMPTS_TAG)
+    # The first versions left both.
+    for key in (mrml.PROMPTS_TAG, mrml.DIGEST_TAG, mrml.CLICK_MODEL_TAG):
+        segment.SetTag(key, "[]")
+    write_prediction(predicted(node, full()), node, out)
+    assert np.array_equal(read_back(out, "nodule", node), full())
+    assert not any(segment.HasTag(key) for key in (mrml.PROMPTS_TAG, mrml.DIGEST_TAG, mrml.CLICK_MODEL_TAG))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -220,10 +240,25 @@ def test_prompts_of_earlier_versions_and_on_another_grid_are_known_by_their_plac
     text = mrml.prompts_text(PROMPTS, node)
     old = json.dumps(json.loads(text)[1:])
     mirror = geometry(GRIDS["left-handed"]) @ np.diag([1, 1, -1, 1]) + np.zeros((4, 4))
-    crop = add_volume(np.zeros((5, 6, 7), np.int16), geometry(GRIDS["left-handed"], origin=(1, 2, 3)))
+    mirror[:, 3] = geometry(GRIDS["left-handed"]) @ (0, 0, SHAPE[0] - 1, 1)
     assert same(mrml.prompts_from_text(old, node), PROMPTS)
-    assert same(mrml.prompts_from_text(text, crop), PROMPTS)
-    assert same(mrml.prompts_from_text(text, add_volume(np.zeros(SHAPE, np.int16), mirror)), PROMPTS)
+    # A mask has its place among the voxels: a crop's, of which only a part may be left, and mirrored ones.
+    start, part = (8 - 3, 4, 5), PROMPTS[2][1][..., :1]
+    assert same(
+        mrml.prompts_from_text(text, add_volume(np.zeros(SHAPE, np.int16), mirror)),
+        [*PROMPTS[:2], ("mask", PROMPTS[2][1], start), PROMPTS[3]],
+    )
+    for shape, first, mask in (
+        ((8, 9, 9), (1, 2, 4), ("mask", PROMPTS[2][1], (2, 2, 1))),
+        ((5, 6, 6), (2, 3, 0), ("mask", part, (1, 1, 5))),
+    ):
+        crop = geometry(GRIDS["left-handed"])
+        crop[:, 3] = crop @ (*first[::-1], 1)
+        assert same(mrml.prompts_from_text(text, add_volume(np.zeros(shape, np.int16), crop)), [*PROMPTS[:2], mask, PROMPTS[3]])
+    for shape, spacing in (((3, 6, 7), (0.7, 1.1, 2.3)), ((18, 11, 13), (0.7, 1.1, 1.15))):  # left out, resampled
+        other = add_volume(np.zeros(shape, np.int16), geometry(GRIDS["left-handed"], spacing))
+        assert mrml.prompts_from_text(text, other) == []
+        assert same(mrml.prompts_from_text(mrml.prompts_text(PROMPTS[:2], node), other), PROMPTS[:2])
     move = np.eye(4)
     move[:3, 3] = 5, 6, 7
     node.SetAndObserveTransformNodeID(add_transform(move).GetID())

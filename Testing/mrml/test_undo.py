@@ -26,6 +26,7 @@ from mrml_scenes import (  # noqa: E402
     read_back,
     rotation,
     segments,
+    tag,
 )
 from UNetSegmentationLib.image import Box, UserError  # noqa: E402
 from UNetSegmentationLib.model import Label  # noqa: E402
@@ -352,6 +353,22 @@ def test_what_a_person_did_since_to_other_segments_stays(scene: Any, volume: Any
     assert_no_orphans(node)
     names = {i: [n for n in representations(node, i)] for i in segments(node).values()}
     assert len(set(map(tuple, names.values()))) == 1, names
+
+
+def test_what_a_person_said_of_a_result_since_stays(scene: Any, volume: Any, labels: np.ndarray) -> None:
+    node, undo = rich(scene, volume, labels), Undo(scene)
+    former, nodule = read_back(node, "nodule", volume), node.GetSegmentation().GetSegment(segments(node)["nodule"])
+    undo.begin(node)
+    write_prediction(predicted(volume, np.roll(labels, 1, 1)), volume, node)
+    undo.commit([node])
+    nodule.SetName("RUL apex")
+    nodule.SetColor(0, 0, 1)
+    said = {"Segmentation.Status": "completed", "TerminologyEntry": "mine"}
+    for key, value in said.items():
+        nodule.SetTag(key, value)
+    undo.undo()
+    assert nodule.GetColor() == (0, 0, 1) and {key: tag(nodule, key) for key in said} == said
+    assert np.array_equal(read_back(node, "RUL apex", volume), former)
 
 
 def representations(node: Any, segment_id: str) -> list[str]:

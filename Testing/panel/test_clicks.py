@@ -295,7 +295,7 @@ def test_clicks_refine_and_undo_brings_back_exactly_what_was(panel: Any) -> None
     p.gui.click(p.ui.undoClickButton)
     p.settle()
     assert p.node is None and not p.ui.noduleTable.visible and not dots(True) and not p.ui.undoClickButton.enabled
-    assert not p.ui.negativeButton.checked
+    assert not p.ui.negativeButton.checked and not slicer.util.getNodesByClass("vtkMRMLTableNode")
     p.click(BALLS["right"][0])
     assert list(p.segments()) == ["Nodule 1"]
 
@@ -595,12 +595,77 @@ def test_undo_asks_before_it_drops_what_was_corrected_since(panel: Any, tmp_path
         p.gui.dialogs.answer(False)
         p.gui.click(p.ui.undoClickButton)
         p.settle()
-        assert "corrected by hand" in p.gui.dialogs.texts("message")[-1]
+        assert "corrected elsewhere" in p.gui.dialogs.texts("message")[-1]
         assert np.array_equal(p.mask("Nodule 1"), corrected()) and len(prompts_of(p, "Nodule 1")) == 2
     p.gui.dialogs.answer(True)
     p.gui.click(p.ui.undoClickButton)
     p.settle()
     assert np.array_equal(p.mask("Nodule 1"), first) and len(prompts_of(p, "Nodule 1")) == 1
+
+
+def test_a_nodule_is_clicked_on_after_another_module_was_open(panel: Any) -> None:
+    p = begun(panel, "right")
+    p.widget.exit()
+    p.settle()
+    p.widget.enter()
+    p.settle()
+    assert p.tool.segment == p.segments()["Nodule 1"]
+    p.arm()
+    with p.unanswered():
+        p.click(VESSEL, ctrl=True, wait=False)
+        p.gui.wait(lambda: not p.tool._pieces.busy, RUN_S)
+        p.widget.exit()
+        p.gui.process_events()
+        p.widget.enter()
+        p.gui.process_events()
+    p.settle()
+    assert p.tool.text == "" and list(p.segments()) == ["Nodule 1"] and not p.mask("Nodule 1")[VESSEL]
+
+
+@pytest.mark.parametrize("then", ["click", "undo"])
+def test_what_was_clicked_in_the_segment_editor_is_gone_on_from(panel: Any, then: str) -> None:
+    from UNetSegmentationLib import mrml
+
+    p = begun(panel, "right")
+    more = prompts_of(p, "Nodule 1")
+    more += [("point", -r, -a, s, False) for r, a, s in map(p.ras, (VESSEL, (20, 40, 84)))]
+    mask, segment = by_python(p, more), p.node.GetSegmentation().GetSegment(p.segments()["Nodule 1"])
+    paint(p, "Nodule 1", mask)
+    segment.SetTag(PROMPTS_TAG, mrml.prompts_text(more, p.settings.volume))
+    segment.SetTag(mrml.DIGEST_TAG, mrml.mask_digest(mask, (0, 0, 0)))
+    p.settle()
+    assert len(dots(False)) == 2
+    if then == "click":
+        p.click((20, 41, 70))
+        prompts = prompts_of(p, "Nodule 1")
+        assert [(k, v[-1]) for k, *v in prompts] == [("point", True), ("point", False), ("point", False), ("point", True)]
+        assert np.array_equal(p.mask("Nodule 1"), by_python(p, prompts))
+    else:
+        p.gui.dialogs.answer(False)
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert np.array_equal(p.mask("Nodule 1"), mask) and len(dots(False)) == 2
+    p.gui.dialogs.answer(True)
+    if then == "click":
+        p.click(BALLS["right"][0])
+        assert len(prompts_of(p, "Nodule 1")) == 4
+    else:
+        p.gui.click(p.ui.undoClickButton)
+        p.settle()
+        assert p.node is None
+        assert all("corrected elsewhere" in text for text in p.gui.dialogs.texts("message"))
+
+
+def test_after_undo_the_model_that_is_chosen_now_is_asked(panel: Any, models_folder: Path, make_package: Callable[..., Any]) -> None:
+    shutil.copy(make_package(**{**TOY, "name": "bclick"}).path, models_folder)
+    p = begun(panel, "right")
+    p.click(VESSEL, ctrl=True)
+    p.settings.clickModel = "bclick-1.0.0"
+    p.gui.process_events()
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    p.click((20, 40, 84), ctrl=True)
+    assert list(p.segments()) == ["Nodule 1"] and p.tag("Nodule 1", "UNetSegmentation.ClickModel") == "bclick-1.0.0"
 
 
 def test_undo_in_a_reopened_scene_comes_back_to_a_corrected_mask(panel: Any, tmp_path: Path) -> None:

@@ -438,6 +438,18 @@ def test_correct_by_brush_then_click_on(editor: Callable[..., Editor], toy: Any)
     assert np.array_equal(e.mask(), plain.mask)
 
 
+def test_a_predicted_segment_that_was_clicked_at_is_not_replaced(editor: Callable[..., Editor]) -> None:
+    from UNetSegmentationLib.mrml import MODEL_TAG
+
+    e = editor(scan())
+    segment = e.segmentation.GetSegmentation().GetSegment(e.segment)
+    segment.SetTag(MODEL_TAG, "lung-2d-1.0.0")
+    e.click(IN_A)
+    assert e.mask().any() and not segment.HasTag(MODEL_TAG)
+    e.widget.undo()
+    assert e.segmentation.GetSegmentation().GetSegment(e.segment).HasTag(MODEL_TAG)
+
+
 def test_clicks_that_the_brush_contradicts_are_forgotten(editor: Callable[..., Editor]) -> None:
     e = editor(scan())
     e.click(IN_A)

@@ -642,14 +642,32 @@ def test_apply_writes_segments_measures_and_map_and_undo_takes_them_back(panel: 
     assert composite.GetForegroundVolumeID() == p.settings.resultUncertainty.GetID() and composite.GetForegroundOpacity() > 0
     p.ui.mapCheckBox.click()
     assert composite.GetForegroundVolumeID() == node.GetID() and composite.GetForegroundOpacity() == 0.25
-    slicer.mrmlScene.RemoveNode(composite)
+    p.ui.mapCheckBox.click()
 
     assert p.ui.undoButton.enabled
     p.ui.undoButton.click()
     p.gui.process_events()
+    assert composite.GetForegroundVolumeID() == node.GetID() and composite.GetForegroundOpacity() == 0.25
+    slicer.mrmlScene.RemoveNode(composite)
     left = [s for s in scene_state() if not s[1].startswith("UNetSegmentation")]  # the map's colour table stays
     assert left == state and not p.ui.resultSection.visible and not p.ui.undoButton.enabled
     assert "taken back" in p.ui.messageLabel.text and not p.ui.tryAgainButton.visible
+
+
+def test_a_map_of_a_closed_scene_leaves_nothing_to_the_next_one(panel: Any, gui: Any) -> None:
+    import slicer
+    from UNetSegmentationPanel import results
+
+    panel()
+    for shown in (True, False):
+        views = slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode")
+        before, map_ = volume(), volume(name="map")
+        for view in views:
+            view.SetForegroundVolumeID((before if shown else map_).GetID())
+        results.showMap(map_, shown)
+        if shown:
+            gui.close_scene()
+    assert views and not any(view.GetForegroundVolumeID() for view in views)
 
 
 def test_undo_is_one_step_for_each_apply(panel: Any, install: Any) -> None:
@@ -673,6 +691,11 @@ def test_undo_is_one_step_for_each_apply(panel: Any, install: Any) -> None:
 
     p.ui.uncertaintyCheckBox.click()
     p.run()
+    p.run()
+    composite = node.GetScene().AddNewNodeByClass("vtkMRMLSliceCompositeNode")
+    p.ui.mapCheckBox.click()
+    p.ui.undoButton.click()
+    assert composite.GetForegroundVolumeID() == p.settings.resultUncertainty.GetID()  # the first run's, shown as it was
     node.GetScene().RemoveNode(p.settings.resultUncertainty)  # by hand; a node that goes has no scene any more
     p.gui.process_events()
     assert p.ui.resultSection.visible and not p.ui.mapCheckBox.visible and p.controller.canUndo

@@ -78,11 +78,14 @@ class Label:
 DEFAULT_COLORS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Card:
     """What a package says about its network; `data` is the JSON as it stands. Spatial tuples are in array order."""
 
     data: dict[str, Any]
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.version))
 
     @property
     def name(self) -> str:

@@ -171,7 +171,8 @@ class ViewClicks:
 @dataclass(eq=False)
 class _Lesion:
     """A nodule that is clicked at. segment: its ID, None before the first answer. label: the labelmap as it was written. asked: the
-    labelmap from which the answer that is awaited goes on, and its digest; None where that is not known."""
+    labelmap from which the answer that is awaited goes on, and its digest; None where that is not known. text: of the segment's
+    prompts as this panel knows them; where the segment holds another one, it was clicked at in the Segment Editor since."""
 
     volume: Any
     node: Any
@@ -181,6 +182,14 @@ class _Lesion:
     label: Any = None
     asked: tuple[Any, str] | None = None
     place: Any = None  # of the volume, when the prompts were last put there
+    text: str = ""
+
+    @property
+    def held(self) -> str:
+        """The text of the prompts that the segment holds."""
+        from UNetSegmentationLib import mrml
+
+        return mrml.segment_tag(self.part(), mrml.PROMPTS_TAG) if self.there else ""
 
     def part(self) -> Any:
         return self.node.GetSegmentation().GetSegment(self.segment) if self.there else None
@@ -317,7 +326,7 @@ class NoduleTool(VTKObservationMixin):
             return
         from UNetSegmentationLib import mrml
 
-        self._resume(lesion, mrml.prompts_from_text(mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG), self.volume))
+        self._resume(lesion, mrml.prompts_from_text(lesion.held, self.volume))
         if self.armed:
             self._controller.warm()
         self._say("")
@@ -345,7 +354,9 @@ class NoduleTool(VTKObservationMixin):
             prompts = mrml.prompts_from_text(step.text, lesion.volume)
             ours = self.segmentation is lesion.node
             step.undo.undo()
-            lesion.label = None
+            lesion.label, lesion.text = None, lesion.held
+            if self.model is not None:  # another one may be chosen by now
+                lesion.model = self.model
             if not lesion.there:
                 lesion.segment = None
             if lesion.node.GetScene() is None:
@@ -447,15 +458,15 @@ class NoduleTool(VTKObservationMixin):
         if self._controller is None:
             self._controller = clickController()
             self._controller.addListener(self)
-        self._lesion, lesion.place = lesion, mrml.place_of(lesion.volume)
+        self._lesion, lesion.place, lesion.text = lesion, mrml.place_of(lesion.volume), lesion.held
         self._controller.begin(lesion.volume, lesion.model.path, lesion.key, prompts, self, Options(**self.options))
 
     def _follow(self, lesion: _Lesion) -> None:
-        """Where the scan was moved, the prompts go with it."""
+        """Where the scan was moved, the prompts go with it; what was clicked in the Segment Editor is gone on from."""
         from UNetSegmentationLib import mrml
 
-        if lesion.there and not self._controller.busy and mrml.place_of(lesion.volume) != lesion.place:
-            self._resume(lesion, mrml.prompts_from_text(mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG), lesion.volume))
+        if lesion.there and not self._controller.busy and (mrml.place_of(lesion.volume), lesion.held) != (lesion.place, lesion.text):
+            self._resume(lesion, mrml.prompts_from_text(lesion.held, lesion.volume))
 
     def _promptSteps(self, prompt: Callable[[Any], None], positive: bool) -> Generator[Any, None, None]:
         from UNetSegmentationLib import mrml
@@ -495,17 +506,21 @@ class NoduleTool(VTKObservationMixin):
         return lesion.label is not None and lesion.label == mrml.label_of(lesion.part())
 
     def _isCorrected(self, lesion: _Lesion) -> bool:
-        """Whether a person changed its mask after its last prompt."""
+        """Whether a person changed its mask after its last prompt here."""
         from UNetSegmentationLib import mrml
 
-        if not lesion.there or self._isAsWritten(lesion):
+        if not lesion.there:
+            return False
+        if lesion.held != lesion.text:
+            return True
+        if self._isAsWritten(lesion):
             return False
         mask, start = mrml.complete(mrml.segment_part_steps(lesion.node, lesion.segment, lesion.volume))
         return mrml.mask_digest(mask, start) != mrml.segment_tag(lesion.part(), mrml.DIGEST_TAG)
 
     @staticmethod
     def _mayUndo(lesion: _Lesion) -> bool:
-        text = _("{name} was corrected by hand after its last click. Undoing that click takes the correction back, too.")
+        text = _("{name} was corrected elsewhere after its last click here. Undoing that click takes the correction back, too.")
         return slicer.util.confirmOkCancelDisplay(text.format(name=lesion.part().GetName()), windowTitle=_("Undo click"))
 
     def _writeSteps(self, lesion: _Lesion, answer: Any, prompts: list[Any]) -> Generator[Any, None, None]:
@@ -520,7 +535,7 @@ class NoduleTool(VTKObservationMixin):
             mask, start = yield from mrml.segment_part_steps(lesion.node, lesion.segment, lesion.volume)
             if mrml.mask_digest(mask, start) != lesion.asked[1]:
                 if lesion is self._lesion:
-                    self._resume(lesion, mrml.prompts_from_text(mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG), lesion.volume))
+                    self._resume(lesion, mrml.prompts_from_text(lesion.held, lesion.volume))
                 self._say(_("The segment was changed meanwhile, so nothing was written; click again."))
                 return
         if answer.box.empty:
@@ -530,7 +545,7 @@ class NoduleTool(VTKObservationMixin):
             self._changed()
             return
         scene, label = lesion.volume.GetScene(), lesion.model.card.labels[0]
-        before = mrml.segment_tag(lesion.part(), mrml.PROMPTS_TAG) if lesion.there else ""
+        before = lesion.held
         node = lesion.node if lesion.node is not None and lesion.node.GetScene() is scene else self.segmentation
         names = [] if node is None else [node.GetSegmentation().GetNthSegment(i).GetName() for i in range(_count(node))]
         word = _("Nodule") if expects_lung(lesion.model.card) else label.name
@@ -560,7 +575,7 @@ class NoduleTool(VTKObservationMixin):
         )
         undo.commit([written])
         lesion.node, lesion.segment = written, segment
-        lesion.label = mrml.label_of(lesion.part())
+        lesion.label, lesion.text = mrml.label_of(lesion.part()), tags[mrml.PROMPTS_TAG]
         lesion.asked = lesion.label, digest
         if answer.measures:
             self.measured[measured] = answer.measures
@@ -580,7 +595,8 @@ class NoduleTool(VTKObservationMixin):
             return
         points: dict[bool, list[Any]] = {True: [], False: []}
         lesion = self._lesion
-        current = self._mine and (lesion is None or self.busy or mrml.place_of(self.volume) == lesion.place)
+        known = lesion is None or self.busy or (mrml.place_of(self.volume), lesion.held) == (lesion.place, lesion.text)
+        current = self._mine and known
         prompts = list(self._controller.prompts) if current else []
         if self.segmentation is not None and self.segmentation.GetScene() is not None:
             held = self.segmentation.GetSegmentation()
@@ -779,7 +795,7 @@ class NoduleSection(VTKObservationMixin):
         self._updating = False
         self._roi: Any = None  # that is being drawn
         self.tool = NoduleTool(self._updateTool, lambda node: keep("nodules", node))
-        self.now = NoduleList(self._updateTable, self.tool.measured, lambda: self.models)
+        self.now = NoduleList(self._onMeasured, self.tool.measured, lambda: self.models)
         self.earlier = NoduleList(self._updateTable, {}, lambda: self.models)
         ui.clickButton.connect("clicked(bool)", self._onArm)
         ui.negativeButton.connect("toggled(bool)", self._onNegative)
@@ -992,6 +1008,10 @@ class NoduleSection(VTKObservationMixin):
         grown = {segment: note + (self.earlier.note and _(" Earlier:") + self.earlier.note) for segment, note in self._growth.notes.items()}
         notes = [(row, row.measures["note"].removeprefix(NOTE) + self.now.note + grown.get(row.segment, "")) for row in known]
         return [(row, note) for row, note in notes if note]
+
+    def _onMeasured(self) -> None:
+        self._updateTable()
+        self.tool.showDots()  # segments may have been removed, or clicked at in the Segment Editor
 
     def _updateTable(self) -> None:
         from UNetSegmentationLib import mrml, nodule

@@ -115,6 +115,11 @@ def showMap(mapNode: Any, shown: bool) -> None:
             view.SetForegroundOpacity(opacity)
 
 
+def forgetScene() -> None:
+    """The scene is closed; the next one's nodes have the same IDs."""
+    _FORMER.clear()
+
+
 _FORMER: dict[str, tuple[str | None, float]] = {}  # what lay in the foreground of a slice view before a map
 
 

@@ -427,6 +427,8 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
                 segment.RemoveTag(tag)
         for tag, value in (mrml.algorithm_tags(values[2], "SEMIAUTOMATIC") if prompts else {}).items():
             segment.SetTag(tag, value)
+        if prompts:
+            segment.RemoveTag(mrml.MODEL_TAG)
         self._prompts[values[0], mrml.place_of(target.volume)] = list(prompts)
         while len(self._prompts) > KEPT_TEXTS:
             del self._prompts[next(iter(self._prompts))]
