@@ -372,6 +372,21 @@ def test_a_segment_that_another_covers_does_not_vanish(hands: Hands) -> None:
     assert hands.add().startswith("Added as") and hands.only.record["voxels_by_label"]["nodule"] == 64
 
 
+def test_a_segmentation_of_another_scan_is_not_cut_to_this_one(hands: Hands) -> None:
+    wrong, fitting = hands.drawn(thing=box((2, 6), (2, 6), (30, 44))), hands.drawn(thing=box((2, 6), (2, 6), (20, 36)))
+    volume = hands.scan(1, (*SHAPE[:2], 36))
+    for moved in (0.0, 0.4):  # also on another lattice
+        volume.SetOrigin(moved * SPACING[0], 0, 0)
+        hands.ui.setSegmentationSelector.setCurrentNode(wrong)
+        hands.settle()
+        said = hands.add()
+        assert said.startswith(f"'By hand' reaches {8 - moved:.1f} voxels beyond the volume; choose the segmentation of this"), said
+        assert not (hands.folder / INDEX).exists()
+    hands.ui.setSegmentationSelector.setCurrentNode(fitting)
+    hands.settle()
+    assert hands.add().startswith("Added as") and hands.only.record["voxels_by_label"] == {"thing": 4 * 4 * 16}
+
+
 def test_a_scan_of_several_channels(hands: Hands, models_folder: Path, make_package: Callable[..., Any]) -> None:
     shutil.copy(make_package(name="two", channels=["T1", "T2"], **TOY).path, models_folder)
     hands.widget.enter()
@@ -448,8 +463,14 @@ def test_a_code_groups_scans_and_belongs_to_its_scan(hands: Hands) -> None:
     hands.settle()
     assert {e.patient for e in hands.dataset.entries.values()} == {hands.dataset.patient("P7")}
     hands.section._patients.clear()
-    hands.add()  # without the code: the case stays its patient's
-    assert {e.patient for e in hands.dataset.entries.values()} == {hands.dataset.patient("P7")}
+    for patient in (None, "ANON"):  # without the code: the case stays its patient's
+        hands.section.addCurrent(patient=patient)
+        hands.settle()
+        assert {e.patient for e in hands.dataset.entries.values()} == {hands.dataset.patient("P7")}
+    assert sorted(e.version for e in hands.dataset.entries.values()) == [1, 4] and not hands.gui.dialogs.texts("message")
+    hands.ui.setPatientEdit.textEdited.emit("P8")
+    hands.add()
+    assert sorted(e.patient for e in hands.dataset.entries.values()) == sorted(map(hands.dataset.patient, ("P7", "P8")))
 
 
 def test_frames_of_a_sequence_without_a_patient_are_one_patients(hands: Hands) -> None:

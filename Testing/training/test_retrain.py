@@ -319,20 +319,23 @@ def test_a_dataset_of_another_program_is_held_out_by_patient(tmp_path):
     assert made.cases == retrain._cases(job.folder, job)[0].cases and made.load(made.cases[0])[1].any()
 
 
-def test_a_label_that_no_case_marks_is_left_out_and_told(tmp_path, base):
+@pytest.mark.parametrize("more, name, told", [([], "toy", ""), (["Ring"], "set", " New, so compared with nothing: Ring.")])
+def test_a_label_that_no_case_marks_is_left_out_and_told(tmp_path, base, more, name, told):
     """A first case brings all labels of its model, of which a person may correct some only."""
     ghost, found = Label(1, "Ghost", (1, 2, 3), {}), [Label(2, "Bright", (230, 0, 0), {}), Label(3, "Dark", (0, 0, 230), {})]
+    found += [Label(4, label, (0, 9, 0), {}) for label in more]  # which the base does not know
     made = Dataset.create(tmp_path / "set", "set", [ghost, *found], ["MR"])
     for i in range(4):
         values = np.random.default_rng(i).normal(0, 0.2, (12, 14, 16)).astype(np.float32)
         mask = np.zeros(values.shape, np.uint8)
-        mask[3:7, 3:7, 3:7], mask[3:7, 8:12, 8:12] = 2, 3
+        mask[3:7, 3:7, 3:7], mask[3:7, 8:12, 8:12], mask[8:10, 3:7, 3:7] = 2, 3, 4 if more else 0
         made.add(Image(values), mask, patient=f"P{i}")
     job = finished(training.create(made.folder, base, Options(minutes=0.02, device="cpu")))
     assert job.state == "finished", job.text
-    assert [label.name for label in ModelPackage.read(job.package).card.labels] == ["Bright", "Dark"] and job.name == "toy"
-    assert job.result["note"].endswith("Marked in no case that was learnt from, so the new model does not know it: Ghost.")
-    assert set(np.unique(read_image(next((job.folder / "check").glob("*_truth.nii.gz"))).array)) == {0, 1, 2}
+    assert [label.name for label in ModelPackage.read(job.package).card.labels] == ["Bright", "Dark", *more] and job.name == name
+    note = "Marked in no case that was learnt from, so the new model does not know it: Ghost."
+    assert job.result["note"].endswith(note + told)
+    assert np.array_equal(np.unique(read_image(next((job.folder / "check").glob("*_truth.nii.gz"))).array), range(3 + len(more)))
 
 
 def test_a_device_that_is_not_there_is_told(dataset, base, monkeypatch):
@@ -389,6 +392,16 @@ def test_without_a_common_label_or_channel_there_is_nothing_to_compare(tmp_path,
     partly = make_package(labels=[{"value": 1, "name": "Tumour"}, {"value": 2, "name": "Dark"}])
     found = retrain.compare(partly, good, cases, cases.cases)
     assert found["labels"]["Dark"]["dice"]["change"]["mean"] == 0 and found["labels"]["Bright"]["dice"]["before"] is None
+
+
+def test_a_label_more_makes_no_model_worse(tmp_path, make_package):
+    """The base knows Dark only; the new model has that as before, and misses all of Bright."""
+    good, _, cases = compared(tmp_path, make_package, [9.0] * 5)
+    dark = make_package(labels=[{"value": 1, "name": "other"}, {"value": 2, "name": "Dark"}])
+    found = retrain.compare(dark, good, cases, cases.cases, tmp_path / "job" / "check")
+    both = found["labels"]["Dark"]["dice"]
+    assert found["verdict"] == "same" and found["mean"]["dice"] == both and found["labels"]["Bright"]["dice"]["after"]["mean"] < 0.1
+    assert all(w["dice_before"] == w["dice_after"] for w in found["worst"])
 
 
 def test_large_boxes_are_cut():

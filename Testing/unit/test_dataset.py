@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,30 @@ def test_what_comes_back_is_not_there_twice(dataset):
     assert list(dataset.refresh().entries) == ["one"]
 
 
+def test_a_patient_that_a_person_named_is_not_replaced_by_another_unseen(dataset, tmp_path):
+    image = dicom(tmp_path / "dicom", "4711")
+    assert dataset.add(Image(image.array, image.spacing), outline()).patient != dataset.patient("4711")  # as NIfTI
+    name = dataset.add(image, outline()).name
+    assert dataset.entries[name].patient == dataset.patient("4711")  # nothing was known of it
+    for removed in (False, True):
+        if removed:
+            dataset.remove(name)
+        with pytest.raises(module.Objection, match="is there as another patient's; leave the patient out") as e:
+            dataset.add(image, outline(), patient="P7")
+        assert e.value.kind == "patient"
+    assert dataset.add(image, outline(), patient="P7", allow=["patient"]).patient == dataset.patient("P7")
+    assert dataset.add(image, outline()).patient == dataset.patient("P7")
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint32", "int64", "uint64", "float64"])
+def test_a_scan_is_the_same_in_any_type_of_its_numbers_that_a_volume_node_may_have(dataset, kind):
+    array = np.random.default_rng(0).integers(0, 100, (6, 11, 9))
+    image = Image(array.astype(kind))
+    assert dataset.add(image, outline()).name == dataset.add(Image(module.storable(image.array)), outline()).name
+    assert module.storable(image.array).dtype == {"int8": np.int16, "float64": np.float32}.get(kind, np.int32)
+    assert np.array_equal(module.storable(image.array), array)
+
+
 def test_what_may_be_allowed_says_so(dataset):
     dot = np.zeros((6, 11, 9), np.uint8)
     dot[2, 2, 2] = 7
@@ -297,6 +322,21 @@ def test_a_case_is_removed_restored_and_erased(dataset):
         dataset.remove(entry.name)
 
 
+def test_a_case_is_erased_as_far_as_it_can_be(dataset, monkeypatch):
+    entries = [dataset.add(scan(0), outline(value)) for value in (5, 1)]
+    shutil.rmtree(entries[0].label.parent)  # lost
+    dataset.remove(entries[0].name, erase=True)
+    assert not entries[1].label.exists()
+    entries = [dataset.add(scan(1), outline(value)) for value in (5, 1)]
+    erase, held = shutil.rmtree, entries[0].label.parent
+    monkeypatch.setattr(module.shutil, "rmtree", lambda path, **how: None if path == held else erase(path, **how))
+    with pytest.raises(UserError, match=f"is no longer in the dataset, but {re.escape(str(held))} could not be erased"):
+        dataset.remove(entries[0].name, erase=True)
+    assert not entries[1].label.exists() and not dataset.refresh().entries
+    monkeypatch.undo()
+    assert dataset.clean(0) == [held]
+
+
 def test_a_removed_case_that_is_added_again_keeps_its_history_and_its_split(dataset):
     entry = dataset.add(scan(0), outline(), split="test")
     dataset.remove(entry.name)
@@ -357,6 +397,15 @@ def test_nothing_that_names_a_patient_is_written(dataset, tmp_path):
     with pytest.raises(UserError, match="salt is missing or damaged"):
         dataset.add(scan(2), outline(), patient="x")
     assert any("salt" in p.what for p in dataset.check())
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_an_id_with_an_umlaut_is_the_same_patient_as_in_slicer(dataset, tmp_path, encoding):
+    letter = "ü".encode(encoding)
+    image = dicom(tmp_path / "dicom", f"M{'#' * len(letter)}-12")
+    for file in image.dicom_files:
+        Path(file).write_bytes(Path(file).read_bytes().replace(b"#" * len(letter), letter))
+    assert dataset.add(image, outline()).patient == dataset.patient("Mü-12")
 
 
 # --------------------------------------------------------------------------------------------------- writers that are killed

@@ -46,12 +46,14 @@ INDEX, SALT, LOCK, CASES = "dataset.json", "salt", ".lock", "cases"
 FORMAT = "unetseg-dataset"
 SPLITS = ("train", "validation", "test")
 EXPORTS = ("nnunet", "monai", "itksnap")
-# What add() refuses unless it is allowed by name: an empty mask, a few voxels of a label, another image under a case's name, a
-# label that the dataset does not have (it is then added to it).
-OBJECTIONS = ("empty", "leftover", "image", "label")
+# What add() refuses unless it is allowed by name: an empty mask, a few voxels of a label, another image or patient under a case's
+# name, a label that the dataset does not have (it is then added to it).
+OBJECTIONS = ("empty", "leftover", "image", "label", "patient")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # A label with fewer voxels is what an eraser left, unless the person says that it is meant.
 LEFTOVER = 4
+# So many voxels beyond an image are rounding: what is nearest to one of its voxels lies up to half a voxel away.
+BEYOND = 0.51
 # Seconds after which a lock is nobody's (it is held for one write of the index), or, if its process is gone from this
 # computer, is so at once (but for one of another container with the same name); and how long to wait for one.
 STALE, DEAD, PATIENCE = 60.0, 2.0, 90.0
@@ -121,15 +123,18 @@ def segment_masks(path: str | Path, image: Image) -> Iterator[tuple[Label, np.nd
 
 def _check_inside(image: Image, grid: Image, name: str) -> None:
     """Resampling would make background of what is marked beside the image, where the segmentation is of another scan."""
-    marked = np.logical_or.reduce(grid.channels, 0)
-    z, y = np.nonzero(np.logical_or.reduce(marked, 2))
-    rows = marked[z, y]
-    ends = np.hstack([(x, y, z) for x in (rows.argmax(1), rows.shape[1] - 1 - rows[:, ::-1].argmax(1))])
-    turn = np.linalg.inv(image.matrix) @ grid.matrix
-    at = turn[:3, :3] @ ends + turn[:3, 3:]
-    far = np.maximum(-at, at - np.array(image.shape[::-1])[:, None] + 1).max(initial=0)
-    if far > 0.51:
+    far = reach(np.logical_or.reduce(grid.channels, 0), np.linalg.inv(image.matrix) @ grid.matrix, image.shape)
+    if far > BEYOND:
         raise Mismatch(f"{name} reaches {far:.1f} voxels beyond its image; give the segmentation of this image, or crop it to the image.")
+
+
+def reach(mask: np.ndarray, turn: np.ndarray, shape: Sequence[int]) -> float:
+    """How many voxels what is marked (z, y, x) reaches beyond an image of this shape. turn: 4x4, index (x, y, z) to the image's."""
+    z, y = np.nonzero(np.logical_or.reduce(mask, 2))
+    rows = mask[z, y] != 0
+    ends = np.hstack([(x, y, z) for x in (rows.argmax(1), rows.shape[1] - 1 - rows[:, ::-1].argmax(1))])
+    at = turn[:3, :3] @ ends + turn[:3, 3:]
+    return float(np.maximum(-at, at - np.array(shape[::-1])[:, None] + 1).max(initial=0))
 
 
 def read_mask(path: str | Path, image: Image) -> tuple[np.ndarray, tuple[Label, ...]]:
@@ -641,9 +646,9 @@ class Dataset:
 
         mask: label values (z, y, x) on the image's grid, the dataset's or, where `labels` says what they are, those of its
         labels, which are then matched by name. name: made from the voxels where it is not given, so that the same scan is
-        the same case. patient: any identity (PatientID); only its salted hash is kept; default: the DICOM files' PatientID, else
-        the case is a patient of its own. by, dated: who and when, only if wished. allow: of OBJECTIONS, which are refused
-        otherwise; "label": a label of `labels` that the dataset does not have is added to it. modality: default: the DICOM
+        the same case. patient: any identity (PatientID); only its salted hash is kept; default: that of the case, else the DICOM files'
+        PatientID, else the case is a patient of its own. by, dated: who and when, only if wished. allow: of OBJECTIONS, which are
+        refused otherwise; "label": a label of `labels` that the dataset does not have is added to it. modality: default: the DICOM
         files'. check() is called between the files and may raise, which leaves nothing. Raises UserError, or its Objection.
         """
         if unknown := set(allow) - set(OBJECTIONS):
@@ -669,9 +674,10 @@ class Dataset:
                 voxels.update(plane)
         digest = voxels.hexdigest()
         key = name or "case-" + self._hash("voxels", digest)[:10]
-        self._check_twin(self._data, key, digest, allow)
         identity = patient if patient is not None else dicom_tag(image, "0010|0020")
-        person = self.patient(identity) if identity.strip() else "p-" + self._hash("voxels", digest)[:12]
+        person = self.patient(identity) if identity.strip() else self._nobody(digest)
+        self._check_twin(self._data, key, digest, allow)
+        self._check_patient(self._data, key, person, patient is not None, allow)
         record: dict[str, Any] = {
             "version": 0,
             "voxels": digest,
@@ -724,13 +730,7 @@ class Dataset:
         for array in image.channels:
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise UserError("The image has voxels that are no numbers (NaN or infinite); repair or leave it out.")
-            if array.dtype.kind == "f" and array.dtype.itemsize != 4:
-                array = array.astype(np.float32)
-            elif array.dtype.kind == "b":
-                array = array.astype(np.uint8)
-            elif array.dtype.itemsize == 8:
-                narrow = np.int32 if array.size and abs(int(array.min())) < 2**31 and abs(int(array.max())) < 2**31 else np.float32
-                array = array.astype(narrow)
+            array = storable(array)
             if array.min() == array.max():
                 raise UserError("The image is the same everywhere, so there is nothing to learn from it; give the scan itself.")
             out.append(np.ascontiguousarray(array))
@@ -806,6 +806,19 @@ class Dataset:
             if not same and name == key and "image" not in allow:
                 raise Objection(f"The case {key} has another image; choose another name, or allow its image to be replaced.", "image")
 
+    def _check_patient(self, data: dict[str, Any], key: str, person: str, named: bool, allow: Collection[str]) -> None:
+        case = data["cases"].get(key) or data.get("removed", {}).get(key)
+        if named and case and case["patient"] != person and not self._is_nobodys(case) and "patient" not in allow:
+            cure = "leave the patient out to keep that, or allow the patient to be replaced"
+            raise Objection(f"The case {key} is there as another patient's; {cure}.", "patient")
+
+    def _nobody(self, digest: str) -> str:
+        """The patient of an image of whom nothing is known."""
+        return "p-" + self._hash("voxels", digest)[:12]
+
+    def _is_nobodys(self, case: dict[str, Any]) -> bool:
+        return case["patient"] in {self._nobody(digest) for digest in {v["voxels"] for v in case["versions"]}}
+
     def _write_files(
         self,
         image: Image,
@@ -866,6 +879,7 @@ class Dataset:
     ) -> Entry:
         """Put a version into the index, which another may have changed since it was checked."""
         self._check_twin(data, key, record["voxels"], allow)
+        self._check_patient(data, key, person, named, allow)
         for label in more:
             if any(d["value"] == label.value or label_key(d["name"]) == label.key for d in data["segments"]):
                 raise UserError(f"Another person added a label just now; add the case {key} again.")
@@ -874,7 +888,7 @@ class Dataset:
         if case is None:  # one that was removed goes on with its history, and stays in its split
             case = data.get("removed", {}).pop(key, None) or {"patient": person, "split": "", "versions": []}
             data["cases"][key] = case
-        if named:
+        if named or self._is_nobodys(case):
             case["patient"] = person
         kin = _kin(data, key)
         if split is not None:
@@ -903,8 +917,12 @@ class Dataset:
             return []
 
         with reached(self.folder):
-            for place in {(self.folder / f).parent for f in self._commit(take)}:
-                shutil.rmtree(place)
+            places = {(self.folder / f).parent for f in self._commit(take)}
+            for place in places:
+                shutil.rmtree(place, ignore_errors=True)  # one may be lost, or held by a program: the others are to go all the same
+            if left := sorted(str(place) for place in places if place.exists()):
+                text = f"{name} is no longer in the dataset, but {', '.join(left)} could not be erased; close the programs that use it and "
+                raise UserError(text + "delete it, or run unetseg dataset check --clean a day later.")
 
     def restore(self, name: str, version: int | None = None) -> Entry:
         """Bring a removed case back, or make a former version the current one (as a new version: history only grows)."""
@@ -1278,6 +1296,16 @@ def map_values(array: np.ndarray) -> list[int]:
     return [int(v) for v in np.flatnonzero(voxel_counts(array, high + 1)) if v]
 
 
+def storable(array: np.ndarray) -> np.ndarray:
+    """The same numbers in a type that NIfTI, and a volume node, takes: a scan is the same by whichever way it comes."""
+    if array.dtype.name in ("uint8", "int16", "uint16", "int32", "float32"):
+        return array
+    if array.dtype.itemsize == 1:
+        return array.astype(np.uint8 if array.dtype.kind == "b" else np.int16)
+    whole = array.dtype.kind in "iu" and (array.size == 0 or (array.min() >= -(2**31) and array.max() < 2**31))
+    return array.astype(np.int32 if whole else np.float32)
+
+
 def flush(path: Path) -> None:
     """On the disk, not only in its cache: the index must not name what a power cut takes away."""
     with open(path, "rb+") as f:
@@ -1310,4 +1338,9 @@ def dicom_tag(image: Image, key: str) -> str:
         reader.ReadImageInformation()
     except RuntimeError:
         return ""
-    return reader.GetMetaData(key).strip() if reader.HasMetaDataKey(key) else ""
+    # ITK hands bytes on that are no UTF-8; as what most such files are they are the ID that Slicer's DICOM database has.
+    raw = reader.GetMetaData(key).encode("utf-8", "surrogateescape") if reader.HasMetaDataKey(key) else b""
+    try:
+        return raw.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1").strip()

@@ -185,9 +185,9 @@ class TrainingSetSection(VTKObservationMixin):
         """Add the chosen volume with its corrected segmentation, after asking where it looks wrong. Returns at once.
 
         onDone(case, text) is called once, later: the case's name, or None, and a sentence on what was changed or why nothing
-        was added. patient: the identity (PatientID), of which only a hash is kept, unless the person typed another; default:
-        what the subject hierarchy says, as for modality. model_mask: the model's own mask, where the scene does not know it, and which
-        `model` made it.
+        was added. patient: the identity (PatientID), of which only a hash is kept, unless the person typed another or the case has
+        one; default: what the subject hierarchy says, as for modality. model_mask: the model's own mask, where the scene does not
+        know it, and which `model` made it.
         """
         problem = _("A case is still being added; wait for it.") if self.busy else ""
         if not problem:
@@ -215,6 +215,7 @@ class TrainingSetSection(VTKObservationMixin):
             known=tuple(self._known()),
             new=self.summary is None,
             patient=typed or patient or identity or _sequence(volumes[0]) or None,
+            allow=["patient"] if typed else [],
             modality=modality or told,
             by=self.annotator,
             dated=bool(ui.setNamedCheckBox.checked),
@@ -451,6 +452,7 @@ class TrainingSetSection(VTKObservationMixin):
     def _steps(self, adding: _Adding) -> Generator[Any, None, None]:
         """The mask of the segments, in pieces, and off to the worker."""
         from UNetSegmentationLib import UserError, mrml
+        from UNetSegmentationLib.dataset import BEYOND
         from UNetSegmentationLib.model import Label, label_key
         from UNetSegmentationLib.worker.protocol import Case
 
@@ -461,6 +463,10 @@ class TrainingSetSection(VTKObservationMixin):
             raise UserError(_("A case holds at most 255 labels; leave some segments out."))
         values = [(row.segment, names.index(label_key(row.label)) + 1) for row in adding.rows]
         whole, low = yield from mrml.merged_steps(adding.node, values, adding.volumes[0])
+        far = yield from mrml.beyond_steps(adding.node, dict(values), adding.volumes[0])
+        if far > BEYOND:
+            text = _("'{name}' reaches {n:.1f} voxels beyond the volume; choose the segmentation of this volume, or crop it to the volume.")
+            raise UserError(text.format(name=adding.node.GetName(), n=far))
         yield from self._uncovered(adding, values, whole)
         labels, own = [], {}
         for value, name in enumerate(names, 1):
@@ -563,6 +569,10 @@ class TrainingSetSection(VTKObservationMixin):
 
     def _object(self, adding: _Adding, error: Any) -> None:
         if self._closed or self._adding is not adding:
+            return
+        if error.objection == "patient":  # the code that was typed in another session stays, and the ID of the same scan's other copy
+            adding.patient = None
+            self._send()
             return
         question = _("Add the label to the training set?") if error.objection == "label" else _("Add it anyway?")
         if slicer.util.confirmOkCancelDisplay(f"{error}\n\n{question}", windowTitle=_("Training set")):

@@ -208,7 +208,7 @@ def _cases(folder: Path, job: training.Job) -> tuple[CaseSet, dict[str, Any]]:
     parts = {c.split or "train" for c in cases}
     if parts != {"train", "validation"}:
         patients = len({c.patient for c in cases})
-        fold = dict(zip((c.name for c in cases), folds(cases, min(round(1 / HELD_OUT), patients))))
+        fold = dict(zip((c.name for c in cases), folds(cases, min(round(1 / HELD_OUT), patients), marked=case_set.marked)))
         cases = [replace(c, split="train" if fold[c.name] else "validation") for c in cases]
     if case_set.layout == "unetseg":
         # A first case brings all labels of its model, of which a person may mark some only.
@@ -409,6 +409,9 @@ def _checked(
     notes = [] if tested else ["The best epoch was chosen on these very cases, which flatters it a little; mark cases as test."]
     if unmarked:
         notes.append(f"Marked in no case that was learnt from, so the new model does not know it: {', '.join(unmarked)}.")
+    new = [name for name, own in compared["labels"].items() if not own["dice"]["before"]]
+    if new and compared["mean"]["dice"]["before"]:
+        notes.append(f"New, so compared with nothing: {', '.join(new)}.")
     where = f"{'test' if tested else 'validation'} cases of {facts['name']}"
     if config.model.task == "click":
         where = f"lesions in the {where}, after one click"
@@ -453,7 +456,8 @@ def compare(
     """Both models on the same cases, through predict(): what result.json says of it, and the new model's rows ("scored").
 
     Figures are means with bootstrap intervals by patient; volume errors count without their sign. folder: gets the worst
-    cases' image and masks, cut to what is marked. "before" is null where the base gives none of the labels, or cannot run.
+    cases' image and masks, cut to what is marked. "before" is null where the base gives none of the labels, or cannot run; means
+    over labels are of those that both models give.
     Models of clicks are clicked at in each lesion, at the same first place, and judged after clicks.JUDGED: "cases" and "rows"
     are then lesions.
     """
@@ -485,7 +489,9 @@ def compare(
                     problem = f"{package.card.name} cannot run on these cases ({e})"
                     rows["before"].clear()
                     base = None
-            dice = {k: float(np.mean([r["dice"] for r in rs if r["case"] == item.name])) for k, rs in rows.items() if rs}
+            both = _compared(rows)
+            found = {k: [r["dice"] for r in rs if r["case"] == item.name and r["label"] in both] for k, rs in rows.items() if rs}
+            dice = {k: float(np.mean(v)) for k, v in found.items()}
             entry = {"case": item.name, "dice_before": _round(dice.get("before")), "dice_after": _round(dice["after"])}
             if folder is not None and (len(worst) < WORST or dice["after"] < worst[-1][0]):
                 worst = sorted([*worst, (dice["after"], entry, _cut(item.image, masks))], key=lambda w: w[0])[:WORST]
@@ -496,7 +502,7 @@ def compare(
     out |= {"task": new.card.data["task"]}
     figures = (*FIGURES, *([THREE_CLICKS] if clicked else []))
     out["labels"] = {n: {f: _figures(rows, f, [n]) for f in figures} for n in names}
-    out["mean"] = {"dice": _figures(rows, "dice", names)}
+    out["mean"] = {"dice": _figures(rows, "dice", list(_compared(rows)))}
     old = {(r["case"], r["label"]): r["dice"] for r in rows["before"]}
     out["rows"] = [
         {"case": r["case"], "label": r["label"], "dice_before": _round(old.get((r["case"], r["label"]))), "dice_after": _round(r["dice"])}
@@ -505,6 +511,12 @@ def compare(
     out["verdict"], out["sentence"] = verdict(out, problem)
     out["worst"] = _written(folder, worst) if folder is not None else []
     return out | {"scored": rows["after"]}
+
+
+def _compared(rows: dict[str, list[metrics.Row]]) -> set[str]:
+    """The labels that both models give, of which a mean compares them: a new one's would lower it. All, where there is no base."""
+    before, after = ({r["label"] for r in rows[key]} for key in ("before", "after"))
+    return before & after or after
 
 
 def _round(value: float | None) -> float | None:
