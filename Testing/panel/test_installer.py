@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from UNetSegmentationLib import UserError, environment
+from UNetSegmentationLib import UserError, environment, files
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="a shell script as launcher")
 _unit = importlib.util.spec_from_file_location("unit_environment", Path(__file__).parents[1] / "unit" / "test_environment.py")
@@ -427,10 +427,15 @@ def test_the_panels_row_installs_and_removes_it(gui, installer, torch_wheels):
     gui.wait(lambda: not widget.torchRow.working, 60)
     assert "torch 2.13.0" in gui.dialogs.texts("message")[-1] and installer.torchEnvironment().status == "none"
 
+    panelWorker = sys.modules["UNetSegmentationPanel"].panelWorker
     gui.dialogs.answer(True)
     ui.torchButton.click()
+    gui.wait(lambda: installer.torchEnvironment().status == "broken", 60)
+    worker = panelWorker()  # of a click while it is installed
+    assert worker.python is None
     gui.wait(lambda: not widget.torchRow.working and installer.torchEnvironment().status == "ready", 120)
     assert ui.torchButton.text == "Remove" and ui.torchStatus.text.startswith(f"PyTorch {environment.TORCH} on CPU, ")
+    assert panelWorker().python == installer.torchEnvironment().python
 
     gui.dialogs.answer(True)
     ui.torchButton.click()
@@ -438,8 +443,52 @@ def test_the_panels_row_installs_and_removes_it(gui, installer, torch_wheels):
     assert "Remove PyTorch" in gui.dialogs.texts("message")[-1]
     assert installer.torchEnvironment().status == "none"
     assert (ui.torchStatus.text, ui.torchButton.text) == ("Not installed", "Install…")
+    assert panelWorker() is not worker and panelWorker().python is None
     gui.close(widget)
     sys.modules["UNetSegmentationPanel"].closeWorker()
+
+
+def test_clicks_ask_again_for_what_they_need_after_pytorch_has_gone(gui, installer, monkeypatch):
+    import numpy as np
+    import slicer
+    import UNetSegmentationPanel
+    from UNetSegmentationPanel.clicks import ClickController
+
+    asked, sent = [], []
+    monkeypatch.setattr(sys.modules["UNetSegmentationPanel.worker"].PanelWorker, "click", lambda self, *arguments: sent.append(self))
+    controller = ClickController(UNetSegmentationPanel.panelWorker, lambda: not asked.append(None))
+    controller.begin(slicer.util.addVolumeFromArray(np.zeros((2, 3, 4), np.int16)), Path("toy.unet.zip"), "lesion")
+    changes = (
+        lambda: None,
+        lambda: UNetSegmentationPanel.closeWorker(),  # PyTorch was removed
+        lambda: UNetSegmentationPanel.panelWorker().renew("python-of-torch", {}),
+    )
+    for n, change in enumerate(changes, 1):
+        change()
+        for _ in range(2):
+            controller.addPoint((0, 0, 0))
+            gui.process_events()
+        assert (len(asked), len(sent)) == (n, 2 * n)
+    controller.end()
+    UNetSegmentationPanel.closeWorker()
+
+
+def test_what_another_slicer_is_installing_is_told_and_waited_for(gui, installer):
+    widget = gui.open()
+    gui.wait(lambda: widget._warm, 60)
+    ui = widget.ui
+    ui.advancedSection.collapsed = False
+    folder = fake_torch("making")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        makers = [[*environment._this_process()[:1], other.pid, files.process_mark(other.pid)]]
+        environment._write_marker(folder, {**environment._read_marker(folder), "makers": makers})
+        ui.torchButton.click()
+        assert ui.torchStatus.text == "PyTorch is being installed by another Slicer; wait for its end."
+        assert not widget.torchRow.working and not gui.dialogs.shown
+        other.kill()
+    widget._update()
+    assert ui.torchStatus.text == "To be installed again: it was not finished"
+    gui.close(widget)
 
 
 def test_offline_a_wheel_folder_with_pytorch_is_asked_for(gui, installer, torch_wheels, wheels, monkeypatch):

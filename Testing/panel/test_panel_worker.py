@@ -411,6 +411,21 @@ def test_nothing_is_left_of_a_worker_that_had_not_said_its_id(gui, make_worker, 
     assert not folder.exists()
 
 
+def test_another_python_takes_over_after_the_job_that_is_on_its_way(gui, make_worker, image, make_package, tmp_path, toy_card):
+    worker = make_worker()
+    first = Run(gui, worker, 1, image, [slow_package(tmp_path, toy_card, 30_000)]).computing()
+    pid = worker.pid
+    worker.renew(sys.executable, {**os.environ, "X": "1"})
+    first.end("result")
+    assert worker.pid == pid
+    assert Run(gui, worker, 1, image, [make_package()]).end("result").labels.array.any()
+    assert worker.pid not in (None, pid) and len(worker._volumes) == 1
+    pid = worker.pid
+    worker.renew(sys.executable, {**os.environ, "X": "1"})  # the same
+    Run(gui, worker, 1, image, [make_package()]).end("result")
+    assert worker.pid == pid
+
+
 def test_nothing_holds_a_worker_that_was_shut_down(gui, image, make_package):
     from UNetSegmentationPanel.worker import PanelWorker, _living
 

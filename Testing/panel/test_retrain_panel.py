@@ -330,6 +330,25 @@ def test_what_is_missing_is_asked_for_with_its_size_and_installed(panel: Any, da
     assert p.ui.trainMessage.text == "The folder lacks monai; put it there."
 
 
+def test_a_segmentation_goes_on_while_what_training_needs_is_installed(panel: Any, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import UNetSegmentationPanel
+    from UNetSegmentationPanel import installer
+
+    plan, python = Plan((Package("torch", "2.13.0", 190_000_000),)), {}
+    monkeypatch.setattr(installer, "planTraining", lambda *answers: FakeJob(answers, "done", plan))
+    monkeypatch.setattr(installer, "installTraining", lambda plan, *answers: FakeJob(answers, "done", None))
+    launched(monkeypatch, python)
+    p = panel(dataset)
+    worker = UNetSegmentationPanel.panelWorker()
+    p.gui.dialogs.answer(True)
+    p.gui.click(p.ui.trainButton)
+    p.section._install.end()
+    monkeypatch.setattr(installer, "workerPython", lambda: ("python-of-torch", {}))
+    python["X"] = "1"
+    p.section._install.end()
+    assert UNetSegmentationPanel.panelWorker() is worker and not worker._closed and worker.python == "python-of-torch"
+
+
 def test_pytorch_stays_as_it_is_while_a_training_needs_it_and_the_other_way_round(
     panel: Any, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -512,6 +512,24 @@ def test_the_desk_is_gone_before_pytorch_is_removed_and_comes_back(opened, gui, 
     gui.wait(lambda: not hands.widget.torchRow.working, RUN_S)
 
 
+def test_the_desk_sees_pytorch_that_came_meanwhile(opened, gui, monkeypatch):
+    from UNetSegmentationPanel import installer
+
+    hands = opened()
+    name, first = hands.next(), hands.section.desk.pid
+    monkeypatch.setattr(installer, "workerPython", lambda: (sys.executable, dict(os.environ)))
+    hands.section.segmenting = True  # which is not interrupted
+    hands.section._onRefresh()
+    gui.wait(lambda: not hands.section.desk.waiting, RUN_S)
+    assert hands.section.desk.pid == first
+    hands.section.segmenting = False
+    hands.section._onRefresh()
+    gui.wait(lambda: not hands.section.desk.waiting, RUN_S)
+    assert hands.section.desk.pid not in (None, first) and hands.case.name == name and not hands.ui.listMessageLabel.text
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.case.name != name)
+
+
 @POSIX
 def test_a_desk_that_was_killed_is_started_again_and_says_that_the_scan_is_taken(opened, gui, tmp_path, monkeypatch):
     from UNetSegmentationLib.worklist import WorkList

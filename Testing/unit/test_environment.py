@@ -714,6 +714,38 @@ def test_a_half_made_environment_is_found_and_made_anew(folder, torch_wheels, pi
     assert environment.own_environment().status == "broken"
 
 
+@pytest.mark.parametrize("maker", ["Slicer", "pip"])
+def test_what_another_slicer_or_its_orphaned_pip_is_making_is_left_alone(folder, torch_wheels, pip, maker):
+    marker = {"made_by": "UNetSegmentation", "state": "making", "python": sys.executable}
+    makers = "[e._this_process()]" if maker == "Slicer" else "[]"
+    code = f"import os; from pathlib import Path; from UNetSegmentationLib import environment as e; folder = Path({str(folder)!r})\n"
+    code += f"e._write_marker(folder, {{**{marker!r}, 'makers': {makers}}})\n"
+    code += "e._sign(folder)\n" if maker == "pip" else ""
+    command = [sys.executable, "-c", code + "print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=MODULE) as other:
+        other.stdout.readline()
+        assert environment.own_environment().status == "busy"
+        for steps in (
+            environment.create_steps(sys.executable, None, "cpu", torch_wheels),
+            environment.plan_torch_steps(sys.executable, "cpu", torch_wheels),
+            environment.remove_steps(None, sys.executable),
+        ):
+            with pytest.raises(UserError, match="is being installed by another Slicer; wait for its end"):
+                environment.run(steps)
+        other.kill()
+    assert environment.own_environment().reason == "it was not finished"
+    assert create(torch_wheels).status == "ready" and "makers" not in environment._read_marker(folder)
+
+
+def test_pip_signs_what_it_makes(folder):
+    environment._write_marker(folder, {"made_by": "UNetSegmentation", "state": "making", "makers": [environment._this_process()]})
+    command = environment._child(sys.executable, "pip", "install", "--help", "--target", str(folder / "packages"))
+    said = subprocess.run(command, capture_output=True, text=True, cwd=MODULE, check=True).stdout
+    mine, pips = environment._read_marker(folder)["makers"]
+    assert mine == environment._this_process() and pips[1] == environment.child_pid(said.splitlines()[0])
+    assert environment.own_environment().status == "broken"  # this Slicer's own
+
+
 def test_an_environment_whose_python_is_gone(folder, torch_wheels, pip, tmp_path):
     create(torch_wheels)
     marker = folder / "unetsegmentation-environment.json"

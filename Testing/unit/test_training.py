@@ -1,8 +1,10 @@
 """A retraining's folder and process, with a stand-in for the process: begun, found again, killed, resumed, and its model put to use."""
 
+import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -210,6 +212,17 @@ def test_a_python_without_pytorch_is_told(dataset, tmp_path, monkeypatch):
     assert job.state == "failed" and "lacks the package" in job.text and job.text.endswith("install what training needs and resume it.")
 
 
+def test_a_folder_that_holds_other_files_is_left_alone(dataset, tmp_path):
+    mine = tmp_path / "mine"
+    (mine / "pictures").mkdir(parents=True)
+    for python in (str(tmp_path / "nowhere"), sys.executable):
+        with pytest.raises(UserError, match="mine holds other files; choose a new or an empty folder"):
+            training.start(dataset, python=python, folder=mine)
+    assert [p.name for p in mine.iterdir()] == ["pictures"]
+    (mine / "pictures").rmdir()
+    assert training.create(dataset, folder=mine).folder == mine
+
+
 def test_one_process_has_a_job(dataset):
     job = wait(start(dataset), lambda j: j.state == "training")
     assert not training.claim(job.folder)
@@ -225,16 +238,16 @@ def test_what_the_process_itself_says_is_kept(dataset):
 
 
 def test_processes_are_told_apart_by_when_they_began():
-    mine = training.process_mark(os.getpid())
-    assert mine and mine == training.process_mark(os.getpid())
+    mine = files.process_mark(os.getpid())
+    assert mine and mine == files.process_mark(os.getpid())
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        assert training.process_mark(child.pid) not in (None, mine)
+        assert files.process_mark(child.pid) not in (None, mine)
         child.kill()
         end = time.monotonic() + 30
-        while training.process_mark(child.pid) is not None:  # dead, though its parent has not looked yet
+        while files.process_mark(child.pid) is not None:  # dead, though its parent has not looked yet
             assert time.monotonic() < end
             time.sleep(0.01)
-    assert training.process_mark(-1) is None
+    assert files.process_mark(-1) is None
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="Linux's ps in the place of macOS's")
@@ -243,11 +256,21 @@ def test_where_there_is_no_proc_the_mark_is_the_same_in_every_time_zone(monkeypa
         def exists(self):
             return False
 
-    monkeypatch.setattr(training, "Path", Mac)
+    monkeypatch.setattr(files, "Path", Mac)
     monkeypatch.setenv("TZ", "Asia/Tokyo")
-    mark = training.process_mark(os.getpid())
+    mark = files.process_mark(os.getpid())
     monkeypatch.setenv("TZ", "America/New_York")
-    assert mark and mark == training.process_mark(os.getpid())
+    assert mark and mark == files.process_mark(os.getpid())
+
+
+def test_a_mac_whose_host_name_follows_the_network_stays_the_same(dataset, monkeypatch):
+    monkeypatch.setattr(files, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(gethostuuid=lambda found, wait: ctypes.memset(found, 7, 16) and 0))
+    job = training.create(dataset)
+    training.update(job.folder, state="training", pid=1 << 22, mark="x", host=files.this_computer())
+    monkeypatch.setattr(socket, "gethostname", lambda: "mac.clinic.example")
+    assert files.this_computer() == "07" * 16 and files.is_this_computer("mac.clinic.example")  # the host of a former version
+    assert training.read(job.folder).state == "lost"
 
 
 def test_a_folder_of_any_name_gets_to_the_processes(tmp_path):

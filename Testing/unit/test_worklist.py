@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -17,11 +18,11 @@ from UNetSegmentationLib.dataset import Dataset, read_mask
 from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Image, read_image, write_image
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
-from UNetSegmentationLib.model import find_model
+from UNetSegmentationLib.model import Label, find_model
 from UNetSegmentationLib.worker.client import child_environment, command, new_folder
 from UNetSegmentationLib.worker.protocol import Lines, load_array, remove_folder
 from UNetSegmentationLib.worklist import Annotator, WorkList, describe, find_scans, order
-from workers import POSIX, until
+from workers import POSIX, slow_package, until
 
 ROOT = Path(__file__).resolve().parents[2]
 ANNA, BERT = Annotator("anna", "Anna"), Annotator("bert", "Bert")
@@ -165,6 +166,26 @@ def test_scans_are_found_below_a_folder_and_in_lists(tmp_path):
         find_scans([listed])
     with pytest.raises(UserError, match="does not exist; check the name"):
         find_scans([tmp_path / "nothing"])
+
+
+def test_numbered_scans_are_no_channels(tmp_path):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for name in ("ct_0001.nii.gz", "ct_0002.nii.gz", "mr_0000.nii.gz", "mr_0001.nii.gz", "pet_0000.nii.gz", "x.nii", "x.nrrd"):
+        (scans / name).write_text("x")
+    names = [[f.name for f in files] for files in find_scans([scans])]
+    several = ["mr_0000.nii.gz", "mr_0001.nii.gz"]
+    assert names == [["ct_0001.nii.gz"], ["ct_0002.nii.gz"], several, ["pet_0000.nii.gz"], ["x.nii"], ["x.nrrd"]]
+    assert WorkList.gather(tmp_path / "list", [scans])[1] == ["ct_0001", "ct_0002", "mr", "pet", "x", "x-2"]
+
+
+def test_what_a_training_set_keeps_is_no_scan(tmp_path):
+    write_image(ball(), tmp_path / "a.nii.gz")
+    set_ = Dataset.create(tmp_path / "set", "Set", [Label(1, "Thing", (1, 2, 3), {})], ["CT"])
+    set_.add(ball(), (ball().array > 0.5).astype(np.uint8))
+    for name in ("retrain/job/check/c_image.nii.gz", "new.nii.gz"):
+        write_image(ball(), set_.folder / name)
+    assert find_scans([tmp_path]) == [(tmp_path / "a.nii.gz",), (set_.folder / "new.nii.gz",)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems know no such names")
@@ -545,8 +566,6 @@ def test_a_list_and_its_scans_may_move_together(work, tmp_path):
 
 
 def test_a_list_lies_in_a_datasets_folder_and_neither_minds(tmp_path, scans):
-    from UNetSegmentationLib.model import Label
-
     dataset = Dataset.create(tmp_path / "set", "Set", [Label(1, "thing", (1, 2, 3), {})], ["CT"])
     work = WorkList.create(dataset.folder)
     work.add([scans])
@@ -581,8 +600,6 @@ def test_the_command_line_makes_gives_and_takes(scans, make_package, tmp_path, u
     write_image(image.like((image.array > 0.4).astype(np.uint8)), corrected)
     code, _, err = run("done", folder, "s1", "-m", corrected)
     assert code == 2 and "holds no dataset" in err
-    from UNetSegmentationLib.model import Label
-
     dataset = Dataset.create(tmp_path / "set", "Set", [Label(3, "Thing", (1, 2, 3), {})], ["CT"])
     write_image(image.like(np.where(image.array > 0.4, 3, 0).astype(np.uint8)), corrected)
     code, out, err = run("done", folder, "s1", "-m", corrected, "--dataset", dataset.folder, "--by", "Anna")
@@ -670,6 +687,31 @@ def test_the_desk_segments_while_it_hands_out_scans(desk, tmp_path, scans, make_
     assert "No model was chosen" in desk.ask("segment", folder=folder, models=[], options={})["error"]
 
 
+def test_a_computer_whose_name_changes_is_no_other_annotator_to_itself(work, monkeypatch):
+    from UNetSegmentationLib.worker.desk import _Desk
+
+    program = _Desk.__new__(_Desk)
+    program._me = Annotator.here(pid=os.getpid())
+    name = work.next(program._annotator({"by": " Anna "})).name
+    monkeypatch.setattr(socket, "gethostname", lambda: "mac.clinic.example")  # of another network
+    assert work.scan(name).by == "Anna"
+    assert work.done(name, program._annotator({}), "case-1") == "" and not work.counts()["taken"]
+
+
+def test_another_model_waits_for_the_scan_that_the_former_one_has_in_hand(desk, tmp_path, toy_card, make_package):
+    folder, options = str(tmp_path / "list"), {"engine": "onnx", "device": "cpu", "threads": 1, "tta": "none"}
+    write_image(ball(), tmp_path / "one" / "s0.nii.gz")
+    desk.ask("add", folder=folder, sources=[str(tmp_path / "one")])
+    slow = slow_package(tmp_path, toy_card, 60_000)
+    desk.ask("segment", folder=folder, models=[str(slow.path)], options=options)
+    desk.listen(lambda m: m["event"] == "segmenting")
+    time.sleep(0.3)  # its network runs, which ends with the tile
+    desk.tell("halt")
+    desk.ask("segment", folder=folder, models=[str(make_package().path)], options=options)
+    assert desk.listen(lambda m: m["event"] == "rest")["error"] == ""
+    assert WorkList.open(folder).scan("s0").model == "toy-1.0.0"
+
+
 def test_the_desk_reads_a_case_that_is_compared(desk, tmp_path):
     image = Image(np.random.default_rng(0).normal(0, 9, (2, 4, 6, 5)).astype(np.float32), (0.5, 0.6, 2.0), (1.0, 2.0, 3.0))
     masks = {key: np.zeros(image.shape, np.uint8) for key in ("truth", "before", "after")}
@@ -734,6 +776,17 @@ def test_the_desk_opens_a_scan_with_voxels_that_are_no_numbers(desk, tmp_path):
         scan = desk.ask("next", folder=folder, leave="", passed=[])["scan"]
         assert scan["name"] == name and low <= scan["channels"][0]["window"][0] < scan["channels"][0]["window"][1]
         desk.ask("skip", folder=folder, scan=name)
+
+
+def test_the_desks_scan_is_the_same_case_as_the_commands(desk, tmp_path):
+    image = Image(np.random.default_rng(0).integers(0, 100, (5, 6, 7)).astype(np.int64))
+    write_image(image, tmp_path / "scans" / "a.nrrd")
+    desk.ask("add", folder=str(tmp_path / "list"), sources=[str(tmp_path / "scans")])
+    (channel,) = desk.ask("next", folder=str(tmp_path / "list"), leave="", passed=[])["scan"]["channels"]
+    set_ = Dataset.create(tmp_path / "set", "Set", [Label(1, "Thing", (1, 2, 3), {})], ["CT"])
+    mask = (image.array > 50).astype(np.uint8)
+    added = [set_.add(Image(array), mask) for array in (load_array(desk.folder, channel["file"]), image.array)]
+    assert added[0].name == added[1].name and channel["dtype"] == "int32"
 
 
 def test_what_this_computer_cannot_hold_fails_nobodys_scan(desk, tmp_path, scans):

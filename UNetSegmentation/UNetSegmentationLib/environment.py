@@ -31,7 +31,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .files import child_options, escape_arguments, move_file, unescape_arguments
+from .files import child_options, escape_arguments, is_this_computer, move_file, process_mark, this_computer, unescape_arguments
 
 # Slicer's own, of which 5.10 has builds that no index has: never installed into Slicer's Python, never removed from it.
 PROVIDED = frozenset({"numpy", "simpleitk"})
@@ -817,7 +817,8 @@ def variables_of(step: Step, environment: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class OwnEnvironment:
-    """status: "none", "ready", "broken" (half made, or its Python is gone: to be made again) or "foreign" (not ours)."""
+    """status: "none", "ready", "broken" (half made, or its Python is gone: to be made again), "busy" (another program is making it) or
+    "foreign" (not ours)."""
 
     folder: Path
     status: str
@@ -841,7 +842,7 @@ def environment_folder() -> Path:
 
 
 def own_environment(folder: Path | None = None) -> OwnEnvironment:
-    """The state of the environment, by its marker: no process is started."""
+    """The state of the environment, by its marker: no process is started, but on macOS ps where it is being made."""
     folder = environment_folder() if folder is None else Path(folder)
     try:
         if not os.listdir(folder):
@@ -853,6 +854,8 @@ def own_environment(folder: Path | None = None) -> OwnEnvironment:
     marker = _read_marker(folder)
     if marker is None:
         return OwnEnvironment(folder, "foreign", "it was not made by UNetSegmentation")
+    if marker.get("state") == "making" and _is_made_by_another(marker):
+        return OwnEnvironment(folder, "busy", "PyTorch is being installed by another Slicer; wait for its end.")
     python = str(marker.get("python", ""))
     reason = ""
     if marker.get("state") != "ready" or not (_packages(folder) / "torch" / "__init__.py").is_file():
@@ -887,6 +890,7 @@ def create_steps(
     or disk will not do; after a failure, or when closed midway, the folder is marked as not finished.
     """
     folder = environment_folder() if folder is None else Path(folder)
+    _must_be_free(folder)
     before = own_environment(folder)
     if before.status == "foreign":
         raise _error(f"The folder {folder} cannot be used ({before.reason}); move it away, or set UNETSEG_ENVIRONMENT to another.")
@@ -899,8 +903,8 @@ def create_steps(
     _check_disk(folder, variant, before.size if before.status == "ready" else 0)
     if before.status == "ready":
         yield from remove_steps(folder, python)
-    marker: dict[str, Any] = {"made_by": "UNetSegmentation", "state": "making", "python": python, "version": probe["version"][:2]}
-    _write_marker(folder, marker)
+    marker: dict[str, Any] = {"made_by": "UNetSegmentation", "python": python, "version": probe["version"][:2]}
+    _write_marker(folder, {**marker, "state": "making", "makers": [_this_process()]})
     try:
         if temporary is not None:
             temporary.mkdir(exist_ok=True)
@@ -932,6 +936,7 @@ def plan_torch_steps(
     python: str, variant: str = "auto", wheel_folder: str | Path | None = None, training: bool = False
 ) -> Generator[Step, Done, Plan]:
     """Find out what create_steps() would fetch; the result is a Plan, with the variant to give it."""
+    _must_be_free(environment_folder())
     _, variant = yield from _prepare(python, variant)
     return (yield from _plan_torch(python, variant, wheel_folder, training))
 
@@ -949,6 +954,7 @@ def remove_steps(folder: Path | None, python: str) -> Steps:
     folder = environment_folder() if folder is None else Path(folder)
     if own_environment(folder).status == "none":
         return
+    _must_be_free(folder)
     _must_be_ours(folder)
     done = yield Step("removing the environment", _child(python, "remove", str(folder)))
     if done.code != 0:
@@ -1177,6 +1183,30 @@ def _write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
         raise _error(f"The folder {folder} cannot be written ({e.strerror or e}); set UNETSEG_ENVIRONMENT to another.") from e
 
 
+@cache
+def _this_process() -> list[Any]:
+    return [this_computer(), os.getpid(), process_mark(os.getpid())]
+
+
+def _is_made_by_another(marker: Mapping[str, Any]) -> bool:
+    """Whether a Slicer that is not this one fills the environment, or pip, which goes on when its Slicer has crashed."""
+    makers = [m for m in marker.get("makers") or () if is_this_computer(m[0])]
+    return _this_process() not in makers and any(m[2] and process_mark(m[1]) == m[2] for m in makers)
+
+
+def _must_be_free(folder: Path) -> None:
+    own = own_environment(folder)
+    if own.status == "busy":
+        raise _error(own.reason)
+
+
+def _sign(folder: Path) -> None:
+    """In pip's process: who makes the environment, beside the one that has started it."""
+    marker = _read_marker(folder) or {}
+    if marker.get("state") == "making":
+        _write_marker(folder, {**marker, "makers": [*marker.get("makers", ()), _this_process()]})
+
+
 def _must_be_ours(folder: Path) -> None:
     whole = Path(os.path.abspath(folder))
     inside = [Path.home(), Path(__file__).resolve(), Path(sys.prefix).resolve()]
@@ -1217,6 +1247,7 @@ def main(arguments: Sequence[str]) -> int:
     if task == "pip":
         import runpy
 
+        _sign(Path(rest[rest.index("--target") + 1]).parent)
         sys.argv = ["pip", *rest]
         runpy.run_module("pip", run_name="__main__", alter_sys=True)
         return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -50,6 +52,72 @@ def stand_back(by: int = 10) -> None:
         ctypes.WinDLL("kernel32").SetPriorityClass(ctypes.c_void_p(-1), 0x4000)  # this process, BELOW_NORMAL_PRIORITY_CLASS
     else:
         os.nice(by)
+
+
+def process_mark(pid: int) -> str | None:
+    """What tells a process of this computer from a later one of the same id: when it began. None: it is not there, "": that
+    cannot be found out."""
+    if pid <= 0:
+        return None
+    if sys.platform == "win32":
+        return _windows_mark(pid)
+    stat = Path(f"/proc/{pid}/stat")
+    if Path("/proc/self/stat").exists():
+        try:
+            # The name, in brackets, may hold anything.
+            state, *rest = stat.read_text("utf-8", errors="replace").rpartition(")")[2].split()
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        except (OSError, ValueError):
+            return ""
+        return None if state in "ZX" else f"{boot} {rest[18]}"
+    try:
+        # It began at the same time for who has another language or, as after a journey, time zone.
+        variables = {**os.environ, "LC_ALL": "C", "TZ": "UTC"}
+        ps = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]
+        done = subprocess.run(ps, capture_output=True, text=True, timeout=5, env=variables, **child_options())
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    state, _, began = done.stdout.strip().partition(" ")
+    return None if not state or state.startswith("Z") else began.strip()
+
+
+def _windows_mark(pid: int) -> str | None:
+    import ctypes
+
+    kernel: Any = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
+    kernel.OpenProcess.restype = ctypes.c_void_p
+    handle = kernel.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
+    if not handle:
+        return None if ctypes.get_last_error() == 87 else ""  # type: ignore[attr-defined]  # ERROR_INVALID_PARAMETER: no such process
+    try:
+        code, times = ctypes.c_ulong(), [ctypes.c_ulonglong() for _ in range(4)]
+        if kernel.GetExitCodeProcess(ctypes.c_void_p(handle), ctypes.byref(code)) and code.value != 259:  # STILL_ACTIVE
+            return None
+        if not kernel.GetProcessTimes(ctypes.c_void_p(handle), *map(ctypes.byref, times)):
+            return ""
+        return str(times[0].value)
+    finally:
+        kernel.CloseHandle(ctypes.c_void_p(handle))
+
+
+def this_computer() -> str:
+    """What tells this computer from others, and is the same later: macOS' host name follows the network (DHCP, VPN), the id of its
+    hardware does not."""
+    if sys.platform == "darwin":
+        import ctypes
+
+        found, wait = (ctypes.c_ubyte * 16)(), (ctypes.c_long * 2)(1, 0)
+        with suppress(OSError, AttributeError):
+            if ctypes.CDLL(None).gethostuuid(found, wait) == 0:
+                return bytes(found).hex()
+    return socket.gethostname()
+
+
+def is_this_computer(name: Any) -> bool:
+    """Of this_computer(), or of an earlier version, which took the host name."""
+    return name in (this_computer(), socket.gethostname())
 
 
 _ESCAPED = "escaped:"

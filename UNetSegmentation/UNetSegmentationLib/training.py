@@ -21,7 +21,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -32,7 +31,17 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .files import UserError, atomic_path, child_options, escape_arguments, move_file, unescape_arguments
+from .files import (
+    UserError,
+    atomic_path,
+    child_options,
+    escape_arguments,
+    is_this_computer,
+    move_file,
+    process_mark,
+    this_computer,
+    unescape_arguments,
+)
 from .model import RESOURCES, SUFFIX, Card, ModelPackage, find_model, user_models_folder, write_package
 
 FOLDER, JOB, LIVE, RESULT, STOP, LOG, BEAT, BASE = (
@@ -264,7 +273,7 @@ def _alive(folder: Path, data: Mapping[str, Any], ended: bool) -> bool:
     pid = data.get("pid")
     if pid is None:
         return not ended and time.time() - float(data.get("launched") or 0) < START_S
-    if data.get("host") == socket.gethostname():
+    if is_this_computer(data.get("host")):
         mark = process_mark(int(pid))
         if mark is None:
             return False
@@ -274,54 +283,6 @@ def _alive(folder: Path, data: Mapping[str, Any], ended: bool) -> bool:
         return time.time() - (folder / BEAT).stat().st_mtime < SILENT_S
     except OSError:
         return time.time() - float(data.get("launched") or 0) < SILENT_S
-
-
-def process_mark(pid: int) -> str | None:
-    """What tells a process of this computer from a later one of the same id: when it began. None: it is not there, "": that
-    cannot be found out."""
-    if pid <= 0:
-        return None
-    if sys.platform == "win32":
-        return _windows_mark(pid)
-    stat = Path(f"/proc/{pid}/stat")
-    if Path("/proc/self/stat").exists():
-        try:
-            # The name, in brackets, may hold anything.
-            state, *rest = stat.read_text("utf-8", errors="replace").rpartition(")")[2].split()
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        except (OSError, ValueError):
-            return ""
-        return None if state in "ZX" else f"{boot} {rest[18]}"
-    try:
-        # It began at the same time for who has another language or, as after a journey, time zone.
-        variables = {**os.environ, "LC_ALL": "C", "TZ": "UTC"}
-        ps = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]
-        done = subprocess.run(ps, capture_output=True, text=True, timeout=5, env=variables, **child_options())
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    state, _, began = done.stdout.strip().partition(" ")
-    return None if not state or state.startswith("Z") else began.strip()
-
-
-def _windows_mark(pid: int) -> str | None:
-    import ctypes
-
-    kernel: Any = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
-    kernel.OpenProcess.restype = ctypes.c_void_p
-    handle = kernel.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
-    if not handle:
-        return None if ctypes.get_last_error() == 87 else ""  # type: ignore[attr-defined]  # ERROR_INVALID_PARAMETER: no such process
-    try:
-        code, times = ctypes.c_ulong(), [ctypes.c_ulonglong() for _ in range(4)]
-        if kernel.GetExitCodeProcess(ctypes.c_void_p(handle), ctypes.byref(code)) and code.value != 259:  # STILL_ACTIVE
-            return None
-        if not kernel.GetProcessTimes(ctypes.c_void_p(handle), *map(ctypes.byref, times)):
-            return ""
-        return str(times[0].value)
-    finally:
-        kernel.CloseHandle(ctypes.c_void_p(handle))
 
 
 def training_folder() -> Path:
@@ -404,7 +365,7 @@ def create(
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):
         raise UserError(f"{name!r} cannot name a model; use lower-case letters, digits and dashes.")
     for other in jobs(dataset):
-        if other.running and other.host in ("", socket.gethostname()):
+        if other.running and (not other.host or is_this_computer(other.host)):
             raise UserError(f"A retraining of this dataset is running already ({other.name}); wait for its end, or stop it.")
     now = time.time()
     try:
@@ -413,6 +374,8 @@ def create(
             place.mkdir(parents=True, exist_ok=True)
             if (place / JOB).exists():
                 raise UserError(f"{place} holds a retraining already; resume that, or choose another folder.")
+            if any(place.iterdir()):  # what fails to start, or is discarded, is removed
+                raise UserError(f"{place} holds other files; choose a new or an empty folder.")
         try:
             if package is not None:
                 with atomic_path(place / BASE) as temporary:
@@ -566,7 +529,7 @@ def claim(folder: Path) -> bool:
     (folder / BEAT).touch()
     # Room for the last sentence, should the disk be full then.
     (folder / _RESERVE).write_bytes(bytes(1 << 16))
-    update(folder, pid=os.getpid(), mark=process_mark(os.getpid()), host=socket.gethostname(), state="preparing")
+    update(folder, pid=os.getpid(), mark=process_mark(os.getpid()), host=this_computer(), state="preparing")
     return True
 
 

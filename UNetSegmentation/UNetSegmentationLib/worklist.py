@@ -34,13 +34,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .dataset import FolderLock, LockLost, Unchanged, commit, flush, process_is_gone, reached, read_shared
-from .files import UserError, atomic_path, check_text
+from .dataset import CASES, INDEX, SALT, FolderLock, LockLost, Unchanged, commit, flush, process_is_gone, reached, read_shared
+from .files import UserError, atomic_path, check_text, this_computer
 from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, read_image, reorient
 from .inference.predict import Cancelled, Options, Prediction, Progress, check_together, predict
 from .model import Label, ModelPackage
 from .output import write_segmentation
 from .postprocess import components
+from .training import FOLDER as RETRAININGS
 
 T = TypeVar("T")
 
@@ -107,13 +108,12 @@ class Annotator:
 
     @classmethod
     def here(cls, name: str = "", pid: int = 0) -> Annotator:
-        host = socket.gethostname()
         try:
             user = getpass.getuser()
         except (OSError, KeyError, ImportError):  # no such user in this container
             user = ""
-        who = hashlib.sha256(f"{user}@{host}".encode()).hexdigest()[:12]
-        return cls(who, name.strip(), host, pid, LEASE if pid else LONG_LEASE)
+        who = hashlib.sha256(f"{user}@{this_computer()}".encode()).hexdigest()[:12]
+        return cls(who, name.strip(), socket.gethostname(), pid, LEASE if pid else LONG_LEASE)
 
     def owns(self, claim: dict[str, Any]) -> bool:
         return claim.get("who") == self.who and claim.get("pid", 0) == self.pid
@@ -123,9 +123,10 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
     """The scans that files, folders and lists name, each as the files of its channels.
 
     A folder: all images (.nii.gz, .nii, .nrrd, .mha) and DICOM folders below it, sorted by name; files whose name says mask, label
-    or seg are none, and X_0000, X_0001, ... are the channels of X. A .txt or .csv: a scan on each line, its channels separated by
-    commas or tabs. apart: a folder to leave out (the list's own). left_out: gets a sentence on each scan in a folder whose name no
-    list can hold; None: that is a UserError too, as is what is not there, or one such scan that was named itself.
+    or seg are none, nor is what a training set keeps, and X_0000, X_0001, ... are the channels of X. A .txt or .csv: a scan on each
+    line, its channels separated by commas or tabs. apart: a folder to leave out (the list's own). left_out: gets a sentence on each
+    scan in a folder whose name no list can hold; None: that is a UserError too, as is what is not there, or one such scan that was
+    named itself.
     """
     out: dict[tuple[Path, ...], None] = {}
     for source in sources:
@@ -165,7 +166,9 @@ def _below(folder: Path, apart: Path | None) -> Iterator[tuple[Path, ...]]:
     with reached(folder):
         for place, folders, files in os.walk(folder):
             folders[:] = sorted(f for f in folders if not f.startswith(".") and not _NO_SCAN.search(f) and Path(place, f) != apart)
-            groups: dict[str, list[Path]] = {}
+            if INDEX in files and SALT in files:
+                folders[:] = [f for f in folders if f not in (CASES, RETRAININGS)]
+            groups: dict[str, dict[Path, str]] = {}
             others = []
             for name in sorted(f for f in files if not f.startswith(".")):
                 stem = next((name[: -len(s)] for s in VOLUME_SUFFIXES if name.lower().endswith(s)), None)
@@ -173,8 +176,10 @@ def _below(folder: Path, apart: Path | None) -> Iterator[tuple[Path, ...]]:
                     others.append(name)
                 elif not _NO_SCAN.search(stem):
                     channel = _CHANNEL.fullmatch(stem)
-                    groups.setdefault(channel[1] if channel else stem, []).append(Path(place, name))
-            yield from (tuple(group) for group in groups.values())
+                    groups.setdefault(channel[1] if channel else stem, {})[Path(place, name)] = channel[2] if channel else ""
+            for group in groups.values():  # ct_0001, ct_0002 are scans
+                channels = list(group.values()) == [f"{i:04d}" for i in range(len(group))]
+                yield from [tuple(group)] if channels else [(file,) for file in group]
             if any(_is_dicom(Path(place, name)) for name in others[:8]):
                 folders.clear()  # read_image() looks below
                 yield (Path(place),)
@@ -662,10 +667,8 @@ def _split(data: dict[str, Any], name: str, series: Sequence[str]) -> None:
 
 
 def _stem(path: Path) -> str:
-    """A file's name without what says that it is an image, and without its channel's number."""
-    stem = next((path.name[: -len(s)] for s in VOLUME_SUFFIXES if path.name.lower().endswith(s)), path.name)
-    channel = _CHANNEL.fullmatch(stem)
-    return channel[1] if channel else stem
+    """The name of a scan's first file without what says that it is an image, and a first channel."""
+    return next((path.name[: -len(s)] for s in VOLUME_SUFFIXES if path.name.lower().endswith(s)), path.name).removesuffix("_0000")
 
 
 def _free_name(stem: str, taken: dict[str, Any]) -> str:

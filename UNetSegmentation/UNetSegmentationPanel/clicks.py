@@ -64,7 +64,8 @@ class ClickController(VTKObservationMixin):
         self._worker, self._ensure = worker, ensure
         self._listeners: list[Any] = []
         self._numbers = itertools.count(1)
-        self._ready = self._preparing = False  # what is needed is installed, or being asked for
+        self._ready: Any = None  # the worker and its Python, for which what is needed is installed
+        self._preparing = False  # it is being asked for
         self._doubted: tuple[str, str, Prompt] | None = None  # lesion, volume's ID, first click
         self._forget()
 
@@ -200,10 +201,14 @@ class ClickController(VTKObservationMixin):
     def _ask(self, prompts: Sequence[Prompt], warm: bool = False) -> None:
         self._asked = _Asked(next(self._numbers), list(prompts), warm)
         self._tell()
-        if self._ready:
+        if self._ready is not None and self._ready == self._runner():  # another one is there after PyTorch has come or gone
             self._send()
         elif not self._preparing:
             qt.QTimer.singleShot(0, self._prepare)
+
+    def _runner(self) -> tuple[Any, str | None]:
+        worker = self._worker()
+        return worker, worker.python
 
     def _prepare(self) -> None:
         """Ask for what must be installed, which may let the event loop run for minutes, and go on."""
@@ -211,7 +216,8 @@ class ClickController(VTKObservationMixin):
             return
         self._preparing = True
         try:
-            self._ready, failure = self._ensure(), _("Nothing was installed, so nothing can be found.")
+            self._ready, failure = None, _("Nothing was installed, so nothing can be found.")
+            self._ready = self._runner() if self._ensure() else None
         except Exception as e:
             failure = sentence(e)
         finally:

@@ -23,6 +23,8 @@ from UNetSegmentationLib.environment import Done, OwnEnvironment, Plan, Step
 from UNetSegmentationLib.image import UserError
 from UNetSegmentationLib.worker.client import child_environment, find_python
 
+import UNetSegmentationPanel
+
 from .worker import ChildProcess, variablesFor
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "Resources" / "requirements.txt"
@@ -46,6 +48,13 @@ def workerPython() -> tuple[str | None, dict[str, str] | None]:
     if own.status != "ready":
         return None, None
     return own.python, {**variablesFor(own.python), **own.variables}
+
+
+def renewWorker() -> None:
+    """PyTorch has come or gone: what the worker does next, it does with the Python that there is now."""
+    worker = UNetSegmentationPanel._worker
+    if worker is not None:
+        worker.renew(*workerPython())
 
 
 def ensureRequirements(confirm: Callable[[str], bool] | None = None) -> bool:
@@ -344,6 +353,8 @@ def describeTorch() -> str:
         return _("PyTorch {version} on {device}, {size}").format(version=own.torch, device=own.device, size=environment.megabytes(own.size))
     if own.status == "broken":
         return _("To be installed again: {reason}").format(reason=own.reason)
+    if own.status == "busy":
+        return own.reason
     if own.status == "foreign":
         return _("{folder} cannot be used: {reason}").format(folder=own.folder, reason=own.reason)
     return _("Not installed")
@@ -366,7 +377,7 @@ def createTorch(
     onCancelled: Callable[[], Any],
     variant: str = "auto",
 ) -> Job:
-    """Make PyTorch's own environment, with Slicer's Python; the worker is to be shut down before."""
+    """Make PyTorch's own environment, with Slicer's Python; the worker is to be shut down before, and renewWorker() to follow."""
     python = find_python()
     steps = environment.create_steps(python, None, variant, _torchWheels())
     return Job(steps, onProgress, onDone, onError, onCancelled, cleanup=lambda: _removeHalfMade(python))
@@ -395,7 +406,7 @@ def installTraining(
     onError: Callable[[str], Any],
     onCancelled: Callable[[], Any],
 ) -> Job:
-    """Install what planTraining() found. The worker is to be shut down before where there was no environment of PyTorch."""
+    """Install what planTraining() found; renewWorker() is to follow."""
     own = torchEnvironment()
     if own.status == "ready":
         return Job(environment.add_training_steps(own, _torchWheels()), onProgress, onDone, onError, onCancelled)

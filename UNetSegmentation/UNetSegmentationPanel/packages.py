@@ -94,6 +94,8 @@ class TorchRow:
         own = installer.torchEnvironment()
         if own.status == "none" and installer.torchExtension():
             self._installInSlicer()
+        elif own.status == "busy":
+            self._onEnd("")  # which shows how it stands now
         elif own.status == "ready":
             question = _("Remove {what} from this computer?").format(what=installer.describeTorch())
             if slicer.util.confirmOkCancelDisplay(question, windowTitle="PyTorch"):
@@ -163,6 +165,9 @@ class TorchRow:
         self._say(text if fraction is None else f"{text} ({100 * fraction:.0f} %)")
 
     def _onEnd(self, text: str) -> None:
+        from .installer import renewWorker
+
+        renewWorker()
         self._job, self._said = None, text
         if not self._closed:
             self._changed()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -21,7 +20,6 @@ import slicer
 from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
-from . import closeWorker
 from .models import plainTip
 from .nodules import Pieces
 from .trainingset import ANSWER_S
@@ -348,7 +346,9 @@ class RetrainSection(VTKObservationMixin):
         """Why PyTorch must stay as it is, as one sentence; "" where it need not."""
         if self._install is not None:
             return _("Wait until what the training needs is installed, or cancel that.")
-        running = [job for job in (*self.jobs, *self._elsewhere) if job.running and job.host in ("", socket.gethostname())]
+        from UNetSegmentationLib.files import is_this_computer
+
+        running = [j for j in (*self.jobs, *self._elsewhere) if j.running and (not j.host or is_this_computer(j.host))]
         return _("Wait until the training is done, or stop it: it uses PyTorch.") if running or self._task is not None else ""
 
     def _start(self) -> Any:
@@ -413,10 +413,12 @@ class RetrainSection(VTKObservationMixin):
         if self._closed or not slicer.util.confirmOkCancelDisplay(question, windowTitle=_("Retrain")):
             self._onInstallEnd(_("Nothing was installed, so nothing was trained."))
             return
-        closeWorker()  # the next one is to see it
         self._installing(_("Installing …"), installer.installTraining(plan, *self._answers(lambda _result: self._installed())))
 
     def _installed(self) -> None:
+        from .installer import renewWorker
+
+        renewWorker()
         self._onInstallEnd("")
         if not self._closed:
             failed = _("What the training needs was not installed; try again.")

@@ -65,7 +65,7 @@ class PanelWorker:
         self._events: deque[Event] = deque()
         self._log = b""
         self._began = 0.0  # when the process was started
-        self._awake = self._working = self._closed = False
+        self._awake = self._working = self._closed = self._stale = False
 
     @property
     def state(self) -> str:
@@ -85,6 +85,15 @@ class PanelWorker:
     def pid(self) -> int | None:
         """The worker's process id, once it has told it."""
         return self._session.pid if self._session is not None and self._process is not None else None
+
+    @property
+    def python(self) -> str | None:
+        return self._python
+
+    def renew(self, python: str | None, environment: Mapping[str, str] | None) -> None:
+        """What the next job runs with, in another process where that is something else; one that is on its way is not disturbed."""
+        if (python, environment) != (self._python, self._environment):
+            self._python, self._environment, self._stale = python, environment, True
 
     def start(self) -> None:
         """Start the worker where there is none, ahead of the first predict(), which also tells what is wrong if it cannot."""
@@ -457,7 +466,10 @@ class PanelWorker:
     # ---------------------------------------------------------------------------------------------------------- process
 
     def _launch(self) -> None:
-        """Start the process where there is none. UserError where the folder or the Python is missing."""
+        """Start the process where there is none, or one of another Python. UserError where the folder or the Python is missing."""
+        if self._stale:
+            self._stale = False
+            self._kill()
         if self._session is None or not self._session.folder.is_dir():
             self._kill()
             self._volumes.clear()

@@ -38,6 +38,7 @@ class Desk:
     def __init__(self, onEvent: Callable[[dict[str, Any]], None], onEnd: Callable[[str], None]) -> None:
         self._onEvent, self._onEnd = onEvent, onEnd
         self._process: Any = None
+        self._python: str | None = None  # of PyTorch's environment
         self._lines: Any = None
         self._answers: dict[int, tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]] = {}
         self._number = 0
@@ -101,6 +102,13 @@ class Desk:
             process.wait(1.0)
             self._gone(why)
 
+    def renew(self) -> None:
+        """End it where PyTorch has come or gone since it was started: the next one sees that."""
+        from .installer import workerPython
+
+        if self._process is not None and self._python != workerPython()[0]:
+            self.end("")
+
     def _start(self) -> None:
         if self._process is not None:
             return
@@ -112,8 +120,8 @@ class Desk:
 
         if self.folder is None or not self.folder.is_dir():
             self.folder = new_folder()
-        python, environment = workerPython()
-        python = python or find_python()
+        self._python, environment = workerPython()
+        python = self._python or find_python()
         variables = child_environment(python, variablesFor(python) if environment is None else environment)
         self._lines, self._log, self._pid = Lines(), b"", None
         self._fatal = ""
@@ -458,8 +466,8 @@ class WorkListSection:
         self.text = "" if chosen else _("Choose a model above that is to segment the scans.")
         try:
             if chosen and UNetSegmentationPanel._ensureRequirements():
-                self.segmenting, self._fraction = True, 0.0
                 self._ask("segment", self._onSegmenting, self._onSegmentFailed, **self._choice())
+                self.segmenting, self._fraction = True, 0.0
         except Exception as e:
             self.text = sentence(e)
         self.show()
@@ -769,6 +777,8 @@ class WorkListSection:
                 self.busy = ""
                 (onError or self._failed)(text)
 
+        if not (self.segmenting or self.desk.waiting):
+            self.desk.renew()
         self.desk.ask(op, answered, failed, **fields)
 
     def _onRefresh(self) -> None:

@@ -20,12 +20,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ..dataset import dicom_tag, modality, read_mask
+from ..dataset import dicom_tag, modality, read_mask, storable
 from ..engines import choose_engine
 from ..files import UserError
 from ..image import Image, SeveralSeries, read_image
@@ -124,7 +125,7 @@ class _Desk(Program):
         return work
 
     def _annotator(self, request: dict[str, Any]) -> Annotator:
-        return Annotator.here(str(request.get("by") or ""), self._me.pid)
+        return replace(self._me, name=str(request.get("by") or "").strip())
 
     def _done(self, work: WorkList, **more: Any) -> dict[str, Any]:
         return {"event": "done", "list": summary(work), **more}
@@ -202,7 +203,7 @@ class _Desk(Program):
         }
 
     def _channel(self, image: Image, channel: np.ndarray) -> dict[str, Any]:
-        array = _for_vtk(channel)
+        array = storable(channel)
         self._arrays += 1
         sent = complete(encode_image(image.like(array), self._folder, self._arrays))
         step = tuple(slice(None, None, max(1, n // 64)) for n in array.shape)
@@ -248,9 +249,10 @@ class _Desk(Program):
             raise UserError("No model was chosen; choose the one that is to segment in advance.")
         models = [ModelPackage.read(name) for name in names]
         todo = work.choose_models(models)
-        if self._segmenter is not None:
-            self._segmenter.halt()
-        self._segmenter = _Segmenter(self, work.folder, models, options)
+        former = self._segmenter
+        if former is not None:
+            former.halt()
+        self._segmenter = _Segmenter(self, work.folder, models, options, former)
         return self._done(work, todo=todo)
 
     _OPS: ClassVar[dict[str, Callable[[_Desk, dict[str, Any]], dict[str, Any]]]] = {
@@ -267,14 +269,18 @@ class _Desk(Program):
 
 
 class _Segmenter:
-    """The thread that segments in advance, one scan after the other; it waits while it is in the way."""
+    """The thread that segments in advance, one scan after the other; it waits while it is in the way, and at first for the end of
+    the former one, which holds a scan until it has read it or is through with a tile."""
 
-    def __init__(self, desk: _Desk, folder: Path, models: Sequence[ModelPackage], options: Options) -> None:
-        self._desk, self._folder, self._models, self._options = desk, folder, models, options
+    def __init__(
+        self, desk: _Desk, folder: Path, models: Sequence[ModelPackage], options: Options, former: _Segmenter | None = None
+    ) -> None:
+        self._desk, self._folder, self._models, self._options, self._former = desk, folder, models, options, former
         self._free, self._halted = threading.Event(), False
         self._free.set()
         self._told = 0.0
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def pause(self) -> None:
         self._free.clear()
@@ -291,6 +297,9 @@ class _Segmenter:
         return self._halted
 
     def _run(self) -> None:
+        former, self._former = self._former, None
+        if former is not None:
+            former._thread.join()
         error, name = "", ""
 
         def progress(fraction: float, _text: str) -> None:
@@ -345,13 +354,3 @@ def received_grid(channel: dict[str, Any]) -> Image:
 def received_mask(folder: Path, name: str | None, grid: Image) -> np.ndarray:
     """The client's side: what was found in the scan, zeros where that is nothing."""
     return load_array(folder, name) if name else np.zeros(grid.shape, np.uint8)
-
-
-def _for_vtk(array: np.ndarray) -> np.ndarray:
-    """The same numbers in a type that a volume node takes."""
-    if array.dtype.name in ("uint8", "int16", "uint16", "int32", "float32"):
-        return array
-    if array.dtype.kind in "iu" and (array.size == 0 or (array.min() >= -(2**31) and array.max() < 2**31)):
-        small = array.dtype.itemsize == 1 or (array.min() >= -(2**15) and array.max() < 2**15)
-        return array.astype(np.int16 if small else np.int32)
-    return array.astype(np.uint8 if array.dtype.kind == "b" else np.float32)
