@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from UNetSegmentationLib.image import Box, Image, UserError
 from UNetSegmentationLib.inference import click
-from UNetSegmentationLib.inference.click import CLICK_SIGMA, ZOOMS, ClickSession, prompt_channels
+from UNetSegmentationLib.inference.click import CLICK_SIGMA, DOUBTS, ZOOMS, ClickSession, prompt_channels
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
 from UNetSegmentationLib.measure import dice
+from UNetSegmentationLib.nodule import describe
 
 OBLIQUE = tuple(float(v) for v in np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))[0].ravel())
 
@@ -159,6 +160,64 @@ def test_a_correction_that_the_network_ignores_is_followed_around_the_click(sess
     assert s.mask[15, 20, 28]
 
 
+@pytest.mark.parametrize("thick", [1.0, 2.0, 5.0, 10.0])
+def test_a_later_click_is_followed_wherever_between_the_voxels_it_lies(session, thick):
+    spacing, shape = (0.7, 0.7, thick), (12, 60, 60)
+    array = ball(shape, (6, 30, 20), 6, spacing)
+    s = session(array, spacing)
+    s.add_point(at(s, 6, 30, 20))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        place = (6 + rng.uniform(-0.4, 0.4), 30 + rng.uniform(-8, 8), 32 + rng.uniform(-1, 1))
+        answer = s.add_point(at(s, *place))
+        assert answer.found and s.mask[tuple(np.floor(np.array(place) + 0.5).astype(int))] == 1
+        s.undo()
+
+
+def test_of_clicks_beside_one_another_the_last_holds(session):
+    array = ball((20, 40, 40), (10, 20, 20), 6, (1, 1, 1))
+    s = session(array)
+    s.add_point(at(s, 10, 20, 20))
+    s.add_point(at(s, 10, 20, 27), positive=False)
+    s.add_point(at(s, 10, 20, 28))
+    assert s.mask[10, 20, 28] == 1 and s.mask[10, 20, 27] == 0  # and what is not part of it stays out
+    s.undo()
+    s.add_point(at(s, 10, 20, 24), positive=False)
+    assert s.mask[10, 20, 24] == 0 and s.mask[10, 20, 20] == 1
+
+
+def test_clicks_too_far_apart_for_one_look_are_refused(session):
+    array = ball((40, 60, 200), (20, 30, 20), 5, (1, 1, 1)) + ball((40, 60, 200), (20, 30, 180), 5, (1, 1, 1))
+    s = session(array)
+    s.add_point(at(s, 20, 30, 20))
+    before = s.mask
+    with pytest.raises(UserError, match="too far apart for one lesion; begin the next one, or undo"):
+        s.add_point(at(s, 20, 30, 180))
+    assert np.array_equal(s.mask, before) and len(s.prompts) == 1
+    assert s.add_point(at(s, 20, 30, 80)).found  # as far apart as in the largest masses
+
+
+def test_what_was_drawn_on_one_thin_slice_is_seen_from_far_away(session):
+    array = np.zeros((60, 200, 200), np.float32)
+    s = session(array, (0.5, 0.5, 0.5))
+    drawn = ball((1, 200, 200), (0, 100, 100), 26, (0.5, 0.5, 0.5)).astype(np.uint8)
+    s.set_mask(drawn, (30, 0, 0))
+    s._engine = Recording(lambda batch: batch[:, 4])  # keeps the former mask
+    answer = s.add_point(at(s, 30, 160, 100), positive=False)
+    assert answer.found and answer.zoom > 1 and dice(s.mask[30], drawn[0]) > 0.9
+
+
+@pytest.mark.parametrize("mode", [{"mode": "zscore"}, {"mode": "percentile", "low": 1, "high": 99}])
+def test_a_voxel_that_is_no_number_is_said_wherever_it_lies(click_package, mode):
+    array = ball((30, 40, 40), (15, 20, 20), 5, (1, 1, 1))
+    array[0, 0, 0] = np.nan
+    with pytest.raises(UserError, match="has 1 voxels that are NaN"):
+        ClickSession(Image(array), click_package(intensity=mode), Recording()).add_point((20.0, 20.0, 15.0))
+    array[0, 0, 0], array[15, 24, 26] = 0, np.nan
+    with pytest.raises(UserError, match="has 1 voxels that are NaN"):  # and not as many as it spread to
+        ClickSession(Image(array, (0.7, 0.7, 0.7)), click_package(), Recording()).add_point((14.0, 14.0, 10.5))
+
+
 def test_what_does_not_end_is_nothing_until_a_second_click_says_otherwise(session):
     s = session(np.ones((120, 200, 200), np.float32))
     answer = s.add_point(at(s, 60, 100, 100))
@@ -230,8 +289,12 @@ def test_values_that_are_no_hu_are_said_to_be_the_reason(click_package):
         s = ClickSession(Image(values), click_package(intensity=CT_WINDOW), Recording())
         for point in (at(s, 30, 40, 40), at(s, 30, 40, 42)):  # taken for contrast medium at first, then believed
             answer = s.add_point(point)
-            assert answer.text == ("".join(s.warnings) if said else "") and ("do not look like HU" in answer.text) == said
-        assert answer.found
+            assert ("do not look like HU" in answer.text) == said
+            # What a panel knows a doubt by, which asks for a second click.
+            assert answer.text.startswith(DOUBTS) == (not answer.found) == (said and point == at(s, 30, 40, 40))
+        assert answer.found and answer.text == "".join(s.warnings)
+        report = describe(s.image, s.mask)
+        assert (report["texture"] is None) == (report["size_class"] is None) == said
 
 
 def test_skin_has_air_beside_it_and_no_lung(click_package):

@@ -276,6 +276,11 @@ def test_the_side_does_not_depend_on_the_images_direction(flips):
         assert describe(turned, mask, [index[0] - 1, index[1] - 1, index[2]])["side"] == side
 
 
+def test_where_values_are_no_hu_there_is_no_side():
+    image = body(10.0)
+    assert side_at(image, 80) == "left" and side_at(image.like((image.array + 1000).clip(0)), 80) == ""  # as MR, which is body all over
+
+
 def test_the_side_where_the_field_of_view_cuts_the_body():
     cut = body(0.0, width=400, field=360)
     assert side_at(cut, 70) == "left" and side_at(cut, -70) == "right"

@@ -17,6 +17,7 @@ import numpy as np
 
 from .files import UserError
 
+_LEAST_HU = -50  # a CT has air or fat in it, which are lower
 # Above every lung parenchyma's floor of about -950 HU lies tissue; a tile with nothing above this holds only air.
 AIR_HU = -900
 
@@ -148,12 +149,17 @@ def warnings_for(intensity: dict[str, Any], channels: np.ndarray) -> list[str]:
         return []
     values = _thin(channels)
     low, high = float(values.min()), float(values.max())
-    if low >= -50 or high - low < 300:
+    if low >= _LEAST_HU or high - low < 300:
         return [
             f"The values do not look like HU (they run from {low:g} to {high:g}); this model was trained on CT in HU, "
             "so choose the original CT or rescale it."
         ]
     return []
+
+
+def has_hu(channels: np.ndarray) -> bool:
+    """Whether some values are as low as air's or fat's in HU, and those of MR, or of CT stored from 0 on, are not."""
+    return float(_thin(channels).min()) < _LEAST_HU
 
 
 def check_finite(channels: np.ndarray, name: str) -> None:

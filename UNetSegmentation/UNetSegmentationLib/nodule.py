@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .image import Box, Image, UserError, reorient
+from .intensity import has_hu
 from .measure import measure_steps
 from .model import Label
 from .postprocess import components, largest_steps
@@ -53,7 +54,7 @@ def describe(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0), l
     """What to report of one nodule, ready for JSON; lung False: of a lesion elsewhere, which has neither texture nor size class.
 
     image: a CT in HU, whole, of any direction (its first channel). mask: (z, y, x), not 0 inside, whose first voxel is the
-    image's voxel `start`. UserError where it does not fit.
+    image's voxel `start`. UserError where it does not fit. Of values that are no HU it has neither, too.
 
     Keys: those of measure() (voxels, volume_mm3, volume_ml, center, longest_mm, perpendicular_mm and their points, mean_hu, ...);
     mean_mm: the mean of the longest diameter of the axial section where it is longest and of the longest one across it there, both
@@ -86,7 +87,7 @@ def describe_steps(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0,
     sizes = yield from _sizes_steps(labels, part)
     out.update({key: value for key, value in sizes.items() if key in out})
     out["side"] = _side(image, out["center"])
-    if not lung:
+    if not (lung and has_hu(image.channels)):
         return out
     yield
     canonical, orientation = reorient(part)
@@ -171,6 +172,8 @@ def _side(image: Image, center: Sequence[float]) -> str:
         return ""
     x, _, z = canonical.point_to_index(center)
     plane = canonical.channels[0][min(max(round(z), 0), canonical.shape[0] - 1)]
+    if not (plane <= _BODY_HU).any():  # as in MR, where all of the picture would be the body
+        return ""
     steps = [max(1, round(1.5 / s)) for s in canonical.spacing[1::-1]]
     labelled, counts = components((plane[:: steps[0], :: steps[1]] > _BODY_HU)[None])
     if len(counts) < 2:

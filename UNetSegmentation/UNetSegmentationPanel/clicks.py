@@ -271,7 +271,7 @@ class ClickController(VTKObservationMixin):
         newer = self.prompts[len(prompts) :]
         former, self._doubted = self._doubted, None
         self.prompts = [*self.answered, *newer]
-        if text in DOUBTS and len(prompts) == 1:
+        if text.startswith(DOUBTS) and len(prompts) == 1:
             this = (self.lesion, self.volumeNode.GetID(), prompts[0])
             if former is not None and former[:2] == this[:2] and math.dist(former[2][1:4], this[2][1:4]) <= _SAME_MM:
                 self.prompts = [former[2], *prompts, *newer]
