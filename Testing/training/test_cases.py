@@ -71,6 +71,13 @@ def test_pairs_in_one_folder(tmp_path):
     exact(find_cases(tmp_path))
 
 
+def test_pairs_in_one_folder_however_their_words_are_spelled(tmp_path):
+    for i, (name, word) in enumerate(zip(NAMES, ("_CT", "_ct", "_Image"))):
+        put(scan(i), tmp_path / f"{name}{word}.nii.gz")
+        put(mask_of(i), tmp_path / f"{name}_SEG.nii.gz")
+    exact(find_cases(tmp_path))
+
+
 def test_nnunet_raw(tmp_path):
     folder = tmp_path / "Dataset001_x"
     for i, name in enumerate(NAMES):
@@ -181,6 +188,21 @@ def test_monai_datalist(tmp_path):
         find_cases(tmp_path)
 
 
+def test_patients_that_a_list_gives_stay_and_files_of_one_name_are_of_many(tmp_path):
+    items = []
+    for i, name in enumerate(NAMES):
+        put(scan(i), tmp_path / name / "image.nii.gz")
+        put(mask_of(i), tmp_path / name / "label.nii.gz")
+        items.append({"image": f"{name}/image.nii.gz", "label": f"{name}/label.nii.gz"})
+    labels = {"0": "background", "1": "organ", "2": "tumour"}
+    for layout, rest in (("monai", {}), ("msd", {"labels": labels})):
+        for given, patients in (((), ["a-image", "b-image", "c-image"]), (("p", 0, None), ["p", "0", "c-image"])):
+            listed = [{**item, "patient": p} for item, p in zip(items, given)] or items
+            (tmp_path / "dataset.json").write_text(json.dumps({"training": listed, **rest}))
+            found = find_cases(tmp_path)
+            assert found.layout == layout and [c.patient for c in found.cases] == patients
+
+
 def test_bids(tmp_path):
     for i, name in enumerate(("01", "02", "03")):
         put(scan(i), tmp_path / f"sub-{name}" / "anat" / f"sub-{name}_T1w.nii.gz")
@@ -214,6 +236,25 @@ def test_bids_takes_the_run_that_was_annotated(tmp_path):
     exact(found, ["sub-01", "sub-02"], 2)
     assert [d.name for d in found.labels] == ["Milzé", "label 2"]
     assert "sub-01 has 2 images T1w; sub-01_run-2_T1w.nii.gz is used." in found.notes
+
+
+def test_bids_masks_of_several_structures_do_not_become_one_label(tmp_path):
+    for i, name in enumerate(("01", "02", "03")):
+        anat = tmp_path / f"sub-{name}" / "anat"
+        put(scan(i), anat / f"sub-{name}_FLAIR.nii.gz")
+        put(mask_of(i), anat / f"sub-{name}_label-lesion_mask.nii.gz")
+        put(mask_of(i), anat / f"sub-{name}_mask.nii.gz")
+        # Lies on another grid, in a folder that comes first by its name.
+        small = Image(np.ones((3, 4, 5), np.uint8))
+        put(small, tmp_path / f"sub-{name}" / "func" / f"sub-{name}_task-rest_bold.nii.gz")
+        put(small, tmp_path / "derivatives" / "aroma" / f"sub-{name}" / "func" / f"sub-{name}_task-rest_mask.nii.gz")
+    put(mask_of(0), tmp_path / "sub-01" / "anat" / "sub-01_label-edema_mask.nii.gz")
+    found = find_cases(tmp_path)
+    exact(found, ["sub-01", "sub-02", "sub-03"])
+    assert found.channels == ("FLAIR",) and all("_label-lesion_mask" in c.label.name for c in found.cases)
+    (tmp_path / "sub-01" / "anat" / "sub-01_label-lesion_mask.nii.gz").unlink()
+    with pytest.raises(UserError, match="are of edema and lesion; keep one kind, or merge them into a _dseg"):
+        find_cases(tmp_path)
 
 
 def test_our_own_dataset(tmp_path):
@@ -329,7 +370,7 @@ def test_lidc_xml_is_what_two_readers_agree_on(tmp_path):
     assert np.array_equal(image.array, scan(0).array)
     expected = np.zeros(SHAPE, np.uint8)
     expected[2, 3:8, 3:7] = 1
-    expected[2, 4, 4] = 0  # a hole in one of the two
+    expected[2, 3:6, 3:6] = 0  # a hole in one of the two, with its edge
     assert np.array_equal(mask, expected)
 
 
@@ -369,6 +410,13 @@ def test_contours_with_holes_and_of_other_slices(data, tmp_path):
     found = find_cases(tmp_path)
     image, mask = found.load(found.cases[0])
     assert mask.sum() == 4047
+    for kind, n in (("CLOSED_PLANAR", 4047), ("CLOSEDPLANAR_XOR", 0)):  # some programs export each contour twice
+        for contour in contours:
+            contour.ContourGeometricType = kind
+        structure.ROIContourSequence[0].ContourSequence = [c for contour in contours for c in (contour, contour)]
+        structure.save_as(tmp_path / "DCM_RS_00046.dcm")
+        assert found.load(found.cases[0])[1].sum() == n
+    structure.ROIContourSequence[0].ContourSequence = contours
     for contour in contours:  # drawn on slices that lie between this scan's
         points = np.reshape(np.array(contour.ContourData, float), (-1, 3)) + [0, 0, image.spacing[2] / 2]
         contour.ContourData = [f"{v:.6g}" for v in points.ravel()]
@@ -505,6 +553,26 @@ def test_a_mask_with_a_palette_holds_the_palettes_numbers(tmp_path):
         mask.save(tmp_path / "masks" / f"{name}.png")
     found = find_cases(tmp_path)
     assert found.values == {1: 1, 2: 2} and np.array_equal(found.load(found.cases[0])[1][0], array)
+
+
+@pytest.mark.parametrize(
+    ("palette", "values"),
+    [([0, 0, 0, 255, 255, 255, 255, 0, 0], {1: 1, 2: 2}), ([255, 255, 255, 0, 0, 0], {255: 1})],
+)
+def test_a_palette_is_read_alike_whichever_classes_a_mask_holds(tmp_path, palette, values):
+    """White looks grey, also where the palette has red too; in one that is all grey the greys count, in any order."""
+    Picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    for i, name in enumerate(NAMES):
+        array = np.arange(12 * 10).reshape(12, 10).astype(np.uint8) % (3 if i and 2 in values else 2)
+        for part in ("images", "masks"):
+            (tmp_path / part).mkdir(exist_ok=True)
+        Picture.fromarray(array * 100).save(tmp_path / "images" / f"{name}.png")
+        mask = Picture.frombytes("P", (10, 12), array.tobytes())
+        mask.putpalette(palette)
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    found = find_cases(tmp_path)
+    assert found.values == values
+    assert np.array_equal(found.load(found.cases[0])[1][0], np.arange(120).reshape(12, 10) % 2 == (2 in values))
 
 
 def test_masks_of_0_and_1_beside_masks_of_0_and_255_are_of_one_label(tmp_path):
@@ -672,7 +740,36 @@ def test_a_bad_mask_is_its_own_cases_affair(pairs, spoil, said):
         assert len(find_cases(pairs).labels) == 2
 
 
+def test_what_else_lies_in_the_folder_does_not_refuse_it(pairs):
+    (pairs / "a.json").write_bytes('{"InstitutionName": "Klinikum München"}'.encode("latin-1"))
+    exact(find_cases(pairs))
+    (pairs / "list.json").write_text('{"training": [{"image": "images/a.nii.gz"},]}')  # but this was to be the list
+    with pytest.raises(UserError, match="list.json is not JSON"):
+        find_cases(pairs)
+
+
+def test_a_damaged_segmentation_is_its_own_cases_affair(pairs):
+    for i, name in enumerate(NAMES):
+        (pairs / "labels" / f"{name}.nii.gz").unlink()
+        defs = (Label(1, "organ", (1, 1, 1), {}), Label(2, "tumour", (2, 2, 2), {}))
+        whole = Prediction(mask_of(i), defs, "m-1", Box.whole(SHAPE))
+        write_segmentation(whole, pairs / "labels" / f"{name}.seg.nrrd")
+    put(scan(1).like(np.zeros(SHAPE, np.uint8)), pairs / "labels" / "b.seg.nrrd")  # no segments
+    (pairs / "labels" / "c.seg.nrrd").write_bytes(b"NRRD0004\nx")
+    found = find_cases(pairs)
+    assert [label.name for label in found.labels] == ["organ", "tumour"]
+    exact(found.subset(found.cases[:1]), count=1)
+    for case in found.cases[1:]:
+        with pytest.raises(UserError, match=f"^Case {case.name}: "):
+            found.load(case)
+    put(scan(0), pairs / "labels" / "a.seg.nrrd")
+    with pytest.raises(UserError, match="seg.nrrd"):
+        find_cases(pairs)
+
+
 def test_wrong_names_are_sentences(tmp_path, pairs):
+    twice = find_cases(pairs, only=["label 2", "Label-2"])  # named twice, it is one label
+    assert [label.value for label in twice.labels] == [1] and twice.values == {1: 0, 2: 1}
     with pytest.raises(UserError, match="does not exist"):
         find_cases(tmp_path / "gone")
     with pytest.raises(UserError, match="no known layout; choose one of unetseg, nnunet"):

@@ -168,6 +168,23 @@ def test_leaks_between_splits(folder):
     assert report.bad >= {"c7", "c8", "c9"}
 
 
+def test_leaks_from_what_is_in_no_split_into_the_test(folder):
+    """nnU-Net's and MSD's training cases are in no split until folds are dealt, and the test images often have no mask."""
+    put(folder, "c9", scan(0))
+    (folder / "labels" / "c9.nii.gz").unlink()
+    items = [{"image": f"images/c{i}.nii.gz", "label": f"labels/c{i}.nii.gz", "patient": f"p{i}"} for i in range(8)]
+    test = [{"image": f"images/c{i}.nii.gz", "patient": f"p{i % 7}"} for i in (8, 9)]
+    (folder / "list.json").write_text(json.dumps({"training": items, "test": test}))
+    findings = check(find_cases(folder / "list.json")).findings
+    assert {(f.case, f.text) for f in findings if f.kind == "leak"} == {
+        ("c8", "its patient is in train and test (c1, c8)"),
+        ("c9", "its patient is in train and test (c2, c9)"),
+        ("c9", "is in test and the same voxels are in train as c0"),
+    }
+    twin = next(f for f in findings if f.kind == "duplicate")
+    assert (twin.case, twin.level, twin.text) == ("c9", "warning", "has the same voxels as c0")
+
+
 def test_the_table_json_and_picture(folder, tmp_path, capsys):
     for i in range(8):
         put(folder, f"c{i}", mask=speck)

@@ -355,7 +355,8 @@ def _keep_only(cases: CaseSet, only: Sequence[str]) -> CaseSet:
         number = cases.number(name)
         if not number:
             raise UserError(f"There is no label {name}; the cases have {', '.join(label.name for label in cases.labels)}.")
-        kept.append(number)
+        if number not in kept:
+            kept.append(number)
     new = {old: i for i, old in enumerate(kept, 1)}
     labels = tuple(replace(cases.labels[old - 1], value=i) for old, i in new.items())
     return replace(cases, labels=labels, values={v: new.get(k, min(k, 0)) for v, k in cases.values.items()})
@@ -374,7 +375,7 @@ def _keep_channels(cases: CaseSet, channels: Sequence[str]) -> CaseSet:
 
 
 def _patients(cases: list[Case], notes: list[str]) -> list[Case]:
-    """Patients by the known patterns of names, and by left and right of one person."""
+    """Patients by the known patterns of names, and by left and right of one person; one that a list gave stays."""
     names = {c.name for c in cases}
     out = []
     for case in cases:
@@ -383,9 +384,10 @@ def _patients(cases: list[Case], notes: list[str]) -> list[Case]:
         other = {"L": "R", "R": "L", "left": "right", "right": "left"}
         if patient is None and side and case.name[: -len(side[2])] + other[side[2]] in names:
             patient = side[1]
-        out.append(replace(case, patient=patient or case.name))
-    if len({c.patient for c in out}) < len(out):
-        notes.append(f"{len({c.patient for c in out})} patients were recognised in the names of {len(out)} cases.")
+        out.append(replace(case, patient=patient or case.name) if case.patient == case.name else case)
+    named = [new.patient for old, new in zip(cases, out) if old.patient == old.name]
+    if len(set(named)) < len(named):
+        notes.append(f"{len(set(named))} patients were recognised in the names of {len(named)} cases.")
     return out
 
 
@@ -452,10 +454,10 @@ def _mask_map(path: Path) -> Image:
     picture = _is_picture(path)
     if picture and len(channels) in (2, 4):  # the last is its transparency; in a volume it would be one class of several
         channels = channels[:-1]
-    if len(channels) == 3 and all(np.array_equal(channels[0], c) for c in channels[1:]):
-        channels = channels[:1]
     if len(channels) == 3 and picture and (numbers := _palette_numbers(path)) is not None:
         channels = numbers[None, None]
+    if len(channels) == 3 and all(np.array_equal(channels[0], c) for c in channels[1:]):
+        channels = channels[:1]
     if len(channels) == 3 and picture:
         raise UserError(f"{path} is a coloured picture; save its mask as one grey channel, a value for each label.")
     if len(channels) > 1:
@@ -474,11 +476,18 @@ def _mask_map(path: Path) -> Image:
 
 
 def _palette_numbers(path: Path) -> np.ndarray | None:
-    """The numbers (y, x) of a picture with a palette, as PASCAL VOC's and many labelling tools' masks: the colours are for the eye."""
+    """The numbers (y, x) of a picture with a palette, as PASCAL VOC's and many labelling tools' masks: the colours are for the eye.
+
+    None where the whole palette is grey: such a mask is meant by its greys, which may stand in any order. What is used of the palette
+    does not count, lest a mask of the white class alone is 255 and one with the red class too is 1 and 2.
+    """
     from PIL import Image as Picture
 
     with Picture.open(path) as picture:
-        return np.array(picture) if picture.mode == "P" else None
+        if picture.mode != "P":
+            return None
+        palette = np.reshape(picture.getpalette("RGB") or [], (-1, 3))
+        return np.array(picture) if (palette != palette[:, :1]).any() else None
 
 
 def _found_values(path: Path) -> Image:
@@ -652,7 +661,8 @@ def _read_contours(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
                 continue
             slices: dict[int, list[np.ndarray]] = defaultdict(list)
             for contour in roi.get("ContourSequence", ()):
-                if not contour.ContourGeometricType.replace("_", "").startswith("CLOSEDPLANAR"):  # also CLOSEDPLANAR_XOR
+                kind = contour.ContourGeometricType.replace("_", "")
+                if not kind.startswith("CLOSEDPLANAR"):  # also CLOSEDPLANAR_XOR
                     continue
                 points = np.array(contour.ContourData, float).reshape(-1, 3) @ inverse[:3, :3].T + inverse[:3, 3]
                 z = points[:, 2]
@@ -661,7 +671,9 @@ def _read_contours(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
                     raise UserError(f"the contours of {name} in {file.name} do not lie in its scan's slices; resample the scan to them.")
                 if not 0 <= k < image.shape[0]:
                     raise UserError(f"a contour of {name} in {file.name} lies outside its scan; export both together again.")
-                slices[k].append(points[:, :2])
+                # One that stands twice would cancel itself, which is meant by an XOR only.
+                if kind.endswith("XOR") or not any(np.array_equal(p, points[:, :2]) for p in slices[k]):
+                    slices[k].append(points[:, :2])
             mask = np.zeros(image.shape, bool)
             for k, polygons in slices.items():
                 mask[k] = fill(polygons, image.shape[1:])
@@ -723,7 +735,8 @@ def _read_spheres(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
 def _read_lidc(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
     """LIDC's XML: voxels that at least two readers (or the only one) count to a nodule of 3 mm or more.
 
-    A contour runs through the first pixels outside the nodule, so they are left out.
+    A contour runs through the first pixels outside the nodule, so they are left out; those of an excluded part are left out with it,
+    as pylidc has it (a ring of 2 to 12 with a hole of 5 to 9 is 56 pixels, and not 72).
     """
     assert case.label
     sessions = _lidc_sessions(case.label)
@@ -737,7 +750,7 @@ def _read_lidc(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
                 if not 0 <= k < image.shape[0] or polygon.min() < 0 or (polygon.max(0) >= image.shape[:0:-1]).any():
                     raise UserError(f"a contour of {case.label.name} at z = {z:g} mm lies outside the scan; give the series it names.")
                 inside = fill([polygon], image.shape[1:])
-                inside[polygon[:, 1], polygon[:, 0]] = False
+                inside[polygon[:, 1], polygon[:, 0]] = not inclusion
                 before = part.setdefault(k, np.zeros(image.shape[1:], bool))
                 part[k] = before | inside if inclusion else before & ~inside
             for k, inside in part.items():
@@ -907,10 +920,14 @@ def _datalist(base: Path, data: dict[str, Any]) -> list[Case]:
             decided = split if several or split == "test" or not label else ""
             mask = _inside(base, label) if label else None
             reader = "segments" if mask and mask.name.lower().endswith(".seg.nrrd") else "map"
-            cases.append(Case(name, str(item.get("patient", name)), paths, mask, reader, decided))
+            patient = name if item.get("patient") in (None, "") else str(item["patient"])
+            cases.append(Case(name, patient, paths, mask, reader, decided))
     names = Counter(c.name for c in cases)
-    # In a folder for each case the files have the same names.
-    return [replace(c, name=f"{c.images[0].parent.name}-{c.name}") if names[c.name] > 1 else c for c in cases]
+    for i, c in enumerate(cases):
+        if names[c.name] > 1:  # in a folder for each case the files have the same names, which are nobody's
+            name = f"{c.images[0].parent.name}-{c.name}"
+            cases[i] = replace(c, name=name, patient=name if c.patient == c.name else c.patient)
+    return cases
 
 
 def _key(parts: list[tuple[str, str]], split: str) -> str:
@@ -924,7 +941,13 @@ def _find_monai(path: Path) -> CaseSet | None:
         files = sorted(path.glob("[!.]*.json"))
     lists = []
     for file in files:
-        data = _read_json(file)
+        try:
+            data = _read_json(file)
+        except UserError as e:
+            # Scans have sidecars in any encoding, which are no lists; what has "training" was to be one.
+            if path.is_file() or isinstance(e.__cause__, OSError) or b'"training"' in file.read_bytes():
+                raise
+            continue
         if data and any(isinstance(data.get(key), list) and data[key] for key in SPLITS):
             cases = _datalist(file.parent, data)
             if any(c.annotated for c in cases):
@@ -935,8 +958,7 @@ def _find_monai(path: Path) -> CaseSet | None:
         notes: list[str] = []
         if any("fold" in item for key in SPLITS for item in data.get(key) or () if isinstance(item, dict)):
             notes.append(f"The folds in {file.name} are not taken over: patients are dealt into folds anew (data.folds, data.fold_seed).")
-        named = {c.name: c.patient for c in cases}
-        cases = [c if named[c.name] != c.name else p for c, p in zip(cases, _patients(cases, notes))]
+        cases = _patients(cases, notes)
         masks = [c.label for c in cases if c.label]
         for mask in masks:
             if not mask.exists():
@@ -955,8 +977,8 @@ def _labels_of(cases: Sequence[Case], names: dict[int, str], notes: list[str]) -
     if not segments:
         return _named_values([c.label for c in cases if c.label], names, notes)
     found: dict[str, Label] = {}
-    for file in segments:
-        named = [segment.label for segment in read_segments(file, voxels=False)[1]]
+    for file, read in _some(segments, len(segments), lambda file: (file, read_segments(file, voxels=False)[1])):
+        named = [segment.label for segment in read]
         _distinct((label.name for label in named), file)
         for label in named:
             found.setdefault(_plain(label.name), label)
@@ -1004,6 +1026,12 @@ def _find_luna16(path: Path) -> CaseSet | None:
 BIDS = re.compile(r"(sub-[A-Za-z0-9]+)(?:_(ses-[A-Za-z0-9]+))?_(.*?_)?([A-Za-z0-9]+)$")
 
 
+def _entity(mask: Path) -> str:
+    """The structure that a BIDS mask names (label-lesion); a map of several names none."""
+    found = re.search(r"_label-([A-Za-z0-9]+)", mask.name)
+    return found[1] if found else ""
+
+
 def _find_bids(path: Path) -> CaseSet | None:
     """sub-*/[ses-*/]*/sub-*_<contrast>.nii.gz with sub-*_..._dseg (or label-..._mask) there or under derivatives/."""
     if path.is_file() or not any(p.is_dir() for p in path.glob("sub-*")):
@@ -1022,6 +1050,18 @@ def _find_bids(path: Path) -> CaseSet | None:
     usable = [key for key in images if masks[key]]
     if not usable:
         return None
+    common = Counter(entity for key in usable for entity in {_entity(p) for p in masks[key]})
+
+    def rank(mask: Path) -> tuple[Any, ...]:
+        """Maps of all before masks of one structure, those before unnamed ones (the brain's); of structures what most subjects have."""
+        entity, whole = _entity(mask), "_dseg" in mask.name
+        return not whole, "desc-" in mask.name, whole == bool(entity), -common[entity], entity, str(mask)
+
+    for key in usable:
+        masks[key].sort(key=rank)
+    kinds = sorted({_entity(masks[key][0]) for key in usable} - {""})
+    if len(kinds) > 1:
+        raise UserError(f"The masks in {path} are of {' and '.join(kinds)}; keep one kind, or merge them into a _dseg for each subject.")
     for key in usable:  # a mask in anat/ is of what lies in anat/, and not of func/ or dwi/
         kind = masks[key][0].parent.name
         alike = {contrast: kept for contrast, runs in images[key].items() if (kept := [p for p in runs if p.parent.name == kind])}
@@ -1031,7 +1071,7 @@ def _find_bids(path: Path) -> CaseSet | None:
         raise UserError(f"{path}: no contrast is there for every annotated subject; complete the images or give a subset.")
     cases, told = [], []
     for key in usable:
-        several = sorted(masks[key], key=lambda p: ("_dseg" not in p.name, "desc-" in p.name, str(p)))
+        several = masks[key]
         if len(several) > 1:
             told.append(f"{'_'.join(filter(None, key))} has {len(several)} masks; {several[0].name} is used.")
         chosen = []
@@ -1074,7 +1114,8 @@ def _find_pairs(path: Path) -> CaseSet | None:
         images = _by_channel([f for f in files if f not in masks], masks)
         for mask in masks:
             for name in _stripped(stem(mask), MASK_WORDS):
-                found = next((name + w for w in IMAGE_WORDS if name + w in images), None)
+                spelled = (name + word for w in IMAGE_WORDS for word in (w, w.upper(), w.title()))
+                found = next((n for n in spelled if n in images), None)
                 if found and name not in {c.name for c in cases}:
                     cases.append(_pair(name, images[found], mask))
                     break

@@ -326,15 +326,18 @@ def _twins(facts: Sequence[Facts]) -> list[Finding]:
             if a is None:
                 continue
             if a.digest == b.digest:
-                marked = "the same mask" if a.mask == b.mask else "another mask"
-                text = f"has the same voxels as {a.case.name}, with {marked}"
-                cure = "remove one of them" if a.mask == b.mask else "merge the masks, or keep the better one"
-                out.append(Finding(b.case.name, "duplicate", "error" if a.mask != b.mask else "warning", text, cure))
+                both = a.case.annotated and b.case.annotated
+                differ = both and a.mask != b.mask
+                marked = ", with another mask" if differ else ", with the same mask" if both else ""
+                cure = "merge the masks, or keep the better one" if differ else "remove one of them"
+                text = f"has the same voxels as {a.case.name}{marked}"
+                out.append(Finding(b.case.name, "duplicate", "error" if differ else "warning", text, cure))
             else:
                 text = f"may be {a.case.name} turned or mirrored (same shape, sum and range of values)"
                 out.append(Finding(b.case.name, "duplicate", "warning", text, "remove one of them if it is"))
-            if a.case.split != b.case.split and a.case.split and b.case.split:
-                text = f"is in {b.case.split} and the same voxels are in {a.case.split} as {a.case.name}"
+            in_a, in_b = (_split(f.case) for f in (a, b))
+            if in_a != in_b:
+                text = f"is in {in_b} and the same voxels are in {in_a} as {a.case.name}"
                 out.append(Finding(b.case.name, "leak", "error", text, "keep it in one of the splits"))
             elif a.case.patient != b.case.patient:
                 text = f"has the voxels of {a.case.name} but counts as another patient, so folds would leak"
@@ -342,11 +345,15 @@ def _twins(facts: Sequence[Facts]) -> list[Finding]:
     return out
 
 
+def _split(case: Case) -> str:
+    """What nobody has put elsewhere is trained on (nnU-Net's imagesTr): folds deal their validation out of it, and not the test."""
+    return case.split or "train"
+
+
 def _leaks(case_set: CaseSet) -> list[Finding]:
     splits: dict[str, dict[str, str]] = defaultdict(dict)
     for c in case_set.cases:
-        if c.split:
-            splits[c.patient].setdefault(c.split, c.name)
+        splits[c.patient].setdefault(_split(c), c.name)
     return [
         Finding(
             list(where.values())[1],
