@@ -1,6 +1,6 @@
 """Correct -> retrain -> use, on real data: what corrections bring on patients that no model has seen.
 
-    .venv/bin/python benchmarks/correct_retrain.py DATA            e.g. $UNETSEG_DATA/msd_hippocampus; about a quarter of an hour on 2 cores
+    .venv/bin/python benchmarks/correct_retrain.py DATA            e.g. $UNETSEG_DATA/msd_hippocampus; about an hour on 2 cores
 
 A base model is trained on a few patients (--base). Then rounds: of the other patients' scans the next ones are chosen, "corrected"
 (the model's own mask is replaced by the true one) and added to a dataset folder by Dataset.add(); the model in use is fine-tuned on

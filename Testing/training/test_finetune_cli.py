@@ -78,11 +78,17 @@ def test_finetune_then_export(command, base, tmp_path):
     assert code == 2 and "add --resume to go on with it" in err and "--overwrite" not in err
     for changed in (("--freeze", "ups"), ("--freeze", "encoder", "--share", 0.1)):
         code, _, err = command(*words, "--share", 0.5, "--replay", old, *changed, "--resume")
-        assert code == 2 and f"trained with other settings ({changed[-2].strip('-')})" in err
+        assert code == 2 and f"trained with other settings ({changed[-2].strip('-')})" in err and "--restart" not in err
+    code, _, err = command("fit", run, "--fold", "split", "--resume")
+    assert code == 2 and "is a fine-tuning; go on with it by unetseg-train finetune DATA --from MODEL" in err
     code, out, err = command(*words, "--freeze", "encoder", "--replay", old, "--share", 0.5, "--resume")
     # On a busy machine the time is up before the first validation.
     assert code == 0 and ("ended before its first validation" if record["dice"] is None else "on held-out cases") in out, err
 
+    weights = (leaf / "best.safetensors").rename(tmp_path / "weights")
+    code, _, err = command("evaluate", leaf)
+    assert code == 2 and f"train it first: unetseg-train finetune DATA --from MODEL -o {run} --resume" in err
+    weights.rename(leaf / "best.safetensors")
     code, out, err = command("export", leaf, "-o", tmp_path / "models")
     assert code == 0 and "run evaluate first" in err, err
     (path,) = (tmp_path / "models").glob("*.unet.zip")
@@ -99,6 +105,12 @@ def test_finetune_then_export(command, base, tmp_path):
     image = read_image(data / sorted(p.relative_to(data) for p in data.glob("cases/case0/*/image_0000.nii.gz"))[0])
     for engine in ("onnx", "torch"):
         assert predict(image, [package], Options(engine=engine)).labels.array.shape == image.shape
+
+
+def test_a_plan_with_a_base_says_how_to_fine_tune(command, base, tmp_path):
+    data = balls(tmp_path / "new", 3, [BRIGHT, DARK], ["MR"])
+    code, out, err = command("plan", data, "-o", tmp_path / "run", "--quick", "--base", base)
+    assert code == 0 and out.splitlines()[-1] == f"next: unetseg-train finetune {data} --from {base} -o {tmp_path / 'run'} --resume", err
 
 
 def test_test_cases_of_the_base_show_what_was_forgotten(command, base, tmp_path):

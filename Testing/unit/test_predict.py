@@ -314,6 +314,9 @@ def test_point_keeps_the_component_next_to_it(make_package):
     model = make_package(intensity={"mode": "window", "level": -300, "width": 1400}, roi_mm=50, postprocess={"largest_component": True})
     got = predict(Image(hu), [model], Options(at=(14.0, 14.0, 9.0))).labels.array
     assert got[9, 14, 14] == 1 and not got[:, 30:, 30:].any()
+    for options, said in ((Options(), 1), (Options(at=(14.0, 14.0, 9.0)), 0), (Options(roi=Box((0, 0, 0), (20, 30, 30))), 0)):
+        notes = predict(Image(hu), [model], options).warnings
+        assert len(notes) == said and all("made for a box around one target, not for a whole scan" in note for note in notes)
 
 
 # ----------------------------------------------------------------------------------------- test-time augmentation etc.

@@ -207,6 +207,8 @@ def _app() -> Any:
         """Choose spacing, patch, network and training for a dataset. For this machine: config.yaml, and plan.md with the reasons."""
         how = {"layout": layout, "patient": patient, "only": only or [], "foreground": foreground, "channels": channel or []}
         _plan(data, output, quick, minutes, how, base, overwrite)
+        # fit would begin with weights drawn at random, in a network of the base's shape.
+        print(f"next: unetseg-train {f'finetune {data} --from {base} -o {output} --resume' if base else f'fit {output}'}")
 
     @app.command()
     def fit(
@@ -544,7 +546,7 @@ def _plan(
         made = make_plan(case_set, data, quick=quick, minutes=minutes, data=how, base=old, progress=progress)
     made.write(output)
     print(made.markdown())
-    print(f"wrote {output / 'config.yaml'} and {output / 'plan.md'}; next: unetseg-train fit {output}")
+    print(f"wrote {output / 'config.yaml'} and {output / 'plan.md'}")
 
 
 if __name__ == "__main__":

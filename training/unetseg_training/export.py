@@ -317,16 +317,14 @@ def markdown(package: ModelPackage) -> str:
     metrics, origin = data.get("metrics", {}), data.get("lineage", {})
     spacing = " x ".join("the image's own" if v is None else f"{v:g}" for v in card.spacing)
     lines = [f"# {_words(data.get('title') or card.name)}", "", f"`{card.name}` {card.version}. Not for diagnosis.", ""]
+    automatic = data["task"] == "automatic"
+    how = f"segment IMAGE{'…' * (len(data['channels']) > 1)}" if automatic else "click SCAN"
+    how += "" if automatic and not data.get("roi_mm") else " --at R,A,S"
     lines += ["## Intended use", "", _words(data.get("intended_use") or data.get("description") or "Not stated."), ""]
     lines += [
         f"- Input: {_words(', '.join(data['channels']))}, {card.dimensions}D, spacing {spacing} mm, intensities: {card.intensity['mode']}",
         f"- Labels: {', '.join(f'{label.value} {_words(label.name)}' for label in card.labels)}",
-        "- Run it: "
-        + (
-            f"`unetseg segment IMAGE{'…' * (len(data['channels']) > 1)} -m {package.path.name} -o MASK.nii.gz`"
-            if data["task"] == "automatic"
-            else "`unetseg click`, or in 3D Slicer by clicks"
-        ),
+        f"- Run it: `unetseg {how} -m {package.path.name} -o MASK.nii.gz`{'' if automatic else ', or in 3D Slicer by clicks'}",
         "",
     ]
     lines += [

@@ -771,12 +771,18 @@ def precision_here(fit: Fit) -> str:
     return "bf16" if bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()) else "32"
 
 
+_FINETUNE = "unetseg-train finetune DATA --from MODEL -o {run} --resume"
+
+
 def _check_identity(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     differ = sorted(k.rstrip(".") for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    if "start" in before and "start" not in now:
+        raise UserError(f"{folder} is a fine-tuning; go on with it by {_FINETUNE.format(run=folder.parent)}.")
     if differ:
+        anew = "in another folder" if "start" in now else "with --restart or in another folder"  # finetune has no --restart
         raise UserError(
             f"{folder} was trained with other settings ({', '.join(differ[:4])}{', …' if len(differ) > 4 else ''}), so it cannot go on "
-            "exactly; put them back, or start anew with --restart or in another folder."
+            f"exactly; put them back, or start anew {anew}."
         )
 
 
@@ -784,7 +790,9 @@ def load_weights(folder: Path, network: UNetConfig) -> UNet:
     """The best averaged weights of a run, in evaluation mode on the CPU."""
     path = folder / WEIGHTS
     if not path.is_file():
-        raise UserError(f"{folder} holds no trained weights ({WEIGHTS}); train it first: unetseg-train fit {folder.parent}.")
+        tuned = (folder / "finetune.json").exists()
+        command = _FINETUNE.format(run=folder.parent) if tuned else f"unetseg-train fit {folder.parent}"
+        raise UserError(f"{folder} holds no trained weights ({WEIGHTS}); train it first: {command}.")
     model = build(network)
     try:
         model.load_state_dict(load_tensors(path.read_bytes()))

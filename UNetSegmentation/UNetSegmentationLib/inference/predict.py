@@ -109,6 +109,9 @@ def predict(
     target = orientation.canonical_box(roi, image.shape)
 
     notes = [note for m in models for note in warnings_for(options.intensity or m.card.intensity, image.channels)]
+    if options.roi is None and options.at is None:
+        which = ", ".join(m.card.name for m in models if m.card.data.get("roi_mm"))
+        notes += [f"{which} is made for a box around one target, not for a whole scan; give a box or a point."] if which else []
     engines = engines or [choose_engine(m, options.engine, options.device, options.precision, options.threads) for m in models]
     axes = {m.card.slice_axis for m in models if m.card.dimensions == 2}
     roll = axes.pop() if len(axes) == 1 and all(m.card.dimensions == 2 for m in models) else 0
