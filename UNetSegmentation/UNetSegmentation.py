@@ -159,10 +159,10 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._guiObservers: list[int] = []
         self._observed: Any = None
         self._updating = self._closed = False
-        self._missing: list[str] = []
         self._volume: Any = None  # that was chosen last
         self._earlier: Any = None  # the earlier study that was last compared with
         self._followUps: dict[str, tuple[str, int]] = {}  # by volume ID: the earlier study's segmentation and days that were chosen
+        self._leaving: Any = None  # that is just being removed from the scene
         self._region: Any = None  # that is observed
         self._empty: Any = None  # the chosen volume as long as it has no voxels
         # Of these two, apart: removeObserver() keeps a node, and with it its voxels, removeObservers() does not.
@@ -179,7 +179,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.logic = UNetSegmentationLogic()
         self.controller = UNetSegmentationPanel.runController()
         self.controller.addListener(self._onRun)
-        self.modelList = models.ModelList(self.ui, self._onModels)
+        self.modelList = models.ModelList(self.ui, self._onModels, self._update)
         self.channelRows = inputs.ChannelRows(self.ui, self._onChannels)
         self.torchRow = packages.TorchRow(self.ui, self._update, lambda: self.workList.leavePyTorch())
         self.nodules = nodules.NoduleSection(self.ui, root, self._keepChoice)
@@ -321,6 +321,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def _onNodeAboutToBeRemoved(self, caller: Any, event: Any, node: Any) -> None:
+        self._leaving = node
         # A node selector goes on to another node by itself: the next result would go into a segmentation that nobody chose, or come
         # from a channel that is another scan.
         if self._parameters is None or node is None:
@@ -333,6 +334,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 qt.QTimer.singleShot(0, lambda name=name: self._parameters is not None and self._parameters.setValue(name, None))
 
     def _onNodeRemoved(self, caller: Any, event: Any) -> None:
+        self._leaving = None
         self._update()
 
     # ---------------------------------------------------------------------------------------------------------- widgets
@@ -380,10 +382,15 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self._updating or self._parameters is None:
             return
         p = self._parameters
-        if p.volume is not self._volume and p.volume is not None:
+        if p.volume is not self._volume:
             former, self._volume, self._updating = self._volume, p.volume, True  # all of it is shown once, below
             try:
-                self._leaveSegmentations(p, former)
+                if former is not None:
+                    p.channels = []  # they may be another patient's
+                    if former.GetScene() is not None and former is not self._leaving:  # else that it is gone may be what is said
+                        self.controller.clear()
+                if p.volume is not None:
+                    self._leaveSegmentations(p, former)
             finally:
                 self._updating = False
         elif p.earlier is not None and self._earlier not in (None, p.earlier) and p.days:
@@ -399,7 +406,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         for name in ("output", "nodules"):
             node = p.getValue(name)
             of = node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole()) if node is not None else None
-            if of is not None and of is not p.volume:
+            # One with segments but without a volume may be of a volume that was removed.
+            if node is not None and of is not p.volume and (of is not None or node.GetSegmentation().GetNumberOfSegments()):
                 p.setValue(name, None)
         if p.nodules is None and self._warm:
             p.nodules = nodules.former(p.volume)
@@ -413,9 +421,12 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         (self._parameters or self.logic.getParameterNode()).setValue(name, value)
 
     def _onModels(self) -> None:
-        if self._parameters is not None:
-            self._missing = []
-            self._parameters.models = [m.name for m in self.modelList.selected]
+        p, chosen = self._parameters, self.modelList.selected
+        if p is not None:
+            with slicer.util.NodeModify(p):  # in between, the former models would be chosen again
+                if chosen:
+                    p.channels = self.channelRows.carried(chosen[0].card.data["channels"], (p.volume, *p.channels))
+                p.models = [*(m.name for m in chosen), *self.modelList.missing]
             self._update()
 
     def _onChannels(self) -> None:
@@ -496,7 +507,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if was and shown.GetScene() is not None:
             results.showMap(shown, True)
         if outcome is not None:
-            self._keep(outcome)
+            self._keep(outcome, undone=True)
 
     def onCopy(self) -> None:
         if self._parameters is not None and self._parameters.resultTable is not None:
@@ -527,15 +538,22 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._keep(self.controller.outcome)
         self._updateRun()
 
-    def _keep(self, outcome: Any) -> None:
+    def _keep(self, outcome: Any, undone: bool = False) -> None:
         """Into the scene's settings, also while another module is open."""
         parameters = self._parameters or self.logic.getParameterNode()
+        former, node = parameters.resultUncertainty, outcome.segmentation
+        if former is not outcome.uncertainty and results.mapIsShown(former):  # its box is another map's from now on
+            results.showMap(former, False)
+            results.showMap(outcome.uncertainty, True)
+        of = node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole()) if node is not None else None
         with slicer.util.NodeModify(parameters):
             parameters.record = outcome.record
-            parameters.resultSegmentation, parameters.resultTable = outcome.segmentation, outcome.table
+            parameters.resultSegmentation, parameters.resultTable = node, outcome.table
             parameters.resultUncertainty = outcome.uncertainty
-            if outcome.segmentation is not None:
-                parameters.output = outcome.segmentation  # the next Apply replaces it, or adds to it
+            # The next Apply replaces it, or adds to it: not where it is the result of a volume that was left during the run, nor of the
+            # run before the one that is undone.
+            if node is not None and not undone and of in (None, parameters.volume):
+                parameters.output = node
 
     @staticmethod
     def _allFrames(p: Any) -> bool:
@@ -598,7 +616,9 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self.ready and self._parameters is not None:
             names = list(self._parameters.models)
             if names != [m.name for m in self.modelList.selected]:
-                self._missing = self.modelList.select(names)
+                self.modelList.select(names)
+            else:
+                self.modelList.missing = []
 
     def _update(self) -> None:
         """Let everything show the settings."""
@@ -638,8 +658,9 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _updateModel(self) -> None:
         ui, chosen = self.ui, self.modelList.selected
         text = self.modelList.note or models.mismatch(chosen)
-        if not text and self._missing:
-            text = _("{names} is not installed here; import it or choose another model.").format(names=", ".join(self._missing))
+        if not text and self.modelList.missing:
+            names = ", ".join(self.modelList.missing)
+            text = _("{names} is not installed here; import it or choose another model.").format(names=names)
         if not text and len(chosen) > 1:
             text = _("The answers of these {n} models are averaged.").format(n=len(chosen))
         ui.modelMessage.text = text
@@ -749,7 +770,7 @@ class UNetSegmentationLogic(ScriptedLoadableModuleLogic):
     def process(
         self,
         volumeNode: Any,
-        model: str | Sequence[str] = "lung-nodule-2d",
+        model: str | Path | Sequence[str | Path] = "lung-nodule-2d",
         segmentationNode: Any = None,
         replace: bool = True,
         progress: Callable[[float, str], None] | None = None,
@@ -786,7 +807,7 @@ class UNetSegmentationLogic(ScriptedLoadableModuleLogic):
         from UNetSegmentationLib import Options, find_model, mrml, predict
 
         volumes = list(volumeNode) if isinstance(volumeNode, (list, tuple)) else [volumeNode]
-        packages = [find_model(name) for name in ([model] if isinstance(model, str) else model)]
+        packages = [find_model(name) for name in ([model] if isinstance(model, (str, Path)) else model)]
         image = mrml.image_from_volumes(volumes)
         chosen = Options(**{**inputs.regionOptions(roiNode, volumes[0]), **options})
         if worker:

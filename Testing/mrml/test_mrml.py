@@ -507,6 +507,17 @@ def test_a_persons_segments_are_never_replaced(scene: Any, labels: np.ndarray) -
     assert np.array_equal(read_back(node, "lung", volume), np.roll(labels, 1, 0) == 2)
 
 
+def test_only_the_same_models_segments_are_replaced(scene: Any, labels: np.ndarray) -> None:
+    volume = add_volume(np.zeros(SHAPE, np.int16))
+    node = write_prediction(predicted(volume, labels), volume)
+    moved, written = np.roll(labels, 1, 0), {}
+    for model in ("other-1.0.0", "other-2.0.0", "lung-2d-1.0.0+other-2.0.0", "other-2.1.0+lung-2d-1.0.0"):
+        complete(write_prediction_steps(predicted(volume, moved, model=model), volume, node, segments=written))
+        assert np.array_equal(read_back(node, "lung", volume), labels == 2)
+    assert [n for n in segments(node) if "lung" in n] == ["lung", "lung 2", "lung 3"]
+    assert {value: segment.GetName() for value, segment in written.items()} == {1: "nodule 3", 2: "lung 3"}
+
+
 def test_labels_of_one_name_stay_apart(scene: Any, labels: np.ndarray) -> None:
     volume = add_volume(np.zeros(SHAPE, np.int16))
     twice = (NODULE, Label(2, "nodule", (1, 2, 3), {}), Label(3, "nodule 7", (1, 2, 3), {}))

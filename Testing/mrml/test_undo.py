@@ -267,7 +267,7 @@ def test_former_segments_come_back_exactly(scene: Any, volume: Any, labels: np.n
     before = fingerprint(scene)
     undo.begin(node)
     # Without a cyst: with replace, that segment goes.
-    write_prediction(predicted(volume, np.roll(labels, 1, 1), (NODULE, LUNG, CYST), "other-2.0.0"), volume, node, replace)
+    write_prediction(predicted(volume, np.roll(labels, 1, 1), (NODULE, LUNG, CYST), "lung-2d-2.0.0"), volume, node, replace)
     undo.commit([node])
     assert ("cyst" in segments(node)) is not replace
     after = fingerprint(scene)

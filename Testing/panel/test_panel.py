@@ -291,6 +291,35 @@ def test_import_choose_and_remove(panel: Any, make_package: Any, models_folder: 
     assert not p.gui.dialogs.texts("error")
 
 
+def test_an_import_keeps_what_the_scene_names(panel: Any, install: Any, make_package: Any, gui: Any, tmp_path: Path) -> None:
+    toy = install()
+    p = panel()
+    p.settings.models = ["mine-1.0.0", toy, "other-1.0.0"]
+    gui.process_events()
+    (tmp_path / "bad.unet.zip").write_bytes(b"x")
+    clicks = make_package(name="clicks", task="click").path
+    for path, said in ((tmp_path / "bad.unet.zip", "damaged"), (clicks, "clicks-1.0.0 is imported")):
+        gui.dialogs.answer(str(path))
+        p.ui.importButton.click()
+        assert said in p.ui.modelMessage.text and p.settings.models == ["mine-1.0.0", toy, "other-1.0.0"]
+    gui.dialogs.answer(str(make_package(name="mine", version="1.1.0").path))
+    p.ui.importButton.click()
+    assert sorted(old_models(p)) == ["mine-1.1.0", toy] and "other-1.0.0 is not installed" in p.ui.modelMessage.text
+    gui.dialogs.answer("Yes")
+    p.ui.removeButton.click()
+    assert p.settings.models == ["other-1.0.0"] and "other-1.0.0 is not installed" in p.ui.modelMessage.text
+    gui.dialogs.answer(str(make_package(name="another").path))
+    p.ui.importButton.click()
+    assert p.settings.models == ["another-1.0.0"]
+    two, one = install(name="two", channels=["T1", "T2"]), install(name="one", channels=["T2", "T1"])
+    p.widget.modelList.read()
+    p.settings.models = ["gone-1.0.0", two]
+    p.settings.volume = volume(name="T1")
+    p.settings.channels = [volume(name="T2")]
+    p.ui.modelList.item([m.name for m in p.widget.modelList.models].index(one)).setSelected(True)
+    assert sorted(p.settings.models) == sorted([one, two]) == sorted(old_models(p))
+
+
 def test_one_bad_card_never_breaks_the_list(
     panel: Any, install: Any, make_package: Any, models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,6 +549,9 @@ def test_several_channels_have_a_selector_each(panel: Any, install: Any, tmp_pat
     p.settings.output = None
     p.settings.volume = second
     p.gui.process_events()
+    assert "Choose a volume for 'FLAIR'" in p.ui.applyButton.toolTip  # that one was for another first scan
+    selector.setCurrentNode(second)
+    p.gui.process_events()
     assert "'second' is chosen for both 'T1' and 'FLAIR'" in p.ui.applyButton.toolTip and not p.ui.applyButton.enabled
     selector.setCurrentNode(first)
     p.run()
@@ -529,6 +561,34 @@ def test_several_channels_have_a_selector_each(panel: Any, install: Any, tmp_pat
     assert selector.currentNode().GetName() == "CT" and p.settings.volume.GetName() == "second" and p.ui.applyButton.enabled
     p.choose("hippocampus-3d-1.2.1")
     assert p.ui.volumeLabel.text == "Volume:" and not selector.visible
+
+
+def test_a_channel_stays_with_its_patient_and_its_name(panel: Any, install: Any, gui: Any) -> None:
+    import slicer
+
+    toy, swapped, more = (install(name="-".join(c).lower(), channels=c) for c in (["T1", "T2"], ["T2", "T1"], ["T1", "C", "t2"]))
+    p = panel()
+    first, second, other = (volume(name=name) for name in ("A-T1", "A-T2", "B-T1"))
+    p.choose(toy)
+    p.ui.volumeSelector.setCurrentNode(first)
+    p.settings.channels = [second]
+    gui.process_events()
+    assert p.ui.applyButton.enabled
+    p.choose(swapped)
+    assert "'A-T1' is chosen for both 'T2' and 'T1'" in p.ui.applyButton.toolTip
+    p.choose(toy)
+    p.settings.channels = [second]
+    p.choose(more)
+    assert list(p.settings.channels) == [None, second] and "Choose a volume for 'C'" in p.ui.applyButton.toolTip
+    p.choose(toy)
+    assert list(p.settings.channels) == [second] and p.ui.applyButton.enabled
+    p.ui.volumeSelector.setCurrentNode(other)
+    gui.process_events()
+    assert "Choose a volume for 'T2'" in p.ui.applyButton.toolTip and not p.ui.applyButton.enabled
+    p.settings.channels = [second]
+    slicer.mrmlScene.RemoveNode(other)
+    gui.process_events()
+    assert not [node for node in p.settings.channels if node]
 
 
 def test_a_channel_that_is_removed_is_not_replaced_by_another_scan(panel: Any, install: Any, gui: Any) -> None:
@@ -701,6 +761,23 @@ def test_undo_is_one_step_for_each_apply(panel: Any, install: Any) -> None:
     assert p.ui.resultSection.visible and not p.ui.mapCheckBox.visible and p.controller.canUndo
 
 
+def test_a_map_that_is_shown_gives_way_to_the_next_result(panel: Any, install: Any, gui: Any) -> None:
+    toy = install()
+    p = panel()
+    view = volume().GetScene().AddNewNodeByClass("vtkMRMLSliceCompositeNode")
+    p.choose(toy)
+    p.ui.uncertaintyCheckBox.click()
+    p.run()
+    p.ui.mapCheckBox.click()
+    p.ui.volumeSelector.setCurrentNode(volume(name="MR"))
+    gui.process_events()
+    p.run()
+    assert view.GetForegroundVolumeID() == p.settings.resultUncertainty.GetID() and p.ui.mapCheckBox.checked
+    p.ui.uncertaintyCheckBox.click()
+    p.run()
+    assert view.GetForegroundVolumeID() is None and not p.ui.mapCheckBox.visible
+
+
 def test_add_keeps_the_earlier_segments(panel: Any, install: Any) -> None:
     toy = install()
     p = panel()
@@ -742,6 +819,26 @@ def test_measures_are_of_what_masking_left(panel: Any, install: Any) -> None:
     table = p.settings.resultTable.GetTable()
     left = mrml.segment_mask(segmentation, segmentation.GetSegmentation().GetNthSegmentID(0), node)
     assert table.GetNumberOfRows() == 1 and table.GetColumnByName("Voxels").GetValue(0) == left.sum() == first - 1
+
+
+def test_measures_bear_the_names_of_the_segments(panel: Any, install: Any) -> None:
+    import slicer
+
+    toy = install()
+    p = panel()
+    node = volume()
+    p.choose(toy)
+    segmentation = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "mine")
+    segmentation.SetReferenceImageGeometryParameterFromVolumeNode(node)
+    hers = segmentation.GetSegmentation().AddEmptySegment("", "thing")
+    slicer.util.updateSegmentBinaryLabelmapFromArray(np.uint8(array_of(node) == 2), segmentation, hers, node)
+    p.ui.outputSelector.setCurrentNode(segmentation)
+    for replace, name in ((True, "thing 2"), (True, "thing 2"), (False, "thing 3")):
+        p.settings.replace = replace
+        p.run()
+        table = p.settings.resultTable.GetTable()
+        rows = [(table.GetValue(r, 0).ToString(), table.GetColumnByName("Voxels").GetValue(r)) for r in range(table.GetNumberOfRows())]
+        assert rows == [(name, masks(segmentation, node)[name].sum())]
 
 
 def test_uncertain_places_are_visited(panel: Any, install: Any) -> None:
@@ -1203,6 +1300,60 @@ def test_another_volume_gets_another_segmentation(panel: Any, install: Any, gui:
     assert p.settings.output.GetName() == "MR segmentation" and count("vtkMRMLSegmentationNode") == 2
 
 
+def test_a_result_is_the_next_output_only_of_its_own_volume(panel: Any, install: Any, gui: Any) -> None:
+    import slicer
+
+    toy = install()
+    p = panel()
+    volume()
+    p.choose(toy)
+    p.apply()
+    p.ui.volumeSelector.setCurrentNode(mr := volume(name="MR"))
+    p.finish()
+    assert p.settings.resultSegmentation.GetName() == "CT segmentation" and p.settings.output is None
+    mine = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "mine")
+    p.ui.outputSelector.setCurrentNode(mine)
+    p.run()
+    p.ui.undoButton.click()
+    gui.process_events()
+    assert p.settings.volume is mr and p.settings.output is mine and p.settings.resultSegmentation.GetName() == "CT segmentation"
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_the_segmentation_of_a_removed_volume_is_not_the_next_ones_output(panel: Any, install: Any, gui: Any, away: bool) -> None:
+    import slicer
+
+    toy = install()
+    p = panel()
+    ct, mr = volume(), volume(name="MR")
+    p.choose(toy)
+    p.run()
+    if away:
+        gui.leave(p.widget)
+    slicer.mrmlScene.RemoveNode(ct)
+    gui.process_events()
+    if away:
+        gui.open()
+    p.ui.volumeSelector.setCurrentNode(mr)
+    gui.process_events()
+    assert p.settings.volume is mr and p.settings.output is None
+
+
+def test_a_failure_is_not_told_of_the_next_scan(panel: Any, install: Any, gui: Any) -> None:
+    toy = install()
+    p = panel()
+    for leave in (lambda: p.ui.volumeSelector.setCurrentNode(volume(name="next")), gui.close_scene):
+        p.settings.volume = volume(name="DOE^JOHN")
+        p.choose(toy)
+        p.settings.region = box(center=(500, 0, 0))
+        p.apply()
+        p.finish("failed")
+        assert "DOE^JOHN" in p.ui.messageLabel.text
+        leave()
+        gui.process_events()
+        assert not p.ui.messageFrame.visible and not p.controller.text
+
+
 # ------------------------------------------------------------------------------------------------------------------ logic
 
 
@@ -1219,7 +1370,8 @@ def test_logic_needs_no_panel(gui: Any, install: Any, make_package: Any) -> None
     inside = logic.process(node, "toy", roiNode=box(size=(4, 4, 4)), worker=True, uncertainty=True)
     assert 0 < masks(inside, node)["thing"].sum() <= 125
     two = make_package(channels=["a", "b"], name="two").path
-    assert masks(logic.process([node, node], str(two)), node)["thing"].any()
+    for model in (two, str(two), [two]):
+        assert masks(logic.process([node, node], model), node)["thing"].any()
     assert logic.process(node, "toy", out) is out
     flat = box(size=(0, 0, 0))
     state = scene_state()

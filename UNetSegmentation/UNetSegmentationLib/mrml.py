@@ -352,21 +352,28 @@ def write_prediction(
 
 
 def write_prediction_steps(
-    prediction: Prediction, volume_node: Any, segmentation_node: Any = None, replace: bool = True, editor: Any = None
+    prediction: Prediction,
+    volume_node: Any,
+    segmentation_node: Any = None,
+    replace: bool = True,
+    editor: Any = None,
+    segments: dict[int, Any] | None = None,
 ) -> Steps[Any]:
     """Write each label that the prediction holds as a segment, in pieces, and return the segmentation node.
 
     prediction.labels lies on the grid of image_from_volume(volume_node). Without `segmentation_node` a new one is
     made. A node without segments gets the volume's parent transform, and the volume as source volume and reference
     geometry; a node with segments keeps its own, and the new segments are placed under its transform.
-    replace: a segment of the label's name that an earlier prediction wrote gets the new voxels but keeps its ID, its
-    name, its colour, its terminology and how it is displayed; one whose label is no longer found is removed. Segments that a person
-    made or renamed are never touched: where the name is taken, a number is added to it. False: all segments are added.
+    replace: a segment of the label's name that an earlier prediction of this model, in any version, wrote gets the new voxels
+    but keeps its ID, its name, its colour, its terminology and how it is displayed; one whose label is no longer found is
+    removed. Segments that a person made or renamed, and those of other models, are never touched: where the name is taken, a
+    number is added to it. False: all segments are added.
     No voxel of another segment changes, overlapping or not. Derived representations (closed surface) that the node
     has are updated; none are created.
     editor: a vtkMRMLSegmentEditorNode whose masking holds. Outside its editable area and intensity range nothing is
     written, and what is replaced keeps its voxels there. Voxels of the other segments that its overwrite mode names
     (all, or the visible ones) are left to them alone; with "allow overlap", and without `editor`, segments may overlap.
+    segments: is given the segment of each label, by the label's value.
 
     Nothing in the scene changes before the last pieces: the node's creation, then one segment a piece. A segment that is
     edited meanwhile is read again. Raises UserError, with the scene as it was, where the labels do not lie on the
@@ -391,7 +398,7 @@ def write_prediction_steps(
             _place_beside(node, volume_node)
         _dress(node, volume_node if fresh else None)
         check = _still_there(volume_node, node)
-        for _ in _carry_out(plan, node.GetSegmentation(), prediction):
+        for _ in _carry_out(plan, node.GetSegmentation(), prediction, segments):
             yield
             check()
     except BaseException:
@@ -1014,7 +1021,7 @@ def _plan_steps(prediction: Prediction, volume_node: Any, node: Any, segmentatio
 
     while True:
         fresh, matrix, names, _ = before = look()
-        earlier = {} if fresh or not replace else _earlier_segments(segmentation, prediction.label_defs)
+        earlier = {} if fresh or not replace else _earlier_segments(segmentation, prediction)
         try:
             plan = yield from _draft_steps(prediction, volume_node, node, segmentation, earlier, editor, np.array(matrix), names)
         except _Changed:
@@ -1057,7 +1064,7 @@ def _draft_steps(
     return plan
 
 
-def _carry_out(plan: _Plan, segmentation: Any, prediction: Prediction) -> Iterator[None]:
+def _carry_out(plan: _Plan, segmentation: Any, prediction: Prediction, segments: dict[int, Any] | None) -> Iterator[None]:
     """Change the segmentation; one segment between two yields."""
     kept = getattr(prediction, "kept", "")  # of a worker's
     for segment_id, labelmap in plan.relaid.items():
@@ -1103,6 +1110,8 @@ def _carry_out(plan: _Plan, segmentation: Any, prediction: Prediction) -> Iterat
             segment.AddRepresentation(name, data)
         if item.earlier is None:
             segmentation.AddSegment(segment)
+        if segments is not None:
+            segments[item.label.value] = segment
         yield
 
 
@@ -1678,8 +1687,8 @@ class SequenceOutput:
 
     The node shows the segments of the frame that the browser has selected; what a person corrects there is kept with the
     frame. segmentation_node: None for a new sequence of segmentations, or the node that such a one in the same browser
-    shows; replace, editor: as for write_prediction_steps(), on each frame's own segments. Frames that were not written
-    keep what they had.
+    shows; replace, editor (and segments): as for write_prediction_steps(), on each frame's own segments. Frames that were not
+    written keep what they had.
     Raises UserError for a volume that is in no sequence, or a segmentation that does not belong to its browser.
     """
 
@@ -1704,7 +1713,7 @@ class SequenceOutput:
         self.browser.SetPlaybackActive(False)
         self.browser.SetSelectedItemNumber(self._selected if frame is None else frame)
 
-    def write_steps(self, frame: int, prediction: Prediction) -> Steps[None]:
+    def write_steps(self, frame: int, prediction: Prediction, segments: dict[int, Any] | None = None) -> Steps[None]:
         """Make a frame's segments, in pieces. The scene does not change."""
         self._check()
         _check_grid(prediction.labels, self.volume)
@@ -1715,7 +1724,7 @@ class SequenceOutput:
             shape = prediction.labels.shape
             geometry = _oriented(shape, (0, 0, 0), _ijk_to_ras(self.volume))
             segmentation.SetConversionParameter(_GEOMETRY, slicer.vtkSegmentationConverter.SerializeImageGeometry(geometry))
-        yield from _carry_out(plan, segmentation, prediction)
+        yield from _carry_out(plan, segmentation, prediction, segments)
         self._results[frame] = segmentation
 
     def finish(self) -> Any:
@@ -2051,9 +2060,11 @@ def _layers(segmentation: Any, ids: Iterable[str] | None = None) -> dict[Any, se
     return out
 
 
-def _earlier_segments(segmentation: Any, labels: Sequence[Label]) -> dict[int, str]:
-    """Label value -> ID of the segment that an earlier prediction wrote for it: by name, or by name and number."""
-    names = {i: segmentation.GetSegment(i).GetName() for i in _ids(segmentation) if segmentation.GetSegment(i).HasTag(MODEL_TAG)}
+def _earlier_segments(segmentation: Any, prediction: Prediction) -> dict[int, str]:
+    """Label value -> ID of the segment that an earlier prediction of this model wrote for it: by name, or by name and number."""
+    labels, models = prediction.label_defs, _unversioned(prediction.model_name)
+    tagged = [(i, s) for i in _ids(segmentation) if (s := segmentation.GetSegment(i)).HasTag(MODEL_TAG)]
+    names = {i: s.GetName() for i, s in tagged if _unversioned(segment_tag(s, MODEL_TAG)) == models}
     out: dict[int, str] = {}
     for suffix in ("", r" \d+"):
         for label in labels:
@@ -2062,6 +2073,11 @@ def _earlier_segments(segmentation: Any, labels: Sequence[Label]) -> dict[int, s
                 out[label.value] = match
                 del names[match]
     return out
+
+
+def _unversioned(model_name: str) -> set[str]:
+    """The names in a Prediction.model_name (<name>-<version>, several joined by "+"), so that an update replaces what it updates."""
+    return {each.rpartition("-")[0] or each for each in model_name.split("+")}
 
 
 def _free_name(segmentation: Any, name: str) -> str:

@@ -110,11 +110,13 @@ class ChannelRows:
         self.ui, self._changed = ui, changed
         self._rows: list[tuple[Any, Any]] = []
         self._names: tuple[str, ...] = ()
+        self._several: tuple[str, ...] = ()  # of the last model that had more than one
         self._updating = False
 
     def show(self, names: Sequence[str], nodes: Sequence[Any]) -> None:
         """names: of all channels; nodes: what is chosen for those after the first."""
         self._names = tuple(names)
+        self._several = self._names if len(names) > 1 else self._several
         self.ui.volumeLabel.text = f"{names[0]}:" if len(names) > 1 else _("Volume:")
         while len(self._rows) < len(names) - 1:
             self._addRow()
@@ -128,6 +130,13 @@ class ChannelRows:
                 selector.toolTip = plainTip(tip)
                 selector.setCurrentNode(nodes[i] if i < len(nodes) else None)
         self._updating = False
+
+    def carried(self, names: Sequence[str], nodes: Sequence[Any]) -> list[Any]:
+        """For a model with these channels, the nodes after the first: of all (nodes), each stays with the name that it was chosen for."""
+        if len(names) < 2 or not self._several:
+            return list(nodes[1:])
+        given = {name.lower(): node for name, node in zip(self._several, nodes)}
+        return [given.get(name.lower()) for name in names[1:]]
 
     @property
     def nodes(self) -> list[Any]:

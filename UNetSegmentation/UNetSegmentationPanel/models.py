@@ -242,14 +242,16 @@ def cardHtml(model: Model) -> str:
 
 
 class ModelList:
-    """The models' list with its buttons. changed() is called when the choice or what is installed changes."""
+    """The models' list with its buttons. changed() is called when a person chooses others, show() when there is only something to say:
+    the settings then keep what they name, also what is not installed here."""
 
-    def __init__(self, ui: Any, changed: Callable[[], None]) -> None:
-        self.ui, self._changed = ui, changed
+    def __init__(self, ui: Any, changed: Callable[[], None], show: Callable[[], None]) -> None:
+        self.ui, self._changed, self._show = ui, changed, show
         self.models: list[Model] = []
+        self.missing: list[str] = []  # what was to be chosen and is not here
         self.busy = False
         self.note = ""  # what is to be said about the last import or removal
-        self.onClickModel: Callable[[], Any] = lambda: None  # called when a model of clicks was imported, before changed()
+        self.onClickModel: Callable[[], Any] = lambda: None  # called when a model of clicks was imported, before show()
         ui.modelList.connect("itemSelectionChanged()", self._onSelection)
         ui.detailsButton.connect("toggled(bool)", self._onDetails)
         ui.importButton.connect("clicked(bool)", self._onImport)
@@ -260,7 +262,7 @@ class ModelList:
 
     def read(self) -> None:
         """Look again what is installed; what was chosen stays chosen."""
-        chosen = [m.name for m in self.selected]
+        chosen = [*(m.name for m in self.selected), *self.missing]
         self.models = installedModels()
         widget = self.ui.modelList
         blocked = widget.blockSignals(True)
@@ -280,9 +282,9 @@ class ModelList:
         """The chosen models that can run, in the list's order."""
         return [m for i, m in enumerate(self.models) if m.card and self.ui.modelList.item(i).isSelected()]
 
-    def select(self, names: Sequence[str]) -> list[str]:
-        """Choose the models of these names; returns those that nothing here answers to. changed() is not called."""
-        found, missing = resolve(names, self.models)
+    def select(self, names: Sequence[str]) -> None:
+        """Choose the models of these names; `missing` are those that nothing here answers to. changed() is not called."""
+        found, self.missing = resolve(names, self.models)
         widget = self.ui.modelList
         blocked = widget.blockSignals(True)
         for i, model in enumerate(self.models):
@@ -291,7 +293,6 @@ class ModelList:
         if found:  # three are in sight
             widget.scrollToItem(widget.item(self.models.index(found[0])))
         self.update()
-        return missing
 
     def update(self) -> None:
         marked = [m for i, m in enumerate(self.models) if self.ui.modelList.item(i).isSelected()]
@@ -303,7 +304,7 @@ class ModelList:
             self.ui.detailsBrowser.setHtml("<hr>".join(map(cardHtml, marked)))
 
     def _onSelection(self) -> None:
-        self.note = ""
+        self.note, self.missing = "", []
         self.update()
         self._changed()
 
@@ -321,7 +322,7 @@ class ModelList:
             self.note = _("{path} cannot be made ({reason}); make it, or name another folder in UNETSEG_MODELS.").format(
                 path=folder, reason=e.strerror
             )
-            self._changed()
+            self._show()
             return
         qt.QDesktopServices.openUrl(qt.QUrl.fromLocalFile(str(folder)))
 
@@ -349,18 +350,21 @@ class ModelList:
                 model = importPackage(path, replace)
         except UserError as e:
             self.note = str(e)
-            self._changed()
+            self._show()
             return
         if model is None:
             return
         self.note = ""
+        awaited, missing = resolve(self.missing, [model])
+        others = [*(m.name for m in self.selected), *missing] if awaited else []
         self.read()
         if model.card.data["task"] == "automatic":
-            self.select([model.name])
+            self.select([model.name, *others])
+            self._changed()
         else:
             self.note = _("{name} is imported; it is a model for clicks, so it is chosen under 'Click a nodule'.").format(name=model.name)
             self.onClickModel()
-        self._changed()
+            self._show()
 
     def _onRemove(self, *_unused: Any) -> None:
         marked = [m for i, m in enumerate(self.models) if m.imported and self.ui.modelList.item(i).isSelected()]
@@ -378,4 +382,5 @@ class ModelList:
                 path=e.filename, reason=e.strerror
             )
         self.read()
+        self.missing = [name for name in self.missing if name not in {m.name for m in marked}]
         self._changed()

@@ -118,7 +118,11 @@ class RunController(VTKObservationMixin):
 
     def forgetScene(self) -> None:
         """The scene is closed; its voxels are not held on to."""
-        self.cancel(_("The scene was closed during the run, so nothing was written."))
+        text = _("The scene was closed during the run, so nothing was written.")
+        if self.running:
+            self.cancel(text)
+        elif self.text != text:  # every panel calls this
+            self.clear()  # it may name that scene's patient
         self._undo, self.outcome = None, Outcome()
 
     @property
@@ -135,7 +139,7 @@ class RunController(VTKObservationMixin):
 
     def clear(self) -> None:
         """What was said about the last run is no longer so."""
-        if not self.running and self.phase != "idle":
+        if not self.running and (self.text or self.phase != "idle"):
             self._say("idle", "")
 
     # --------------------------------------------------------------------------------------------------------- machinery
@@ -247,25 +251,24 @@ class RunController(VTKObservationMixin):
         volume, scene = request.volumes[0], request.volumes[0].GetScene()
         editor = _segmentEditor(scene, request.segmentation)
         output = mrml.SequenceOutput(volume, request.segmentation, request.replace, editor)
-        predictions = []
+        predictions: list[Any] = []
+        measures: list[dict[str, Any]] = []
         try:
             for frame in range(output.frames):
                 self._part = frame / output.frames, 1 / output.frames
                 output.show(frame)
                 yield
                 prediction = yield from self._predict(worker, request)
-                yield from output.write_steps(frame, prediction)
+                segments: dict[int, Any] = {}
+                yield from output.write_steps(frame, prediction, segments)
                 predictions.append(prediction)
+                for m in _named(prediction.measures or (), segments):
+                    measures.append({**m, "name": _("{name}, frame {i}").format(name=m["name"], i=frame + 1)})
             undo, former = self._history(scene), request.former
             undo.begin(request.segmentation, [former.table])
             segmentation = output.finish()
         finally:
             output.show()
-        measures = [
-            {**m, "name": _("{name}, frame {i}").format(name=m["name"], i=i)}
-            for i, prediction in enumerate(predictions, 1)
-            for m in prediction.measures or []
-        ]
         return self._commit(segmentation, measures, None, _combined(predictions), request, [segmentation], output.revert)
 
     def _predict(self, worker: Any, request: Request) -> Generator[Any, None, Any]:
@@ -328,19 +331,18 @@ class RunController(VTKObservationMixin):
         written: list[Any] = []
         try:
             editor = _segmentEditor(scene, target)
-            before = _segmentIds(target)
-            written.append((yield from mrml.write_prediction_steps(prediction, volume, target, request.replace, editor)))
+            segments: dict[int, Any] = {}
+            written.append((yield from mrml.write_prediction_steps(prediction, volume, target, request.replace, editor, segments)))
             uncertainty = None
             if prediction.uncertainty is not None:
                 uncertainty = yield from mrml.write_map_steps(prediction.uncertainty, volume, "uncertainty", prediction.roi)
                 written.append(None if uncertainty is former[0] else uncertainty)
             yield
-            measures = prediction.measures or []
+            measures = _named(prediction.measures or (), segments)
             if editor is not None and measures:
                 # The worker measured what the network found; masking may have left less of it.
-                tag = mrml.MODEL_TAG, prediction.model_name
-                own = [i for i in _segmentIds(written[0], tag) if request.replace or i not in before]
-                measures = yield from mrml.measure_steps(written[0], volume, own)
+                own = [written[0].GetSegmentation().GetSegmentIdBySegment(s) for s in segments.values()]
+                measures = yield from mrml.measure_steps(written[0], volume, [i for i in own if i])  # a person may have removed one
             return self._commit(written[0], measures, uncertainty, prediction, request, written)
         except BaseException:
             if written:
@@ -385,13 +387,9 @@ class _Declined(Exception):
     """The person, or the scene, wants no run after all; the message says so."""
 
 
-def _segmentIds(node: Any, tag: tuple[str, str] | None = None) -> list[str]:
-    """The segments of a segmentation (None: none), or those that carry this tag and value."""
-    if node is None:
-        return []
-    segmentation, text = node.GetSegmentation(), vtk.reference("")
-    ids = [segmentation.GetNthSegmentID(i) for i in range(segmentation.GetNumberOfSegments())]
-    return [i for i in ids if tag is None or (segmentation.GetSegment(i).GetTag(tag[0], text) and text.get() == tag[1])]
+def _named(measures: Sequence[dict[str, Any]], segments: dict[int, Any]) -> list[dict[str, Any]]:
+    """Measures with the names of the segments that their labels (by value) became: "nodule 2" where a person has a "nodule"."""
+    return [{**m, "name": segments[m["value"]].GetName()} if m["value"] in segments else m for m in measures]
 
 
 def _combined(predictions: Sequence[Any]) -> Any:
