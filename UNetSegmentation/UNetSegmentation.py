@@ -393,6 +393,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                     self._leaveSegmentations(p, former)
             finally:
                 self._updating = False
+            self._earlier = None  # that was of the former volume
         elif p.earlier is not None and self._earlier not in (None, p.earlier) and p.days:
             p.days, self._earlier = 0, p.earlier  # these were the days to another study, and this one's dates may tell
             return  # the settings' change was followed by this again
@@ -501,11 +502,11 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def onUndo(self) -> None:
         shown = self._parameters.resultUncertainty if self._parameters is not None else None
-        was = results.mapIsShown(shown)
+        views = results.mapViews(shown)
         results.showMap(shown, False)  # of views whose foreground leaves the scene nobody knows what lay there before
         outcome = self.controller.undo()
-        if was and shown.GetScene() is not None:
-            results.showMap(shown, True)
+        if views and shown.GetScene() is not None:
+            results.showAgain(shown, views)
         if outcome is not None:
             self._keep(outcome, undone=True)
 

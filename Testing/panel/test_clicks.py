@@ -1013,6 +1013,50 @@ def test_days_that_were_typed_are_those_to_one_earlier_study(panel: Any) -> None
     assert p.settings.days == 0
 
 
+def test_days_typed_before_the_earlier_study_is_chosen_stay(panel: Any) -> None:
+    import slicer
+    from mrml_scenes import add_segment
+
+    p = begun(panel, "left")
+
+    def study(name: str) -> Any:
+        node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", name)
+        node.SetReferenceImageGeometryParameterFromVolumeNode(p.settings.volume)
+        add_segment(node, "L1", truth("left").astype(np.uint8), p.settings.volume)
+        return node
+
+    p.settings.earlier = study("A's")
+    p.settle()
+    p.ui.daysSpinBox.value = 400
+    p.settle()
+    p.settings.volume = scan("Another patient's")  # whose study of before is none of the former patient's
+    p.settle()
+    p.click(BALLS["left"][0])
+    p.ui.daysSpinBox.value = 90
+    p.settle()
+    p.settings.earlier = study("B's")
+    p.settle()
+    assert p.settings.days == 90 and p.ui.daysSpinBox.value == 90
+
+
+def test_what_a_model_had_is_known_after_a_click_at_its_segment(panel: Any) -> None:
+    from UNetSegmentationLib import mrml
+
+    p = begun(panel, "right")
+    part = p.node.GetSegmentation().GetNthSegment(0)
+    for tag in (mrml.PROMPTS_TAG, mrml.DIGEST_TAG, mrml.CLICK_MODEL_TAG):
+        part.RemoveTag(tag)
+    # As Apply writes it.
+    for tag, value in ((mrml.MODEL_TAG, "lung-1.0.0"), (mrml.KEPT_MODEL_TAG, "lung-1.0.0"), (mrml.KEPT_TAG, "0" * 32 + ":1")):
+        part.SetTag(tag, value)
+    p.settle()
+    p.click(BALLS["right"][0])
+    assert not part.HasTag(mrml.MODEL_TAG) and part.HasTag(mrml.CLICK_MODEL_TAG)
+    section = p.widget.trainingSet
+    section._readRows()
+    assert [(row.model, row.kept) for row in section.rows] == [("lung-1.0.0", ("0" * 32, 1))]
+
+
 def test_a_scan_that_its_transform_stretches_says_so_and_one_that_cannot_be_measured_has_no_figures(panel: Any, tmp_path: Path) -> None:
     import slicer
     import vtk

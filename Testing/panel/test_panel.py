@@ -714,6 +714,28 @@ def test_apply_writes_segments_measures_and_map_and_undo_takes_them_back(panel: 
     assert "taken back" in p.ui.messageLabel.text and not p.ui.tryAgainButton.visible
 
 
+def test_undo_leaves_a_map_to_the_views_that_showed_it(panel: Any, install: Any, gui: Any) -> None:
+    import slicer
+
+    toy = install("threshold", intensity=HU)
+    p = panel()
+    p.settings.volume, pet = volume(), volume(name="PET")
+    gui.process_events()
+    p.choose(toy)
+    p.ui.uncertaintyCheckBox.click()
+    p.run()
+    p.run()
+    first, second = (slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSliceCompositeNode") for _ in range(2))
+    p.ui.mapCheckBox.click()
+    first.SetForegroundOpacity(0.2)
+    second.SetForegroundVolumeID(pet.GetID())
+    second.SetForegroundOpacity(0.5)
+    p.ui.undoButton.click()
+    gui.process_events()
+    shown = [(view.GetForegroundVolumeID(), view.GetForegroundOpacity()) for view in (first, second)]
+    assert shown == [(p.settings.resultUncertainty.GetID(), 0.2), (pet.GetID(), 0.5)]
+
+
 def test_a_map_of_a_closed_scene_leaves_nothing_to_the_next_one(panel: Any, gui: Any) -> None:
     import slicer
     from UNetSegmentationPanel import results

@@ -845,6 +845,20 @@ def test_a_digest_changes_with_the_voxels(pairs):
     assert isinstance(found, CaseSet) and found.subset(found.cases[:1]).cases == found.cases[:1]
 
 
+def test_pictures_that_were_read_with_their_prints_size_are_others(tmp_path, monkeypatch):
+    """A cache or a run of an earlier version has them on another scale."""
+    picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    for name, how in (("a.jpg", {}), ("b.jpg", {"dpi": (72, 72)}), ("c.tif", {"dpi": (72, 72)}), ("d.tif", {"dpi": (50800, 50800)})):
+        picture.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "images" / name, **how)
+        picture.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "labels" / f"{name[0]}.png")
+    found = find_cases(tmp_path)
+    now = [found.digest(case) for case in found.cases]
+    monkeypatch.setattr("unetseg_training.cases.has_print_size", lambda path: False)
+    assert [found.digest(case) != d for case, d in zip(found.cases, now)] == [False, True, True, False]
+
+
 def test_a_digest_of_files_that_are_missing_or_lie_beside_their_header(pairs):
     for name, suffix in (("a", ".mhd"), ("b", ".nhdr")):
         mask = sitk.ReadImage(str(pairs / "labels" / f"{name}.nii.gz"))

@@ -774,6 +774,8 @@ def test_what_does_not_run_is_not_called_ready(folder, torch_wheels, pip):
     with pytest.raises(UserError, match="does not run with .*a DLL is missing"):
         create(torch_wheels)
     assert environment.own_environment().status == "broken"
+    marker = json.loads((folder / environment._MARKER).read_text("utf-8"))
+    assert marker["state"] != "making"  # or another Slicer would wait for this one
     steps = environment.remove_steps(None, sys.executable)
     environment.run(steps)
     assert not folder.exists()

@@ -223,10 +223,11 @@ def test_whole_pairs_and_pages_are_read(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "dpi", "spacing"), [("a.tif", 72, 1.0), ("a.jpg", 300, 1.0), ("a.png", 72, 1.0), ("a.tif", 50800, 0.0005)]
+    ("name", "dpi", "spacing"),
+    [("a.tif", 72, 1.0), ("a.jpg", 300, 1.0), ("a.png", 72, 1.0), ("a.tif", 50800, 0.0005), ("a.tif", 36.2857, 0.7)],
 )
 def test_a_pictures_print_size_is_no_spacing(tmp_path, name, dpi, spacing):
-    """A microscope's resolution is one, finer than anything is printed."""
+    """A microscope's resolution is one, and what ITK wrote, which has any spacing in inches."""
     picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     picture.fromarray(volume("uint8", (40, 50))).save(tmp_path / name, dpi=(dpi, dpi))
     assert read_image(tmp_path / name).spacing[:2] == pytest.approx((spacing, spacing), rel=1e-3)

@@ -63,6 +63,15 @@ def test_the_longest_diameter_follows_the_ellipse():
     assert math.degrees(math.atan2(*(b - a)[[1, 0]])) % 180 == pytest.approx(30, abs=3)
 
 
+@pytest.mark.parametrize("size", [1e-5, 6e-4, 1.0])
+def test_diameters_of_images_of_any_scale(size):
+    (y, x), labels = np.indices((60, 60)), mask((1, 60, 60))
+    labels[0] = ((x - 30) / 25) ** 2 + ((y - 30) / 8) ** 2 <= 1
+    out = one(Image(labels, (size, size, size)))
+    assert out["longest_mm"] / size == pytest.approx(51, abs=1) and out["perpendicular_mm"] / size == pytest.approx(17, abs=1)
+    assert np.linalg.norm(np.subtract(*out["longest_points"])) == pytest.approx(out["longest_mm"])
+
+
 def test_a_mirrored_or_turned_lesion_has_the_same_diameters():
     """Of diameters of one length, which small masks often have, it is that with the longest across."""
     rng, (y, x) = np.random.default_rng(0), np.indices((16, 16))

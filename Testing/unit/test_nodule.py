@@ -276,6 +276,17 @@ def test_the_side_does_not_depend_on_the_images_direction(flips):
         assert describe(turned, mask, [index[0] - 1, index[1] - 1, index[2]])["side"] == side
 
 
+def test_voxels_that_are_no_number_leave_a_report():
+    image = body(10.0)
+    image = image.like(image.array.astype(np.float32))
+    image.array[-1, -1] = np.nan
+    index = [round(v) for v in image.point_to_index((80.0, 0.0, 0.0))][::-1]
+    mask, start = np.ones((2, 3, 3), np.uint8), [index[0], index[1] - 1, index[2] - 1]
+    assert describe(image, mask, start)["texture"]  # far away
+    image.array[tuple(start)] = np.nan
+    assert row(describe(image, mask, start))[COLUMNS.index("Mean HU")] == "nan"
+
+
 def test_where_values_are_no_hu_there_is_no_side():
     image = body(10.0)
     assert side_at(image, 80) == "left" and side_at(image.like((image.array + 1000).clip(0)), 80) == ""  # as MR, which is body all over

@@ -26,6 +26,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -916,8 +917,12 @@ def create_steps(
             shutil.rmtree(temporary, ignore_errors=True)  # empty but after a failure
         answer = yield from _tried(python, folder, training)
         _write_marker(folder, {**marker, "state": "ready", "variant": variant, **answer})
-    except OSError as e:
-        raise _error(f"The folder {folder} cannot be written ({e.strerror or e}); free some space or set UNETSEG_ENVIRONMENT.") from e
+    except Exception as e:
+        with suppress(Exception):  # nobody makes it any more, which another Slicer is to know
+            _write_marker(folder, {**marker, "state": "failed"})
+        if isinstance(e, OSError):
+            raise _error(f"The folder {folder} cannot be written ({e.strerror or e}); free some space or set UNETSEG_ENVIRONMENT.") from e
+        raise
     return own_environment(folder)
 
 

@@ -634,9 +634,7 @@ def _read_file(path: Path) -> Image:
             _check_complete(path, reader)
             _check_frames(path, reader)
             image = from_sitk(reader.Execute(), path)
-            # A picture knows how large it is printed, which ITK takes for mm: 72 dpi for 0.35. Only a microscope's is so fine.
-            print_size = path.suffix.lower() in (".jpg", ".jpeg") or (_in_inches(path) and min(image.spacing[:2]) > 0.01)
-            return replace(image, spacing=(1.0, 1.0, 1.0)) if print_size else image
+            return replace(image, spacing=(1.0, 1.0, 1.0)) if _is_print_size(path, image.spacing) else image
     except (RuntimeError, MemoryError) as e:
         if "orthonormal" in str(e):
             raise UserError(f"{path} has axes that are not at right angles (shear); resample it to a regular grid first.") from e
@@ -722,12 +720,33 @@ def _directories(path: Path) -> Iterator[tuple[bool, list[bytes]]]:
             at = int.from_bytes(data[12 * count :], "little" if order == "<" else "big")
 
 
+# Dots per inch that pictures are printed with, which ITK takes for mm: 72 for 0.35. ITK itself writes any spacing in inches.
+_DPI = (72, 75, 96, 100, 120, 150, 180, 200, 240, 300, 350, 360, 400, 600, 720, 1200)
+
+
+def _is_print_size(path: Path, spacing: Sequence[float]) -> bool:
+    printed = any(abs(25.4 / spacing[0] - dpi) < 0.05 for dpi in _DPI)
+    return path.suffix.lower() in (".jpg", ".jpeg") or (printed and _in_inches(path))
+
+
+def has_print_size(path: Path) -> bool:
+    """Whether a picture's file holds a spacing that read_image() takes for the size of its print, and not for its."""
+    if path.suffix.lower() not in (".jpg", ".jpeg", ".tif", ".tiff"):
+        return False
+    with suppress(UserError):
+        spacing = _information(str(path)).GetSpacing()
+        return tuple(spacing[:2]) != (1.0, 1.0) and _is_print_size(path, spacing)
+    return False
+
+
 def _in_inches(path: Path) -> bool:
     """Whether a TIFF's resolution is in dots per inch: its tag 296 is 2, or not there."""
     if not path.name.lower().endswith((".tif", ".tiff")):
         return False
     with path.open("rb") as f:
-        order = "little" if f.read(2) == b"II" else "big"
+        order = {"<": "little", ">": "big", "": ""}[_tiff_order(f.read(4))]
+    if not order:
+        return False
     _, entries = next(_directories(path), (True, []))
     units = [int.from_bytes(e[8:10], order) for e in entries if int.from_bytes(e[:2], order) == 296]  # type: ignore[arg-type]
     return units in ([], [2])

@@ -159,7 +159,7 @@ def warnings_for(intensity: dict[str, Any], channels: np.ndarray) -> list[str]:
 
 def has_hu(channels: np.ndarray) -> bool:
     """Whether some values are as low as air's or fat's in HU, and those of MR, or of CT stored from 0 on, are not."""
-    return float(_thin(channels).min()) < _LEAST_HU
+    return bool((_thin(channels) < _LEAST_HU).any())  # also beside NaN
 
 
 def check_finite(channels: np.ndarray, name: str) -> None:

@@ -13,8 +13,6 @@ from .model import Label
 from .postprocess import components, largest_steps, slabs
 from .steps import Steps, complete
 
-_SAME_MM = 1e-4  # two lengths that differ by the last bits only
-
 
 def rounded(value: float, digits: int) -> float:
     """To so many decimals, which are more than a scan's voxel can tell; what is smaller, such as volumes of cells in ml and MR whose
@@ -96,6 +94,7 @@ def _intensity(values: np.ndarray, labels: np.ndarray, value: int) -> Steps[dict
 
 def _diameters(labels: Image, mask: np.ndarray, box: Box) -> Steps[dict[str, Any]]:
     sx, sy, _ = labels.spacing
+    same = 1e-5 * min(sx, sy)  # two lengths that differ by the last bits, of them or of the spacing
     sections = []
     for z, plane in enumerate(mask):
         y = np.flatnonzero(plane.any(1))
@@ -108,19 +107,19 @@ def _diameters(labels: Image, mask: np.ndarray, box: Box) -> Steps[dict[str, Any
     found: list[tuple[float, float, tuple[np.ndarray, np.ndarray], int, np.ndarray]] = []
     longest = 0.0
     for reach, z, y, first, last in sorted(sections, key=lambda item: -item[0]):
-        if reach < longest - _SAME_MM:
+        if reach < longest - same:
             break
         hull = _hull(_outline(y, first, last, sx, sy))
         distance = np.hypot(*(hull[:, None] - hull[None]).transpose(2, 0, 1))
         longest = max(longest, float(distance.max()))
-        for i, j in np.argwhere(np.triu(distance) > longest - _SAME_MM):
+        for i, j in np.argwhere(np.triu(distance, 1) > longest - same):
             found.append((float(distance[i, j]), *_perpendicular(hull, hull[i], hull[j]), z, hull[[i, j]]))
         yield
     # Of diameters of one length, which 78 of 779 LIDC nodules have, the one with the longest across it. The first in the hull's order
     # was not that one in 44, and another one in the mirrored mask.
-    found = [f for f in found if f[0] > longest - _SAME_MM]
+    found = [f for f in found if f[0] > longest - same]
     chord = max(f[1] for f in found)
-    _, _, across, z, along = min((f for f in found if f[1] > chord - _SAME_MM), key=lambda f: f[3])
+    _, _, across, z, along = min((f for f in found if f[1] > chord - same), key=lambda f: f[3])
 
     def point(p: np.ndarray) -> tuple[float, float, float]:
         return labels.index_to_point((p[0] / sx + box.start[2], p[1] / sy + box.start[1], z + box.start[0]))

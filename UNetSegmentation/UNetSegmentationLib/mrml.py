@@ -53,6 +53,7 @@ CLICK_MODEL_TAG = "UNetSegmentation.ClickModel"
 # Of a predicted segment: under which key the answer is kept (see kept.py) and its value there, as KEY:VALUE. A clicked one's key
 # is its digest.
 KEPT_TAG = "UNetSegmentation.Kept"
+KEPT_MODEL_TAG = "UNetSegmentation.KeptModel"  # whose mask that is: MODEL_TAG goes with the first click
 # Of a predicted segment: the terminology that its model gave it.
 _SAID_TAG = MODEL_TAG + ".Terminology"
 MAP_ATTRIBUTE = "UNetSegmentation.Map"
@@ -1092,8 +1093,10 @@ def _carry_out(plan: _Plan, segmentation: Any, prediction: Prediction, segments:
             segment.SetTag(key, value)
         if kept:
             segment.SetTag(KEPT_TAG, f"{kept}:{item.label.value}")
-        elif segment.HasTag(KEPT_TAG):
+            segment.SetTag(KEPT_MODEL_TAG, prediction.model_name)
+        else:
             segment.RemoveTag(KEPT_TAG)
+            segment.RemoveTag(KEPT_MODEL_TAG)
         for key in (PROMPTS_TAG, DIGEST_TAG, CLICK_MODEL_TAG):
             segment.RemoveTag(key)
         entry, said = segment.GetTerminologyEntryTagName(), item.label.terminology_entry()

@@ -137,7 +137,7 @@ def _half_up(value: float, digits: int) -> float:
     """To so many decimals; halves, also those that the last bits made a little less, upwards. What a table shows is then what the
     size class follows from: round() makes 14.9 of 14.95, and 8.0 as well as 7.9 of longest and perpendicular diameters that are
     both shown as 10.4 and 5.5."""
-    return math.floor(value * 10**digits + 0.5 + 1e-9) / 10**digits
+    return value if not math.isfinite(value) else math.floor(value * 10**digits + 0.5 + 1e-9) / 10**digits
 
 
 def _core_steps(mask: np.ndarray) -> Steps[np.ndarray]:

@@ -115,6 +115,24 @@ def showMap(mapNode: Any, shown: bool) -> None:
             view.SetForegroundOpacity(opacity)
 
 
+def mapViews(mapNode: Any) -> list[tuple[Any, float, Any]]:
+    """The slice views that show the map: their nodes, its opacity in them, and what lay there before it."""
+    scene = mapNode.GetScene() if mapNode is not None else None
+    kind = "vtkMRMLSliceCompositeNode"
+    views = [scene.GetNthNodeByClass(i, kind) for i in range(scene.GetNumberOfNodesByClass(kind))] if scene is not None else []
+    shown = [v for v in views if v.GetForegroundVolumeID() == mapNode.GetID()]
+    return [(v, v.GetForegroundOpacity(), _FORMER.get(v.GetID())) for v in shown]
+
+
+def showAgain(mapNode: Any, views: Sequence[tuple[Any, float, Any]]) -> None:
+    """In the views of mapViews(), as it was."""
+    for view, opacity, former in views:
+        if former is not None:
+            _FORMER[view.GetID()] = former
+        view.SetForegroundVolumeID(mapNode.GetID())
+        view.SetForegroundOpacity(opacity)
+
+
 def forgetScene() -> None:
     """The scene is closed; the next one's nodes have the same IDs."""
     _FORMER.clear()

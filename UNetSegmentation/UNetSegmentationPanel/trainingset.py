@@ -357,7 +357,8 @@ class TrainingSetSection(VTKObservationMixin):
         held = node.GetSegmentation() if node is not None else None
         names = []
         for i in range(held.GetNumberOfSegments() if held is not None else 0):
-            tags = (mrml.segment_tag(held.GetNthSegment(i), tag) for tag in (mrml.MODEL_TAG, mrml.CLICK_MODEL_TAG))
+            keys = (mrml.MODEL_TAG, mrml.KEPT_MODEL_TAG, mrml.CLICK_MODEL_TAG)
+            tags = (mrml.segment_tag(held.GetNthSegment(i), key) for key in keys)
             names += [tag.split("+")[0] for tag in tags if tag]
         if not names:
             return []
@@ -394,6 +395,7 @@ class TrainingSetSection(VTKObservationMixin):
             segment, part = held.GetNthSegmentID(i), held.GetNthSegment(i)
             codes = read_terminology(mrml.segment_tag(part, entry))
             model, click = mrml.segment_tag(part, mrml.MODEL_TAG), mrml.segment_tag(part, mrml.CLICK_MODEL_TAG)
+            model = model or mrml.segment_tag(part, mrml.KEPT_MODEL_TAG)
             kept = re.fullmatch(r"([0-9a-f]{32}):(\d+)", mrml.segment_tag(part, mrml.KEPT_TAG)) if model else None
             digest = mrml.segment_tag(part, mrml.DIGEST_TAG)
             match = match_label(part.GetName(), codes, known)

@@ -531,7 +531,7 @@ class WorkListSection:
 
     def _startAgain(self) -> None:
         """While a scan is corrected, whatever module is open, the desk tells the others that it is still taken."""
-        if self.case is not None and not self._closed and not self.desk.running:
+        if self.case is not None and not self._closed:  # also where another list has started one, which knows that list alone
             self.desk.ask("status", self._take, lambda _text: None, folder=self.case.folder)
 
     # ---------------------------------------------------------------------------------------------------- scan after scan

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, map_values, read_segments, segment_masks
 from UNetSegmentationLib.files import UserError
-from UNetSegmentationLib.image import PICTURE_SUFFIXES, Image, of_channels, read_image
+from UNetSegmentationLib.image import PICTURE_SUFFIXES, Image, has_print_size, of_channels, read_image
 from UNetSegmentationLib.model import DEFAULT_COLORS, Label
 
 SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", *PICTURE_SUFFIXES)
@@ -146,7 +146,8 @@ class CaseSet:
 
     def digest(self, case: Case) -> str:
         """SHA-256 over the bytes of the case's files and how they are read: another digest, another case."""
-        rest = () if self.rest is None else (self.rest,)
+        rest: tuple[Any, ...] = () if self.rest is None else (self.rest,)
+        rest += ("without its print's size",) * any(map(has_print_size, case.images))  # which versions before 2026-12 read as mm
         out = hashlib.sha256(repr((case.reader, case.series, case.extra, sorted(self.values.items()), *rest)).encode())
         try:
             for path in (*case.images, *((case.label,) if case.label else ())):
