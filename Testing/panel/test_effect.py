@@ -985,3 +985,79 @@ def test_the_stand_ins_take_only_what_slicer_takes(editor: Callable[..., Editor]
     with pytest.raises(RuntimeError):
         e.scripted.modifySegmentByLabelmap(e.segmentation, "none", None, 0)
     assert e.scripted.setPythonSource.__doc__ and isinstance(e.scripted.optionsLayout(), qt.QFormLayout)
+
+
+def test_a_late_first_answer_does_not_change_the_chosen_segment(editor: Any, toy: Any) -> None:
+    e = editor(scan(), segment=False)
+    e.click(IN_A, wait=False)
+    e.event("KeyPressEvent", (0, 0), key="n")
+    e.click(IN_B, wait=False)
+    e.wait()
+    chosen = e.segment
+    assert e.mask(chosen)[IN_B] and not e.mask(chosen)[IN_A]
+    e.click(IN_C)
+    assert e.segment == chosen and e.mask()[IN_B] and e.mask()[IN_C] and not e.mask()[IN_A]
+
+
+def test_a_segment_that_is_chosen_while_the_first_answer_is_awaited_stays_chosen(editor: Any, toy: Any) -> None:
+    e = editor(scan(), segment=False)
+    e.click(IN_A, wait=False)
+    e.gui.wait(lambda: e.effect._controller.busy)
+    added = e.segmentation.GetSegmentation().AddEmptySegment("", "by hand")
+    e.widget.setCurrentSegmentID(added)
+    e.wait()
+    assert e.segment == added
+
+
+def test_another_source_volume_keeps_what_was_outlined_in_place(editor: Any, toy: Any) -> None:
+    """Of the same size, its grid 9 mm further on, and the same blocks at the same places of the patient."""
+    from mrml_scenes import add_volume
+
+    e = editor(scan("straight"))
+    e.click(IN_A)
+    first, moved = e.volume, np.zeros(SHAPE, np.int16)
+    moved[:, : SHAPE[1] - 9] = blocks()[:, 9:]
+    grid = place("straight").copy()
+    grid[1, 3] += 9
+    e.volume = add_volume(moved, grid)
+    e.volume.CreateDefaultDisplayNodes()
+    e.widget.setSourceVolumeNode(e.volume)
+    e.wait()
+    e.click((IN_B[0], IN_B[1] - 9, IN_B[2]))
+    e.volume = first
+    assert e.mask()[IN_A] and e.mask()[IN_B] and e.mask().sum() == filled(A).sum() + filled(B).sum()
+
+
+def test_a_segment_finer_than_the_scan_is_emptied_between_its_voxels_too(editor: Any, toy: Any) -> None:
+    import slicer
+    from UNetSegmentationLib.mrml import _grid_in, oriented_labelmap
+    from vtk.util.numpy_support import vtk_to_numpy
+
+    e = editor(scan("straight"))
+    held = e.segmentation.GetSegmentation()
+    grid = _grid_in(e.segmentation, e.volume)
+    fine = grid.copy()
+    fine[:3, :3] /= 2
+    fine[:3, 3] = (grid @ [-0.25, -0.25, -0.25, 1])[:3]
+    whole = oriented_labelmap(np.zeros([2 * n for n in SHAPE], np.uint8), (0, 0, 0), fine)
+    held.SetConversionParameter("Reference image geometry", slicer.vtkSegmentationConverter.SerializeImageGeometry(whole))
+    z, y, x = np.indices([2 * n for n in SHAPE])
+    brushed = ((z - 12) ** 2 + (y - 20) ** 2 + (x - 20) ** 2 <= 9.3**2).astype(np.uint8)
+    e.widget._saveStateForUndo()
+    logic = e.widget._logic
+    logic.ModifySegmentByLabelmap(
+        e.segmentation, e.segment, oriented_labelmap(brushed, (0, 0, 0), fine), logic.ModificationModeSet, True, True
+    )
+    e.gui.process_events()
+
+    def count() -> int:
+        part = held.GetSegment(e.segment)
+        voxels = vtk_to_numpy(part.GetRepresentation("Binary labelmap").GetPointData().GetScalars())
+        return int(np.count_nonzero(voxels == part.GetLabelValue()))
+
+    assert count() == brushed.sum()
+    e.effect.startAgain()
+    e.wait()
+    assert count() == 0
+    e.click(IN_A)
+    assert count() == 8 * filled(A).sum()

@@ -898,6 +898,11 @@ def edit_steps(
     if not boxes:
         return Edit(None, None, mask_digest(held, first))
     box = Box(tuple(map(min, zip(*(b.start for b in boxes)))), tuple(map(max, zip(*(b.stop for b in boxes)))))
+    labelmap = segmentation.GetSegment(segment_id).GetRepresentation(_LABELMAP) if segment_id else None
+    # Of a finer lattice the scan's voxels show one voxel in eight: what lies between them goes, too, where the mask is not.
+    finer = labelmap is not None and _extent_box(labelmap, grid) is None
+    if finer:
+        box = box.grown((1, 1, 1)) & Box.whole(image_from_volume(volume_node).shape)
     added, removed = (np.zeros(box.shape, np.uint8) for _ in range(2))
     for array, (part, of) in zip((added, removed), parts):
         if not of.empty:
@@ -909,7 +914,7 @@ def edit_steps(
     some = left = False
     for z in slabs(box.shape):
         some |= bool(added[z].any())
-        removed[z] &= added[z] ^ 1
+        removed[z] = (added[z] ^ 1) & (removed[z] | finer)
         if barred is not None:
             for array in (added, removed):
                 array[z][barred[z] > 0] = 0

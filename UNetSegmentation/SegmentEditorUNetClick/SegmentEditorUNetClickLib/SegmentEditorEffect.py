@@ -407,7 +407,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         yield  # that copies the segment's layer, which may hold a lung
         yield from self._checkSteps(target)
         if not target.segmentId:
-            self._addSegment(target)
+            self._addSegment(target, not self._chosen().segmentId)  # another one may be selected by now
         modes = slicer.qSlicerSegmentEditorAbstractEffect
         with Unmasked(editor):
             for labelmap, mode in ((edit.removed, modes.ModificationModeRemove), (edit.added, modes.ModificationModeAdd)):
@@ -416,7 +416,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         segment = target.segmentation.GetSegmentation().GetSegment(target.segmentId)
         self._digests.pop(_key(target), None)
         if edit.digest is not None:
-            self._digests[_key(target)] = _changed(segment), edit.digest
+            self._digests[_key(target)] = _seen(target), edit.digest
         target.digest = digest = yield from self._digestSteps(target)
         # Not the model that is chosen by now, nor is one needed to empty a segment.
         values = (mrml.prompts_text(prompts, target.volume), digest, target.model.name) if prompts else ("", digest, "")
@@ -479,8 +479,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
 
         if not target.segmentId:
             return ""
-        segment = target.segmentation.GetSegmentation().GetSegment(target.segmentId)
-        when, known = _changed(segment), self._digests.get(_key(target))
+        when, known = _seen(target), self._digests.get(_key(target))
         if known is None or known[0] != when:
             mask, start = yield from mrml.segment_part_steps(target.segmentation, target.segmentId, target.volume)
             known = self._digests[_key(target)] = when, mrml.mask_digest(mask, start)
@@ -518,7 +517,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
             raise Refusal(_("The volume or the segmentation was changed meanwhile, so nothing was written; click again."))
         return target
 
-    def _addSegment(self, target: Target) -> None:
+    def _addSegment(self, target: Target, select: bool = True) -> None:
         """A new segment for the target, named after what the model finds, and selected."""
         label, segmentation = (target.model or self._model()).card.labels[0], target.segmentation.GetSegmentation()
         names = {segmentation.GetNthSegment(i).GetName() for i in range(segmentation.GetNumberOfSegments())}
@@ -530,7 +529,8 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         if target.lesion:
             self._lesions.pop((target.segmentation.GetID(), ""), None)
             self._lesions[_key(target)] = target.lesion
-        self.scriptedEffect.parameterSetNode().SetSelectedSegmentID(target.segmentId)
+        if select:
+            self.scriptedEffect.parameterSetNode().SetSelectedSegmentID(target.segmentId)
 
     def _model(self) -> Any:
         from UNetSegmentationLib.inference.click import MODEL
@@ -635,6 +635,14 @@ def _sentence(error: Exception) -> str:
 
 def _key(target: Target) -> tuple[str, str]:
     return target.segmentation.GetID(), target.segmentId
+
+
+def _seen(target: Target) -> tuple[Any, ...]:
+    """What a digest is of: the segment on the voxels of the volume, wherever both are by now."""
+    from UNetSegmentationLib import mrml
+
+    segment = target.segmentation.GetSegmentation().GetSegment(target.segmentId)
+    return _changed(segment), mrml.place_in(target.segmentation, target.volume), target.volume.GetImageData().GetDimensions()
 
 
 def _changed(segment: Any) -> Any:
