@@ -3,9 +3,12 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +20,11 @@ for name in ("monai", "pydantic", "lightning", "yaml"):
 from safetensors.torch import save  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
 from unetseg_training import live, report, retrain, watch  # noqa: E402
-from unetseg_training.cases import find_cases  # noqa: E402
+from unetseg_training.cases import Case, find_cases  # noqa: E402
 from unetseg_training.train import CHECKPOINT, WEIGHTS  # noqa: E402
 from UNetSegmentationLib import training  # noqa: E402
 from UNetSegmentationLib.dataset import Dataset  # noqa: E402
+from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image, read_image, write_image  # noqa: E402
 from UNetSegmentationLib.model import Label, ModelPackage, write_package  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig, build  # noqa: E402
@@ -308,6 +312,69 @@ def test_who_is_held_out_stays_held_out_as_the_dataset_grows(dataset):
     assert {x.split for x in retrain._held_out(retrain._cases(last.folder, last)[0], True)} == {"test"}
 
 
+def case(patient, split="", name=None):
+    return Case(name or patient, patient, (), None, split=split)
+
+
+def test_who_is_held_out_of_another_programs_dataset_stays_so_as_it_grows():
+    for seed in range(40):
+        people = [f"P{seed}-{i}" for i in range(30)]
+        learnt: set[str] = set()
+        for n in range(2, 31, 4):
+            now = {c.patient for c in retrain._dealt([case(p) for p in people[:n]]) if c.split == "validation"}
+            assert 1 <= len(now) < n
+            # Nobody whom a former model learnt from is held out later, but of two or three patients.
+            assert n <= 6 or not now & learnt
+            learnt = set(people[:n]) - now
+    whole = retrain._dealt([case(f"P{i}") for i in range(500)])
+    assert 0.15 < np.mean([c.split == "validation" for c in whole]) < 0.25
+
+
+def test_a_marked_patient_is_held_out_where_those_held_out_have_empty_masks():
+    cases = [case("a", "train"), case("b", "train"), case("c", "train"), case("d", "validation"), case("e", "validation")]
+
+    def parts(marked):
+        swapped = retrain._with_marks(cases, SimpleNamespace(marked=lambda c: c.patient in marked))
+        return {c.patient for c in swapped if c.split == "validation"}
+
+    assert parts("abe") == {"d", "e"} and parts("bc") == {"b", "e"} and parts("c") == {"d", "e"}
+
+
+def test_what_is_trained_becomes_a_model_without_the_training_cases(dataset):
+    job = training.create(dataset)
+    cases = retrain._cases(job.folder, job)[0].cases
+    one = next(c for c in cases if c.split == "train")
+    Dataset.open(dataset).remove(one.name, erase=True)
+    with pytest.raises(UserError, match="is no longer there, so this retraining cannot go on; bring it back, or start anew"):
+        retrain._thawed(job.folder, job)
+    with pytest.raises(UserError, match=r"or make a model of what is trained \(resume --finish\)"):
+        retrain._thawed(job.folder, replace(job, kept=True))
+    assert retrain._thawed(job.folder, job, finish=True)[0].cases == cases
+    Dataset.open(dataset).remove(next(c for c in cases if c.split == "validation").name, erase=True)
+    with pytest.raises(UserError, match="is no longer there"):
+        retrain._thawed(job.folder, job, finish=True)
+
+
+def test_a_model_of_other_labels_gets_a_name_that_no_other_has(tmp_path, base, monkeypatch):
+    models = tmp_path / "models"
+    models.mkdir()
+    shutil.copy(base.path, models)
+    monkeypatch.setenv("UNETSEG_MODELS", str(models))
+    monkeypatch.setattr(training, "update", lambda folder, **changes: None)
+    parent, options = ModelPackage.read(models / "toy-1.0.0.unet.zip"), Options()
+    for labels, start, want in (
+        ([Label(1, "Ring", (1, 2, 3), {})], parent, ("toy-2", "0.1.0")),
+        ([Label(1, "Ring", (1, 2, 3), {})], None, ("toy-2", "0.1.0")),
+        (LABELS, parent, ("toy", "1.1.0")),
+    ):
+        made = Dataset.create(tmp_path / f"{labels[0].name}{start is None}", "toy", labels, ["MR"])
+        add_cases(made, 2, values=(3.0, -3.0)[: len(labels)])
+        job = SimpleNamespace(name="toy", options=options, folder=tmp_path)
+        data = {"model": {"training_data": ["x"]}, "input": {}}
+        found = retrain._named(job, start, find_cases(made.folder), {"name": "toy"}, data)
+        assert (found["name"], found["version"]) == want
+
+
 def test_a_dataset_of_another_program_is_held_out_by_patient(tmp_path):
     for i in range(6):
         values = np.random.default_rng(i).normal(size=(8, 8, 8)).astype(np.float32)
@@ -380,6 +447,22 @@ def test_labels_are_matched_by_name_and_worst_cases_kept(tmp_path, make_package)
     before, truth = (read_image(tmp_path / "job" / files[k]).array for k in ("before", "truth"))
     # What bad calls its 1, dark, is the cases' 2: it has both labels the wrong way round.
     assert set(np.unique(before)) == {0, 1, 2} and (before[truth == 1] == 2).mean() > 0.9
+
+
+def test_channels_are_matched_by_name_as_the_training_did(tmp_path, make_package):
+    made = Dataset.create(tmp_path / "set", "set", LABELS, ["T2", "T1"])
+    mask = np.zeros((12, 14, 16), np.uint8)
+    mask[3:6], mask[7:10] = 1, 2
+    for i in range(5):
+        noise = np.random.default_rng(i).normal(0, 0.1, mask.shape)
+        made.add(Image(np.stack([mask, noise]).astype(np.float32)), mask, name=f"c{i}", patient=f"P{i}")
+    labels = [{"value": 1, "name": "Bright"}, {"value": 2, "name": "Dark"}]
+    base, new = (make_package(channels=names, labels=labels) for names in (["T1", "T2"], ["T2", "T1"]))  # both look at the second
+    cases = find_cases(tmp_path / "set")
+    found = retrain.compare(base, new, cases, cases.cases)
+    assert found["verdict"] == "worse" and found["mean"]["dice"]["before"]["mean"] == 1
+    found = retrain.compare(make_package(channels=["T1", "CT"], labels=labels), new, cases, cases.cases)
+    assert found["verdict"] == "" and "takes other channels (T1, CT)" in found["sentence"]
 
 
 def test_without_a_common_label_or_channel_there_is_nothing_to_compare(tmp_path, make_package):

@@ -603,7 +603,7 @@ def promote(job: Job, how: str) -> Path | None:
         if package.card.name == parent[0] and (models / f"{job.base}{SUFFIX}").is_file():
             former = models / f"{job.base}{SUFFIX}"
     elif package.card.name == parent[0] or _taken(models, card["name"], card["version"]):
-        card["name"] = _free_name(models, slug(f"{card['name'][:40]}-{job.dataset.name[:20]}"))
+        card["name"] = free_name(models, slug(f"{card['name'][:40]}-{job.dataset.name[:20]}"))
         card["title"] = f"{card.get('title') or package.card.name} ({job.dataset.name})"[:200]
     path = _there(models, package, job.base, lambda name: name == card["name"] if how == "use" else name != parent[0])
     if path is None:
@@ -641,7 +641,7 @@ def _taken(models: Path, name: str, version: str) -> bool:
     return any((folder / f"{name}-{version}{SUFFIX}").exists() for folder in (models, RESOURCES / "models"))
 
 
-def _free_name(models: Path, name: str) -> str:
+def free_name(models: Path, name: str) -> str:
     have = {p.name.removesuffix(SUFFIX).rpartition("-")[0] for folder in (models, RESOURCES / "models") for p in folder.glob("*" + SUFFIX)}
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in have)
 

@@ -9,6 +9,7 @@ dealt to training and validation there, by patient, and keep their part when mor
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -27,12 +28,12 @@ from UNetSegmentationLib.engines import make_engine
 from UNetSegmentationLib.files import UserError, atomic_path, counted
 from UNetSegmentationLib.image import Box, Image, write_image
 from UNetSegmentationLib.inference.predict import Prediction
-from UNetSegmentationLib.model import SUFFIX, Label, ModelPackage, user_models_folder, write_package
+from UNetSegmentationLib.model import RESOURCES, SUFFIX, Card, Label, ModelPackage, user_models_folder, write_package
 from UNetSegmentationLib.networks import UNetConfig
 
 from . import clicks, metrics, report, watch
 from . import config as config_file
-from .cases import Case, CaseSet, evenly, find_cases, folds
+from .cases import Case, CaseSet, evenly, find_cases
 from .config import Config
 from .export import card_path, compact, export_run, lineage, markdown
 from .finetune import start_of
@@ -170,7 +171,7 @@ def _work(folder: Path, told: _Told) -> tuple[str, str]:
                 raise Stopped from e
             stopped = True
     else:
-        case_set, facts = _thawed(folder, job)
+        case_set, facts = _thawed(folder, job, finish=True)
         stopped = True
     told.stoppable = False
     training.update(folder, kept=True)
@@ -207,9 +208,8 @@ def _cases(folder: Path, job: training.Job) -> tuple[CaseSet, dict[str, Any]]:
         )
     parts = {c.split or "train" for c in cases}
     if parts != {"train", "validation"}:
-        patients = len({c.patient for c in cases})
-        fold = dict(zip((c.name for c in cases), folds(cases, min(round(1 / HELD_OUT), patients), marked=case_set.marked)))
-        cases = [replace(c, split="train" if fold[c.name] else "validation") for c in cases]
+        cases = _dealt(cases)
+    cases = _with_marks(cases, case_set)
     if case_set.layout == "unetseg":
         # A first case brings all labels of its model, of which a person may mark some only.
         entries = dataset.entries
@@ -243,7 +243,30 @@ def _freeze(folder: Path, job: training.Job, case_set: CaseSet, facts: dict[str,
         temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _thawed(folder: Path, job: training.Job) -> tuple[CaseSet, dict[str, Any]]:
+def _dealt(cases: Sequence[Case]) -> list[Case]:
+    """Those of about HELD_OUT of the patients for validation: by each patient's own hash, so that who is held out stays held out when
+    others come."""
+    ranks = {c.patient: int(hashlib.sha256(c.patient.encode("utf-8", "surrogateescape")).hexdigest(), 16) / 2**256 for c in cases}
+    lowest, highest = min(ranks, key=ranks.__getitem__), max(ranks, key=ranks.__getitem__)
+    held_out = ({p for p, rank in ranks.items() if rank < HELD_OUT} | {lowest}) - {highest}
+    return [replace(c, split="validation" if c.patient in held_out else "train") for c in cases]
+
+
+def _with_marks(cases: list[Case], case_set: CaseSet) -> list[Case]:
+    """Where all held-out masks are empty, a patient who has marks changes places with one of those: nothing would show how well the
+    model does, and no training can have ended with these parts."""
+    if any(case_set.marked(c) for c in cases if c.split == "validation"):
+        return cases
+    marked = list(dict.fromkeys(c.patient for c in cases if c.split != "validation" and case_set.marked(c)))
+    if len(marked) < 2:
+        return cases
+    other = {"train": "validation", "": "validation", "validation": "train"}
+    swapped = {marked[0], next(c.patient for c in cases if c.split == "validation")}
+    return [replace(c, split=other[c.split]) if c.patient in swapped else c for c in cases]
+
+
+def _thawed(folder: Path, job: training.Job, finish: bool = False) -> tuple[CaseSet, dict[str, Any]]:
+    """finish: of what is trained a model is made, for which the training cases need not be there."""
     data = json.loads((folder / CASES).read_text("utf-8"))
 
     def tuples(value: Any) -> Any:
@@ -256,10 +279,9 @@ def _thawed(folder: Path, job: training.Job) -> tuple[CaseSet, dict[str, Any]]:
         label = entry.pop("label")
         cases.append(Case(images=images, label=job.dataset / label if label else None, **{k: tuples(v) for k, v in entry.items()}))
         for path in (*images, *([cases[-1].label] if cases[-1].label else [])):
-            if not path.exists():
-                raise UserError(
-                    f"{path} of case {entry['name']} is no longer there, so this retraining cannot go on; bring it back, or start anew."
-                )
+            if not (path.exists() or (finish and cases[-1].split == "train")):
+                cure = ", or make a model of what is trained (resume --finish)" if job.kept and not finish else ", or start anew"
+                raise UserError(f"{path} of case {entry['name']} is no longer there, so this retraining cannot go on; bring it back{cure}.")
     labels = tuple(Label(d["value"], d["name"], tuple(d["color"]), d["terminology"]) for d in data["labels"])  # type: ignore[arg-type]
     values = {int(k): int(v) for k, v in data["values"]}
     return CaseSet(tuple(cases), labels, tuple(data["channels"]), data["layout"], values, source=job.dataset), data["dataset"]
@@ -325,12 +347,25 @@ def _named(job: training.Job, base: ModelPackage | None, case_set: CaseSet, fact
         elif not job.options.name:
             # Under its base's name it would take that one's place in every list, and segment something else.
             name = training.slug(facts["name"])
-            training.update(job.folder, name=name)
-        if name == base.card.name:
+        if name == base.card.name and same_labels(base.card, case_set):
             version = training.next_version(base.card.version)
+    if not job.options.name and any(not same_labels(card, case_set) for card in _cards(name)):
+        name = training.free_name(user_models_folder(), name)
+    if name != job.name:
+        training.update(job.folder, name=name)
     while (user_models_folder() / f"{name}-{version}{SUFFIX}").exists():
         version = training.next_version(version)
     return {**out, "name": name, "version": version}
+
+
+def _cards(name: str) -> list[Card]:
+    """Of the models of that name that are here."""
+    paths = [p for folder in (user_models_folder(), RESOURCES / "models") for p in folder.glob(f"{name}-*{SUFFIX}")]
+    cards = []
+    for path in paths:
+        with suppress(UserError):  # one that is damaged takes no other's place
+            cards.append(ModelPackage.read(path).card)
+    return [card for card in cards if card.name == name]
 
 
 # ----------------------------------------------------------------------------------------------------------------- steer
@@ -469,6 +504,14 @@ def compare(
     if base is not None and not clicked and not _shared(base, case_set):
         problem = f"{base.card.name} gives none of these labels"
         base = None
+    order: list[int] | None = None  # of its channels here, where they are others: its weights went to them by their names
+    if base is not None and len(case_set.channels) > 1:
+        own, have = ([name.casefold() for name in names] for names in (base.card.data["channels"], case_set.channels))
+        if sorted(own) == sorted(have):
+            order = [have.index(name) for name in own]
+        elif len(own) == len(have):
+            problem = f"{base.card.name} takes other channels ({', '.join(base.card.data['channels'])})"
+            base = None
     for i, case in enumerate(cases):
         progress(i, len(cases), case.name)
         whole = metrics.Item(case.name, *case_set.load(case), case.patient)
@@ -479,10 +522,11 @@ def compare(
             for key, package in (("before", base), ("after", new)):
                 if package is None:
                     continue
+                seen = item._replace(image=item.image.like(item.image.channels[order])) if key == "before" and order else item
                 try:
                     if key not in scorers:
-                        scorers[key] = _scorer(package, item, case_set, engines[id(package)])
-                    masks[key] = scorers[key](item, rows[key])
+                        scorers[key] = _scorer(package, seen, case_set, engines[id(package)])
+                    masks[key] = scorers[key](seen, rows[key])
                 except UserError as e:
                     if key == "after":
                         raise
