@@ -483,8 +483,9 @@ def test_a_references_segments_are_known_by_their_names(here, unetseg, tmp_path)
     truth[:2] = 2
     named = {"Segment0_ID": "a", "Segment0_Name": "other", "Segment0_LabelValue": "1"}
     named |= {"Segment1_ID": "b", "Segment1_Name": "thing", "Segment1_LabelValue": "2"}
+    named |= {"Segment2_ID": "c", "Segment2_Name": "Nothing", "Segment2_LabelValue": "3"}
     write_image(here.image.like(np.where(truth > 0, 3 - truth, 0).astype(np.uint8)), tmp_path / "n.seg.nrrd", named)
-    labels = [{"value": 9, "name": "thing", "color": [230, 159, 0]}]
+    labels = [{"value": 9, "name": "thing", "color": [230, 159, 0]}, {"value": 10, "name": "Nothing"}]  # whose segment is empty
     for model in (here.model, here.package(labels=labels).path):
         arguments = ("-m", model, "-o", here.out / "a.nrrd", "--reference", tmp_path / "n.seg.nrrd", "--json", "-")
         code, out, err = unetseg("segment", here.scan, *arguments)

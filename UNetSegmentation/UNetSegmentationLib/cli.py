@@ -194,7 +194,7 @@ def _check_names(
 def _check_fit(image: Image, targets: Sequence[Path], reference: Path | None, labels: Sequence[Label]) -> Image | None:
     """The reference on the image's grid, its segments by their names in the values of `labels` where any has one of theirs. Refuses
     results that this image cannot give, before anything is computed."""
-    from .dataset import read_mask, same_names
+    from .dataset import read_mask, same_names, translated
     from .output import check_fit
 
     for path in targets:
@@ -203,11 +203,7 @@ def _check_fit(image: Image, targets: Sequence[Path], reference: Path | None, la
         return None
     array, named = read_mask(reference, image)
     table = same_names(named, labels)
-    if table:
-        values = np.zeros(int(array.max()) + 1, np.uint16)
-        values[list(table)] = list(table.values())
-        array = values[array]
-    return image.like(array)
+    return image.like(translated(array, table, np.uint16) if table else array)
 
 
 def _report(image: Image, prediction: Prediction, truth: Image | None) -> dict[str, Any]:

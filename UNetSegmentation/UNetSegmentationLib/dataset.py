@@ -35,7 +35,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from .files import UserError, atomic_path, check_text, counted, move_file
-from .image import Image, check_geometry, read_image, to_sitk, write_image
+from .image import Image, check_geometry, is_grey, read_image, to_sitk, write_image
 from .model import DEFAULT_COLORS, Label, label_key
 from .postprocess import slabs, voxel_counts
 from .steps import Steps
@@ -157,7 +157,7 @@ def read_mask(path: str | Path, image: Image) -> tuple[np.ndarray, tuple[Label, 
         return out, tuple(labels)
     mask = read_image(path)
     channels = mask.channels
-    if len(channels) > 1 and not all(np.array_equal(channels[0], c) for c in channels[1:3]):
+    if len(channels) > 1 and not is_grey(channels):
         raise UserError(f"{path} holds {len(channels)} channels; save one label map.")
     _check_fit(image, mask, str(path))
     return channels[0], ()
@@ -191,9 +191,9 @@ def same_names(theirs: Sequence[Label], mine: Sequence[Label]) -> dict[int, int]
     return {label.value: values[label.key] for label in theirs if label.key in values}
 
 
-def translated(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
-    """A label map in other values, uint8; those that the table does not name become 0."""
-    lookup = np.zeros(int(array.max(initial=0)) + 1, np.uint8)
+def translated(array: np.ndarray, table: Mapping[int, int], dtype: Any = np.uint8) -> np.ndarray:
+    """A label map in other values; those that the table does not name become 0."""
+    lookup = np.zeros(int(array.max(initial=0)) + 1, dtype)
     for value, to in table.items():
         if 0 < value < len(lookup):
             lookup[value] = to

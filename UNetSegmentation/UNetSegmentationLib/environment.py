@@ -891,8 +891,7 @@ def create_steps(
     or disk will not do; after a failure, or when closed midway, the folder is marked as not finished.
     """
     folder = environment_folder() if folder is None else Path(folder)
-    _must_be_free(folder)
-    before = own_environment(folder)
+    before = _free_environment(folder)
     if before.status == "foreign":
         raise _error(f"The folder {folder} cannot be used ({before.reason}); move it away, or set UNETSEG_ENVIRONMENT to another.")
     probe, variant = yield from _prepare(python, variant)
@@ -941,7 +940,7 @@ def plan_torch_steps(
     python: str, variant: str = "auto", wheel_folder: str | Path | None = None, training: bool = False
 ) -> Generator[Step, Done, Plan]:
     """Find out what create_steps() would fetch; the result is a Plan, with the variant to give it."""
-    _must_be_free(environment_folder())
+    _free_environment(environment_folder())
     _, variant = yield from _prepare(python, variant)
     return (yield from _plan_torch(python, variant, wheel_folder, training))
 
@@ -957,9 +956,8 @@ def _plan_torch(python: str, variant: str, wheel_folder: str | Path | None, trai
 def remove_steps(folder: Path | None, python: str) -> Steps:
     """Remove the environment, in a process of `python`. UserError, and nothing removed, where the folder is not ours."""
     folder = environment_folder() if folder is None else Path(folder)
-    if own_environment(folder).status == "none":
+    if _free_environment(folder).status == "none":
         return
-    _must_be_free(folder)
     _must_be_ours(folder)
     done = yield Step("removing the environment", _child(python, "remove", str(folder)))
     if done.code != 0:
@@ -1199,10 +1197,12 @@ def _is_made_by_another(marker: Mapping[str, Any]) -> bool:
     return _this_process() not in makers and any(m[2] and process_mark(m[1]) == m[2] for m in makers)
 
 
-def _must_be_free(folder: Path) -> None:
+def _free_environment(folder: Path) -> OwnEnvironment:
+    """own_environment(), which nobody else makes just now."""
     own = own_environment(folder)
     if own.status == "busy":
         raise _error(own.reason)
+    return own
 
 
 def _sign(folder: Path) -> None:

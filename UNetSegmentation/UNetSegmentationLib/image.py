@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import SimpleITK as sitk
@@ -700,9 +700,10 @@ def _check_complete(path: Path, reader: sitk.ImageFileReader) -> None:
         raise UserError(f"{path} is cut short or damaged; copy or export it again.")
 
 
-def _tiff_order(head: bytes) -> str:
-    """Of the bytes of a classic TIFF: "<" or ">"; "" for other files."""
-    return {b"II*\0": "<", b"MM\0*": ">"}.get(head[:4], "")
+def _tiff_order(head: bytes) -> Literal["little", "big"] | None:
+    """Of the bytes of a classic TIFF; None for other files."""
+    orders: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
+    return orders.get(head[:4])
 
 
 def _directories(path: Path) -> Iterator[tuple[bool, list[bytes]]]:
@@ -710,14 +711,16 @@ def _directories(path: Path) -> Iterator[tuple[bool, list[bytes]]]:
     seen: set[int] = set()
     with path.open("rb") as f:
         order = _tiff_order(f.read(4))
-        at = int.from_bytes(f.read(4), "little" if order == "<" else "big") if order else 0
+        if order is None:
+            return
+        at = int.from_bytes(f.read(4), order)
         while at and at not in seen:
             seen.add(at)
             f.seek(at)
-            count = int.from_bytes(f.read(2), "little" if order == "<" else "big")
+            count = int.from_bytes(f.read(2), order)
             data = f.read(12 * count + 4)
             yield count > 0 and len(data) == 12 * count + 4, [data[12 * i : 12 * i + 12] for i in range(count)]
-            at = int.from_bytes(data[12 * count :], "little" if order == "<" else "big")
+            at = int.from_bytes(data[12 * count :], order)
 
 
 # Dots per inch that pictures are printed with, which ITK takes for mm: 72 for 0.35. ITK itself writes any spacing in inches.
@@ -744,11 +747,11 @@ def _in_inches(path: Path) -> bool:
     if not path.name.lower().endswith((".tif", ".tiff")):
         return False
     with path.open("rb") as f:
-        order = {"<": "little", ">": "big", "": ""}[_tiff_order(f.read(4))]
-    if not order:
+        order = _tiff_order(f.read(4))
+    if order is None:
         return False
     _, entries = next(_directories(path), (True, []))
-    units = [int.from_bytes(e[8:10], order) for e in entries if int.from_bytes(e[:2], order) == 296]  # type: ignore[arg-type]
+    units = [int.from_bytes(e[8:10], order) for e in entries if int.from_bytes(e[:2], order) == 296]
     return units in ([], [2])
 
 
@@ -837,6 +840,11 @@ def _read(name: str | Path, series: str | None, among: bool) -> Image:
     return image
 
 
+def is_grey(channels: np.ndarray) -> bool:
+    """Whether a picture's colours (c, z, y, x), which may have transparency beside them, are all the same."""
+    return all(np.array_equal(channels[0], c) for c in channels[1:3])
+
+
 def of_channels(image: Image, n: int) -> Image:
     """The image as a model of n channels takes it, where it is a picture that holds them otherwise: grey that was stored as colours,
     or what has transparency beside it. Any other image as it is."""
@@ -844,7 +852,7 @@ def of_channels(image: Image, n: int) -> Image:
     if not str(image.source).lower().endswith(PICTURE_SUFFIXES) if image.source else image.array.dtype != np.uint8:
         return image
     c = image.channels
-    if n == 1 and (len(c) == 2 or (len(c) in (3, 4) and all(np.array_equal(c[0], other) for other in c[1:3]))):
+    if n == 1 and (len(c) == 2 or (len(c) in (3, 4) and is_grey(c))):
         return image.like(c[0])
     return image.like(c[:3]) if n == 3 and len(c) == 4 else image
 

@@ -107,6 +107,11 @@ class Job:
     kept: bool = False  # there are weights that are worth a package
 
     @property
+    def running_here(self) -> bool:
+        """On this computer, or it is not yet known on which."""
+        return self.running and (not self.host or is_this_computer(self.host))
+
+    @property
     def running(self) -> bool:
         return self.state in RUNNING
 
@@ -365,7 +370,7 @@ def create(
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):
         raise UserError(f"{name!r} cannot name a model; use lower-case letters, digits and dashes.")
     for other in jobs(dataset):
-        if other.running and (not other.host or is_this_computer(other.host)):
+        if other.running_here:
             raise UserError(f"A retraining of this dataset is running already ({other.name}); wait for its end, or stop it.")
     now = time.time()
     try:

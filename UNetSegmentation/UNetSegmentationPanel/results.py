@@ -103,8 +103,7 @@ def showMap(mapNode: Any, shown: bool) -> None:
     if mapNode is None:
         return
     scene = mapNode.GetScene()
-    for i in range(scene.GetNumberOfNodesByClass("vtkMRMLSliceCompositeNode")):
-        view = scene.GetNthNodeByClass(i, "vtkMRMLSliceCompositeNode")
+    for view in _views(scene):
         if shown and view.GetForegroundVolumeID() != mapNode.GetID():
             _FORMER[view.GetID()] = view.GetForegroundVolumeID(), view.GetForegroundOpacity()
             view.SetForegroundVolumeID(mapNode.GetID())
@@ -118,10 +117,13 @@ def showMap(mapNode: Any, shown: bool) -> None:
 def mapViews(mapNode: Any) -> list[tuple[Any, float, Any]]:
     """The slice views that show the map: their nodes, its opacity in them, and what lay there before it."""
     scene = mapNode.GetScene() if mapNode is not None else None
-    kind = "vtkMRMLSliceCompositeNode"
-    views = [scene.GetNthNodeByClass(i, kind) for i in range(scene.GetNumberOfNodesByClass(kind))] if scene is not None else []
-    shown = [v for v in views if v.GetForegroundVolumeID() == mapNode.GetID()]
+    shown = [v for v in _views(scene) if v.GetForegroundVolumeID() == mapNode.GetID()] if scene is not None else []  # just being removed
     return [(v, v.GetForegroundOpacity(), _FORMER.get(v.GetID())) for v in shown]
+
+
+def _views(scene: Any) -> list[Any]:
+    kind = "vtkMRMLSliceCompositeNode"
+    return [scene.GetNthNodeByClass(i, kind) for i in range(scene.GetNumberOfNodesByClass(kind))]
 
 
 def showAgain(mapNode: Any, views: Sequence[tuple[Any, float, Any]]) -> None:
@@ -142,13 +144,7 @@ _FORMER: dict[str, tuple[str | None, float]] = {}  # what lay in the foreground 
 
 
 def mapIsShown(mapNode: Any) -> bool:
-    scene = mapNode.GetScene() if mapNode is not None else None
-    if scene is None:  # it is just being removed
-        return False
-    views = (
-        scene.GetNthNodeByClass(i, "vtkMRMLSliceCompositeNode") for i in range(scene.GetNumberOfNodesByClass("vtkMRMLSliceCompositeNode"))
-    )
-    return any(v.GetForegroundVolumeID() == mapNode.GetID() and v.GetForegroundOpacity() > 0 for v in views)
+    return any(opacity > 0 for _view, opacity, _former in mapViews(mapNode))
 
 
 class PlaceWalk:

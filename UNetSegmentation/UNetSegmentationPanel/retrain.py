@@ -346,9 +346,7 @@ class RetrainSection(VTKObservationMixin):
         """Why PyTorch must stay as it is, as one sentence; "" where it need not."""
         if self._install is not None:
             return _("Wait until what the training needs is installed, or cancel that.")
-        from UNetSegmentationLib.files import is_this_computer
-
-        running = [j for j in (*self.jobs, *self._elsewhere) if j.running and (not j.host or is_this_computer(j.host))]
+        running = [job for job in (*self.jobs, *self._elsewhere) if job.running_here]
         return _("Wait until the training is done, or stop it: it uses PyTorch.") if running or self._task is not None else ""
 
     def _start(self) -> Any:

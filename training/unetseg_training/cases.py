@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, map_values, read_segments, segment_masks
 from UNetSegmentationLib.files import UserError
-from UNetSegmentationLib.image import PICTURE_SUFFIXES, Image, has_print_size, of_channels, read_image
+from UNetSegmentationLib.image import PICTURE_SUFFIXES, Image, has_print_size, is_grey, of_channels, read_image
 from UNetSegmentationLib.model import DEFAULT_COLORS, Label
 
 SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", *PICTURE_SUFFIXES)
@@ -457,7 +457,7 @@ def _mask_map(path: Path) -> Image:
         channels = channels[:-1]
     if len(channels) == 3 and picture and (numbers := _palette_numbers(path)) is not None:
         channels = numbers[None, None]
-    if len(channels) == 3 and all(np.array_equal(channels[0], c) for c in channels[1:]):
+    if len(channels) == 3 and is_grey(channels):
         channels = channels[:1]
     if len(channels) == 3 and picture:
         raise UserError(f"{path} is a coloured picture; save its mask as one grey channel, a value for each label.")
@@ -534,7 +534,7 @@ def _picture_channels(cases: Sequence[Case], notes: list[str]) -> tuple[str, ...
     images = _some([c.images[0] for c in cases], 6, read_image)
     n = images[0].n_channels
     if _is_picture(cases[0].images[0]) and n in (2, 3, 4):
-        colour = n > 2 and any(not _grey(image.channels) for image in images)
+        colour = n > 2 and any(not is_grey(image.channels) for image in images)
         if not colour:
             notes.append("The pictures are grey, stored in colour; one channel is read.")
         return ("red", "green", "blue") if colour else ("image",)
@@ -544,10 +544,6 @@ def _picture_channels(cases: Sequence[Case], notes: list[str]) -> tuple[str, ...
         notes.append("The images are taken as CT in HU, by their values.")
         return ("CT",)
     return ("image",)
-
-
-def _grey(channels: np.ndarray) -> bool:
-    return all(np.array_equal(channels[0], c) for c in channels[1:3])
 
 
 def _scans(folder: Path) -> list[Path]:

@@ -152,8 +152,8 @@ def summary(rows: list[dict[str, Any]], labels: list[str], command: str) -> dict
 
 def score_fold(name: str, run: Path, fold: int) -> None:
     """The rows of a fold's run take their place in folds.csv beside the other folds'."""
-    card = card_of(name)
-    rows = score(live_package(card), LiveEngine(load_weights(run, UNetConfig.from_json(card["network"]))), fold)
+    package = live_package(card_of(name))
+    rows = score(package, LiveEngine(load_weights(run, UNetConfig.from_json(package.card.data["network"]))), fold)
     path = RESULTS / name / "folds.csv"
     before = []
     if path.exists():
@@ -163,7 +163,7 @@ def score_fold(name: str, run: Path, fold: int) -> None:
     own = [{"fold": fold, "steps": steps, **{k: v for k, v in row.items() if k != "seconds"}} for row in rows]
     every = sorted([*before, *own], key=lambda row: int(row["fold"]))
     write_rows(path, every)
-    for label in live_package(card).card.labels:
+    for label in package.card.labels:
         for kind in ("crop", "cube"):
             of = [(int(r["fold"]), float(r[label.name])) for r in every if r["set"] == kind]
             folds = {k: f"{np.mean([d for f, d in of if f == k]):.4f}" for k in sorted({f for f, _ in of})}

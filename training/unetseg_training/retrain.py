@@ -28,7 +28,7 @@ from UNetSegmentationLib.engines import make_engine
 from UNetSegmentationLib.files import UserError, atomic_path, counted
 from UNetSegmentationLib.image import Box, Image, write_image
 from UNetSegmentationLib.inference.predict import Prediction
-from UNetSegmentationLib.model import RESOURCES, SUFFIX, Card, Label, ModelPackage, user_models_folder, write_package
+from UNetSegmentationLib.model import SUFFIX, Card, Label, ModelPackage, model_files, user_models_folder, write_package
 from UNetSegmentationLib.networks import UNetConfig
 
 from . import clicks, metrics, report, watch
@@ -360,9 +360,8 @@ def _named(job: training.Job, base: ModelPackage | None, case_set: CaseSet, fact
 
 def _cards(name: str) -> list[Card]:
     """Of the models of that name that are here."""
-    paths = [p for folder in (user_models_folder(), RESOURCES / "models") for p in folder.glob(f"{name}-*{SUFFIX}")]
     cards = []
-    for path in paths:
+    for path in (p for p in model_files() if p.name.startswith(f"{name}-")):
         with suppress(UserError):  # one that is damaged takes no other's place
             cards.append(ModelPackage.read(path).card)
     return [card for card in cards if card.name == name]

@@ -509,15 +509,16 @@ class ClickSession:
         margins = np.clip(logits[:, 1] - logits[:, 0], -60, 60)
         margin = np.mean([view.backward(m)[0] for view, m in zip(self._views, margins)], 0)
         # Of those that lie close together the last holds.
-        last = prompts.made[-1] if prompts.made else ("point", 0.0, 0.0, 0.0, True)
+        negative_last = bool(prompts.made) and prompts.made[-1][0] == "point" and not prompts.made[-1][4]
+        if not negative_last:
+            _heed(margin, negative, -1.0)
         corrects = before.found or box is not None or len(positive) > 1
-        for wanted in (1.0, -1.0) if last[0] == "point" and not last[4] else (-1.0, 1.0):
-            if wanted < 0:
-                _heed(margin, negative, wanted)
-            elif corrects:
-                _heed(margin, positive, wanted)
-                for point in on_patch([_voxel(p) for p in prompts.positive]):
-                    _heed_between(margin, point)
+        if corrects:
+            _heed(margin, positive, 1.0)
+            for point in on_patch([_voxel(p) for p in prompts.positive]):
+                _heed_between(margin, point)
+        if negative_last:
+            _heed(margin, negative, -1.0)
         probability = 1 / (1 + np.exp(-margin))
 
         mask = probability > 0.5
