@@ -126,7 +126,9 @@ def ours(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     prepare(case_set, config, work / "cache", training, None)
     prepared, began = time.monotonic() - began, time.monotonic()
     folder = work / "run"
-    result = train(config, folder, case_set, fold=options.fold, cache=work / "cache", callbacks=callbacks(folder, config, bar=False))
+    result = train(
+        config, folder, case_set, fold=options.fold, cache=work / "cache", resume=False, callbacks=callbacks(folder, config, bar=False)
+    )
     spent = time.monotonic() - began
     items = list(metrics.case_items(case_set, check))
     rows = metrics.evaluate(live_package(config.card()), items, labels=case_set.labels, auc=False, engine=LiveEngine(result.network))
@@ -329,27 +331,27 @@ def run_row(options: argparse.Namespace) -> None:
         "peak_bytes": peak(),
         "summary": metrics.summary(rows),
     }
-    facts |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "command": told(options)}
+    facts |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "command": told(options, options.row)}
     with atomic_path(options.work / f"{options.row}.json") as path:
         path.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
 
-def told(options: argparse.Namespace) -> str:
-    """The row's command, without the folders of one machine."""
+def told(options: argparse.Namespace, row: str) -> str:
+    """A row's command, without the folders of one machine."""
     words = ["benchmarks/training.py", f"$UNETSEG_DATA/{options.data.name}", f"--minutes {options.minutes:g}"]
     words += [f"--fold {options.fold}"] if options.fold else []
     words += [f"--cases {options.cases}"] if options.cases else []
     words += [f'--names "{options.names}"'] if options.names else []
-    return " ".join([*words, f"--row {options.row}"])
+    return " ".join([*words, f"--row {row}"])
 
 
-def same(path: Path, options: argparse.Namespace) -> bool:
-    """Whether a row is there, of these minutes, fold and cases."""
+def there(options: argparse.Namespace, row: str) -> dict[str, Any] | None:
+    """A row that is there, of these data, names, minutes, fold and cases."""
     try:
-        row = json.loads(path.read_text("utf-8"))
+        found = json.loads((options.work / f"{row}.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return False
-    return all(row.get(k) == getattr(options, k) for k in ("minutes", "fold", "cases"))
+        return None
+    return found if found.get("command") == told(options, row) else None
 
 
 def peak() -> int:
@@ -362,9 +364,9 @@ def peak() -> int:
     return max(resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def table(work: Path) -> str:
+def table(options: argparse.Namespace) -> str:
     """Markdown of all rows that are there."""
-    found = [json.loads(p.read_text("utf-8")) for p in (work / f"{name}.json" for name in ROWS) if p.is_file()]
+    found = [row for name in ROWS if (row := there(options, name))]
     if not found:
         return "No row was run yet."
     labels = list(found[0]["summary"]["labels"])
@@ -399,13 +401,13 @@ def main() -> None:
         run_row(options)
     else:
         for row in ROWS:
-            if same(options.work / f"{row}.json", options) and not options.again:
+            if there(options, row) and not options.again:
                 print(f"{row} is there already; --again runs it anew.", file=sys.stderr)
                 continue
             done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--row", row])
             if done.returncode:
                 print(f"{row} failed; the others go on.", file=sys.stderr)
-    text = table(options.work)
+    text = table(options)
     print(text)
     if options.table:
         with atomic_path(options.table) as path:

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from unetseg_training import check as module
 from unetseg_training.cases import find_cases
 from unetseg_training.check import check, run
@@ -185,7 +186,24 @@ def test_leaks_from_what_is_in_no_split_into_the_test(folder):
     assert (twin.case, twin.level, twin.text) == ("c9", "warning", "has the same voxels as c0")
 
 
-def test_the_table_json_and_picture(folder, tmp_path, capsys):
+@pytest.mark.parametrize("axis, tile, aspect", [(0, (14, 16), 2), (1, (12, 16), 3), (2, (12, 14), 1.5)])
+def test_single_slices_of_any_plane_can_be_drawn(tmp_path, monkeypatch, capsys, axis, tile, aspect):
+    scan, mask = np.random.default_rng(0).normal(0, 1, (12, 14, 16)), np.zeros((12, 14, 16), np.uint8)
+    mask[3:9, 3:9, 3:9] = 1
+    for name in ("a", "b"):
+        put(tmp_path, name, Image(scan.take([5], axis), (1.0, 2.0, 3.0)), mask.take([5], axis))
+    shown, imshow = [], Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, x, **how: shown.append((x.shape, how["aspect"])) or imshow(self, x, **how))
+    assert run(tmp_path, picture=tmp_path / "a.png") == 1 and (tmp_path / "a.png").is_file()
+    assert shown == [(tile, aspect)]
+    capsys.readouterr()
+    monkeypatch.setattr(module, "_tile", None)
+    with pytest.raises(TypeError):
+        run(tmp_path, picture=tmp_path / "a.png")
+    assert "has the same voxels as a" in capsys.readouterr().out  # a picture that fails takes no finding along
+
+
+def test_the_table_json_and_picture(folder, tmp_path, capsys, monkeypatch):
     for i in range(8):
         put(folder, f"c{i}", mask=speck)
     put(folder, "c9", mask=moved(scan(0).like(outline()), 7.0))
@@ -198,6 +216,7 @@ def test_the_table_json_and_picture(folder, tmp_path, capsys):
     pixels = read_image(tmp_path / "out.png").array
     assert pixels.shape[-1] > 800 and pixels[:3].std() > 10
     assert run(folder, json_file="-") == 1 and json.loads(capsys.readouterr().out)["cases"] == 10
+    monkeypatch.setattr(module, "check", None)  # it is told before minutes of reading
     with pytest.raises(UserError, match="end the picture's name in .png"):
         run(folder, picture=tmp_path / "out.gif", quiet=True)
 

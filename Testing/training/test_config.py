@@ -46,10 +46,14 @@ def test_what_is_written_is_read_back_and_explains_itself(tmp_path):
         ({"network": {"strides": [[2, 2]]}}, "4 levels need 3 strides"),
         ({"augmentation": {"scaling": [1.1, 0.9]}}, "the smaller first"),
         ({"labels": [{"nam": "x"}]}, "did you mean 'name'"),
-        ({"labels": [{"name": "x"}, {"name": "x"}]}, "two labels share one name"),
+        ({"labels": [{"name": "x"}, {"name": "X "}]}, "two labels share one name"),
         ({"labels": [{"name": "x\ny"}]}, "does not match"),
         ({"labels": [{"name": "x", "terminology": {"category": ["SCT", "1", "a"]}}]}, "lacks 'type'"),
         ({"data": {}}, "'data.path' is missing"),
+        ({"model": {"postprocess": {"largest": True}}}, "model.postprocess .*'largest'"),
+        ({"model": {"postprocess": {"min_volume_mm3": "1e3"}}}, "model.postprocess.min_volume_mm3 must be number"),
+        ({"network": {"channels": [16]}}, r"network.channels is \[16\]: .* at least 2"),
+        ({"fit": {"betas": [0.9, 1.0]}}, "fit.betas.1 is 1.0: .* less than 1"),
     ],
 )
 def test_one_sentence_for_what_is_wrong(change, words):
@@ -62,10 +66,24 @@ def test_files_that_are_no_configuration(tmp_path):
     with pytest.raises(UserError, match="make it with: unetseg-train plan"):
         c.read(tmp_path)
     path = tmp_path / "config.yaml"
-    for text, words in (("a: [1, 2\nb: 3\n", r"not valid YAML \(line 2\)"), ("- 1\n", "holds no settings"), ("", "holds no settings")):
+    for text, words in (
+        ("a: [1, 2\nb: 3\n", r"not valid YAML \(line 2: expected"),
+        ("- 1\n", "holds no settings"),
+        ("", "holds no settings"),
+        ("fit:\n  batch: 2\nfit:\n  seed: 3\n", r"not valid YAML \(line 3: fit is there for the second time\); correct it"),
+        ("fit: !!int x\n", "is not valid YAML; correct it"),
+    ):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             c.read(path)
+
+
+def test_a_title_may_be_a_date_or_look_like_one(tmp_path):
+    for title in ("2026-11-23", "2026-13-45"):
+        c.write(c.parse(BASE), tmp_path / "config.yaml")
+        text = (tmp_path / "config.yaml").read_text("utf-8")
+        (tmp_path / "config.yaml").write_text(text.replace("title: ''", f"title: {title}"), "utf-8")
+        assert c.read(tmp_path).model.title == title
 
 
 def test_the_card_is_valid_and_describes_the_network():

@@ -113,6 +113,12 @@ def test_pictures_and_few_slices_are_2d():
     assert (few.dimensions, few.axis, few.context_slices, few.spacing) == (2, "coronal", 1, (1.0, None, 1.0))
 
 
+def test_images_too_small_for_a_network_are_refused():
+    with pytest.raises(UserError, match="The images have 7 x 6 voxels, and a network needs at least 8"):
+        of(cases(shape=(1, 6, 7), labels=("a",), spot=2))
+    assert of(cases(shape=(1, 6, 8), labels=("a",), spot=2)).config.network.strides == ((1, 2),)
+
+
 def test_large_pictures_are_made_coarser():
     made = of(cases(2, shape=(1, 1500, 2000), labels=("a",), spot=200), quick=True)
     x, y, z = made.config.input.spacing

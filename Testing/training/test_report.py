@@ -1,5 +1,7 @@
 """report.html: one file, nothing from outside, the right figures; and the pictures in it, voxel for voxel."""
 
+import base64
+import hashlib
 import io
 import json
 import re
@@ -10,6 +12,7 @@ import pytest
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("monai", reason="MONAI is not installed")
+pytest.importorskip("lightning", reason="Lightning is not installed")
 pytest.importorskip("jinja2", reason="Jinja2 is not installed")
 pytest.importorskip("matplotlib", reason="Matplotlib is not installed")
 from PIL import Image as Picture  # noqa: E402
@@ -153,6 +156,40 @@ def test_one_patient_has_no_interval(tmp_path):
     rows = cases(1)
     metrics.write(tmp_path, rows, metrics.summary(rows))
     assert "one patient, no interval" in report.write(tmp_path).read_text("utf-8")
+
+
+def test_scores_of_other_weights_are_not_these(run):
+    data = json.loads((run / "metrics.json").read_text("utf-8"))
+    (run / "best.safetensors").write_bytes(b"one")
+    data["summary"]["weights"] = hashlib.sha256(b"one").hexdigest()
+    (run / "metrics.json").write_text(json.dumps(data), "utf-8")
+    (run / "pictures").mkdir()
+    (run / "pictures" / "worst-a.png").write_bytes(b"x")
+    (run / "pictures" / "worst.json").write_text('[{"case": "a", "file": "worst-a.png"}]')
+    text = report.write(run).read_text("utf-8")
+    assert "Every case" in text and "The worst cases" in text
+    (run / "best.safetensors").write_bytes(b"two")
+    text = report.write(run).read_text("utf-8")
+    assert "metrics.json is of other weights than these (run evaluate again)" in text and "The training</h2>" in text
+    assert "Every case" not in text and "The worst cases" not in text and "Dice, mean" not in text
+
+
+def svg(address):
+    return base64.b64decode(address.partition(",")[2]).decode()
+
+
+def test_odd_and_many_labels_are_drawn(tmp_path):
+    names = ["$a_$b$", "_c", *(f"n{i:02}" for i in range(14))]
+    lines = [{"event": "step", "step": s, "loss": 1 / s, "learning_rate": 0.1**s} for s in (1, 2, 3)]
+    lines += [{"event": "validation", "step": s, "loss": 1.0, "dice": 0.5, "dice_per_class": dict.fromkeys(names, 0.5)} for s in (1, 2)]
+    text = svg(report._curves(lines))
+    assert all(f">{n}<" in text for n in ("$a_$b$", " _c", "n07", "and 6 more", "mean")) and ">n08<" not in text
+    assert ">$\\mathdefault" not in text  # the axis of the rates
+    rows = [{**row, "label": name} for row in cases() if row["label"] == "two" for name in names]
+    metrics.write(tmp_path, rows, metrics.summary(rows))
+    text = report.write(tmp_path).read_text("utf-8")
+    assert "Of the 16 labels the first 7 are drawn; the table has all." in text
+    assert svg(re.search(r'<img src="([^"]*)" alt="Dice of each case', text)[1]).count("> _c") == 3  # axis and two legends
 
 
 def colours(png):

@@ -1,5 +1,6 @@
 """The cache and the training: exact after kill -9, the same on two devices, and nothing lost when something goes wrong."""
 
+import importlib.util
 import json
 import os
 import resource
@@ -611,3 +612,27 @@ def test_auto_precision_and_devices(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "6")
     monkeypatch.setenv("SLURM_NNODES", "3")
     assert t._topology(c.Fit()) == (2, 3)
+
+
+def test_a_benchmarks_row_is_of_the_data_that_are_asked_for(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("benchmark_training", ROOT / "benchmarks" / "training.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    ran = []
+    monkeypatch.setattr(bench.subprocess, "run", lambda words: ran.append(words[-1]) or subprocess.CompletedProcess(words, 0))
+
+    def ask(*words):
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", ["training.py", *words, "--minutes", "3", "--work", str(tmp_path)])
+        bench.main()
+        return list(ran), capsys.readouterr().out
+
+    summary = {"labels": {"a": {"dice": {"mean": 0.5, "low": None}}}}
+    row = {"row": "ours", "summary": summary, "gpu_bytes": 1, "steps": 1, "train_seconds": 1, "prepare_seconds": 1, "parameters": 1}
+    row["command"] = "benchmarks/training.py $UNETSEG_DATA/one --minutes 3 --row ours"
+    (tmp_path / "ours.json").write_text(json.dumps(row))
+    again, out = ask("some/one")
+    assert again == list(bench.ROWS[1:]) and "| ours | 0.500 |" in out
+    for words in (("some/two",), ("some/one", "--names", "left,right")):
+        again, out = ask(*words)
+        assert again == list(bench.ROWS) and "No row was run yet" in out

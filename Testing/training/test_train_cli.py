@@ -15,7 +15,7 @@ import lightning  # noqa: E402
 from test_train import emptied, environment, write_cases  # noqa: E402
 from unetseg_training import cli, watch  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
-from unetseg_training.train import find  # noqa: E402
+from unetseg_training.train import find, load_run  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.model import ModelPackage  # noqa: E402
 
@@ -154,6 +154,20 @@ def test_figures_of_other_weights_are_not_put_on_the_card(command, run, tmp_path
         assert code == 0 and ("of other weights than these" in err) == restarted, err
         (path,) = (tmp_path / str(restarted)).glob("*.unet.zip")
         assert bool(ModelPackage.read(path).card.data.get("metrics")) != restarted
+
+
+def test_what_the_package_says_may_be_edited_after_the_training(command, run):
+    folder = run / "fold0-seed0"
+    assert command("fit", run, "--quiet")[0] == 0
+    trained = (folder / "best.safetensors").read_bytes()
+    for changes, scored in (({"title": "Balls"}, True), ({"postprocess": {"largest_component": True}}, False)):
+        (folder / "metrics.json").write_text('{"summary": {"labels": {}}, "rows": []}')
+        config = c.read(run)
+        c.write(config.model_copy(update={"model": config.model.model_copy(update=changes)}), run / "config.yaml")
+        code, _, err = command("fit", run, "--resume", "--quiet")
+        assert code == 0 and load_run(folder)[0].model == c.read(run).model, err
+        assert (folder / "metrics.json").exists() == scored  # figures of masks without the new step are not this package's
+    assert (folder / "best.safetensors").read_bytes() == trained
 
 
 def test_two_devices_from_the_command_line(run):

@@ -207,7 +207,18 @@ def test_flips_follow_the_plane(axis, flips):
     assert t.flip_axes(configuration(3)) == [1, 2]
 
 
-def test_pictures(tmp_path):
+def test_pictures(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    shown = []
+    imshow = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, pixels, **how: shown.append((pixels, how)) or imshow(self, pixels, **how))
     t.draw(configuration(), fiducials(), tmp_path / "a.png", examples=2)
+    assert len({(how["vmin"], how["vmax"]) for _, how in shown}) == 1  # or brightness would not show
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+    labels = (np.arange(5) == 2).astype(np.uint8).reshape(5, 1, 1) * np.ones((5, 60, 70), np.uint8)
+    values = np.arange(5).reshape(5, 1, 1) / 10 + labels * 0
+    shown.clear()
+    t.draw(configuration(2, input={"context_slices": 1}), prepared(values, labels), tmp_path / "a.png", examples=1)
+    assert shown[0][0] == pytest.approx(0.2, abs=1e-3)  # the slice that is learnt, not its neighbour

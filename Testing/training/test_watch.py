@@ -111,6 +111,15 @@ def test_tensorboard_holds_loss_dice_rate_and_pictures(tmp_path, monkeypatch):
     assert len(events.Scalars("loss")) == 12 and events.Tags()["images"] == ["examples/case 1/2"]
 
 
+def test_tensorboard_shows_a_training_that_was_begun_anew_alone(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed")
+    for dice in ((0.1, 0.2, 0.3), (0.5, 0.7)):
+        train(Module(dice), [watch.Watch(tmp_path, ["one", "two"])], len(dice))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, round(e.value, 3)) for e in events.Scalars("dice/mean")] == [(4, 0.5), (8, 0.7)]
+
+
 def test_watching_changes_nothing(tmp_path):
     watched, alone = Module(), Module()
     train(watched, [watch.Watch(tmp_path, ["one", "two"])])

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, map_values, read_segments, segment_masks
-from UNetSegmentationLib.files import UserError
+from UNetSegmentationLib.files import UserError, user_path
 from UNetSegmentationLib.image import PICTURE_SUFFIXES, Image, has_print_size, is_grey, of_channels, read_image
 from UNetSegmentationLib.model import DEFAULT_COLORS, Label
 
@@ -234,7 +234,7 @@ def find_cases(
     patient: a pattern whose first group, found in a case's name, is its patient. only: names of the labels to keep.
     foreground: all labels become one. channels: names of those to read, in this order. Raises UserError where nothing fits.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; give the folder with the images and masks.")
     if layout is not None and layout not in LAYOUTS:
@@ -559,7 +559,7 @@ def _inside(base: Path, name: Any) -> Path:
     """A path out of a JSON file, relative to it."""
     if not isinstance(name, str):
         raise UserError(f"{base} names {name!r} where a file is wanted; correct the list.")
-    path = Path(name.replace("\\", "/")).expanduser()  # a list that was written on Windows
+    path = user_path(name.replace("\\", "/"))  # a list that was written on Windows
     return path if path.is_absolute() else base / path
 
 

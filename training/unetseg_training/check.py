@@ -160,8 +160,6 @@ class Report:
 
         from .report import fonts
 
-        if not str(path).lower().endswith(".png"):
-            raise UserError(f"{path} would not be a PNG; end the picture's name in .png.")
         columns = min(4, len(worst))
         rows = math.ceil(len(worst) / columns)
         figure = Figure(figsize=(3.4 * columns, 4.0 * rows), dpi=110, facecolor="#0b0c0e")
@@ -190,17 +188,21 @@ def _tile(axes: Any, case_set: CaseSet, case: Case) -> None:
     except UserError:
         axes.text(0.5, 0.5, "cannot be read", color="#9aa0a6", ha="center", transform=axes.transAxes)
         return
-    box = Box.around(mask)
-    z = int(mask.any(2).sum(1).argmax()) if box else image.shape[0] // 2
-    values = np.nan_to_num(image.channels[:, z].astype(np.float32))
+    axis = int(np.argmin(image.shape)) if min(image.shape) == 1 else 0  # a single slice may be coronal or sagittal
+    mask = np.moveaxis(mask, axis, 0)
+    z = int(mask.any(2).sum(1).argmax()) if mask.any() else len(mask) // 2
+    values = np.nan_to_num(image.channels.take(z, axis + 1).astype(np.float32))
     low, high = np.percentile(values, (0.5, 99.5))
     grey = np.clip((values - low) / max(high - low, 1e-6), 0, 1)
     pixels = np.moveaxis(grey, 0, -1) if len(grey) == 3 and case_set.channels == ("red", "green", "blue") else grey[0]
-    axes.imshow(pixels, cmap="gray", aspect=image.spacing[1] / image.spacing[0])
+    dy, dx = np.delete(image.spacing[::-1], axis)
+    axes.imshow(pixels, cmap="gray", aspect=dy / dx, origin="lower" if axis else "upper")
+    axes.autoscale(False)
+    rows, columns = (np.arange(-1, n + 1) for n in mask.shape[1:])
     for label in case_set.labels:
         if (mask[z] == label.value).any():
             color = tuple(c / 255 for c in label.color)
-            axes.contour(mask[z] == label.value, levels=[0.5], colors=[color], linewidths=0.8)
+            axes.contour(columns, rows, np.pad(mask[z] == label.value, 1), levels=[0.5], colors=[color], linewidths=0.8)
 
 
 # -------------------------------------------------------------------------------------------------------------- search
@@ -449,14 +451,16 @@ def run(
     progress: Callable[[float, str], object] | None = None,
 ) -> int:
     """What `unetseg-train check` does: find the cases, print the table, write JSON and picture; the number of errors."""
+    if picture and not str(picture).lower().endswith(".png"):
+        raise UserError(f"{picture} would not be a PNG; end the picture's name in .png.")
     report = check(find_cases(path, layout, patient=patient, only=only, foreground=foreground, channels=channels), progress)
     if str(json_file) == "-":
         print(report.json())
     elif json_file:
         with atomic_path(json_file) as temporary:
             temporary.write_text(report.json(), "utf-8")
-    if picture:
-        report.picture(picture)
     if not quiet and str(json_file) != "-":
         print(report.table())
+    if picture:
+        report.picture(picture)
     return len(report.errors)

@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from UNetSegmentationLib.files import UserError, atomic_path
-from UNetSegmentationLib.model import card_schema, intensity_errors, schema_errors
+from UNetSegmentationLib.model import card_schema, intensity_errors, label_key, schema_errors
 from UNetSegmentationLib.networks import UNetConfig
 
 Axis = Literal["x", "y", "z"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Maps = Annotated[int, Field(ge=1, le=4096)]
 Range = tuple[Positive, Positive]
 
@@ -74,7 +75,7 @@ class Input(_Strict):
 
 
 class Network(_Strict):
-    channels: tuple[Maps, ...] = _f((16, 32, 64, 96), "Feature maps of each level, finest first.", min_length=1)
+    channels: tuple[Maps, ...] = _f((16, 32, 64, 96), "Feature maps of each level, finest first.", min_length=2)
     strides: tuple[tuple[int, ...], ...] = _f((), "Down-sampling between levels, one list each; empty is 2 everywhere.")
     kernels: tuple[tuple[int, ...], ...] = _f((), "Kernel size of each level; empty is 3 everywhere.")
     norm: Literal["none", "batch", "instance"] = _f("instance", "Normalisation of features.")
@@ -144,7 +145,7 @@ class Fit(_Strict):
     final_rate: float = _f(1e-6, "Where the cosine ends.", ge=0)
     warmup: int = _f(50, "Steps of linear warm-up.", ge=0)
     weight_decay: float = _f(1e-4, "AdamW's.", ge=0)
-    betas: tuple[Share, Share] = _f((0.9, 0.999), "AdamW's.")
+    betas: tuple[Decay, Decay] = _f((0.9, 0.999), "AdamW's.")
     clip: float = _f(5.0, "Largest norm of the gradient; 0 does not clip.", ge=0)
     ema: float = _f(0.998, "Decay of the averaged weights, which are what is validated and kept.", ge=0, lt=1)
     patience: int = _f(15, "Early stopping: epochs without a better validation Dice.", ge=1)
@@ -170,7 +171,7 @@ class Model(_Strict):
     """What the package that is made from the run says about itself."""
 
     name: str = _f("my-model", "Lower-case letters, digits and dashes.", pattern="^[a-z0-9][a-z0-9-]{0,63}$")
-    version: str = _f("0.1.0", "Three numbers.", pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$")
+    version: str = _f("0.1.0", "Three numbers.", max_length=40, pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$")
     title: str = _f("", "For people.", max_length=200)
     description: str = _f("", "For people: what it is for, and what not.", max_length=4000)
     licence: str = _f("not stated", "Of the weights; look at the data's.", min_length=1, max_length=500)
@@ -203,6 +204,9 @@ class Config(_Strict):
             raise ValueError(f"input.patch needs {n} numbers for {n}D, not {len(self.input.patch)}")
         for error in intensity_errors(self.input.intensity, "input.intensity"):
             raise ValueError(error)
+        card = card_schema()
+        for error in schema_errors(self.model.postprocess, card["properties"]["postprocess"], card, "model.postprocess"):
+            raise ValueError(error)
         if self.model.task == "click" and (n != 3 or len(self.channels) != 1 or None in self.input.spacing):
             raise ValueError("a click model (model.task) is 3D, sees one image and has a spacing along each axis")
         if n == 3 and (self.input.context_slices or self.input.axis != "axial"):
@@ -213,8 +217,7 @@ class Config(_Strict):
         weights = self.loss.class_weights
         if isinstance(weights, list) and len(weights) != len(self.labels) + 1:
             raise ValueError(f"loss.class_weights needs {len(self.labels) + 1} numbers (background and each label), not {len(weights)}")
-        names = [label.name for label in self.labels]
-        if len(set(names)) != len(names):
+        if len({label_key(label.name) for label in self.labels}) != len(self.labels):
             raise ValueError("two labels share one name")
         return self
 
@@ -311,6 +314,21 @@ def _settings(at: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
+class _Loader(yaml.SafeLoader):
+    """Of a section that is written twice YAML takes the last, and the first one's settings would silently be the defaults."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is there for the second time", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)  # a title may be a date, or look like one
+
+
 def read(path: str | Path) -> Config:
     """Read config.yaml, or the config.yaml of a run's folder."""
     path = Path(path)
@@ -319,10 +337,11 @@ def read(path: str | Path) -> Config:
     if not path.is_file():
         raise UserError(f"There is no {path}; make it with: unetseg-train plan DATA -o {path.parent}.")
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        data = yaml.load(path.read_text("utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError) as e:  # "!!int x" is a ValueError
         place = getattr(e, "problem_mark", None)
-        raise UserError(f"{path} is not valid YAML{f' (line {place.line + 1})' if place else ''}; correct it.") from e
+        where = f" (line {place.line + 1}: {getattr(e, 'problem', '')})" if place else ""
+        raise UserError(f"{path} is not valid YAML{where}; correct it.") from e
     return parse(data, str(path))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from UNetSegmentationLib.files import UserError, atomic_path, counted
+from UNetSegmentationLib.files import UserError, atomic_path, counted, user_path
 from UNetSegmentationLib.image import reorient
 from UNetSegmentationLib.inference.click import expects_lung
 from UNetSegmentationLib.intensity import check_finite
@@ -331,6 +331,11 @@ def plan(
         raw = _shrunk(raw, [spacing[a] for a in axes], budget)
     top = 4 if quick else 6 if gpu else 5
     strides, kernels = _levels(raw, [spacing[a] for a in axes], top)
+    if not strides and base is None:
+        raise UserError(
+            f"The images have {' x '.join(f'{v:.0f}' for v in large[::-1])} voxels, and a network needs at least 8 along one of the axes "
+            "with the finest spacing; use larger images."
+        )
     divisor = [math.prod(s[i] for s in strides) for i in range(dims)]
     patch = [max(d, (math.ceil(v / d - 0.01) if whole else round(v / d)) * d) for v, d in zip(raw, divisor)]
     why["input.patch"] = "it holds nearly every image whole" if whole else f"as large as a step on {where} allows (about {budget:,} voxels)"
@@ -481,7 +486,7 @@ def plan(
         "minutes": float(f"{1.35 * minutes:.3g}") if quick else None,
     }
     if quick:
-        fit["learning_rate"], why["fit.learning_rate"] = 3e-3, "higher than usual, as there are only a few hundred steps"
+        fit["learning_rate"], why["fit.learning_rate"] = 3e-3, "higher than usual, as the training is to be short"
     if base is not None:
         fit["learning_rate"], why["fit.learning_rate"] = 3e-4, "lower than from scratch, so that what is known is changed and not lost"
     why["fit.ema"] = "an average over about the last twentieth of the training"
@@ -494,7 +499,7 @@ def plan(
             "title": name.replace("-", " "),
             "training_data": [f"{Path(path).name}: {counted(f.cases, 'case')} of {counted(f.patients, 'patient')}, less those held out"],
         },
-        "data": {"path": str(Path(path).expanduser().absolute()), "layout": case_set.layout, **(data or {})},
+        "data": {"path": str(user_path(path).absolute()), "layout": case_set.layout, **(data or {})},
         "labels": [_label(label) for label in case_set.labels],
         "channels": names,
         "input": {

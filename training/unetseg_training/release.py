@@ -37,6 +37,7 @@ from . import lung_nodule_2d, lung_nodule_click, score_click
 from .config import read
 from .export import export
 from .lidc import nodules, part
+from .report import label_text
 from .train import LiveEngine, find, live_package, load_weights
 from .train import held_out as held_out_of
 
@@ -191,7 +192,7 @@ def plot(curve: list[dict[str, str]], path: Path) -> None:
     left.plot(steps, [float(r["loss"]) for r in curve], color="black")
     left.set(xlabel="step", ylabel="training loss")
     for key in (k for k in curve[0] if k.startswith("dice ")):
-        right.plot(steps, [float(r[key]) for r in curve], label=key.removeprefix("dice "))
+        right.plot(steps, [float(r[key]) for r in curve], label=label_text(key.removeprefix("dice ")))
     right.set(xlabel="step", ylabel="Dice on held-out cases", ylim=(0.4, 1))
     right.legend(frameon=False)
     figure.savefig(path, dpi=110)

@@ -37,6 +37,7 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 TRUTH, FOUND = "#4ade80", "#ff5fd2"
 # Okabe and Ito's, in the order that reads best on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+NAMED = 10  # curves in a legend: with 15 it is taller than its figure
 HEADINGS = {
     "dice": "Dice", "dice_3_clicks": "Dice, 3 clicks", "hausdorff95_mm": "HD 95 % (mm)", "hausdorff_mm": "HD (mm)",
     "surface_dice": "Surface Dice",
@@ -71,6 +72,12 @@ def fonts(text: str) -> list[str]:
             names.append(entry.name)
             missing -= found
     return names
+
+
+def label_text(name: str) -> str:
+    """A label's name in a figure: "$" would begin a formula, and a "_" at its front keep it out of legends. Not parse_math=False,
+    as a logarithmic axis writes its numbers as formulas."""
+    return (" " * name.startswith("_") + (name if len(name) < 25 else name[:24] + "…")).replace("$", r"\$")
 
 
 def dataset_hash(digests: dict[str, str]) -> str:
@@ -303,18 +310,18 @@ def _curves(lines: list[live.Line]) -> str | None:
         other.plot(*zip(*rates), color=COLORS[1], linewidth=0.9, linestyle=":")
         other.set_yscale("log")
         other.set_ylabel("learning rate (dotted)", color=COLORS[1])
-    names = list(dict.fromkeys(n for r in checks for n in r.get("dice_per_class", {})))
+    names = list(dict.fromkeys(n for r in checks for n, dice in r.get("dice_per_class", {}).items() if dice is not None))
     for i, name in enumerate(names if len(names) > 1 else []):
-        pairs = [(r["step"], r["dice_per_class"].get(name)) for r in checks if r["dice_per_class"].get(name) is not None]
-        if pairs:
-            right.plot(*zip(*pairs), color=COLORS[i % len(COLORS)], linewidth=1, label=name)
+        pairs = [(r["step"], r["dice_per_class"][name]) for r in checks if r.get("dice_per_class", {}).get(name) is not None]
+        text = label_text(name) if i < NAMED else f"and {len(names) - NAMED} more" if i == NAMED else None
+        right.plot(*zip(*pairs), color=COLORS[i % len(COLORS)], linewidth=1, label=text)
     pairs = [(r["step"], r["dice"]) for r in checks if r.get("dice") is not None]
     if pairs:
-        right.plot(*zip(*pairs), color="black", linewidth=1.8, label="mean" if len(names) > 1 else (names or ["Dice"])[0])
+        right.plot(*zip(*pairs), color="black", linewidth=1.8, label="mean" if len(names) > 1 else label_text((names or ["Dice"])[0]))
         best = max(pairs, key=lambda p: p[1])
         right.plot(*best, "o", color="black", markersize=5)
         right.annotate(f"{best[1]:.3f}", best, textcoords="offset points", xytext=(0, -12), ha="center", fontsize=8)
-        right.legend(frameon=False, fontsize=8, loc="lower right")
+        right.legend(fontsize=8, loc="lower right", framealpha=0.8, edgecolor="none")
     right.set(xlabel="step", ylabel="Dice in validation", ylim=(None, 1))
     return _svg(figure)
 
@@ -338,17 +345,18 @@ def _quality(rows: list[Row], facts: dict[str, Any]) -> str | None:
         strip.plot(i + 0.3, mean["mean"], "D", color="black", markersize=4)
         pairs = [((r["volume_ml"] + r["truth_ml"]) / 2, r["volume_error_ml"]) for r in own if r["state"] != "absent"]
         if pairs:
-            agreement.plot(*zip(*pairs), ".", color=color, alpha=0.6, label=name)
+            agreement.plot(*zip(*pairs), ".", color=color, alpha=0.6, label=label_text(name))
         if len(pairs) > 2:
             errors = np.array([p[1] for p in pairs])
             for k, style in ((0, "-"), (-1.96, ":"), (1.96, ":")):
                 agreement.axhline(errors.mean() + k * errors.std(ddof=1), color=color, linewidth=0.8, linestyle=style)
     strip.set(ylabel="Dice of each case", xlim=(-0.5, len(names) - 0.3), ylim=(min([0.5, *(r["dice"] for r in rows)]) - 0.02, 1.01))
-    strip.set_xticks(range(len(names)), [n if len(n) < 25 else n[:24] + "…" for n in names], rotation=0 if len(names) < 3 else 25)
+    strip.set_xticks(range(len(names)), [label_text(n) for n in names], rotation=0 if len(names) < 3 else 25)
     if roc:
         for name, curve in roc.items():
             area = facts["labels"][name].get("auc")
-            panels[1].plot(facts["fpr"], curve, color=COLORS[names.index(name)], label=f"{name}, AUC {area['mean']:.4f}" if area else name)
+            text = label_text(name) + (f", AUC {area['mean']:.4f}" if area else "")
+            panels[1].plot(facts["fpr"], curve, color=COLORS[names.index(name)], label=text)
         panels[1].set(xlabel="false positive rate (voxels of the image)", ylabel="true positive rate", xlim=(-0.01, 1), ylim=(0, 1.01))
         panels[1].legend(frameon=False, fontsize=8, loc="lower right")
     agreement.axhline(0, color="#9aa0a6", linewidth=0.6)
@@ -395,13 +403,18 @@ def write(folder: str | Path) -> Path:
     except ImportError as e:
         raise UserError("The report needs Jinja2 and Matplotlib; run: pip install jinja2 matplotlib") from e
     from . import metrics
+    from .train import WEIGHTS, weights_hash
 
     lines, run, scored = live.read(folder / "live.jsonl"), _json(folder / "run.json") or {}, _json(folder / "metrics.json")
     if not lines and not scored:
         raise UserError(f"{folder} holds neither live.jsonl nor metrics.json; name the folder of a training run.")
+    own = scored and scored["summary"].get("weights")  # a retraining says none: it scores the weights as it reports them
+    stale = bool(own) and (folder / WEIGHTS).is_file() and own != weights_hash(folder)
+    scored = None if stale else scored
     facts, rows = (scored["summary"], scored["rows"]) if scored else ({"labels": {}}, [])
     columns = [k for k in HEADINGS if any(r.get(k) is not None for r in rows)]
-    worst = [w for w in _json(folder / "pictures" / "worst.json") or [] if (folder / "pictures" / w["file"]).is_file()]
+    listed = _json(folder / "pictures" / "worst.json") or [] if scored else []
+    worst = [w for w in listed if (folder / "pictures" / w["file"]).is_file()]
     plan = folder / "plan.md" if (folder / "plan.md").is_file() else folder.parent / "plan.md"
     config = run.get("config", {})
     # Thousands of digests are for a program, which finds them in run.json.
@@ -417,6 +430,7 @@ def write(folder: str | Path) -> Path:
         name=", ".join(filter(None, (config.get("model", {}).get("name"), folder.resolve().name))),
         made=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC"),
         facts=facts,
+        stale=stale,
         figure=metrics.text,
         summary_columns=[(k, HEADINGS[k], DIGITS.get(k, 3)) for k in columns if any(k in own for own in facts["labels"].values())],
         columns=[("case", "Case"), ("label", "Label"), *((k, HEADINGS[k]) for k in columns), ("state", "State")],
@@ -425,6 +439,7 @@ def write(folder: str | Path) -> Path:
         ],
         curves=_curves(lines),
         quality=_quality(rows, facts) if rows else None,
+        shown=len(COLORS),
         worst=[(w["case"], _png(folder / "pictures" / w["file"])) for w in worst],
         examples=[(p.stem.removeprefix("example-"), _png(p)) for p in sorted((folder / "pictures").glob("example-*.png"))],
         finetune=_json(folder / "finetune.json"),

@@ -37,7 +37,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.files import UserError, atomic_path, user_path
 from UNetSegmentationLib.image import Image
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.model import Card, ModelPackage
@@ -310,7 +310,7 @@ def find(config: Config) -> CaseSet:
 
     data = config.data
     path = os.path.expandvars(data.path)
-    if "$" in path and not Path(path).expanduser().exists():  # Windows' hidden shares end in one
+    if "$" in path and not user_path(path).exists():  # Windows' hidden shares end in one
         raise UserError(f"data.path is {data.path}, and that variable is not set; set it to the folder, or write the folder's name.")
     found = find_cases(Path(path), data.layout, patient=data.patient, only=data.only, foreground=data.foreground, channels=data.channels)
     if len(found.labels) == len(config.labels) and all(UNNAMED.fullmatch(label.name) for label in found.labels):
@@ -664,6 +664,8 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
         if first:
             _check_identity(json.loads(_load_checkpoint(saved).get("identity", "{}")), job.identity, folder)
         done, minutes = _read_run(folder), job.fit.minutes
+        if first:
+            _describe(job, folder, done)
         # One that ended as its time was up goes on when it has more.
         if done.get("finished") and not (done.get("late") and (not minutes or done["seconds"] < 60 * minutes)):
             dice = math.nan if done["dice"] is None else done["dice"]
@@ -855,6 +857,16 @@ def _record(job: Job, folder: Path, trainer: L.Trainer, going_on: bool) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     _write_run(folder, data)
+
+
+def _describe(job: Job, folder: Path, done: dict[str, Any]) -> None:
+    """What a package says of itself may be edited after the training; figures of another way from image to mask then go."""
+    old, new = (record.get("config", {}).get("model") for record in (done, job.record))
+    if old and new and old != new and old["task"] == new["task"]:
+        _write_run(folder, {**done, "config": {**done["config"], "model": new}})
+        if any(old.get(k) != new[k] for k in ("tta", "postprocess", "surroundings", "roi_mm")):
+            for name in ("metrics.json", "metrics.csv"):
+                (folder / name).unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

@@ -214,11 +214,14 @@ def alone(config: Config) -> dict[str, Config]:
 
 
 def draw(config: Config, case: Prepared, path: Path, examples: int = 4) -> None:
-    """A picture of what each change does to one case: a row for each, the mask's outline on top; the last row is all."""
+    """A picture of what each change does to one case: a row for each, the mask's outline on top; the last row is all. One window for
+    all: scaled each by itself, brighter ones would look like the others."""
     from matplotlib.figure import Figure
 
+    from .report import window_of
     from .sampling import cut
 
+    window: tuple[float, float] | None = None
     kinds = {**alone(config), "all": config}
     figure = Figure((1.8 * examples, 1.8 * len(kinds)), layout="constrained")
     axes = figure.subplots(len(kinds), examples, squeeze=False)
@@ -229,11 +232,12 @@ def draw(config: Config, case: Prepared, path: Path, examples: int = 4) -> None:
         for i, ax in enumerate(row):
             steps.set_random_state(i)
             out = steps(cut(case, centre, kind, margin))
-            image, label = out[IMAGE][0].numpy(), out[LABEL][0].numpy()
+            image, label = out[IMAGE][config.input.context_slices].numpy(), out[LABEL][0].numpy()
             if image.ndim == 3:
                 areas = (label > 0).sum((1, 2))
                 image, label = image[areas.argmax()], label[areas.argmax()]
-            ax.imshow(image, cmap="gray", interpolation="nearest")
+            window = window or window_of(None, image)
+            ax.imshow(image, cmap="gray", vmin=window[0], vmax=window[1], interpolation="nearest")
             for value in range(1, len(config.labels) + 1):
                 if (label == value).any():
                     ax.contour(label == value, [0.5], colors=[f"C{value}"], linewidths=0.8)

@@ -210,7 +210,7 @@ def _writer(folder: Path, step: int) -> Any:
     except ImportError:
         print("TensorBoard is not installed, so nothing is written for it: pip install tensorboard", file=sys.stderr)
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
 
 
 class _Bar:
