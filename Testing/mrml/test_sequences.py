@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,34 @@ def test_undo_takes_the_sequence_away(scene: Any, volume: Any, labels: np.ndarra
     assert node.GetScene() is None and not undo.can_undo
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_undo_leaves_what_a_person_drew_meanwhile(scene: Any, volume: Any, labels: np.ndarray, again: bool) -> None:
+    node, undo = run(volume, labels).finish() if again else None, Undo(scene)
+    browser, mine = sequence_frames(volume)[0], ball(SHAPE, (4, 5, 7), 3)  # type: ignore[index]
+    for _ in each(browser) if again else ():
+        add_segment(node, "kept", mine, volume)
+    browser.SetSelectedItemNumber(1)
+    output = run(volume, np.roll(labels, 1, 1), node)
+    undo.begin(node)
+    node = output.finish()
+    undo.commit([node], output.revert)
+    for frame in (0, 2):  # not in the one that is shown at first
+        browser.SetSelectedItemNumber(frame)
+        add_segment(node, "mine", mine, volume)
+        if again:
+            draw(node, segments(node)["kept"], np.roll(mine, 1, 0), volume)
+    browser.SetSelectedItemNumber(1)
+    undo.undo()
+    for frame in each(browser):
+        names = (["nodule", "lung", "kept"] if again else []) + ["mine"] * (frame != 1)
+        assert list(segments(node)) == names and node.GetScene() is scene
+        if frame != 1:
+            assert np.array_equal(mask_of(node, "mine", volume), mine)
+        if again:
+            assert np.array_equal(mask_of(node, "kept", volume), np.roll(mine, frame != 1, 0))
+            assert np.array_equal(mask_of(node, "nodule", volume), np.roll(labels, frame, 2) == 1)
+
+
 def test_frames_that_were_not_written_keep_what_they_had(scene: Any, volume: Any, labels: np.ndarray) -> None:
     output = SequenceOutput(volume)
     complete(output.write_steps(1, predicted(volume, labels)))
@@ -243,6 +272,39 @@ def test_a_run_that_ends_early_or_fails_leaves_all_as_it_was(scene: Any, volume:
     after = fingerprint(scene)
     after["nodes"] = without_playback(after["nodes"])
     assert after == before | {"nodes": without_playback(before["nodes"])}
+
+
+def test_segments_that_share_a_layer_outlive_the_runs(scene: Any, volume: Any, labels: np.ndarray) -> None:
+    """Slicer erases a segment from the layer that it shares when a vtkSegmentation with it ends, as a copy of a frame's does."""
+    node, undo = run(volume, labels).finish(), Undo(scene, 1)
+    browser = sequence_frames(volume)[0]  # type: ignore[index]
+    mine = {name: ball(SHAPE, place, 1) for name, place in {"a": (4, 1, 2), "b": (4, 1, 10)}.items()}
+
+    def check() -> None:
+        gc.collect()
+        for frame in each(browser):
+            for name, mask in {"nodule": np.roll(labels, frame, 2) == 1, **mine}.items():
+                assert np.array_equal(mask_of(node, name, volume), mask), name
+
+    for _ in each(browser):
+        for name, mask in mine.items():
+            add_segment(node, name, mask, volume)
+    assert node.GetSegmentation().GetNumberOfLayers() == 1
+    steps = SequenceOutput(volume, node).write_steps(2, predicted(volume, labels))
+    next(steps)
+    steps.close()  # cancelled in a frame, then after all of them
+    del steps
+    check()
+    run(volume, labels, node)
+    check()
+    for _ in range(2):  # of which the first is forgotten
+        output = run(volume, labels, node)
+        undo.begin(node)
+        undo.commit([output.finish()], output.revert)
+        del output
+        check()
+    undo.undo()
+    check()
 
 
 @pytest.mark.parametrize("browser", [True, False])

@@ -1252,6 +1252,54 @@ def test_all_frames_of_a_sequence(panel: Any, install: Any, gui: Any) -> None:
     assert count("vtkMRMLSegmentationNode") == 0 and count("vtkMRMLSequenceNode") == 1
 
 
+def test_measures_of_all_frames_are_of_what_the_masking_left_and_undo_keeps_tables_and_drawings(panel: Any, install: Any, gui: Any) -> None:
+    import slicer
+
+    toy = install()
+    p = panel()
+    browser, node = sequence()
+    p.settings.volume = node
+    p.choose(toy)
+    p.ui.allFramesCheckBox.click()
+
+    def show(i: int) -> None:
+        browser.SetSelectedItemNumber(i)
+        slicer.modules.sequences.logic().UpdateProxyNodesFromSequences(browser)
+
+    def draw(name: str, rows: slice) -> None:
+        mask = np.zeros((8, 20, 20), np.uint8)
+        mask[:, rows, 5:10] = 1
+        held = p.settings.output.GetSegmentation()
+        slicer.util.updateSegmentBinaryLabelmapFromArray(mask, p.settings.output, held.AddEmptySegment("", name), node)
+
+    def voxels(table: Any) -> list[int]:
+        return [table.GetTable().GetColumnByName("Voxels").GetValue(r) for r in range(table.GetTable().GetNumberOfRows())]
+
+    p.run()
+    first, table = p.settings.output, p.settings.resultTable
+    for i in range(3):
+        show(i)
+        draw("mine", slice(5, 7))
+    p.settings.output = None
+    p.run()  # another's: the outcome now is not of the first one
+    p.settings.output = first
+    editor = slicer.mrmlScene.GetSingletonNode("SegmentEditor", "vtkMRMLSegmentEditorNode")  # of an earlier test
+    if editor is None:
+        editor = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentEditorNode")
+        editor.SetSingletonTag("SegmentEditor")
+    editor.SetAndObserveSegmentationNode(first)
+    editor.SetOverwriteMode(editor.OverwriteAllSegments)
+    p.run()
+    assert p.settings.output is first and voxels(table) == [15, 30, 45]
+    show(0)
+    draw("since", slice(12, 14))
+    p.ui.undoButton.click()
+    gui.process_events()
+    assert voxels(table) == [25, 50, 75]
+    show(0)
+    assert {n: int(m.sum()) for n, m in masks(first, node).items()} == {"thing": 25, "mine": 80, "since": 80}
+
+
 # ---------------------------------------------------------------------------------------------------------------- scenes
 
 

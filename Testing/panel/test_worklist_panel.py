@@ -366,6 +366,67 @@ def test_a_closed_scene_gives_the_scan_back(opened, gui, tmp_path):
     assert not hands.widget.trainingSet.asked
 
 
+@POSIX
+@pytest.mark.parametrize("button", ["nextScanButton", "skipScanButton", "doneScanButton"])
+def test_a_scene_that_is_closed_gets_no_scan_that_was_still_being_read(opened, gui, tmp_path, button):
+    from UNetSegmentationLib.worklist import WorkList
+
+    hands = opened()
+    hands.next()
+    os.kill(hands.section.desk.pid, signal.SIGSTOP)  # as one that reads for long
+    hands.press(button)
+    if button == "doneScanButton":
+        gui.wait(lambda: "Marking" in hands.section.busy, RUN_S)
+    gui.close_scene()
+    assert hands.case is None and not hands.ui.nextScanButton.enabled  # until the desk has answered
+    os.kill(hands.section.desk.pid, signal.SIGCONT)
+    work = WorkList.open(tmp_path / "list")
+    hands.wait(lambda: not hands.section.desk.waiting and not work.refresh().counts()["taken"])
+    assert hands.case is None and not volumes() and not list(hands.section.desk.folder.glob("*.npy"))
+    assert work.scan("s0").status == {"next": "waiting", "skip": "skipped", "done": "done"}[button[:4]]
+    assert ("'s1' was given back" in hands.ui.listMessageLabel.text) == (button == "nextScanButton")
+    assert hands.next() == "s1"
+
+
+def test_the_map_of_the_former_scan_goes_with_it(opened, gui):
+    import slicer
+
+    hands = opened(segment=True)
+    name = hands.next()
+    hands.widget.ui.uncertaintyCheckBox.click()
+    gui.process_events()
+    hands.widget.ui.applyButton.click()
+    gui.wait(lambda: hands.widget.controller.phase == "done", RUN_S)
+    hands.widget.ui.mapCheckBox.checked = True
+    gui.process_events()
+    red = slicer.app.layoutManager().sliceWidget("Red").mrmlSliceCompositeNode()
+    assert red.GetForegroundVolumeID() and f"{name} uncertainty" in volumes()
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.case.name != name)
+    assert not red.GetForegroundVolumeID() and not any(n.startswith(name) for n in volumes())
+    assert not hands.widget.controller.canUndo
+
+
+def test_scans_that_are_added_meanwhile_are_segmented_by_the_same_model(opened, gui, tmp_path, scans, models_folder, make_package):
+    from UNetSegmentationLib.worklist import WorkList
+
+    shutil.copy(make_package(**{**TOY, "name": "toy2"}).path, models_folder)
+    hands = opened()
+    hands.widget._parameters.models = ["toy-1.0.0"]
+    gui.process_events()
+    hands.press("segmentButton")
+    hands.section.desk.tell("pause")
+    gui.wait(lambda: WorkList.open(tmp_path / "list").models == ("toy-1.0.0",), RUN_S)
+    hands.widget._parameters.models = ["toy2-1.0.0"]  # for other work
+    gui.process_events()
+    (tmp_path / "more").mkdir()
+    shutil.copy(scans / "s0.nii.gz", tmp_path / "more" / "m.nii.gz")
+    hands.section.segmenting = True  # though the former three may be done
+    hands.add(tmp_path / "more", 4)
+    gui.wait(lambda: not hands.section.segmenting and not hands.section.list["unsegmented"], RUN_S)
+    assert {s.model for s in WorkList.open(tmp_path / "list").scans.values()} == {"toy-1.0.0"}
+
+
 def test_a_scan_that_another_annotator_has_is_not_offered(opened, gui, tmp_path):
     from UNetSegmentationLib.worklist import Annotator, WorkList
 

@@ -19,6 +19,7 @@ from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Image, read_image, write_image
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
 from UNetSegmentationLib.model import Label, find_model
+from UNetSegmentationLib.worker import desk as module_desk
 from UNetSegmentationLib.worker.client import child_environment, command, new_folder
 from UNetSegmentationLib.worker.protocol import Lines, load_array, remove_folder
 from UNetSegmentationLib.worklist import Annotator, WorkList, describe, find_scans, order
@@ -168,6 +169,19 @@ def test_scans_are_found_below_a_folder_and_in_lists(tmp_path):
         find_scans([tmp_path / "nothing"])
 
 
+def test_a_scan_by_another_way_is_no_other_scan(tmp_path):
+    write_image(ball(), tmp_path / "scans" / "a.nii.gz")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "l.txt").write_text("../scans/a.nii.gz\n")
+    work, added = WorkList.gather(tmp_path / "deep" / "x" / ".." / "list", [tmp_path / "lists" / "l.txt"])
+    assert added == ["a"] and work.add([tmp_path / "scans"]) == work.add([tmp_path / "lists/../scans/a.nii.gz"]) == []
+    text = work.folder / "worklist.json"
+    text.write_text(text.read_text().replace("/scans/a.nii.gz", "/lists/../scans/a.nii.gz"))  # of an earlier version
+    assert work.add([tmp_path / "scans"]) == []
+    work = WorkList.gather(tmp_path / "lists" / ".." / "list", [tmp_path / "scans"])[0]
+    assert json.loads((work.folder / "worklist.json").read_text())["scans"]["a"]["files"] == ["../scans/a.nii.gz"]
+
+
 def test_numbered_scans_are_no_channels(tmp_path):
     scans = tmp_path / "scans"
     scans.mkdir()
@@ -298,7 +312,7 @@ def test_scans_on_a_drive_that_is_not_connected_are_left_to_others(work, make_pa
     work.choose_models([package])
     scans.rename(scans.with_name("elsewhere"))
     segment_all(work, package)
-    assert work.counts()["waiting"] == 4 and work.away == {"s0", "s1", "s2", "s3"}
+    assert work.counts()["waiting"] == 4 and set(work.away) == {"s0", "s1", "s2", "s3"}
     scans.mkdir()  # as an unconnected share's mount point
     assert work.scan("s0").away == scans
     scans.rmdir()
@@ -306,6 +320,35 @@ def test_scans_on_a_drive_that_is_not_connected_are_left_to_others(work, make_pa
     (scans / "s1.nii.gz").unlink()
     assert work.scan("s0").away is None and work.scan("s1").away is None
     assert {s.status for s in segment_all(WorkList.open(work.folder), package)} == {"segmented", "failed"}  # it is gone for all
+
+
+def fails_with(error):
+    """read_image() of a computer that cannot read s0."""
+
+    def read(files, *_series):
+        if "s0" in str(files):
+            raise error
+        return read_image(files, *_series)
+
+    return read
+
+
+def no_memory():
+    error = UserError("s0.nii.gz cannot be read as an image (Failed to allocate memory for image); check that it is complete.")
+    error.__cause__ = RuntimeError("Failed to allocate memory for image")
+    return error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), no_memory(), OSError(28, "No space left on device")])
+def test_what_this_computer_cannot_do_fails_no_scan(work, make_package, monkeypatch, error):
+    package = make_package()
+    work.choose_models([package])
+    monkeypatch.setattr(module, "read_image", fails_with(error))
+    done = segment_all(work, package)
+    assert "so it was left alone" in done[0].error and list(work.away) == ["s0"] and len(done) == 4
+    assert work.refresh().counts() == dict.fromkeys(module.STATUSES, 0) | {"waiting": 1, "segmented": 3} and work.next(ANNA)
+    monkeypatch.undo()
+    assert [s.name for s in segment_all(WorkList.open(work.folder), package)] == ["s0"]  # it is nobody's
 
 
 def test_models_that_need_a_person_segment_nothing_in_advance(work):
@@ -796,6 +839,25 @@ def test_what_this_computer_cannot_hold_fails_nobodys_scan(desk, tmp_path, scans
     assert desk.ask("next", folder=folder, leave="", passed=[])["kind"] in ("user", "internal")
     counts = WorkList.open(folder).counts()
     assert counts["waiting"] == 4 and counts["failed"] == counts["taken"] == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), no_memory(), UserError("s0.nii.gz cannot be read as an image (Unable to open).")])
+def test_a_scan_that_this_person_cannot_open_is_left_to_others(work, monkeypatch, tmp_path, error):
+    def denied(path, *mode):
+        raise PermissionError(13, "Permission denied")
+
+    desk = module_desk._Desk(0, 1, tmp_path, os.getpid())
+    if isinstance(error, UserError) and error.__cause__ is None:
+        monkeypatch.setattr(module, "open", denied, raising=False)
+    monkeypatch.setattr(module_desk, "read_image", fails_with(error))
+    for _ in range(2):  # not the same again and again
+        answer = desk._next({"folder": str(work.folder), "leave": "", "passed": []})
+        assert answer["scan"]["name"] == "s1" and "so it was left alone" in answer["notes"][0]
+        work.back("s1")
+    monkeypatch.setattr(module_desk, "encode_image", denied)  # as a full disk: it is none of the scans'
+    with pytest.raises(UserError, match="s0.* so it was left alone"):
+        desk._next({"folder": str(work.folder), "leave": "", "passed": []})
+    assert work.refresh().counts()["waiting"] == 4
 
 
 @POSIX

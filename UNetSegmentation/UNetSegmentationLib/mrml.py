@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -449,17 +450,20 @@ def segment_mask(segmentation_node: Any, segment_id: str, volume_node: Any) -> n
     return complete(steps).view(np.uint8)
 
 
-def measure_steps(segmentation_node: Any, volume_node: Any, segment_ids: Sequence[str] | None = None) -> Steps[list[dict[str, Any]]]:
+def measure_steps(
+    segmentation_node: Any, volume_node: Any, segment_ids: Sequence[str] | None = None, segmentation: Any = None
+) -> Steps[list[dict[str, Any]]]:
     """measure() of segments as they are now (all, or those named), in pieces; intensities are the volume's.
 
     For results that the Segment Editor's masking limited or a person corrected. `value` counts from 1. Segments of the size
-    of an organ get no diameters, which would take seconds. Raises UserError as segment_mask() does.
+    of an organ get no diameters, which would take seconds. segmentation: a vtkSegmentation that the node is to hold, instead of its
+    own. Raises UserError as segment_mask() does.
     """
     image = image_from_volume(volume_node)
-    segmentation = segmentation_node.GetSegmentation()
+    segmentation = segmentation or segmentation_node.GetSegmentation()
     out = []
     for value, segment_id in enumerate(_ids(segmentation) if segment_ids is None else segment_ids, 1):
-        _check_has(segmentation_node, segment_id)
+        _check_has(segmentation_node, segment_id, segmentation)
         matrix = _grid_in(segmentation_node, volume_node)
         mask = yield from _held_steps(segmentation, [segment_id], Box.whole(image.shape), matrix)
         _, box = yield from _survey_steps(mask.view(np.uint8))
@@ -1643,9 +1647,11 @@ class Undo:
         if action.revert is not None:
             action.revert()
         for state in action.states:
-            if self._has(state.node):
+            # Of a sequence revert() took the frames' segmentations back, of which the node shows one.
+            if self._has(state.node) and state.node.GetSegmentation() is state.segmentation:
                 state.restore()
-                if state.created and not state.segmentation.GetNumberOfSegments():
+                # In a sequence it shows other frames too, and what a person drew there.
+                if state.created and not state.segmentation.GetNumberOfSegments() and sequence_frames(state.node) is None:
                     remove_nodes([state.node])
         for node, copy, transform in action.rewritten:
             if self._has(node):
@@ -1712,8 +1718,9 @@ class SequenceOutput:
             raise UserError(f"Segmentation '{segmentation_node.GetName()}' does not follow the volume's frames; choose a new one.")
         _check_accepts(segmentation_node)
         self._selected = self.browser.GetSelectedItemNumber()
-        self._results: dict[int, Any] = {}
-        self._former: list[tuple[Any, Any]] = []
+        self._results: dict[int, Any] = {}  # until they are in the scene
+        weakref.finalize(self, _let_go, self._results).atexit = False
+        self._states: list[_State] = []
         self._created: list[Any] = []
 
     def show(self, frame: int | None = None) -> None:
@@ -1725,20 +1732,28 @@ class SequenceOutput:
         """Make a frame's segments, in pieces. The scene does not change."""
         self._check()
         _check_grid(prediction.labels, self.volume)
-        segmentation = self._copy_of(frame)
-        fresh = not segmentation.GetNumberOfSegments()
-        plan = yield from _plan_steps(prediction, self.volume, self.node, segmentation, self.replace, self.editor)
-        if fresh:
-            shape = prediction.labels.shape
-            geometry = _oriented(shape, (0, 0, 0), _ijk_to_ras(self.volume))
-            segmentation.SetConversionParameter(_GEOMETRY, slicer.vtkSegmentationConverter.SerializeImageGeometry(geometry))
-        yield from _carry_out(plan, segmentation, prediction, segments)
-        self._results[frame] = segmentation
+        self._results[frame] = segmentation = self._copy_of(frame)
+        try:
+            fresh = not segmentation.GetNumberOfSegments()
+            plan = yield from _plan_steps(prediction, self.volume, self.node, segmentation, self.replace, self.editor)
+            if fresh:
+                shape = prediction.labels.shape
+                geometry = _oriented(shape, (0, 0, 0), _ijk_to_ras(self.volume))
+                segmentation.SetConversionParameter(_GEOMETRY, slicer.vtkSegmentationConverter.SerializeImageGeometry(geometry))
+            yield from _carry_out(plan, segmentation, prediction, segments)
+        except BaseException:
+            _let_go({frame: self._results.pop(frame)})
+            raise
+
+    def measure_steps(self, frame: int, segments: dict[int, Any]) -> Steps[list[dict[str, Any]]]:
+        """measure_steps() of what write_steps() made in the frame that is shown."""
+        made = self._results[frame]
+        return measure_steps(self.node, self.volume, [made.GetSegmentIdBySegment(s) for s in segments.values()], made)
 
     def finish(self) -> Any:
         """Put the frames' segments into the scene, and show the frame that was shown at first; the segmentation node."""
         self._check()
-        scene = self.volume.GetScene()
+        scene, former = self.volume.GetScene(), {}
         try:
             new = self._sequence is None
             if new:
@@ -1749,8 +1764,10 @@ class SequenceOutput:
                 data = self._sequence.GetDataNodeAtValue(value)
                 if data is None:
                     data = self._sequence.SetDataNodeAtValue(slicer.vtkMRMLSegmentationNode(), value)
-                self._former.append((data, data.GetSegmentation()))
-                data.SetAndObserveSegmentation(self._results.get(frame) or slicer.vtkSegmentation())
+                self._states.append(state := _State(data))
+                data.SetAndObserveSegmentation(self._results.pop(frame, None) or slicer.vtkSegmentation())
+                former[frame], state.segmentation = state.segmentation, data.GetSegmentation()
+                state.mark()
             if new:
                 modified = self.browser.StartModify()
                 self.browser.AddSynchronizedSequenceNode(self._sequence)
@@ -1758,25 +1775,26 @@ class SequenceOutput:
                 self.browser.SetSaveChanges(self._sequence, True)
                 self.browser.AddProxyNode(self.node, self._sequence, False)
                 self.browser.EndModify(modified)
+            self.show()
+            self.browser.Modified()
         except BaseException:
             self.revert()
             raise
-        self.show()
-        self.browser.Modified()
+        finally:
+            _let_go(former)
         return self.node
 
     def revert(self) -> None:
-        """Take finish() back."""
-        for data, segmentation in self._former:
-            data.SetAndObserveSegmentation(segmentation)
-        self._former = []
-        for node in self._created:
-            _remove_node(node)
-        if self._created:
+        """Take finish() back. As with Undo, what a person did meanwhile to segments that were not written stays in its frame."""
+        for state in self._states:
+            state.restore()
+        if self._created and not any(state.segmentation.GetNumberOfSegments() for state in self._states):
+            for node in self._created:
+                _remove_node(node)
             self.node = self._sequence = None
-            self._created = []
         elif self.browser.GetScene() is not None:
             self.browser.Modified()
+        self._states, self._created = [], []
 
     def _add_nodes(self, scene: Any) -> None:
         master = self.browser.GetMasterSequenceNode()
@@ -1805,6 +1823,14 @@ class SequenceOutput:
             for segment_id in _ids(former):
                 out.AddSegment(_segment_copy(former.GetSegment(segment_id)), segment_id)
         return out
+
+
+def _let_go(segmentations: dict[int, Any]) -> None:
+    """Of vtkSegmentations whose segments share labelmaps with others in the scene: the end of one removes its segments, and Slicer
+    erases a segment that is removed from a labelmap that it shares with another."""
+    for segmentation in segmentations.values():
+        for segment_id in _ids(segmentation):
+            segmentation.GetSegment(segment_id).AddRepresentation(_LABELMAP, slicer.vtkOrientedImageData())
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -2001,8 +2027,8 @@ def _check_accepts(segmentation_node: Any) -> None:
         )
 
 
-def _check_has(segmentation_node: Any, segment_id: str) -> None:
-    if segmentation_node.GetSegmentation().GetSegment(segment_id) is None:
+def _check_has(segmentation_node: Any, segment_id: str, segmentation: Any = None) -> None:
+    if (segmentation or segmentation_node.GetSegmentation()).GetSegment(segment_id) is None:
         raise UserError(f"Segmentation '{segmentation_node.GetName()}' has no segment '{segment_id}'; choose one that it has.")
 
 

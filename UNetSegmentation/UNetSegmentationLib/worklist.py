@@ -16,6 +16,7 @@ neural networks: a core-set approach", ICLR 2018), here weighted by the value's 
 
 from __future__ import annotations
 
+import errno
 import getpass
 import hashlib
 import json
@@ -53,6 +54,8 @@ LEASE, LONG_LEASE = 30 * 60.0, 12 * 3600.0
 # What lies beside scans and is none.
 _NO_SCAN = re.compile(r"(^|[-_.])(seg|segmentation|label|labels|mask|masks)([-_.]|$)", re.I)
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
+_MEMORY = re.compile(r"bad.?alloc|(failed|unable|could not|cannot) (to )?allocate|out of memory|not enough memory|memory is full", re.I)
+_GONE = (None, errno.ENOENT, errno.ENOTDIR, errno.EINVAL)  # of a file that is gone or damaged for everybody
 
 # Two voxels on both sides of the surface count, and wherever else the model is undecided.
 _BAND, _UNDECIDED, _FEWEST = 2, 0.5, 27
@@ -130,7 +133,7 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
     """
     out: dict[tuple[Path, ...], None] = {}
     for source in sources:
-        path = Path(source).expanduser().absolute()
+        path = _plain(Path(source).expanduser())
         if not path.exists():
             raise UserError(f"{path} does not exist; check the name.")
         if path.is_file() and path.suffix.lower() in (".txt", ".csv"):
@@ -140,13 +143,13 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
                 raise UserError(f"{path} cannot be read as a list of scans; save it as UTF-8 text with one scan on each line.") from e
             for number, line in enumerate(lines, 1):
                 if line.strip() and not line.lstrip().startswith("#"):
-                    files = tuple((path.parent / part.strip().strip('"')).absolute() for part in re.split(r"[,\t]", line) if part.strip())
+                    files = tuple(_plain(path.parent / part.strip().strip('"')) for part in re.split(r"[,\t]", line) if part.strip())
                     for file in files:
                         if not file.exists():
                             raise UserError(f"{path}, line {number}: {file} does not exist; correct the line or remove it.")
                     out[files] = None
         elif path.is_dir():
-            for files in _below(path, apart):
+            for files in _below(path, apart and _plain(apart)):
                 try:
                     for file in files:
                         check_text(file)
@@ -160,6 +163,11 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
     for file in (file for files in out for file in files):
         check_text(file)
     return list(out)
+
+
+def _plain(path: Path) -> Path:
+    """Without `..`, by which a scan would be another one."""
+    return Path(os.path.normpath(path.absolute()))
 
 
 def _below(folder: Path, apart: Path | None) -> Iterator[tuple[Path, ...]]:
@@ -193,6 +201,40 @@ def _is_dicom(path: Path) -> bool:
         return False
 
 
+def left_alone(scan: Scan, error: BaseException) -> str:
+    """Why a scan could not be read or segmented here, where that is no fault of its own and may go well on another computer or with
+    another's rights, so that it has not failed; else ""."""
+    if scan.away is not None:
+        return f"{scan.away} is not there, so {scan.name} was left alone; connect its drive or network folder."
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    if any(isinstance(e, MemoryError) or _MEMORY.search(str(e)) for e in chain):
+        return f"There is not enough memory here for {scan.name}, so it was left alone; close other programs."
+    for e in (*chain, *map(_refusal, scan.files)):
+        if isinstance(e, OSError) and e.errno not in _GONE:
+            text = f"{scan.name} cannot be opened here ({e.strerror or e}), so it was left alone; check your rights, the disk's space and "
+            return text + "the connection."
+    return ""
+
+
+def _refusal(path: Path) -> OSError | None:
+    """What keeps this person from opening a file, or those of a folder: ITK does not say it."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    try:
+        alone: list[tuple[str, list[str], list[str]]] = [(str(path.parent), [], [path.name])]
+        for place, _folders, names in os.walk(path, onerror=fail) if path.is_dir() else alone:
+            for name in names:
+                with open(Path(place, name), "rb") as file:
+                    file.read(1)
+    except OSError as e:
+        return e
+    return None
+
+
 # ------------------------------------------------------------------------------------------------------------ work list
 
 
@@ -202,7 +244,7 @@ class WorkList:
     def __init__(self, folder: Path, data: dict[str, Any]) -> None:
         self.folder = folder
         self._data = data
-        self.away: set[str] = set()  # scans that segment() left alone, since their folder is not there from this computer
+        self.away: dict[str, str] = {}  # scans that segment() left alone, and why: see left_alone()
         self.left_out: list[str] = []  # scans that add() had to leave out, a sentence each
         self._clock = 0.0, 0.0  # seconds between the folder's clock and this computer's monotonic one, and when it was read
 
@@ -352,7 +394,7 @@ class WorkList:
         found = find_scans(sources, self.folder / RESULTS, self.left_out)
 
         def enter(data: dict[str, Any]) -> list[str]:
-            there = {tuple(r["files"]) for r in data["scans"].values()}
+            there = {tuple(self._stored(self.folder / f) for f in r["files"]) for r in data["scans"].values()}
             new = []
             for files in found:
                 stored = tuple(map(self._stored, files))
@@ -368,7 +410,8 @@ class WorkList:
 
     def _stored(self, path: Path) -> str:
         """Relative to the list where the scan lies below or beside it, so that a network folder may have another name elsewhere."""
-        for base, up in ((self.folder, ""), (self.folder.parent, "../")):
+        path, folder = _plain(path), _plain(self.folder)
+        for base, up in ((folder, ""), (folder.parent, "../")):
             if path.is_relative_to(base) and base != Path(base.anchor):
                 return up + path.relative_to(base).as_posix()
         return path.as_posix()
@@ -513,8 +556,8 @@ class WorkList:
     ) -> Scan | None:
         """Segment one scan that nobody is at, and keep what was found with its scores; None where there is none left.
 
-        A scan that cannot be segmented is marked as failed, with one sentence, and is what is returned; one whose folder is not
-        there is left to others. Raises Cancelled, and UserError where the list cannot be written.
+        A scan that cannot be segmented is marked as failed, with one sentence, and is what is returned; so is one that is left to
+        others, as it was, with the sentence of left_alone(). Raises Cancelled, and UserError where the list cannot be written.
         """
         names = [f"{m.card.name}-{m.card.version}" for m in models]
 
@@ -551,19 +594,13 @@ class WorkList:
             raise
         except SeveralSeries as e:
             series = list(e.series)
-        except UserError as e:
-            if scan.away is not None:
-                self.away.add(name)
-                self._give_up(name, me)
-                return scan
-            result = {"status": "failed", "error": str(e)}
-        except MemoryError:
-            result = {"status": "failed", "error": f"There was not enough memory to segment {name}; choose a smaller model, or skip it."}
         except Exception as e:  # one bad scan never stops the rest
-            result = {
-                "status": "failed",
-                "error": f"{name} could not be segmented ({type(e).__name__}: {str(e)[:200]}); skip or report it.",
-            }
+            if why := left_alone(scan, e):
+                self.away[name] = why
+                self._give_up(name, me)
+                return replace(scan, error=why)
+            text = f"{name} could not be segmented ({type(e).__name__}: {str(e)[:200]}); skip or report it."
+            result = {"status": "failed", "error": str(e) if isinstance(e, UserError) else text}
 
         def enter(data: dict[str, Any]) -> list[str]:
             record = self._record(data, name)

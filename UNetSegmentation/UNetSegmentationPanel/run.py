@@ -262,10 +262,13 @@ class RunController(VTKObservationMixin):
                 segments: dict[int, Any] = {}
                 yield from output.write_steps(frame, prediction, segments)
                 predictions.append(prediction)
-                for m in _named(prediction.measures or (), segments):
+                found = _named(prediction.measures or (), segments)
+                if editor is not None and found:  # see _write()
+                    found = yield from output.measure_steps(frame, segments)
+                for m in found:
                     measures.append({**m, "name": _("{name}, frame {i}").format(name=m["name"], i=frame + 1)})
-            undo, former = self._history(scene), request.former
-            undo.begin(request.segmentation, [former.table])
+            target = request.segmentation
+            self._history(scene).begin(target, [mrml.find_table(target) if target is not None else None])
             segmentation = output.finish()
         finally:
             output.show()

@@ -18,6 +18,7 @@ from slicer.i18n import tr as _
 
 import UNetSegmentationPanel
 
+from . import results
 from .models import plainTip
 from .nodules import Pieces
 from .run import sentence
@@ -257,6 +258,8 @@ class WorkListSection:
         self.text = ""  # what is to be said
         self.busy = ""  # what is going on with the scan at hand
         self.segmenting = False
+        self._choice: dict[str, Any] = {}  # what segments in advance: another model may be chosen for other work meanwhile
+        self._answer = ""  # of the desk, on the scan at hand: "awaited", or "late" as the scene was closed meanwhile
         self._fraction = 0.0
         self._passed: list[str] = []
         self._warm = self._closed = self._paused = False
@@ -323,12 +326,15 @@ class WorkListSection:
     def closeScene(self) -> None:
         self.strip.hide()
         self._pieces.clear()
-        if self.case is not None or self.busy:
-            case, self.case = self.case, None
+        case, self.case = self.case, None
+        if self._answer:
+            self._answer = "late"
+        else:
             self.busy = ""
-            if case is not None:
-                self._give(case)
-                self.text = _("The scene was closed, so '{name}' was given back to the list.").format(name=case.name)
+        if case is not None:
+            self._give(case)
+            if not self._answer:
+                self._sayGivenBack(case.name)
         self.show()
 
     def close(self) -> None:
@@ -409,7 +415,7 @@ class WorkListSection:
         if self.desk.waiting:  # perhaps for ever: for the former folder's drive
             self._pieces.clear()
             self.desk.close((case.folder, case.name) if case is not None else None)
-            self.busy = ""
+            self.busy = self._answer = ""
         elif case is not None:
             self._give(case)
         self._folder = folder
@@ -450,7 +456,7 @@ class WorkListSection:
             self.busy, self.text = "", " ".join(said)
             self._take(answer)
             if self.segmenting:
-                self._ask("segment", self._take, **self._choice())
+                self._ask("segment", self._take, **self._choice)
 
         self._ask("add", added, folder=self.folder, sources=list(sources))
         self.show()
@@ -466,16 +472,14 @@ class WorkListSection:
         self.text = "" if chosen else _("Choose a model above that is to segment the scans.")
         try:
             if chosen and UNetSegmentationPanel._ensureRequirements():
-                self._ask("segment", self._onSegmenting, self._onSegmentFailed, **self._choice())
+                p = self.panel._parameters or self.panel.logic.getParameterNode()
+                options = {"device": p.device, "engine": p.engine} | ({"tta": p.tta} if p.tta else {})
+                self._choice = {"folder": self.folder, "models": [str(m.path) for m in chosen], "options": options}
+                self._ask("segment", self._onSegmenting, self._onSegmentFailed, **self._choice)
                 self.segmenting, self._fraction = True, 0.0
         except Exception as e:
             self.text = sentence(e)
         self.show()
-
-    def _choice(self) -> dict[str, Any]:
-        p = self.panel._parameters or self.panel.logic.getParameterNode()
-        options = {"device": p.device, "engine": p.engine} | ({"tta": p.tta} if p.tta else {})
-        return {"folder": self.folder, "models": [str(m.path) for m in self.panel.modelList.selected], "options": options}
 
     def _onSegmenting(self, answer: dict[str, Any]) -> None:
         self._paused, self._quiet = False, 0
@@ -549,21 +553,37 @@ class WorkListSection:
         self._next(leave)
 
     def _next(self, leave: str = "") -> None:
-        self.text, self.busy = "", _("Reading the next scan…")
+        self.text, self.busy, self._answer = "", _("Reading the next scan…"), "awaited"
         self._ask("next", self._onScan, folder=self.folder, leave=leave, passed=list(self._passed), by=self.panel.trainingSet.annotator)
         self.show()
 
+    def _sayGivenBack(self, name: str) -> None:
+        self.text = _("The scene was closed, so '{name}' was given back to the list.").format(name=name)
+
+    def _answered(self) -> bool:
+        """The desk's answer on the scan at hand is there; whether the scene was closed meanwhile."""
+        late, self._answer, self.busy = self._answer == "late", "", ""
+        return late
+
     def _onScan(self, answer: dict[str, Any]) -> None:
+        late, scan = self._answered(), answer.get("scan")
         self._take(answer)
+        if late and scan is not None:
+            self._back(self.folder, scan["name"])
+            _removeArrays(scan, self.desk.folder)
+            self._sayGivenBack(scan["name"])
+            self.show()
+            return
         self.text = " ".join(answer.get("notes", ()))
-        scan = answer.get("scan")
         if scan is None:
-            self.busy, self.case = "", None
+            self.case = None
             self.text = " ".join(filter(None, [self.text, _("Nothing is left to do in this list.")]))
             self.show()
         else:
             self.busy = _("Opening {name}…").format(name=scan["name"])
-            self._pieces.add(self._load(scan, self.folder))
+            steps = self._load(scan, self.folder)
+            next(steps)  # so that it is given back even where the scene is closed before the first turn
+            self._pieces.add(steps)
             self.show()
 
     def _load(self, scan: dict[str, Any], folder: str) -> Generator[Any, None, None]:
@@ -573,12 +593,12 @@ class WorkListSection:
         from UNetSegmentationLib.worker.desk import received_grid, received_mask
         from UNetSegmentationLib.worker.protocol import fill_array
 
-        yield  # the first import takes its time
         place = self.desk.folder
         assert place is not None
         scene, former = slicer.mrmlScene, self.case
         made: list[Any] = []
         try:
+            yield  # the first import takes its time
             for i, channel in enumerate(scan["channels"]):
                 grid = received_grid(channel)
                 name = scan["name"] if len(scan["channels"]) == 1 else f"{scan['name']} {i}"
@@ -603,11 +623,7 @@ class WorkListSection:
             self._back(folder, scan["name"])
             raise
         finally:
-            for name in filter(None, [*(c["file"] for c in scan["channels"]), scan["mask"]]):
-                try:
-                    (place / name).unlink(missing_ok=True)
-                except OSError:
-                    pass  # Windows, while it is mapped: with its folder, in the end
+            _removeArrays(scan, place)
         volumes = made[:-1]
         case = Case(
             folder,
@@ -632,6 +648,11 @@ class WorkListSection:
         yield
         slicer.util.setSliceViewerLayers(background=volumes[0], fit=True)
         yield
+        for volume in former.volumes if former is not None else ():
+            if volume.GetScene() is not None:  # what lies over it is the former patient's too
+                uncertainty = mrml.find_map(volume, "uncertainty")
+                results.showMap(uncertainty, False)
+                mrml.remove_nodes([uncertainty])
         for node in [former.segmentation, *former.volumes] if former is not None else ():
             mrml.remove_nodes([node])
             yield
@@ -692,7 +713,7 @@ class WorkListSection:
             if name is None:
                 self._failed(text)
                 return
-            self.busy = _("Marking {name} as done…").format(name=case.name)
+            self.busy, self._answer = _("Marking {name} as done…").format(name=case.name), "awaited"
             self._ask("done", lambda answer: self._onMarked(answer, case), **marked)
             self.show()
 
@@ -725,14 +746,16 @@ class WorkListSection:
         case = self.case
         if case is None or self.busy or not self._mayLeave():
             return
-        self.text, self.busy = "", _("Marking {name} as skipped…").format(name=case.name)
+        self.text, self.busy, self._answer = "", _("Marking {name} as skipped…").format(name=case.name), "awaited"
         self._ask("skip", self._onMarked, folder=case.folder, scan=case.name, by=self.panel.trainingSet.annotator)
         self.show()
 
     def _onMarked(self, answer: dict[str, Any], added: Case | None = None) -> None:
         """Go on to the next scan. added: that is in the training set, but perhaps not what was corrected in it since."""
-        self.busy = ""
+        late = self._answered()
         self._take(answer)
+        if late:
+            return
         notes = " ".join(answer.get("notes", ()))
         if added is not None and self.case is added and _stamp(added.segmentation) != added.stamp:
             text = _("What you corrected in '{name}' meanwhile is not in the training set yet; press Done again to add it.")
@@ -774,7 +797,7 @@ class WorkListSection:
 
         def failed(text: str) -> None:
             if not self._closed:
-                self.busy = ""
+                self.busy = self._answer = ""
                 (onError or self._failed)(text)
 
         if not (self.segmenting or self.desk.waiting):
@@ -889,6 +912,14 @@ class WorkListSection:
             if case.value is not None
             else ""
         )
+
+
+def _removeArrays(scan: dict[str, Any], folder: Path) -> None:
+    for name in filter(None, [*(c["file"] for c in scan["channels"]), scan["mask"]]):
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError:
+            pass  # Windows, while it is mapped: with its folder, in the end
 
 
 def _stamp(segmentation: Any) -> int:

@@ -34,7 +34,7 @@ from ..inference.predict import Cancelled, Options
 from ..measure import worst_place
 from ..model import Label, ModelPackage
 from ..steps import complete
-from ..worklist import LEASE, Annotator, Scan, WorkList
+from ..worklist import LEASE, Annotator, Scan, WorkList, left_alone
 from .protocol import (
     Lines,
     ProtocolError,
@@ -51,7 +51,7 @@ from .server import Program, _failure, private_folder
 
 _TOLD_S = 0.2
 _MOST_NAMES = 12
-_MOST_AWAY = 20  # scans whose folder is not there, before the person is told instead of looking further
+_MOST_AWAY = 20  # scans that cannot be read here, before the person is told instead of looking further
 
 
 def serve(source: int, sink: int, arguments: Sequence[str]) -> int:
@@ -146,30 +146,31 @@ class _Desk(Program):
     def _next(self, request: dict[str, Any]) -> dict[str, Any]:
         work, leave, passed = self._list(request), get(request, "leave", str), strings(request, "passed")
         notes: list[str] = []
-        away: dict[str, str] = {}  # scans that others may be able to read
+        away: dict[str, str] = {}  # scans that others may be able to read, and why
         me = self._annotator(request)
         while (scan := work.next(me, leave, [*passed, *away])) is not None:
             leave = ""
-            if scan.away is not None:
+            if scan.name in away or len(away) > _MOST_AWAY:
                 work.back(scan.name, me)
-                if scan.name in away or len(away) >= _MOST_AWAY:
-                    raise UserError(next(iter(away.values())))
-                away[scan.name] = f"{scan.away} is not there, so {scan.name} was left alone; connect its drive or network folder."
-                continue
+                raise UserError(next(iter(away.values())))
+            image = None
             try:
                 image = read_image(scan.files, scan.series)
+                packed = self._packed(work, scan, image)
             except SeveralSeries as e:
                 work.split(scan.name, list(e.series))
-                continue
-            except UserError as e:
-                work.fail(scan.name, str(e))
-                notes.append(str(e))
-                continue
-            try:
-                return self._done(work, scan=self._packed(work, scan, image), notes=[*notes, *list(away.values())[:1]])
-            except BaseException:  # of this computer: a full disk or memory
+            except Exception as e:
+                why = left_alone(scan, e)
+                if not why and image is None and isinstance(e, UserError):
+                    work.fail(scan.name, str(e))
+                    notes.append(str(e))
+                    continue
                 work.back(scan.name, me)
-                raise
+                if not why:
+                    raise
+                away[scan.name] = why
+            else:
+                return self._done(work, scan=packed, notes=[*notes, *list(away.values())[:1]])
         return self._done(work, scan=None, notes=notes)
 
     def _packed(self, work: WorkList, scan: Scan, image: Image) -> dict[str, Any]:
@@ -319,7 +320,8 @@ class _Segmenter:
                 name = scan.name
                 self._desk.tell({"event": "changed", "scan": name, "list": summary(work)})
             if work.away:
-                error = f"{len(work.away)} scans lie in folders that are not there, such as that of {min(work.away)}; connect their drive."
+                many = f"{len(work.away)} scans were left alone. " if len(work.away) > 1 else ""
+                error = many + next(iter(work.away.values()))
         except Cancelled:
             pass
         except Exception as e:
