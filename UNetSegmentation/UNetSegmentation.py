@@ -97,6 +97,7 @@ def loadSample(source: Any = None) -> list[Any]:
         slicer.util.errorDisplay(str(e), windowTitle=_("Sample data"))
         return []
     volume = slicer.util.loadVolume(str(paths[key]), {"name": name})
+    slicer.mrmlScene.RemoveNode(volume.GetStorageNode())  # or Save would write an edited scan over the sample
     label = slicer.util.loadLabelVolume(str(paths[key + "_label"]), {"name": f"{name} label"})
     segmentation = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", f"{name} nodule by a reader")
     segmentation.CreateDefaultDisplayNodes()
@@ -117,7 +118,7 @@ class UNetSegmentationParameterNode:
     channels: the volumes of a model's channels after the first. preset: "" is the model's own window, "custom" is level
     and width (HU). models: <name>-<version>, several are averaged. tta: "" is the model's own. record: of the last result,
     see UNetSegmentationPanel.results; the nodes are that result's. nodules: the segmentation that is clicked into, with
-    clickModel ("" is the first one); earlier: that of an earlier study, `days` before (0: as the studies are dated).
+    clickModel ("" is the newest lung-nodule-click); earlier: that of an earlier study, `days` before (0: as the studies are dated).
     """
 
     volume: vtkMRMLScalarVolumeNode
@@ -929,6 +930,7 @@ class UNetSegmentationTest(ScriptedLoadableModuleTest):
         nodes = loadSample()
         if not nodes:
             self.skipTest("the sample scans cannot be had here; see UNetSegmentationLib/sample.py")
+        self.assertIsNone(nodes[0].GetStorageNode())
         return nodes
 
     def box(self) -> Any:

@@ -186,6 +186,17 @@ def test_a_wheel_folder_that_is_gone_is_asked_for_again_where_there_is_no_networ
     assert installer.wheelFolder() == str(wheels)
 
 
+def test_a_look_up_that_fails_forgets_no_wheel_folder(gui, installer, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        environment, "plan_step", lambda python, wanted: environment.Step("failing", (python, "-c", "raise OSError('odd')"))
+    )
+    installer.setWheelFolder(str(tmp_path / "not plugged in"))
+    asked = Asked(False)
+    assert installer.ensureRequirements(confirm=asked) is False
+    assert "odd" in asked[0] and asked[0].endswith("Choose a folder of wheels now?")
+    assert installer.wheelFolder() == str(tmp_path / "not plugged in")
+
+
 def test_a_slicer_that_cannot_be_written_to_is_said_before_the_question(gui, installer, wheels, tmp_path, monkeypatch):
     installer.setWheelFolder(str(wheels))
     monkeypatch.setattr(installer.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path / "no such folder")})

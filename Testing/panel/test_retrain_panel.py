@@ -249,6 +249,19 @@ def test_train_starts_a_job_and_follows_it_to_its_end(panel: Any, dataset: Path,
     assert len(seen) == 2 and p.section.job.running and not (folder / "stop").exists()
 
 
+def test_slicers_own_python_is_started_by_its_launcher(panel: Any, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind which it takes itself for python-real, which without Slicer's variables does not start."""
+    from UNetSegmentationLib.worker.client import find_python
+
+    seen = launched(monkeypatch)
+    p = panel(dataset)
+    p.gui.click(p.ui.trainButton)
+    retraining.change(seen[0][0], state="stopped", fraction=1.0)
+    p.look()
+    p.gui.click(p.ui.resumeTrainingButton)
+    assert [python for _, python, _ in seen] == 2 * [find_python()]
+
+
 def test_what_cannot_be_trained_on_is_a_sentence(panel: Any, dataset: Path) -> None:
     """By the real processes."""
     from UNetSegmentationLib.dataset import Dataset

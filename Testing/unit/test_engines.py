@@ -2,6 +2,9 @@
 
 import sys
 import warnings
+from dataclasses import replace
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +13,7 @@ from UNetSegmentationLib import engines
 from UNetSegmentationLib.engines import choose_engine, installed, make_engine
 from UNetSegmentationLib.image import Image, UserError, read_image
 from UNetSegmentationLib.inference.predict import Options, predict
-from UNetSegmentationLib.model import find_model, write_package
+from UNetSegmentationLib.model import Card, find_model, write_package
 
 FOLDERS = {"lung-nodule-2d": "lidc_nodules", "hippocampus-3d": "msd_hippocampus"}
 
@@ -177,6 +180,22 @@ def test_what_pytorch_raises_is_one_sentence(monkeypatch, error, sentence):
     assert str(raised.value).endswith(".") and "\n" not in str(raised.value)
 
 
+def test_the_weights_say_how_large_a_network_is_and_not_the_card():
+    if not installed("torch"):
+        pytest.skip("torch is not installed")
+    import torch
+    from UNetSegmentationLib.engines.torch import load_network
+
+    model = find_model("lung-nodule-2d")  # in float16, with batch norm
+    network = load_network(model)
+    kinds = {(k.endswith("num_batches_tracked"), v.dtype, v.device.type) for k, v in network.state_dict().items()}
+    assert kinds == {(True, torch.int64, "cpu"), (False, torch.float32, "cpu")} and not network.training
+    claimed = model.card.data["network"]
+    huge = Card({**model.card.data, "network": {**claimed, "channels": [10**6] * len(claimed["channels"])}})
+    with pytest.raises(UserError, match="do not fit the network of its card .Error.s. in loading"):  # and not: can't allocate memory
+        load_network(replace(model, card=huge))
+
+
 def test_coreml_is_for_slices_only(monkeypatch):
     import onnxruntime
     from UNetSegmentationLib.engines.onnx import gpu_providers
@@ -241,3 +260,18 @@ def test_a_network_exported_for_one_batch_takes_any(make_package, toy_card, toy_
     want = predict(image, [make_package()], Options(engine=engine)).labels.array
     for batch in (1, 3, 4):
         assert np.array_equal(predict(image, [fixed], Options(engine=engine, batch=batch)).labels.array, want)
+
+
+def test_an_openvino_that_is_half_removed_is_passed_over(make_package, monkeypatch, tmp_path):
+    (tmp_path / "openvino" / "libs").mkdir(parents=True)
+    left, find = PathFinder.find_spec("openvino", [str(tmp_path)]), find_spec
+    with monkeypatch.context() as m:
+        m.setattr("importlib.util.find_spec", lambda name: left if name == "openvino" else find(name))
+        assert not installed("openvino") and choose_engine(make_package(), device="cpu").describe().startswith("ONNX Runtime")
+    # With its module, but not what that should load.
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(__spec__=SimpleNamespace(origin="here")))
+    assert installed("openvino")
+    with pytest.raises(UserError, match="OpenVINO cannot load .*Core.*; use another engine"):
+        make_engine(make_package(), "openvino", "cpu", "auto", 0)
+    text = choose_engine(make_package(), device="cpu").describe()
+    assert text.startswith("ONNX Runtime") and "OpenVINO cannot load" in text

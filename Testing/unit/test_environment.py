@@ -3,6 +3,7 @@
 import base64
 import functools
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -157,6 +158,14 @@ def test_markers_agree_with_packaging():
     assert not Requirement.read("x; extra == 'gpu'").applies()
     with pytest.raises(ValueError):
         Requirement.read("x; __import__('os').getcwd() == 'a'").applies()
+
+
+def test_extras_are_asked_for_as_packaging_says():
+    markers = pytest.importorskip("packaging.markers")
+    for text in ("extra == 'cublas'", "extra == 'cu_BLAS' and python_version > '3'", "extra == 'gpu'", "sys_platform == 'nothing'"):
+        for extra in ("cublas", "cu-blas", ""):
+            assert Requirement.read(f"x; {text}").applies([extra]) == markers.Marker(text).evaluate({"extra": extra}), (text, extra)
+    assert Requirement.read("x[ Cu_blas,a ] >= 1").extras == ("a", "cu-blas")
 
 
 @pytest.mark.parametrize("text", ["x @ https://example.org/x.whl", "x>>1", "", "-r other.txt"])
@@ -369,6 +378,27 @@ def test_a_wheel_folder_names_all_that_is_missing_or_unfit(wheels, pip, tmp_path
         environment.plan_folder(["onnxruntime>=1.17"], wheels, [])
 
 
+def make_cuda(folder):
+    """As PyTorch's: most of its size comes by extras of a package that it needs."""
+    make_wheel(folder, "torch", "2.13.0", ["toolkit", "toolkit[cublas,cu_fft]==13.0"])
+    make_wheel(folder, "toolkit", "13.0", ["cublas; extra == 'cublas'", "cufft; extra == 'cu-fft'", "nowhere; extra == 'nowhere'"])
+    make_wheel(folder, "cublas", "1.0")
+    make_wheel(folder, "cufft", "1.0", ["cublas"])
+    return folder
+
+
+def test_extras_are_looked_for_in_a_wheel_folder_and_in_what_is_there(tmp_path, pip):
+    wheels, site = make_cuda(tmp_path / "wheels"), tmp_path / "site-packages"
+    assert [p.name for p in environment.plan_folder(["torch"], wheels, []).packages] == ["torch", "toolkit", "cublas", "cufft"]
+    assert pip("install", "--no-index", "--no-deps", "--find-links", wheels, "--target", site, "torch", "toolkit", "cublas") is None
+    assert to_install(look(site, "torch")) == ["cufft"]
+    make_wheel(wheels, "lightning", "2.6", ["torch"])
+    assert [p.name for p in environment.plan_folder(["lightning"], wheels, [site]).packages] == ["lightning", "cufft"]
+    (wheels / "cufft-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(UserError, match="has no wheel of cufft; put"):
+        environment.plan_folder(["torch"], wheels, [])
+
+
 def test_a_wheel_folder_that_is_none(tmp_path, wheels):
     with pytest.raises(UserError, match="cannot be read"):
         environment.plan_folder(["onnxruntime"], tmp_path / "nowhere", [])
@@ -475,6 +505,54 @@ def test_what_is_there_is_not_counted(index):
 def test_an_index_that_lacks_it(index):
     plan = plan_online("onnxruntime>=2")
     assert [p.version for p in plan.packages] == [""] and "size unknown" in str(plan)
+
+
+def test_the_index_is_asked_for_extras_too(tmp_path, pip, monkeypatch):
+    without_proxy(monkeypatch)
+    with package_index(tmp_path / "index", make_cuda(tmp_path / "wheels")) as (address, _):
+        monkeypatch.setenv("PIP_INDEX_URL", address)
+        plan = plan_online("torch")
+    assert plan.complete and sorted(p.name for p in plan.packages) == ["cublas", "cufft", "toolkit", "torch"]
+
+
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), http.client.IncompleteRead(b"")])
+def test_an_index_that_breaks_off_leaves_what_comes_with_it_unknown(index, monkeypatch, error):
+    class Broken(http.client.HTTPResponse):
+        def read(self, amt=None):
+            raise error
+
+    monkeypatch.setattr(http.client.HTTPConnection, "response_class", Broken)
+    assert environment._look_up(Requirement.read("onnxruntime"), ()) == ("1.20.0", None, None, "")
+
+
+def test_a_look_up_that_fails_asks_for_no_blind_consent(index):
+    plan = environment.read_plan(Done(1, '{"pid": 5}\n', "MemoryError: \n"))
+    assert plan.offline and "MemoryError" in plan.problem
+    plan = plan_online("onnxruntime>=2")  # which the index lacks
+    assert plan.offline and plan.problem.startswith("There is no wheel of onnxruntime>=2")
+
+
+@pytest.mark.parametrize(
+    "status, sentence",
+    [
+        (403, "The package index or a firewall refused the connection; ask your administrator, or choose a folder of wheels."),
+        (407, "The proxy refused the connection"),
+        (200, "The package index offers no onnxruntime, or a firewall blocks it; ask your administrator"),
+    ],
+)
+def test_a_firewalls_page_is_not_taken_for_an_index(tmp_path, pip, monkeypatch, status, sentence):
+    def page(self):
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b'<html><a href="/why">Blocked</a></html>')
+
+    without_proxy(monkeypatch)
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "do_GET", page)
+    with package_index(tmp_path, tmp_path) as (address, _):
+        monkeypatch.setenv("PIP_INDEX_URL", address)
+        plan = plan_online("onnxruntime>=1.17")
+    assert plan.offline and plan.problem.startswith(sentence)
 
 
 def test_no_index_can_be_reached(pip, monkeypatch):
@@ -966,6 +1044,22 @@ def test_the_environment_folder_is_the_users(monkeypatch, tmp_path):
     ):
         monkeypatch.setenv(name, "")
         assert where().parts[-2:] == ("UNetSegmentation", last)
+
+
+def test_folders_that_variables_name_are_the_same_for_all_processes(monkeypatch, tmp_path):
+    """They have other current folders: one half of the environment was written into "~" in this one, the other into the module's."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for text, folder in (("~/x", tmp_path / "home" / "x"), ("x", tmp_path / "x"), ("~nobody-known", tmp_path / "~nobody-known")):
+        for name, where in (
+            ("UNETSEG_ENVIRONMENT", environment.environment_folder),
+            ("UNETSEG_MASKS", kept.folder),
+            ("UNETSEG_MODELS", None),
+        ):
+            monkeypatch.setenv(name, text)
+            assert where is None or where() == folder
+            assert child_environment(sys.executable)[name] == str(folder)
 
 
 @POSIX

@@ -325,6 +325,14 @@ def test_what_is_no_image_is_refused(tmp_path, name, content, sentence):
         read_image(tmp_path / name)
 
 
+def test_a_name_that_begins_with_a_tilde_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="~backup.nrrd does not exist"):
+        read_image("~backup.nrrd")
+    write_image(Image(volume()), "~backup.nrrd")
+    assert np.array_equal(read_image("~backup.nrrd").array, volume())
+
+
 def test_missing_files_and_no_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_image(tmp_path / "nowhere.nrrd")

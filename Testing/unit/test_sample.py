@@ -76,8 +76,14 @@ def test_damaged_file_is_fetched_again(sdist, tmp_path, monkeypatch, no_pip):
     paths = sample.fetch_sample(tmp_path / "cache")
     paths["lung2"].write_text("content of")
     paths["lung1_label"].unlink()
-    again = sample.fetch_sample(tmp_path / "cache")
+    said = []
+    again = sample.fetch_sample(tmp_path / "cache", lambda _, text: said.append(text))
     assert all(p.read_text() == f"content of {p.name}" for p in again.values())
+    # It may be no damage, but what a person has saved over it.
+    assert (tmp_path / "cache" / "lung2_image-changed.nrrd").read_text() == "content of" and "*-changed.nrrd" in said[-1]
+    paths["lung2"].write_text("once more")
+    sample.fetch_sample(tmp_path / "cache")
+    assert sorted(p.read_text() for p in (tmp_path / "cache").glob("*-changed*")) == ["content of", "once more"]
 
 
 def test_pip_downloads_without_running_code(sdist, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import numpy as np
 import SimpleITK as sitk
 
-from .files import UserError, atomic_path, check_text, counted, move_file
+from .files import UserError, atomic_path, check_text, counted, move_file, user_path
 from .image import Image, check_geometry, is_grey, read_image, to_sitk, write_image
 from .model import DEFAULT_COLORS, Label, label_key
 from .postprocess import slabs, voxel_counts
@@ -472,7 +472,7 @@ class Dataset:
     @classmethod
     def create(cls, folder: str | Path, name: str, labels: Sequence[Label], channels: Sequence[str]) -> Dataset:
         """A new, empty dataset; the folder may exist and hold other things, but no dataset. labels: without the background."""
-        folder = Path(folder).expanduser()
+        folder = user_path(folder)
         if (folder / INDEX).exists():
             raise UserError(f"{folder} already holds a {INDEX}; choose another folder, or open it.")
         values = [label.value for label in labels]
@@ -511,7 +511,7 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: str | Path) -> Dataset:
-        folder = Path(folder).expanduser()
+        folder = user_path(folder)
         return cls(folder, _read_index(folder))
 
     def refresh(self) -> Dataset:
@@ -1061,7 +1061,7 @@ class Dataset:
         self.refresh()
         if not self._data["cases"]:
             raise UserError(f"The dataset {self.folder} is empty; add cases first.")
-        target = Path(target).expanduser()
+        target = user_path(target)
         if kind == "nnunet" and not re.fullmatch(r"Dataset\d{3}_.+", target.name):
             taken = {p.name[7:10] for p in target.glob("Dataset[0-9][0-9][0-9]_*")}
             number = next(f"{n:03d}" for n in range(501, 1000) if f"{n:03d}" not in taken)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import http.client
 import json
 import os
 import platform
@@ -32,7 +33,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .files import child_options, escape_arguments, is_this_computer, move_file, process_mark, this_computer, unescape_arguments
+from .files import (
+    child_options,
+    escape_arguments,
+    is_this_computer,
+    move_file,
+    process_mark,
+    this_computer,
+    unescape_arguments,
+    user_path,
+)
 
 # Slicer's own, of which 5.10 has builds that no index has: never installed into Slicer's Python, never removed from it.
 PROVIDED = frozenset({"numpy", "simpleitk"})
@@ -95,6 +105,7 @@ class Requirement:
     text: str  # without the marker
     bounds: tuple[tuple[str, str], ...]
     marker: str = ""
+    extras: tuple[str, ...] = ()  # normalised
 
     @classmethod
     def read(cls, text: str) -> Requirement:
@@ -109,14 +120,19 @@ class Requirement:
             if parts is None:
                 raise ValueError(f"not a requirement: {text!r}")
             bounds.append((parts[1], parts[2]))
-        return cls(_normal(match[1]), text.strip(), tuple(bounds), marker.strip())
+        extras = tuple(sorted(_normal(e.strip()) for e in (match[2] or "").strip("[]").split(",") if e.strip()))
+        return cls(_normal(match[1]), text.strip(), tuple(bounds), marker.strip(), extras)
 
     def allows(self, version: str) -> bool:
         return all(_meets(version, operator, bound) for operator, bound in self.bounds)
 
-    def applies(self) -> bool:
-        """Whether the marker is true in this Python, without extras."""
-        return not self.marker or bool(_marker(ast.parse(self.marker, mode="eval").body))
+    def applies(self, extras: Sequence[str] = ()) -> bool:
+        """Whether the marker is true in this Python. extras: that are asked for of the package that needs this."""
+        return not self.marker or any(_marker(ast.parse(self.marker, mode="eval").body, e) for e in extras or ("",))
+
+
+def _read_all(texts: Iterable[str]) -> list[Requirement]:
+    return [requirement for requirement in map(Requirement.read, texts) if requirement.applies()]
 
 
 def read_requirements(path: str | Path) -> list[str]:
@@ -161,7 +177,7 @@ def _meets(version: str, operator: str, bound: str) -> bool:
     }[operator]
 
 
-def _marker(node: ast.expr) -> Any:
+def _marker(node: ast.expr, extra: str) -> Any:
     """The value of a marker, whose grammar is a part of Python's. ValueError for what is not."""
     names = {
         "python_version": f"{sys.version_info[0]}.{sys.version_info[1]}",
@@ -175,17 +191,19 @@ def _marker(node: ast.expr) -> Any:
         "platform_release": platform.release(),
         "platform_version": platform.version(),
         "implementation_version": platform.python_version(),
-        "extra": "",
+        "extra": extra,
     }
     if isinstance(node, ast.BoolOp):
-        values = [_marker(v) for v in node.values]
+        values = [_marker(v, extra) for v in node.values]
         return all(values) if isinstance(node.op, ast.And) else any(values)
     if isinstance(node, ast.Name) and node.id in names:
         return names[node.id]
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        left, right, operator = _marker(node.left), _marker(node.comparators[0]), node.ops[0]
+        left, right, operator = _marker(node.left, extra), _marker(node.comparators[0], extra), node.ops[0]
+        if isinstance(node.left, ast.Name) and node.left.id == "extra":
+            right = _normal(right)
         if isinstance(operator, ast.In):
             return left in right
         if isinstance(operator, ast.NotIn):
@@ -259,14 +277,14 @@ class Target:
         return match[3] in machines and (int(match[1]), int(match[2])) <= self.version
 
 
-def _dependencies(metadata: str) -> list[Requirement]:
-    """What a wheel's METADATA asks for here, without extras; what cannot be understood is left to pip."""
+def _dependencies(metadata: str, extras: Sequence[str]) -> list[Requirement]:
+    """What a wheel's METADATA asks for here, with these extras; what cannot be understood is left to pip."""
     out = []
     for line in metadata.partition("\n\n")[0].splitlines():
         if line.lower().startswith("requires-dist:"):
             try:
                 requirement = Requirement.read(line.partition(":")[2])
-                if requirement.applies():
+                if requirement.applies(extras):
                     out.append(requirement)
             except (ValueError, SyntaxError):
                 pass
@@ -321,6 +339,9 @@ class _Site:
         found = self.distributions.get(name, [])
         return [d for d in found if d.info.parent == found[0].info.parent]
 
+    def having(self, requirement: Requirement) -> _Distribution | None:
+        return next((d for d in self.find(requirement.name) if requirement.allows(d.version)), None)
+
     def remnants(self, name: str) -> list[Path]:
         """Everything of a package's name in site-packages, also what pip had renamed before it was cut off (~nnxruntime)."""
         module = name.replace("-", "_")
@@ -345,12 +366,12 @@ def check(requirements: Iterable[str], paths: Sequence[str | Path] | None = None
     """
     site = _Site(paths)
     out, seen = [], set()
-    waiting = [(Requirement.read(text), True) for text in requirements]
+    waiting = [(requirement, True) for requirement in _read_all(requirements)]
     while waiting:
         requirement, asked = waiting.pop(0)
-        if requirement.name in seen or not requirement.applies():
+        if (requirement.name, requirement.extras) in seen:
             continue
-        seen.add(requirement.name)
+        seen.add((requirement.name, requirement.extras))
         state, needs = _look(requirement, site, asked)
         if asked or state.status != "installed":
             out.append(state)
@@ -379,11 +400,14 @@ def _look(requirement: Requirement, site: _Site, asked: bool) -> tuple[State, li
     # Other versions of what it needs are for pip to judge: an upgrade could break what else needs them.
     if asked and not requirement.allows(version):
         return state("broken", f"{version} is there, {requirement.text} is needed"), []
+    return state("installed"), _needs(found[0], requirement.extras)
+
+
+def _needs(there: _Distribution, extras: Sequence[str]) -> list[Requirement]:
     try:
-        text = (found[0].info / "METADATA").read_text("utf-8", errors="replace")
+        return _dependencies((there.info / "METADATA").read_text("utf-8", errors="replace"), extras)
     except OSError:
-        text = ""
-    return state("installed"), _dependencies(text)
+        return []
 
 
 def _damage(info: Path) -> str:
@@ -477,8 +501,8 @@ class Plan:
 
     @property
     def offline(self) -> bool:
-        """Nothing can be fetched, but it could come from a wheel folder."""
-        return not any(p.version for p in self.packages) and "folder of wheels" in self.problem
+        """Nothing can be fetched, as far as is known, but it could come from a wheel folder."""
+        return bool(self.problem) and not any(p.version for p in self.packages)
 
     def __str__(self) -> str:
         """onnxruntime 1.32.0, flatbuffers 25.12.19 and numpy 2.4.6 (45 MB)"""
@@ -512,15 +536,16 @@ def plan_folder(requirements: Iterable[str], folder: str | Path, paths: Sequence
     missing: list[str] = []
     unfit: list[str] = []
     packages: dict[str, Package] = {}
-    waiting = [Requirement.read(text) for text in requirements]
+    waiting = _read_all(requirements)
     asked = {r.name for r in waiting}
-    seen: set[str] = set()
+    seen: set[tuple[str, tuple[str, ...]]] = set()
     while waiting:
         requirement = waiting.pop(0)
-        if requirement.name in seen or not requirement.applies():
+        if (requirement.name, requirement.extras) in seen:
             continue
-        seen.add(requirement.name)
-        if requirement.name not in asked and any(requirement.allows(d.version) for d in site.find(requirement.name)):
+        seen.add((requirement.name, requirement.extras))
+        if requirement.name not in asked and (there := site.having(requirement)):
+            waiting += _needs(there, requirement.extras)
             continue
         named = [n for n in wheels if _normal(n.split("-")[0]) == requirement.name and requirement.allows(n.split("-")[1])]
         good = sorted((n for n in named if target.fits(n)), key=lambda n: _key(n.split("-")[1]))
@@ -531,9 +556,10 @@ def plan_folder(requirements: Iterable[str], folder: str | Path, paths: Sequence
                 missing.append(requirement.text)
             continue
         path = Path(folder, good[-1])
-        packages[requirement.name] = Package(requirement.name, good[-1].split("-")[1], path.stat().st_size)
+        if requirement.name not in packages or not requirement.allows(packages[requirement.name].version):  # asked for with other extras
+            packages[requirement.name] = Package(requirement.name, good[-1].split("-")[1], path.stat().st_size)
         try:
-            waiting += _dependencies(_wheel_metadata(path))
+            waiting += _dependencies(_wheel_metadata(path), requirement.extras)
         except (OSError, zipfile.BadZipFile, zlib.error, KeyError, StopIteration, RuntimeError) as e:  # NotImplementedError too
             raise _error(f"The wheel {path} is damaged; copy it into the folder again.") from e
     if missing or unfit:
@@ -587,15 +613,16 @@ def _plan(task: dict[str, Any]) -> dict[str, Any]:
     site = _Site(task["paths"])
     packages: dict[str, tuple[str, str, int | None]] = {}
     complete, problem = True, ""
-    wave = [Requirement.read(text) for text in task["requirements"]]
+    wave = _read_all(task["requirements"])
     asked, seen = {r.name for r in wave}, set()
     with ThreadPoolExecutor(8) as pool:
         while wave:
-            wave = [r for r in {r.name: r for r in wave}.values() if r.name not in seen and r.applies()]
-            wave = [r for r in wave if r.name in asked or not any(r.allows(d.version) for d in site.find(r.name))]
-            seen |= {r.name for r in wave}
+            new = {(r.name, r.extras): r for r in wave if (r.name, r.extras) not in seen}
+            seen |= set(new)
+            there = {key: site.having(r) for key, r in new.items() if r.name not in asked}
+            wave = [r for key, r in new.items() if not there.get(key)]
+            needs = [need for key, d in there.items() if d for need in _needs(d, new[key].extras)]
             found = list(pool.map(lambda r: _look_up(r, task["options"]), wave))
-            needs: list[Requirement] = []
             for requirement, (version, size, metadata, failure) in zip(wave, found):
                 if not version:
                     complete = False
@@ -603,11 +630,12 @@ def _plan(task: dict[str, Any]) -> dict[str, Any]:
                         packages[requirement.name] = (requirement.name, "", None)
                         problem = problem or failure
                     continue
-                packages[requirement.name] = (requirement.name, version, size)
+                if requirement.name not in packages or not requirement.allows(packages[requirement.name][1]):
+                    packages[requirement.name] = (requirement.name, version, size)
                 if metadata is None:
                     complete = False
                 else:
-                    needs += _dependencies(metadata)
+                    needs += _dependencies(metadata, requirement.extras)
             wave = needs
     return {"packages": list(packages.values()), "complete": complete, "problem": problem}
 
@@ -620,8 +648,9 @@ def _look_up(requirement: Requirement, options: Sequence[str]) -> tuple[str, int
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", errors="replace", **child_options()
     )
     best = read_index(done.stdout + done.stderr, requirement)
-    if best is None:
-        return "", None, None, pip_failure(Done(done.returncode, done.stdout, done.stderr))
+    if best is None:  # pip is content where there are other versions
+        said = done.stderr if done.returncode else f"No matching distribution found for {requirement.text}\n{done.stderr}"
+        return "", None, None, pip_failure(Done(done.returncode, done.stdout, said))
     version, url = best
     if url.startswith("file:"):
         path = Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
@@ -629,10 +658,8 @@ def _look_up(requirement: Requirement, options: Sequence[str]) -> tuple[str, int
             return version, path.stat().st_size, _wheel_metadata(path), ""
         except (OSError, zipfile.BadZipFile, zlib.error, StopIteration, RuntimeError):
             return version, None, None, ""
-    head = _open(url, "HEAD")
-    length = head.headers.get("Content-Length", "") if head is not None else ""
-    answer = _open(url + ".metadata", "GET")
-    metadata = answer.read(1 << 20).decode("utf-8", "replace") if answer is not None else None
+    length, _ = _open(url, "HEAD")
+    _, metadata = _open(url + ".metadata", "GET")
     return version, int(length) if length.isdigit() else None, metadata, ""
 
 
@@ -658,11 +685,14 @@ def _certificates() -> ssl.SSLContext:
     return context
 
 
-def _open(url: str, method: str) -> Any:
+def _open(url: str, method: str) -> tuple[str, str | None]:
+    """(Content-Length, text); ("", None) where it does not come, or not to its end."""
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=_TIMEOUT_S, context=_certificates())
-    except (OSError, ValueError):
-        return None
+        request = urllib.request.Request(url, method=method)
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=_certificates()) as answer:
+            return answer.headers.get("Content-Length", ""), answer.read(1 << 20).decode("utf-8", "replace")
+    except (OSError, ValueError, http.client.HTTPException):
+        return "", None
 
 
 # ---------------------------------------------------------------------------------------------------------------- processes
@@ -723,7 +753,7 @@ _FAILURES = (
     (r"[Pp]ermission denied|Access is denied|WinError 5\b", "The folder cannot be written; close other Slicer windows and try again."),
     (r"ResolutionImpossible", "Packages that are installed are in conflict with what is needed; nothing was changed."),
     (r"PACKAGES DO NOT MATCH THE HASHES", "What came was damaged or altered; try again, and if it happens again ask your administrator."),
-    (r"ProxyError|407 Proxy", "The proxy refused the connection; set it up for pip, or choose a folder of wheels."),
+    (r"ProxyError|407 Proxy|: 407 Client Error", "The proxy refused the connection; set it up for pip, or choose a folder of wheels."),
     (r"SSLError|CERTIFICATE_VERIFY", "The connection's certificate is not trusted; set PIP_CERT, or choose a folder of wheels."),
     (
         r"NewConnectionError|NameResolution|ConnectTimeout|Max retries|ReadTimeout|getaddrinfo|Connection (refused|reset|broken)",
@@ -741,6 +771,11 @@ def pip_failure(done: Done) -> str:
         if re.search(pattern, text):
             return sentence
     if match := re.search(r"No matching distribution found for (\S+)", text):
+        # As -vv tells. PyTorch's index answers 403 for all that it lacks, so that this counts only where no other has a link.
+        if "Fetching project page" in text and not re.search(r"\.(whl|gz|zip)\S* \(from ", text):
+            refused = re.search(r"Could not fetch URL \S+: 40[13]\b", text)
+            what = "or a firewall refused the connection" if refused else f"offers no {match[1]}, or a firewall blocks it"
+            return f"The package index {what}; ask your administrator, or choose a folder of wheels."
         return f"There is no wheel of {match[1]} for this Python and system; choose another Python, or a folder of wheels."
     last = [line.strip() for line in text.splitlines() if re.match(r"\s*(ERROR|error|\w*Error):", line)]
     reason = last[-1] if last else f"exit code {done.code}"
@@ -839,7 +874,8 @@ def environment_folder() -> Path:
     """Where PyTorch's own environment lies; $UNETSEG_ENVIRONMENT overrides the user's data folder."""
     from .model import user_data_folder
 
-    return Path(os.environ.get("UNETSEG_ENVIRONMENT") or user_data_folder() / "torch")
+    # Absolute, since the processes that fill and remove it have another current folder.
+    return user_path(os.environ.get("UNETSEG_ENVIRONMENT") or user_data_folder() / "torch").absolute()
 
 
 def own_environment(folder: Path | None = None) -> OwnEnvironment:
@@ -1002,9 +1038,9 @@ def training_python() -> tuple[str, dict[str, str]]:
 
     own = own_environment()
     if lacks := training_lacks(own):
-        names = [Requirement.read(text).name for text in lacks]
+        names = list(dict.fromkeys(Requirement.read(text).name for text in lacks))
         raise _error(
-            f"Training needs {', '.join(names)}, which {'is' if len(lacks) == 1 else 'are'} not installed; "
+            f"Training needs {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} not installed; "
             f"install it in the panel, or run: pip install {' '.join(names)}"
         )
     return (own.python, own.variables) if own.status == "ready" else (find_python(), {})

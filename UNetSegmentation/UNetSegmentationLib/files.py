@@ -30,6 +30,12 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
+def user_path(name: str | Path) -> Path:
+    """A path whose ~ is the person's folder. Where it is nobody's (~backup.nii), it is part of the name: Path.expanduser() raises a
+    RuntimeError."""
+    return Path(os.path.expanduser(name))
+
+
 def child_options(apart: bool = False, breakaway: bool = False) -> dict[str, Any]:
     """For subprocess: a child that opens no window over Slicer, nor do its own children.
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import SimpleITK as sitk
 
-from .files import UserError, atomic_path, check_text
+from .files import UserError, atomic_path, check_text, user_path
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
@@ -828,7 +828,7 @@ def read_image(paths: str | Path | Sequence[str | Path], series: str | None = No
 
 
 def _read(name: str | Path, series: str | None, among: bool) -> Image:
-    path = Path(name).expanduser()
+    path = user_path(name)
     try:
         if not path.exists():
             raise UserError(f"{path} does not exist; check the name.")

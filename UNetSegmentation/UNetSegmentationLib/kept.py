@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import atomic_path
+from .files import atomic_path, user_path
 from .image import Box, Image
 from .model import Label, user_data_folder
 
@@ -33,7 +33,7 @@ _new = 0
 
 def folder() -> Path:
     """$UNETSEG_MASKS overrides the user's data folder."""
-    return Path(os.environ.get("UNETSEG_MASKS") or user_data_folder() / "masks")
+    return user_path(os.environ.get("UNETSEG_MASKS") or user_data_folder() / "masks").absolute()
 
 
 def mask_digest(mask: np.ndarray, start: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ is pinned by SHA-256, and no code of that distribution ever runs.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from .files import UserError, atomic_path, check_writable, child_options
+from .files import UserError, atomic_path, check_writable, child_options, move_file, user_path
 from .model import user_data_folder
 
 SDIST = "pyradiomics-3.0.1"
@@ -58,28 +60,30 @@ runpy.run_module("pip", run_name="__main__", alter_sys=True)
 def sample_folder() -> Path:
     """Where the sample lies; $UNETSEG_SAMPLE overrides the user's data folder."""
     named = os.environ.get("UNETSEG_SAMPLE")
-    return Path(named).expanduser() if named else user_data_folder() / "sample"
+    return user_path(named) if named else user_data_folder() / "sample"
 
 
 def fetch_sample(folder: str | Path | None = None, progress: Callable[[float, str], object] | None = None) -> dict[str, Path]:
     """The paths of "lung1", "lung1_label", "lung2" and "lung2_label" (.nrrd; int16 CT in HU and their nodule labels).
 
     Files with the right hash are used as they are, without network. Otherwise they come from the source distribution
-    that $UNETSEG_SAMPLE_SDIST names, or that pip downloads (34 MB). progress gets the fraction done and a sentence at each step.
-    Raises UserError when that fails; never leaves half a file, also when two processes fetch at once.
+    that $UNETSEG_SAMPLE_SDIST names, or that pip downloads (34 MB), and one that was changed keeps its content under another
+    name. progress gets the fraction done and a sentence at each step. Raises UserError when that fails; never leaves half a
+    file, also when two processes fetch at once.
     """
     say = progress or (lambda fraction, text: None)
-    place = Path(folder).expanduser() if folder is not None else sample_folder()
+    place = user_path(folder) if folder is not None else sample_folder()
     paths = {key: place / name for key, (name, _) in FILES.items()}
     missing = [key for key, path in paths.items() if _sha256(path) != FILES[key][1]]
     if not missing:
         return paths
     check_writable(paths[missing[0]])
+    changed = any(paths[key].exists() for key in missing)
     named = os.environ.get("UNETSEG_SAMPLE_SDIST")
     # On Windows a virus scanner may hold what was downloaded beyond the end.
     with tempfile.TemporaryDirectory(prefix="unetseg-sample-", ignore_cleanup_errors=True) as temporary:
         if named:
-            sdist = Path(named).expanduser()
+            sdist = user_path(named)
             if _sha256(sdist) != SDIST_SHA256:
                 raise UserError(f"UNETSEG_SAMPLE_SDIST names {sdist}, which is not the published {SDIST}.tar.gz; get it again.")
         else:
@@ -87,7 +91,7 @@ def fetch_sample(folder: str | Path | None = None, progress: Callable[[float, st
             sdist = _download(Path(temporary), place)
         say(0.8, "Unpacking the sample scans ...")
         _unpack(sdist, {key: paths[key] for key in missing})
-    say(1.0, f"The sample scans are in {place}.")
+    say(1.0, f"The sample scans are in {place}{'; the changed ones are kept there as *-changed.nrrd' if changed else ''}.")
     return paths
 
 
@@ -144,6 +148,14 @@ def _reason(said: str) -> str:
     return line.removeprefix("ERROR: ").removeprefix("error: ").rstrip(".")[:200]
 
 
+def _put_aside(path: Path, sha256: str) -> None:
+    """Give a file that another fetch has not renewed meanwhile a free name: it may hold a person's corrections."""
+    if path.exists() and _sha256(path) != sha256:
+        names = (path.with_stem(f"{path.stem}-changed{n or ''}") for n in itertools.count())
+        with suppress(FileNotFoundError):  # the other one has moved it
+            move_file(path, next(p for p in names if not p.exists()))
+
+
 def _unpack(sdist: Path, wanted: dict[str, Path]) -> None:
     """The wanted files out of the archive (regular files only), each verified before it takes its name."""
     try:
@@ -157,5 +169,6 @@ def _unpack(sdist: Path, wanted: dict[str, Path]) -> None:
                     raise UserError(f"{name} in {sdist} is not the published file; download it again.")
                 with atomic_path(path) as temporary:
                     temporary.write_bytes(content)
+                    _put_aside(Path(os.path.realpath(path)), sha256)
     except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as e:
         raise UserError(f"{sdist} cannot be unpacked ({e}); download it again.") from e

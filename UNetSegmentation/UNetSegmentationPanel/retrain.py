@@ -441,9 +441,13 @@ class RetrainSection(VTKObservationMixin):
         """ready(python, variables) with the Python that can train, or missing(). Many packages are looked at for it."""
 
         def found(answer: dict[str, Any]) -> None:
+            from UNetSegmentationLib.worker.client import find_python
+
             from .worker import variablesFor
 
             python = answer["python"]
+            if python and not answer["variables"]:
+                python = find_python()  # Slicer's own, which behind its launcher names itself without it (python-real)
             if python:
                 ready(python, {**variablesFor(python), **answer["variables"]})
             else:
@@ -684,8 +688,9 @@ class RetrainSection(VTKObservationMixin):
 
     def _onCase(self) -> None:
         """Show the chosen case before and after."""
+        from UNetSegmentationLib.model import read_card
+
         from . import trainingviews
-        from .models import _readCard
 
         rows = {item.row() for item in self.ui.worstTable.selectedItems()}
         worst = self._worst()
@@ -704,7 +709,7 @@ class RetrainSection(VTKObservationMixin):
         desk = self.panel.workList.desk
 
         def steps(found: dict[str, Any]) -> Generator[None, None, None]:
-            labels = _readCard(job.package).labels
+            labels = read_card(job.package).labels
             yield
             yield from comparison.steps(name, found, desk.folder, labels)
             trainingviews.show_volume(comparison.volume, pair, linked=True)

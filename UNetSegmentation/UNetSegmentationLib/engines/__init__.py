@@ -48,11 +48,12 @@ _PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
 
 
 def installed(engine: str) -> bool:
-    """Whether the engine's library is there, without importing it."""
+    """Whether the engine's library is there, without importing it; the folder that a removal left behind has no file to load."""
     try:
-        return importlib.util.find_spec(_PACKAGES[engine]) is not None
+        spec = importlib.util.find_spec(_PACKAGES[engine])
     except (ImportError, ValueError):
         return False
+    return spec is not None and spec.origin is not None
 
 
 def make_engine(package: ModelPackage, engine: str, device: str, precision: str, threads: int) -> Engine:

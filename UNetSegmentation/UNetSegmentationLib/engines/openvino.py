@@ -15,17 +15,17 @@ class OpenVINOEngine:
     def __init__(self, package: ModelPackage, device: str = "cpu", precision: str = "auto", threads: int = 0) -> None:
         import openvino
 
-        core = openvino.Core()
-        # Where there are several, they are GPU.0, GPU.1, ..., and "GPU" is the first.
-        target = "GPU" if device == "gpu" and any(d.split(".")[0] == "GPU" for d in core.available_devices) else "CPU"
         # float32 unless asked otherwise: on CPUs with bf16 the default would differ from ONNX Runtime by 1e-2.
         kind = {"bf16": "bf16", "fp16": "f16"}.get(precision, "f32")
         settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": kind}
-        if threads and target == "CPU":
-            settings["INFERENCE_NUM_THREADS"] = threads
         try:
+            core = openvino.Core()
+            # Where there are several, they are GPU.0, GPU.1, ..., and "GPU" is the first.
+            target = "GPU" if device == "gpu" and any(d.split(".")[0] == "GPU" for d in core.available_devices) else "CPU"
+            if threads and target == "CPU":
+                settings["INFERENCE_NUM_THREADS"] = threads
             self._model = core.compile_model(core.read_model(package.onnx), target, settings)
-        except RuntimeError as e:
+        except (RuntimeError, AttributeError) as e:  # a damaged installation has no plugins, or no Core
             raise UserError(f"OpenVINO cannot load {package.path.name} ({_reason(e)}); use another engine.") from e
         axis = self._model.input(0).partial_shape[0]
         self._batch = axis.get_length() if axis.is_static else None
@@ -51,7 +51,7 @@ class OpenVINOEngine:
         return self._text
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """What comes below the lines that name places in OpenVINO's source."""
     lines = str(error).splitlines()
     return next((line for line in lines if line and not line.startswith(("Exception from", "Check "))), type(error).__name__)[:200]

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..files import child_options, escape_arguments
+from ..files import child_options, escape_arguments, user_path
 from ..image import Image, UserError
 from ..inference.click import Prompt
 from ..inference.predict import Cancelled, Options, Progress
@@ -131,6 +131,9 @@ def child_environment(python: str, environment: Mapping[str, str] | None = None)
     out = dict(os.environ if environment is None else environment)
     if sys.platform == "win32":  # where their case means nothing: "Path" beside os.environ's "PATH" would be another
         out = {name.upper(): value for name, value in out.items()}
+    for name in ("UNETSEG_ENVIRONMENT", "UNETSEG_MASKS", "UNETSEG_MODELS"):
+        if out.get(name):  # the child's current folder is another
+            out[name] = str(user_path(out[name]).absolute())
     out["PYTHONIOENCODING"] = "utf-8"  # as it is read; Windows' code page would garble what a sentence quotes
     paths = [str(working_folder())]
     if python == sys.executable:
@@ -374,7 +377,7 @@ def _grid(image: Image) -> Image:
 
 
 def _file(model: ModelPackage | str | Path) -> str:
-    return os.path.abspath(model.path if isinstance(model, ModelPackage) else Path(model).expanduser())
+    return os.path.abspath(model.path if isinstance(model, ModelPackage) else user_path(model))
 
 
 class WorkerClient:
