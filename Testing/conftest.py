@@ -91,7 +91,7 @@ def make_card(**changes: Any) -> dict[str, Any]:
         "task": "automatic",
         "dimensions": 3,
         "channels": ["CT"],
-        "spacing": [None, None, None],
+        "spacing": [1 if changes.get("task") == "click" else None] * 3,
         "patch": [16] * dimensions,
         "divisor": [4] * dimensions,
         "intensity": {"mode": "none"},

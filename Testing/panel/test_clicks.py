@@ -1285,6 +1285,21 @@ def test_the_model_that_comes_with_the_module(panel: Any) -> None:
     assert p.tag("Nodule 1", "UNetSegmentation.ClickModel").startswith("lung-nodule-click-")
 
 
+def test_the_default_is_the_newest_as_everywhere(panel: Any, models_folder: Path) -> None:
+    from UNetSegmentationLib.inference.click import MODEL
+    from UNetSegmentationLib.model import find_model, write_package
+
+    bundled = find_model(MODEL)
+    for version in ("0.9.0", "0.10.0"):
+        write_package(models_folder / f"{MODEL}-{version}.unet.zip", {**bundled.card.data, "version": version}, bundled.onnx)
+    p = panel()
+    for chosen, version in (("", "0.10.0"), ("gone-1.0.0", "0.10.0"), (bundled.path.name.removesuffix(".unet.zip"), bundled.card.version)):
+        p.settings.clickModel, p.settings.volume = chosen, scan()
+        p.gui.process_events()
+        assert (p.tool.model.card.name, p.tool.model.card.version) == (MODEL, version)
+    assert find_model(MODEL).card.version == "0.10.0"
+
+
 def leftovers() -> list[str]:
     import slicer
 

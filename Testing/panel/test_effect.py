@@ -331,6 +331,18 @@ def test_the_bundled_model_on_a_real_scan(editor: Callable[..., Editor], data: P
     assert e.segmentation.GetSegmentation().GetSegment(e.segment).HasTag("UNetSegmentation.Prompts")
 
 
+@pytest.mark.parametrize("versions", [["0.4.0"], ["0.9.0", "0.10.0"]], ids=str)
+def test_the_default_is_the_newest_as_everywhere(editor: Callable[..., Editor], models_folder: Path, versions: Sequence[str]) -> None:
+    from UNetSegmentationLib.inference.click import MODEL
+    from UNetSegmentationLib.model import find_model, write_package
+
+    bundled = find_model(MODEL)
+    for version in versions:
+        write_package(models_folder / f"{MODEL}-{version}.unet.zip", {**bundled.card.data, "version": version}, bundled.onnx)
+    chosen = editor(scan(), model=None).effect._model()
+    assert chosen.path == find_model(MODEL).path and chosen.card.version == (bundled.card.version, "0.10.0")[len(versions) - 1]
+
+
 # ------------------------------------------------------------------------------------------------------------- masking
 
 

@@ -16,7 +16,7 @@ from UNetSegmentationLib import cli
 from UNetSegmentationLib.image import Box, Image, UserError, read_image, write_image
 from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.inference.predict import Options
-from UNetSegmentationLib.model import SUFFIX, ModelPackage
+from UNetSegmentationLib.model import SUFFIX, ModelPackage, find_model, write_package
 from UNetSegmentationLib.nodule import COLUMNS, NOTE, describe, row
 
 pytest.importorskip("typer")
@@ -749,6 +749,17 @@ def test_verify_runs_the_network(unetseg, pack, toy_card, toy_onnx):
     one_sentence(unetseg("model", "verify", path), "does not fit its card")
 
 
+def test_verify_compares_the_weights_with_the_network(unetseg, tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load, save
+
+    model = find_model("lung-nodule-2d")
+    assert unetseg("model", "verify", "lung-nodule-2d")[0] == 0
+    weights = {k: v * torch.tensor(1.1).to(v.dtype) if k.startswith("heads.") else v for k, v in load(model.safetensors).items()}
+    other = write_package(tmp_path / f"other{SUFFIX}", model.card.data, model.onnx, save(weights))
+    one_sentence(unetseg("model", "verify", other.path), "gives other values with PyTorch than with ONNX")
+
+
 def test_names_that_standard_output_cannot_hold_are_escaped(here, pack):
     """A pipe on Windows is cp1252."""
     path = pack(change_card=lambda card: card.update(labels=[{"value": 1, "name": "\u7d50\u7bc0"}], licence="\u7bc0"))
@@ -771,7 +782,7 @@ def test_a_label_that_is_none_is_refused(here, unetseg, label):
 
 def test_a_name_that_is_too_long_is_one_sentence(here, unetseg):
     one_sentence(unetseg("segment", here.scan, "-m", "m" * 300, "-o", here.out / "a.nrrd"), "There is no model")
-    one_sentence(unetseg("model", "pack", "n" * 300, "--card", "a", "-o", here.out / "a"), "cannot be read or written")
+    one_sentence(unetseg("model", "pack", "n" * 300, "--card", "a", "-o", here.out / f"a{SUFFIX}"), "cannot be read or written")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
@@ -815,6 +826,16 @@ def test_pack_refuses_bad_input(here, unetseg, toy_card, tmp_path, card, network
     result = unetseg("model", "pack", tmp_path / "net.onnx", "--card", tmp_path / "card.json", "-o", here.out / f"a{SUFFIX}")
     one_sentence(result, sentence)
     assert here.left() == []
+
+
+def test_pack_does_not_overwrite_what_it_reads(unetseg, toy_card, toy_onnx, tmp_path):
+    card, network = tmp_path / "card.json", tmp_path / "net.onnx"
+    card.write_text(json.dumps(toy_card()))
+    network.write_bytes(toy_onnx("threshold", toy_card()))
+    before = card.read_bytes(), network.read_bytes()
+    for output in (card, network, tmp_path / "toy.zip"):
+        one_sentence(unetseg("model", "pack", network, "--card", card, "-o", output), f"would be no package; end its name in {SUFFIX}")
+    assert (card.read_bytes(), network.read_bytes()) == before and not (tmp_path / "toy.zip").exists()
 
 
 def test_parsers_name_the_option():

@@ -383,6 +383,20 @@ def test_a_full_card_is_valid():
         ({"axis": "axial"}, "belong to 2D models"),
         ({"context_slices": 1}, "belong to 2D models"),
         ({"labels": [{"value": 1, "name": "a"}, {"value": 1, "name": "b"}]}, "share one value"),
+        ({"labels": [{"value": 1, "name": "a"}, {"value": 2, "name": "A "}]}, "share one name"),  # by which --reference finds them
+        ({"version": "1" * 40 + ".0.0"}, "card.version has 44 characters"),  # of a file's name
+        # What no click session runs: tracebacks and wrong masks.
+        *(
+            ({"task": "click", **change}, "a click model is 3D, sees one image")
+            for change in (
+                {"dimensions": 2, "divisor": [4, 4]},
+                {"channels": ["CT", "PET"]},
+                {"spacing": [1, None, 1]},
+                {"labels": [{"value": 1, "name": "a"}, {"value": 2, "name": "b"}]},
+                {"labels": [{"value": 256, "name": "a"}]},
+                {"activation": "sigmoid"},
+            )
+        ),
         ({"intensity": {"mode": "window", "level": 3}}, "lacks width"),
         ({"intensity": {"mode": "window", "level": 1e39, "width": 3}}, "must be at most"),
         # In a .seg.nrrd a line break would end the field, and what Slicer puts between a terminology's parts would add some.
@@ -632,6 +646,7 @@ IMAGE = ("x", 1, ["N", 1, "D", "H", "W"])
         {"inputs": [("x", 1, [1, 1, 16, 16, 16])]},
         {"inputs": [("x", 1, None)], "outputs": [("y", 1, None)]},
         {"inputs": [("x", 1, ["N", "C", "D", "H", "W"])], "outputs": [("y", 1, ["N", None, "D", "H", "W"])]},
+        {"inputs": [("x", 1, [-1, -1, -1, 16, 0])], "outputs": [("y", 1, [-1] * 5)]},  # open, as older exporters write it
         {"inputs": [IMAGE, ("w", 11, [4])], "weights": ["w"]},
         {"outputs": [("y", 1, ["N", 2, "D", "H", "W"]), ("deep", 1, ["N", 2, "D", "H", "W"])]},
     ],
@@ -645,6 +660,8 @@ def test_networks_that_fit_their_card_are_accepted(pack, ports):
     ("ports", "sentence"),
     [
         ({"inputs": [("x", 1, ["N", 3, "D", "H", "W"])]}, "takes 3 channels but its card says 1"),
+        ({"inputs": [("x", 1, ["N", 1, "D", 16, 32])]}, "takes patches of any x 16 x 32 but its card says 16 x 16 x 16"),
+        ({"outputs": [("y", 1, ["N", 2, 8, 8, 8])]}, "gives patches of 8 x 8 x 8 but"),
         ({"inputs": [("x", 1, ["N", 1, "H", "W"])]}, "takes no float32 tensor of 5 axes"),
         ({"inputs": [("x", 10, ["N", 1, "D", "H", "W"])]}, "takes no float32 tensor of 5 axes"),
         ({"inputs": [IMAGE, ("w", 1, [4])]}, "takes 2 inputs and gives 1 outputs"),
@@ -817,8 +834,27 @@ def test_an_unknown_name_lists_the_known(library, name):
 def test_a_package_with_a_name_of_its_own_is_found_by_it(library):
     (library / "other-1.0.0.unet.zip").rename(library / "my best.unet.zip")
     assert find_model("my best").card.name == "other"
-    with pytest.raises(UserError, match="my best, toy"):
+    with pytest.raises(UserError, match="click, other, toy"):
         find_model("nothing")
+
+
+def test_the_card_says_what_a_package_is_called(library):
+    (library / "other-1.0.0.unet.zip").rename(library / "toy-3.0.0.unet.zip")
+    assert find_model("toy").card.version == "1.10.0"
+    assert find_model("other").path == find_model("other-1.0.0").path == library / "toy-3.0.0.unet.zip"
+    with pytest.raises(UserError, match="no model 'toy-3.0.0'"):
+        find_model("toy-3.0.0")
+    (library / "toy-2.0.0.unet.zip").write_bytes(b"cut off")
+    for name in ("toy", "toy-2.0.0"):  # an older one is not taken without a word
+        with pytest.raises(UserError, match="toy-2.0.0.unet.zip is damaged"):
+            find_model(name)
+
+
+def test_hidden_files_are_no_models(library):
+    good = (library / "other-1.0.0.unet.zip").read_bytes()
+    for name, content in (("._toy-9.0.0.unet.zip", b"of macOS"), (".unetseg-1a2b3c4d-r-1.0.0.unet.zip", good)):
+        (library / name).write_bytes(content)
+    assert find_model("toy").card.version == "1.10.0" and not [p for p in model_files() if p.name.startswith(".")]
 
 
 def test_bundled_packages_are_good_and_small():

@@ -409,6 +409,8 @@ def test_kept_it_gets_a_name_of_its_own(finished, make_package, models_folder):
     models_folder.mkdir()
     parent = make_package()
     (models_folder / parent.path.name).write_bytes(parent.path.read_bytes())
+    left = models_folder / ".unetseg-1a2b3c4d-t-1.1.0.unet.zip"  # of a killed process
+    left.write_bytes(finished.package.read_bytes())
     path = training.promote(finished, "keep")
     assert path.name == "toy-my-set-1.1.0.unet.zip"
     assert find_model("toy").card.version == "1.0.0" and find_model("toy-my-set").card.data["title"] == "A toy (My set)"

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import __version__
 from .engines import DEVICES, ENGINES, PRECISIONS, choose_engine, installed, make_engine
-from .files import atomic_path, check_writable, counted
+from .files import atomic_path, check_writable, counted, user_path
 from .image import (
     PICTURE_SUFFIXES,
     VOLUME_SUFFIXES,
@@ -36,7 +36,7 @@ from .inference.click import ClickSession, Prompt, expects_lung
 from .inference.predict import Options, Prediction, predict
 from .intensity import display_range, expects_hu, parse_window, presets
 from .measure import dice, measure
-from .model import Card, Label, ModelPackage, find_model, model_files, user_models_folder, write_package
+from .model import SUFFIX, Card, Label, ModelPackage, find_model, model_files, user_models_folder, write_package
 from .nodule import COLUMNS, csv_text, describe
 from .nodule import row as nodule_row
 
@@ -172,7 +172,7 @@ def _check_names(
     if sum(str(p) == "-" for p in texts) > 1:
         raise UserError("Only one of --json and --csv can go to standard output; give the other a file name.")
     everything = [p for p in (*targets, *maps, picture, *texts) if p and str(p) != "-"]
-    sources = [p.expanduser() for p in read if p]
+    sources = [user_path(p) for p in read if p]
     for path in everything:
         check_writable(path)
         if any(_same(path, source) for source in sources):
@@ -567,14 +567,22 @@ def _app() -> Any:
 
     @model_app.command()
     def verify(packages: Annotated[list[str], typer.Argument(help="Names or .unet.zip files.")]) -> None:
-        """Check a package: hashes, card, ONNX graph, and that it loads and runs."""
+        """Check a package: hashes, card, ONNX graph, that it loads and runs, and that its PyTorch weights are of the same network."""
         for name in packages:
             package = find_model(name)
             engine = choose_engine(package, device="cpu")
             shape = (1, package.card.inputs, *package.card.patch[3 - package.card.dimensions :])
-            out = engine.run(np.zeros(shape, np.float32))
+            batch = np.random.default_rng(0).random(shape, np.float32)
+            out = engine.run(batch)
             if out.shape != (1, package.card.outputs, *shape[2:]) or not np.isfinite(out).all():
                 raise UserError(f"{package.path} loads, but gives {out.shape} for {shape}; it does not fit its card.")
+            if package.safetensors and "network" in package.card.data and installed("torch") and installed("onnx"):
+                ours, theirs = (make_engine(package, name, "cpu", "fp32", 0).run(batch) for name in ("onnx", "torch"))
+                # In noise the bundled models differ by 5e-6 of the largest logit at most.
+                if ours.shape != theirs.shape or not np.abs(ours - theirs).max() <= 1e-3 * np.abs(ours).max():
+                    raise UserError(
+                        f"{package.path} gives other values with PyTorch than with ONNX; ask its author for a corrected package."
+                    )
             print(f"{package.path}: verified ({engine.describe()})")
 
     @model_app.command()
@@ -590,6 +598,8 @@ def _app() -> Any:
         safetensors: Annotated[Path | None, typer.Option(help="Weights to fine-tune from.")] = None,
     ) -> None:
         """Make a package from an ONNX file and a card."""
+        if not str(output).endswith(SUFFIX):
+            raise UserError(f"{output} would be no package; end its name in {SUFFIX}.")
         for path in (network, card, *([safetensors] if safetensors else [])):
             if not path.is_file():
                 raise UserError(f"{path} does not exist; check the name.")
@@ -654,7 +664,7 @@ def _dataset_app() -> Any:
         with _cancellable():
             image = _read(images, series)
             array, named = read_mask(mask, image)
-            new = not (folder.expanduser() / INDEX).exists()
+            new = not (user_path(folder) / INDEX).exists()
             if new:
                 labels = named_labels(label) or list(named)
                 if not labels:

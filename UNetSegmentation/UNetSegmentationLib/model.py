@@ -15,17 +15,18 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from .files import UserError, atomic_path, counted
+from .files import UserError, atomic_path, counted, user_path
 
 RESOURCES = Path(__file__).parent / "resources"
 CARD, ONNX, SAFETENSORS = "model.json", "model.onnx", "model.safetensors"
 SUFFIX = ".unet.zip"
+PACKAGES = "[!.]*" + SUFFIX  # in a folder; not macOS' ._NAME, nor what a killed process left of a new one
 MAX_CARD_BYTES = 1 << 20
 MAX_FILE_BYTES = 2 << 30
 _MAX_NUMBER = 1e300  # in a card
@@ -301,9 +302,17 @@ def check_card(data: Any) -> Card:
         raise wrong(f"card.patch {data['patch']} is not a multiple of card.divisor {data['divisor']}")
     if card.dimensions == 3 and (card.context or "axis" in data):
         raise wrong("axis and context_slices belong to 2D models")
-    values = [label.value for label in card.labels]
-    if len(set(values)) != len(values):
-        raise wrong("two labels share one value")
+    for key, labels in (("value", {label.value for label in card.labels}), ("name", {label.key for label in card.labels})):
+        if len(labels) != len(card.labels):
+            raise wrong(f"two labels share one {key}")
+    if data["task"] == "click" and not (
+        card.dimensions == 3
+        and len(data["channels"]) == len(card.labels) == 1
+        and None not in card.spacing
+        and card.activation == "softmax"
+        and card.labels[0].value < 256
+    ):
+        raise wrong("a click model is 3D, sees one image, has a spacing along each axis and one label up to 255, with softmax")
     for error in intensity_errors(card.intensity, "card.intensity"):
         raise wrong(error)
     flips = data.get("flip_axes", ())
@@ -422,7 +431,7 @@ def check_onnx(data: bytes) -> None:
 def check_ports(data: bytes, card: Card) -> None:
     """Refuse an ONNX model whose declared input or output is not what its card says, for no engine to stumble over.
 
-    What the model leaves open (the axes' lengths, often the channels too) shows when it runs.
+    What the model leaves open (most axes' lengths, often the channels too; by a name, 0 or -1) shows when it runs.
     """
     ports: dict[int, dict[str, tuple[int, list[int | None] | None]]] = {11: {}, 12: {}}
     weights = set()
@@ -434,7 +443,8 @@ def check_ports(data: bytes, card: Card) -> None:
                 elif kind in ports:
                     entries = dict(_fields(value))
                     tensor = dict(_fields(dict(_fields(entries.get(2, b""))).get(1, b"")))
-                    axes = [dict(_fields(d)).get(1) for k, d in _fields(tensor[2]) if k == 1] if 2 in tensor else None
+                    lengths = [dict(_fields(d)).get(1, 0) for k, d in _fields(tensor[2]) if k == 1] if 2 in tensor else None
+                    axes = None if lengths is None else [n if 0 < n < 1 << 63 else None for n in lengths]
                     ports[kind][str(entries.get(1, b""), "utf-8")] = tensor.get(1, 0), axes
     except (ValueError, TypeError) as e:
         raise UserError("The ONNX model is damaged or not an ONNX file; download or export it again.") from e
@@ -448,8 +458,12 @@ def check_ports(data: bytes, card: Card) -> None:
     ):
         if element not in (0, 1) or (axes is not None and len(axes) != rank):
             raise UserError(f"The ONNX model {does} no float32 tensor of {rank} axes, as its card says; export it again.")
-        if axes is not None and axes[1] not in (None, 0, channels):
+        if axes is not None and axes[1] not in (None, channels):
             raise UserError(f"The ONNX model {does} {axes[1]} channels but its card says {channels}; export it again.")
+        patch = card.data["patch"]
+        if axes is not None and any(n not in (None, p) for n, p in zip(axes[2:], patch)):
+            size, wanted = (" x ".join(str(n or "any") for n in shape) for shape in (axes[2:], patch))
+            raise UserError(f"The ONNX model {does} patches of {size} but its card says {wanted}; export it again, with open axes.")
 
 
 def check_safetensors(data: bytes) -> None:
@@ -573,7 +587,7 @@ def write_package(path: str | Path, card: dict[str, Any], onnx: bytes, safetenso
 
 def user_models_folder() -> Path:
     """Where imported packages lie; $UNETSEG_MODELS overrides the platform's data folder."""
-    return Path(os.environ.get("UNETSEG_MODELS") or user_data_folder() / "models")
+    return user_path(os.environ.get("UNETSEG_MODELS") or user_data_folder() / "models").absolute()
 
 
 def user_data_folder() -> Path:
@@ -589,25 +603,46 @@ def user_data_folder() -> Path:
 
 def model_files() -> list[Path]:
     """Bundled packages, then imported ones, by name."""
-    return [p for folder in (RESOURCES / "models", user_models_folder()) for p in sorted(folder.glob("*" + SUFFIX))]
+    return [p for folder in (RESOURCES / "models", user_models_folder()) for p in sorted(folder.glob(PACKAGES))]
 
 
-def _version(path: Path) -> tuple[str, tuple[int, ...]]:
-    """(name, version) as a package's file name says it: <name>-<version>.unet.zip."""
-    text = path.name.removesuffix(SUFFIX)
-    if not (parts := re.fullmatch(r"(.+)-([0-9]+(?:\.[0-9]+)*)", text)):
-        return text, ()
-    return parts[1], tuple(int(v) for v in parts[2].split("."))
+def read_card(path: Path) -> Card:
+    """A package's card alone, checked (0.3 ms); the rest is verified when the package is imported, and before it runs."""
+    try:
+        with zipfile.ZipFile(path) as package:
+            if package.getinfo(CARD).file_size > MAX_CARD_BYTES:
+                raise ValueError("its card is too large")
+            data = json.loads(package.read(CARD).decode("utf-8"))
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError, RuntimeError, RecursionError) as e:
+        raise UserError(f"{path.name} is damaged or not a model package ({e}); remove it and import it again.") from e
+    return check_card(data)
+
+
+_NAMED = re.compile(r"(.+)-([0-9]+\.[0-9]+\.[0-9]+)")
+
+
+def _named(path: Path) -> tuple[str, str]:
+    """(name, version) as a package's card says it; where it has no good one, as its file's name does: no older package shall run
+    in its place without a word."""
+    try:
+        card = read_card(path)
+    except UserError:
+        text = path.name.removesuffix(SUFFIX)
+        parts = _NAMED.fullmatch(text)
+        return (parts[1], parts[2]) if parts else (text, "0.0.0")
+    return card.name, card.version
 
 
 def find_model(name: str | Path) -> ModelPackage:
-    """A package by path, by name (its newest version) or by name-version, among the bundled and imported ones."""
+    """A package by path, by name (its newest version) or by name-version, among the bundled and imported ones. That is what its
+    card says, whatever its file is called; a file named neither by the one nor the other is found by its own name too."""
     text = str(name)
     if text.endswith(SUFFIX) or os.path.isfile(text):
         return ModelPackage.read(text)
-    files = model_files()
-    matches: Sequence[Path] = [p for p in files if p.name == text + SUFFIX] or [p for p in files if _version(p)[0] == text]
+    named = {p: _named(p) for p in model_files()}
+    matches = [p for p, (its, version) in named.items() if text in (its, f"{its}-{version}")]
+    matches = matches or [p for p in named if p.name == text + SUFFIX and not _NAMED.fullmatch(text)]
     if not matches:
-        known = ", ".join(sorted({_version(p)[0] for p in files})) or "none"
+        known = ", ".join(sorted({its for its, _ in named.values()})) or "none"
         raise UserError(f"There is no model {text!r}; installed are: {known}. Name one of these or a {SUFFIX} file.")
-    return ModelPackage.read(max(matches, key=lambda p: _version(p)[1]))
+    return ModelPackage.read(max(matches, key=lambda p: [int(v) for v in named[p][1].split(".")]))

@@ -41,8 +41,9 @@ from .files import (
     process_mark,
     this_computer,
     unescape_arguments,
+    user_path,
 )
-from .model import RESOURCES, SUFFIX, Card, ModelPackage, find_model, user_models_folder, write_package
+from .model import PACKAGES, RESOURCES, SUFFIX, Card, ModelPackage, find_model, user_models_folder, write_package
 
 FOLDER, JOB, LIVE, RESULT, STOP, LOG, BEAT, BASE = (
     "retrain",
@@ -140,7 +141,7 @@ class Job:
 def jobs(dataset: str | Path) -> list[Job]:
     """The retrainings of a dataset, the newest first."""
     try:
-        folders = sorted((Path(dataset).expanduser() / FOLDER).iterdir(), reverse=True)
+        folders = sorted((user_path(dataset) / FOLDER).iterdir(), reverse=True)
     except OSError:
         return []
     out = []
@@ -357,7 +358,7 @@ def create(
     dataset: str | Path, base: ModelPackage | str | Path | None = None, options: Options = Options(), folder: str | Path | None = None
 ) -> Job:
     """A job's folder, without its process."""
-    dataset = Path(dataset).expanduser().absolute()
+    dataset = user_path(dataset).absolute()
     summary = _check_dataset(dataset)
     if options.device not in DEVICES or (options.minutes is not None and not 0 < options.minutes < 1e5):
         raise UserError(f"Train on one of {', '.join(DEVICES)}, for a number of minutes above 0.")
@@ -374,7 +375,7 @@ def create(
             raise UserError(f"A retraining of this dataset is running already ({other.name}); wait for its end, or stop it.")
     now = time.time()
     try:
-        place = _new_folder(dataset, name, now) if folder is None else Path(folder).expanduser().absolute()
+        place = _new_folder(dataset, name, now) if folder is None else user_path(folder).absolute()
         if folder is not None:
             place.mkdir(parents=True, exist_ok=True)
             if (place / JOB).exists():
@@ -633,7 +634,7 @@ def _there(models: Path, package: ModelPackage, base: str, called: Callable[[str
     def content(card: Card) -> dict[str, Any]:
         return {k: v for k, v in card.data.items() if k not in ("name", "version", "title")}
 
-    for path in sorted(models.glob("*" + SUFFIX)):
+    for path in sorted(models.glob(PACKAGES)):
         stem = path.name.removesuffix(SUFFIX)
         if stem != base and called(stem.rpartition("-")[0]):
             with suppress(UserError):
@@ -647,7 +648,7 @@ def _taken(models: Path, name: str, version: str) -> bool:
 
 
 def free_name(models: Path, name: str) -> str:
-    have = {p.name.removesuffix(SUFFIX).rpartition("-")[0] for folder in (models, RESOURCES / "models") for p in folder.glob("*" + SUFFIX)}
+    have = {p.name.removesuffix(SUFFIX).rpartition("-")[0] for folder in (models, RESOURCES / "models") for p in folder.glob(PACKAGES)}
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in have)
 
 

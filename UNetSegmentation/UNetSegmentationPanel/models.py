@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import html
-import json
 import shutil
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,13 +49,13 @@ def installedModels(task: str = "automatic") -> list[Model]:
     The card is checked; the network's bytes are verified when a package is imported and again before it runs.
     """
     from UNetSegmentationLib.files import UserError
-    from UNetSegmentationLib.model import RESOURCES, model_files
+    from UNetSegmentationLib.model import RESOURCES, model_files, read_card
 
     out = []
     for path in model_files():
         imported = RESOURCES not in path.parents
         try:
-            model = Model(path, imported, _readCard(path))
+            model = Model(path, imported, read_card(path))
             summary(model), cardHtml(model), model.version  # so that what no check foresaw spoils this one, not the list
         except UserError as e:
             out.append(Model(path, imported, error=str(e)))
@@ -71,24 +68,10 @@ def installedModels(task: str = "automatic") -> list[Model]:
     return out
 
 
-def _readCard(path: Path) -> Any:
-    from UNetSegmentationLib.files import UserError
-    from UNetSegmentationLib.model import CARD, MAX_CARD_BYTES, check_card
-
-    try:
-        with zipfile.ZipFile(path) as package:
-            if package.getinfo(CARD).file_size > MAX_CARD_BYTES:
-                raise ValueError("its card is too large")
-            data = json.loads(package.read(CARD).decode("utf-8"))
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError, RuntimeError, RecursionError) as e:
-        raise UserError(f"{path.name} is damaged or not a model package ({e}); remove it and import it again.") from e
-    return check_card(data)
-
-
 def resolve(names: Sequence[str], models: Sequence[Model]) -> tuple[list[Model], list[str]]:
     """The models of these <name>-<version>, and the names that nothing installed answers to.
 
-    Where that version is not here, the newest one of the same name is taken.
+    Where that version is not here, the newest one of the same name is taken; "<name>-" asks for it.
     """
     found: list[Model] = []
     missing = []
@@ -96,7 +79,7 @@ def resolve(names: Sequence[str], models: Sequence[Model]) -> tuple[list[Model],
         exact = [m for m in models if m.card and m.name == name]
         same = [m for m in models if m.card and m.card.name == name.rpartition("-")[0]]
         if exact or same:
-            found.append((exact or sorted(same, key=lambda m: m.version))[-1])
+            found.append(max(exact or same, key=lambda m: m.version))
         else:
             missing.append(name)
     return list(dict.fromkeys(found)), missing

@@ -822,14 +822,15 @@ class NoduleSection(VTKObservationMixin):
     def show(self, settings: Any) -> None:
         """Let the section show the scene's settings."""
         from UNetSegmentationLib import mrml
+        from UNetSegmentationLib.inference.click import MODEL
 
         from .models import cardHtml, resolve
 
         ui, self._updating = self.ui, True
         try:
-            # The newest of each name, the bundled one first.
-            found, _missing = resolve([settings.clickModel], self.models) if settings.clickModel else ([], [])
-            model = found[0] if found else self.models[0] if self.models else None
+            # What the effect and find_model() take too, so that all give the same mask.
+            found, _missing = resolve([settings.clickModel, f"{MODEL}-"], self.models)
+            model = next(iter((*found, *self.models)), None)
             names = [m.name for m in self.models]
             combo = ui.clickModelCombo
             if names != [combo.itemData(i) for i in range(combo.count)]:

@@ -537,11 +537,10 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         from UNetSegmentationPanel import models
 
         wanted = self.scriptedEffect.parameter("Model")
-        if wanted == DEFAULT:
-            wanted = next((m.name for m in reversed(self._models) if m.card.name == MODEL), "")
-        found, missing = models.resolve([wanted], self._models) if wanted else ([], [MODEL])
+        found, missing = models.resolve([f"{MODEL}-" if wanted == DEFAULT else wanted], self._models)
         if not found:
-            raise Refusal(_("{name} is not installed here; import it or choose another model.").format(name=missing[0]))
+            name = missing[0].removesuffix("-")
+            raise Refusal(_("{name} is not installed here; import it or choose another model.").format(name=name))
         return found[0]
 
     def _fillModels(self) -> None:

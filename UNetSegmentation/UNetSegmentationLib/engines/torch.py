@@ -28,9 +28,12 @@ def load_network(package: ModelPackage) -> torch.nn.Module:
     if package.safetensors is None or "network" not in package.card.data:
         raise UserError(f"{package.path.name} holds no PyTorch weights; use the engine onnx.")
     try:
-        model = build(package.card.data["network"])
-        model.load_state_dict({k: v.float() for k, v in load(package.safetensors).items()})
-    except (ValueError, RuntimeError, TypeError, SafetensorError) as e:
+        with torch.device("meta"):  # has shapes only: a card may claim a network that no memory holds
+            model = build(package.card.data["network"])
+        kinds = {k: v.dtype for k, v in model.state_dict().items()}  # copied: load() gives views of bytes
+        state = {k: v.to(kinds.get(k, v.dtype), copy=True) for k, v in load(package.safetensors).items()}
+        model.load_state_dict(state, assign=True)
+    except (ValueError, RuntimeError, TypeError, OverflowError, SafetensorError) as e:
         raise UserError(f"The weights of {package.path.name} do not fit the network of its card ({str(e).splitlines()[0]}).") from e
     return model.eval()
 

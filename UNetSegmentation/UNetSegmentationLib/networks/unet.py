@@ -43,13 +43,13 @@ class UNetConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        if self.dimensions not in (2, 3):
+            raise ValueError(f"dimensions must be 2 or 3, not {self.dimensions}")
         n = len(self.channels)
         set_ = object.__setattr__
         set_(self, "channels", tuple(self.channels))
         set_(self, "strides", tuple(tuple(s) for s in self.strides) or ((2,) * self.dimensions,) * (n - 1))
         set_(self, "kernels", tuple(tuple(k) for k in self.kernels) or ((3,) * self.dimensions,) * n)
-        if self.dimensions not in (2, 3):
-            raise ValueError(f"dimensions must be 2 or 3, not {self.dimensions}")
         if len(self.strides) != n - 1 or len(self.kernels) != n:
             raise ValueError(f"{n} levels need {n - 1} strides and {n} kernels, not {len(self.strides)} and {len(self.kernels)}")
         if any(len(t) != self.dimensions for t in self.strides + self.kernels):
