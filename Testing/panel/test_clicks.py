@@ -564,6 +564,35 @@ def test_drags_and_shift_stay_slicers(panel: Any) -> None:
         interactor.RemoveObserver(tag)
 
 
+def test_the_press_says_whose_a_click_is_and_what_it_means(panel: Any) -> None:
+    """The key is let go before the button now and then."""
+    import slicer
+    from UNetSegmentationPanel.nodules import ViewClicks
+
+    interactor = slicer.app.layoutManager().sliceWidget("Red").sliceView().interactor()
+    heard: list[str] = []
+    tags = [interactor.AddObserver(e, lambda c, e: heard.append(e)) for e in ("LeftButtonPressEvent", "LeftButtonReleaseEvent")]
+    got: list[bool] = []
+    views = ViewClicks(lambda ras, positive, composite: got.append(positive))
+    views.start()
+    try:
+        for pressed, released, slicers, meant in (
+            ((0, 1), (0, 0), 2, []),  # ctrl, shift: Slicer drags from the press on
+            ((1, 0), (0, 0), 2, [False]),
+            ((0, 0), (1, 0), 0, [True]),
+            ((0, 0), (0, 1), 0, [True]),
+        ):
+            for event, (ctrl, shift) in (("LeftButtonPressEvent", pressed), ("LeftButtonReleaseEvent", released)):
+                interactor.SetEventInformation(100, 100, ctrl, shift)
+                interactor.InvokeEvent(event)
+            assert (len(heard), got) == (slicers, meant)
+            heard.clear(), got.clear()
+    finally:
+        views.stop()
+        for tag in tags:
+            interactor.RemoveObserver(tag)
+
+
 # ---------------------------------------------------------------------------------------------------------------- table
 
 

@@ -96,7 +96,8 @@ class ViewClicks:
     def __init__(self, clicked: Callable[[Sequence[float], bool, Any], None]) -> None:
         self._clicked = clicked
         self._observed: list[tuple[Any, Any, list[int]]] = []
-        self._pressed: tuple[int, int] | None = None
+        self._pressed: tuple[tuple[int, int], bool] | None = None  # where, and whether with Ctrl
+        self._swallow = False  # that button's release too
         self._layouts: Any = None
 
     @property
@@ -137,7 +138,7 @@ class ViewClicks:
             self._observed.append((interactor, view, tags))
 
     def _leave(self) -> None:
-        observed, self._observed = self._observed, []
+        observed, self._observed, self._pressed, self._swallow = self._observed, [], None, False
         for interactor, view, tags in observed:
             for tag in tags:
                 interactor.RemoveObserver(tag)
@@ -149,20 +150,22 @@ class ViewClicks:
     def _heard(self, interactor: Any, event: str, widget: Any, tags: list[int]) -> None:
         mode = slicer.mrmlScene.GetNodeByID("vtkMRMLInteractionNodeSingleton")
         placing = mode is not None and mode.GetCurrentInteractionMode() == mode.Place
-        if placing or interactor.GetShiftKey() or interactor.GetAltKey():
-            self._pressed = None
-            return
-        negative, at = bool(interactor.GetControlKey()), interactor.GetEventPosition()
-        if not negative:  # a drag with Ctrl is Slicer's, and what is aborted here nobody else hears
+        at, negative = interactor.GetEventPosition(), bool(interactor.GetControlKey())
+        free = not (placing or interactor.GetShiftKey() or interactor.GetAltKey())
+        swallow = free and not negative  # a drag with Ctrl is Slicer's, and what is aborted here nobody else hears
+        # The press decides: of who heard that alone the release, a drag of Slicer's would go on without a button.
+        if event == "LeftButtonPressEvent":
+            self._pressed, self._swallow = (at, negative) if free else None, swallow
+        elif event == "LeftButtonReleaseEvent":
+            swallow, self._swallow = self._swallow, False
+        if swallow:
             for tag in tags:
                 interactor.GetCommand(tag).SetAbortFlag(1)
-        if event == "LeftButtonPressEvent":
-            self._pressed = at
-        elif event == "LeftButtonReleaseEvent":
+        if event == "LeftButtonReleaseEvent":
             pressed, self._pressed = self._pressed, None
-            if pressed is not None and isStill(pressed, at, interactor):
+            if pressed is not None and isStill(pressed[0], at, interactor):
                 ras = widget.mrmlSliceNode().GetXYToRAS().MultiplyPoint([float(at[0]), float(at[1]), 0.0, 1.0])
-                self._clicked(ras[:3], not negative, widget.mrmlSliceCompositeNode())
+                self._clicked(ras[:3], not pressed[1], widget.mrmlSliceCompositeNode())
 
 
 # -------------------------------------------------------------------------------------------------------------- nodules

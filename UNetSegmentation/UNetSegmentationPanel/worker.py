@@ -606,10 +606,14 @@ class ChildProcess:
             if os.environ.get(name) != value:
                 variables.insert(name, value)
         process.setProcessEnvironment(variables)
-        process.connect("readyReadStandardOutput()", self._readOutput)
-        process.connect("readyReadStandardError()", self._readLog)
-        process.connect("finished(int,QProcess::ExitStatus)", self._finished)
-        process.connect("errorOccurred(QProcess::ProcessError)", self._failed)
+        self._slots = {
+            "readyReadStandardOutput()": self._readOutput,
+            "readyReadStandardError()": self._readLog,
+            "finished(int,QProcess::ExitStatus)": self._finished,
+            "errorOccurred(QProcess::ProcessError)": self._failed,
+        }
+        for name, slot in self._slots.items():
+            process.connect(name, slot)
         _living.add(self)
         process.start(self.program, list(arguments[1:]))
         self._pid = process.processId()
@@ -631,6 +635,8 @@ class ChildProcess:
 
     def wait(self, seconds: float) -> None:
         self._process.waitForFinished(round(1000 * seconds))
+        if self._on is None and self._process.state() == qt.QProcess.NotRunning:
+            self._over(None, "")
 
     def _killWorker(self) -> None:
         if self.workerPid is not None and (self.launched or self._process.state() != qt.QProcess.NotRunning):
@@ -667,7 +673,13 @@ class ChildProcess:
         qt.QTimer.singleShot(0, lambda: self._over(code, reason))
 
     def _over(self, code: int | None, reason: str) -> None:
+        if self not in _living:
+            return
         _living.discard(self)
+        # When Slicer quits no event loop comes back to this, and PythonQt's end, after Python's, would call what is still connected.
+        for name, slot in self._slots.items():
+            self._process.disconnect(name, slot)
+        self._slots.clear()
         self._process.deleteLater()
         on, self._on = self._on, None
         if on is not None:
