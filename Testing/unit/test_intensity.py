@@ -8,6 +8,7 @@ from UNetSegmentationLib.intensity import (
     check_finite,
     display_range,
     expects_hu,
+    has_hu,
     is_air,
     normaliser,
     parse_window,
@@ -192,6 +193,13 @@ def test_values_that_are_not_hu_are_warned_of(intensity, low, high):
     values = np.linspace(low, high, 64, dtype=np.float32).reshape(1, 4, 4, 4)
     (text,) = warnings_for(intensity, values)
     assert "values do not look like HU" in text and f"from {low} to {high}" in text
+
+
+def test_what_lies_outside_the_field_of_view_makes_no_hu():
+    values = np.linspace(0, 4095, 64, dtype=np.float32).reshape(1, 4, 4, 4)
+    values[0, :, 0] = -2000
+    assert "from 260 to 4095" in warnings_for(LUNG, values)[0] and not has_hu(values)
+    assert warnings_for(LUNG, values - 1024) == [] and has_hu(values - 1024)
 
 
 def test_models_that_do_not_expect_hu_never_warn():

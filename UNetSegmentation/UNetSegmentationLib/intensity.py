@@ -18,6 +18,8 @@ import numpy as np
 from .files import UserError
 
 _LEAST_HU = -50  # a CT has air or fat in it, which are lower
+# Below air and its noise lies what scanners put outside the field of view (-1100, -2000, -3024), in HU or not.
+_PADDING_HU = -1100
 # Above every lung parenchyma's floor of about -950 HU lies tissue; a tile with nothing above this holds only air.
 AIR_HU = -900
 
@@ -148,7 +150,8 @@ def warnings_for(intensity: dict[str, Any], channels: np.ndarray) -> list[str]:
     if not expects_hu(intensity):
         return []
     values = _thin(channels)
-    low, high = float(values.min()), float(values.max())
+    seen = values[values > _PADDING_HU]
+    low, high = (float(seen.min()), float(seen.max())) if seen.size else (float(values.min()), float(values.max()))
     if low >= _LEAST_HU or high - low < 300:
         return [
             f"The values do not look like HU (they run from {low:g} to {high:g}); this model was trained on CT in HU, "
@@ -159,7 +162,8 @@ def warnings_for(intensity: dict[str, Any], channels: np.ndarray) -> list[str]:
 
 def has_hu(channels: np.ndarray) -> bool:
     """Whether some values are as low as air's or fat's in HU, and those of MR, or of CT stored from 0 on, are not."""
-    return bool((_thin(channels) < _LEAST_HU).any())  # also beside NaN
+    values = _thin(channels)
+    return bool(((values < _LEAST_HU) & (values > _PADDING_HU)).any())  # also beside NaN
 
 
 def check_finite(channels: np.ndarray, name: str) -> None:
