@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -428,11 +429,48 @@ def test_contours_with_holes_and_of_other_slices(data, tmp_path):
     assert found.digest(found.cases[0]) == before
 
 
-def test_dicom_seg_gives_the_mask_that_it_was_made_of(data, tmp_path):
-    pytest.importorskip("highdicom", reason="highdicom is not installed")
+def test_a_series_in_several_folders_is_read_whole_or_refused(data, tmp_path):
+    folder = shutil.copytree(data / "lung_gtv_dicom_rtstruct" / "pat_3", tmp_path / "case" / "b")
+    (tmp_path / "case" / "a").mkdir()
+    half = sorted(folder.glob("DCM_IMG*"))[:20]
+    for file in half:  # some are there twice
+        shutil.copy(file, tmp_path / "case" / "a")
+    found = find_cases(tmp_path)
+    assert found.cases[0].name == "case-b" and found.load(found.cases[0])[1].sum() == 4047
+    for file in half:
+        file.unlink()
+    found = find_cases(tmp_path)
+    assert len(found.cases) == 1
+    with pytest.raises(UserError, match="^Case case: .* in more than one subfolder"):
+        found.load(found.cases[0])
+
+
+def test_contours_of_thicker_slices_are_refused(data, tmp_path):
+    import pydicom
+
+    for file in (data / "lung_gtv_dicom_rtstruct" / "pat_3").iterdir():
+        shutil.copy(file, tmp_path)
+    structure = pydicom.dcmread(tmp_path / "DCM_RS_00046.dcm")
+    roi, found = structure.ROIContourSequence[0], find_cases(tmp_path)
+    contours = sorted(roi.ContourSequence, key=lambda c: c.ContourData[2])
+    roi.ContourSequence = contours[::3]
+    structure.save_as(tmp_path / "DCM_RS_00046.dcm")
+    with pytest.raises(UserError, match="GTV-1 in DCM_RS_00046.dcm is marked on one slice in 3 only; give the series"):
+        found.load(found.cases[0])
+    for i, contour in enumerate(contours[:9:3]):  # lesions of one slice each, beside one another
+        contour.ContourData = [f"{v:.6g}" for v in (np.reshape(contour.ContourData, (-1, 3)).astype(float) + [40 * i - 40, 0, 0]).ravel()]
+    roi.ContourSequence = contours[:9:3]
+    structure.save_as(tmp_path / "DCM_RS_00046.dcm")
+    assert np.count_nonzero(found.load(found.cases[0])[1].any((1, 2))) == 3
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_dicom_seg_gives_the_mask_that_it_was_made_of(data, tmp_path, kind, monkeypatch):
+    highdicom = pytest.importorskip("highdicom", reason="highdicom is not installed")
     import pydicom
     from pydicom.uid import CTImageStorage
 
+    monkeypatch.setattr(highdicom.seg, "SegmentationTypeValues", SimpleNamespace(BINARY=kind))  # what the core writes
     (tmp_path / "case" / "ct").mkdir(parents=True)
     for file in (data / "ct_dicom_jpeg2000").iterdir():
         header = pydicom.dcmread(file)  # de-identified so far that it lacks what a SEG must refer to
@@ -446,12 +484,17 @@ def test_dicom_seg_gives_the_mask_that_it_was_made_of(data, tmp_path):
     labels = image.like(np.where(np.isin(truth, values), truth, 0).astype(np.uint8))
     defs = tuple(Label(v, f"part {v}", (9, 9, 9), {}) for v in values)
     write_segmentation(Prediction(labels, defs, "m-1", Box.whole(image.shape)), tmp_path / "case" / "seg.dcm", image)
+    assert pydicom.dcmread(tmp_path / "case" / "seg.dcm").SegmentationType == kind
     found = find_cases(tmp_path)
     assert found.layout == "dicom" and [d.name for d in found.labels] == [d.name for d in defs] and found.cases[0].name == "case-ct"
     again, mask = found.load(found.cases[0])
     assert np.array_equal(again.array, image.array)
     assert np.array_equal(mask, sum((labels.array == v) * np.uint8(i) for i, v in enumerate(values, 1)))
     assert found.cases[0].patient.startswith("p-")
+    labels.array[1::2] = 0  # as if drawn on slices of twice the thickness
+    write_segmentation(Prediction(labels, defs, "m-1", Box.whole(image.shape)), tmp_path / "case" / "seg.dcm", image)
+    with pytest.raises(UserError, match="in seg.dcm is marked on one slice in 2 only"):
+        found.load(found.cases[0])
 
 
 # -------------------------------------------------------------------------------------------- .seg.nrrd, pictures, values

@@ -399,6 +399,14 @@ def test_nothing_that_names_a_patient_is_written(dataset, tmp_path):
     assert any("salt" in p.what for p in dataset.check())
 
 
+def test_a_single_dicom_file_names_its_patient_too(tmp_path):
+    dicom(tmp_path / "dicom")
+    one = read_image(tmp_path / "dicom" / "0.dcm")
+    assert module.dicom_tag(one, "0010|0020") == "DOE^JANE-4711" and module.modality(one) == "CT"
+    sitk.WriteImage(sitk.ReadImage(str(tmp_path / "dicom" / "0.dcm")), str(tmp_path / "0.nrrd"))  # with its tags
+    assert module.dicom_tag(read_image(tmp_path / "0.nrrd"), "0010|0020") == "" == module.modality(scan(0))
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
 def test_an_id_with_an_umlaut_is_the_same_patient_as_in_slicer(dataset, tmp_path, encoding):
     letter = "ü".encode(encoding)

@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -530,6 +531,14 @@ def test_other_files_beside_a_series_are_ignored(slices, tmp_path, data, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_dose_is_no_scan(slices, tmp_path):
+    def dose(i, dataset):
+        dataset.Modality, dataset.SeriesInstanceUID = "RTDOSE", "1.2.3.4"
+
+    copied(slices[:1], copied(slices, tmp_path / "scan") / "dose", dose)
+    assert read_image(tmp_path / "scan").shape[0] == 8
+
+
 def test_a_folder_with_structures_alone_holds_no_images(tmp_path, data):
     shutil.copy(data / "lung_gtv_dicom_rtstruct" / "pat_3" / "DCM_RS_00046.dcm", tmp_path)
     with pytest.raises(UserError, match="no DICOM image series"):
@@ -585,7 +594,24 @@ def test_a_series_in_time_is_no_volume(slices, tmp_path, times):
         read_image(copied(slices, tmp_path / "scan", again))
 
 
-def multi_frame(slices, path, order, explicit=True, change=None):
+@pytest.mark.parametrize(
+    ("thickness", "between", "spacing"), [(8, None, 8), (8, 10, 10), (747, None, 1), (None, None, 1), ("", None, 1), (0, None, 1)]
+)
+def test_a_single_slice_is_as_thick_as_it_says(slices, tmp_path, thickness, between, spacing):
+    def edit(i, dataset):
+        dataset.SliceThickness, dataset.SpacingBetweenSlices = thickness, between
+
+    folder = copied(slices[:1], tmp_path / "scan", edit)
+    for path in (folder, folder / "000.dcm"):
+        image = read_image(path)
+        assert image.spacing[2] == spacing
+        for suffix in (".nii.gz", ".nrrd"):  # its mask, by whoever says 1 mm, lies on it
+            write_image(replace(image, spacing=(0.977, 0.977, 1.0)), tmp_path / f"mask{suffix}", {"0018|0050": "8"})
+            mask = read_image(tmp_path / f"mask{suffix}")
+            assert mask.same_grid(image) and mask.spacing[2] == 1
+
+
+def multi_frame(slices, path, order, explicit=True, change=None, syntax=None):
     """An enhanced CT whose frame i is slice order[i]; change(i, frame's functional groups)."""
     pydicom = pytest.importorskip("pydicom")
     from pydicom.uid import EnhancedCTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -600,7 +626,7 @@ def multi_frame(slices, path, order, explicit=True, change=None):
     scan = sorted((pydicom.dcmread(f) for f in slices), key=lambda d: d.ImagePositionPatient[2])
     out = pydicom.dcmread(slices[0])
     out.SOPClassUID = out.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
-    out.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if explicit else ImplicitVRLittleEndian
+    out.file_meta.TransferSyntaxUID = syntax or (ExplicitVRLittleEndian if explicit else ImplicitVRLittleEndian)
     shared, frames = pydicom.Dataset(), []
     shared.update(group("PixelMeasuresSequence", PixelSpacing=out.PixelSpacing))
     for i, k in enumerate(order):
@@ -615,7 +641,7 @@ def multi_frame(slices, path, order, explicit=True, change=None):
     out.SharedFunctionalGroupsSequence, out.PerFrameFunctionalGroupsSequence = pydicom.Sequence([shared]), pydicom.Sequence(frames)
     out.NumberOfFrames, out.PixelData = len(order), b"".join(scan[k].PixelData for k in order)
     path.parent.mkdir(exist_ok=True)
-    out.save_as(path, implicit_vr=not explicit, little_endian=True)
+    pydicom.dcmwrite(path, out, implicit_vr=not explicit, little_endian=syntax != "1.2.840.10008.1.2.2", force_encoding=True)
     return path
 
 
@@ -626,6 +652,26 @@ def test_a_multi_frame_file_is_the_volume_of_its_slices(slices, tmp_path, explic
     for path in (file, file.parent):
         got = read_image(path)
         assert got.same_grid(want) and np.array_equal(got.channels[0], want.array)
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+@pytest.mark.parametrize(("order", "sentence"), [(range(8), ""), ([0, 1, 2, 4, 5, 6], "not evenly spaced")])
+def test_philips_frames_whose_private_sequence_repeats_their_place(slices, tmp_path, explicit, order, sentence):
+    def repeat(i, frame):
+        again = type(frame)()
+        again.ImagePositionPatient = frame.PlanePositionSequence[0].ImagePositionPatient
+        frame.private_block(0x2005, "Philips MR Imaging DD 005", create=True).add_new(0x0F, "SQ", [again])
+
+    file = multi_frame(slices, tmp_path / "frames" / "a.dcm", order, explicit, repeat)
+    with pytest.raises(UserError, match=sentence) if sentence else contextlib.nullcontext():
+        assert read_image(file).same_grid(read_image(copied(slices, tmp_path / "scan")))
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"])
+def test_frames_whose_places_cannot_be_seen_are_refused(slices, tmp_path, syntax):
+    file = multi_frame(slices, tmp_path / "frames" / "a.dcm", [1, 0, *range(2, 8)], syntax=syntax)
+    with pytest.raises(UserError, match="deflated or big-endian in one file, .*; export it with one slice a file"):
+        read_image(file)
 
 
 @pytest.mark.parametrize("explicit", [True, False])

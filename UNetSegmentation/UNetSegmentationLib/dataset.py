@@ -35,7 +35,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from .files import UserError, atomic_path, check_text, counted, move_file, user_path
-from .image import Image, check_geometry, is_grey, read_image, to_sitk, write_image
+from .image import Image, check_geometry, is_dicom, is_grey, read_image, to_sitk, write_image
 from .model import DEFAULT_COLORS, Label, label_key
 from .postprocess import slabs, voxel_counts
 from .steps import Steps
@@ -1330,10 +1330,11 @@ _modality = modality  # add() has an argument of that name
 
 def dicom_tag(image: Image, key: str) -> str:
     """A tag of the image's first DICOM file; "" where there is none."""
-    if not image.dicom_files:
+    file = image.dicom_files[0] if image.dicom_files else image.source
+    if not file or not is_dicom(Path(file)):  # other files may carry tags on, but are not what Slicer knows the patient by
         return ""
     reader = sitk.ImageFileReader()
-    reader.SetFileName(image.dicom_files[0])
+    reader.SetFileName(str(file))
     try:
         reader.ReadImageInformation()
     except RuntimeError:

@@ -30,6 +30,8 @@ PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 # JPEG loses values, and on a full disk ends the process; of BMP half a file was left there, and nothing said.
 WRITTEN_SUFFIXES = (*VOLUME_SUFFIXES, ".png", ".tif", ".tiff")
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+# Modalities of DICOM files that are no scan; a dose has voxels as one has.
+NO_SCAN = ("RTSTRUCT", "RTPLAN", "RTDOSE", "SEG", "SR", "PR", "KO", "REG")
 
 
 def _take_utf8_names() -> None:
@@ -474,13 +476,21 @@ def list_series(folder: Path) -> dict[str, tuple[str, list[str]]]:
             except RuntimeError:
                 continue  # RTSTRUCT, SR and the like hold no image
             tags = [_tag(reader, t) for t in ("0008|0060", "0008|103e", "0020|0011")]
-            if tags[0] in ("RTSTRUCT", "RTPLAN", "SEG", "SR", "PR", "KO"):
+            if tags[0] in NO_SCAN:
                 continue
             if uid in found:
                 raise UserError(f"{folder} holds series {uid} in more than one subfolder; choose the one with all of its slices.")
             text = " ".join(t for t in (tags[0], tags[1], f"no. {tags[2]}" if tags[2] else "") if t)
             found[uid] = (f"{text}, {len(files)} images", files)
     return found
+
+
+def is_dicom(path: Path) -> bool:
+    try:
+        with path.open("rb") as f:
+            return f.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def _tag(reader: sitk.ImageFileReader, key: str) -> str:
@@ -524,7 +534,7 @@ def _read_series(folder: Path, wanted: str | None, among: bool) -> Image:
     except RuntimeError as e:
         raise UserError(f"The DICOM series in {folder} cannot be read ({_reason(e)}); export it again from the archive.") from e
     _check_slices(folder, slices, image)
-    return image
+    return _with_thickness(image, slices[0])
 
 
 def _information(file: str) -> sitk.ImageFileReader:
@@ -536,6 +546,16 @@ def _information(file: str) -> sitk.ImageFileReader:
     except RuntimeError as e:
         raise UserError(f"{file} cannot be read as an image ({_reason(e)}); export its series again from the archive.") from e
     return reader
+
+
+def _with_thickness(image: Image, reader: sitk.ImageFileReader) -> Image:
+    """A single DICOM slice is as thick as it says: ITK, as Slicer, makes it 1 mm, an eighth of a heart's ml. A scout may say 700 mm."""
+    with suppress(ValueError):
+        thickness = float(_tag(reader, "0018|0050"))
+        single = image.shape[0] == 1 and not _tag(reader, "0018|0088") and is_dicom(Path(reader.GetFileName()))
+        if single and 1e-4 <= thickness <= 100:
+            return replace(image, spacing=(*image.spacing[:2], thickness))
+    return image
 
 
 def _check_slices(folder: Path, slices: Sequence[sitk.ImageFileReader], image: Image) -> None:
@@ -556,15 +576,15 @@ def _check_frames(path: Path, reader: sitk.ImageFileReader) -> None:
     """The same of a multi-frame DICOM file: ITK stacks its frames as they come, with a spacing of 1 mm where it does not understand
     their places, and scales all of them as the first. It gives no single frame's tags, so that they are looked for in the file."""
     n = (*reader.GetSize(), 1)[2]
+    if n < 2 or not is_dicom(path):
+        return
     with path.open("rb") as f:
-        f.seek(128)
-        if n < 2 or f.read(4) != b"DICM":
-            return
+        if re.search(rb"\x02\0\x10\0UI..1\.2\.840\.10008\.1\.2\.(1\.99|2)(?![.0-9])", f.read(4096), re.DOTALL):
+            text = "holds its slices deflated or big-endian in one file, where their places cannot be checked"
+            raise UserError(f"{path} {text}; export it with one slice a file.")
         with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            places, directions, slopes, intercepts = (
-                [_decimals(m) for m in itertools.islice(re.finditer(tag + _DECIMALS, data, re.DOTALL), n)]
-                for tag in (rb"\x20\0\x32\0", rb"\x20\0\x37\0", rb"\x28\0\x53\x10", rb"\x28\0\x52\x10")
-            )
+            tags = (rb"\x20\0\x32\0", rb"\x20\0\x37\0", rb"\x28\0\x53\x10", rb"\x28\0\x52\x10")
+            places, directions, slopes, intercepts = (_of_frames(data, tag, n) for tag in tags)
     if len(places) != n or any(len(v) != 3 for v in places):
         return  # pictures in time, which have no places
     if any(len(v) != 6 or not np.allclose(v, directions[0], atol=1e-4) for v in directions):
@@ -576,6 +596,12 @@ def _check_frames(path: Path, reader: sitk.ImageFileReader) -> None:
 
 # A text of decimal numbers: its length stands after "DS", or in four bytes where the file does not name its types.
 _DECIMALS = rb"(?:DS(..)|(..)\0\0)([-+.0-9eE\\ ]+)"
+
+
+def _of_frames(data: mmap.mmap, tag: bytes, n: int) -> list[list[float]]:
+    """A tag's numbers in each of n frames: Philips repeats what stands in a frame in a private sequence behind it."""
+    found = [_decimals(m) for m in re.finditer(tag + _DECIMALS, data, re.DOTALL)]
+    return found[:: max(1, len(found) // n)][:n]
 
 
 def _decimals(found: re.Match[bytes]) -> list[float]:
@@ -633,7 +659,7 @@ def _read_file(path: Path) -> Image:
                 raise UserError(f"{path} is a DICOM segmentation and no image; open it in Slicer with its scan, and save a .seg.nrrd.")
             _check_complete(path, reader)
             _check_frames(path, reader)
-            image = from_sitk(reader.Execute(), path)
+            image = _with_thickness(from_sitk(reader.Execute(), path), reader)
             return replace(image, spacing=(1.0, 1.0, 1.0)) if _is_print_size(path, image.spacing) else image
     except (RuntimeError, MemoryError) as e:
         if "orthonormal" in str(e):

@@ -24,9 +24,8 @@ SUFFIXES = (".seg.nrrd", ".dcm", *WRITTEN_SUFFIXES)
 # By these tags of a segment Slicer's DICOM SEG exporter tells how it was made, and without them that a person drew it.
 ALGORITHM_TYPE, ALGORITHM_NAME = "DICOM.SegmentAlgorithmType", "DICOM.SegmentAlgorithmName"
 
-# What a DICOM SEG says of a label whose model names no codes.
-CATEGORY = ("SCT", "49755003", "Morphologically Abnormal Structure")
-TYPE = ("SCT", "52988006", "Lesion")
+# What a DICOM SEG says of a label whose model names no codes, as category and type: what Slicer's does of a new segment.
+TISSUE = ("SCT", "85756007", "Tissue")
 
 # What a DICOM source may not lack, and what it must name but may leave empty (de-identified files often drop these).
 IDENTIFIERS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
@@ -207,8 +206,8 @@ def _segment(number: int, label: Label, kind: str, algorithm: Any) -> Any:
     segment = hd.seg.SegmentDescription(
         number,
         label.name[:64],
-        code("category", CATEGORY),
-        code("type", TYPE),
+        code("category", TISSUE),
+        code("type", TISSUE),
         hd.seg.SegmentAlgorithmTypeValues(kind),
         algorithm,
         anatomic_regions=[region] if region else None,

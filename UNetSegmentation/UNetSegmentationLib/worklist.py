@@ -36,8 +36,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .dataset import CASES, INDEX, SALT, FolderLock, LockLost, Unchanged, commit, flush, process_is_gone, reached, read_shared
-from .files import UserError, atomic_path, check_text, this_computer
-from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, read_image, reorient
+from .files import UserError, atomic_path, check_text, this_computer, user_path
+from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, is_dicom, read_image, reorient
 from .inference.predict import Cancelled, Options, Prediction, Progress, check_together, predict
 from .model import Label, ModelPackage
 from .output import write_segmentation
@@ -133,7 +133,7 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
     """
     out: dict[tuple[Path, ...], None] = {}
     for source in sources:
-        path = _plain(Path(source).expanduser())
+        path = _plain(user_path(source))
         if not path.exists():
             raise UserError(f"{path} does not exist; check the name.")
         if path.is_file() and path.suffix.lower() in (".txt", ".csv"):
@@ -188,17 +188,9 @@ def _below(folder: Path, apart: Path | None) -> Iterator[tuple[Path, ...]]:
             for group in groups.values():  # ct_0001, ct_0002 are scans
                 channels = list(group.values()) == [f"{i:04d}" for i in range(len(group))]
                 yield from [tuple(group)] if channels else [(file,) for file in group]
-            if any(_is_dicom(Path(place, name)) for name in others[:8]):
+            if any(is_dicom(Path(place, name)) for name in others[:8]):
                 folders.clear()  # read_image() looks below
                 yield (Path(place),)
-
-
-def _is_dicom(path: Path) -> bool:
-    try:
-        with path.open("rb") as f:
-            return f.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def left_alone(scan: Scan, error: BaseException) -> str:
@@ -251,7 +243,7 @@ class WorkList:
     @classmethod
     def create(cls, folder: str | Path) -> WorkList:
         """A new, empty list; the folder may exist and hold a dataset, but no list."""
-        folder = Path(folder).expanduser().absolute()
+        folder = user_path(folder).absolute()
         with reached(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with FolderLock(folder, LIST_LOCK):
@@ -262,17 +254,17 @@ class WorkList:
 
     @classmethod
     def open(cls, folder: str | Path) -> WorkList:
-        folder = Path(folder).expanduser().absolute()
+        folder = user_path(folder).absolute()
         return cls(folder, _read(folder))
 
     @classmethod
     def there(cls, folder: str | Path) -> bool:
-        return (Path(folder).expanduser() / LIST).is_file()
+        return (user_path(folder) / LIST).is_file()
 
     @classmethod
     def gather(cls, folder: str | Path, sources: Sequence[str | Path]) -> tuple[WorkList, list[str]]:
         """Add scans to the folder's list, which is made where there is none, but not without a scan; the list and their names."""
-        new, made = not cls.there(folder), not Path(folder).expanduser().exists()
+        new, made = not cls.there(folder), not user_path(folder).exists()
         work = cls.create(folder) if new else cls.open(folder)
         try:
             added = work.add(sources)

@@ -12,18 +12,19 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, map_values, read_segments, segment_masks
 from UNetSegmentationLib.files import UserError, user_path
-from UNetSegmentationLib.image import PICTURE_SUFFIXES, Image, has_print_size, is_grey, of_channels, read_image
+from UNetSegmentationLib.image import NO_SCAN, PICTURE_SUFFIXES, Image, has_print_size, is_grey, of_channels, read_image
 from UNetSegmentationLib.model import DEFAULT_COLORS, Label
 
 SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", *PICTURE_SUFFIXES)
@@ -641,6 +642,17 @@ def fill(polygons: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
     return (np.cumsum(crossings, 1)[:, :width] % 2).astype(bool)
 
 
+def _check_gaps(mask: np.ndarray, name: str, file: Path) -> None:
+    """Refuse what was drawn on a series of thicker slices, which would teach that there is nothing between; scattered single-slice
+    lesions do not lie over one another."""
+    marked = np.flatnonzero(mask.any((1, 2)))
+    gap = int(np.diff(marked).min()) if len(marked) > 2 else 1
+    if gap > 1 and any((mask[a] & mask[b]).any() for a, b in pairwise(marked) if b - a == gap):
+        raise UserError(
+            f"{name} in {file.name} is marked on one slice in {gap} only; give the series that it was drawn on, or interpolate it between."
+        )
+
+
 def _read_contours(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
     """An RTSTRUCT: the voxels whose centres lie inside a contour of their slice."""
     import pydicom
@@ -674,6 +686,7 @@ def _read_contours(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
             mask = np.zeros(image.shape, bool)
             for k, polygons in slices.items():
                 mask[k] = fill(polygons, image.shape[1:])
+            _check_gaps(mask, name, file)
             yield name, mask
 
     return _painted(cases, case, image, masks())
@@ -696,7 +709,6 @@ def _read_dicom_seg(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
     masks: dict[str, np.ndarray] = {}
     axes = np.reshape(image.direction, (3, 3)).T
     for frame, group in zip(frames, dataset.PerFrameFunctionalGroupsSequence):
-        name = names[entry(group, "SegmentIdentificationSequence").ReferencedSegmentNumber]
         orientation = np.array(entry(group, "PlaneOrientationSequence").ImageOrientationPatient, float).reshape(2, 3)
         spacing = [float(v) for v in entry(group, "PixelMeasuresSequence").PixelSpacing][::-1]
         at = np.array(image.point_to_index([float(v) for v in entry(group, "PlanePositionSequence").ImagePositionPatient]))
@@ -707,7 +719,14 @@ def _read_dicom_seg(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
         h, w = frame.shape
         if x < 0 or y < 0 or not 0 <= z < image.shape[0] or y + h > image.shape[1] or x + w > image.shape[2]:
             raise UserError(f"{case.label} reaches outside its scan; export scan and segmentation together again.")
-        masks.setdefault(name, np.zeros(image.shape, bool))[z, y : y + h, x : x + w] |= frame > limit
+        if dataset.SegmentationType == "LABELMAP":
+            parts = [(number, frame == number) for number in map_values(frame)]
+        else:
+            parts = [(entry(group, "SegmentIdentificationSequence").ReferencedSegmentNumber, frame > limit)]
+        for number, part in parts:
+            masks.setdefault(names[number], np.zeros(image.shape, bool))[z, y : y + h, x : x + w] |= part
+    for name in (name for name in masks if _number(cases, case, name)):
+        _check_gaps(masks[name], name, case.label)
     return _painted(cases, case, image, masks.items())
 
 
@@ -1159,7 +1178,7 @@ def _headers(path: Path) -> list[tuple[Path, Any]]:
     import pydicom
 
     other = (*SUFFIXES, ".json", ".csv", ".xml", ".txt")
-    tags = ["Modality", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID", "SOPClassUID"]
+    tags = ["Modality", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID", "SOPInstanceUID"]
     out = []
     for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.lower().endswith(other)):
         with open(file, "rb") as f:
@@ -1171,14 +1190,23 @@ def _headers(path: Path) -> list[tuple[Path, Any]]:
 
 
 def _series(path: Path) -> tuple[dict[str, tuple[Path, Any]], list[tuple[Path, Any]]]:
-    """Image series (UID -> folder, header) and the files that annotate them."""
-    series: dict[str, tuple[Path, Any]] = {}
+    """Image series (UID -> folder, header) and the files that annotate them. Of copies the fullest is a series' folder; what no folder
+    holds whole is left to read_image(), which refuses what lies in several."""
+    headers: dict[str, Any] = {}
+    places: dict[str, dict[Path, set[str]]] = defaultdict(lambda: defaultdict(set))
     annotations = []
     for file, header in _headers(path):
         if header.get("Modality") in ("RTSTRUCT", "SEG"):
             annotations.append((file, header))
-        elif header.get("Modality") not in ("RTPLAN", "RTDOSE", "SR", "PR", "KO", None):
-            series.setdefault(str(header.get("SeriesInstanceUID") or file.parent), (file.parent, header))
+        elif header.get("Modality") not in (*NO_SCAN, None):
+            uid = str(header.get("SeriesInstanceUID") or file.parent)
+            headers.setdefault(uid, header)
+            places[uid][file.parent].add(str(header.get("SOPInstanceUID") or file))
+    series = {}
+    for uid, folders in places.items():
+        fullest = max(folders, key=lambda folder: len(folders[folder]))
+        whole = all(there <= folders[fullest] for there in folders.values())
+        series[uid] = (fullest if whole else Path(os.path.commonpath(folders)), headers[uid])
     return series, annotations
 
 
@@ -1220,7 +1248,7 @@ def _find_dicom(path: Path) -> CaseSet | None:
         if header.Modality == "RTSTRUCT":
             found = [str(r.ROIName) for r in full.get("StructureSetROISequence", ())]
         else:
-            found = [str(s.SegmentLabel) for s in full.get("SegmentSequence", ())]
+            found = [str(s.SegmentLabel) for s in full.get("SegmentSequence", ()) if s.SegmentNumber]  # 0: a label map's background
         _distinct(found, file)
         for name in found:
             names.setdefault(_plain(name), name)
