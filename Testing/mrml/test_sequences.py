@@ -229,6 +229,45 @@ def test_undo_leaves_what_a_person_drew_meanwhile(scene: Any, volume: Any, label
             assert np.array_equal(mask_of(node, "nodule", volume), np.roll(labels, frame, 2) == 1)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_undo_reaches_the_frame_that_was_written_though_another_is_shown(scene: Any, volume: Any, labels: np.ndarray, kept: bool) -> None:
+    node, undo = run(volume, labels).finish(), Undo(scene)
+    browser = sequence_frames(volume)[0]  # type: ignore[index]
+    if not kept:  # another's sequence, of whose frames the node shows copies
+        browser.SetSaveChanges(browser.GetSequenceNode(node), False)
+        node.SetAndObserveSegmentation(slicer.vtkSegmentation())
+    browser.SetSelectedItemNumber(0)
+    undo.begin(node)
+    write_prediction(predicted(volume, np.roll(labels, 3, 1)), volume, node)
+    undo.commit([node])
+    browser.SetSelectedItemNumber(2 if kept else 0)
+    undo.undo()
+    browser.SetSelectedItemNumber(0)
+    assert np.array_equal(mask_of(node, "nodule", volume), labels == 1)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_runs_of_all_frames_are_undone_one_after_the_other(scene: Any, volume: Any, labels: np.ndarray, drawn: bool) -> None:
+    node, undo, browser = None, Undo(scene), sequence_frames(volume)[0]  # type: ignore[index]
+    mine = ball(SHAPE, (4, 5, 7), 3)
+    for shift in range(3):
+        output = run(volume, np.roll(labels, shift, 1), node)
+        undo.begin(node)
+        node = output.finish()
+        undo.commit([node], output.revert)
+        for _ in each(browser) if drawn and not shift else ():
+            add_segment(node, "mine", mine, volume)
+    for shift in (1, 0):
+        browser.SetSelectedItemNumber(shift)
+        undo.undo()
+        for frame in each(browser):
+            assert np.array_equal(mask_of(node, "nodule", volume), np.roll(labels, (shift, frame), (1, 2)) == 1)
+    undo.undo()
+    assert (node.GetScene() is scene) == drawn
+    for _ in each(browser) if drawn else ():
+        assert list(segments(node)) == ["mine"] and np.array_equal(mask_of(node, "mine", volume), mine)
+
+
 def test_frames_that_were_not_written_keep_what_they_had(scene: Any, volume: Any, labels: np.ndarray) -> None:
     output = SequenceOutput(volume)
     complete(output.write_steps(1, predicted(volume, labels)))

@@ -388,6 +388,38 @@ def test_a_scene_that_is_closed_gets_no_scan_that_was_still_being_read(opened, g
     assert hands.next() == "s1"
 
 
+def test_a_scene_that_is_closed_while_a_scan_opens_gives_that_one_back(opened, gui, tmp_path, monkeypatch):
+    from UNetSegmentationLib.worklist import WorkList
+
+    hands = opened()
+    hands.next()
+    monkeypatch.setattr(hands.section._pieces, "add", hands.section._pieces._queue.append)  # as a large one
+    hands.press("doneScanButton")
+    gui.wait(lambda: hands.section.busy.startswith("Opening"), RUN_S)
+    gui.close_scene()
+    work = WorkList.open(tmp_path / "list")
+    hands.wait(lambda: not hands.section.desk.waiting and not work.refresh().counts()["taken"])
+    assert hands.case is None and not volumes() and (work.scan("s0").status, work.scan("s1").status) == ("done", "waiting")
+    assert hands.ui.listMessageLabel.text == "The scene was closed, so 's1' was given back to the list."
+
+
+@POSIX
+def test_what_fails_meanwhile_does_not_end_the_wait_for_the_next_scan(opened, gui, tmp_path, models_folder):
+    hands = opened()
+    hands.widget._parameters.models = ["toy-1.0.0"]
+    gui.process_events()
+    for file in models_folder.iterdir():
+        file.write_bytes(b"damaged")
+    section, pid, seen = hands.section, hands.section.desk.pid, []
+    failed, section._onSegmentFailed = section._onSegmentFailed, lambda text: (failed(text), seen.append((section.busy, section._answer)))
+    os.kill(pid, signal.SIGSTOP)
+    hands.press("segmentButton")
+    hands.press("nextScanButton")
+    os.kill(pid, signal.SIGCONT)
+    hands.wait(lambda: hands.case is not None)
+    assert seen == [("Reading the next scan…", "awaited")]
+
+
 def test_the_map_of_the_former_scan_goes_with_it(opened, gui):
     import slicer
 
@@ -421,10 +453,17 @@ def test_scans_that_are_added_meanwhile_are_segmented_by_the_same_model(opened, 
     gui.process_events()
     (tmp_path / "more").mkdir()
     shutil.copy(scans / "s0.nii.gz", tmp_path / "more" / "m.nii.gz")
-    hands.section.segmenting = True  # though the former three may be done
+    section = hands.section
+    section.segmenting = section._paused = True  # though the former three may be done
+    section._watch.stop()
     hands.add(tmp_path / "more", 4)
-    gui.wait(lambda: not hands.section.segmenting and not hands.section.list["unsegmented"], RUN_S)
+    gui.wait(lambda: not section._paused, RUN_S)  # the new one runs, and the watch knows
+    gui.wait(lambda: not section.segmenting and not section.list["unsegmented"], RUN_S)
     assert {s.model for s in WorkList.open(tmp_path / "list").scans.values()} == {"toy-1.0.0"}
+    shutil.copy(scans / "s1.nii.gz", tmp_path / "more" / "n.nii.gz")
+    section.segmenting, section._choice["models"] = True, ["gone"]
+    hands.add(tmp_path / "more", 5)
+    gui.wait(lambda: not section.segmenting and "There is no model package" in hands.ui.listMessageLabel.text, RUN_S)
 
 
 def test_a_scan_that_another_annotator_has_is_not_offered(opened, gui, tmp_path):
@@ -472,8 +511,34 @@ def test_another_training_sets_list_gives_the_scan_of_the_former_back(panel, gui
     hands.widget.trainingSet.setFolder(str(works[1].folder))
     hands.wait(lambda: hands.section.list is not None and hands.section.list["folder"] == str(works[1].folder))
     assert not hands.section.segmenting and works[0].refresh().scan(name).status == "taken"
+    works[1].folder.rename(tmp_path / "away")
+    hands.press("nextScanButton")
+    hands.wait(lambda: hands.section.text)
+    assert hands.case.name == name and works[0].refresh().scan(name).status == "taken"  # until there is another
+    (tmp_path / "away").rename(works[1].folder)
     hands.next()
     assert [w.refresh().counts()["taken"] for w in works] == [0, 1]
+
+
+@POSIX
+def test_a_scan_is_of_the_list_that_was_asked(panel, gui, tmp_path, scans):
+    from UNetSegmentationLib.worklist import WorkList
+
+    works = [WorkList.gather(tmp_path / name, [scans])[0] for name in "ab"]
+    hands = panel()
+    section, trainingSet = hands.section, hands.widget.trainingSet
+    trainingSet.setFolder(str(works[0].folder))
+    hands.wait(lambda: section.list is not None and not section.desk.waiting and not trainingSet.busy)
+    os.kill(section.desk.pid, signal.SIGSTOP)
+    hands.press("nextScanButton")
+    trainingSet.setFolder(str(works[1].folder))
+    gui.process_events()
+    os.kill(section.desk.pid, signal.SIGCONT)
+    hands.wait(lambda: hands.case is not None)
+    assert hands.case.folder == str(works[0].folder)
+    hands.press("skipScanButton")
+    hands.wait(lambda: hands.case.folder == str(works[1].folder))
+    assert [w.refresh().scan("s0").status for w in works] == ["skipped", "taken"]
 
 
 def test_a_folder_without_a_list_and_without_cases_is_not_looked_at_for_ever(panel, gui, tmp_path, scans):

@@ -20,6 +20,7 @@ from UNetSegmentationLib.image import Image, read_image, write_image
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
 from UNetSegmentationLib.model import Label, find_model
 from UNetSegmentationLib.worker import desk as module_desk
+from UNetSegmentationLib.worker import protocol
 from UNetSegmentationLib.worker.client import child_environment, command, new_folder
 from UNetSegmentationLib.worker.protocol import Lines, load_array, remove_folder
 from UNetSegmentationLib.worklist import Annotator, WorkList, describe, find_scans, order
@@ -333,22 +334,50 @@ def fails_with(error):
     return read
 
 
-def no_memory():
-    error = UserError("s0.nii.gz cannot be read as an image (Failed to allocate memory for image); check that it is complete.")
-    error.__cause__ = RuntimeError("Failed to allocate memory for image")
+def caused(text, cause):
+    error = UserError(text)
+    error.__cause__ = cause
     return error
 
 
-@pytest.mark.parametrize("error", [MemoryError(), no_memory(), OSError(28, "No space left on device")])
+ITK = "Failed to allocate memory for image"
+NO_MEMORY = caused(f"s0.nii.gz cannot be read as an image ({ITK}); check that it is complete.", RuntimeError(ITK))
+NO_RIGHTS = caused(
+    "s0.nii.gz cannot be read (Permission denied); check your rights and the disk.", PermissionError(13, "Permission denied")
+)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), NO_MEMORY, NO_RIGHTS, OSError(28, "No space left on device")])
 def test_what_this_computer_cannot_do_fails_no_scan(work, make_package, monkeypatch, error):
     package = make_package()
     work.choose_models([package])
     monkeypatch.setattr(module, "read_image", fails_with(error))
     done = segment_all(work, package)
-    assert "so it was left alone" in done[0].error and list(work.away) == ["s0"] and len(done) == 4
+    assert "was left alone" in done[0].error and list(work.away) == ["s0"] and len(done) == 4
+    assert ("check your rights and the disk. s0 was" in done[0].error) == (error is NO_RIGHTS) and "is complete" not in done[0].error
     assert work.refresh().counts() == dict.fromkeys(module.STATUSES, 0) | {"waiting": 1, "segmented": 3} and work.next(ANNA)
     monkeypatch.undo()
     assert [s.name for s in segment_all(WorkList.open(work.folder), package)] == ["s0"]  # it is nobody's
+
+
+def test_what_is_amiss_with_more_than_a_scan_is_told_by_its_own_sentence(work, make_package, monkeypatch):
+    package, tried = make_package(), []
+    work.choose_models([package])
+
+    def fails(error):
+        def predict(*_unused):
+            tried.append(error)
+            raise error
+
+        monkeypatch.setattr(module, "predict", predict)
+        return error
+
+    fails(caused("toy.unet.zip cannot be read (Permission denied); check your rights.", PermissionError(13, "Permission denied")))
+    with pytest.raises(UserError, match="^toy.unet.zip cannot be read .Permission denied.; check your rights.$"):
+        segment_all(work, package)
+    assert len(tried) == 1 and work.refresh().counts()["waiting"] == 4 and work.unsegmented == 4
+    gpu = fails(UserError("The GPU's memory is full; use the CPU."))  # of a smaller scan it may not be
+    assert [s.error for s in segment_all(work, package)] == [f"{gpu} s{i} was left alone." for i in range(4)]
 
 
 def test_models_that_need_a_person_segment_nothing_in_advance(work):
@@ -841,10 +870,13 @@ def test_what_this_computer_cannot_hold_fails_nobodys_scan(desk, tmp_path, scans
     assert counts["waiting"] == 4 and counts["failed"] == counts["taken"] == 0
 
 
-@pytest.mark.parametrize("error", [MemoryError(), no_memory(), UserError("s0.nii.gz cannot be read as an image (Unable to open).")])
+@pytest.mark.parametrize("error", [MemoryError(), NO_MEMORY, UserError("s0.nii.gz cannot be read as an image (Unable to open).")])
 def test_a_scan_that_this_person_cannot_open_is_left_to_others(work, monkeypatch, tmp_path, error):
     def denied(path, *mode):
         raise PermissionError(13, "Permission denied")
+
+    def no_memory(_array):
+        raise MemoryError
 
     desk = module_desk._Desk(0, 1, tmp_path, os.getpid())
     if isinstance(error, UserError) and error.__cause__ is None:
@@ -854,10 +886,34 @@ def test_a_scan_that_this_person_cannot_open_is_left_to_others(work, monkeypatch
         answer = desk._next({"folder": str(work.folder), "leave": "", "passed": []})
         assert answer["scan"]["name"] == "s1" and "so it was left alone" in answer["notes"][0]
         work.back("s1")
-    monkeypatch.setattr(module_desk, "encode_image", denied)  # as a full disk: it is none of the scans'
+    monkeypatch.setattr(module_desk, "storable", no_memory)
     with pytest.raises(UserError, match="s0.* so it was left alone"):
         desk._next({"folder": str(work.folder), "leave": "", "passed": []})
     assert work.refresh().counts()["waiting"] == 4
+
+
+def test_a_full_disk_is_told_at_once_and_the_scan_at_hand_stays_taken(work, monkeypatch, tmp_path):
+    def full(*_unused):
+        raise OSError(28, "No space left on device")
+
+    desk, read = module_desk._Desk(0, 1, tmp_path, os.getpid()), []
+    monkeypatch.setattr(module_desk, "read_image", lambda *a: read.append(a) or read_image(*a))
+
+    def later(leave):
+        return desk._next({"folder": str(work.folder), "leave": leave, "passed": [leave]})["scan"]["name"]
+
+    assert later("") == "s0"
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "open", full, raising=False)
+        with pytest.raises(
+            UserError, match="^The temporary folder .* cannot hold the volume .No space left on device.; free some disk space.$"
+        ):
+            later("s0")
+    assert len(read) == 2 and [s.status for s in work.refresh().scans.values()] == ["taken", "waiting", "waiting", "waiting"]
+    assert later("s0") == "s1" and [s.status for s in work.refresh().scans.values()] == ["waiting", "taken", "waiting", "waiting"]
+    for name in ("s0", "s2", "s3"):
+        work.done(name, BERT)
+    assert later("s1") == "s1" and work.refresh().scan("s1").status == "taken"  # the last comes again
 
 
 @POSIX

@@ -1445,7 +1445,7 @@ class _State:
     """
 
     def __init__(self, node: Any, created: bool = False) -> None:
-        self.node, self.created, self.segmentation = node, created, node.GetSegmentation()
+        self.node, self.created, self.holder = node, created, _holder(node)
         self.former = {} if created else {i: _segment_copy(self.segmentation.GetSegment(i)) for i in _ids(self.segmentation)}
         displays = [node.GetNthDisplayNode(n) for n in range(node.GetNumberOfDisplayNodes())]
         self.display = {i: [(d, _display_of(d, i)) for d in displays if d is not None] for i in self.former}
@@ -1455,6 +1455,10 @@ class _State:
         self.reference = node.GetNodeReferenceID(node.GetReferenceImageGeometryReferenceRole())
         self.geometry = self.segmentation.GetConversionParameter(_GEOMETRY)
         self.mark()
+
+    @property
+    def segmentation(self) -> Any:
+        return self.holder.GetSegmentation()
 
     def mark(self) -> None:
         """Now is after the action."""
@@ -1584,6 +1588,15 @@ class _State:
                 node.GetScene().RemoveNode(display)
 
 
+def _holder(node: Any) -> Any:
+    """Of a sequence's segmentation the frame's data node that has the same segments: it keeps them when another frame is shown, and
+    those that a later run puts in their place."""
+    found = sequence_frames(node)
+    sequence = found[0].GetSequenceNode(node) if found else None
+    frames = map(sequence.GetNthDataNode, range(sequence.GetNumberOfDataNodes())) if sequence else ()
+    return next((data for data in frames if data.GetSegmentation() is node.GetSegmentation()), node)
+
+
 @dataclass
 class _Action:
     states: list[_State]
@@ -1647,8 +1660,7 @@ class Undo:
         if action.revert is not None:
             action.revert()
         for state in action.states:
-            # Of a sequence revert() took the frames' segmentations back, of which the node shows one.
-            if self._has(state.node) and state.node.GetSegmentation() is state.segmentation:
+            if self._has(state.node):
                 state.restore()
                 # In a sequence it shows other frames too, and what a person drew there.
                 if state.created and not state.segmentation.GetNumberOfSegments() and sequence_frames(state.node) is None:
@@ -1765,8 +1777,9 @@ class SequenceOutput:
                 if data is None:
                     data = self._sequence.SetDataNodeAtValue(slicer.vtkMRMLSegmentationNode(), value)
                 self._states.append(state := _State(data))
+                was = state.segmentation
                 data.SetAndObserveSegmentation(self._results.pop(frame, None) or slicer.vtkSegmentation())
-                former[frame], state.segmentation = state.segmentation, data.GetSegmentation()
+                former[frame] = was
                 state.mark()
             if new:
                 modified = self.browser.StartModify()

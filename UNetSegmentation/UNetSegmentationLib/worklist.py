@@ -193,21 +193,29 @@ def _below(folder: Path, apart: Path | None) -> Iterator[tuple[Path, ...]]:
                 yield (Path(place),)
 
 
-def left_alone(scan: Scan, error: BaseException) -> str:
+def left_alone(scan: Scan, error: BaseException, was_read: bool = False) -> str:
     """Why a scan could not be read or segmented here, where that is no fault of its own and may go well on another computer or with
-    another's rights, so that it has not failed; else ""."""
+    another's rights, so that it has not failed; else "". was_read: it failed after that, for which memory alone is no reason that
+    the next scan has too."""
     if scan.away is not None:
         return f"{scan.away} is not there, so {scan.name} was left alone; connect its drive or network folder."
+    own = f"{error} {scan.name} was left alone." if isinstance(error, UserError) else ""
+    causes = _causes(error)
+    if any(isinstance(e, MemoryError) or _MEMORY.search(str(e)) for e in causes):
+        # Of what ITK cannot hold read_image() says that the file may be damaged; an engine knows whose memory is full.
+        return (was_read and own) or f"There is not enough memory here for {scan.name}, so it was left alone; close other programs."
+    for e in () if was_read else (*causes, *map(_refusal, scan.files)):
+        if isinstance(e, OSError) and e.errno not in _GONE:
+            text = f"{scan.name} cannot be opened here ({e.strerror or e}), so it was left alone; check your rights, the disk's space and "
+            return (e in causes and own) or text + "the connection."
+    return ""
+
+
+def _causes(error: BaseException) -> list[BaseException]:
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
-    if any(isinstance(e, MemoryError) or _MEMORY.search(str(e)) for e in chain):
-        return f"There is not enough memory here for {scan.name}, so it was left alone; close other programs."
-    for e in (*chain, *map(_refusal, scan.files)):
-        if isinstance(e, OSError) and e.errno not in _GONE:
-            text = f"{scan.name} cannot be opened here ({e.strerror or e}), so it was left alone; check your rights, the disk's space and "
-            return text + "the connection."
-    return ""
+    return chain
 
 
 def _refusal(path: Path) -> OSError | None:
@@ -549,7 +557,8 @@ class WorkList:
         """Segment one scan that nobody is at, and keep what was found with its scores; None where there is none left.
 
         A scan that cannot be segmented is marked as failed, with one sentence, and is what is returned; so is one that is left to
-        others, as it was, with the sentence of left_alone(). Raises Cancelled, and UserError where the list cannot be written.
+        others, as it was, with the sentence of left_alone(). Raises Cancelled, and what is amiss with more than the scan: UserError
+        where the list cannot be written, or the model not be read.
         """
         names = [f"{m.card.name}-{m.card.version}" for m in models]
 
@@ -567,6 +576,7 @@ class WorkList:
         if name is None:
             return None
         scan = self._scan(name, self._data["scans"][name], self._now())
+        image: Image | None = None
         result: dict[str, Any] = {}
         written: list[dict[str, Any]] | None = None
         series: list[str] = []
@@ -580,17 +590,21 @@ class WorkList:
             return cancelled is not None and cancelled()
 
         try:
-            result, written = self._segmented(scan, models, options, progress, over, engines)
+            image = read_image(scan.files, scan.series)
+            result, written = self._segmented(scan, image, models, options, progress, over, engines)
         except (Cancelled, _NotWritten):
             self._give_up(name, me)
             raise
         except SeveralSeries as e:
             series = list(e.series)
         except Exception as e:  # one bad scan never stops the rest
-            if why := left_alone(scan, e):
+            if why := left_alone(scan, e, image is not None):
                 self.away[name] = why
                 self._give_up(name, me)
                 return replace(scan, error=why)
+            if image is not None and any(isinstance(c, OSError) for c in _causes(e)):  # a file, and none of the scan's
+                self._give_up(name, me)
+                raise
             text = f"{name} could not be segmented ({type(e).__name__}: {str(e)[:200]}); skip or report it."
             result = {"status": "failed", "error": str(e) if isinstance(e, UserError) else text}
 
@@ -628,13 +642,13 @@ class WorkList:
     def _segmented(
         self,
         scan: Scan,
+        image: Image,
         models: Sequence[ModelPackage],
         options: Options,
         progress: Progress | None,
         cancelled: Callable[[], bool],
         engines: Sequence[Any] | None,
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        image = read_image(scan.files, scan.series)
         prediction = predict(image, models, replace(options, uncertainty=True, probabilities=False), progress, cancelled, engines)
         scores, embedding = describe(prediction, image)
         mask = PurePosixPath(RESULTS, scan.name, f"{secrets.token_hex(4)}.seg.nrrd")

@@ -229,7 +229,8 @@ class Strip:
 
 @dataclass
 class Case:
-    """The scan at hand. folder: of its list; stamp: of the segmentation when it was opened."""
+    """The scan at hand. folder: of its list; stamp: of the segmentation when it was opened; over: it is done, skipped or given back,
+    and stays to be seen until the next one is there."""
 
     folder: str
     name: str
@@ -242,6 +243,7 @@ class Case:
     value: float | None
     found: int
     stamp: int = 0
+    over: bool = False
 
 
 class WorkListSection:
@@ -331,7 +333,7 @@ class WorkListSection:
             self._answer = "late"
         else:
             self.busy = ""
-        if case is not None:
+        if case is not None and not case.over:
             self._give(case)
             if not self._answer:
                 self._sayGivenBack(case.name)
@@ -456,7 +458,7 @@ class WorkListSection:
             self.busy, self.text = "", " ".join(said)
             self._take(answer)
             if self.segmenting:
-                self._ask("segment", self._take, **self._choice)
+                self._ask("segment", self._onSegmenting, self._onSegmentFailed, **self._choice)
 
         self._ask("add", added, folder=self.folder, sources=list(sources))
         self.show()
@@ -545,16 +547,15 @@ class WorkListSection:
         if self.busy or (self.case is not None and not self._mayLeave()):
             return
         leave = ""
-        if self.case is not None and self.case.folder != self.folder:
-            self._give(self.case)
-        elif self.case is not None:
+        if self.case is not None and self.case.folder == self.folder:
             leave = self.case.name
             self._passed = [*(n for n in self._passed if n != leave), leave]
         self._next(leave)
 
     def _next(self, leave: str = "") -> None:
-        self.text, self.busy, self._answer = "", _("Reading the next scan…"), "awaited"
-        self._ask("next", self._onScan, folder=self.folder, leave=leave, passed=list(self._passed), by=self.panel.trainingSet.annotator)
+        self.text, self.busy, self._answer, folder = "", _("Reading the next scan…"), "awaited", self.folder
+        fields = {"folder": folder, "leave": leave, "passed": list(self._passed), "by": self.panel.trainingSet.annotator}
+        self._ask("next", lambda answer: self._onScan(answer, folder), **fields)
         self.show()
 
     def _sayGivenBack(self, name: str) -> None:
@@ -565,15 +566,20 @@ class WorkListSection:
         late, self._answer, self.busy = self._answer == "late", "", ""
         return late
 
-    def _onScan(self, answer: dict[str, Any]) -> None:
-        late, scan = self._answered(), answer.get("scan")
+    def _onScan(self, answer: dict[str, Any], folder: str) -> None:
+        """folder: of the list that was asked, which may be another's by now."""
+        late, scan, case = self._answered(), answer.get("scan"), self.case
         self._take(answer)
         if late and scan is not None:
-            self._back(self.folder, scan["name"])
+            self._back(folder, scan["name"])
             _removeArrays(scan, self.desk.folder)
             self._sayGivenBack(scan["name"])
             self.show()
             return
+        if case is not None:
+            case.over = True
+            if case.folder != folder:  # of the same list the desk has given it back
+                self._give(case)
         self.text = " ".join(answer.get("notes", ()))
         if scan is None:
             self.case = None
@@ -581,7 +587,7 @@ class WorkListSection:
             self.show()
         else:
             self.busy = _("Opening {name}…").format(name=scan["name"])
-            steps = self._load(scan, self.folder)
+            steps = self._load(scan, folder)
             next(steps)  # so that it is given back even where the scene is closed before the first turn
             self._pieces.add(steps)
             self.show()
@@ -621,6 +627,7 @@ class WorkListSection:
             mrml.remove_nodes(reversed(made))
             self._passed.append(scan["name"])
             self._back(folder, scan["name"])
+            self._sayGivenBack(scan["name"])  # where it fails, why is said instead
             raise
         finally:
             _removeArrays(scan, place)
@@ -761,6 +768,8 @@ class WorkListSection:
             text = _("What you corrected in '{name}' meanwhile is not in the training set yet; press Done again to add it.")
             self._failed(" ".join(filter(None, [notes, text.format(name=added.name)])))
             return
+        if self.case is not None:
+            self.case.over = True
         self._next()
         self.text = notes
 
@@ -791,13 +800,16 @@ class WorkListSection:
     # -------------------------------------------------------------------------------------------------------- machinery
 
     def _ask(self, op: str, onAnswer: Callable[[dict[str, Any]], None], onError: Any = None, **fields: Any) -> None:
+        busy = self.busy if op in ("add", "next", "done", "skip") else None  # what ends with this request
+
         def answered(answer: dict[str, Any]) -> None:
             if not self._closed:
                 onAnswer(answer)
 
         def failed(text: str) -> None:
             if not self._closed:
-                self.busy = self._answer = ""
+                if self.busy == busy:
+                    self.busy = self._answer = ""
                 (onError or self._failed)(text)
 
         if not (self.segmenting or self.desk.waiting):

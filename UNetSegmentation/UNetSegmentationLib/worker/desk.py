@@ -148,10 +148,17 @@ class _Desk(Program):
         notes: list[str] = []
         away: dict[str, str] = {}  # scans that others may be able to read, and why
         me = self._annotator(request)
-        while (scan := work.next(me, leave, [*passed, *away])) is not None:
-            leave = ""
+
+        def take() -> Scan | None:  # `leave` stays taken until another is there, and comes again where there is none
+            return work.next(me, "", [*passed, leave, *away]) or work.next(me, leave, [*passed, *away])
+
+        def back(name: str) -> None:
+            if name != leave:
+                work.back(name, me)
+
+        while (scan := take()) is not None:
             if scan.name in away or len(away) > _MOST_AWAY:
-                work.back(scan.name, me)
+                back(scan.name)
                 raise UserError(next(iter(away.values())))
             image = None
             try:
@@ -160,16 +167,18 @@ class _Desk(Program):
             except SeveralSeries as e:
                 work.split(scan.name, list(e.series))
             except Exception as e:
-                why = left_alone(scan, e)
+                why = left_alone(scan, e, image is not None)
                 if not why and image is None and isinstance(e, UserError):
                     work.fail(scan.name, str(e))
                     notes.append(str(e))
                     continue
-                work.back(scan.name, me)
+                back(scan.name)
                 if not why:
                     raise
                 away[scan.name] = why
             else:
+                if leave in work.scans and scan.name != leave:
+                    work.back(leave, me)
                 return self._done(work, scan=packed, notes=[*notes, *list(away.values())[:1]])
         return self._done(work, scan=None, notes=notes)
 
