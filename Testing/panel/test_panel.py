@@ -371,6 +371,18 @@ def test_a_missing_version_is_stood_in_for_by_the_newest(panel: Any, install: An
     assert [m.name for m in found] == ["toy-1.10.0", "toy-1.9.0"] and missing == ["none-1.0.0"]
 
 
+def test_a_model_is_called_as_its_card_says(panel: Any, install: Any, models_folder: Path) -> None:
+    from UNetSegmentationPanel import models
+
+    file = models_folder / f"{install()}{SUFFIX}"
+    file.rename(models_folder / f"my best{SUFFIX}")
+    p = panel()
+    p.choose("toy-1.0.0")
+    assert p.settings.models == ["toy-1.0.0"]
+    found, missing = models.resolve(["toy-1.0.0", "my best"], p.widget.modelList.models)  # the second as scenes had it before
+    assert [m.name for m in found] == ["toy-1.0.0"] and missing == []
+
+
 def test_an_imported_model_of_clicks_is_there_at_once(panel: Any, make_package: Any) -> None:
     package = make_package(name="clicks", task="click").path
     p = panel()

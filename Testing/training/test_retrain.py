@@ -358,10 +358,10 @@ def test_what_is_trained_becomes_a_model_without_the_training_cases(dataset):
 def test_a_model_of_other_labels_gets_a_name_that_no_other_has(tmp_path, base, monkeypatch):
     models = tmp_path / "models"
     models.mkdir()
-    shutil.copy(base.path, models)
+    shutil.copy(base.path, models / "my best.unet.zip")  # the card says what it is called
     monkeypatch.setenv("UNETSEG_MODELS", str(models))
     monkeypatch.setattr(training, "update", lambda folder, **changes: None)
-    parent, options = ModelPackage.read(models / "toy-1.0.0.unet.zip"), Options()
+    parent, options = ModelPackage.read(models / "my best.unet.zip"), Options()
     for labels, start, want in (
         ([Label(1, "Ring", (1, 2, 3), {})], parent, ("toy-2", "0.1.0")),
         ([Label(1, "Ring", (1, 2, 3), {})], None, ("toy-2", "0.1.0")),

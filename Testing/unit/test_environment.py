@@ -399,6 +399,14 @@ def test_extras_are_looked_for_in_a_wheel_folder_and_in_what_is_there(tmp_path, 
         environment.plan_folder(["torch"], wheels, [])
 
 
+def test_what_is_asked_for_by_extras_is_told_once_and_not_needed_to_run(tmp_path, pip):
+    wheels, site = make_cuda(tmp_path / "wheels"), tmp_path / "site-packages"
+    assert pip("install", "--no-index", "--no-deps", "--find-links", wheels, "--target", site, "torch") is None
+    assert to_install(look(site, "torch")) == ["toolkit[cublas,cu_fft]==13.0"]
+    assert pip("install", "--no-index", "--no-deps", "--find-links", wheels, "--target", site, "toolkit") is None
+    assert to_install(look(site, "torch")) == ["cublas", "cufft"] and to_install(check(["torch"], [site], extras=False)) == []
+
+
 def test_a_wheel_folder_that_is_none(tmp_path, wheels):
     with pytest.raises(UserError, match="cannot be read"):
         environment.plan_folder(["onnxruntime"], tmp_path / "nowhere", [])
@@ -541,18 +549,49 @@ def test_a_look_up_that_fails_asks_for_no_blind_consent(index):
     ],
 )
 def test_a_firewalls_page_is_not_taken_for_an_index(tmp_path, pip, monkeypatch, status, sentence):
+    without_proxy(monkeypatch)
+    block(monkeypatch, status, tmp_path)
+    with package_index(tmp_path, tmp_path) as (address, _):
+        monkeypatch.setenv("PIP_INDEX_URL", address)
+        plan = plan_online("onnxruntime>=1.17")
+    assert plan.offline and plan.problem.startswith(sentence)
+
+
+def block(monkeypatch, status, root):
+    """A firewall's page for whatever is asked of the index there."""
+    get = SimpleHTTPRequestHandler.do_GET
+
     def page(self):
+        if self.directory != str(root):
+            return get(self)
         self.send_response(status)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
         self.wfile.write(b'<html><a href="/why">Blocked</a></html>')
 
-    without_proxy(monkeypatch)
     monkeypatch.setattr(SimpleHTTPRequestHandler, "do_GET", page)
-    with package_index(tmp_path, tmp_path) as (address, _):
+
+
+@pytest.mark.parametrize(
+    "status, sentence",
+    [
+        (403, "PyTorch's index or a firewall refused the connection; ask your administrator, or choose a folder of wheels."),
+        (200, "PyTorch's index offers no torch==2.13.0+cu126, or a firewall blocks it; ask your administrator"),
+        (None, "There is no wheel of torch==2.13.0+cu126 for this Python and system"),
+    ],
+)
+def test_a_firewall_before_pytorchs_index_alone(tmp_path, wheels, pip, monkeypatch, status, sentence):
+    without_proxy(monkeypatch)
+    make_wheel(wheels, "torch", "2.13.0")
+    make_wheel(tmp_path / "builds", "torch", "2.13.0+cu126", tags="cp27-cp27m-any")
+    if status is not None:
+        block(monkeypatch, status, tmp_path / "torch")
+    with package_index(tmp_path / "index", wheels) as (address, _), package_index(tmp_path / "torch", tmp_path / "builds") as (builds, _):
         monkeypatch.setenv("PIP_INDEX_URL", address)
-        plan = plan_online("onnxruntime>=1.17")
-    assert plan.offline and plan.problem.startswith(sentence)
+        monkeypatch.setenv("PIP_EXTRA_INDEX_URL", builds)
+        plan = plan_online("onnxruntime>=1.17", "torch==2.13.0+cu126")
+    assert plan.offline and plan.problem.startswith(sentence)  # though the other can be had
+    assert [p.version for p in plan.packages if p.name in ("onnxruntime", "torch")] == ["1.20.0", ""]
 
 
 def test_no_index_can_be_reached(pip, monkeypatch):
@@ -753,6 +792,10 @@ def test_what_training_needs_is_added_to_an_environment_that_is_there(folder, tr
     own = environment.run(environment.add_training_steps(own, training_wheels))
     assert own.status == "ready" and environment.training_lacks() == [] and not (folder / "t").exists()
     assert environment.training_python() == (own.python, own.variables)
+    metadata = folder / "packages" / "fsspec-9.9.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("\n\n", "\nRequires-Dist: aiohttp; extra == 'http'\n\n", 1))
+    assert environment.training_lacks() == ["aiohttp"] and environment.training_python()[0] == own.python  # it trains without
+    metadata.write_text("")
     assert (folder / "packages" / "torch" / "__init__.py").stat().st_mtime_ns == torch.st_mtime_ns
     assert in_worker(own, "import lightning, yaml; print(lightning.__version__, yaml.here)") == "9.9 1"
     environment.run(environment.add_training_steps(own, training_wheels))  # nothing to do

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import locale
 import math
+import ntpath
 import os
 import shutil
 import struct
@@ -332,6 +333,15 @@ def test_a_name_that_begins_with_a_tilde_is_a_name(tmp_path, monkeypatch):
         read_image("~backup.nrrd")
     write_image(Image(volume()), "~backup.nrrd")
     assert np.array_equal(read_image("~backup.nrrd").array, volume())
+
+
+def test_on_windows_it_is_no_other_persons_folder(monkeypatch):
+    home = r"C:\Users\anna"
+    monkeypatch.setenv("USERPROFILE", home)
+    monkeypatch.setenv("USERNAME", "anna")
+    monkeypatch.setattr(files, "os", SimpleNamespace(**{**vars(os), "name": "nt", "path": ntpath}))
+    for name, path in (("~backup.nrrd", "~backup.nrrd"), ("~", home), (r"~\a", rf"{home}\a"), ("~/a", rf"{home}\a")):
+        assert ntpath.normpath(files.user_path(name)) == path
 
 
 def test_missing_files_and_no_files_are_refused(tmp_path):

@@ -444,6 +444,21 @@ def test_what_has_the_same_name_and_version_is_not_replaced(finished, make_packa
     assert ModelPackage.read(models_folder / other.path.name).card.data["title"] == "Another's"
 
 
+def test_a_file_of_any_name_holds_its_models_name(finished, make_package, models_folder):
+    models_folder.mkdir()
+    same = {"lineage": ModelPackage.read(finished.package).card.data["lineage"]}  # trained for nothing: a copy of its parent
+    for name, version, file, more in (
+        ("toy", "1.1.0", "my best", {}),
+        ("toy", "1.0.0", "toy-old", same),
+        ("other", "1.0.0", "toy-1.2.0", {}),
+    ):
+        package = make_package(name=name, version=version, title="Another's", **more)
+        (models_folder / f"{file}.unet.zip").write_bytes(package.path.read_bytes())
+    assert training.free_name("toy") == "toy-2" and training.free_name("my") == "my"
+    assert training.promote(finished, "use").name == "toy-1.3.0.unet.zip" and find_model("toy").card.data["title"] == "A toy"
+    assert find_model("other").path.name == "toy-1.2.0.unet.zip" and (models_folder / "former" / "toy-old.unet.zip").is_file()
+
+
 def test_discarded_only_the_record_stays(finished, models_folder):
     (finished.folder / "check").mkdir()
     (finished.folder / "last.ckpt").touch()

@@ -3,6 +3,7 @@
 
 # No `from __future__ import annotations`: typer reads the commands' annotations, which name what only _app() imports.
 
+import importlib
 import json
 import os
 import platform
@@ -228,6 +229,14 @@ def _report(image: Image, prediction: Prediction, truth: Image | None) -> dict[s
                 dice(prediction.labels.array == item["value"], truth.array > 0 if alone else truth.array == item["value"]), 4
             )
     return report
+
+
+def _loads(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except Exception:  # of what is damaged, anything
+        return False
+    return True
 
 
 def _display(card: Card) -> dict[str, Any]:
@@ -576,7 +585,8 @@ def _app() -> Any:
             out = engine.run(batch)
             if out.shape != (1, package.card.outputs, *shape[2:]) or not np.isfinite(out).all():
                 raise UserError(f"{package.path} loads, but gives {out.shape} for {shape}; it does not fit its card.")
-            if package.safetensors and "network" in package.card.data and installed("torch") and installed("onnx"):
+            modules = "torch.nn", "safetensors.torch", "onnxruntime.capi"
+            if package.safetensors and "network" in package.card.data and all(map(_loads, modules)):
                 ours, theirs = (make_engine(package, name, "cpu", "fp32", 0).run(batch) for name in ("onnx", "torch"))
                 # In noise the bundled models differ by 5e-6 of the largest logit at most.
                 if ours.shape != theirs.shape or not np.abs(ours - theirs).max() <= 1e-3 * np.abs(ours).max():

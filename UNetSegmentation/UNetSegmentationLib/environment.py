@@ -28,7 +28,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -359,13 +359,15 @@ class _Site:
         return out
 
 
-def check(requirements: Iterable[str], paths: Sequence[str | Path] | None = None) -> list[State]:
+def check(requirements: Iterable[str], paths: Sequence[str | Path] | None = None, extras: bool = True) -> list[State]:
     """The state of each requirement, and of what these need where that is not in order. Imports nothing, takes milliseconds.
 
-    paths: where to look (default: this Python's path).
+    paths: where to look (default: this Python's path). extras: also those that they need of other packages, without which
+    they may well run: lightning asks for fsspec[http], and trains without the aiohttp that this needs.
     """
     site = _Site(paths)
-    out, seen = [], set()
+    out: dict[str, State] = {}
+    seen = set()
     waiting = [(requirement, True) for requirement in _read_all(requirements)]
     while waiting:
         requirement, asked = waiting.pop(0)
@@ -373,10 +375,11 @@ def check(requirements: Iterable[str], paths: Sequence[str | Path] | None = None
             continue
         seen.add((requirement.name, requirement.extras))
         state, needs = _look(requirement, site, asked)
-        if asked or state.status != "installed":
-            out.append(state)
-        waiting += [(need, False) for need in needs]
-    return out
+        # Asked for with and without extras it is reported once, with them.
+        if (asked or state.status != "installed") and (requirement.extras or requirement.name not in out):
+            out[requirement.name] = state
+        waiting += [(need if extras else replace(need, extras=()), False) for need in needs]
+    return list(out.values())
 
 
 def _look(requirement: Requirement, site: _Site, asked: bool) -> tuple[State, list[Requirement]]:
@@ -491,7 +494,7 @@ class Package:
 class Plan:
     """What an installation would fetch. complete: no package is missing from the list, as far as could be found out.
 
-    problem: why nothing could be found out, "" otherwise.
+    problem: why not all that was asked for can be fetched, "" where it can.
     """
 
     packages: tuple[Package, ...] = ()
@@ -501,8 +504,8 @@ class Plan:
 
     @property
     def offline(self) -> bool:
-        """Nothing can be fetched, as far as is known, but it could come from a wheel folder."""
-        return bool(self.problem) and not any(p.version for p in self.packages)
+        """It cannot be fetched as far as is known (of PyTorch, its index may be blocked alone), but could come from a wheel folder."""
+        return bool(self.problem)
 
     def __str__(self) -> str:
         """onnxruntime 1.32.0, flatbuffers 25.12.19 and numpy 2.4.6 (45 MB)"""
@@ -771,11 +774,15 @@ def pip_failure(done: Done) -> str:
         if re.search(pattern, text):
             return sentence
     if match := re.search(r"No matching distribution found for (\S+)", text):
-        # As -vv tells. PyTorch's index answers 403 for all that it lacks, so that this counts only where no other has a link.
-        if "Fetching project page" in text and not re.search(r"\.(whl|gz|zip)\S* \(from ", text):
+        # As -vv tells. PyTorch's index answers 403 for all that it lacks, so that this counts only where no other has a link;
+        # a build (+cu126) it alone has, and then only links of that one count.
+        build = match[1].partition("+")[2]
+        index = "PyTorch's" if build else "The package"
+        link = (rf"(\+|%2B){re.escape(build)}\S*" if build else "") + r"\.(whl|gz|zip)\S* \(from "
+        if "Fetching project page" in text and not re.search(link, text):
             refused = re.search(r"Could not fetch URL \S+: 40[13]\b", text)
             what = "or a firewall refused the connection" if refused else f"offers no {match[1]}, or a firewall blocks it"
-            return f"The package index {what}; ask your administrator, or choose a folder of wheels."
+            return f"{index} index {what}; ask your administrator, or choose a folder of wheels."
         return f"There is no wheel of {match[1]} for this Python and system; choose another Python, or a folder of wheels."
     last = [line.strip() for line in text.splitlines() if re.match(r"\s*(ERROR|error|\w*Error):", line)]
     reason = last[-1] if last else f"exit code {done.code}"
@@ -1023,13 +1030,14 @@ def remove(folder: Path | None = None) -> None:
 # already and would fetch PyTorch again. So the packages that are missing are found out first, and pip gets those alone.
 
 
-def training_lacks(own: OwnEnvironment | None = None) -> list[str]:
-    """The requirements of training that PyTorch's own environment lacks, or, where that is not ready, this Python."""
+def training_lacks(own: OwnEnvironment | None = None, extras: bool = True) -> list[str]:
+    """The requirements of training that PyTorch's own environment lacks, or, where that is not ready, this Python. extras: as of
+    check()."""
     own = own_environment() if own is None else own
     if own.status == "ready":
-        return to_install(check(TRAINING_REQUIREMENTS, paths=[_packages(own.folder)]))
+        return to_install(check(TRAINING_REQUIREMENTS, paths=[_packages(own.folder)], extras=extras))
     torch = ("torch>=2.4", "onnx>=1.16", "onnxruntime>=1.17", "safetensors>=0.4.3")
-    return to_install(check((*torch, *TRAINING_REQUIREMENTS)))
+    return to_install(check((*torch, *TRAINING_REQUIREMENTS), extras=extras))
 
 
 def training_python() -> tuple[str, dict[str, str]]:
@@ -1037,7 +1045,7 @@ def training_python() -> tuple[str, dict[str, str]]:
     from .worker.client import find_python
 
     own = own_environment()
-    if lacks := training_lacks(own):
+    if lacks := training_lacks(own, extras=False):
         names = list(dict.fromkeys(Requirement.read(text).name for text in lacks))
         raise _error(
             f"Training needs {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} not installed; "

@@ -32,8 +32,8 @@ def counted(n: int, what: str) -> str:
 
 def user_path(name: str | Path) -> Path:
     """A path whose ~ is the person's folder. Where it is nobody's (~backup.nii), it is part of the name: Path.expanduser() raises a
-    RuntimeError."""
-    return Path(os.path.expanduser(name))
+    RuntimeError, and on Windows os.path.expanduser() makes another person's folder of it, whether there is one or not."""
+    return Path(name if os.name == "nt" and str(name)[1:2] not in ("", "/", "\\") else os.path.expanduser(name))
 
 
 def child_options(apart: bool = False, breakaway: bool = False) -> dict[str, Any]:

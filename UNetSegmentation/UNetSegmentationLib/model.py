@@ -30,6 +30,7 @@ PACKAGES = "[!.]*" + SUFFIX  # in a folder; not macOS' ._NAME, nor what a killed
 MAX_CARD_BYTES = 1 << 20
 MAX_FILE_BYTES = 2 << 30
 _MAX_NUMBER = 1e300  # in a card
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # LZMA would have errors of its own
 _MAX_RATIO = 50  # of what an entry is unpacked to; trained weights shrink by a tenth
 
 # Axis of the array (z, y, x), canonical LPS order, along which a 2D model's slices are stacked.
@@ -431,7 +432,8 @@ def check_onnx(data: bytes) -> None:
 def check_ports(data: bytes, card: Card) -> None:
     """Refuse an ONNX model whose declared input or output is not what its card says, for no engine to stumble over.
 
-    What the model leaves open (most axes' lengths, often the channels too; by a name, 0 or -1) shows when it runs.
+    What the model leaves open (most axes' lengths, often the channels too; by a name, 0 or -1) shows when it runs. So does an
+    output's size: an exporter may write its example's, and no engine minds.
     """
     ports: dict[int, dict[str, tuple[int, list[int | None] | None]]] = {11: {}, 12: {}}
     weights = set()
@@ -461,9 +463,9 @@ def check_ports(data: bytes, card: Card) -> None:
         if axes is not None and axes[1] not in (None, channels):
             raise UserError(f"The ONNX model {does} {axes[1]} channels but its card says {channels}; export it again.")
         patch = card.data["patch"]
-        if axes is not None and any(n not in (None, p) for n, p in zip(axes[2:], patch)):
+        if does == "takes" and axes is not None and any(n not in (None, p) for n, p in zip(axes[2:], patch)):
             size, wanted = (" x ".join(str(n or "any") for n in shape) for shape in (axes[2:], patch))
-            raise UserError(f"The ONNX model {does} patches of {size} but its card says {wanted}; export it again, with open axes.")
+            raise UserError(f"The ONNX model takes patches of {size} but its card says {wanted}; export it again, with open axes.")
 
 
 def check_safetensors(data: bytes) -> None:
@@ -552,7 +554,7 @@ def _read_zip(path: Path) -> dict[str, bytes]:
                 raise ValueError(f"its entry {name!r} is too large")
             if info.file_size > _MAX_RATIO * info.compress_size + MAX_CARD_BYTES:
                 raise ValueError(f"its entry {name!r} would grow to {info.file_size / 1e6:.0f} MB, which no weights do")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            if info.compress_type not in _COMPRESSIONS:
                 raise ValueError(f"its entry {name!r} is compressed in an unusual way")
         names = [i.filename for i in infos]
         if len(set(names)) != len(names):
@@ -612,6 +614,8 @@ def read_card(path: Path) -> Card:
         with zipfile.ZipFile(path) as package:
             if package.getinfo(CARD).file_size > MAX_CARD_BYTES:
                 raise ValueError("its card is too large")
+            if package.getinfo(CARD).compress_type not in _COMPRESSIONS:
+                raise ValueError("its card is compressed in an unusual way")
             data = json.loads(package.read(CARD).decode("utf-8"))
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError, RuntimeError, RecursionError) as e:
         raise UserError(f"{path.name} is damaged or not a model package ({e}); remove it and import it again.") from e
@@ -621,7 +625,7 @@ def read_card(path: Path) -> Card:
 _NAMED = re.compile(r"(.+)-([0-9]+\.[0-9]+\.[0-9]+)")
 
 
-def _named(path: Path) -> tuple[str, str]:
+def named(path: Path) -> tuple[str, str]:
     """(name, version) as a package's card says it; where it has no good one, as its file's name does: no older package shall run
     in its place without a word."""
     try:
@@ -639,10 +643,10 @@ def find_model(name: str | Path) -> ModelPackage:
     text = str(name)
     if text.endswith(SUFFIX) or os.path.isfile(text):
         return ModelPackage.read(text)
-    named = {p: _named(p) for p in model_files()}
-    matches = [p for p, (its, version) in named.items() if text in (its, f"{its}-{version}")]
-    matches = matches or [p for p in named if p.name == text + SUFFIX and not _NAMED.fullmatch(text)]
+    known = {p: named(p) for p in model_files()}
+    matches = [p for p, (its, version) in known.items() if text in (its, f"{its}-{version}")]
+    matches = matches or [p for p in known if p.name == text + SUFFIX and not _NAMED.fullmatch(text)]
     if not matches:
-        known = ", ".join(sorted({its for its, _ in named.values()})) or "none"
-        raise UserError(f"There is no model {text!r}; installed are: {known}. Name one of these or a {SUFFIX} file.")
-    return ModelPackage.read(max(matches, key=lambda p: [int(v) for v in named[p][1].split(".")]))
+        names = ", ".join(sorted({its for its, _ in known.values()})) or "none"
+        raise UserError(f"There is no model {text!r}; installed are: {names}. Name one of these or a {SUFFIX} file.")
+    return ModelPackage.read(max(matches, key=lambda p: [int(v) for v in known[p][1].split(".")]))

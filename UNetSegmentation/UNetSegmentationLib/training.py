@@ -43,7 +43,7 @@ from .files import (
     unescape_arguments,
     user_path,
 )
-from .model import PACKAGES, RESOURCES, SUFFIX, Card, ModelPackage, find_model, user_models_folder, write_package
+from .model import PACKAGES, SUFFIX, Card, ModelPackage, find_model, model_files, named, user_models_folder, write_package
 
 FOLDER, JOB, LIVE, RESULT, STOP, LOG, BEAT, BASE = (
     "retrain",
@@ -606,14 +606,14 @@ def promote(job: Job, how: str) -> Path | None:
     card = dict(package.card.data)
     former: Path | None = None
     if how == "use":
-        if package.card.name == parent[0] and (models / f"{job.base}{SUFFIX}").is_file():
-            former = models / f"{job.base}{SUFFIX}"
-    elif package.card.name == parent[0] or _taken(models, card["name"], card["version"]):
-        card["name"] = free_name(models, slug(f"{card['name'][:40]}-{job.dataset.name[:20]}"))
+        if package.card.name == parent[0]:
+            former = next((p for p in models.glob(PACKAGES) if named(p) == (parent[0], parent[2])), None)
+    elif package.card.name == parent[0] or taken(card["name"], card["version"]):
+        card["name"] = free_name(slug(f"{card['name'][:40]}-{job.dataset.name[:20]}"))
         card["title"] = f"{card.get('title') or package.card.name} ({job.dataset.name})"[:200]
     path = _there(models, package, job.base, lambda name: name == card["name"] if how == "use" else name != parent[0])
     if path is None:
-        while _taken(models, card["name"], card["version"]):
+        while taken(card["name"], card["version"]):
             card["version"] = next_version(card["version"])
         target = models / f"{card['name']}-{card['version']}{SUFFIX}"
         path = write_package(target, {k: v for k, v in card.items() if k != "files"}, package.onnx, package.safetensors).path
@@ -635,20 +635,21 @@ def _there(models: Path, package: ModelPackage, base: str, called: Callable[[str
         return {k: v for k, v in card.data.items() if k not in ("name", "version", "title")}
 
     for path in sorted(models.glob(PACKAGES)):
-        stem = path.name.removesuffix(SUFFIX)
-        if stem != base and called(stem.rpartition("-")[0]):
+        name, version = named(path)
+        if f"{name}-{version}" != base and called(name):
             with suppress(UserError):
                 if content(ModelPackage.read(path).card) == content(package.card):
                     return path
     return None
 
 
-def _taken(models: Path, name: str, version: str) -> bool:
-    return any((folder / f"{name}-{version}{SUFFIX}").exists() for folder in (models, RESOURCES / "models"))
+def taken(name: str, version: str) -> bool:
+    """Whether a model is called so, or a user's file that is another model's."""
+    return (user_models_folder() / f"{name}-{version}{SUFFIX}").exists() or (name, version) in map(named, model_files())
 
 
-def free_name(models: Path, name: str) -> str:
-    have = {p.name.removesuffix(SUFFIX).rpartition("-")[0] for folder in (models, RESOURCES / "models") for p in folder.glob(PACKAGES)}
+def free_name(name: str) -> str:
+    have = {named(path)[0] for path in model_files()}
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in have)
 
 

@@ -25,10 +25,10 @@ class Model:
 
     @property
     def name(self) -> str:
-        """<name>-<version>, which a scene remembers."""
+        """<name>-<version> as the card says, whatever the file is called: a scene remembers it, and segments carry it as a tag."""
         from UNetSegmentationLib.model import SUFFIX
 
-        return self.path.name.removesuffix(SUFFIX)
+        return f"{self.card.name}-{self.card.version}" if self.card else self.path.name.removesuffix(SUFFIX)
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -73,13 +73,16 @@ def resolve(names: Sequence[str], models: Sequence[Model]) -> tuple[list[Model],
 
     Where that version is not here, the newest one of the same name is taken; "<name>-" asks for it.
     """
+    from UNetSegmentationLib.model import SUFFIX
+
     found: list[Model] = []
     missing = []
     for name in names:
         exact = [m for m in models if m.card and m.name == name]
         same = [m for m in models if m.card and m.card.name == name.rpartition("-")[0]]
-        if exact or same:
-            found.append(max(exact or same, key=lambda m: m.version))
+        file = [m for m in models if m.card and m.path.name == name + SUFFIX]  # which scenes remembered once
+        if good := exact or same or file:
+            found.append(max(good, key=lambda m: m.version))
         else:
             missing.append(name)
     return list(dict.fromkeys(found)), missing

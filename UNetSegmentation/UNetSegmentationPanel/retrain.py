@@ -509,10 +509,11 @@ class RetrainSection(VTKObservationMixin):
         path = Path(answer["path"]) if answer["path"] else None
         panel = self.panel
         if path is not None:
-            name = path.name.removesuffix(SUFFIX)
             panel.modelList.read()
             panel.nodules.read()
-            automatic = any(m.name == name and m.card is not None for m in panel.modelList.models)
+            automatic = any(m.path == path and m.card is not None for m in panel.modelList.models)
+            names = {m.path: m.name for m in (*panel.modelList.models, *panel.nodules.models)}
+            name = names.get(path, path.name.removesuffix(SUFFIX))
             panel._keepChoice("models" if automatic else "clickModel", [name] if automatic else name)
             self._base = str(path)
             slicer.util.showStatusMessage(_("{name} is in the list of models, and chosen.").format(name=name), 5000)

@@ -28,7 +28,7 @@ from UNetSegmentationLib.engines import make_engine
 from UNetSegmentationLib.files import UserError, atomic_path, counted
 from UNetSegmentationLib.image import Box, Image, write_image
 from UNetSegmentationLib.inference.predict import Prediction
-from UNetSegmentationLib.model import SUFFIX, Card, Label, ModelPackage, model_files, user_models_folder, write_package
+from UNetSegmentationLib.model import SUFFIX, Card, Label, ModelPackage, model_files, read_card, write_package
 from UNetSegmentationLib.networks import UNetConfig
 
 from . import clicks, metrics, report, watch
@@ -350,10 +350,10 @@ def _named(job: training.Job, base: ModelPackage | None, case_set: CaseSet, fact
         if name == base.card.name and same_labels(base.card, case_set):
             version = training.next_version(base.card.version)
     if not job.options.name and any(not same_labels(card, case_set) for card in _cards(name)):
-        name = training.free_name(user_models_folder(), name)
+        name = training.free_name(name)
     if name != job.name:
         training.update(job.folder, name=name)
-    while (user_models_folder() / f"{name}-{version}{SUFFIX}").exists():
+    while training.taken(name, version):
         version = training.next_version(version)
     return {**out, "name": name, "version": version}
 
@@ -361,9 +361,9 @@ def _named(job: training.Job, base: ModelPackage | None, case_set: CaseSet, fact
 def _cards(name: str) -> list[Card]:
     """Of the models of that name that are here."""
     cards = []
-    for path in (p for p in model_files() if p.name.startswith(f"{name}-")):
+    for path in model_files():
         with suppress(UserError):  # one that is damaged takes no other's place
-            cards.append(ModelPackage.read(path).card)
+            cards.append(read_card(path))
     return [card for card in cards if card.name == name]
 
 

@@ -862,7 +862,7 @@ def _record(job: Job, folder: Path, trainer: L.Trainer, going_on: bool) -> None:
 def _describe(job: Job, folder: Path, done: dict[str, Any]) -> None:
     """What a package says of itself may be edited after the training; figures of another way from image to mask then go."""
     old, new = (record.get("config", {}).get("model") for record in (done, job.record))
-    if old and new and old != new and old["task"] == new["task"]:
+    if old and new and old != new and old.get("task", "automatic") == new["task"]:
         _write_run(folder, {**done, "config": {**done["config"], "model": new}})
         if any(old.get(k) != new[k] for k in ("tta", "postprocess", "surroundings", "roi_mm")):
             for name in ("metrics.json", "metrics.csv"):
