@@ -49,6 +49,7 @@ from UNetSegmentationLib.mrml import (  # noqa: E402
     complete,
     exact_surface_steps,
     find_map,
+    find_scan,
     find_table,
     image_from_volume,
     image_from_volumes,
@@ -1019,3 +1020,12 @@ def test_a_new_volume_comes_whole_or_not_at_all(scene: Any) -> None:
             next(steps)
         steps.close()
         assert {n.GetID() for n in slicer.util.getNodesByClass("vtkMRMLNode")} == before
+
+
+def test_of_several_scans_that_a_segmentation_fits_none_is_its_own(scene: Any) -> None:
+    one, other = (add_volume(np.zeros((8, 9, 10), np.int16), name=n) for n in "ab")
+    node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", "S")
+    mask = np.zeros((8, 9, 10), np.uint8)
+    mask[3:5, 4:7, 6:9] = 1
+    add_segment(node, "x", mask, one)
+    assert find_scan(node) is None and find_scan(node, other) is one

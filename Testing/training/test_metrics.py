@@ -133,6 +133,9 @@ def test_scans_of_one_patient_are_not_counted_as_patients():
     alone, grouped = metrics.interval(values), metrics.interval(values, np.repeat(np.arange(20).astype(str), 10))
     assert (grouped[1] - grouped[0]) > 2.5 * (alone[1] - alone[0])
     assert metrics.interval([0.5, 0.6], ["a", "a"]) is None is metrics.interval([])
+    rows = [{"case": f"c{i}", "patient": f"p{i // 5}", "label": "x", "dice": 0.5 + 0.1 * (i // 5)} for i in range(20)]
+    own, wanted = metrics.summary(rows)["labels"]["x"]["dice"], metrics.interval([r["dice"] for r in rows], [r["patient"] for r in rows])
+    assert (own["low"], own["high"]) == pytest.approx(wanted, abs=1e-5)
 
 
 def volume(*labels):

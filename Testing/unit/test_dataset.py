@@ -144,6 +144,9 @@ def test_a_mask_of_0_and_255_is_the_one_label_there_is(tmp_path):
     ds = Dataset.create(tmp_path / "set", "One", [ORGAN], ["CT"])
     entry = ds.add(scan(0), (outline() > 0) * np.uint8(255))
     assert set(np.unique(read_image(entry.label).array)) == {0, 1}
+    other = Dataset.create(tmp_path / "other", "Other", [replace(ORGAN, value=7)], ["CT"])
+    entry = other.add(scan(0), (outline() > 0) * np.uint8(255))
+    assert set(np.unique(read_image(entry.label).array)) == {0, 7}
     named = ds.add(scan(1), (outline() > 0) * np.uint8(255), labels=[ORGAN])
     assert set(np.unique(read_image(named.label).array)) == {0, 1}
     for other in (replace(ORGAN, value=255, name="bone"), replace(ORGAN, name="bone")):
@@ -732,11 +735,17 @@ def test_changed_and_missing_files_are_found(dataset):
 # ----------------------------------------------------------------------------------------------------------------- splits
 
 
+def test_a_split_has_the_fractions_that_were_asked_for(dataset):
+    for i in range(20):
+        dataset.add(scan(i), outline(), name=f"c{i}")
+    assert [len(v) for v in dataset.split((0.7, 0.2, 0.1)).values()] == [14, 4, 2]
+
+
 def test_patients_are_split_as_a_whole_and_stay_where_they_are(dataset):
     for i in range(12):
         dataset.add(scan(i), outline(), name=f"c{i}", patient=str(i // 2))
     parts = dataset.split((0.5, 0.25, 0.25), seed=3)
-    assert [len(v) for v in parts.values()] == [6, 4, 2] or sum(len(v) for v in parts.values()) == 12
+    assert [len(v) for v in parts.values()] == [6, 4, 2]
     assert all(parts.values())
     where = {n: s for s, names in parts.items() for n in names}
     assert all(where[f"c{2 * i}"] == where[f"c{2 * i + 1}"] for i in range(6))

@@ -292,6 +292,13 @@ def test_where_values_are_no_hu_there_is_no_side():
     assert side_at(image, 80) == "left" and side_at(image.like((image.array + 1000).clip(0)), 80) == ""  # as MR, which is body all over
 
 
+def test_where_values_are_no_hu_there_is_neither_texture_nor_size_class():
+    image = lung(*GRIDS[0])
+    mask = put(image, 12.0, 30)
+    found = describe(image.like(image.array + 1024), mask)
+    assert not any(found[k] for k in ("texture", "size_class", "solid_mean_mm")) and found["mean_mm"] > 11
+
+
 def test_the_side_where_the_field_of_view_cuts_the_body():
     cut = body(0.0, width=400, field=360)
     assert side_at(cut, 70) == "left" and side_at(cut, -70) == "right"
@@ -382,6 +389,22 @@ def test_a_follow_up_says_where_a_scan_cuts_the_nodule():
     assert follow_up(whole, whole, 90)["note"] == NOTE
     for pair in ((cut, whole), (whole, cut)):
         assert "its true change is not known" in follow_up(*pair, 90)["note"]
+
+
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize("axis", range(3))
+def test_a_cut_at_every_face_is_seen(axis, end):
+    image = lung(*GRIDS[0])
+    mask = put(image, 12.0, 30)
+    at, start, stop = np.argwhere(mask)[:, axis], [0, 0, 0], list(image.shape)
+    (stop if end else start)[axis] = int(at.max()) - 1 if end else int(at.min()) + 2
+    box = Box(tuple(start), tuple(stop))
+    assert "edge of the scan" in describe(image.crop(box), mask[box.slices])["note"]
+
+
+@pytest.mark.parametrize(("days", "said"), [(366, True), (367, False)])
+def test_lung_rads_growth_is_that_of_12_months(days, said):
+    assert ("Lung-RADS" in follow_up(nodule(), nodule(600.0, 9.9), days)["text"]) == said
 
 
 def test_nodules_of_two_studies_are_matched():

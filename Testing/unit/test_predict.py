@@ -500,3 +500,12 @@ def test_models_that_do_not_belong_together_are_refused(make_package):
 def test_an_output_of_another_size_is_refused(make_package):
     with pytest.raises(UserError, match="not what its card says"):
         predict(Image(noise((16, 16, 16))), [make_package()], engines=[FakeEngine(lambda b: b[:, :, :-1])])
+
+
+@pytest.mark.parametrize("padding", ["zero", "reflect"])
+def test_what_lies_beyond_an_image_is_as_the_card_says(make_package, padding):
+    seen, array = [], noise((1, 10, 12))
+    engine = FakeEngine(lambda b: seen.append(b.copy()) or np.concatenate([0 * b, b], 1))
+    predict(Image(array), [make_package(dimensions=2, patch=[16, 16], spacing=[None] * 3, padding=padding)], engines=[engine])
+    wanted = np.pad(array[0], ((0, 6), (0, 4)), mode="reflect" if padding == "reflect" else "constant")
+    assert np.allclose(seen[0][0, 0], wanted)

@@ -22,6 +22,7 @@ from UNetSegmentationLib.model import Label, ModelPackage, find_model
 from UNetSegmentationLib.training import Options
 
 CORE = Path(training.__file__).resolve().parents[1]
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows: TerminateProcess
 # Claims its job as the real one does, then does what the dataset's "does" file says.
 PROCESS = """
 import sys, time
@@ -61,8 +62,8 @@ def dataset(tmp_path, monkeypatch):
     yield made.folder
     for job in training.jobs(made.folder):
         if job.running and job.pid:
-            with suppress(ProcessLookupError):  # it may end by itself just now
-                os.kill(job.pid, signal.SIGKILL)
+            with suppress(OSError):  # it may end by itself just now
+                os.kill(job.pid, KILL)
             wait(job, lambda j: not j.running)
 
 
@@ -130,7 +131,7 @@ def test_it_lives_on_and_is_found_again_after_its_starter_was_killed(dataset, tm
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True, start_new_session=True) as slicer:
         folder = Path(slicer.stdout.readline().strip())
         wait(training.read(folder), lambda j: j.state == "training")
-        os.killpg(slicer.pid, signal.SIGKILL)
+        slicer.kill() if os.name == "nt" else os.killpg(slicer.pid, signal.SIGKILL)
     (job,) = training.jobs(dataset)
     assert job.folder == folder and job.state == "training"
     training.stop(job)
@@ -166,7 +167,7 @@ def test_the_process_of_a_training_stands_back_on_every_system(tmp_path, monkeyp
 
 def test_a_killed_job_is_lost_and_resumed(dataset):
     job = wait(start(dataset), lambda j: j.state == "training")
-    os.kill(job.pid, signal.SIGKILL)
+    os.kill(job.pid, KILL)
     lost = wait(job, lambda j: not j.running)
     assert lost.state == "lost" and lost.resumable and "ended from outside" in lost.text and "resume it to go on where it was" in lost.text
     assert json.loads((job.folder / "job.json").read_text("utf-8"))["state"] == "training"  # nobody was there to write it

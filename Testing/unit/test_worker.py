@@ -679,11 +679,11 @@ def test_interrupted_by_the_callers_own_error(client, image, forever, make_packa
 
 
 @POSIX
-@pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, "by the system.*memory"), (signal.SIGSEGV, "signal 11.*try again")])
+@pytest.mark.parametrize(("number", "words"), [("SIGKILL", "by the system.*memory"), ("SIGSEGV", "signal 11.*try again")])
 def test_worker_killed_while_it_works(client, image, forever, make_package, number, words):
     volume = client.load_volume(image)
     with pytest.raises(WorkerError, match=words):
-        client.predict(volume, [forever], QUICK, progress=lambda *a: os.kill(client.pid, number))
+        client.predict(volume, [forever], QUICK, progress=lambda *a: os.kill(client.pid, getattr(signal, number)))
     assert client.predict(volume, [make_package()], QUICK).labels.array.any()
 
 

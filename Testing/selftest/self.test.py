@@ -1,7 +1,7 @@
 """Runs the modules' self-tests in a real Slicer and ends it with an exit code:
 
     Slicer --no-splash --additional-module-paths UNetSegmentation UNetSegmentation/SegmentEditorUNetClick \\
-      --python-script Testing/slicer/self.test.py
+      --python-script Testing/selftest/self.test.py
 
 (A name with a point: slicer-core imports every module that it finds in a folder called slicer.)
 
