@@ -43,7 +43,7 @@ from unetseg_training.plan import plan  # noqa: E402
 from unetseg_training.train import RUN, git_revision, train, versions  # noqa: E402
 from UNetSegmentationLib import worklist  # noqa: E402
 from UNetSegmentationLib.dataset import Dataset  # noqa: E402
-from UNetSegmentationLib.files import UserError, atomic_path  # noqa: E402
+from UNetSegmentationLib.files import UserError, atomic_path, write_text  # noqa: E402
 from UNetSegmentationLib.inference.predict import Options, Prediction, predict  # noqa: E402
 from UNetSegmentationLib.model import ModelPackage  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig  # noqa: E402
@@ -111,9 +111,7 @@ class Walk:
         """What make() gives, from WORK/name.json where it was done before."""
         path = self.work / f"{name}.json"
         if not path.is_file():
-            facts = make()
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+            write_text(path, json.dumps(make(), indent=1) + "\n")
         return json.loads(path.read_text("utf-8"))
 
     def dataset(self, folder: Path, more: Sequence[Case] = ()) -> Dataset:
@@ -375,8 +373,7 @@ def draw(facts: dict[str, Any], path: Path) -> None:
 def write(facts: dict[str, Any], out: Path) -> None:
     draw(facts, out / "curve.png")
     for name, text in (("result.json", json.dumps(facts, indent=1) + "\n"), ("table.md", table(facts))):
-        with atomic_path(out / name) as path:
-            path.write_text(text, "utf-8")
+        write_text(out / name, text)
 
 
 def quick(walk: Walk, n: int = 20) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "UNetSegmentation")]
-from UNetSegmentationLib.files import atomic_path  # noqa: E402
+from UNetSegmentationLib.files import write_text  # noqa: E402
 
 ROWS = ("ours", "basicunet", "dynunet", "nnunetv2")
 NNUNET = "nnunetv2==2.8.1"
@@ -332,8 +332,7 @@ def run_row(options: argparse.Namespace) -> None:
         "summary": metrics.summary(rows),
     }
     facts |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "command": told(options, options.row)}
-    with atomic_path(options.work / f"{options.row}.json") as path:
-        path.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    write_text(options.work / f"{options.row}.json", json.dumps(facts, indent=1) + "\n")
 
 
 def told(options: argparse.Namespace, row: str) -> str:
@@ -410,8 +409,7 @@ def main() -> None:
     text = table(options)
     print(text)
     if options.table:
-        with atomic_path(options.table) as path:
-            path.write_text(text + "\n", "utf-8")
+        write_text(options.table, text + "\n")
 
 
 if __name__ == "__main__":

@@ -541,7 +541,7 @@ def test_a_removal_that_is_cancelled_ends_and_what_is_left_can_be_removed(gui, i
     gui.wait(lambda: widget._warm, 60)
     ui.advancedSection.collapsed = False
 
-    def forever(folder, python):
+    def forever(python):
         environment._write_marker(environment.environment_folder(), {"made_by": "UNetSegmentation", "state": "removing"})
         yield python_step("import time; time.sleep(60)")
 

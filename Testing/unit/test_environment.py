@@ -672,7 +672,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def create(wheel_folder, python=sys.executable, **options):
-    return environment.run(environment.create_steps(python, None, "cpu", wheel_folder, **options))
+    return environment.run(environment.create_steps(python, "cpu", wheel_folder, **options))
 
 
 def in_worker(own, code):
@@ -685,7 +685,7 @@ def in_worker(own, code):
 def test_the_environment_is_made_used_and_removed(folder, torch_wheels, pip):
     assert environment.own_environment().status == "none"
     said = []
-    own = environment.run(environment.create_steps(sys.executable, None, "cpu", torch_wheels), lambda fraction, text: said.append(text))
+    own = environment.run(environment.create_steps(sys.executable, "cpu", torch_wheels), lambda fraction, text: said.append(text))
     assert (own.status, own.torch, own.device, own.folder) == ("ready", environment.TORCH, "CPU", folder)
     assert own.size == pytest.approx(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()), rel=0.05)
     assert "installing PyTorch" in said and "trying it" in said
@@ -813,7 +813,7 @@ def test_what_training_needs_comes_with_a_new_environment(folder, training_wheel
 
 def begin_pip(torch_wheels):
     """The steps of making it, run up to pip, which is the next."""
-    steps = environment.create_steps(sys.executable, None, "cpu", torch_wheels)
+    steps = environment.create_steps(sys.executable, "cpu", torch_wheels)
     step = next(steps)
     while "pip" not in step.command:
         done = subprocess.run(step.command, capture_output=True, text=True, cwd=MODULE)
@@ -847,9 +847,9 @@ def test_what_another_slicer_or_its_orphaned_pip_is_making_is_left_alone(folder,
         other.stdout.readline()
         assert environment.own_environment().status == "busy"
         for steps in (
-            environment.create_steps(sys.executable, None, "cpu", torch_wheels),
+            environment.create_steps(sys.executable, "cpu", torch_wheels),
             environment.plan_torch_steps(sys.executable, "cpu", torch_wheels),
-            environment.remove_steps(None, sys.executable),
+            environment.remove_steps(sys.executable),
         ):
             with pytest.raises(UserError, match="is being installed by another Slicer; wait for its end"):
                 environment.run(steps)
@@ -897,7 +897,7 @@ def test_what_does_not_run_is_not_called_ready(folder, torch_wheels, pip):
     assert environment.own_environment().status == "broken"
     marker = json.loads((folder / environment._MARKER).read_text("utf-8"))
     assert marker["state"] != "making"  # or another Slicer would wait for this one
-    steps = environment.remove_steps(None, sys.executable)
+    steps = environment.remove_steps(sys.executable)
     environment.run(steps)
     assert not folder.exists()
 
@@ -908,7 +908,7 @@ def test_a_folder_that_is_not_ours_is_neither_used_nor_removed(folder, torch_whe
     assert environment.own_environment().status == "foreign"
     with pytest.raises(UserError, match="was not made by UNetSegmentation"):
         create(torch_wheels)
-    for refused in (lambda: environment.remove(), lambda: environment.run(environment.remove_steps(None, sys.executable))):
+    for refused in (lambda: environment.remove(), lambda: environment.run(environment.remove_steps(sys.executable))):
         with pytest.raises(UserError, match="is not removed"):
             refused()
     assert (folder / "thesis.docx").is_file()
@@ -1061,7 +1061,7 @@ def test_the_longest_path_in_pytorch_is_the_one_counted_with():
 
 
 def test_requirements_are_those_of_the_project():
-    tomllib = pytest.importorskip("tomllib")
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     mine = environment.read_requirements(MODULE / "Resources" / "requirements.txt")
     assert set(mine) <= set(project["dependencies"])

@@ -32,7 +32,6 @@ from UNetSegmentationLib.image import (
     from_sitk,
     list_series,
     of_channels,
-    paste,
     read_image,
     reorient,
     resample,
@@ -988,16 +987,6 @@ def test_crop_keeps_the_place_and_refuses_what_is_outside():
         image.crop(Box((-1, 0, 0), (6, 8, 10)))
     with pytest.raises(ValueError, match="outside"):
         image.crop(Box((0, 0, 0), (8, 9, 11)))
-
-
-@pytest.mark.parametrize("start", [(1, 1, 1), (-2, -1, 3), (4, 5, 6), (9, 9, 9), (-9, 0, 0)])
-def test_paste_drops_what_is_outside(start):
-    target, part = np.zeros((2, 6, 7, 8)), np.arange(1, 1 + 2 * 27.0).reshape(2, 3, 3, 3)
-    box = Box(start, tuple(a + 3 for a in start))
-    want = np.zeros((2, 30, 30, 30))
-    want[(slice(None), *box.shifted((10, 10, 10)).slices)] = part
-    paste(target, part, box)
-    assert np.array_equal(target, want[:, 10:16, 10:17, 10:18])
 
 
 def test_box_around_points_holds_the_voxels_between_the_planes():

@@ -1,7 +1,5 @@
 """A hidden module that registers the Segment Editor's effect "U-Net Click" when Slicer has started."""
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +48,7 @@ class SegmentEditorUNetClickTest(ScriptedLoadableModuleTest):
         from UNetSegmentationLib.measure import dice
         from UNetSegmentationLib.mrml import segment_mask
 
-        from UNetSegmentation import loadSample
+        from UNetSegmentation import UNetSegmentationTest, loadSample
 
         self.delayDisplay("Load the sample scan")
         nodes = loadSample()
@@ -80,7 +78,7 @@ class SegmentEditorUNetClickTest(ScriptedLoadableModuleTest):
 
             self.delayDisplay("Click on the nodule")
             effect.click(self.NODULE_RAS)
-            self.wait(lambda: not effect.busy, 120, "the answer")
+            UNetSegmentationTest.wait(self, lambda: not effect.busy, 120, "the answer")
             found = segment_mask(segmentation, segment, volume)
             label = segment_mask(truth, truth.GetSegmentation().GetNthSegmentID(0), volume)
             self.delayDisplay(f"Dice {dice(found, label):.3f} {effect.message}")
@@ -92,10 +90,3 @@ class SegmentEditorUNetClickTest(ScriptedLoadableModuleTest):
         finally:
             widget.setActiveEffectByName("")
             widget.deleteLater()
-
-    def wait(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        until = time.monotonic() + seconds
-        while not condition():
-            self.assertLess(time.monotonic(), until, f"waited {seconds} s for {what}")
-            slicer.app.processEvents()
-            time.sleep(0.005)

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import __version__
 from .engines import DEVICES, ENGINES, PRECISIONS, choose_engine, installed, make_engine
-from .files import atomic_path, check_writable, counted, user_path
+from .files import check_writable, counted, user_path, write_text
 from .image import (
     PICTURE_SUFFIXES,
     VOLUME_SUFFIXES,
@@ -299,8 +299,7 @@ def _write_text(path: Path | None, text: str, encoding: str = "utf-8") -> None:
     if str(path) == "-":
         print(text)
     elif path:
-        with atomic_path(path) as temporary:
-            temporary.write_text(text + "\n", encoding=encoding)
+        write_text(path, text + "\n", encoding)
 
 
 @_cancellable("; not every result may have been written")

@@ -35,7 +35,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from .files import UserError, atomic_path, check_text, counted, move_file, user_path
-from .image import Image, check_geometry, is_dicom, is_grey, read_image, to_sitk, write_image
+from .image import Image, check_geometry, information, is_dicom, is_grey, read_image, to_sitk, write_image
 from .model import DEFAULT_COLORS, Label, label_key
 from .postprocess import slabs, voxel_counts
 from .steps import Steps
@@ -85,11 +85,9 @@ def read_segments(path: str | Path, voxels: bool = True) -> tuple[Image, list[Se
     """The layers of a Slicer segmentation as channels, and its segments in their order; voxels False: a grid of zeros."""
     path = Path(path)
     check_text(path)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
-    except RuntimeError as e:
+        reader = information(path)
+    except UserError as e:
         raise UserError(f"{path} cannot be read as a segmentation; save it again from Slicer.") from e
     header = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys() if key.startswith("Segment")}
     found = []
@@ -1333,11 +1331,9 @@ def dicom_tag(image: Image, key: str) -> str:
     file = image.dicom_files[0] if image.dicom_files else image.source
     if not file or not is_dicom(Path(file)):  # other files may carry tags on, but are not what Slicer knows the patient by
         return ""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
     try:
-        reader.ReadImageInformation()
-    except RuntimeError:
+        reader = information(file)
+    except UserError:
         return ""
     # ITK hands bytes on that are no UTF-8; as what most such files are they are the ID that Slicer's DICOM database has.
     raw = reader.GetMetaData(key).encode("utf-8", "surrogateescape") if reader.HasMetaDataKey(key) else b""

@@ -922,7 +922,6 @@ def own_environment(folder: Path | None = None) -> OwnEnvironment:
 
 def create_steps(
     python: str,
-    folder: Path | None = None,
     variant: str = "auto",
     wheel_folder: str | Path | None = None,
     training: bool = False,
@@ -933,7 +932,7 @@ def create_steps(
     install from it alone. training: with what training needs. UserError before anything is changed where this Python, folder
     or disk will not do; after a failure, or when closed midway, the folder is marked as not finished.
     """
-    folder = environment_folder() if folder is None else Path(folder)
+    folder = environment_folder()
     before = _free_environment(folder)
     if before.status == "foreign":
         raise _error(f"The folder {folder} cannot be used ({before.reason}); move it away, or set UNETSEG_ENVIRONMENT to another.")
@@ -942,10 +941,10 @@ def create_steps(
     if wheel_folder is not None:
         yield from _plan_torch(python, variant, wheel_folder, training)
     if before.status == "broken":
-        yield from remove_steps(folder, python)
+        yield from remove_steps(python)
     _check_disk(folder, variant, before.size if before.status == "ready" else 0)
     if before.status == "ready":
-        yield from remove_steps(folder, python)
+        yield from remove_steps(python)
     marker: dict[str, Any] = {"made_by": "UNetSegmentation", "python": python, "version": probe["version"][:2]}
     _write_marker(folder, {**marker, "state": "making", "makers": [_this_process()]})
     try:
@@ -996,9 +995,9 @@ def _plan_torch(python: str, variant: str, wheel_folder: str | Path | None, trai
     return plan
 
 
-def remove_steps(folder: Path | None, python: str) -> Steps:
+def remove_steps(python: str) -> Steps:
     """Remove the environment, in a process of `python`. UserError, and nothing removed, where the folder is not ours."""
-    folder = environment_folder() if folder is None else Path(folder)
+    folder = environment_folder()
     if _free_environment(folder).status == "none":
         return
     _must_be_ours(folder)

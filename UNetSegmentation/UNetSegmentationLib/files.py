@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,14 @@ def _umask() -> int:
 
 
 _UMASK = _umask()  # asked for once: two threads that ask at the same time would leave it at 0
+
+
+# What ITK, the engines and the system say. Not "allocate" alone: it is looked for in sentences that hold the names of files.
+OUT_OF_MEMORY = re.compile(
+    r"bad.?alloc|alloc_?failed|failed memory allocation|(failed|unable|could not|cannot|can't|tried) (to )?allocate"
+    r"|(out of|not enough) memory|memory is full",
+    re.I,
+)
 
 
 class UserError(Exception):
@@ -217,3 +226,8 @@ def atomic_path(path: str | Path, patience: float = 1.0) -> Iterator[Path]:
         raise UserError(f"{path} cannot be written ({e.strerror or e}); check the disk's space and your rights.") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str, encoding: str = "utf-8") -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding)

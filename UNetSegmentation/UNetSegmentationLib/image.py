@@ -1,4 +1,4 @@
-"""Images with their physical geometry: read, write, reorient, resample, crop, paste.
+"""Images with their physical geometry: read, write, reorient, resample, crop.
 
 Arrays are (z, y, x), or (c, z, y, x) with channels. Physical space is LPS in mm and spacing, origin and points are
 (x, y, z), as in SimpleITK. A 2D picture is a volume of one slice.
@@ -81,6 +81,10 @@ class Box:
     def __and__(self, other: Box) -> Box:
         return Box(tuple(map(max, self.start, other.start)), tuple(map(min, self.stop, other.stop)))
 
+    def __or__(self, other: Box) -> Box:
+        """The smallest box that holds both."""
+        return Box(tuple(map(min, self.start, other.start)), tuple(map(max, self.stop, other.stop)))
+
     def shifted(self, by: Sequence[int]) -> Box:
         return Box(tuple(a + d for a, d in zip(self.start, by)), tuple(b + d for b, d in zip(self.stop, by)))
 
@@ -105,6 +109,12 @@ class Box:
             start.append(int(hit[0]))
             stop.append(int(hit[-1]) + 1)
         return cls(tuple(start), tuple(stop))
+
+
+def crop_mask(mask: np.ndarray, start: Sequence[int]) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The part of a mask that is not 0 (bool; empty where all is 0) and where its first voxel lies."""
+    inside = Box.around(mask) or Box((0, 0, 0), (0, 0, 0))
+    return mask[inside.slices] > 0, tuple(int(a) + int(b) for a, b in zip(inside.start, start))
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,13 +197,6 @@ class Image:
         z, y, x = self.shape
         corners = itertools.product((0, x - 1), (0, y - 1), (0, z - 1))
         return all(math.dist(self.index_to_point(c), other.index_to_point(c)) <= tolerance_mm for c in corners)
-
-
-def paste(target: np.ndarray, part: np.ndarray, box: Box) -> None:
-    """Write `part` into `target` at `box` (spatial axes last); what reaches outside is dropped."""
-    inside = box & Box.whole(target.shape[-3:])
-    if not inside.empty:
-        target[inside.trailing] = part[inside.relative_to(box).trailing]
 
 
 # --------------------------------------------------------------------------------------------------------- orientation
@@ -468,12 +471,9 @@ def list_series(folder: Path) -> dict[str, tuple[str, list[str]]]:
             files = list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(place), uid))
             for file in files:
                 check_text(file)
-            reader = sitk.ImageFileReader()
-            reader.SetFileName(files[0])
             try:
-                with _quiet():
-                    reader.ReadImageInformation()
-            except RuntimeError:
+                reader = information(files[0])
+            except UserError:
                 continue  # RTSTRUCT, SR and the like hold no image
             tags = [_tag(reader, t) for t in ("0008|0060", "0008|103e", "0020|0011")]
             if tags[0] in NO_SCAN:
@@ -521,7 +521,7 @@ def _read_series(folder: Path, wanted: str | None, among: bool) -> Image:
             raise SeveralSeries(folder, {u: text for u, (text, _) in series.items()})
         uid = next(iter(series))
     files = series[uid][1]
-    slices = [_information(file) for file in files]
+    slices = [information(file) for file in files]
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(files)
     if len({s.GetPixelIDValue() for s in slices}) > 1:
@@ -537,9 +537,10 @@ def _read_series(folder: Path, wanted: str | None, among: bool) -> Image:
     return _with_thickness(image, slices[0])
 
 
-def _information(file: str) -> sitk.ImageFileReader:
+def information(file: str | Path) -> sitk.ImageFileReader:
+    """What a file's header says."""
     reader = sitk.ImageFileReader()
-    reader.SetFileName(file)
+    reader.SetFileName(str(file))
     try:
         with _quiet():
             reader.ReadImageInformation()
@@ -763,7 +764,7 @@ def has_print_size(path: Path) -> bool:
     if path.suffix.lower() not in (".jpg", ".jpeg", ".tif", ".tiff"):
         return False
     with suppress(UserError):
-        spacing = _information(str(path)).GetSpacing()
+        spacing = information(path).GetSpacing()
         return tuple(spacing[:2]) != (1.0, 1.0) and _is_print_size(path, spacing)
     return False
 
@@ -923,11 +924,8 @@ def write_image(image: Image, path: str | Path, metadata: dict[str, Any] | None 
         sitk.WriteImage(out, str(temporary), useCompression=True)
         if temporary.name.endswith((".nii", ".nii.gz")):  # ITK says nothing where the disk is full
             try:
-                reader = sitk.ImageFileReader()
-                reader.SetFileName(str(temporary))
-                reader.ReadImageInformation()
-                _check_complete(temporary, reader)
-            except (RuntimeError, UserError):
+                _check_complete(temporary, information(temporary))
+            except UserError:
                 raise RuntimeError("not all of it was written") from None
 
     write_with(path, write)

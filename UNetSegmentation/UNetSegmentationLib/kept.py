@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import atomic_path, user_path
-from .image import Box, Image
+from .image import Box, Image, crop_mask
 from .model import Label, user_data_folder
 
 FILES, BYTES = 2000, 1 << 30  # that are kept at most
@@ -38,10 +38,8 @@ def folder() -> Path:
 
 def mask_digest(mask: np.ndarray, start: Sequence[int]) -> str:
     """The same for the same voxels, whatever box of zeros is around them. start: of the mask's first voxel, (z, y, x)."""
-    inside = Box.around(mask) or Box((0, 0, 0), (0, 0, 0))
-    part = mask[inside.slices] > 0
-    first = tuple(int(a) + int(b) for a, b in zip(inside.start, start)) if part.size else (0, 0, 0)
-    return hashlib.sha256(repr((first, part.shape)).encode() + np.packbits(part).tobytes()).hexdigest()[:32]
+    part, first = crop_mask(mask, start)
+    return hashlib.sha256(repr((first if part.size else (0, 0, 0), part.shape)).encode() + np.packbits(part).tobytes()).hexdigest()[:32]
 
 
 def keep(labels: np.ndarray, start: Sequence[int], image: Image, names: Sequence[Label], key: str = "") -> str:

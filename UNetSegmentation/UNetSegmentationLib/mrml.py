@@ -21,7 +21,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import reduce
 from itertools import chain, count, product
+from operator import or_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -901,7 +903,7 @@ def edit_steps(
     boxes = [box for _, box in parts if not box.empty]
     if not boxes:
         return Edit(None, None, mask_digest(held, first))
-    box = Box(tuple(map(min, zip(*(b.start for b in boxes)))), tuple(map(max, zip(*(b.stop for b in boxes)))))
+    box = reduce(or_, boxes)
     labelmap = segmentation.GetSegment(segment_id).GetRepresentation(_LABELMAP) if segment_id else None
     # Of a finer lattice the scan's voxels show one voxel in eight: what lies between them goes, too, where the mask is not.
     finer = labelmap is not None and _extent_box(labelmap, grid) is None
@@ -1152,7 +1154,7 @@ def _layer_steps(
     boxes = [box for box in boxes if not box.empty]
     if not boxes:
         return []
-    box = Box(tuple(map(min, zip(*(b.start for b in boxes)))), tuple(map(max, zip(*(b.stop for b in boxes)))))
+    box = reduce(or_, boxes)
     layer = _Layer(box, dict(enumerate(found + [label for label in kept if label not in found], 1)), grid)
     table = np.zeros(len(counts), layer.array.dtype)
     table[[label.value for label in found]] = range(1, len(found) + 1)

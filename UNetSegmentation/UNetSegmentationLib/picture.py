@@ -19,6 +19,7 @@ import SimpleITK as sitk
 from .files import UserError, atomic_path
 from .image import IDENTITY, Box, Image, reorient
 from .model import Label
+from .postprocess import voxel_counts
 
 if TYPE_CHECKING:
     from .inference.predict import Prediction
@@ -113,10 +114,7 @@ class _Sheet:
         # A picture file knows neither where the patient's right is nor how long a millimetre is.
         self.placed = image.shape[0] > 1 or image.origin != (0.0, 0.0, 0.0) or tuple(image.direction) != IDENTITY
         self.length = "mm" if self.placed or image.spacing[:2] != (1.0, 1.0) else "px"
-        counts = np.zeros(int(self.labels.max(initial=0)) + 1, np.int64)
-        for part in self.labels:
-            counts += np.bincount(part.ravel(), minlength=len(counts))
-        self.counts = counts
+        self.counts = counts = voxel_counts(self.labels, int(self.labels.max(initial=0)) + 1)
         self.defs = [d for d in prediction.label_defs if d.value < len(counts) and counts[d.value]]
         self.lut = np.zeros((len(counts), 4), np.float32)
         for label in self.defs:

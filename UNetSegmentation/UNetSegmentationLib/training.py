@@ -42,6 +42,7 @@ from .files import (
     this_computer,
     unescape_arguments,
     user_path,
+    write_text,
 )
 from .model import PACKAGES, SUFFIX, Card, ModelPackage, find_model, model_files, named, user_models_folder, write_package
 
@@ -260,8 +261,7 @@ def update(folder: Path, **changes: Any) -> None:
     data = {**_load(folder), **changes}
     for attempt in range(10):
         try:
-            with atomic_path(folder / JOB) as temporary:
-                temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            write_text(folder / JOB, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
             return
         except UserError as e:  # on Windows and its shares while another reads it
             if attempt == 9 or not isinstance(e.__cause__, PermissionError):
@@ -399,8 +399,7 @@ def create(
                 "launched": now,
                 "pid": None,
             }
-            with atomic_path(place / JOB) as temporary:
-                temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            write_text(place / JOB, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         except BaseException:
             if folder is None:
                 shutil.rmtree(place, ignore_errors=True)

@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .dataset import CASES, INDEX, SALT, FolderLock, LockLost, Unchanged, commit, flush, process_is_gone, reached, read_shared
-from .files import UserError, atomic_path, check_text, this_computer, user_path
+from .files import OUT_OF_MEMORY, UserError, atomic_path, check_text, this_computer, user_path
 from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, is_dicom, read_image, reorient
 from .inference.predict import Cancelled, Options, Prediction, Progress, check_together, predict
 from .model import Label, ModelPackage
@@ -54,7 +54,6 @@ LEASE, LONG_LEASE = 30 * 60.0, 12 * 3600.0
 # What lies beside scans and is none.
 _NO_SCAN = re.compile(r"(^|[-_.])(seg|segmentation|label|labels|mask|masks)([-_.]|$)", re.I)
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
-_MEMORY = re.compile(r"bad.?alloc|(failed|unable|could not|cannot) (to )?allocate|out of memory|not enough memory|memory is full", re.I)
 _GONE = (None, errno.ENOENT, errno.ENOTDIR, errno.EINVAL)  # of a file that is gone or damaged for everybody
 
 # Two voxels on both sides of the surface count, and wherever else the model is undecided.
@@ -201,7 +200,7 @@ def left_alone(scan: Scan, error: BaseException, was_read: bool = False) -> str:
         return f"{scan.away} is not there, so {scan.name} was left alone; connect its drive or network folder."
     own = f"{error} {scan.name} was left alone." if isinstance(error, UserError) else ""
     causes = _causes(error)
-    if any(isinstance(e, MemoryError) or _MEMORY.search(str(e)) for e in causes):
+    if any(isinstance(e, MemoryError) or OUT_OF_MEMORY.search(str(e)) for e in causes):
         # Of what ITK cannot hold read_image() says that the file may be damaged; an engine knows whose memory is full.
         return (was_read and own) or f"There is not enough memory here for {scan.name}, so it was left alone; close other programs."
     for e in () if was_read else (*causes, *map(_refusal, scan.files)):

@@ -379,7 +379,7 @@ def createTorch(
 ) -> Job:
     """Make PyTorch's own environment, with Slicer's Python; the worker is to be shut down before, and renewWorker() to follow."""
     python = find_python()
-    steps = environment.create_steps(python, None, variant, _torchWheels())
+    steps = environment.create_steps(python, variant, _torchWheels())
     return Job(steps, onProgress, onDone, onError, onCancelled, cleanup=lambda: _removeHalfMade(python))
 
 
@@ -411,7 +411,7 @@ def installTraining(
     if own.status == "ready":
         return Job(environment.add_training_steps(own, _torchWheels()), onProgress, onDone, onError, onCancelled)
     python = find_python()
-    steps = environment.create_steps(python, None, plan.variant or "auto", _torchWheels(), training=True)
+    steps = environment.create_steps(python, plan.variant or "auto", _torchWheels(), training=True)
     return Job(steps, onProgress, onDone, onError, onCancelled, cleanup=lambda: _removeHalfMade(python))
 
 
@@ -441,12 +441,12 @@ def askForTorchWheels(problem: str, title: str) -> bool:
 
 def _removeHalfMade(python: str) -> environment.Steps:
     if environment.own_environment().status == "broken":
-        yield from environment.remove_steps(None, python)
+        yield from environment.remove_steps(python)
 
 
 def removeTorch(onDone: Callable[[Any], Any], onError: Callable[[str], Any], onCancelled: Callable[[], Any]) -> Job:
     """Remove PyTorch's own environment; the worker is to be shut down before. Cancelled, it is half there, as "broken"."""
-    return Job(environment.remove_steps(None, find_python()), lambda fraction, text: None, onDone, onError, onCancelled)
+    return Job(environment.remove_steps(find_python()), lambda fraction, text: None, onDone, onError, onCancelled)
 
 
 def torchExtension() -> bool:

@@ -187,6 +187,11 @@ def files(path: Path) -> list[Path]:
     return [path, *(path.parent / name.strip() for name in names if name.strip())]
 
 
+def file_name(case: str) -> str:
+    """A case's name as part of a file's name."""
+    return re.sub(r"[^\w.-]", "_", case)[:80] or "case"
+
+
 def evenly(cases: Sequence[Case], limit: int) -> list[Case]:
     """`limit` of the cases at most, evenly chosen."""
     step = max(1.0, len(cases) / max(1, limit))

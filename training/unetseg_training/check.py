@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from UNetSegmentationLib.files import UserError, atomic_path, counted
+from UNetSegmentationLib.files import UserError, atomic_path, counted, write_text
 from UNetSegmentationLib.image import Box
 from UNetSegmentationLib.postprocess import components, voxel_counts
 
@@ -30,6 +30,7 @@ SPECK = 3
 # Intensities whose ranges differ by more between the cases are not on one scale (MR), and none is odd among them.
 UNSCALED = 20.0
 PICTURES = 12
+_SHOWN = 5  # findings of one kind and level in the table
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Report:
     def json(self) -> str:
         return json.dumps(self.data(), indent=1, ensure_ascii=False)
 
-    def table(self, width: int = 120, each: int = 5) -> str:
+    def table(self, width: int = 120) -> str:
         """The report as text of so many columns; of findings of one kind and level the first few are shown."""
         d = self.data()
         cases, patients = counted(d["cases"], "case"), counted(d["patients"], "patient")
@@ -130,12 +131,12 @@ class Report:
             lines += textwrap.wrap(text, width, initial_indent="  note: ", subsequent_indent="        ")
         for (level, kind), group in groupby(self.findings, lambda f: (f.level, f.kind)):
             alike = list(group)
-            for f in alike[: each if len(alike) > each + 1 else None]:
+            for f in alike[: _SHOWN if len(alike) > _SHOWN + 1 else None]:
                 lines += textwrap.wrap(f"{level:7} {kind:10} {f}", width, subsequent_indent=" " * 19, break_on_hyphens=False)
-            if len(alike) > each + 1:
-                others = ", ".join(f.case or f.text for f in alike[each:])
+            if len(alike) > _SHOWN + 1:
+                others = ", ".join(f.case or f.text for f in alike[_SHOWN:])
                 lines += textwrap.wrap(
-                    f"{'':18} and {len(alike) - each} more: {others}", width, subsequent_indent=" " * 19, break_on_hyphens=False
+                    f"{'':18} and {len(alike) - _SHOWN} more: {others}", width, subsequent_indent=" " * 19, break_on_hyphens=False
                 )
         counts = {level: sum(f.level == level for f in self.findings) for level in LEVELS}
         lines.append("nothing was found" if not self.findings else ", ".join(counted(n, level) for level, n in counts.items() if n))
@@ -457,8 +458,7 @@ def run(
     if str(json_file) == "-":
         print(report.json())
     elif json_file:
-        with atomic_path(json_file) as temporary:
-            temporary.write_text(report.json(), "utf-8")
+        write_text(json_file, report.json())
     if not quiet and str(json_file) != "-":
         print(report.table())
     if picture:

@@ -36,6 +36,7 @@ from UNetSegmentationLib.inference.click import (
     SOFT_TISSUE_HU,
     ZOOMS,
     ClickSession,
+    distance,
     fitting,
     lung_around,
     prompt_channels,
@@ -124,13 +125,6 @@ class Scan:
 
 
 AnyScan = TypeVar("AnyScan", bound=Scan)
-
-
-def distance(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Signed distance in mm from the mask's edge, negative inside."""
-    image = sitk.GetImageFromArray(mask.astype(np.uint8))
-    image.SetSpacing([float(s) for s in spacing[::-1]])
-    return sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(image, False, False, True))
 
 
 def _near(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
@@ -551,8 +545,8 @@ class Lesions(Sampler):
     """Samples of a dataset: a label, then a case that has it, then a lesion, so that what is rare is seen as often; and clicks on
     nothing, lest the model forgets to say so. in_lung: what a session does where a lesion should have lung around it."""
 
-    def __init__(self, cases: Sequence[Prepared], look: Look, in_lung: bool, mix: Mix = Mix()) -> None:
-        super().__init__(look, mix)
+    def __init__(self, cases: Sequence[Prepared], look: Look, in_lung: bool) -> None:
+        super().__init__(look, Mix())
         self.in_lung = in_lung
         self.by_label: list[list[list[_Lesion]]] = []
         self.nowhere: list[tuple[Prepared, np.ndarray]] = []
@@ -668,10 +662,7 @@ def play(session: ClickSession, truth: np.ndarray, first: Sequence[int], count: 
             session.add_point(session.image.index_to_point(click[0][::-1]), click[1])
             seconds = time.perf_counter() - began
         answer = session.answer
-        box = lesion
-        if answer.found:
-            box = Box(tuple(map(min, box.start, answer.box.start)), tuple(map(max, box.stop, answer.box.stop)))
-        box = box.grown((1, 1, 1)) & Box.whole(truth.shape)
+        box = (lesion | answer.box if answer.found else lesion).grown((1, 1, 1)) & Box.whole(truth.shape)
         true, found = truth[box.slices] > 0, np.zeros(box.shape, bool)
         if answer.found:
             found[answer.box.relative_to(box).slices] = answer.mask > 0
@@ -700,7 +691,7 @@ def by_lesion(item: metrics.Item) -> Iterator[metrics.Item]:
         yield item._replace(name=item.name if len(found) == 1 else f"{item.name}, lesion {number}", truth=truth)
 
 
-def score(session: ClickSession, item: metrics.Item, labels: Sequence[Label], tolerance_mm: float = 1.0) -> tuple[metrics.Row, np.ndarray]:
+def score(session: ClickSession, item: metrics.Item, labels: Sequence[Label]) -> tuple[metrics.Row, np.ndarray]:
     """The row of a lesion of by_lesion(), and its mask (z, y, x): metrics.score()'s figures after JUDGED clicks, and the Dice
     after CLICKS. There is no specificity: it would tell of the box only."""
     turns = list(play(session, item.truth, first_click(item.truth, item.name)))
@@ -708,7 +699,7 @@ def score(session: ClickSession, item: metrics.Item, labels: Sequence[Label], to
     value = int(item.truth[turn.box.slices].max())
     label = replace(next(label for label in labels if label.value == value), value=1)
     pair = (turn.found.astype(np.uint8), turn.true.astype(np.uint8))
-    (figures,) = metrics.score(*pair, item.image.spacing, [label], tolerance_mm=tolerance_mm).values()
+    (figures,) = metrics.score(*pair, item.image.spacing, [label]).values()
     seconds = [t.seconds for t in turns if t.seconds is not None]
     mask = np.zeros(item.truth.shape, np.uint8)
     mask[turn.box.slices] = turn.found

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.files import UserError, write_text
 from UNetSegmentationLib.model import card_schema, intensity_errors, label_key, schema_errors
 from UNetSegmentationLib.networks import UNetConfig
 
@@ -383,5 +383,4 @@ def _flow(value: Any) -> str:
 
 
 def write(config: Config, path: str | Path, reasons: Mapping[str, str] | None = None) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(to_yaml(config, reasons), "utf-8")
+    write_text(path, to_yaml(config, reasons))

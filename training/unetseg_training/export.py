@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 from UNetSegmentationLib.engines import Engine, make_engine
-from UNetSegmentationLib.files import UserError, atomic_path, counted
+from UNetSegmentationLib.files import UserError, counted, write_text
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.model import ONNX, SAFETENSORS, SUFFIX, ModelPackage, check_card, write_package
 from UNetSegmentationLib.networks import UNet
@@ -35,6 +35,7 @@ from UNetSegmentationLib.networks import UNet
 from . import clicks
 from .report import dataset_hash
 
+TOLERANCE = 1e-4  # of a logit
 OPSET = 17  # runs in ONNX Runtime from 1.13, so also in 1.23, the last one for Slicer on macOS
 
 
@@ -176,13 +177,12 @@ def export(
     card: dict[str, Any],
     path: Path,
     drive: Callable[[ModelPackage, Engine], object],
-    tolerance: float = 1e-4,
     quiet: bool = False,
 ) -> ModelPackage:
-    """Write the package, unless ONNX and PyTorch differ by more than `tolerance` in a logit (of the largest, where that is above
+    """Write the package, unless ONNX and PyTorch differ by more than TOLERANCE in a logit (of the largest, where that is above
     1) while drive(package, engine) runs it on real cases through the deployed path. The model keeps the rounded weights. Raises
     UserError; what stood at `path` is then untouched."""
-    return _export(model, card, Path(path), drive, tolerance, lambda card, parity: card, quiet)
+    return _export(model, card, Path(path), drive, lambda card, parity: card, quiet)
 
 
 def _export(
@@ -190,7 +190,6 @@ def _export(
     card: dict[str, Any],
     path: Path,
     drive: Callable[[ModelPackage, Engine], object],
-    tolerance: float,
     finish: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
     quiet: bool,
 ) -> ModelPackage:
@@ -206,12 +205,12 @@ def _export(
     drive(draft, pair)
     if not pair.batches:
         raise UserError("No case was run, so ONNX and PyTorch were not compared and no package was written; name some real cases.")
-    if pair.worst > tolerance:
+    if pair.worst > TOLERANCE:
         raise UserError(
-            f"ONNX and PyTorch differ by {pair.worst:.2g} in a logit, more than {tolerance:g}; no package was written. "
+            f"ONNX and PyTorch differ by {pair.worst:.2g} in a logit, more than {TOLERANCE:g}; no package was written. "
             "Update onnx and torch, or train with a smaller learning rate."
         )
-    parity = {"largest_difference": float(f"{pair.worst:.2g}"), "tolerance": tolerance, "batches": pair.batches}
+    parity = {"largest_difference": float(f"{pair.worst:.2g}"), "tolerance": TOLERANCE, "batches": pair.batches}
     package = write_package(path, finish(card, parity), graph, weights)
     if not quiet:
         print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, ONNX and PyTorch differ by {pair.worst:.1g} at most")
@@ -233,7 +232,6 @@ def export_run(
     lineage: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
     cases: int = 5,
-    tolerance: float = 1e-4,
     quiet: bool = False,
 ) -> ModelPackage:
     """The package of a trained network, and its card in Markdown beside it.
@@ -261,9 +259,8 @@ def export_run(
         extra = {"lineage": {**(lineage or {}), "parity": {**parity, "cases": names}}}
         return {**card, **extra, **({"metrics": compact(metrics)} if metrics else {})}
 
-    package = _export(model, card, path, drive, tolerance, finish, quiet)
-    with atomic_path(card_path(package)) as temporary:
-        temporary.write_text(markdown(package), "utf-8")
+    package = _export(model, card, path, drive, finish, quiet)
+    write_text(card_path(package), markdown(package))
     return package
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from UNetSegmentationLib.engines import Engine, choose_engine
 from UNetSegmentationLib.engines.torch import load_network
-from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.files import UserError, write_text
 from UNetSegmentationLib.model import Card, Label, ModelPackage, label_key
 from UNetSegmentationLib.networks import UNet, UNetConfig, build
 
@@ -353,7 +353,5 @@ def forgetting(
 def write(folder: str | Path, start: Start, package: ModelPackage, frozen: Sequence[str] = (), base: dict[str, Any] | None = None) -> None:
     """finetune.json in a run's folder (FACTS), for the report and the card: where it started, what is frozen, and forgetting()."""
     facts = {"parent": parentage(package), **start.to_json(), "frozen": list(frozen)}
-    with atomic_path(Path(folder) / FACTS) as path:
-        path.write_text(
-            json.dumps(facts | ({"base": base} if base and base["labels"] else {}), indent=1, ensure_ascii=False) + "\n", "utf-8"
-        )
+    facts |= {"base": base} if base and base["labels"] else {}
+    write_text(Path(folder) / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")

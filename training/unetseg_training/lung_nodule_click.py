@@ -19,13 +19,14 @@ import SimpleITK as sitk
 from torch import Tensor
 from UNetSegmentationLib.files import counted
 from UNetSegmentationLib.image import Box, read_image, reorient
-from UNetSegmentationLib.inference.click import ZOOMS, fitting
+from UNetSegmentationLib.inference.click import ZOOMS, distance, fitting
+from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import find_model
 from UNetSegmentationLib.networks import UNet, UNetConfig
 
 from . import clicks, finetune
 from .cases import Case
-from .clicks import Cutter, Look, Rounds, Sample, blurred, coarser, correction, deep_in_tissue, distance, thick, turned
+from .clicks import Cutter, Look, Rounds, Sample, blurred, coarser, correction, deep_in_tissue, thick, turned
 from .config import Fit
 from .lidc import data_folder, nodules, part, textures
 from .train import Job, LiveEngine, run
@@ -296,8 +297,7 @@ class HeldOut:
             answer = engine.run(sample.channels()[None])[0]
             predicted = answer[1] > answer[0]
             label = sample.label >= 0.5
-            a, b = predicted & sample.known, label & sample.known
-            scores.append(2 * int((a & b).sum()) / max(1, int(a.sum()) + int(b.sum())))
+            scores.append(dice(predicted & sample.known, label & sample.known))
             if next_ := correction(predicted, label, sample.known, None, LOOK.voxel):
                 (sample.positive if next_[1] else sample.negative).append(next_[0])
             sample.previous = predicted.astype(np.float32)

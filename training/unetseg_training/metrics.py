@@ -43,7 +43,7 @@ from monai.metrics import (
 )
 from torchmetrics.functional.classification import binary_roc
 from UNetSegmentationLib.engines import Engine
-from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.files import UserError, atomic_path, write_text
 from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.predict import Options, Prediction, predict
 from UNetSegmentationLib.model import Label, ModelPackage
@@ -343,9 +343,8 @@ def write(folder: str | Path, rows: Sequence[Row], facts: dict[str, Any], name: 
     """<name>.csv (a line for each case and class) and <name>.json ({"summary", "rows"}); each whole or not there."""
     folder = Path(folder)
     flat = [{k: _rounded(v) for k, v in row.items() if k != "roc"} for row in rows]
-    with atomic_path(folder / f"{name}.json") as path:
-        text = json.dumps({"summary": facts, "rows": flat}, indent=1, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", "utf-8")
+    text = json.dumps({"summary": facts, "rows": flat}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(folder / f"{name}.json", text + "\n")
     keys = list(dict.fromkeys(k for row in flat for k in row))
     with atomic_path(folder / f"{name}.csv") as path, path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, keys)

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from UNetSegmentationLib.files import UserError, atomic_path, counted, user_path
+from UNetSegmentationLib.files import UserError, counted, user_path, write_text
 from UNetSegmentationLib.image import reorient
 from UNetSegmentationLib.inference.click import expects_lung
 from UNetSegmentationLib.intensity import check_finite
 from UNetSegmentationLib.model import SLICE_AXIS
+from UNetSegmentationLib.training import slug
 
 from . import config as config_file
-from .cases import IGNORE
+from .cases import IGNORE, evenly
 from .config import Config, Fit
 
 if TYPE_CHECKING:
@@ -126,8 +127,7 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
     cases = [c for c in case_set.annotated if c.split != "test"]
     if not cases:
         raise UserError("The dataset holds no annotated cases; add images with their masks, or check the folder's name.")
-    step = max(1.0, len(cases) / READ_AT_MOST)
-    chosen = [cases[int(i * step)] for i in range(min(len(cases), READ_AT_MOST))]
+    chosen = evenly(cases, READ_AT_MOST)
     out = Fingerprint(len(cases), len({c.patient for c in cases}), len(chosen))
     inside: list[np.ndarray] = []
     lows, ranges, zeros = [], [], []
@@ -187,8 +187,7 @@ class Plan:
         """config.yaml with the reasons as comments, and plan.md to read."""
         folder = Path(folder)
         config_file.write(self.config, folder / "config.yaml", self.reasons)
-        with atomic_path(folder / "plan.md") as temporary:
-            temporary.write_text(self.markdown(), "utf-8")
+        write_text(folder / "plan.md", self.markdown())
 
     def markdown(self) -> str:
         f, c = self.fingerprint, self.config
@@ -492,7 +491,7 @@ def plan(
     why["fit.ema"] = "an average over about the last twentieth of the training"
     if quick:
         why["fit.minutes"] = "the end in any case, should this machine be busier than when it was measured"
-    name = re.sub(r"[^a-z0-9]+", "-", Path(path).name.lower()).strip("-")[:64] or "my-model"
+    name = slug(Path(path).name)
     settings: dict[str, Any] = {
         "model": {
             "name": name,

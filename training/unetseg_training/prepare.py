@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import save
-from UNetSegmentationLib.files import UserError, atomic_path, counted
+from UNetSegmentationLib.files import UserError, atomic_path, counted, write_text
 from UNetSegmentationLib.image import Box, Grid, Image, reorient, sample
 from UNetSegmentationLib.intensity import check_finite, normaliser
 from UNetSegmentationLib.model import SLICE_AXIS
 
-from .cases import IGNORE, files
+from .cases import IGNORE, file_name, files
 from .config import Config
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def prepare(
     for i, case in enumerate(todo):
         digest = hashes.of(case_set, case)
         wanted = key(config, digest)
-        path = folder / f"{_safe(case.name)}-{wanted[:16]}.safetensors"
+        path = folder / f"{file_name(case.name)}-{wanted[:16]}.safetensors"
         found = _open(path, wanted, case, digest, len(config.labels))
         if found is None:
             if progress:
@@ -262,10 +262,6 @@ def prepare(
     if progress:
         progress(len(todo), len(todo), f"{made} pre-processed, {len(todo) - made} from the cache")
     return out
-
-
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:80]
 
 
 def _check_space(folder: Path, arrays: dict[str, np.ndarray], left: int) -> None:
@@ -325,6 +321,5 @@ class _Hashes:
 
     def save(self) -> None:
         if self.changed:
-            with atomic_path(self.path) as temporary:
-                temporary.write_text(json.dumps(self.known), "utf-8")
+            write_text(self.path, json.dumps(self.known))
             self.changed = False

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cache
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from UNetSegmentationLib.files import UserError, atomic_path
+from UNetSegmentationLib.files import UserError, atomic_path, write_text
 from UNetSegmentationLib.image import IDENTITY, Box, Image, reorient
 from UNetSegmentationLib.picture import AXIAL, GROUND, INK, PLANES
 
 from . import live
-from .cases import IGNORE
+from .cases import IGNORE, file_name
 
 if TYPE_CHECKING:
     from UNetSegmentationLib.inference.predict import Prediction
@@ -45,11 +44,6 @@ HEADINGS = {
     "volume_ml": "Volume (mL)", "truth_ml": "True volume (mL)", "volume_error_percent": "Volume error (%)",
 }  # fmt: skip
 DIGITS = {"hausdorff95_mm": 1, "hausdorff_mm": 1, "volume_error_percent": 1, "specificity": 4, "auc": 4}
-
-
-def file_name(text: str) -> str:
-    """A case's name as part of a file's name."""
-    return re.sub(r"[^\w.-]+", "_", text)[:80] or "case"
 
 
 @cache
@@ -259,9 +253,8 @@ class Worst:
         for _, _, dropped in self.cases[self.keep :]:
             dropped.unlink(missing_ok=True)
         self.cases = self.cases[: self.keep]
-        with atomic_path(self.folder / "worst.json") as temporary:
-            listed = [{"case": name, "dice": round(d, 4), "file": p.name} for d, name, p in self.cases]
-            temporary.write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        listed = [{"case": name, "dice": round(d, 4), "file": p.name} for d, name, p in self.cases]
+        write_text(self.folder / "worst.json", json.dumps(listed, indent=1, ensure_ascii=False) + "\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -451,6 +444,5 @@ def write(folder: str | Path) -> Path:
         truth=TRUTH,
         found=FOUND,
     )
-    with atomic_path(folder / "report.html") as path:
-        path.write_text(html, "utf-8")
+    write_text(folder / "report.html", html)
     return folder / "report.html"

@@ -25,7 +25,7 @@ import numpy as np
 from UNetSegmentationLib import training
 from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.engines import make_engine
-from UNetSegmentationLib.files import UserError, atomic_path, counted
+from UNetSegmentationLib.files import UserError, counted, write_text
 from UNetSegmentationLib.image import Box, Image, write_image
 from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import SUFFIX, Card, Label, ModelPackage, model_files, read_card, write_package
@@ -33,7 +33,7 @@ from UNetSegmentationLib.networks import UNetConfig
 
 from . import clicks, metrics, report, watch
 from . import config as config_file
-from .cases import Case, CaseSet, evenly, find_cases
+from .cases import Case, CaseSet, evenly, file_name, find_cases
 from .config import Config
 from .export import card_path, compact, export_run, lineage, markdown
 from .finetune import start_of
@@ -239,8 +239,7 @@ def _freeze(folder: Path, job: training.Job, case_set: CaseSet, facts: dict[str,
         "values": [[k, v] for k, v in case_set.values.items()],
         "cases": [{**asdict(c), "images": [place(p) for p in c.images], "label": place(c.label)} for c in case_set.cases],
     }
-    with atomic_path(folder / CASES) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_text(folder / CASES, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def _dealt(cases: Sequence[Case]) -> list[Case]:
@@ -453,8 +452,7 @@ def _checked(
     card = {k: v for k, v in draft.card.data.items() if k != "files"} | {"metrics": compact(summary)}
     path = folder / f"{config.model.name}-{config.model.version}{SUFFIX}"
     package = write_package(path, card, draft.onnx, draft.safetensors)
-    with atomic_path(card_path(package)) as temporary:
-        temporary.write_text(markdown(package), "utf-8")
+    write_text(card_path(package), markdown(package))
     for rest in (draft.path, card_path(draft)):
         with suppress(OSError):  # Windows, while a virus scanner looks at it
             rest.unlink(missing_ok=True)
@@ -470,8 +468,7 @@ def _checked(
         "note": " ".join(notes),
         **compared,
     }
-    with atomic_path(folder / training.RESULT) as temporary:
-        temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    write_text(folder / training.RESULT, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     try:
         report.write(folder)
     except (UserError, OSError, KeyError) as e:  # a report that fails must not look like a training that failed
@@ -688,7 +685,7 @@ def _written(folder: Path, worst: Sequence[tuple[float, dict[str, Any], dict[str
     folder.mkdir(parents=True, exist_ok=True)  # where a program holds one of its files, Windows leaves it
     out = []
     for _, entry, images in worst:
-        files = {key: f"{folder.name}/{report.file_name(entry['case'])}_{key}.nii.gz" for key in images}
+        files = {key: f"{folder.name}/{file_name(entry['case'])}_{key}.nii.gz" for key in images}
         for key, image in images.items():
             write_image(Image(np.ascontiguousarray(image.array), image.spacing, image.origin, image.direction), folder.parent / files[key])
         out.append({**entry, "files": files})

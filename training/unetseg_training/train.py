@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import platform
-import re
 import shutil
 import subprocess
 import time
@@ -37,7 +36,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from UNetSegmentationLib.files import UserError, atomic_path, user_path
+from UNetSegmentationLib.files import OUT_OF_MEMORY, UserError, atomic_path, user_path
 from UNetSegmentationLib.image import Image
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.model import Card, ModelPackage
@@ -681,7 +680,7 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
     except torch.OutOfMemoryError as e:
         raise UserError("The GPU's memory is full; make fit.batch or input.patch smaller, or set network.checkpointing.") from e
     except (MemoryError, RuntimeError) as e:  # torch's for a CPU's memory is a plain RuntimeError
-        if isinstance(e, RuntimeError) and not re.search("out of memory|not enough memory|can't allocate memory", str(e)):
+        if isinstance(e, RuntimeError) and not OUT_OF_MEMORY.search(str(e)):
             raise
         raise UserError("The memory is full; make fit.batch or input.patch smaller, or set network.checkpointing.") from e
     except SystemExit as e:

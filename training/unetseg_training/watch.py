@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from UNetSegmentationLib.files import UserError, atomic_path
 
 from . import report
+from .cases import file_name
 from .live import FORMAT, Line, LiveFile
 
 # No more than a line in this many seconds: for a plot this is smooth, and a fast network makes 100 steps a second.
@@ -187,7 +188,7 @@ class Watch(Callback):
         self._pictured, self._pictures = time.monotonic(), []
         for name, image, truth, prediction in show()[:4]:
             png = report.overlay(image, truth, prediction, title=f"{name}, step {step}")
-            place = f"pictures/example-{report.file_name(name)}.png"
+            place = f"pictures/example-{file_name(name)}.png"
             with contextlib.suppress(UserError, OSError), atomic_path(self.folder / place) as path:
                 path.write_bytes(png)
             if (self.folder / place).is_file():

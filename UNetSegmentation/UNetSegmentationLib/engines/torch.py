@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import torch
 
-from ..image import UserError
+from ..files import OUT_OF_MEMORY, UserError
 from ..model import ModelPackage
 from ..networks import build
-
-_MEMORY = re.compile("out of memory|allocate|alloc_failed|not enough memory", re.I)
 
 
 def gpu_device() -> str | None:
@@ -77,7 +73,7 @@ class TorchEngine:
             raise self._failure(e) from e
 
     def _failure(self, error: Exception) -> UserError:
-        if not _MEMORY.search(str(error)):
+        if not OUT_OF_MEMORY.search(str(error)):
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             return UserError(f"PyTorch failed while it ran the network on {self._device.type} ({reason}); use another device or engine.")
         if self._device.type == "cpu":

@@ -22,7 +22,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from ..engines import Engine, choose_engine
-from ..image import Box, Grid, Image, UserError, check_geometry, reorient, resample_back, sample
+from ..image import Box, Grid, Image, UserError, check_geometry, crop_mask, reorient, resample_back, sample
 from ..intensity import check_finite, normaliser, warnings_for
 from ..measure import measure
 from ..model import Card, ModelPackage, find_model
@@ -131,12 +131,6 @@ class _Prompts:
     negative: tuple[Point, ...] = ()
     box: tuple[Point, Point] | None = None
     made: tuple[tuple[Any, ...], ...] = ()  # all of them in order, as _comparable() has them
-
-
-def crop_mask(mask: np.ndarray, start: Sequence[int]) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The part of a mask that is not 0 (bool; empty where all is 0) and where its first voxel lies."""
-    inside = Box.around(mask) or Box((0, 0, 0), (0, 0, 0))
-    return mask[inside.slices] > 0, tuple(int(a) + int(b) for a, b in zip(inside.start, start))
 
 
 def check_prompt(prompt: Prompt) -> Prompt:
@@ -605,14 +599,19 @@ def expects_lung(card: Card) -> bool:
     return window["mode"] == "window" and abs(SOFT_TISSUE_HU - window["level"]) < window["width"] / 2
 
 
+def distance(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Signed distance in mm from the mask's edge, negative inside. spacing: mm (z, y, x)."""
+    image = sitk.GetImageFromArray(mask.astype(np.uint8))
+    image.SetSpacing([float(s) for s in spacing[::-1]])
+    return sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(image, False, False, True))
+
+
 def lung_around(values: np.ndarray, mask: np.ndarray, spacing: np.ndarray) -> float:
     """How much of what lies around `mask` is lung, by HU values (z, y, x); 0 of what is air itself, and where it is mostly the
     air outside a patient. From LUNG_SHARE on it is a lesion of the lung. spacing: mm (z, y, x)."""
     if values[mask].mean() < AIR_HU:
         return 0.0
-    image = sitk.GetImageFromArray(mask.astype(np.uint8))
-    image.SetSpacing([float(v) for v in spacing[::-1]])
-    away = sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(image, False, False, True))
+    away = distance(mask, spacing)
     around = values[(away > 1) & (away <= max(4.0, 2.2 * float(spacing.min())))]
     lung, outside = (np.count_nonzero(around < hu) for hu in (LUNG_HU, OUTSIDE_HU))
     return lung / around.size if around.size and outside <= OUTSIDE_SHARE * lung else 0.0

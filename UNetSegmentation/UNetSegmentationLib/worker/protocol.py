@@ -41,8 +41,8 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from ..files import move_file
-from ..image import Box, Image, UserError, check_geometry
-from ..inference.click import Answer, Prompt, check_prompt, crop_mask
+from ..image import Box, Image, UserError, check_geometry, crop_mask
+from ..inference.click import Answer, Prompt, check_prompt
 from ..inference.predict import Options, Prediction
 from ..model import Label, intensity_errors
 from ..steps import Steps, complete

@@ -10,7 +10,6 @@ import gc
 import os
 import platform
 import queue
-import re
 import signal
 import stat
 import sys
@@ -28,7 +27,8 @@ import numpy as np
 from .. import __version__, kept
 from ..dataset import INDEX, Dataset, Objection, completed, read_mask, same_names, translated
 from ..engines import Engine, choose_engine
-from ..image import Image, UserError
+from ..files import OUT_OF_MEMORY, UserError
+from ..image import Image
 from ..inference.click import ClickSession, expects_lung
 from ..inference.predict import Cancelled, Options, Progress, predict
 from ..measure import measure, uncertain_places
@@ -65,9 +65,6 @@ _WATCH_S = 0.5
 _GOING_S = 1.0
 _MAX_TRACEBACK = 8000
 _NO_MEMORY = "There was not enough memory; close other programs, draw a smaller ROI, lower the batch, or choose a smaller model."
-_MEMORY = re.compile(
-    r"bad.?alloc|(failed|unable|could not|cannot) (to )?allocate|out of memory|alloc_?failed|memory is full|failed memory allocation", re.I
-)
 
 Stamp = tuple[str, int, int]
 
@@ -488,7 +485,7 @@ def _failure(error: Exception) -> dict[str, Any]:
     chain: list[BaseException] = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) and before not in chain and len(chain) < 10:
         chain.append(before)
-    if any(isinstance(e, MemoryError) or _MEMORY.search(str(e)) for e in chain):
+    if any(isinstance(e, MemoryError) or OUT_OF_MEMORY.search(str(e)) for e in chain):
         text = str(error) if isinstance(error, UserError) and type(chain[-1]).__module__.startswith("torch") else _NO_MEMORY
         return {"event": "error", "kind": "memory", "error": text}
     if not isinstance(error, (UserError, ProtocolError)) or isinstance(error.__cause__, ImportError):
