@@ -12,6 +12,7 @@ import pytest
 
 slicer = pytest.importorskip("slicer", reason="slicer-core is not installed")
 
+import vtk  # noqa: E402
 from mrml_scenes import (  # noqa: E402
     LUNG,
     NODULE,
@@ -266,6 +267,26 @@ def test_runs_of_all_frames_are_undone_one_after_the_other(scene: Any, volume: A
     assert (node.GetScene() is scene) == drawn
     for _ in each(browser) if drawn else ():
         assert list(segments(node)) == ["mine"] and np.array_equal(mask_of(node, "mine", volume), mine)
+
+
+def test_undo_moves_what_was_hardened_meanwhile_once(scene: Any, volume: Any, labels: np.ndarray) -> None:
+    node, undo, browser = run(volume, labels).finish(), Undo(scene), sequence_frames(volume)[0]  # type: ignore[index]
+    browser.SetSelectedItemNumber(2)
+
+    def place() -> float:
+        world = vtk.vtkMatrix4x4()
+        node.GetSegmentation().GetSegment(segments(node)["nodule"]).GetRepresentation("Binary labelmap").GetImageToWorldMatrix(world)
+        return float(world.GetElement(0, 3))
+
+    output = run(volume, np.roll(labels, 3, 2), node)
+    undo.begin(node)
+    undo.commit([output.finish()], output.revert)
+    before, move = place(), np.eye(4)
+    move[0, 3] = 50
+    node.SetAndObserveTransformNodeID(add_transform(move).GetID())
+    node.HardenTransform()
+    undo.undo()
+    assert place() == pytest.approx(before + 50)
 
 
 def test_frames_that_were_not_written_keep_what_they_had(scene: Any, volume: Any, labels: np.ndarray) -> None:

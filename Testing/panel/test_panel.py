@@ -381,6 +381,17 @@ def test_a_model_is_called_as_its_card_says(panel: Any, install: Any, models_fol
     assert p.settings.models == ["toy-1.0.0"]
     found, missing = models.resolve(["toy-1.0.0", "my best"], p.widget.modelList.models)  # the second as scenes had it before
     assert [m.name for m in found] == ["toy-1.0.0"] and missing == []
+    assert models.resolve(["lung-nodule-2d-clinic"], found + p.widget.modelList.models) == ([], ["lung-nodule-2d-clinic"])
+    other = Path(shutil.copy(models_folder / f"my best{SUFFIX}", models_folder.parent / f"other{SUFFIX}"))
+    asked: list[str] = []
+    assert models.importPackage(other, lambda name: bool(asked.append(name))) is None and asked == ["toy-1.0.0"]
+    twin = shutil.copy(other, models_folder)
+    (model,) = [m for m in models.installedModels() if m.path == Path(twin)]
+    assert model.card is None and "holds toy-1.0.0 too, as my best.unet.zip does" in model.error
+    assert models.importPackage(twin, lambda name: False).path == Path(twin)
+    Path(twin).unlink()
+    assert models.importPackage(other, lambda name: True).path.name == "toy-1.0.0.unet.zip"
+    assert not (models_folder / f"my best{SUFFIX}").exists()
 
 
 def test_an_imported_model_of_clicks_is_there_at_once(panel: Any, make_package: Any) -> None:

@@ -457,7 +457,7 @@ def test_a_file_of_any_name_holds_its_models_name(finished, make_package, models
         (models_folder / f"{file}.unet.zip").write_bytes(package.path.read_bytes())
     assert training.free_name("toy") == "toy-2" and training.free_name("my") == "my"
     assert training.promote(finished, "use").name == "toy-1.3.0.unet.zip" and find_model("toy").card.data["title"] == "A toy"
-    assert find_model("other").path.name == "toy-1.2.0.unet.zip" and (models_folder / "former" / "toy-old.unet.zip").is_file()
+    assert find_model("other").path.name == "toy-1.2.0.unet.zip" and (models_folder / "former" / "toy-1.0.0.unet.zip").is_file()
 
 
 def test_discarded_only_the_record_stays(finished, models_folder):

@@ -1663,7 +1663,8 @@ class Undo:
             action.revert()
         for state in action.states:
             if self._has(state.node):
-                state.restore()
+                if action.revert is None:  # which took the frame that was shown back too
+                    state.restore()
                 # In a sequence it shows other frames too, and what a person drew there.
                 if state.created and not state.segmentation.GetNumberOfSegments() and sequence_frames(state.node) is None:
                     remove_nodes([state.node])

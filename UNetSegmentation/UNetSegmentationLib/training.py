@@ -619,7 +619,7 @@ def promote(job: Job, how: str) -> Path | None:
     if former is not None:
         try:
             (models / FORMER).mkdir(exist_ok=True)
-            move_file(former, models / FORMER / former.name)
+            move_file(former, models / FORMER / f"{job.base}{SUFFIX}")  # whatever its file was called
         except OSError as e:
             raise UserError(f"{former} could not be put aside ({e.strerror or e}); both models are in the list now.") from e
     update(job.folder, decided=how)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,9 @@ def installedModels(task: str = "automatic") -> list[Model]:
             out.append(Model(path, imported, error=text.format(file=path.name, reason=f"{type(e).__name__}: {str(e)[:200]}")))
         else:
             if model.card.data["task"] == task:
+                if twin := next((m for m in out if m.card and m.name == model.name), None):
+                    text = _("{file} holds {name} too, as {other} does; remove one of the two.")
+                    model = Model(path, imported, error=text.format(file=path.name, name=model.name, other=twin.path.name))
                 out.append(model)
     return out
 
@@ -79,7 +84,8 @@ def resolve(names: Sequence[str], models: Sequence[Model]) -> tuple[list[Model],
     missing = []
     for name in names:
         exact = [m for m in models if m.card and m.name == name]
-        same = [m for m in models if m.card and m.card.name == name.rpartition("-")[0]]
+        stem, _dash, version = name.rpartition("-")
+        same = [m for m in models if m.card and m.card.name == stem and re.fullmatch(r"(\d+\.\d+\.\d+)?", version)]
         file = [m for m in models if m.card and m.path.name == name + SUFFIX]  # which scenes remembered once
         if good := exact or same or file:
             found.append(max(good, key=lambda m: m.version))
@@ -112,29 +118,36 @@ def mismatch(models: Sequence[Model]) -> str:
 def importPackage(path: str | Path, replace: Callable[[str], bool]) -> Model | None:
     """Verify a .unet.zip and copy it into the folder of imported models, all or nothing.
 
-    replace(name) is asked where another package of that name and version is there already; None where it says no.
+    replace(name) is asked where another package of that name and version is there already, whatever its file is called; None
+    where it says no.
     Raises UserError with one sentence for a file that is not a sound package.
     """
     from UNetSegmentationLib.files import UserError, atomic_path
-    from UNetSegmentationLib.model import RESOURCES, SUFFIX, ModelPackage, user_models_folder
+    from UNetSegmentationLib.model import RESOURCES, SUFFIX, ModelPackage, model_files, named, user_models_folder
 
     path = Path(path)
     card = ModelPackage.read(path).card
     if card.data["task"] != "automatic" and card.data["task"] != "click":
         raise UserError(f"{path} is a model for {card.data['task']}, which this version does not know; update UNetSegmentation.")
     name = f"{card.name}-{card.version}"
-    if (RESOURCES / "models" / (name + SUFFIX)).exists():
+    there = [p for p in model_files() if named(p) == (card.name, card.version)]
+    if any(RESOURCES in p.parents for p in there):
         raise UserError(f"{name} comes with UNetSegmentation already; give yours another name or version.")
+    if path.resolve() in [p.resolve() for p in there]:
+        return Model(path, True, card)
     target = user_models_folder() / (name + SUFFIX)
-    if target.exists() and target.resolve() != path.resolve() and not replace(name):
+    if (there or target.exists()) and not replace(name):
         return None
-    if target.resolve() != path.resolve():
-        with atomic_path(target) as temporary:
-            shutil.copyfile(path, temporary)
-            try:
-                ModelPackage.read(temporary)  # the copy is what will run
-            except UserError as e:
-                raise UserError(str(e).replace(str(temporary), str(path))) from e
+    with atomic_path(target) as temporary:
+        shutil.copyfile(path, temporary)
+        try:
+            ModelPackage.read(temporary)  # the copy is what will run
+        except UserError as e:
+            raise UserError(str(e).replace(str(temporary), str(path))) from e
+    for file in there:
+        if file != target:
+            with suppress(OSError):  # the list tells of it
+                file.unlink()
     return Model(target, True, card)
 
 
