@@ -695,7 +695,11 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.walk.set(data.get("places", ()) if shown else ())
         if not shown:
             return
-        ui.summaryLabel.text = results.summary(data)
+        node, said = p.resultSegmentation, results.summary(data)
+        of = node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole())
+        if of is not None and p.volume is not None and of is not p.volume:
+            said = _("Of '{name}', which is not the volume chosen above.").format(name=of.GetName()) + "\n" + said
+        ui.summaryLabel.text = said
         warnings = "\n".join(map(str, data.get("warnings", ())))
         ui.warningFrame.visible, ui.warningLabel.text = bool(warnings), warnings
         ui.measuresTable.visible = ui.copyButton.visible = ui.exportButton.visible = p.resultTable is not None

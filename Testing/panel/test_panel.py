@@ -1404,6 +1404,7 @@ def test_a_result_is_the_next_output_only_of_its_own_volume(panel: Any, install:
     p.ui.volumeSelector.setCurrentNode(mr := volume(name="MR"))
     p.finish()
     assert p.settings.resultSegmentation.GetName() == "CT segmentation" and p.settings.output is None
+    assert p.ui.summaryLabel.text.startswith("Of 'CT', which is not the volume chosen above.\n")
     mine = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "mine")
     p.ui.outputSelector.setCurrentNode(mine)
     p.run()

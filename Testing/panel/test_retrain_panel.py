@@ -262,16 +262,19 @@ def test_slicers_own_python_is_started_by_its_launcher(panel: Any, dataset: Path
     assert [python for _, python, _ in seen] == 2 * [find_python()]
 
 
-def test_what_cannot_be_trained_on_is_a_sentence(panel: Any, dataset: Path) -> None:
+def test_what_cannot_be_trained_on_is_a_sentence(panel: Any, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the real processes."""
     from UNetSegmentationLib.dataset import Dataset
 
-    Dataset.open(dataset).remove(next(iter(Dataset.open(dataset).entries)))
     p = panel(dataset)
+    assert p.ui.trainButton.enabled
+    Dataset.open(dataset).remove(next(iter(Dataset.open(dataset).entries)))  # by somebody else, just now
     p.gui.click(p.ui.trainButton)
     assert p.ui.trainMessage.text.endswith("…") and not p.ui.trainButton.enabled
     p.done()
-    assert p.ui.trainButton.enabled and "one case only" in p.ui.trainMessage.text and not list((dataset / "retrain").glob("*"))
+    assert "one case only" in p.ui.trainMessage.text and not list((dataset / "retrain").glob("*"))
+    p = Tasks(panel(dataset))  # where the panel knows it
+    assert not p.ui.trainButton.enabled and "needs cases of at least two patients" in p.ui.trainMessage.text
 
 
 class FakeJob:

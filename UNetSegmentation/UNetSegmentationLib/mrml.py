@@ -1606,6 +1606,7 @@ class _Action:
     colors: list[Any]
     created: list[Any] = field(default_factory=list)
     revert: Callable[[], None] | None = None
+    told: Callable[[], None] | None = None
 
 
 class Undo:
@@ -1636,8 +1637,11 @@ class Undo:
                 copies.append((node, copy, node.GetTransformNodeID() if node.IsA("vtkMRMLTransformableNode") else None))
         self._open = _Action([] if segmentation_node is None else [_State(segmentation_node)], copies, _colors(self.scene))
 
-    def commit(self, created_nodes: Iterable[Any] = (), revert: Callable[[], None] | None = None) -> None:
-        """After the action: the nodes that it made, and what else takes it back (SequenceOutput.revert)."""
+    def commit(
+        self, created_nodes: Iterable[Any] = (), revert: Callable[[], None] | None = None, told: Callable[[], None] | None = None
+    ) -> None:
+        """After the action: the nodes that it made, what takes its segments back instead of this (SequenceOutput.revert), and who is
+        told when they are."""
         action, self._open = self._open, None
         if action is None:
             raise RuntimeError("commit() without begin()")
@@ -1651,7 +1655,7 @@ class Undo:
                 action.states.append(_State(node, created=True))
             else:
                 action.created.append(node)
-        action.revert = revert
+        action.revert, action.told = revert, told
         self._actions = [*self._actions, action][-self._limit :]
 
     def undo(self) -> None:
@@ -1659,6 +1663,8 @@ class Undo:
         if not self.can_undo:
             return
         action = self._actions.pop()
+        if action.told is not None:
+            action.told()
         if action.revert is not None:
             action.revert()
         for state in action.states:

@@ -335,6 +335,9 @@ class RetrainSection(VTKObservationMixin):
             return _("A training is running; wait for its end, or stop it.")
         if wait := self._torchWorks():
             return wait
+        summary = self.panel.trainingSet.summary
+        if isinstance(summary, dict) and min(summary.get("count", 2), summary.get("patients", 2)) < 2:  # before PyTorch is fetched for it
+            return _("The training set needs cases of at least two patients, one to learn from and one to be checked on.")
         model = self._start()
         return self._misfit(model) if model is not None else ""
 

@@ -372,10 +372,8 @@ class RunController(VTKObservationMixin):
 
         def back() -> None:
             self.outcome = request.former
-            if revert is not None:
-                revert()
 
-        self._history(None).commit(written, back)
+        self._history(None).commit(written, revert, back)
         return Outcome(segmentation, table, uncertainty, results.record(prediction, measures))
 
     def _history(self, scene: Any) -> Any:
