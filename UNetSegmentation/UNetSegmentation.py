@@ -511,8 +511,19 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if outcome is not None:
             self._keep(outcome, undone=True)
 
+    def _remeasure(self) -> None:
+        """The result's table is of the segments as they are now, corrected or not."""
+        from UNetSegmentationLib import mrml
+        from UNetSegmentationLib.files import UserError
+
+        try:
+            mrml.complete(mrml.remeasure_steps(self._parameters.resultSegmentation))
+        except UserError as e:
+            slicer.util.showStatusMessage(str(e), 5000)
+
     def onCopy(self) -> None:
         if self._parameters is not None and self._parameters.resultTable is not None:
+            self._remeasure()
             qt.QApplication.clipboard().setText(results.tableText(self._parameters.resultTable, "\t"))
             slicer.util.showStatusMessage(_("The measures are in the clipboard."), 3000)
 
@@ -520,6 +531,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         p = self._parameters
         if p is None or p.resultTable is None:
             return
+        self._remeasure()
         results.saveText(_("Export the measures"), f"{p.resultTable.GetName()}.csv", results.tableText(p.resultTable, ","))
 
     def onNextPlace(self) -> None:

@@ -674,6 +674,33 @@ def test_a_labelmap_is_no_scan(panel: Any, install: Any, gui: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------------ run
 
 
+def test_what_is_copied_is_of_the_segments_as_they_were_corrected(panel: Any, install: Any) -> None:
+    import qt
+    import slicer
+
+    def copied() -> list[list[str]]:
+        p.ui.copyButton.click()
+        return [line.split("\t") for line in qt.QApplication.clipboard().text().splitlines()]
+
+    toy = install(labels=TWO)
+    p = panel()
+    node = volume()
+    p.choose(toy)
+    p.run()
+    rows, two, held = copied(), masks(p.settings.output, node)["two"], p.settings.output.GetSegmentation()
+    half = two.copy()
+    half[..., ::2] = False
+    shown = p.settings.resultTable.GetTable()
+    for mask, same in ((two, True), (half, False), (two, False)):
+        slicer.util.updateSegmentBinaryLabelmapFromArray(np.uint8(mask), p.settings.output, held.GetSegmentIdBySegmentName("two"), node)
+        now = copied()
+        assert int(now[2][-1]) == mask.sum() and now[1] == rows[1] and (p.settings.resultTable.GetTable() is shown) == same
+        shown = p.settings.resultTable.GetTable()
+    assert now == rows
+    held.RemoveSegment(held.GetSegmentIdBySegmentName("one"))
+    assert copied() == [rows[0], rows[2]]
+
+
 def test_apply_writes_segments_measures_and_map_and_undo_takes_them_back(panel: Any, install: Any, tmp_path: Path) -> None:
     import qt
     import slicer

@@ -1910,6 +1910,27 @@ def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any) -
     return _show_table(table, segmentation_node, SEGMENTATION_ROLE, "measures")
 
 
+def remeasure_steps(segmentation_node: Any) -> Steps[None]:
+    """Write the table of a segmentation anew where a model's segments were changed since: a person corrects first and copies then.
+    In pieces; UserError as measure_steps(). Tables of several frames stay."""
+    table = find_table(segmentation_node)
+    volume = segmentation_node.GetNodeReference(segmentation_node.GetReferenceImageGeometryReferenceRole())
+    if table is None or volume is None or sequence_frames(segmentation_node) is not None:
+        return
+    segments = {i: segmentation_node.GetSegmentation().GetSegment(i) for i in _ids(segmentation_node.GetSegmentation())}
+    own = [i for i, s in segments.items() if segment_tag(s, MODEL_TAG) and not segment_tag(s, PROMPTS_TAG)]
+    rows = [(table.GetCellText(i, 0), int(table.GetCellText(i, 8))) for i in range(table.GetNumberOfRows())]
+    maps = [segments[i].GetRepresentation(_LABELMAP) for i in own]
+    if {name for name, _ in rows} <= {segments[i].GetName() for i in own} and all(
+        m is not None and m.GetMTime() <= table.GetTable().GetMTime() for m in maps
+    ):
+        return
+    measures = yield from measure_steps(segmentation_node, volume, own)
+    # In a scene that was read all is new; what was measured of organs is more than measure_steps() does.
+    if sorted(rows) != sorted((m["name"], m["voxels"]) for m in measures if m["voxels"]):
+        write_measures(measures, segmentation_node)
+
+
 def write_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], segmentation_node: Any) -> Any:
     """A table node of texts for a segmentation's nodules, made on first use and placed beside it; return it."""
     table = vtk.vtkTable()
