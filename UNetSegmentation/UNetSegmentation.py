@@ -511,27 +511,29 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if outcome is not None:
             self._keep(outcome, undone=True)
 
-    def _remeasure(self) -> None:
-        """The result's table is of the segments as they are now, corrected or not."""
+    def _remeasure(self) -> str:
+        """The result's table is of the segments as they are now, corrected or not; else why not, as one sentence."""
         from UNetSegmentationLib import mrml
         from UNetSegmentationLib.files import UserError
 
         try:
             mrml.complete(mrml.remeasure_steps(self._parameters.resultSegmentation))
         except UserError as e:
-            slicer.util.showStatusMessage(str(e), 5000)
+            return str(e)
+        return ""
 
     def onCopy(self) -> None:
         if self._parameters is not None and self._parameters.resultTable is not None:
-            self._remeasure()
+            failed = self._remeasure()
             qt.QApplication.clipboard().setText(results.tableText(self._parameters.resultTable, "\t"))
-            slicer.util.showStatusMessage(_("The measures are in the clipboard."), 3000)
+            slicer.util.showStatusMessage(failed or _("The measures are in the clipboard."), 5000 if failed else 3000)
 
     def onExport(self) -> None:
         p = self._parameters
         if p is None or p.resultTable is None:
             return
-        self._remeasure()
+        if failed := self._remeasure():
+            slicer.util.showStatusMessage(failed, 5000)
         results.saveText(_("Export the measures"), f"{p.resultTable.GetName()}.csv", results.tableText(p.resultTable, ","))
 
     def onNextPlace(self) -> None:

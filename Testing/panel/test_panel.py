@@ -674,9 +674,10 @@ def test_a_labelmap_is_no_scan(panel: Any, install: Any, gui: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------------ run
 
 
-def test_what_is_copied_is_of_the_segments_as_they_were_corrected(panel: Any, install: Any) -> None:
+def test_what_is_copied_is_of_the_segments_as_they_were_corrected(panel: Any, install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import qt
     import slicer
+    from UNetSegmentationLib import mrml
 
     def copied() -> list[list[str]]:
         p.ui.copyButton.click()
@@ -697,8 +698,15 @@ def test_what_is_copied_is_of_the_segments_as_they_were_corrected(panel: Any, in
         assert int(now[2][-1]) == mask.sum() and now[1] == rows[1] and (p.settings.resultTable.GetTable() is shown) == same
         shown = p.settings.resultTable.GetTable()
     assert now == rows
+    monkeypatch.setattr(mrml, "_LARGEST_MEASURED", 1)  # as organs, which keep what they had
+    one = held.GetSegment(held.GetSegmentIdBySegmentName("one"))
+    one.RemoveTag(mrml.MODEL_TAG)  # improved by clicks
+    one.SetTag(mrml.PROMPTS_TAG, "[]")
+    slicer.util.updateSegmentBinaryLabelmapFromArray(np.uint8(half), p.settings.output, held.GetSegmentIdBySegmentName("two"), node)
+    now = copied()
+    assert now[1] == rows[1] and int(now[2][-1]) == half.sum() and now[2][2] == "nan"
     held.RemoveSegment(held.GetSegmentIdBySegmentName("one"))
-    assert copied() == [rows[0], rows[2]]
+    assert [row[0] for row in copied()] == ["Segment", "two"]
 
 
 def test_apply_writes_segments_measures_and_map_and_undo_takes_them_back(panel: Any, install: Any, tmp_path: Path) -> None:

@@ -1918,17 +1918,27 @@ def remeasure_steps(segmentation_node: Any) -> Steps[None]:
     if table is None or volume is None or sequence_frames(segmentation_node) is not None:
         return
     segments = {i: segmentation_node.GetSegmentation().GetSegment(i) for i in _ids(segmentation_node.GetSegmentation())}
-    own = [i for i, s in segments.items() if segment_tag(s, MODEL_TAG) and not segment_tag(s, PROMPTS_TAG)]
     rows = [(table.GetCellText(i, 0), int(table.GetCellText(i, 8))) for i in range(table.GetNumberOfRows())]
-    maps = [segments[i].GetRepresentation(_LABELMAP) for i in own]
-    if {name for name, _ in rows} <= {segments[i].GetName() for i in own} and all(
-        m is not None and m.GetMTime() <= table.GetTable().GetMTime() for m in maps
-    ):
+    named = {name for name, _ in rows}
+    # One that was improved by clicks is no model's any more, and still a row.
+    own = [i for i, s in segments.items() if s.GetName() in named or (segment_tag(s, MODEL_TAG) and not segment_tag(s, PROMPTS_TAG))]
+    # By their voxels: times of modification are those of an undo or of reading a scene too.
+    if sorted(rows) == sorted((segments[i].GetName(), n) for i in own if (n := _count(segments[i]))):
         return
     measures = yield from measure_steps(segmentation_node, volume, own)
-    # In a scene that was read all is new; what was measured of organs is more than measure_steps() does.
+    for m in measures:  # an organ, which measure_steps() leaves without diameters, keeps its own where it is as it was
+        if m["longest_mm"] is None and (m["name"], m["voxels"]) in rows:
+            row = rows.index((m["name"], m["voxels"]))
+            m["longest_mm"], m["perpendicular_mm"] = (table.GetTable().GetValue(row, column).ToDouble() for column in (2, 3))
     if sorted(rows) != sorted((m["name"], m["voxels"]) for m in measures if m["voxels"]):
         write_measures(measures, segmentation_node)
+
+
+def _count(segment: Any) -> int:
+    """The voxels of a segment's labelmap; of a surface alone 0."""
+    labelmap = segment.GetRepresentation(_LABELMAP)
+    scalars = None if labelmap is None else labelmap.GetPointData().GetScalars()
+    return 0 if scalars is None else int(np.count_nonzero(vtk_to_numpy(scalars) == segment.GetLabelValue()))
 
 
 def write_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], segmentation_node: Any) -> Any:
