@@ -407,7 +407,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         another patient; that is come back to with the volume."""
         for name in ("output", "nodules"):
             node = p.getValue(name)
-            of = node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole()) if node is not None else None
+            of = inputs.referenceVolume(node)
             # One with segments but without a volume may be of a volume that was removed.
             if node is not None and of is not p.volume and (of is not None or node.GetSegmentation().GetNumberOfSegments()):
                 p.setValue(name, None)
@@ -561,7 +561,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if former is not outcome.uncertainty and results.mapIsShown(former):  # its box is another map's from now on
             results.showMap(former, False)
             results.showMap(outcome.uncertainty, True)
-        of = node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole()) if node is not None else None
+        of = inputs.referenceVolume(node)
         with slicer.util.NodeModify(parameters):
             parameters.record = outcome.record
             parameters.resultSegmentation, parameters.resultTable = node, outcome.table
@@ -710,7 +710,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if not shown:
             return
         node, said = p.resultSegmentation, results.summary(data)
-        of = node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole())
+        of = inputs.referenceVolume(node)
         if of is not None and p.volume is not None and of is not p.volume:
             said = _("Of '{name}', which is not the volume chosen above.").format(name=of.GetName()) + "\n" + said
         ui.summaryLabel.text = said

@@ -638,12 +638,17 @@ def segment_tag(segment: Any, name: str) -> str:
     return str(value) if segment.GetTag(name, value) else ""
 
 
+def _reference_volume(segmentation_node: Any) -> Any:
+    """The volume on whose grid a segmentation lies, or None."""
+    return segmentation_node.GetNodeReference(segmentation_node.GetReferenceImageGeometryReferenceRole())
+
+
 def find_nodules(volume_node: Any) -> Any:
     """The last segmentation that nodules of this volume were clicked into, or None."""
     for node in reversed(_nodes(volume_node.GetScene(), "vtkMRMLSegmentationNode")):
         segmentation = node.GetSegmentation()
         clicked = any(segmentation.GetNthSegment(i).HasTag(PROMPTS_TAG) for i in range(segmentation.GetNumberOfSegments()))
-        if clicked and node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole()) is volume_node:
+        if clicked and _reference_volume(node) is volume_node:
             return node
     return None
 
@@ -1914,7 +1919,7 @@ def remeasure_steps(segmentation_node: Any) -> Steps[None]:
     """Write the table of a segmentation anew where a model's segments were changed since: a person corrects first and copies then.
     In pieces; UserError as measure_steps(). Tables of several frames stay."""
     table = find_table(segmentation_node)
-    volume = segmentation_node.GetNodeReference(segmentation_node.GetReferenceImageGeometryReferenceRole())
+    volume = _reference_volume(segmentation_node)
     if table is None or volume is None or sequence_frames(segmentation_node) is not None:
         return
     segments = {i: segmentation_node.GetSegmentation().GetSegment(i) for i in _ids(segmentation_node.GetSegmentation())}
@@ -1937,8 +1942,9 @@ def remeasure_steps(segmentation_node: Any) -> Steps[None]:
 def _count(segment: Any) -> int:
     """The voxels of a segment's labelmap; of a surface alone 0."""
     labelmap = segment.GetRepresentation(_LABELMAP)
-    scalars = None if labelmap is None else labelmap.GetPointData().GetScalars()
-    return 0 if scalars is None else int(np.count_nonzero(vtk_to_numpy(scalars) == segment.GetLabelValue()))
+    if labelmap is None or labelmap.GetPointData().GetScalars() is None:
+        return 0
+    return int(np.count_nonzero(_voxels(labelmap) == segment.GetLabelValue()))
 
 
 def write_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], segmentation_node: Any) -> Any:
@@ -1960,7 +1966,7 @@ def _title_columns(table_node: Any) -> None:
 
 
 def _intensity_unit(segmentation_node: Any) -> str:
-    volume = segmentation_node.GetNodeReference(segmentation_node.GetReferenceImageGeometryReferenceRole())
+    volume = _reference_volume(segmentation_node)
     units = volume.GetVoxelValueUnits() if volume is not None and volume.IsA("vtkMRMLScalarVolumeNode") else None
     # UCUM's code for Hounsfield units, which Slicer's DICOM reader sets on CT.
     return " [HU]" if units is not None and units.GetCodeValue() == "[hnsf'U]" else ""

@@ -16,6 +16,11 @@ MODEL_DEFAULT, CUSTOM = "", "custom"
 VOLUME, ROI, POINTS = "vtkMRMLScalarVolumeNode", "vtkMRMLMarkupsROINode", "vtkMRMLMarkupsFiducialNode"
 
 
+def referenceVolume(segmentation: Any) -> Any:
+    """The volume on whose grid a segmentation lies; None where there is none, or no segmentation."""
+    return None if segmentation is None else segmentation.GetNodeReference(segmentation.GetReferenceImageGeometryReferenceRole())
+
+
 # --------------------------------------------------------------------------------------------------------------- window
 
 

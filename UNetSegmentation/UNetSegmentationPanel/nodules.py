@@ -20,7 +20,7 @@ import vtk
 from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
-from . import clickController, isStill, otherShown
+from . import clickController, inputs, isStill, otherShown
 from .models import plainTip
 from .run import sentence, volumeKey
 
@@ -668,7 +668,7 @@ class NoduleList(VTKObservationMixin):
     def use(self, node: Any, volume: Any) -> None:
         """volume: whose intensities count, unless the segmentation has one of its own."""
         if node is not None:
-            own = node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole())
+            own = inputs.referenceVolume(node)
             volume = own if own is not None and own.IsA("vtkMRMLScalarVolumeNode") else volume
         if node is self.node and volume is self.volume:
             return
@@ -890,8 +890,6 @@ class NoduleSection(VTKObservationMixin):
             self._keep("clickModel", self.ui.clickModelCombo.itemData(index))
 
     def _onBox(self) -> None:
-        from . import inputs
-
         self._endBox()
         if not self.tool.armed:
             self.tool.arm()
@@ -905,8 +903,6 @@ class NoduleSection(VTKObservationMixin):
             qt.QTimer.singleShot(0, self._drawn)  # the second corner is set after the mode
 
     def _drawn(self) -> None:
-        from . import inputs
-
         roi = self._roi
         if roi is not None and roi.GetScene() is not None and not inputs.regionProblem(roi):
             self.tool.box(roi)

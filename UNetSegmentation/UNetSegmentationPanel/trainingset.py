@@ -337,7 +337,7 @@ class TrainingSetSection(VTKObservationMixin):
             for i in reversed(range(scene.GetNumberOfNodesByClass("vtkMRMLSegmentationNode")))
         ]
         first = [editor.GetSegmentationNode() if editor is not None else None, p.output, p.nodules]
-        return next((node for node in (*first, *everywhere) if node is not None and _reference(node) is volume), None)
+        return next((node for node in (*first, *everywhere) if node is not None and inputs.referenceVolume(node) is volume), None)
 
     def _known(self) -> list[Any]:
         """The labels of the training set; before there is one, those of the models that made the segments."""
@@ -899,11 +899,6 @@ class TrainingSetSection(VTKObservationMixin):
         ui.setVersionsButton.enabled = free and case is not None and len(case["versions"]) > 1
         ui.setRemoveButton.enabled = free and case is not None
         ui.setRestoreButton.enabled = free and bool((self.summary or {}).get("removed"))
-
-
-def _reference(node: Any) -> Any:
-    """The volume on whose grid a segmentation lies."""
-    return node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole())
 
 
 def _sequence(volume: Any) -> str:
