@@ -162,7 +162,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._updating = self._closed = False
         self._volume: Any = None  # that was chosen last
         self._earlier: Any = None  # the earlier study that was last compared with
-        self._followUps: dict[str, tuple[str, int]] = {}  # by volume ID: the earlier study's segmentation and days that were chosen
+        # By volume ID, what was chosen for it: the nodules', the earlier study's segmentation and the days.
+        self._choices: dict[str, tuple[str, str, int]] = {}
         self._leaving: Any = None  # that is just being removed from the scene
         self._region: Any = None  # that is observed
         self._empty: Any = None  # the chosen volume as long as it has no voxels
@@ -301,7 +302,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _onSceneStartClose(self, caller: Any, event: Any) -> None:
         self.setParameterNode(None)
-        self._followUps = {}
+        self._choices = {}
         for table in (self.ui.segmentsTable, self.ui.show3DButton):
             table.setSegmentationNode(None)
         self.ui.measuresTable.setMRMLTableNode(None)
@@ -404,18 +405,22 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _leaveSegmentations(self, p: Any, former: Any) -> None:
         """The segmentations of the former volume are not the place for this one's, nor is its earlier study this one's, who may be
-        another patient; that is come back to with the volume."""
+        another patient; both are come back to with the volume."""
+        if former is not None:
+            ids = [node.GetID() if node is not None else "" for node in (p.nodules, p.earlier)]
+            self._choices[former.GetID()] = ids[0], ids[1], p.days if ids[1] else 0
+        clicked, earlier, p.days = self._choices.pop(p.volume.GetID(), ("", "", 0))
         for name in ("output", "nodules"):
             node = p.getValue(name)
             of = inputs.referenceVolume(node)
             # One with segments but without a volume may be of a volume that was removed.
             if node is not None and of is not p.volume and (of is not None or node.GetSegmentation().GetNumberOfSegments()):
                 p.setValue(name, None)
+        node = slicer.mrmlScene.GetNodeByID(clicked) if clicked else None
+        if p.nodules is None and inputs.referenceVolume(node) in (None, p.volume):
+            p.nodules = node
         if p.nodules is None and self._warm:
             p.nodules = nodules.former(p.volume)
-        if former is not None and p.earlier is not None:
-            self._followUps[former.GetID()] = p.earlier.GetID(), p.days
-        earlier, p.days = self._followUps.pop(p.volume.GetID(), ("", 0))
         p.earlier = slicer.mrmlScene.GetNodeByID(earlier) if earlier else None
 
     def _keepChoice(self, name: str, value: Any) -> None:

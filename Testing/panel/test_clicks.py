@@ -395,6 +395,48 @@ def test_a_second_click_on_what_was_doubted_is_believed(panel: Any, quick: bool)
     assert p.node is None and not p.tool._controller.prompts
 
 
+def fat(*names: str) -> Any:
+    """The scan, with fat for these balls."""
+    import slicer
+
+    array = made_scan()
+    for name in names:
+        array[truth(name)] = -90
+    node = scan()
+    slicer.util.updateVolumeFromArray(node, array)
+    return node
+
+
+def test_two_doubted_clicks_on_different_things_are_no_nodule(panel: Any) -> None:
+    p = panel()
+    p.settings.volume = fat(*BALLS)
+    p.gui.process_events()
+    p.arm()
+    assert not p.ui.nextNoduleButton.enabled
+    for name in BALLS:
+        p.click(BALLS[name][0])
+        assert "is fat" in p.ui.clickMessage.text and p.node is None and p.ui.nextNoduleButton.enabled
+    p.gui.click(p.ui.nextNoduleButton)
+    assert not p.ui.nextNoduleButton.enabled and p.ui.clickMessage.text == "Click on the nodule in a slice view."
+    for found in (False, True):  # what was doubted before is another nodule's
+        p.click(BALLS["right"][0])
+        assert (p.node is not None) == found
+
+
+def test_what_was_doubted_before_a_nodule_is_forgotten(panel: Any) -> None:
+    p = panel()
+    p.settings.volume = fat("left")
+    p.gui.process_events()
+    p.arm()
+    for index in (BALLS["left"][0], BALLS["right"][0]):
+        p.click(index)
+    assert list(p.segments()) == ["Nodule 1"] and not p.tool.text
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    p.click((24, 51, 30))
+    assert "is fat" in p.tool.text and p.node is None
+
+
 def test_the_panel_gives_what_python_gives_also_under_a_transform(panel: Any) -> None:
     from mrml_scenes import add_transform, rotation
 
@@ -564,6 +606,20 @@ def test_drags_and_shift_stay_slicers(panel: Any) -> None:
         interactor.RemoveObserver(tag)
 
 
+def test_a_tool_of_slicers_keeps_its_clicks(panel: Any) -> None:
+    import slicer
+
+    p = begun(panel)
+    interaction = slicer.mrmlScene.GetNodeByID("vtkMRMLInteractionNodeSingleton")
+    for mode in (interaction.AdjustWindowLevel, interaction.Place):
+        interaction.SetCurrentInteractionMode(mode)
+        p.click(BALLS["left"][0])
+        assert p.node is None
+    interaction.SwitchToViewTransformMode()
+    p.click(BALLS["left"][0])
+    assert list(p.segments()) == ["Nodule 1"]
+
+
 def test_the_press_says_whose_a_click_is_and_what_it_means(panel: Any) -> None:
     """The key is let go before the button now and then."""
     import slicer
@@ -591,6 +647,15 @@ def test_the_press_says_whose_a_click_is_and_what_it_means(panel: Any) -> None:
         views.stop()
         for tag in tags:
             interactor.RemoveObserver(tag)
+
+
+def test_a_hidden_nodule_is_shown_when_it_changes(panel: Any) -> None:
+    p = begun(panel, "left")
+    display, segment = p.node.GetDisplayNode(), p.tool.segment
+    for hide in (lambda: display.SetSegmentVisibility(segment, False), lambda: display.SetVisibility(False)):
+        hide()
+        p.click((24, 48, 33))
+        assert display.GetVisibility() and display.GetSegmentVisibility(segment)
 
 
 # ---------------------------------------------------------------------------------------------------------------- table
@@ -848,6 +913,67 @@ def test_a_scan_that_gets_bent_while_a_click_runs(panel: Any) -> None:
     p.settings.volume.SetAndObserveTransformNodeID(None)
     p.settle()
     assert p.table() and dots(True) and np.array_equal(p.mask("Nodule 1"), before)
+
+
+@POSIX
+def test_a_click_after_an_undo_that_was_cancelled_can_be_undone(panel: Any, tmp_path: Path) -> None:
+    p = begun(panel, "left", "right")
+    p.click(VESSEL, ctrl=True)
+    reopened(p, tmp_path / "scene.mrb")
+    p.ui.noduleTable.setCurrentCell(1, 0)
+    p.arm()
+    with p.unanswered():
+        for busy in (True, False):
+            p.gui.click(p.ui.undoClickButton)
+            p.gui.process_events()
+            assert p.tool.busy == busy
+    p.settle()
+    assert len(prompts_of(p, "Nodule 2")) == 2
+    p.ui.noduleTable.setCurrentCell(0, 0)
+    paint(p, "Nodule 1", truth("left") & (np.indices(SHAPE)[0] < 24))
+    p.settle()
+    state = everything(p.node), p.tag("Nodule 1")
+    p.click((24, 48, 33))
+    assert p.tag("Nodule 1") != state[1]
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert (everything(p.node), p.tag("Nodule 1")) == state
+
+
+def test_undo_is_of_the_nodule_that_is_chosen(panel: Any) -> None:
+    p = begun(panel, "right", "left")
+
+    def choose(row: int) -> None:
+        p.ui.noduleTable.setCurrentCell(row, 0)
+        p.settle()
+
+    def undo() -> tuple[list[str], bool]:
+        p.gui.click(p.ui.undoClickButton)
+        p.settle()
+        return sorted(p.segments()), np.array_equal(p.mask("Nodule 2"), two)
+
+    first = p.mask("Nodule 1")
+    choose(0)
+    p.click(VESSEL, ctrl=True)
+    choose(1)
+    p.click((24, 48, 33))
+    two = p.mask("Nodule 2")
+    choose(0)
+    assert undo() == (["Nodule 1", "Nodule 2"], True) and np.array_equal(p.mask("Nodule 1"), first)
+    assert len(prompts_of(p, "Nodule 2")) == 2 and len(dots(True)) == 3
+    assert undo() == (["Nodule 2"], True) and not p.tool.segment and p.ui.undoClickButton.enabled
+    # None is chosen: the last click of all. What is gone has no clicks to be taken back.
+    p.click(BALLS["right"][0])
+    p.node.GetSegmentation().RemoveSegment(p.tool.segment)
+    p.settle()
+    undo()
+    p.ui.noduleTable.setCurrentCell([row[0] for row in p.table()].index("Nodule 2"), 0)
+    p.settle()
+    undo()
+    assert len(prompts_of(p, "Nodule 2")) == 1
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert p.node is None or "Nodule 2" not in p.segments()
 
 
 @POSIX
@@ -1144,6 +1270,80 @@ def test_another_scan_has_no_earlier_study_until_it_is_chosen_for_it(panel: Any)
     assert p.settings.earlier is None and len(p.table()[0]) == 10
 
 
+def later() -> Any:
+    """A study on another grid, in which the ball on the left lies elsewhere."""
+    import slicer
+
+    node = scan("Later")
+    slicer.util.updateVolumeFromArray(node, np.roll(made_scan(), 8, 2))
+    node.SetOrigin(5.3, 3, 2)
+    return node
+
+
+def test_nodules_of_another_scan_are_neither_clicked_nor_measured_there(panel: Any, tmp_path: Path) -> None:
+    import slicer
+
+    p = begun(panel, "left")
+    first, node, row = p.settings.volume, p.node, p.table()[0]
+    roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
+    p.settings.volume = later()
+    p.settle()
+    assert slicer.util.saveNode(node, str(tmp_path / "nodules.seg.nrrd"))
+    for read in (False, True):  # which has no reference volume
+        p.settings.nodules = node = slicer.util.loadSegmentation(str(tmp_path / "nodules.seg.nrrd")) if read else node
+        p.settle()
+        assert p.table() == [row]
+        state = everything(node)
+        for click in (
+            lambda: p.click(BALLS["left"][0]),
+            lambda: p.tool.box(roi),
+            lambda: p.ui.noduleTable.setCurrentCell(0, 0),
+        ):
+            p.tool._say("")
+            click()
+            assert "holds nodules of 'CT' and not of 'Later'; choose 'CT' as" in p.ui.clickMessage.text
+            assert not p.tool.segment and not p.tool.busy and everything(node) == state
+    slicer.mrmlScene.RemoveNode(first)
+    p.settle()
+    p.click(BALLS["right"][0])  # of whom they are, nobody knows any more
+    assert len(p.segments()) == 2
+
+
+def test_nodules_that_were_made_of_a_labelmap_are_the_scans(panel: Any) -> None:
+    import slicer
+
+    p = begun(panel, "left")
+    node, rows = p.node, p.table()
+    labels = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLabelMapVolumeNode", "Labels")
+    slicer.util.updateVolumeFromArray(labels, truth("left").astype(np.uint8))
+    labels.SetSpacing(SPACING)
+    node.SetReferenceImageGeometryParameterFromVolumeNode(labels)
+    for chosen in (None, node):
+        p.settings.nodules = chosen
+        p.settle()
+    assert p.table() == rows
+    p.ui.noduleTable.setCurrentCell(0, 0)
+    p.click((24, 48, 33))
+    assert len(prompts_of(p, "Nodule 1")) == 2
+
+
+def test_of_two_segmentations_of_one_scan_the_chosen_one_is_come_back_to(panel: Any) -> None:
+    p = begun(panel, "left")
+    one, mine = p.node, p.settings.volume
+    p.settings.nodules = None
+    p.gui.process_events()
+    p.click(BALLS["right"][0])
+    for node in (one, p.node):
+        p.settings.nodules = node
+        p.settle()
+        p.settings.volume = scan("Another patient's")
+        p.settle()
+        assert p.node is None
+        p.settings.volume = mine
+        p.settle()
+        assert p.node is node
+
+
 def test_a_follow_up_says_where_only_the_days_changed(panel: Any) -> None:
     import slicer
     from mrml_scenes import add_segment
@@ -1274,6 +1474,23 @@ def test_what_happens_while_a_click_runs_breaks_nothing(panel: Any, what: str) -
         gui.click(p.ui.nextNoduleButton)
     p.click(BALLS["right"][0])
     assert dice(p.mask(list(p.segments())[-1]), truth("right")) > 0.8
+
+
+@POSIX
+def test_a_row_that_is_chosen_while_a_click_runs_is_refused(panel: Any) -> None:
+    p = begun(panel, "left", "right")
+    one, two = (p.segments()[name] for name in ("Nodule 1", "Nodule 2"))
+    with p.unanswered():
+        p.click(VESSEL, ctrl=True, wait=False)
+        p.gui.wait(lambda: not p.tool._pieces.busy, RUN_S)
+        p.ui.noduleTable.setCurrentCell(0, 0)
+        p.gui.process_events()
+        assert "not answered yet" in p.ui.clickMessage.text and p.tool.segment == two
+        assert {item.row() for item in p.ui.noduleTable.selectedItems()} == {1}
+    p.settle()
+    assert len(prompts_of(p, "Nodule 2")) == 2 and p.ui.clickMessage.text.startswith("Nodule 2: click on")
+    p.ui.noduleTable.setCurrentCell(0, 0)
+    assert p.tool.segment == one
 
 
 @POSIX

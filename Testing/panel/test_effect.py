@@ -816,9 +816,14 @@ def test_without_volume_or_segmentation_a_sentence_says_what_to_do(editor: Calla
 
 
 def test_where_nothing_is_a_sentence_says_so_and_nothing_changes(editor: Callable[..., Editor]) -> None:
+    from UNetSegmentationLib.inference.click import DOUBTS
+
     e = editor(scan())
     e.click(NOWHERE)
     assert "Nothing was found here" in e.message and "box" not in e.message and e.saved == 0 and not e.mask().any()
+    for doubt in DOUBTS:
+        e.effect.onError(doubt)
+        assert e.message.startswith(doubt.split(",")[0]) and "click a second time" in e.message and "box" not in e.message
     e.click(IN_A)
     assert e.message == ""
     e.effect.click(e.ras((6, 10, 200)))
@@ -826,6 +831,12 @@ def test_where_nothing_is_a_sentence_says_so_and_nothing_changes(editor: Callabl
     assert "outside the image" in e.message and np.array_equal(e.mask(), filled(A)) and e.saved == 1
     e.click(IN_B)
     assert np.array_equal(e.mask(), filled(A, B))
+    controller = e.effect._controller
+    controller._reject([("point", 0.0, 0.0, 0.0, True)], DOUBTS[0])
+    assert controller.doubted
+    e.effect.startAgain()
+    e.wait()
+    assert not controller.doubted and not e.mask().any()
 
 
 def test_a_hidden_segment_is_asked_about(editor: Callable[..., Editor]) -> None:

@@ -88,7 +88,7 @@ class Pieces:
 
 class ViewClicks:
     """Clicks of the left button into slice views: clicked(ras, positive, composite node of the view). With Ctrl they are negative.
-    Shift, the other buttons and the wheel stay Slicer's; so do all clicks while something else is being placed.
+    Shift, the other buttons and the wheel stay Slicer's; so do all clicks while something is being placed or windowed.
 
     Slicer's own place mode knows no click with a modifier, so the views' interactors are listened to, before Slicer does.
     """
@@ -149,9 +149,9 @@ class ViewClicks:
 
     def _heard(self, interactor: Any, event: str, widget: Any, tags: list[int]) -> None:
         mode = slicer.mrmlScene.GetNodeByID("vtkMRMLInteractionNodeSingleton")
-        placing = mode is not None and mode.GetCurrentInteractionMode() == mode.Place
+        taken = mode is not None and mode.GetCurrentInteractionMode() != mode.ViewTransform
         at, negative = interactor.GetEventPosition(), bool(interactor.GetControlKey())
-        free = not (placing or interactor.GetShiftKey() or interactor.GetAltKey())
+        free = not (taken or interactor.GetShiftKey() or interactor.GetAltKey())
         swallow = free and not negative  # a drag with Ctrl is Slicer's, and what is aborted here nobody else hears
         # The press decides: of who heard that alone the release, a drag of Slicer's would go on without a button.
         if event == "LeftButtonPressEvent":
@@ -276,6 +276,11 @@ class NoduleTool(VTKObservationMixin):
         """The ID of the nodule that the next click refines; "" where it makes a new one."""
         return self._lesion.segment or "" if self._lesion is not None and self._lesion.there else ""
 
+    @property
+    def doubted(self) -> bool:
+        """A second click beside the last one makes a nodule of what was doubted."""
+        return self._mine and self._controller.doubted
+
     def arm(self) -> None:
         """The next clicks in the slice views are prompts."""
         if self.volume is None or self.model is None:
@@ -305,12 +310,15 @@ class NoduleTool(VTKObservationMixin):
             text = _("This view shows '{other}' and not '{name}', which is chosen as the volume; choose '{other}', or show '{name}' here.")
             self._say(text.format(other=other.GetName(), name=self.volume.GetName()))
             return
+        if self._isOthers():
+            return
         positive = positive and not self.negative
         self._pieces.add(self._promptSteps(lambda c: c.addPoint(ras, positive), positive))
 
     def box(self, roi: Any) -> None:
         """The box of a markups ROI as a prompt."""
-        self._pieces.add(self._promptSteps(lambda c: c.addRoi(roi), True))
+        if not self._isOthers():
+            self._pieces.add(self._promptSteps(lambda c: c.addRoi(roi), True))
 
     def next(self) -> None:
         """The next click is on another nodule."""
@@ -322,10 +330,13 @@ class NoduleTool(VTKObservationMixin):
 
     def select(self, segmentId: str) -> None:
         """The next click refines this nodule, from the prompts that are stored with it. Not while an answer is awaited."""
-        if segmentId == self.segment or self.busy or None in (self.segmentation, self.volume, self.model):
+        if segmentId == self.segment or None in (self.segmentation, self.volume, self.model):
+            return
+        if self.busy:
+            self._say(_("The last click is not answered yet; choose another nodule after that."))
             return
         lesion = _Lesion(self.volume, self.segmentation, segmentId, self.model, self._key())
-        if not lesion.there:
+        if not lesion.there or self._isOthers():
             return
         from UNetSegmentationLib import mrml
 
@@ -337,21 +348,30 @@ class NoduleTool(VTKObservationMixin):
     @property
     def canUndo(self) -> bool:
         self._steps = [s for s in self._steps if s.undo.can_undo]
-        return bool(self._steps) or bool(self._mine and any(p[0] != "mask" for p in self._controller.prompts))
+        return bool(self._own) or bool(self._mine and any(p[0] != "mask" for p in self._controller.prompts))
+
+    @property
+    def _own(self) -> list[_Step]:
+        """The steps of the nodule at hand; all where none is."""
+        at = self._lesion if self.segment else None
+        return [s for s in self._steps if at is None or (s.lesion.node, s.lesion.segment) == (at.node, at.segment)]
 
     def undo(self) -> None:
-        """Take the last prompt back; the segment is exactly as it was before it. What a person corrected since is asked for."""
+        """Take the last prompt back, of the nodule at hand or else of all; the segment is exactly as it was before it. What a person
+        corrected since is asked for."""
         from UNetSegmentationLib import mrml
 
         if not self.canUndo or self._pieces.busy:
             return
-        lesion = self._steps[-1].lesion if self._steps else self._lesion
+        step = next(reversed(self._own), None)
+        lesion = step.lesion if step is not None else self._lesion
         if self._mine and self._controller.busy:
             self._controller.cancel()
+            self._unrecorded = False
         elif lesion is not None and self._isCorrected(lesion) and not self._mayUndo(lesion):
             return
-        elif self._steps:
-            step = self._steps.pop()
+        elif step is not None:
+            self._steps.remove(step)
             lesion = step.lesion
             lesion.asked = None
             prompts = mrml.prompts_from_text(step.text, lesion.volume)
@@ -425,6 +445,15 @@ class NoduleTool(VTKObservationMixin):
         self._changed()
 
     # --------------------------------------------------------------------------------------------------------- machinery
+
+    def _isOthers(self) -> bool:
+        """Whether the nodules are another scan's; says so."""
+        of = scanOf(self.segmentation)
+        if of is None or self.volume in (None, of):
+            return False
+        text = _("'{nodules}' holds nodules of '{of}' and not of '{name}'; choose '{of}' as the volume, or another segmentation.")
+        self._say(text.format(nodules=self.segmentation.GetName(), of=of.GetName(), name=self.volume.GetName()))
+        return True
 
     @property
     def _mine(self) -> bool:
@@ -577,6 +606,9 @@ class NoduleTool(VTKObservationMixin):
             tags=tags,
         )
         undo.commit([written])
+        shown = written.GetDisplayNode()  # or it would be changed unseen
+        shown.SetSegmentVisibility(segment, True)
+        shown.SetVisibility(True)
         lesion.node, lesion.segment = written, segment
         lesion.label, lesion.text = mrml.label_of(lesion.part()), tags[mrml.PROMPTS_TAG]
         lesion.asked = lesion.label, digest
@@ -624,6 +656,21 @@ def former(volume: Any) -> Any:
     return mrml.find_nodules(volume)
 
 
+def scanOf(segmentation: Any) -> Any:
+    """The scan that a segmentation's segments are of: its reference volume, or, where that is none, as in a .seg.nrrd or where it was
+    deleted, the one whose voxels they are; None where nobody knows."""
+    from UNetSegmentationLib import mrml
+
+    there = segmentation is not None and segmentation.GetScene() is not None and _count(segmentation)
+    return (_reference(segmentation) or mrml.find_scan(segmentation)) if there else None
+
+
+def _reference(segmentation: Any) -> Any:
+    """The reference volume; the labelmap that segments were made of is no scan."""
+    own = inputs.referenceVolume(segmentation)
+    return own if own is not None and own.GetClassName() == inputs.VOLUME else None
+
+
 def _count(node: Any) -> int:
     return node.GetSegmentation().GetNumberOfSegments()
 
@@ -666,10 +713,10 @@ class NoduleList(VTKObservationMixin):
         self._timer.connect("timeout()", self._measure)
 
     def use(self, node: Any, volume: Any) -> None:
-        """volume: whose intensities count, unless the segmentation has one of its own."""
+        """volume: whose intensities count, unless the segments lie on one of their own."""
         if node is not None:
-            own = inputs.referenceVolume(node)
-            volume = own if own is not None and own.IsA("vtkMRMLScalarVolumeNode") else volume
+            own = _reference(node)
+            volume = own if own is not None and (volume is None or _count(node)) else volume
         if node is self.node and volume is self.volume:
             return
         self.close()
@@ -846,7 +893,7 @@ class NoduleSection(VTKObservationMixin):
         finally:
             self._updating = False
         self.tool.use(settings.volume, settings.nodules, model, {"engine": settings.engine, "device": settings.device})
-        self.now.use(settings.nodules, settings.volume)
+        self.now.use(settings.nodules, settings.volume and (scanOf(settings.nodules) or settings.volume))
         earlier = settings.earlier if settings.earlier is not settings.nodules else None
         self.earlier.use(earlier, mrml.find_scan(earlier, self.now.volume) if earlier is not None else None)
         self._dated = None
@@ -923,9 +970,9 @@ class NoduleSection(VTKObservationMixin):
         if self._updating or len(chosen) != 1 or not max(chosen) < len(self.now.rows):
             return
         row = self.now.rows[chosen.pop()]
-        if row.measures and row.measures["voxels"]:
-            mrml.jump_slices(slicer.mrmlScene, row.measures["center"])
         self.tool.select(row.segment)
+        if row.measures and row.measures["voxels"] and not self.tool.busy:
+            mrml.jump_slices(slicer.mrmlScene, row.measures["center"])
 
     def _onCopy(self) -> None:
         from UNetSegmentationLib import nodule
@@ -967,7 +1014,7 @@ class NoduleSection(VTKObservationMixin):
         ui.clickButton.enabled = ready
         ui.clickButton.checked = tool.armed
         ui.negativeButton.enabled = ui.clickBoxButton.enabled = ready
-        ui.nextNoduleButton.enabled = ready and bool(tool.segment) and not tool.busy
+        ui.nextNoduleButton.enabled = ready and bool(tool.segment or tool.doubted) and not tool.busy
         ui.negativeButton.checked = tool.negative
         ui.undoClickButton.enabled = tool.canUndo
         text = tool.text

@@ -284,9 +284,8 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
             self._work()
 
     def onError(self, text: str) -> None:
-        if text.startswith("Nothing was found here"):  # the core's sentence goes on with a box, which only the panel has
-            text = _("Nothing was found here; click inside the lesion, or paint roughly over it and click again.")
-        self._say(text)
+        # The core's sentences, which are English, end in a box, which only the panel has; from what is painted the click goes on.
+        self._say(text.replace("draw a box around it", "paint roughly over it and click again"))
 
     def onChanged(self) -> None:
         self._showBusy()
