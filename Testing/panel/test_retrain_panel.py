@@ -138,6 +138,28 @@ def test_the_models_with_weights_are_offered_and_the_panels_is_chosen(panel: Any
     assert combo.itemData(combo.currentIndex) == ""
 
 
+def test_a_start_whose_model_is_gone_gives_way_to_the_one_that_is_offered_first(panel: Any, models_folder: Path) -> None:
+    from UNetSegmentationLib.model import find_model, write_package
+
+    models_folder.mkdir()
+    bundled = find_model("hippocampus-3d")
+    card = {key: value for key, value in bundled.card.data.items() if key != "files"} | {"name": "zzz", "title": "zzz"}
+    mine = write_package(models_folder / f"zzz-{card['version']}.unet.zip", card, bundled.onnx, bundled.safetensors).path
+    p = panel()
+    combo = p.ui.startCombo
+    first = combo.itemData(1)
+    p.widget._parameters.models = [Path(str(first)).name.removesuffix(".unet.zip")]
+    p.gui.process_events()
+    at = combo.findData(str(mine))
+    combo.setCurrentIndex(at)
+    combo.activated.emit(at)
+    assert at > 1 and combo.itemData(combo.currentIndex) == str(mine)
+    mine.unlink()
+    p.widget.modelList.read()
+    p.section.update()
+    assert combo.findData(str(mine)) < 0 and combo.itemData(combo.currentIndex) == first
+
+
 def test_the_wheel_over_a_box_moves_the_panel_and_chooses_nothing(panel: Any) -> None:
     p = panel()
     for combo in (p.ui.startCombo, p.ui.lengthCombo):
@@ -476,6 +498,13 @@ def test_of_several_trainings_one_is_chosen(panel: Any, tmp_path: Path) -> None:
     p.gui.click(p.ui.dropTrainingButton)
     p.done()
     assert not p.ui.resumeTrainingButton.visible and not p.ui.dropTrainingButton.visible and "discarded" in p.ui.jobMessage.text
+
+
+def test_of_several_trainings_the_one_that_runs_is_found_again(panel: Any, tmp_path: Path) -> None:
+    retraining.make_job(tmp_path / "cases", "20260101-010101-old", title="old", started=1.0)
+    retraining.make_job(tmp_path / "cases", title="new", state="failed", text="No space; free some.", pid=None)
+    p = panel()
+    assert p.section.job.name == "old" and p.ui.stopTrainingButton.visible and p.section.root.text == "Retrain: 35 %"
 
 
 # ---------------------------------------------------------------------------------------------------------------- curves

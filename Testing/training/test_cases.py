@@ -1,6 +1,7 @@
 """Any layout gives the same cases: names, patients, labels, and every voxel of image and mask."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from unetseg_training.cases import IGNORE, Case, CaseSet, Mismatch, UnknownLabel, files, fill, find_cases, folds
+from unetseg_training.prepare import _Hashes
 from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Box, Image, read_image, write_image
@@ -63,6 +65,13 @@ def test_pairs_in_two_folders(tmp_path, folders):
     exact(found)
     assert found.layout == "pairs" and [(d.value, d.name) for d in found.labels] == [(1, "organ"), (2, "tumour, left")]
     assert found.channels == ("CT",) and any("1 images have no mask (bare)" in n for n in found.notes)
+    with (tmp_path / "labels.txt").open("a") as f:
+        f.write(' 3 0 0 255 1 1 1 "node"\n')
+    found = find_cases(tmp_path)
+    exact(found)
+    assert len(found.labels) == 2 and "1 names of the table of labels occur in no mask (node) and are left out." in found.notes
+    (tmp_path / "labels.json").write_text('{"organ": 1, "tumour": 2, "node": 3}')
+    assert len(find_cases(tmp_path).labels) == 3  # which the dataset says it has
 
 
 def test_pairs_in_one_folder(tmp_path):
@@ -119,6 +128,26 @@ def test_nnunet_raw(tmp_path):
         find_cases(folder)
 
 
+def test_nnunet_tells_what_it_leaves_out_and_knows_names_that_extend_others(tmp_path):
+    for i, name in enumerate(("a", "a_0000", "a_1")):
+        for channel in range(2):
+            put(scan(i), tmp_path / "imagesTr" / f"{name}_{channel:04d}.nii.gz")
+        put(mask_of(i), tmp_path / "labelsTr" / f"{name}.nii.gz")
+    data = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "organ": 1, "tumour": 2}, "file_ending": ".nii.gz"}
+    (tmp_path / "dataset.json").write_text(json.dumps({**data, "numTraining": 3}))
+    found = find_cases(tmp_path)
+    assert [(c.name, [f.name[-11:-7] for f in c.images]) for c in found.cases] == [(n, ["0000", "0001"]) for n in ("a", "a_0000", "a_1")]
+    assert not found.notes
+    put(scan(5), tmp_path / "imagesTr" / "b_0000.nii")
+    put(mask_of(5), tmp_path / "labelsTr" / "b.nii")
+    (tmp_path / "dataset.json").write_text(json.dumps({**data, "numTraining": 4}))
+    assert find_cases(tmp_path).notes == (
+        "1 images are not named *_0000.nii.gz (b_0000.nii) and are left out.",
+        "1 masks have no image of their own (b.nii) and are left out.",
+        '"numTraining" in dataset.json is 4, and 3 training cases are here.',
+    )
+
+
 def test_nnunet_with_colour_pictures_regions_and_what_macos_leaves(tmp_path):
     """nnU-Net keeps a colour picture in one file; a region of one value is a label with a name."""
     rng = np.random.default_rng(0)
@@ -151,6 +180,10 @@ def test_msd(tmp_path):
     assert found.layout == "msd" and [d.name for d in found.labels] == ["organ", "tumour"] and found.channels == ("CT",)
     exact(found.subset(found.annotated))
     assert [(c.name, c.split) for c in found.cases if not c.annotated] == [("t", "test")]
+    (tmp_path / "imagesTs" / "t.nii.gz").unlink()  # a challenge's, which training never reads
+    found = find_cases(tmp_path)
+    exact(found)
+    assert "1 images without a mask are not on the disk (t) and are left out." in found.notes
     # As others write it: names first, one modality, and paths of Windows.
     data |= {"modality": "CT", "labels": {"background": 0, "organ": 1, "tumour": 2}, "test": []}
     data["training"] = [{key: path.replace("/", "\\") for key, path in item.items()} for item in data["training"]]
@@ -224,6 +257,23 @@ def test_bids(tmp_path):
     assert find_cases(tmp_path, channels=["T1w", "FLAIR"]).cases[0].images == found.cases[0].images[::-1]
     with pytest.raises(UserError, match="There is no channel T2w; the cases have FLAIR, T1w"):
         find_cases(tmp_path, channels=["T2w"])
+
+
+def test_bids_tells_what_it_leaves_out_and_takes_the_names_that_occur(tmp_path):
+    for i, name in enumerate(("01", "02", "03", "04")):
+        put(scan(i), tmp_path / f"sub-{name}" / "ses-a" / "anat" / f"sub-{name}_ses-a_T1w.nii.gz")
+        if name != "04":
+            put(mask_of(i, (17, 53)), tmp_path / "derivatives" / f"sub-{name}{'_ses-a' * (name < '03')}_dseg.nii.gz")
+    table = "index\tname\n" + "".join(f"{i}\tpart {i}\n" for i in range(1300))  # as FreeSurfer's
+    (tmp_path / "derivatives" / "dseg.tsv").write_text(table)
+    found = find_cases(tmp_path)
+    exact(found, ["sub-01_ses-a", "sub-02_ses-a"])
+    assert [d.name for d in found.labels] == ["part 17", "part 53"] and found.values == {17: 1, 53: 2}
+    assert found.notes[:3] == (
+        "2 subjects or sessions have no mask (sub-03_ses-a, sub-04_ses-a) and are left out.",
+        "1 masks have no image of their own (sub-03_dseg.nii.gz) and are left out.",
+        "1297 names of the table of labels occur in no mask (part 1, part 2, part 3, ...) and are left out.",
+    )
 
 
 def test_bids_takes_the_run_that_was_annotated(tmp_path):
@@ -306,6 +356,9 @@ def test_luna16_gives_balls(tmp_path):
     for file in (tmp_path / "subset0").iterdir():
         shutil.copy(file, tmp_path / "seg-lungs-LUNA16")
     assert len(find_cases(tmp_path).cases) == 1
+    for file in (tmp_path / "subset0").iterdir():
+        shutil.copy(file, file.with_name(f"1.2.4{file.suffix}"))
+    assert "1 scans have no annotation (1.2.4) and are left out." in find_cases(tmp_path).notes
     _, mask = found.load(found.cases[0])
     z, y, x = np.indices(SHAPE)
     assert np.array_equal(mask, ((x - 4) * 0.8) ** 2 + ((y - 6) * 0.8) ** 2 + ((z - 2) * 2.0) ** 2 <= 2.1**2) and mask.sum() > 20
@@ -429,6 +482,26 @@ def test_contours_with_holes_and_of_other_slices(data, tmp_path):
     assert found.digest(found.cases[0]) == before
 
 
+def test_structures_without_an_outline_are_no_labels(data, tmp_path):
+    import pydicom
+
+    shutil.copytree(data / "lung_gtv_dicom_rtstruct" / "pat_3", tmp_path / "case")
+    structure = pydicom.dcmread(tmp_path / "case" / "DCM_RS_00046.dcm")
+    point = pydicom.Dataset()
+    point.ContourGeometricType, point.NumberOfContourPoints, point.ContourData = "POINT", 1, ["0", "0", "0"]
+    for number, (name, contours) in enumerate((("gtv 1", []), ("Heart", None), ("Isocentre", [point])), 91):
+        roi, outlines = pydicom.Dataset(), pydicom.Dataset()
+        roi.ROINumber, roi.ROIName, outlines.ReferencedROINumber = number, name, number
+        structure.StructureSetROISequence.append(roi)
+        if contours is not None:
+            outlines.ContourSequence = contours
+            structure.ROIContourSequence.append(outlines)
+    structure.save_as(tmp_path / "case" / "DCM_RS_00046.dcm")
+    found = find_cases(tmp_path)
+    assert [d.name for d in found.labels] == ["GTV-1"] and found.load(found.cases[0])[1].sum() == 4047
+    assert "2 structures are outlined in no case (Heart, Isocentre) and are left out." in found.notes
+
+
 def test_a_series_in_several_folders_is_read_whole_or_refused(data, tmp_path):
     folder = shutil.copytree(data / "lung_gtv_dicom_rtstruct" / "pat_3", tmp_path / "case" / "b")
     (tmp_path / "case" / "a").mkdir()
@@ -519,6 +592,47 @@ def test_overlapping_segments_by_name(data, tmp_path):
     assert np.array_equal(lungs, np.select([flat == 6, flat == 5], [1, 2]))
 
 
+def save_segments(path, **masks):
+    """A .seg.nrrd with a layer for each segment."""
+    image = sitk.GetImageFromArray(np.stack([*masks.values()], -1).astype(np.uint8), isVector=True)
+    image.SetSpacing(scan(0).spacing)
+    image.SetOrigin(scan(0).origin)
+    for i, name in enumerate(masks):
+        for key, value in {"ID": name, "Name": name, "LabelValue": "1", "Layer": str(i), "Color": "1 0 0"}.items():
+            image.SetMetaData(f"Segment{i}_{key}", value)
+    path.parent.mkdir(exist_ok=True)
+    sitk.WriteImage(image, str(path), True)
+
+
+def test_a_label_that_later_ones_would_cover_is_refused(tmp_path):
+    organ, tumour = outline(0) > 0, outline(0) == 2
+    put(scan(0), tmp_path / "images" / "a.nii.gz")
+    save_segments(tmp_path / "labels" / "a.seg.nrrd", tumour=tumour, organ=organ)
+    found = find_cases(tmp_path)
+    with pytest.raises(UserError, match="^Case a: later labels cover most of tumour, which would be lost; name .* with --only, those"):
+        found.load(found.cases[0])
+    exact(find_cases(tmp_path, only=["organ", "tumour"]), count=1)
+    one = find_cases(tmp_path, foreground=True)
+    assert np.array_equal(one.load(one.cases[0])[1], organ)
+    beside = tumour.copy()
+    beside[0, :2] = True  # of 24 voxels 4 lie under the organ
+    save_segments(tmp_path / "labels" / "a.seg.nrrd", tumour=beside, organ=organ)
+    assert np.array_equal(found.load(found.cases[0])[1], np.select([organ, beside], [2, 1]))
+
+
+def test_a_mask_by_names_is_another_for_other_labels(tmp_path):
+    """The cache would give what was pre-processed for one as the other."""
+    put(scan(0), tmp_path / "images" / "a.nii.gz")
+    save_segments(tmp_path / "labels" / "a.seg.nrrd", liver=outline(0) == 1, spleen=outline(0) == 2)
+    for part in ("images/a.nii.gz", "labels/a.seg.nrrd"):
+        os.utime(tmp_path / part, (1e9, 1e9))  # long ago, so that the digest is remembered
+    sets = [find_cases(tmp_path, only=only) for only in (["liver"], ["spleen"], ["liver", "spleen"], ["spleen", "liver"])]
+    hashes = _Hashes(tmp_path / "hashes.json")
+    for _ in range(2):
+        assert len({hashes.of(s, s.cases[0]) for s in sets}) == 4
+    assert hashes.of(sets[0], sets[0].cases[0]) == sets[0].digest(sets[0].cases[0])
+
+
 def test_names_in_any_script_are_labels_of_their_own(tmp_path):
     image, mask = scan(0), outline(0)
     put(image, tmp_path / "images" / "a.nii.gz")
@@ -581,6 +695,31 @@ def test_pictures_with_masks_of_0_and_255(tmp_path, suffix):
     sitk.WriteImage(sitk.GetImageFromArray(colour, isVector=True), str(tmp_path / "images" / f"grey{suffix}"))
     found = find_cases(tmp_path)
     assert found.channels == ("red", "green", "blue") and found.load(found.cases[0])[0].array.shape == (3, 1, 20, 30)
+
+
+def test_jpegs_of_several_labels_are_refused_and_small_ones_of_one_are_not(tmp_path):
+    picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    two = np.zeros((64, 64), np.uint8)
+    two[9:23, 8:25], two[32:56, 33:56] = 100, 200
+    dots = np.zeros((8, 64, 64), np.uint8)
+    for i, dot in enumerate(dots):
+        dot[20 + 3 * i :][:3, 40 - 5 * i :][:, :3] = 255
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for quality in (30, 50, 75, 95):  # of 50, most of the dots are grey
+        for masks, several in ((dots, False), ([np.where(two == 200, two, 0)] * 8, False), ([two] * 8, True)):
+            for i, mask in enumerate(masks):
+                picture.fromarray(two[::-1] + np.uint8(i)).save(tmp_path / "images" / f"{i}.png")
+                picture.fromarray(mask).save(tmp_path / "masks" / f"{i}.jpg", quality=quality)
+            for foreground in (False, True):
+                if several:
+                    with pytest.raises(
+                        UserError, match=r"JPEGs of several greys \(.*0.jpg and others\), which JPEG blurs; save them as PNG"
+                    ):
+                        find_cases(tmp_path, foreground=foreground)
+                else:
+                    found = find_cases(tmp_path, foreground=foreground)
+                    assert np.array_equal(found.load(found.cases[0])[1][0], masks[0] // masks[0].max())
 
 
 def test_a_mask_with_a_palette_holds_the_palettes_numbers(tmp_path):
@@ -862,6 +1001,8 @@ def test_patients_of_names_and_of_a_pattern(pairs):
     "rows",
     [
         b"case,patient\na,X\nb,X\nc,Y\n",
+        b"Case,Patient\na,X\nb,X \nc,Y\n",
+        b"case, patient\na, X\nb , X\nc, Y\n",
         b"\xef\xbb\xbfcase;patient\na;X\nb;X\nc;Y\n",
         "case,patient,clinic\na,X,Köln\nb,X,\nc,Y,\n".encode("cp1252"),
         b"file\tpatient\r\nimages\\a.nii.gz\tX\r\nimages\\b.nii.gz\tX\r\nimages\\c.nii.gz\tY\r\n",
@@ -870,6 +1011,14 @@ def test_patients_of_names_and_of_a_pattern(pairs):
 def test_a_table_of_patients_as_spreadsheets_save_it(pairs, rows):
     (pairs / "patients.csv").write_bytes(rows)
     assert [c.patient for c in find_cases(pairs).cases] == ["X", "X", "Y"]
+
+
+def test_a_table_without_patients_is_told(pairs):
+    (pairs / "index.csv").write_text("case,age\na,50\n")
+    assert any('index.csv lacks a column "case" (or "file") or a column "patient", and is not read' in n for n in find_cases(pairs).notes)
+    (pairs / "patients.csv").write_text("scan,patient\na,X\nb,X\nc,Y\n")
+    with pytest.raises(UserError, match='patients.csv lacks a column "case" .* or a column "patient"; name its columns so, lest folds'):
+        find_cases(pairs)
 
 
 def test_a_table_that_misses_a_case_does_not_let_folds_leak(pairs):

@@ -143,6 +143,8 @@ def test_missing_classes_one_case_and_patients(folder):
     (folder / "labels.json").write_text('{"1": "organ", "2": "tumour", "3": "node"}')
     f = found(folder)[("", "missing")]
     assert f.level == "error" and f.text == "no case has label 3 (node)" and "take the label out" in f.cure
+    put(folder, "c3", mask=moved(scan(0).like(outline()), 7.0))
+    assert found(folder)[("", "missing")].text == "no case that can be read has label 3 (node)"
     (folder / "labels.json").unlink()
     for i in range(1, 10):
         put(folder, f"c{i}", mask=outline(False))

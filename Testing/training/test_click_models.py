@@ -213,8 +213,26 @@ def test_validation_clicks_at_held_out_lesions_as_the_whole_scan_would(nodules):
     image, mask = scan((40, 40), seed=7)
     Dataset.open(nodules).add(image, mask * 0, name="empty", patient="C", allow=("empty",))
     cases = find_cases(nodules)
+    empty = [case for case in cases.cases if case.name == "empty"]
     with pytest.raises(UserError, match="hold no lesion"):
-        clicks.HeldOut(cases, [case for case in cases.cases if case.name == "empty"], config).read()
+        clicks.HeldOut(cases, empty, config).read()
+    # Where the few that are read hold none, others do.
+    held = clicks.HeldOut(cases, [*empty, *cases.cases[:2]], settings(nodules, validate_cases=1))
+    held.read()
+    assert held.cases == [cases.cases[0]] and len(held.parts) == 1 and held.parts[0]
+
+
+def test_models_are_compared_on_held_out_cases_that_hold_a_lesion(nodules):
+    made = Dataset.open(nodules)
+    for i in range(3):  # in one a crumb, which nobody clicks on
+        image, mask = scan((40, 40), seed=9 + i)
+        mask[:] = 0
+        mask[3, 3, 3:7] = i == 0
+        made.add(image, mask, name=f"empty{i}", patient=f"E{i}", split="test", allow=("empty",))
+    made._commit(lambda data: data["cases"]["case3"].update(split="validation"))
+    cases = find_cases(nodules)
+    assert [c.name for c in retrain._held_out(cases, True, True)] == ["case3"]
+    assert [c.name for c in retrain._held_out(cases, True)] == ["empty0", "empty1", "empty2"]  # a model of no clicks finds a crumb
 
 
 def clicks_engine(network):

@@ -340,6 +340,17 @@ def test_a_marked_patient_is_held_out_where_those_held_out_have_empty_masks():
     assert parts("abe") == {"d", "e"} and parts("bc") == {"b", "e"} and parts("c") == {"d", "e"}
 
 
+def test_models_are_compared_on_held_out_cases_that_mark_something():
+    """On empty masks any model that finds nothing has a Dice of 1."""
+    cases = [*(case(f"t{i:02d}", "test") for i in range(25)), case("v", "validation"), case("w", "validation")]
+
+    def chosen(*marked):
+        loaded = SimpleNamespace(cases=cases, load=lambda c: (None, np.array([c.name in marked])))
+        return [c.name for c in retrain._held_out(loaded, True)]
+
+    assert len(chosen("t00")) == 20 and chosen("t04", "t09") == ["t04", "t09"] and chosen("w") == ["v", "w"]
+
+
 def test_what_is_trained_becomes_a_model_without_the_training_cases(dataset):
     job = training.create(dataset)
     cases = retrain._cases(job.folder, job)[0].cases
@@ -355,24 +366,59 @@ def test_what_is_trained_becomes_a_model_without_the_training_cases(dataset):
         retrain._thawed(job.folder, job, finish=True)
 
 
-def test_a_model_of_other_labels_gets_a_name_that_no_other_has(tmp_path, base, monkeypatch):
+def test_a_model_of_other_labels_or_channels_gets_a_name_that_no_other_has(tmp_path, base, monkeypatch):
     models = tmp_path / "models"
     models.mkdir()
     shutil.copy(base.path, models / "my best.unet.zip")  # the card says what it is called
     monkeypatch.setenv("UNETSEG_MODELS", str(models))
     monkeypatch.setattr(training, "update", lambda folder, **changes: None)
     parent, options = ModelPackage.read(models / "my best.unet.zip"), Options()
-    for labels, start, want in (
-        ([Label(1, "Ring", (1, 2, 3), {})], parent, ("toy-2", "0.1.0")),
-        ([Label(1, "Ring", (1, 2, 3), {})], None, ("toy-2", "0.1.0")),
-        (LABELS, parent, ("toy", "1.1.0")),
+    ring = [Label(1, "Ring", (1, 2, 3), {})]
+    for number, (labels, channels, start, want) in enumerate(
+        (
+            (ring, ["MR"], parent, ("toy-2", "0.1.0")),
+            (ring, ["MR"], None, ("toy-2", "0.1.0")),
+            (LABELS, ["T1", "T2"], parent, ("toy-2", "0.1.0")),
+            (LABELS, ["CT"], parent, ("toy", "1.1.0")),
+        )
     ):
-        made = Dataset.create(tmp_path / f"{labels[0].name}{start is None}", "toy", labels, ["MR"])
-        add_cases(made, 2, values=(3.0, -3.0)[: len(labels)])
+        made = Dataset.create(tmp_path / f"set{number}", "toy", labels, channels)
+        for i in range(2):
+            values = np.random.default_rng(i).normal(size=(len(channels), 8, 8, 8)).astype(np.float32)
+            made.add(Image(values[0] if len(channels) == 1 else values), (values[0] > 1).astype(np.uint8), patient=f"P{i}")
         job = SimpleNamespace(name="toy", options=options, folder=tmp_path)
         data = {"model": {"training_data": ["x"]}, "input": {}}
         found = retrain._named(job, start, find_cases(made.folder), {"name": "toy"}, data)
         assert (found["name"], found["version"]) == want
+
+
+def test_several_channels_are_the_same_in_any_order(toy_card):
+    from unetseg_training.plan import same_task
+    from UNetSegmentationLib.model import Card
+
+    card = Card(toy_card(channels=["T1", "T2"], labels=[{"value": 1, "name": "Ring"}]))
+    cases = [SimpleNamespace(labels=[Label(1, "ring", (1, 2, 3), {})], channels=names) for names in (("t2", "T1"), ("T1", "PET"), ("T1",))]
+    assert [same_task(card, each) for each in cases] == [True, False, False]
+
+
+def test_a_new_version_gives_its_bases_labels_the_values_they_had(tmp_path, base):
+    made = Dataset.create(tmp_path / "set", "set", [replace(LABELS[1], value=1), replace(LABELS[0], value=2)], ["MR"])
+    add_cases(made, 2)
+    job = training.create(made.folder, base)
+    cases = retrain._cases(job.folder, job, base)[0]
+    assert [(label.value, label.name) for label in cases.labels] == [(1, "Bright"), (2, "Dark")]
+    image, mask = cases.load(cases.cases[0])
+    assert image.array[mask == 2].min() > 1 and image.array[mask == 1].max() < -1  # add_cases() made them the other way round
+
+
+def test_a_label_that_was_renamed_in_the_index_is_learnt(dataset):
+    index = dataset / "dataset.json"
+    data = json.loads(index.read_text("utf-8"))
+    data["segments"][0]["name"] = "Tumour"
+    index.write_text(json.dumps(data), "utf-8")
+    job = training.create(dataset)
+    cases, facts = retrain._cases(job.folder, job)
+    assert [label.name for label in cases.labels] == ["Tumour", "Dark"] and not facts["unmarked"]
 
 
 def test_a_dataset_of_another_program_is_held_out_by_patient(tmp_path):
@@ -494,6 +540,12 @@ def test_large_boxes_are_cut():
     cut = retrain._cut(image, {"truth": mask})
     assert cut["truth"].shape == (200, 40, 40) and cut["image"].origin == (5.0, 6.0, 7.0 + 50)
     assert retrain._cut(image, {"truth": mask * 0})["image"].shape == (41, 40, 40)
+    # Between what is marked and what was found elsewhere there is nothing.
+    truth, found = np.zeros_like(mask), np.zeros_like(mask)
+    truth[20:30, 20, 20], found[280:290, 20, 20] = 1, 1
+    cut = retrain._cut(image, {"truth": truth, "after": found})
+    assert cut["truth"].shape == (200, 40, 40) and cut["truth"].array.sum() == 10 and not cut["after"].array.any()
+    assert retrain._cut(image, {"truth": truth * 0, "before": found, "after": truth})["before"].array.sum() == 10
 
 
 def test_worst_cases_are_written_where_windows_leaves_those_of_before(tmp_path, monkeypatch):

@@ -121,6 +121,16 @@ def test_a_datasets_labels_have_names_and_values_of_their_own(tmp_path, dataset)
     assert not (tmp_path / "bad" / "dataset.json").exists()
 
 
+def test_labels_that_a_training_would_not_tell_apart_are_refused(tmp_path, dataset):
+    with pytest.raises(UserError, match="'GTV 1' and 'gtv-1' are too alike"):
+        Dataset.create(tmp_path / "bad", "x", [Label(1, "GTV 1", (1, 2, 3), {}), Label(2, "gtv-1", (1, 2, 3), {})], ["CT"])
+    spot = Label(2, "tu mour", (1, 2, 3), {})
+    dataset.add(scan(0), outline(2), labels=[ORGAN, spot], allow=["label"])
+    with pytest.raises(UserError, match="'tu mour' and 'tu.mour' are too alike"):
+        dataset.add(scan(1), outline(2), labels=[ORGAN, replace(spot, name="tu.mour")], allow=["label"])
+    assert len(dataset.refresh().entries) == 1 and [d.name for d in dataset.labels] == ["organ", "tumour", "tu mour"]
+
+
 def test_what_changed_is_counted_by_label():
     before, after = np.zeros((1, 4, 4), np.uint8), np.zeros((1, 4, 4), np.uint8)
     before[0, 0] = 1
@@ -338,6 +348,28 @@ def test_a_case_is_erased_as_far_as_it_can_be(dataset, monkeypatch):
     assert not entries[1].label.exists() and not dataset.refresh().entries
     monkeypatch.undo()
     assert dataset.clean(0) == [held]
+
+
+def test_of_an_erased_case_trainings_keep_no_image(dataset, monkeypatch):
+    for i, name in enumerate(("case1", "case1-b", "case1__lesion_2")):
+        dataset.add(scan(i), outline(), name=name)
+    job, lesion = dataset.folder / "retrain" / "20260102-030405-toy", "case1__lesion_3"
+    own = [job / "check" / f"{name}_{key}.nii.gz" for name in ("case1", lesion) for key in ("image", "truth", "before", "after")]
+    own += [dataset.folder / "retrain" / "cache" / f"case1-{'0a' * 8}.safetensors", job / "pictures" / "example-case1.png"]
+    own += [job / "pictures" / f"worst-{lesion}.png", job / "report.html"]
+    others = [job / "check" / f"{name}_image.nii.gz" for name in ("case1-b", "case1__lesion_2", "acase1")]
+    others += [dataset.folder / "retrain" / "cache" / name for name in (f"case1-b-{'0a' * 8}.safetensors", "hashes.json")]
+    others += [job / "job.json", job.with_name("other") / "report.html"]
+    for path in (*own, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('<img alt="case1-b: truth">' if path in others else '<img alt="case1, lesion 3: axial">', "utf-8")
+    remove = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **how: (_ for _ in ()).throw(OSError) if path == own[0] else remove(path, **how))
+    with pytest.raises(
+        UserError, match=f"but {re.escape(str(own[0]))} could not be erased; close the programs that use it and delete it.$"
+    ):
+        dataset.remove("case1", erase=True)
+    assert [p for p in own if p.exists()] == own[:1] and all(p.exists() for p in others)
 
 
 def test_a_removed_case_that_is_added_again_keeps_its_history_and_its_split(dataset):

@@ -193,6 +193,22 @@ def test_on_another_computer_only_silence_tells(dataset):
     assert training.read(job.folder).state == "lost"
 
 
+@pytest.mark.parametrize("late", [-3600, 3600])
+def test_the_clocks_of_two_computers_may_differ(dataset, monkeypatch, late):
+    job = training.create(dataset)
+    training.update(job.folder, pid=1 << 22, mark="x", host="another", state="training")
+    files_there = {*job.folder.iterdir(), job.folder / training.BEAT}
+    (job.folder / training.BEAT).touch()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + late)  # the file's time is its own computer's
+    assert training.read(job.folder).state == "training" and not training.claim(job.folder)
+    with monkeypatch.context() as m:  # who may write nothing there has its own clock only
+        m.setattr(Path, "touch", lambda path: os.open(path / "x", os.O_RDONLY))
+        assert (training.read(job.folder).state == "training") == (late < 0)
+    os.utime(job.folder / training.BEAT, (now() - 2 * training.SILENT_S,) * 2)
+    assert training.read(job.folder).state == "lost" and {*job.folder.iterdir()} == files_there
+
+
 def test_a_python_that_cannot_train_is_told(dataset, tmp_path):
     (tmp_path / "code" / "unetseg_training" / "__main__.py").write_text("import no_such_package", "utf-8")
     job = wait(start(dataset), lambda j: not j.running)

@@ -43,6 +43,7 @@ from .steps import Steps
 T = TypeVar("T")
 
 INDEX, SALT, LOCK, CASES = "dataset.json", "salt", ".lock", "cases"
+TRAININGS = "retrain"  # training.FOLDER
 FORMAT = "unetseg-dataset"
 SPLITS = ("train", "validation", "test")
 EXPORTS = ("nnunet", "monai", "itksnap")
@@ -255,6 +256,18 @@ def match_label(name: str, terminology: Mapping[str, Sequence[str]], labels: Seq
     return same[0] if len(same) == 1 else names.get(base_name(wanted))
 
 
+def plain_name(name: str) -> str:
+    """By which a training tells labels apart (unetseg_training.cases): GTV-1 is gtv 1, and CD3+ is not CD3."""
+    return re.sub(r"[\s_.\-]+", " ", name.casefold()).strip() or name
+
+
+def _distinct(labels: Sequence[Label]) -> None:
+    known: dict[str, str] = {}
+    for label in labels:
+        if (other := known.setdefault(plain_name(label.name), label.name)) != label.name:
+            raise UserError(f"The labels {other!r} and {label.name!r} are too alike for a training to tell apart; rename one of them.")
+
+
 def base_name(name: str) -> str:
     """Without the number that tells one of several segments of a kind from the others: Nodule 2, Tumour_1."""
     return re.sub(r"[\s_]+\d+$", "", name.strip())
@@ -275,11 +288,19 @@ class LockLost(Exception):
     """Another writer took this lock for a dead one's."""
 
 
-class FolderLock:
-    """A lock file that any file system knows: made only if it is not there, with its owner, and taken over when stale.
+def age_of(path: Path, token: str = secrets.token_hex(8)) -> float:
+    """Seconds since a file was written, by one made now beside it: the clocks of two computers may be minutes apart. token: no other
+    process's; where Windows holds that file, the next look removes it."""
+    clock = path.with_name(f".clock-{token}")
+    try:
+        clock.touch()
+        return clock.stat().st_mtime - path.stat().st_mtime
+    finally:
+        clock.unlink(missing_ok=True)
 
-    Its age is measured against a file made now in the same folder, so that the clocks of two computers do not matter.
-    """
+
+class FolderLock:
+    """A lock file that any file system knows: made only if it is not there, with its owner, and taken over when stale."""
 
     def __init__(self, folder: Path, name: str = LOCK) -> None:
         self.path = folder / name
@@ -334,13 +355,8 @@ class FolderLock:
 
     def _owner(self) -> tuple[dict[str, Any] | None, float]:
         """(owner, age in s); no owner where there is no lock (any more)."""
-        clock = self.path.with_name(f".clock-{self.token}")
         try:
-            try:
-                clock.touch()
-                age = clock.stat().st_mtime - self.path.stat().st_mtime
-            finally:
-                clock.unlink(missing_ok=True)
+            age = age_of(self.path, self.token)
             text = self.path.read_text("utf-8")
         except (FileNotFoundError, PermissionError):
             return None, 0.0
@@ -479,6 +495,7 @@ class Dataset:
         names = ["background", *(label.key for label in labels)]
         if len(set(values)) < len(values) or len(set(names)) < len(names) or not all(0 < v < 256 for v in values) or "" in names:
             raise UserError("A dataset's labels need names of their own and values of their own from 1 to 255; correct them.")
+        _distinct(labels)
         data = {
             "format": FORMAT,
             "format_version": 1,
@@ -745,6 +762,8 @@ class Dataset:
                 if not free or label.key in ("", "background"):
                     raise UserError(f"The dataset cannot take a label {label.name!r}; rename it, or leave it out.")
                 out.append(Label(free, label.name.strip(), label.color, label.terminology))
+        if out:
+            _distinct((*mine, *out))
         return tuple(out)
 
     def _check_mask(
@@ -879,7 +898,7 @@ class Dataset:
         self._check_twin(data, key, record["voxels"], allow)
         self._check_patient(data, key, person, named, allow)
         for label in more:
-            if any(d["value"] == label.value or label_key(d["name"]) == label.key for d in data["segments"]):
+            if any(d["value"] == label.value or plain_name(d["name"]) == plain_name(label.name) for d in data["segments"]):
                 raise UserError(f"Another person added a label just now; add the case {key} again.")
             data["segments"].append(_label_json(label))
         case = data["cases"].get(key)
@@ -902,7 +921,8 @@ class Dataset:
         return self._entry(key, case)
 
     def remove(self, name: str, erase: bool = False) -> None:
-        """Take a case out. Its files and record stay for restore(), unless erase: then no version of it is left."""
+        """Take a case out. Its files and record stay for restore(), unless erase: then no version of it is left, nor any image of it in
+        the trainings of this folder."""
 
         def take(data: dict[str, Any]) -> list[str]:
             if erase and name in data.get("removed", {}):
@@ -918,9 +938,10 @@ class Dataset:
             places = {(self.folder / f).parent for f in self._commit(take)}
             for place in places:
                 shutil.rmtree(place, ignore_errors=True)  # one may be lost, or held by a program: the others are to go all the same
-            if left := sorted(str(place) for place in places if place.exists()):
+            held = _forget(self.folder / TRAININGS, name, {*self._data["cases"], *self._data.get("removed", {})}) if erase else []
+            if left := sorted(str(place) for place in (*held, *places) if place.exists()):
                 text = f"{name} is no longer in the dataset, but {', '.join(left)} could not be erased; close the programs that use it and "
-                raise UserError(text + "delete it, or run unetseg dataset check --clean a day later.")
+                raise UserError(text + "delete it" + ", or run unetseg dataset check --clean a day later" * (not held) + ".")
 
     def restore(self, name: str, version: int | None = None) -> Entry:
         """Bring a removed case back, or make a former version the current one (as a new version: history only grows)."""
@@ -1272,6 +1293,28 @@ def _check_index(data: dict[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _forget(trainings: Path, case: str, others: Collection[str]) -> list[Path]:
+    """Remove what a dataset's trainings hold of a case's image: its prepared voxels, the compared masks and the pictures,
+    with the reports that show these, which can be written again. others: names of cases that stay, should one be called as a lesion
+    of this one. Returns what could not be removed."""
+    lesion = rf"({re.escape(case)}(?:__lesion_\d+)?)"  # unetseg_training.cases.file_name() of "NAME, lesion 2"
+    files = re.compile(
+        rf"cache/{re.escape(case)}-[0-9a-f]{{16}}\.safetensors"
+        rf"|[^/]+/check/{lesion}_(?:image|truth|before|after)\.nii\.gz"
+        rf"|[^/]+/pictures/(?:example|worst)-{lesion}\.png"
+    )
+    shown = re.compile(rf'alt="{re.escape(case)}(?:(?:, |__)lesion[ _]\d+)?: '.encode())  # by report.html.jinja
+    left = []
+    for path in [p for pattern in ("cache/*", "*/check/*", "*/pictures/*", "*/report.html") for p in trainings.glob(pattern)]:
+        try:
+            found = files.fullmatch(path.relative_to(trainings).as_posix())
+            if (found and not {*found.groups()} & {*others}) or (path.suffix == ".html" and shown.search(path.read_bytes())):
+                path.unlink(missing_ok=True)
+        except OSError:
+            left.append(path)
+    return left
 
 
 @contextmanager

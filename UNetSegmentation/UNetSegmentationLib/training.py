@@ -60,7 +60,7 @@ _RESERVE = ".reserve"
 FORMAT = 1
 RUNNING = ("preparing", "training", "checking")
 # Seconds for a process to say its id (a cold disk, a virus scanner), between its signs of life, and after which one on
-# another computer, whose processes cannot be seen from here, is given up (clocks of two computers differ).
+# another computer, whose processes cannot be seen from here, is given up.
 START_S, BEAT_S, SILENT_S = 180.0, 20.0, 300.0
 DEVICES = ("auto", "cpu", "gpu", "mps")
 FORMER = "former"  # in the folder of models: what another took the place of
@@ -286,9 +286,18 @@ def _alive(folder: Path, data: Mapping[str, Any], ended: bool) -> bool:
         if mark and data.get("mark"):
             return mark == data["mark"]
     try:
-        return time.time() - (folder / BEAT).stat().st_mtime < SILENT_S
+        return _silence(folder / BEAT) < SILENT_S
     except OSError:
         return time.time() - float(data.get("launched") or 0) < SILENT_S
+
+
+def _silence(beat: Path) -> float:
+    from .dataset import age_of
+
+    try:
+        return age_of(beat)
+    except OSError:  # nothing may be written there, so that only this computer's clock is left
+        return time.time() - beat.stat().st_mtime
 
 
 def training_folder() -> Path:

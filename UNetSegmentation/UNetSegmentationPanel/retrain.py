@@ -526,7 +526,7 @@ class RetrainSection(VTKObservationMixin):
     # -------------------------------------------------------------------------------------------------------- following it
 
     def _find(self) -> None:
-        """Look again which trainings there are; the one that was shown, or the latest, is shown then."""
+        """Look again which trainings there are; the one that was shown, or that runs, or the latest, is shown then."""
         folder = self._folder
         self._finds += 1
         if folder != self._looked:
@@ -553,7 +553,9 @@ class RetrainSection(VTKObservationMixin):
         here = {job.folder for job in self.jobs}
         self._elsewhere = [job for job in before if job.folder not in here]
         wanted = self.job.folder if self.job is not None else None
-        self._choose(next((job for job in self.jobs if job.folder == wanted), self.jobs[0] if self.jobs else None))
+        # Else the one that runs, which may be an older one that was resumed: it keeps others from starting.
+        ranked = sorted(self.jobs, key=lambda job: (job.folder != wanted, not job.running))
+        self._choose(ranked[0] if ranked else None)
         self._showStart()
         first, self._found = not self._found, True
         job = self.job
@@ -784,7 +786,7 @@ class RetrainSection(VTKObservationMixin):
 
         ui, models = self.ui, self._models()
         choices = [*((str(m.path), _title(m.card)) for m in models), ("", _("Nothing: a new model, from scratch"))]
-        _fill(ui.startCombo, choices, self._base if self._base is not None else self._likeliest(models))
+        _fill(ui.startCombo, choices, self._base if self._base in dict(choices) else self._likeliest(models))  # the chosen one may be gone
         ui.startCombo.toolTip = plainTip(ui.startCombo.currentText)  # which a narrow panel cuts off
         devices = deviceChoices()
         _fill(ui.trainDeviceCombo, devices, ui.trainDeviceCombo.itemData(ui.trainDeviceCombo.currentIndex))

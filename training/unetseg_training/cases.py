@@ -17,7 +17,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,9 @@ from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, map_values, re
 from UNetSegmentationLib.files import UserError, user_path
 from UNetSegmentationLib.image import NO_SCAN, PICTURE_SUFFIXES, Image, has_print_size, is_grey, of_channels, read_image
 from UNetSegmentationLib.model import DEFAULT_COLORS, Label
+from UNetSegmentationLib.postprocess import voxel_counts
 
+JPEG = (".jpg", ".jpeg")
 SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", *PICTURE_SUFFIXES)
 IMAGE_FOLDERS = ("imagesTr", "images", "image", "imgs", "img", "scans", "volumes")
 LABEL_FOLDERS = ("labelsTr", "labels", "label", "masks", "mask", "segmentations", "segs", "seg")
@@ -147,9 +149,7 @@ class CaseSet:
 
     def digest(self, case: Case) -> str:
         """SHA-256 over the bytes of the case's files and how they are read: another digest, another case."""
-        rest: tuple[Any, ...] = () if self.rest is None else (self.rest,)
-        rest += ("without its print's size",) * any(map(has_print_size, case.images))  # which versions before 2026-12 read as mm
-        out = hashlib.sha256(repr((case.reader, case.series, case.extra, sorted(self.values.items()), *rest)).encode())
+        out = hashlib.sha256(self.how(case).encode())
         try:
             for path in (*case.images, *((case.label,) if case.label else ())):
                 for file in files(path):
@@ -161,6 +161,13 @@ class CaseSet:
                 f"Case {case.name}: {e.filename} cannot be read ({e.strerror or e}); put it back, or take the case out of the dataset."
             ) from e
         return out.hexdigest()
+
+    def how(self, case: Case) -> str:
+        """How its files are read, beside what they hold: masks of named structures are numbered by the order of the labels' names."""
+        named = tuple(_plain(label.name) for label in self.labels) if case.reader in NAMED and not case.extra else ()
+        rest: tuple[Any, ...] = () if self.rest is None else (self.rest,)
+        rest += ("without its print's size",) * any(map(has_print_size, case.images))  # which versions before 2026-12 read as mm
+        return repr((case.reader, case.series, case.extra, sorted(self.values.items()), *named, *rest))
 
     def number(self, name: str) -> int:
         """The value of a label by its name, whatever its case and punctuation; 0 if it is left out."""
@@ -269,6 +276,7 @@ def find_cases(
         found = _keep_channels(found, channels)
     if only:
         found = _keep_only(found, only)
+    _check_jpegs(found)
     if not foreground:
         _check_greys(found)
         if len(found.labels) >= IGNORE:
@@ -350,6 +358,24 @@ def _check_greys(cases: CaseSet) -> None:
             raise UserError(f"{path} has {n} grey values; save it as 0 and 255, or use --foreground to take all but 0 as one label.")
 
 
+def _check_jpegs(cases: CaseSet) -> None:
+    """Refuse JPEGs of several labels, of which black and white alone are read: more than 1 % of their flat part has another grey. Of
+    vessels, hippocampi and dots, also blurred and resized, of quality 30 to 95, it is over 8 %, with one label 0.05 % at most."""
+    masks = [c.label for c in cases.annotated if c.label and c.label.name.lower().endswith(JPEG)]
+    counts = np.sum([np.zeros(256, int), *_some(masks, SCANNED, _flat_greys)], 0)
+    counts[:40] = 0
+    if counts[np.abs(np.arange(256) - counts.argmax()) > 40].sum() > 0.01 * counts.sum():
+        raise UserError(f"The masks are JPEGs of several greys ({masks[0]} and others), which JPEG blurs; save them as PNG.")
+
+
+def _flat_greys(path: Path) -> np.ndarray:
+    """How many pixels have each grey, of those whose neighbours have it too: at the edges of a label JPEG has all of them."""
+    array = read_image(path).channels[0, 0].astype(np.int16)
+    down, right = (np.abs(np.diff(array, axis=axis)) <= 8 for axis in (0, 1))
+    flat = down[:-1, 1:-1] & down[1:, 1:-1] & right[1:-1, :-1] & right[1:-1, 1:]
+    return np.bincount(array[1:-1, 1:-1][flat], minlength=256)
+
+
 def _numbered(names: dict[int, str]) -> tuple[tuple[Label, ...], dict[int, int]]:
     """Labels for the values of files, and those values' numbers."""
     order = sorted(v for v in names if v)
@@ -398,12 +424,30 @@ def _patients(cases: list[Case], notes: list[str]) -> list[Case]:
     return out
 
 
-def _table_of_patients(folder: Path, cases: list[Case]) -> list[Case] | None:
+def _left_out(what: str, names: Sequence[str], notes: list[str]) -> None:
+    """A note of what is not trained on, if there is any."""
+    if names:
+        notes.append(f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) and are left out.")
+
+
+def _present(cases: list[Case], notes: list[str]) -> list[Case]:
+    """Without those that have neither a mask nor an image: a list names a challenge's test images, which few people download."""
+    gone = {c for c in cases if not c.annotated and not all(p.exists() for p in c.images)}
+    _left_out("images without a mask are not on the disk", sorted(c.name for c in gone), notes)
+    return [c for c in cases if c not in gone]
+
+
+def _table_of_patients(folder: Path, cases: list[Case], notes: list[str]) -> list[Case] | None:
     """Patients from a table beside the images: index.csv, patients.csv or cases.csv with the columns file or case, and patient."""
     for table in (folder / name for name in ("index.csv", "patients.csv", "cases.csv")):
         rows = _rows(table) if table.is_file() else []
         key = next((k for k in ("file", "case", "name") if rows and k in rows[0]), None)
-        if key and "patient" in rows[0]:
+        if rows and not (key and "patient" in rows[0]):
+            lacking = f'{table} lacks a column "case" (or "file") or a column "patient"'
+            if table.name == "patients.csv":
+                raise UserError(f"{lacking}; name its columns so, lest folds mix patients.")
+            notes.append(f"{lacking}, and is not read.")
+        elif key:
             named = [(r[key].replace("\\", "/").rpartition("/")[2], r["patient"]) for r in rows]
             known = {n: patient for name, patient in named if patient for n in (stem(Path(name)), name)}
             out = []
@@ -418,14 +462,16 @@ def _table_of_patients(folder: Path, cases: list[Case]) -> list[Case] | None:
 
 
 def _rows(table: Path) -> list[dict[str, str]]:
-    """The rows of a table as spreadsheets save it: in many countries with semicolons, and not in UTF-8."""
+    """The rows of a table as people save it: in many countries with semicolons and not in UTF-8, its heads in any case."""
     data = table.read_bytes()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("cp1252", "replace")
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval=""))
+    heads, *rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row] or [[]]
+    heads = [head.casefold() for head in heads]
+    return [dict.fromkeys(heads, "") | dict(zip(heads, row)) for row in rows]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -438,14 +484,14 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
-def _label_names(folder: Path) -> dict[int, str]:
-    """Names by value, from labels.json ({"1": name} or {name: 1}) or an ITK-SNAP description (labels.txt)."""
+def _label_names(folder: Path) -> tuple[dict[int, str], dict[int, str]]:
+    """Names by value, of labels.json ({"1": name} or {name: 1}), else of a look-up table, ITK-SNAP's labels.txt."""
     if (folder / "labels.json").is_file():
-        return _by_value(_read_json(folder / "labels.json") or {})
+        return _by_value(_read_json(folder / "labels.json") or {}), {}
     if (folder / "labels.txt").is_file():
         lines = re.findall(r'^\s*(\d+)\s.*"(.*)"\s*$', (folder / "labels.txt").read_text("utf-8", "replace"), re.MULTILINE)
-        return {int(v): n for v, n in lines if int(v)}
-    return {}
+        return {}, {int(v): n for v, n in lines if int(v)}
+    return {}, {}
 
 
 def _by_value(names: dict[str, Any]) -> dict[int, str]:
@@ -470,7 +516,7 @@ def _mask_map(path: Path) -> Image:
     if len(channels) > 1:
         raise UserError(f"{path} holds {len(channels)} channels; save one label map.")
     array = channels[0]
-    if path.name.lower().endswith((".jpg", ".jpeg")):  # lossy: what was 0 and 255 is near them
+    if path.name.lower().endswith(JPEG):  # lossy: what was 0 and 255 is near them
         array = np.where(array > 127, 255, 0).astype(np.uint8)
     if array.dtype.kind == "f":
         whole = np.rint(array)
@@ -515,10 +561,16 @@ def _some(paths: Sequence[Path], n: int, read: Callable[[Path], T]) -> list[T]:
     return out
 
 
-def _named_values(paths: Sequence[Path], names: dict[int, str], notes: list[str]) -> tuple[tuple[Label, ...], dict[int, int]]:
-    """Labels and values of plain maps; `names` is what the folder says of them."""
+def _named_values(
+    paths: Sequence[Path], names: dict[int, str], table: dict[int, str], notes: list[str]
+) -> tuple[tuple[Label, ...], dict[int, int]]:
+    """Labels and values of plain maps. names: those that the dataset says it has; table: names of any program's values (FreeSurfer's
+    has 1300), of which only those count that occur, if all masks were looked at."""
     each = [set(mask.array.ravel().tolist()) - {0} for mask in _some(paths, SCANNED, _found_values)]
     values = set[int]().union(*each)
+    here = {v: n for v, n in table.items() if v in values or len(each) < len(paths)}
+    names = here | names
+    _left_out("names of the table of labels occur in no mask", [n for v, n in table.items() if v not in here], notes)
     if not values and not names:
         raise UserError(f"All masks are empty ({paths[0]} and the others); give the masks that mark something.")
     if len(values) == 1 and not names:
@@ -618,11 +670,18 @@ def _number(cases: CaseSet, case: Case, name: str) -> int:
 
 
 def _painted(cases: CaseSet, case: Case, image: Image, named: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Named masks as one map; where several claim a voxel the later label wins (a tumour over its organ)."""
-    out = np.zeros(image.shape, np.uint8)
+    """Named masks as one map; where several claim a voxel the later label wins (a tumour over its organ), unless it takes most."""
+    out, sizes = np.zeros(image.shape, np.uint8), np.zeros(len(cases.labels) + 1, int)
     for name, mask in named:
         if number := _number(cases, case, name):
             np.maximum(out, np.where(mask, np.uint8(number), np.uint8(0)), out=out)
+            sizes[number] = max(sizes[number], np.count_nonzero(mask))  # where a file has a name twice, it may be twice the same
+    lost = 2 * voxel_counts(out, len(sizes)) < sizes
+    if lost.any() and not case.extra:
+        raise UserError(
+            f"later labels cover most of {' and of '.join(cases.labels[i - 1].name for i in np.flatnonzero(lost))}, which would be lost; "
+            "name the labels to keep with --only, those that lie on others last."
+        )
     return out
 
 
@@ -881,14 +940,23 @@ def _nnunet(folder: Path, data: dict[str, Any]) -> CaseSet:
     else:
         for part, split in (("Tr", ""), ("Ts", "test")):
             found = sorted((folder / f"images{part}").glob(f"[!.]*_[0-9][0-9][0-9][0-9]{ending}"))  # macOS leaves ._x beside x
-            for name, group in groupby(found, lambda p: p.name[: -len(ending) - 5]):
-                files = tuple(group)
+            groups: dict[str, list[Path]] = defaultdict(list)
+            for file in found:
+                groups[file.name[: -len(ending) - 5]].append(file)
+            for name, files in groups.items():
                 if len(files) != len(channels) and not (len(files) == 1 and _is_picture(files[0])):  # a colour picture is one file
                     raise UserError(f"Case {name}: {folder} has {len(files)} of its {len(channels)} channels; complete or remove it.")
                 mask = folder / f"labels{part}" / f"{name}{ending}"
                 if not mask.is_file() and part == "Tr":
                     raise UserError(f"Case {name}: {mask} is missing; add its mask or remove the case.")
-                cases.append(Case(name, name, files, mask if mask.is_file() else None, split=split))
+                cases.append(Case(name, name, tuple(files), mask if mask.is_file() else None, split=split))
+        used = {f for c in cases for f in (*c.images, c.label)}
+        for what, part in (("images are not named *_0000" + ending, "images"), ("masks have no image of their own", "labels")):
+            folders = [p for p in (folder / f"{part}Tr", folder / f"{part}Ts") if p.is_dir()]
+            _left_out(what, [f.name for p in folders for f in _files(p) if f not in used], notes)
+    here = sum(not c.split for c in cases)
+    if (told := data.get("numTraining")) not in (None, here):
+        notes.append(f'"numTraining" in {INDEX} is {told}, and {here} training cases are here.')
     if not cases:
         raise UserError(f'{folder / "imagesTr"} holds no *_0000{ending}; add the images, or correct "file_ending" in {INDEX}.')
     if (beside := cases[0].images[0].parent / f"{cases[0].name}.json").is_file():
@@ -912,7 +980,7 @@ def _find_msd(path: Path) -> CaseSet | None:
     channels = _channels_of(cases, notes, data.get("modality", {"0": "image"}))
     # In nnU-Net's first format the list says case.nii.gz and the files are case_0000.nii.gz.
     spread = [replace(c, images=_spread(c.images[0], len(channels))) if len(c.images) == 1 else c for c in cases]
-    return CaseSet(tuple(_patients(spread, notes)), labels, channels, "", values, tuple(notes))
+    return CaseSet(tuple(_patients(_present(spread, notes), notes)), labels, channels, "", values, tuple(notes))
 
 
 def _spread(image: Path, n: int) -> tuple[Path, ...]:
@@ -979,24 +1047,26 @@ def _find_monai(path: Path) -> CaseSet | None:
         notes: list[str] = []
         if any("fold" in item for key in SPLITS for item in data.get(key) or () if isinstance(item, dict)):
             notes.append(f"The folds in {file.name} are not taken over: patients are dealt into folds anew (data.folds, data.fold_seed).")
-        cases = _patients(cases, notes)
+        cases = _patients(_present(cases, notes), notes)
         masks = [c.label for c in cases if c.label]
         for mask in masks:
             if not mask.exists():
                 raise UserError(f"{file} names {mask}, which does not exist; the list's paths must be relative to its folder.")
         names = data.get("labels")
         known = _by_value(names) if isinstance(names, dict) else {}
-        labels, values = _labels_of(cases, known or _label_names(file.parent), notes)
+        labels, values = _labels_of(cases, *((known, {}) if known else _label_names(file.parent)), notes)
         channels = _channels_of(cases, notes, data.get("modality") or data.get("channel_names"))
         return CaseSet(tuple(cases), labels, channels, "", values, tuple(notes))
     return None
 
 
-def _labels_of(cases: Sequence[Case], names: dict[int, str], notes: list[str]) -> tuple[tuple[Label, ...], dict[int, int]]:
+def _labels_of(
+    cases: Sequence[Case], names: dict[int, str], table: dict[int, str], notes: list[str]
+) -> tuple[tuple[Label, ...], dict[int, int]]:
     """Labels of maps and .seg.nrrd alike; the latter are known by their segments' names."""
     segments = [c.label for c in cases if c.label and c.reader == "segments"]
     if not segments:
-        return _named_values([c.label for c in cases if c.label], names, notes)
+        return _named_values([c.label for c in cases if c.label], names, table, notes)
     found: dict[str, Label] = {}
     for file, read in _some(segments, len(segments), lambda file: (file, read_segments(file, voxels=False)[1])):
         named = [segment.label for segment in read]
@@ -1021,7 +1091,7 @@ def _find_luna16(path: Path) -> CaseSet | None:
     if not table.is_file():
         return None
     rows = _rows(table)
-    columns = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
+    columns = ("seriesuid", "coordx", "coordy", "coordz", "diameter_mm")
     if not rows or any(c not in rows[0] for c in columns):
         return None
     balls: dict[str, list[tuple[float, ...]]] = defaultdict(list)
@@ -1030,17 +1100,15 @@ def _find_luna16(path: Path) -> CaseSet | None:
             balls[row["seriesuid"]].append(tuple(float(row[c]) for c in columns[1:]))
         except (TypeError, ValueError) as e:
             raise UserError(f"{table}, line {i}: not a number ({e}); correct it.") from e
-    cases = [
-        Case(uid, uid, (file,), None, "spheres", extra=tuple(balls[uid]))
-        for file in sorted(table.parent.rglob("*.mhd"))
-        if (uid := stem(file)) in balls and "seg-lungs-LUNA16" not in file.parts  # masks of lungs, with the scans' names
-    ]
+    scans = [f for f in sorted(table.parent.rglob("*.mhd")) if "seg-lungs-LUNA16" not in f.parts]  # masks of lungs, with the scans' names
+    cases = [Case(uid, uid, (f,), None, "spheres", extra=tuple(balls[uid])) for f in scans if (uid := stem(f)) in balls]
     if not cases:
         raise UserError(f"{table} names no .mhd file that lies in {table.parent}; put the scans (subset0, ...) beside it.")
     notes = ["LUNA16 has points and diameters, no outlines: each nodule is a ball; train a detector or a first model, and refine."]
     missing = len(balls) - len(cases)
     if missing:
         notes.append(f"{missing} annotated scans are not here.")
+    _left_out("scans have no annotation", [stem(f) for f in scans if stem(f) not in balls], notes)
     return CaseSet(tuple(cases), _labels(["nodule"]), ("CT",), "", {1: 1}, tuple(notes))
 
 
@@ -1104,12 +1172,14 @@ def _find_bids(path: Path) -> CaseSet | None:
                 told.append(f"{'_'.join(filter(None, key))} has {len(runs)} images {contrast}; {chosen[-1].name} is used.")
         cases.append(Case("_".join(filter(None, key)), key[0], tuple(chosen), several[0]))
     notes = told[:3] + ([f"{len(told) - 3} more are like that."] if len(told) > 3 else [])
+    _left_out("subjects or sessions have no mask", ["_".join(filter(None, key)) for key in images if not masks[key]], notes)
+    _left_out("masks have no image of their own", [p.name for key in masks if key not in images for p in masks[key]], notes)
     if len(contrasts) > 1:
         notes.append(f"The contrasts {', '.join(contrasts)} are the channels; others, or fewer, are chosen with --channel.")
-    names: dict[int, str] = {}
-    for table in sorted(path.rglob("*dseg.tsv")):
-        names |= {int(r["index"]): r["name"] for r in _rows(table) if r.get("index", "").isdigit() and int(r["index"]) and r.get("name")}
-    labels, values = _named_values([c.label for c in cases if c.label], names, notes)
+    table: dict[int, str] = {}
+    for file in sorted(path.rglob("*dseg.tsv")):
+        table |= {int(r["index"]): r["name"] for r in _rows(file) if r.get("index", "").isdigit() and int(r["index"]) and r.get("name")}
+    labels, values = _named_values([c.label for c in cases if c.label], {}, table, notes)
     return CaseSet(tuple(cases), labels, tuple(contrasts), "", values, tuple(notes))
 
 
@@ -1144,11 +1214,10 @@ def _find_pairs(path: Path) -> CaseSet | None:
         return None
     used = {f for c in cases for f in (*c.images, c.label)}
     bare = sorted(name for name, group in images.items() if used.isdisjoint(group))
-    for without, lonely in (("images have no mask", bare), ("masks have no image of their own", [m.name for m in masks if m not in used])):
-        if lonely:
-            notes.append(f"{len(lonely)} {without} ({', '.join(lonely[:3])}{', ...' if len(lonely) > 3 else ''}) and are left out.")
-    cases = _table_of_patients(path, cases) or _patients(cases, notes)
-    labels, values = _labels_of(cases, _label_names(path), notes)
+    _left_out("images have no mask", bare, notes)
+    _left_out("masks have no image of their own", [m.name for m in masks if m not in used], notes)
+    cases = _table_of_patients(path, cases, notes) or _patients(cases, notes)
+    labels, values = _labels_of(cases, *_label_names(path), notes)
     return CaseSet(tuple(cases), labels, _channels_of(cases, notes), "", values, tuple(notes))
 
 
@@ -1240,6 +1309,7 @@ def _find_dicom(path: Path) -> CaseSet | None:
     if not annotations:
         return None
     names: dict[str, str] = {}
+    undrawn: dict[str, str] = {}
     cases, taken, modalities = [], set[str](), []
     for file, header in annotations:
         try:
@@ -1251,7 +1321,10 @@ def _find_dicom(path: Path) -> CaseSet | None:
             raise UserError(f"{file} belongs to no image series in {path}; put its scan beside it.")
         folder, scan = series[uid]
         if header.Modality == "RTSTRUCT":
-            found = [str(r.ROIName) for r in full.get("StructureSetROISequence", ())]
+            outlined = set(_outlined(full))  # a plan's template names many more
+            every = [(str(r.ROIName), r.get("ROINumber") in outlined) for r in full.get("StructureSetROISequence", ())]
+            found = [name for name, drawn in every if drawn]
+            undrawn |= {_plain(name): name for name, drawn in every if not drawn}
         else:
             found = [str(s.SegmentLabel) for s in full.get("SegmentSequence", ()) if s.SegmentNumber]  # 0: a label map's background
         _distinct(found, file)
@@ -1267,8 +1340,16 @@ def _find_dicom(path: Path) -> CaseSet | None:
     if not names:
         raise UserError(f"The RTSTRUCT or SEG in {path} name no structure; export them again.")
     bare = len(series) - len({c.series for c in cases})
-    notes = (f"{bare} image series have no RTSTRUCT or SEG and are left out.",) if bare else ()
-    return CaseSet(tuple(cases), _labels(names.values()), (modalities[0],), "", {}, notes)
+    notes = [f"{bare} image series have no RTSTRUCT or SEG and are left out."] if bare else []
+    _left_out("structures are outlined in no case", [name for key, name in undrawn.items() if key not in names], notes)
+    return CaseSet(tuple(cases), _labels(names.values()), (modalities[0],), "", {}, tuple(notes))
+
+
+def _outlined(dataset: Any) -> Iterator[Any]:
+    """The numbers of an RTSTRUCT's structures that have an area, and are no points."""
+    for roi in dataset.get("ROIContourSequence", ()):
+        if any(str(c.get("ContourGeometricType", "CLOSED")).startswith("CLOSED") for c in roi.get("ContourSequence") or ()):
+            yield roi.get("ReferencedROINumber")
 
 
 def _referenced(dataset: Any, series: dict[str, tuple[Path, Any]]) -> str | None:

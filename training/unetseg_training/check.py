@@ -305,7 +305,8 @@ def _of_all(case_set: CaseSet, facts: Sequence[Facts]) -> list[Finding]:
         having = [f for f in known if f.voxels[label.value]]
         name = f"label {label.value} ({label.name})"
         if not having:
-            out.append(Finding("", "missing", "error", f"no case has {name}", "annotate it, or take the label out"))
+            some = "that can be read " * (len(known) < len(case_set.annotated))
+            out.append(Finding("", "missing", "error", f"no case {some}has {name}", "annotate it, or take the label out"))
             continue
         if len({f.case.patient for f in having}) == 1 < len(patients):
             text = f"only one patient has {name}, as in {having[0].case.name}"

@@ -691,6 +691,11 @@ def by_lesion(item: metrics.Item) -> Iterator[metrics.Item]:
         yield item._replace(name=item.name if len(found) == 1 else f"{item.name}, lesion {number}", truth=truth)
 
 
+def has_lesion(case_set: CaseSet, case: Case) -> bool:
+    image, truth = case_set.load(case)
+    return next(lesions(truth, image.spacing), None) is not None
+
+
 def score(session: ClickSession, item: metrics.Item, labels: Sequence[Label]) -> tuple[metrics.Row, np.ndarray]:
     """The row of a lesion of by_lesion(), and its mask (z, y, x): metrics.score()'s figures after JUDGED clicks, and the Dice
     after CLICKS. There is no specificity: it would tell of the box only."""
@@ -750,7 +755,7 @@ class HeldOut:
         from .cases import evenly
         from .train import live_package
 
-        self.case_set, self.config = case_set, config
+        self.case_set, self.config, self.all = case_set, config, cases
         self.cases = evenly(cases, config.fit.validate_cases or len(cases))
         self.package = live_package(config.card())
         self.parts: list[list[metrics.Item]] = []
@@ -763,13 +768,23 @@ class HeldOut:
         return self.cases[index].name
 
     def read(self) -> None:
-        """UnfitFold where there is no lesion."""
+        """Others where those chosen hold no lesion; UnfitFold where none does."""
+        from .cases import evenly
         from .train import UnfitFold
 
-        if not self.parts:
-            self.parts = [list(self._cut(item)) for item in metrics.case_items(self.case_set, self.cases)]
-        if not any(self.parts):
-            raise UnfitFold(NO_LESION)
+        if self.parts:
+            return
+        parts = self._parts()
+        if not any(parts):
+            holding = [c for c in self.all if has_lesion(self.case_set, c)]
+            if not holding:
+                raise UnfitFold(NO_LESION)
+            self.cases = evenly(holding, len(self.cases))
+            parts = self._parts()
+        self.parts = parts
+
+    def _parts(self) -> list[list[metrics.Item]]:
+        return [list(self._cut(item)) for item in metrics.case_items(self.case_set, self.cases)]
 
     def _cut(self, item: metrics.Item) -> Iterator[metrics.Item]:
         found = list(by_lesion(item))

@@ -533,6 +533,13 @@ def same_labels(card: Card, case_set: CaseSet) -> bool:
     return {label.key for label in card.labels} == {label.key for label in case_set.labels}
 
 
+def same_task(card: Card, case_set: CaseSet) -> bool:
+    """Whether a model of these cases could take that one's place: it takes the same images, in whatever order, and gives the same labels.
+    A single one's name does not count."""
+    own, have = (sorted(name.casefold() for name in names) for names in (card.data["channels"], case_set.channels))
+    return same_labels(card, case_set) and (own == have or len(own) == len(have) == 1)
+
+
 def inherited(card: Card, case_set: CaseSet, learned: list[str]) -> dict[str, Any]:
     """What a model that goes on from another says as that one does: its licence, what it was trained on besides, and, where its
     labels are the same, what it is for and how it is used."""

@@ -308,7 +308,7 @@ class _Hashes:
     @staticmethod
     def _stamp(case_set: CaseSet, case: Case) -> list[list[Any]] | None:
         """[name, bytes, ns] of each file, after how they are read; None where a folder (DICOM) hides the files."""
-        how = repr((case.reader, case.series, case.extra, sorted(case_set.values.items())))
+        how = case_set.how(case)
         out: list[list[Any]] = [[how, 0, 0]]
         for path in (*case.images, *([case.label] if case.label else [])):
             if path.is_dir():

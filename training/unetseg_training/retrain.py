@@ -23,21 +23,21 @@ from typing import Any
 
 import numpy as np
 from UNetSegmentationLib import training
-from UNetSegmentationLib.dataset import Dataset
+from UNetSegmentationLib.dataset import Dataset, Entry, map_values
 from UNetSegmentationLib.engines import make_engine
 from UNetSegmentationLib.files import UserError, counted, write_text
-from UNetSegmentationLib.image import Box, Image, write_image
+from UNetSegmentationLib.image import Box, Image, read_image, write_image
 from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import SUFFIX, Card, Label, ModelPackage, model_files, read_card, write_package
 from UNetSegmentationLib.networks import UNetConfig
 
 from . import clicks, metrics, report, watch
 from . import config as config_file
-from .cases import Case, CaseSet, evenly, file_name, find_cases
+from .cases import IGNORE, Case, CaseSet, evenly, file_name, find_cases
 from .config import Config
 from .export import card_path, compact, export_run, lineage, markdown
-from .finetune import start_of
-from .plan import Machine, same_labels
+from .finetune import replay_set, start_of
+from .plan import Machine, same_labels, same_task
 from .plan import plan as make_plan
 from .train import RUN, WEIGHTS, Callback, load_run, load_weights, train
 
@@ -144,7 +144,7 @@ def _work(folder: Path, told: _Told) -> tuple[str, str]:
     stopped = False
     if not (finish and (folder / WEIGHTS).is_file()):
         told("Reading the cases", now=True, state="preparing", fraction=0.0)
-        case_set, facts = _cases(folder, job)
+        case_set, facts = _cases(folder, job, base)
         config = _configured(folder, job, base, case_set, facts, told)
         sentence = ""
         state = None
@@ -185,8 +185,9 @@ def _work(folder: Path, told: _Told) -> tuple[str, str]:
 # ----------------------------------------------------------------------------------------------------------------- cases
 
 
-def _cases(folder: Path, job: training.Job) -> tuple[CaseSet, dict[str, Any]]:
-    """The cases of this retraining, each in its part, and what is to be said of the dataset; the same ones each time."""
+def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) -> tuple[CaseSet, dict[str, Any]]:
+    """The cases of this retraining, each in its part, and what is to be said of the dataset; the same ones each time. Labels that are
+    its base's keep that one's order: in a mask of the new version a value means what it did."""
     if (folder / CASES).is_file():
         return _thawed(folder, job)
     path = job.dataset
@@ -213,16 +214,28 @@ def _cases(folder: Path, job: training.Job) -> tuple[CaseSet, dict[str, Any]]:
     if case_set.layout == "unetseg":
         # A first case brings all labels of its model, of which a person may mark some only.
         entries = dataset.entries
-        voxels = [entries[c.name].record.get("voxels_by_label", {}) for c in cases if c.split == "train" and c.name in entries]
-        marked = [label.name for label in case_set.labels if any(v.get(label.name) for v in voxels)]
+        found = set[str]().union(*(_marks(entries[c.name], dataset.labels) for c in cases if c.split == "train" and c.name in entries))
+        marked = [label.name for label in case_set.labels if label.name in found]
         if marked:
             facts["unmarked"] = [label.name for label in case_set.labels if label.name not in marked]
             case_set = find_cases(path, only=marked)
+    if base is not None and same_labels(base.card, case_set):
+        ordered = sorted(base.card.labels, key=lambda label: label.value)
+        case_set = replay_set(case_set, [label.name for label in ordered], case_set.channels)
     tests = [c for c in case_set.annotated if c.split == "test"]
     case_set = case_set.subset([*(replace(c, split=c.split or "train") for c in cases), *tests])
     facts["sha256"] = report.dataset_hash({c.name: case_set.digest(c) for c in case_set.cases})
     _freeze(folder, job, case_set, facts)
     return case_set, facts
+
+
+def _marks(entry: Entry, labels: Sequence[Label]) -> set[str]:
+    """The names of the labels that a case marks: as they were counted, or, where one was renamed since, as its mask holds them."""
+    counts = entry.record.get("voxels_by_label", {})
+    if counts and counts.keys() <= {label.name for label in labels}:
+        return {name for name, count in counts.items() if count}
+    held = map_values(read_image(entry.label).array)
+    return {label.name for label in labels if label.value in held}
 
 
 def _freeze(folder: Path, job: training.Job, case_set: CaseSet, facts: dict[str, Any]) -> None:
@@ -325,7 +338,7 @@ def _configured(
     data["model"] = _named(job, base, case_set, facts, data)
     made.config = config_file.parse(data, "the plan")
     made.write(folder)
-    checked = len(_held_out(case_set, quick))
+    checked = len(_held_out(case_set, quick, made.config.model.task == "click"))
     told.after = 20 + checked * made.case_seconds * (2 if base else 1)
     cap = made.config.fit.minutes
     left = (made.seconds if cap is None else min(made.seconds, 60 * cap)) + told.after
@@ -340,15 +353,16 @@ def _named(job: training.Job, base: ModelPackage | None, case_set: CaseSet, fact
     name, version = job.name, "0.1.0"
     out = {**data["model"], "title": facts["name"], "training_data": [*data["model"]["training_data"][:-1], learned]}
     if base is not None:
-        if same_labels(base.card, case_set):
+        same = same_task(base.card, case_set)
+        if same:
             out["title"] = base.card.data.get("title") or base.card.name
             data["input"]["flip_axes"] = list(base.card.data.get("flip_axes", ()))
         elif not job.options.name:
-            # Under its base's name it would take that one's place in every list, and segment something else.
+            # Under its base's name it would take that one's place in every list, and segment something else, or other images.
             name = training.slug(facts["name"])
-        if name == base.card.name and same_labels(base.card, case_set):
+        if name == base.card.name and same:
             version = training.next_version(base.card.version)
-    if not job.options.name and any(not same_labels(card, case_set) for card in _cards(name)):
+    if not job.options.name and any(not same_task(card, case_set) for card in _cards(name)):
         name = training.free_name(name)
     if name != job.name:
         training.update(job.folder, name=name)
@@ -417,10 +431,18 @@ class Steer(Callback):
 # ----------------------------------------------------------------------------------------------------------------- check
 
 
-def _held_out(case_set: CaseSet, quick: bool) -> list[Case]:
-    """The cases that both models are scored on: the test cases where there are any, else those of validation."""
-    found = [c for c in case_set.cases if c.split == "test"] or [c for c in case_set.cases if c.split == "validation"]
-    return evenly(found, MOST_CHECKED[quick])
+def _held_out(case_set: CaseSet, quick: bool, clicked: bool = False) -> list[Case]:
+    """The cases that both models are scored on: test cases, else those of validation. Where those chosen mark nothing (of a model of
+    clicks: no lesion), others that do: on empty masks any model that finds nothing has a Dice of 1."""
+    most, holds = MOST_CHECKED[quick], clicks.has_lesion if clicked else CaseSet.marked
+    parts = [[c for c in case_set.cases if c.split == part] for part in ("test", "validation")]
+    for part in parts:
+        chosen = evenly(part, most)
+        if any(holds(case_set, c) for c in chosen):
+            return chosen
+        if holding := [c for c in part if c not in chosen and holds(case_set, c)]:
+            return evenly(holding, most)
+    return evenly(parts[0] or parts[1], most)
 
 
 def _checked(
@@ -429,7 +451,7 @@ def _checked(
     """Export the best weights, score the package and its base on the held-out cases, and write both down."""
     config, network = load_run(folder)
     network = load_weights(folder, config.unet())
-    cases = _held_out(case_set, job.options.quick)
+    cases = _held_out(case_set, job.options.quick, config.model.task == "click")
     train_cases = [c for c in case_set.cases if c.split == "train"]
     record = json.loads((folder / RUN).read_text("utf-8"))
     unmarked = facts.pop("unmarked", [])
@@ -660,17 +682,23 @@ def verdict(facts: dict[str, Any], problem: str = "") -> tuple[str, str]:
 
 
 def _cut(image: Image, masks: dict[str, np.ndarray]) -> dict[str, Image]:
-    """The image and the masks in the box of all that is marked, and AROUND_MM about it, LARGEST voxels wide at most."""
-    marked = np.zeros(image.shape, bool)
+    """The image and the masks in the box of all that is marked, and AROUND_MM about it, LARGEST voxels wide at most; then about a voxel
+    of the truth, or of what was found where that is empty: between two things that lie far apart there may be nothing."""
+    marked, middle = np.zeros(image.shape, bool), [0, 0, 0]
     for mask in masks.values():
-        marked |= mask > 0
+        own = (mask > 0) & (mask != IGNORE)
+        if own.any() and not marked.any():
+            counts = own.sum((1, 2))
+            z = int(np.searchsorted(counts.cumsum(), counts.sum() / 2, "right"))
+            middle = [z, *np.argwhere(own[z])[counts[z] // 2].tolist()]
+        marked |= own
     around = Box.around(marked) or Box(tuple(n // 2 for n in image.shape), tuple(n // 2 + 1 for n in image.shape))
     margin = [int(np.ceil(AROUND_MM / s)) for s in image.spacing[::-1]]
     starts, stops = [], []
-    for start, stop, more, n in zip(around.start, around.stop, margin, image.shape):
+    for start, stop, more, n, at in zip(around.start, around.stop, margin, image.shape, middle):
         low, high = max(0, start - more), min(n, stop + more)
-        if high - low > LARGEST:  # about its middle
-            low = max(0, min(n - LARGEST, (low + high - LARGEST) // 2))
+        if high - low > LARGEST:
+            low = max(low, min(high - LARGEST, at - LARGEST // 2))
             high = low + LARGEST
         starts.append(low)
         stops.append(high)
