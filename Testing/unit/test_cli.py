@@ -137,8 +137,13 @@ def test_a_picture_in_gives_a_picture_out(here, unetseg, tmp_path):
     picture = (scene(20)[10] * 255).astype(np.uint8)
     sitk.WriteImage(sitk.GetImageFromArray(picture), str(tmp_path / "a.png"))
     model = here.package(dimensions=2, intensity={"mode": "percentile", "low": 0, "high": 100}).path
-    code, _, err = unetseg("segment", tmp_path / "a.png", "-m", model, "-o", here.out / "a.png", "-q")
+    code, out, err = unetseg("segment", tmp_path / "a.png", "-m", model, "-o", here.out / "a.png", "--json", "-")
     assert code == 0 and np.array_equal(read_image(here.out / "a.png").array[0], picture > 127), err
+    report, count = json.loads(out), int(np.count_nonzero(picture > 127))
+    (item,), (warning,) = report["labels"], report["warnings"]
+    assert report["points_are"] == "pixels" and item["volume_ml"] is None and item["volume_mm3"] == item["voxels"] == count
+    assert "a.png has no pixel size, so lengths and areas are in pixels" in warning and warning in err
+    assert all(text in err for text in ("area (px)", "longest (px)", "perpendicular (px)", f" {count} ")) and "(mm)" not in err
 
 
 def test_several_files_are_channels_and_several_models_are_averaged(here, unetseg):
@@ -215,7 +220,8 @@ def test_volumes_of_cells_and_means_of_normalised_values_are_not_told_as_0(capsy
 
     cell = {"name": "cell", "volume_ml": 2.34e-7, "longest_mm": 0.0123, "perpendicular_mm": None, "mean_hu": 0.527}
     lesion = {"name": "nodule", "volume_ml": 1.2346, "longest_mm": 12.34, "perpendicular_mm": 9.87, "mean_hu": -31.6}
-    _print_report({"model": "nodules", "image": "ct", "seconds": 1.0, "engines": ["ONNX Runtime"], "labels": [cell, lesion]})
+    report = {"model": "nodules", "image": "ct", "seconds": 1.0, "engines": ["ONNX Runtime"], "points_are": "LPS mm"}
+    _print_report(report | {"labels": [cell, lesion]})
     said = capsys.readouterr().err
     assert all(text in said for text in ("2.3e-07", "0.012", "0.53", "1.235", "12.3", "9.9", "-32"))
 
@@ -443,7 +449,7 @@ BAD_OPTIONS = {
     "unknown engine": (["--engine", "caffe"], "no engine 'caffe'"),
     "unknown device": (["--device", "tpu"], "no device 'tpu'"),
     "unknown precision": (["--precision", "fp8"], "no precision 'fp8'"),
-    "overlap too large": (["--overlap", "1.5"], "overlap must be"),
+    "overlap too large": (["--overlap", "0.95"], "overlap must be from 0 to below 0.95"),
     "overlap NaN": (["--overlap", "nan"], "overlap must be"),
     "overlap negative": (["--overlap", "-0.1"], "overlap must be"),
     "unknown model": (["-m", "nothing"], "no model 'nothing'"),
@@ -490,6 +496,14 @@ def test_a_references_segments_are_known_by_their_names(here, unetseg, tmp_path)
         arguments = ("-m", model, "-o", here.out / "a.nrrd", "--reference", tmp_path / "n.seg.nrrd", "--json", "-")
         code, out, err = unetseg("segment", here.scan, *arguments)
         assert code == 0 and json.loads(out)["labels"][0]["dice"] == 1, err
+
+
+def test_a_reference_none_of_whose_segments_is_a_label_is_not_compared_by_position(here, unetseg, tmp_path):
+    named = {f"Segment{i}_{k}": v for i, n in enumerate("ab") for k, v in (("ID", n), ("Name", n), ("LabelValue", str(i + 1)))}
+    write_image(here.image.like((here.image.array > 0.5).astype(np.uint8)), tmp_path / "n.seg.nrrd", named)
+    result = unetseg("segment", here.scan, "-m", here.model, "-o", here.out / "a.nrrd", "--reference", tmp_path / "n.seg.nrrd")
+    one_sentence(result, "n.seg.nrrd ('a', 'b') has the name of a label of the model ('thing'); rename them")
+    assert here.left() == []
 
 
 def test_a_slice_of_the_scan_is_not_written_over(here, unetseg, data, tmp_path):
@@ -681,7 +695,7 @@ def test_version_and_help(unetseg):
 
     assert unetseg("--version") == (0, f"{__version__}\n", "")
     code, out, err = unetseg("segment", "--help")
-    assert code == 0 and "--uncertainty" in out and err == ""
+    assert code == 0 and "--uncertainty" in out and "0 to below 0.95" in " ".join(out.replace("│", " ").split()) and err == ""
 
 
 def test_models_lists_good_ones_and_names_broken_ones(here, unetseg, models_folder):
@@ -782,6 +796,15 @@ def test_a_label_that_is_none_is_refused(here, unetseg, label):
     assert here.left() == []
 
 
+@pytest.mark.parametrize("options", [("--name", "a b"), ("--split", "foo"), ("--model-mask", "nowhere.nrrd")])
+def test_a_new_dataset_whose_first_case_is_refused_leaves_no_folder(here, unetseg, options):
+    mask = here.write((here.image.array > 0.5).astype(np.uint8), "mask.nrrd")
+    arguments = (here.scan, "-m", mask, "--label", "1=a", *options)
+    assert unetseg("dataset", "add", here.out / "set", *arguments)[0] == 2 and here.left() == []
+    (here.out / "mine").mkdir()
+    assert unetseg("dataset", "add", here.out / "mine", *arguments)[0] == 2 and here.left() == ["out/mine"]
+
+
 def test_a_name_that_is_too_long_is_one_sentence(here, unetseg):
     one_sentence(unetseg("segment", here.scan, "-m", "m" * 300, "-o", here.out / "a.nrrd"), "There is no model")
     one_sentence(unetseg("model", "pack", "n" * 300, "--card", "a", "-o", here.out / f"a{SUFFIX}"), "cannot be read or written")
@@ -869,7 +892,8 @@ def test_click_outlines_what_is_clicked_on(clicked, tmp_path, unetseg):
     assert code == 0, stderr
     labels = read_image(out).array
     assert labels[:, :, :20].sum() == 4 * 6 * 6 and not labels[:, :, 20:].any()
-    assert json.loads(report.read_text())["labels"][0]["voxels"] == 144
+    told = json.loads(report.read_text())
+    assert told["labels"][0]["voxels"] == 144 and told["seconds"] > 0
     both = tmp_path / "both.nrrd"
     code, _, stderr = unetseg("click", scan, "--at=-12,-12,6", "--at=-26,-12,6", "--not=-29,-10,6", "-m", package, "-o", both, "-q")
     assert code == 0, stderr

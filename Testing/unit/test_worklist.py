@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -442,6 +443,7 @@ def test_what_was_taken_is_free_again_when_its_time_is_over_or_its_program_gone(
     note = work.done(name, short, "case-1")
     assert note == f"{name} was taken by another annotator too, as your time for it was over." and work.scan(name).status == "done"
     assert "already done by Anna; the dataset keeps both versions" in work.done(name, Annotator("carl"), "case-1")
+    assert work.done(name, short) == f"{name} was already done by Anna."  # and into no dataset
     assert work.skip(name, short) == f"{name} was already done by Anna, and stays so." and work.scan(name).status == "done"
 
     gone = subprocess.Popen([sys.executable, "-c", ""])
@@ -449,6 +451,22 @@ def test_what_was_taken_is_free_again_when_its_time_is_over_or_its_program_gone(
     killed = work.next(Annotator.here(pid=gone.pid))
     if os.name != "nt":
         assert work.scan(killed.name).status == "waiting" and work.next(Annotator.here(pid=os.getpid())).name == killed.name
+
+
+def test_names_tell_apart_who_share_an_account(work, clock):
+    """At the command line; a panel's name may change while it has a scan."""
+    bob, nobody = replace(ANNA, name="Bob"), replace(ANNA, name="")
+    hers = work.next(ANNA).name
+    his = work.next(bob).name
+    assert his != hers and work.scan(hers).by == "Anna" and work.scan(his).by == "Bob"
+    assert work.next(bob, leave=hers).name == his and work.scan(hers).status == "taken"
+    assert work.next(nobody).name == min(hers, his) and work.scan(hers).by == "Anna"  # its own, and their names stay
+    free = work.next(nobody, passed=[hers, his]).name
+    assert work.next(nobody).name == free not in (hers, his) and work.scan(free).by == ""
+    assert work.next(ANNA, leave=hers).name == free and work.scan(free).by == "Anna"
+    panel = replace(ANNA, pid=os.getpid())
+    other = work.next(panel).name
+    assert work.next(replace(panel, name="Bob")).name == other and work.scan(other).by == "Bob"
 
 
 def test_time_is_the_folders(work, monkeypatch):
@@ -656,7 +674,7 @@ def test_a_list_lies_in_a_datasets_folder_and_neither_minds(tmp_path, scans):
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def test_the_command_line_makes_gives_and_takes(scans, make_package, tmp_path, unetseg):
+def test_the_command_line_makes_gives_and_takes(scans, make_package, tmp_path, unetseg, models_folder):
     def run(*arguments):
         return unetseg("worklist", *arguments)
 
@@ -668,9 +686,19 @@ def test_the_command_line_makes_gives_and_takes(scans, make_package, tmp_path, u
     assert code == 2 and "No scans were found there" in err and not folder.exists()
     assert run("make", empty, empty)[0] == 2 and empty.is_dir()  # a folder that was there stays
     assert run("make", folder, scans, "-m", package.path, "--limit=-1")[0] == 2 and not folder.exists()
-    code, _, err = run("make", folder, scans, "-m", package.path, "--limit", 2, "--device", "cpu", "--engine", "onnx")
-    assert code == 0 and "4 scans: 2 waiting, 2 segmented" in err
-    code, _, err = run("make", folder, "-m", package.path)  # goes on where it was stopped
+    bad = (("--tta", "mirror", "no test-time augmentation 'mirror'"), ("--engine", "caffe", "no engine 'caffe'"))
+    for option, value, sentence in bad:
+        code, _, err = run("make", folder, scans, "-m", package.path, option, value)
+        assert code == 2 and sentence in err and not folder.exists()
+    code, _, err = run("make", folder, scans / "s0.nii.gz", "-m", package.path, "--limit", 1, "--device", "cpu", "--engine", "onnx")
+    assert code == 0 and "1 scan added" in err and "1 scan: 1 segmented" in err and all(err.splitlines())  # no bar, which left a line
+    shutil.copytree(package.path.parent, models_folder)
+    for option, value, sentence in bad:  # with the list's own model
+        code, _, err = run("make", folder, scans, option, value)
+        assert code == 2 and sentence in err and WorkList.open(folder).counts()["segmented"] == len(WorkList.open(folder).scans) == 1
+    code, _, err = run("make", folder, scans, "-m", package.path, "--limit", 1)
+    assert code == 0 and "3 scans added" in err and "4 scans: 2 waiting, 2 segmented" in err
+    code, _, err = run("make", folder)  # goes on where it was stopped
     assert code == 0 and "2 of 2" in err and "4 scans: 4 segmented" in err
     code, out, _ = run("next", folder, "--json", "--by", "Anna")
     scan = json.loads(out)
@@ -683,11 +711,18 @@ def test_the_command_line_makes_gives_and_takes(scans, make_package, tmp_path, u
     assert code == 2 and "holds no dataset" in err
     dataset = Dataset.create(tmp_path / "set", "Set", [Label(3, "Thing", (1, 2, 3), {})], ["CT"])
     write_image(image.like(np.where(image.array > 0.4, 3, 0).astype(np.uint8)), corrected)
+    code, _, err = run("done", folder, "s1", "--dataset", dataset.folder)
+    assert code == 2 and "give --mask too" in err and WorkList.open(folder).scan("s1").status == "taken"
     code, out, err = run("done", folder, "s1", "-m", corrected, "--dataset", dataset.folder, "--by", "Anna")
     assert code == 0, err
     entry = next(iter(dataset.refresh().entries.values()))
     more = int(np.count_nonzero((image.array > 0.4) & ~(image.array > 0.5)))
     assert entry.changes["Thing"]["added"] == more > 0 and entry.record["model_name"] == "toy-1.0.0"
+    write_image(image.like(np.zeros_like(image.array, np.uint8)), tmp_path / "empty.nii.gz")
+    again = ("done", folder, "s1", "-m", tmp_path / "empty.nii.gz", "--dataset", dataset.folder)
+    assert run(*again)[0] == 2
+    code, out, err = run(*again, "--allow", "empty")
+    assert code == 0 and "version 2" in out and "was already done by Anna; the dataset keeps both versions." in out, err
     assert run("skip", folder, "s0")[0] == 0 and run("back", folder, "s0")[0] == 0
     code, out, _ = run("list", folder, "--json")
     rows = {r["name"]: r for r in json.loads(out)}

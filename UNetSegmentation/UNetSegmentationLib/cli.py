@@ -10,7 +10,8 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,7 @@ from .image import (
     read_image,
     write_image,
 )
-from .inference.augment import TTA
+from .inference.augment import TTA, views
 from .inference.click import MODEL as CLICK_MODEL
 from .inference.click import ClickSession, Prompt, expects_lung
 from .inference.predict import Options, Prediction, predict
@@ -40,6 +41,7 @@ from .measure import dice, measure
 from .model import SUFFIX, Card, Label, ModelPackage, find_model, model_files, user_models_folder, write_package
 from .nodule import COLUMNS, csv_text, describe
 from .nodule import row as nodule_row
+from .picture import length_unit, save_picture
 
 
 def main() -> None:
@@ -204,21 +206,30 @@ def _check_fit(image: Image, targets: Sequence[Path], reference: Path | None, la
         return None
     array, named = read_mask(reference, image)
     table = same_names(named, labels)
+    if named and not table and max(len(named), len(labels)) > 1:  # one and one are compared whatever they are called
+        theirs, ours = (", ".join(f"'{label.name}'" for label in some) for some in (named, labels))
+        cure = "rename them as those, or give a label map with the model's values"
+        raise UserError(f"None of the segments of {reference} ({theirs}) has the name of a label of the model ({ours}); {cure}.")
     return image.like(translated(array, table, np.uint16) if table else array)
 
 
 def _report(image: Image, prediction: Prediction, truth: Image | None) -> dict[str, Any]:
     """What --json writes."""
     measures = measure(prediction.labels, prediction.label_defs, image)
+    warnings, pixels = list(prediction.warnings), length_unit(image) == "px"
+    if pixels:
+        warnings.append(f"{image.source} has no pixel size, so lengths and areas are in pixels.")
+        for item in measures:
+            item["volume_ml"] = None
     start, stop = prediction.roi.start[::-1], prediction.roi.stop[::-1]
     report: dict[str, Any] = {
         "image": str(image.source),
         "model": prediction.model_name,
         "engines": list(prediction.engines),
         "seconds": round(prediction.seconds, 3),
-        "warnings": list(prediction.warnings),
+        "warnings": warnings,
         "roi_ijk": [[a, b - 1] for a, b in zip(start, stop)],
-        "points_are": "LPS mm",
+        "points_are": "pixels" if pixels else "LPS mm",
         "labels": measures,
     }
     if truth is not None:
@@ -254,7 +265,9 @@ def _print_report(report: dict[str, Any]) -> None:
     title = f"{report['model']} on {Path(report['image']).name}: {report['seconds']:.1f} s, {', '.join(report['engines'])}"
     table = Table(title=escape(title))
     with_dice = any("dice" in item for item in report["labels"])
-    for name in ("segment", "volume (ml)", "longest (mm)", "perpendicular (mm)", "mean", *(["Dice"] if with_dice else [])):
+    pixels = report["points_are"] == "pixels"
+    size, unit = ("area (px)", "px") if pixels else ("volume (ml)", "mm")
+    for name in ("segment", size, f"longest ({unit})", f"perpendicular ({unit})", "mean", *(["Dice"] if with_dice else [])):
         table.add_column(name, justify="left" if name == "segment" else "right")
 
     def show(value: float | None, digits: int) -> str:
@@ -265,7 +278,7 @@ def _print_report(report: dict[str, Any]) -> None:
     for item in report["labels"]:
         row = [
             escape(item["name"]),
-            show(item["volume_ml"], 3),
+            show(item["volume_mm3"], 0) if pixels else show(item["volume_ml"], 3),
             show(item["longest_mm"], 1),
             show(item["perpendicular_mm"], 1),
             show(item["mean_hu"], 0),
@@ -334,8 +347,6 @@ def _write(
     for path, values in maps.items():
         write_image(values, path)
     if picture:
-        from .picture import save_picture
-
         save_picture(
             image,
             prediction,
@@ -403,7 +414,7 @@ def _app() -> Any:
         device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")] = "auto",
         precision: Annotated[str, typer.Option(help=f"{', '.join(PRECISIONS)}.")] = "auto",
         threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
-        overlap: Annotated[float, typer.Option(help="Overlap of neighbouring patches, 0 to below 1.")] = 0.5,
+        overlap: Annotated[float, typer.Option(help="Overlap of neighbouring patches, 0 to below 0.95.")] = 0.5,
         series: Annotated[str | None, typer.Option(help="The series' UID, where a DICOM folder holds several.")] = None,
         uncertainty: Annotated[Path | None, typer.Option(help="Also write the uncertainty (entropy, 0 to 1) to this image file.")] = None,
         probabilities: Annotated[Path | None, typer.Option(help="Also write the probabilities to this image file.")] = None,
@@ -485,7 +496,7 @@ def _app() -> Any:
             if not answer.found:
                 raise UserError(answer.text)
             nodule = describe(image, answer.mask, answer.box.start, expects_lung(package.card))
-        prediction = session.prediction()
+        prediction = replace(session.prediction(), seconds=sum(session.seconds.values()))
         _write(image, prediction, truth, package.card, targets, {}, picture, _display(package.card), report_file, quiet, nodule, csv_file)
 
     @app.command()
@@ -558,7 +569,7 @@ def _app() -> Any:
             print(json.dumps(findings, indent=2))
             return
         console = Console()
-        console.print(f"unetseg {__version__}, Python {findings['python']}, {findings['platform']}, {findings['cores']} cores")
+        console.print(f"unetseg {__version__}, Python {findings['python']}, {findings['platform']}, {counted(findings['cores'], 'core')}")
         for name, text in findings["packages"].items():
             console.print(f"  {name}: {text or 'not installed'}")
         table = Table(title="one patch, median of 5 (the first one, which warms up, left out)")
@@ -673,7 +684,7 @@ def _dataset_app() -> Any:
         with _cancellable():
             image = _read(images, series)
             array, named = read_mask(mask, image)
-            new = not (user_path(folder) / INDEX).exists()
+            new, made = not (user_path(folder) / INDEX).exists(), not user_path(folder).exists()
             if new:
                 labels = named_labels(label) or list(named)
                 if not labels:
@@ -702,10 +713,14 @@ def _dataset_app() -> Any:
             except BaseException:
                 if new:
                     dataset.discard()
+                    if made:
+                        with suppress(OSError):
+                            dataset.folder.rmdir()
                 raise
         print(f"{entry.name} version {entry.version}, {counted(len(dataset.entries), 'case')} in {folder}")
         for what, change in entry.changes.items():
-            print(f"  {what}: {change['added']} voxels added, {change['removed']} removed, Dice with the model's {change['dice']:.3f}")
+            added = counted(change["added"], "voxel")
+            print(f"  {what}: {added} added, {change['removed']} removed, Dice with the model's {change['dice']:.3f}")
 
     @app.command(name="list")
     def list_cases(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
@@ -798,7 +813,7 @@ def _worklist_app() -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    from .dataset import INDEX, Dataset, read_mask, read_model_mask
+    from .dataset import INDEX, OBJECTIONS, Dataset, read_mask, read_model_mask
     from .worklist import Annotator, Scan, WorkList, check_models
 
     app = typer.Typer(help="Correct many scans one by one, those first where it helps most.", no_args_is_help=True)
@@ -813,9 +828,9 @@ def _worklist_app() -> Any:
         out |= {"mask": str(scan.mask) if scan.mask else None, "model": scan.model, "scores": scan.scores}
         return out | {k: v for k, v in (("by", scan.by), ("error", scan.error), ("case", scan.case)) if v}
 
-    def counted(work: WorkList) -> str:
+    def summary(work: WorkList) -> str:
         counts = work.counts()
-        return f"{sum(counts.values())} scans: " + (", ".join(f"{n} {status}" for status, n in counts.items() if n) or "none")
+        return f"{counted(sum(counts.values()), 'scan')}: " + (", ".join(f"{n} {status}" for status, n in counts.items() if n) or "none")
 
     @app.command()
     def make(
@@ -835,21 +850,24 @@ def _worklist_app() -> Any:
         """Make a list or add scans to it, and segment those that the models have not segmented yet. May be stopped and called again."""
         models = [find_model(m) for m in model]
         check_models(models)
-        if not sources and not WorkList.there(folder):
+        there = WorkList.there(folder)
+        if not sources and not there:
             raise UserError(f"{folder} holds no work list yet; name the scans, folders or lists to make it of.")
+        if not models and there and not later:
+            models = [find_model(m) for m in WorkList.open(folder).models]
+        # Before the list is touched: for a TTA that there is none of every scan of it would be marked as failed.
+        views(tta or "none", (), 1.0)
+        engines = None if later else [choose_engine(m, engine, device) for m in models]
         work, added = WorkList.gather(folder, sources or [])
         if not quiet:
-            print(f"{len(added)} scans added", *work.left_out, sep="\n", file=sys.stderr)
-        if not models and work.models and not later:
-            models = [find_model(m) for m in work.models]
+            print(f"{counted(len(added), 'scan')} added", *work.left_out, sep="\n", file=sys.stderr)
         if models:
             todo = work.choose_models(models)
             me = Annotator.here(pid=os.getpid())
             options = Options(tta=tta, engine=engine, device=device)
-            engines = None if later else [choose_engine(m, engine, device) for m in models]
             with _cancellable("; what is segmented is kept, and the same command goes on with the others"):
                 for i in range(0 if later else todo if limit is None else min(limit, todo)):
-                    with _progress(not quiet) as progress:
+                    with _progress(not quiet and sys.stderr.isatty()) as progress:
                         scan = work.segment(models, me, options, progress, engines=engines)
                     if scan is None:
                         break
@@ -858,7 +876,7 @@ def _worklist_app() -> Any:
                         print(f"{i + 1} of {todo}: {scan.name}, {value}", file=sys.stderr)
         work.clean()
         if not quiet:
-            print(counted(work.refresh()), file=sys.stderr)
+            print(summary(work.refresh()), file=sys.stderr)
 
     @app.command(name="list")
     def list_scans(folder: Folder, json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
@@ -869,7 +887,7 @@ def _worklist_app() -> Any:
         if json_:
             _print_json([as_json(s) for s in scans])
             return
-        table = Table(title=escape(counted(work)))
+        table = Table(title=escape(summary(work)))
         for column in ("scan", "status", "value", "entropy", "disagreement", "note"):
             table.add_column(column, no_wrap=column == "scan")
         for s in scans:
@@ -905,8 +923,11 @@ def _worklist_app() -> Any:
         mask: Annotated[Path | None, typer.Option("--mask", "-m", help="The corrected mask, which is added to the dataset.")] = None,
         dataset: Annotated[Path | None, typer.Option(help="The dataset's folder; default: the list's, where it holds one.")] = None,
         by: By = "",
+        allow: Annotated[list[str], typer.Option(help=f"Accept what is refused otherwise: {', '.join(OBJECTIONS)}.")] = [],  # noqa: B006
     ) -> None:
         """Mark a scan as corrected; with --mask also add it to the dataset, with the model's own mask."""
+        if not mask and (dataset or allow):
+            raise UserError("--dataset and --allow are of the corrected mask; give --mask too.")
         work, case = WorkList.open(folder), ""
         found = work.scan(scan)
         if mask:
@@ -916,24 +937,25 @@ def _worklist_app() -> Any:
             image = read_image(found.files, found.series)
             array, named = read_mask(mask, image)
             its, own = read_model_mask(found.mask, image, named, target.labels) if found.mask else (named, None)
-            entry = target.add(image, array, labels=its or None, model_mask=own, model=found.model if found.mask else "", by=by)
+            model = found.model if found.mask else ""
+            entry = target.add(image, array, labels=its or None, model_mask=own, model=model, by=by, allow=allow)
             case = entry.name
             print(f"{case} version {entry.version} in {target.folder}")
         note = work.done(scan, Annotator.here(by), case)
-        print(note or counted(work))
+        print(note or summary(work))
 
     @app.command()
     def skip(folder: Folder, scan: Name, by: By = "") -> None:
         """Nobody is to correct this scan."""
         work = WorkList.open(folder)
-        print(work.skip(scan, Annotator.here(by)) or counted(work))
+        print(work.skip(scan, Annotator.here(by)) or summary(work))
 
     @app.command()
     def back(folder: Folder, scan: Name) -> None:
         """Give a scan back: it is offered again, also one that was taken by another, done, skipped or failed."""
         work = WorkList.open(folder)
         work.back(scan)
-        print(counted(work))
+        print(summary(work))
 
     return app
 

@@ -91,6 +91,16 @@ def save_picture(
         figure.savefig(temporary, format="png", facecolor=GROUND)
 
 
+def is_placed(image: Image) -> bool:
+    """Whether the image knows where the patient's right is, as a picture file does not."""
+    return image.shape[0] > 1 or image.origin != (0.0, 0.0, 0.0) or tuple(image.direction) != IDENTITY
+
+
+def length_unit(image: Image) -> str:
+    """ "mm", or "px" where the image does not know how long a millimetre is."""
+    return "mm" if is_placed(image) or image.spacing[:2] != (1.0, 1.0) else "px"
+
+
 class _Sheet:
     """One picture in the making."""
 
@@ -111,9 +121,7 @@ class _Sheet:
         self.unit = unit
         self.model_name = prediction.model_name
         self.measures = {m["value"]: m for m in measures if m.get("value") is not None}
-        # A picture file knows neither where the patient's right is nor how long a millimetre is.
-        self.placed = image.shape[0] > 1 or image.origin != (0.0, 0.0, 0.0) or tuple(image.direction) != IDENTITY
-        self.length = "mm" if self.placed or image.spacing[:2] != (1.0, 1.0) else "px"
+        self.placed, self.length = is_placed(image), length_unit(image)
         self.counts = counts = voxel_counts(self.labels, int(self.labels.max(initial=0)) + 1)
         self.defs = [d for d in prediction.label_defs if d.value < len(counts) and counts[d.value]]
         self.lut = np.zeros((len(counts), 4), np.float32)

@@ -118,7 +118,10 @@ class Annotator:
         return cls(who, name.strip(), socket.gethostname(), pid, LEASE if pid else LONG_LEASE)
 
     def owns(self, claim: dict[str, Any]) -> bool:
-        return claim.get("who") == self.who and claim.get("pid", 0) == self.pid
+        """At the command line a name tells apart who share an account; in a program it may be changed meanwhile."""
+        if claim.get("who") != self.who or claim.get("pid", 0) != self.pid:
+            return False
+        return bool(self.pid) or not self.name or claim.get("name") in (None, "", self.name)
 
 
 def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_out: list[str] | None = None) -> list[tuple[Path, ...]]:
@@ -444,12 +447,14 @@ class WorkList:
             scans = {n: self._scan(n, r, now) for n, r in data["scans"].items()}
             late = {leave, *passed} - {""}
             mine = [n for n, r in data["scans"].items() if n not in late and scans[n].status != "done" and self._is_mine(r, me, now)]
+            mine.sort(key=lambda n: scans[n].by != me.name)  # without a name also what was taken by one, which it keeps
             wanted = mine or self._order(data, scans, len(late) + 1)
             wanted = [n for n in wanted if n not in late] or [n for n in passed if n in wanted] or wanted
             if not wanted:
                 return None
             record = data["scans"][wanted[0]]
-            record["claim"] = self._claim(me, now, "correct")
+            name = me.name or (scans[wanted[0]].by if wanted[0] in mine and not me.pid else "")
+            record["claim"] = self._claim(replace(me, name=name), now, "correct")
             return self._scan(wanted[0], record, now)
 
         return self._commit(take)
@@ -507,7 +512,7 @@ class WorkList:
                 already = f"{name} was already done" + (f" by {record['by']}" if record.get("by") else "")
                 if status != "done":
                     return f"{already}, and stays so."
-                note = f"{already}; the dataset keeps both versions."
+                note = f"{already}; the dataset keeps both versions." if case and record.get("case") else f"{already}."
             record["status"] = status
             record |= {k: v for k, v in (("case", case), ("by", me.name)) if v}
             return note
