@@ -1,6 +1,6 @@
 """lung-nodule-2d: one slice and its neighbours in, the nodule of the middle slice out.
 
-    python -m unetseg_training.lung_nodule_2d runs/lung-nodule-2d [--from PACKAGE]
+    python -m unetseg_training.lung_nodule_2d runs/lung-nodule-2d [--from PACKAGE | --from RUN]
 
 The LIDC crops are tight in z, so they hardly show what a slice without the nodule looks like; those slices come from
 the LIDC cubes and from the lungs of whole chest CT. Thick slices (to 5 mm) are made from thin ones by averaging.
@@ -33,7 +33,7 @@ from .config import Config, read
 from .lidc import HELD_OUT, data_folder, nodules, part
 from .losses import cross_entropy, overlap_loss
 from .prepare import Prepared, prepare
-from .train import Job, LiveEngine, live_package, run
+from .train import Job, LiveEngine, live_package, load_weights, run
 from .transforms import IMAGE, LABEL
 from .watch import Watch
 
@@ -213,7 +213,7 @@ def job(config: Config, cache: Path, start: dict[str, Tensor] | None = None, fol
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--from", dest="base", help="a package to go on from")
+    parser.add_argument("--from", dest="base", help="a package, or the folder of a run, to go on from")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--fold", type=int, default=HELD_OUT, choices=range(5), help="held out; the bundled model's is %(default)s")
@@ -221,7 +221,11 @@ def main() -> None:
     config = read(CONFIG)
     changed = {name: value for name in ("epochs", "learning_rate") if (value := getattr(options, name)) is not None}
     config = config.model_copy(update={"fit": config.fit.model_copy(update=changed)})
-    start = finetune.start_from(find_model(options.base), config.unet()).state if options.base else None
+    start = None
+    if options.base and Path(options.base).is_dir():
+        start = load_weights(Path(options.base), config.unet()).state_dict()
+    elif options.base:
+        start = finetune.start_from(find_model(options.base), config.unet()).state
     made = job(config, options.folder.parent / "cache", start, options.fold)
     run(made, options.folder, callbacks=[Watch(options.folder, ["crops", "cubes"])])
 
