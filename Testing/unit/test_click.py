@@ -678,3 +678,87 @@ def test_prompt_channels_are_gaussians_boxes_and_the_mask():
     assert out[0, 5, 10, 10 + 3] == pytest.approx(np.exp(-0.5 * (3 / CLICK_SIGMA[2]) ** 2), rel=1e-5)
     assert out[1, 5, 10, 10] == pytest.approx(out[1, 5, 10, 11])
     assert np.array_equal(np.argwhere(out[2])[[0, -1]], [[2, 3, 4], [5, 19, 8]]) and out[3].all()
+
+
+def slice_package(make_package, **card):
+    """An automatic 2D model whose answer is what its engine says of the slice."""
+    return make_package(**{"name": "slices", "dimensions": 2, "spacing": [1, 1, None], "patch": [32, 32], "divisor": [8, 8], **card})
+
+
+def seconded(click_package, make_package, image, answer=lambda batch: batch[:, 0], **card):
+    first, second = Recording(), Recording(answer)
+    package = click_package(second_opinion="slices-1.0.0")
+    return ClickSession(image, package, first, second=(slice_package(make_package, **card), second)), second
+
+
+def test_a_second_opinion_counts_where_it_finds_the_same(click_package, make_package, monkeypatch):
+    shape, centre = (30, 60, 60), (15, 30, 30)
+    ours, theirs = (ball(shape, centre, r, (1, 1, 1)) for r in (5, 6))
+    image = Image(ours + 0.2 * (theirs - ours), (1, 1, 1), (0, 0, 0))
+    # Our log-odds are -6 where only they find it, theirs there are 12 or what the clip leaves of it.
+    s, second = seconded(click_package, make_package, image, lambda batch: (batch[:, 0] > 0.1).astype(np.float32))
+    s.add_point(at(s, *centre))
+    assert np.array_equal(s.mask, theirs) and second.batches
+    assert s.prediction().engines == ("recording", "recording")
+    # Of something else on the same place it says nothing, nor where it is too large.
+    for what, limit in ((ball(shape, centre, 12, (1, 1, 1)), 40.0), (theirs, 9.0)):
+        monkeypatch.setattr(click, "SECOND_MM", limit)
+        image = Image(ours + 0.2 * (what - ours), (1, 1, 1), (0, 0, 0))
+        s, _ = seconded(click_package, make_package, image, lambda batch: (batch[:, 0] > 0.1).astype(np.float32))
+        s.add_point(at(s, *centre))
+        assert np.array_equal(s.mask, ours)
+
+
+def test_a_second_opinion_never_reaches_far(click_package, make_package):
+    shape, centre = (30, 60, 60), (15, 30, 30)
+    lesion = ball(shape, centre, 6, (1, 1, 1))
+    vessel = np.zeros(shape, np.float32)
+    vessel[15, 30, 36:] = 0.2
+    image = Image(np.maximum(lesion, vessel), (1, 1, 1), (0, 0, 0))
+    s, _ = seconded(click_package, make_package, image, lambda batch: (batch[:, 0] > 0.1).astype(np.float32))
+    s.add_point(at(s, *centre))
+    assert Box.around(s.mask).stop[2] <= 37 + 10 and s.mask[15, 30, 37:].any()
+
+
+def test_what_a_second_opinion_says_does_not_depend_on_earlier_clicks(click_package, make_package):
+    shape = (30, 80, 80)
+    values = np.random.default_rng(0).normal(0, 0.05, shape).astype(np.float32) + ball(shape, (15, 36, 36), 7, (1, 1, 1))
+    image = Image(values, (1, 1, 1), (0, 0, 0))
+    prompts = [("point", 36.0, 36.0, 15.0, True), ("point", 46.0, 36.0, 15.0, True), ("point", 36.0, 45.0, 15.0, False)]
+    around = seconded(click_package, make_package, image)[0]
+    around.replay(prompts)
+    around.replay(prompts[:1])
+    around.replay([prompts[0], prompts[2]])
+    straight, second = seconded(click_package, make_package, image)
+    straight.replay([prompts[0], prompts[2]])
+    assert np.array_equal(around.mask, straight.mask)
+    runs = len(second.batches)
+    straight.undo()
+    straight.replay([prompts[0], prompts[2]])
+    assert len(second.batches) == runs  # what is known is not run again
+
+
+@pytest.mark.parametrize("spacing, asked", [((1, 1, 3), True), ((1, 1, 3.1), False), ((1.3, 1, 1), False), ((1, 1, 0.5), True)])
+def test_a_second_opinion_is_asked_where_slices_are_as_it_knows_them(click_package, make_package, spacing, asked):
+    shape = (30, 60, 60)
+    image = Image(ball(shape, (15, 30, 30), 8, spacing), spacing, (0, 0, 0))
+    s, second = seconded(click_package, make_package, image, context_slices=1)
+    s.add_point(at(s, 15, 30, 30))
+    assert s.mask.any() and {b.shape[1] for b in second.batches} == ({3} if asked else set())
+
+
+def test_outside_of_what_was_scanned_there_is_no_second_opinion(click_package, make_package):
+    values = ball((30, 60, 60), (15, 30, 30), 5, (1, 1, 1))
+    values[:, :12] = np.nan  # beyond the click model's patch
+    s, second = seconded(click_package, make_package, Image(values, (1, 1, 1), (0, 0, 0)))
+    assert s.add_point(at(s, 15, 30, 30)).found and not second.batches
+
+
+def test_without_its_second_opinion_a_model_says_so(click_package, make_package, monkeypatch):
+    image = Image(ball((30, 60, 60), (15, 30, 30), 5, (1, 1, 1)), (1, 1, 1), (0, 0, 0))
+    s = ClickSession(image, click_package(second_opinion="not-there-1.0.0"), Recording())
+    answer = s.add_point(at(s, 15, 30, 30))
+    assert answer.found and "no model 'not-there-1.0.0'" in answer.text and "less exact" in answer.text
+    monkeypatch.setattr(click, "find_model", lambda name: click_package())
+    with pytest.raises(UserError, match="is no model of axial slices with one label"):
+        click.second_opinion(click_package(second_opinion="toy-1.0.0").card)

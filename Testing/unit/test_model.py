@@ -240,6 +240,7 @@ FULL = {
     "tta": "flips",
     "roi_mm": 60,
     "surroundings": "lung",
+    "second_opinion": "lung-nodule-2d-1.2.1",
     "display": "lung",
     "postprocess": {"largest_component": True, "fill_holes": False, "min_volume_mm3": 0},
     "licence": "Apache-2.0",

@@ -180,6 +180,11 @@ class Model(_Strict):
         "automatic", "automatic, or click: the one lesion that is clicked on; every connected component of a label is one."
     )
     surroundings: Literal["lung", "any"] | None = _f(None, "click: lung: a first click must find lung around its lesion.")
+    second_opinion: str | None = _f(
+        None,
+        "click: name-version of a 2D model of the same label; their answers are averaged.",
+        pattern=r"^[a-z0-9-]+-[0-9]+\.[0-9]+\.[0-9]+$",
+    )
     tta: Literal["none", "flips", "rotations", "full"] = _f("none", "Test-time augmentation when it is used.")
     roi_mm: Positive | None = _f(None, "Meant for a box of this size about a target; null: for whole images.")
     display: str | None = _f(None, "The window preset to look at the images with, by its name.")
@@ -267,6 +272,8 @@ class Config(_Strict):
             card["display"] = model.display
         if model.surroundings:
             card["surroundings"] = model.surroundings
+        if model.second_opinion:
+            card["second_opinion"] = model.second_opinion
         if data.dimensions == 2:
             card |= {"axis": data.axis, "context_slices": data.context_slices}
         return json.loads(json.dumps(card))  # tuples become lists, as in a card that was read

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.measure import dice
-from UNetSegmentationLib.model import RESOURCES, SUFFIX, ModelPackage, find_model, write_package
+from UNetSegmentationLib.model import RESOURCES, SUFFIX, Card, ModelPackage, find_model, write_package
 from UNetSegmentationLib.networks import UNet, UNetConfig
 
 from . import lung_nodule_2d, lung_nodule_click, score_click
@@ -49,8 +50,9 @@ CLICK_CARD: dict[str, Any] = {
     **{k: v for k, v in read(lung_nodule_2d.CONFIG).card().items() if k in ("format", "channels", "labels", "activation", "licence")},
     "display": "lung",
     "surroundings": "lung",
+    "second_opinion": "lung-nodule-2d-1.2.1",
     "name": "lung-nodule-click",
-    "version": "0.5.0",
+    "version": "0.6.0",
     "title": "Lung nodule or mass, by clicks",
     "description": "3D U-Net that outlines the one lung nodule or mass that is clicked on (3 to 80 mm, slices to 5 mm) in chest CT. "
     "More clicks correct it. Not a diagnosis.",
@@ -223,6 +225,7 @@ def main() -> None:
             draft = export(model, card, Path(folder) / f"draft{SUFFIX}", drive)
         else:
             draft = find_model(options.name)
+            draft = replace(draft, card=Card({**draft.card.data, **card}))
         rows = score(draft)
         metrics = summary(rows, [label.name for label in draft.card.labels], command)
         final = {**{k: v for k, v in draft.card.data.items() if k != "files"}, **card, "metrics": metrics}

@@ -863,7 +863,7 @@ def _describe(job: Job, folder: Path, done: dict[str, Any]) -> None:
     old, new = (record.get("config", {}).get("model") for record in (done, job.record))
     if old and new and old != new and old.get("task", "automatic") == new["task"]:
         _write_run(folder, {**done, "config": {**done["config"], "model": new}})
-        if any(old.get(k) != new[k] for k in ("tta", "postprocess", "surroundings", "roi_mm")):
+        if any(old.get(k) != new[k] for k in ("tta", "postprocess", "surroundings", "second_opinion", "roi_mm")):
             for name in ("metrics.json", "metrics.csv"):
                 (folder / name).unlink(missing_ok=True)
 

@@ -29,6 +29,7 @@ from ..model import Card, ModelPackage, find_model
 from ..postprocess import components
 from .augment import views
 from .predict import Cancelled, Options, Prediction
+from .second import SecondOpinion
 
 MODEL = "lung-nodule-click"
 # Standard deviation of a click's Gaussian, in voxels (z, y, x) of the model's grid.
@@ -64,6 +65,11 @@ ENDLESS_SHARE = 0.1
 # two masses, the furthest look gave at most 2.3 times as much with it in it; of six that gave a part of a mass of 67 mm, 5 to 60 times.
 # Of 30 first clicks anywhere in that mass 26 find it so, 22 without; of 375 on nothing none is changed.
 PART_ML, GROWN, WITHIN = 2.0, 4.0, 0.9
+# A second opinion's share of the log-odds, of a first click's and of a correction's, of which it knows nothing. It counts where it finds
+# the same within 2 voxels of the mask, with this Dice, and that is no larger than what it was taught. Every sixth held-out LIDC crop,
+# after 1, 3 and 5 clicks: Dice 0.848, 0.874 and 0.881, without it 0.810, 0.864 and 0.877; 23 cubes 0.708, 0.758 and 0.784, without it
+# 0.705, 0.759 and 0.781 (one of a nodule of 6 mm lost 0.25 where 0.5 was enough).
+SECOND_SHARES, SECOND_DICE, SECOND_MM = (0.6, 0.3), 0.6, 40.0
 _NOTHING = "Nothing was found here; click inside the lesion, or draw a box around it."
 _NO_LUNG = "No lesion with lung around it was found here; if it is one, click a second time on it, or draw a box around it."
 _FAT = "What was found here is fat; if it is a lesion, click a second time on it, or draw a box around it."
@@ -165,12 +171,18 @@ class ClickSession:
     """One image, one lesion at a time.
 
     image: a CT in HU, any spacing and direction. model: a click package, its name or file. engine: a ready one of that
-    model, else options chooses. The same prompts give the same mask. Raises UserError for an image or a model that
-    cannot be clicked on. seconds: where the time since the last replay() went.
+    model, else options chooses; second: what the card names as its second opinion, ready as well. The same prompts give
+    the same mask. Raises UserError for an image or a model that cannot be clicked on. seconds: where the time since the
+    last replay() went.
     """
 
     def __init__(
-        self, image: Image, model: ModelPackage | str | Path | None = None, engine: Engine | None = None, options: Options = Options()
+        self,
+        image: Image,
+        model: ModelPackage | str | Path | None = None,
+        engine: Engine | None = None,
+        options: Options = Options(),
+        second: tuple[ModelPackage, Engine] | None = None,
     ) -> None:
         check_geometry(image)
         package = model if isinstance(model, ModelPackage) else find_model(str(model or MODEL))
@@ -184,7 +196,17 @@ class ClickSession:
         self.image, self.card = image, card
         self.warnings = tuple(warnings_for(card.intensity, image.channels))
         self._canonical, self._orientation = reorient(image)
-        self._engine = engine or choose_engine(package, options.engine, options.device, options.precision, options.threads)
+        choice = options.engine, options.device, options.precision, options.threads
+        self._engine = engine or choose_engine(package, *choice)
+        self._second: SecondOpinion | None = None
+        if SecondOpinion.fits(self._canonical):
+            try:
+                other = second[0] if second else second_opinion(card)
+            except UserError as e:
+                self.warnings += (f"{e} Without it the outlines of {card.name} are less exact.",)
+            else:
+                if other is not None:
+                    self._second = SecondOpinion(other, second[1] if second else choose_engine(other, *choice), self._canonical)
         self._normalise = normaliser(card.intensity, self._canonical.channels)
         if not (np.isfinite(self._normalise.shift).all() and np.isfinite(self._normalise.scale).all()):
             check_finite(image.channels, str(image.source or "The image"))
@@ -207,6 +229,8 @@ class ClickSession:
         prompts = _Prompts(positive=(middle,))  # type: ignore[arg-type]
         try:
             self._run(self._frame(prompts, _EMPTY), prompts, _EMPTY)
+            if self._second is not None:
+                self._second.warm()
         except UserError:
             pass  # of this place in the image; a click elsewhere may do
 
@@ -330,7 +354,8 @@ class ClickSession:
         """The mask as what predict() gives."""
         card = self.card
         labels = self.image.like(self.mask * np.uint8(card.labels[0].value))
-        name, engines = f"{card.name}-{card.version}", (self._engine.describe(),)
+        name = f"{card.name}-{card.version}"
+        engines = tuple(e.describe() for e in (self._engine, *([self._second.engine] if self._second is not None else [])))
         return Prediction(labels, card.labels, name, self.answer.box, engines=engines, warnings=self.warnings, algorithm="SEMIAUTOMATIC")
 
     def measure(self) -> dict[str, Any]:
@@ -499,14 +524,17 @@ class ClickSession:
         batch = np.concatenate([self._normalise(values), channels])[None]
         self._lap("crop")
         logits = self._engine.run(np.concatenate([view.forward(batch) for view in self._views]))
-        self._lap("network")
         margins = np.clip(logits[:, 1] - logits[:, 0], -60, 60)
         margin = np.mean([view.backward(m)[0] for view, m in zip(self._views, margins)], 0)
+        corrects = before.found or box is not None or len(positive) > 1
+        # What a person drew is meant as well as what was clicked on.
+        touched = positive, box, previous if any(p[0] == "mask" for p in prompts.made) else None
+        margin = self._seconded(margin, grid, _touched(margin > 0, *touched), SECOND_SHARES[corrects])
+        self._lap("network")
         # Of those that lie close together the last holds.
         negative_last = bool(prompts.made) and prompts.made[-1][0] == "point" and not prompts.made[-1][4]
         if not negative_last:
             _heed(margin, negative, -1.0)
-        corrects = before.found or box is not None or len(positive) > 1
         if corrects:
             _heed(margin, positive, 1.0)
             for point in on_patch([_voxel(p) for p in prompts.positive]):
@@ -516,17 +544,13 @@ class ClickSession:
         probability = 1 / (1 + np.exp(-margin))
 
         mask = probability > 0.5
-        # What a person drew is meant as well as what was clicked on.
-        kept = _touched(mask, positive, box, previous if any(p[0] == "mask" for p in prompts.made) else None)
+        kept = _touched(mask, *touched)
         inside = Box.around(kept)
         if inside is None:
             return replace(_EMPTY, zoom=zoom), 0.0, 0.0
         # What was dropped must not bleed back in, while what is just below 0.5 places the edge between the voxels.
         probability[mask & ~kept] = 0
-        near = inside.grown((1, 1, 1)) & whole
-        low = [math.floor(a * s + o) for a, s, o in zip(near.start, grid.scale, grid.offset)]
-        high = [math.ceil((b - 1) * s + o) + 1 for b, s, o in zip(near.stop, grid.scale, grid.offset)]
-        target = Box(tuple(low), tuple(high)) & Box.whole(self._canonical.shape)
+        target = self._of_patch(inside.grown((1, 1, 1)) & whole, grid)
         native = resample_back(probability[None], whole, grid, target)[0] > 0.5
         for points, part in ((prompts.positive if corrects else (), True), (prompts.negative, False)):
             for point in points:
@@ -541,6 +565,28 @@ class ClickSession:
         lung = lung_around(values[0], kept, np.array(self.card.data["spacing"][::-1]) * zoom) if in_lung else 1.0
         self._lap("paste")
         return answer, border, lung
+
+    def _of_patch(self, box: Box, grid: Grid) -> Box:
+        """The image's voxels in a part of a patch."""
+        low = [math.floor(a * s + o) for a, s, o in zip(box.start, grid.scale, grid.offset)]
+        high = [math.ceil((b - 1) * s + o) + 1 for b, s, o in zip(box.stop, grid.scale, grid.offset)]
+        return Box(tuple(low), tuple(high)) & Box.whole(self._canonical.shape)
+
+    def _seconded(self, margin: np.ndarray, grid: Grid, kept: np.ndarray, share: float) -> np.ndarray:
+        """The mean of the patch's log-odds and of the second opinion's where that agrees on what is kept, as they are elsewhere."""
+        inside = Box.around(kept)
+        if self._second is None or inside is None:
+            return margin
+        if max(n * s * mm for n, s, mm in zip(inside.shape, grid.scale, self._canonical.spacing[::-1])) > SECOND_MM:
+            return margin
+        around = self._of_patch(inside, grid)
+        if around.empty:  # beyond the image's edge
+            return margin
+        other = self._second.margins(around, grid)
+        found = (other > 0) & (distance(kept, np.ones(3)) <= 2)
+        if 2 * np.count_nonzero(found & kept) < SECOND_DICE * (np.count_nonzero(found) + np.count_nonzero(kept)):
+            return margin
+        return np.where(np.isnan(other), margin, (1 - share) * np.clip(margin, -12, 12) + share * other)
 
     def _lap(self, name: str) -> None:
         now = time.perf_counter()
@@ -588,6 +634,18 @@ def _noted(prompts: _Prompts, prompt: Prompt) -> _Prompts:
 
 def _voxel(point: Index) -> tuple[int, ...]:
     return tuple(math.floor(p + 0.5) for p in point)
+
+
+def second_opinion(card: Card) -> ModelPackage | None:
+    """The model that a click model's answers are averaged with, where its card names one; UserError where that cannot be used."""
+    name = card.data.get("second_opinion")
+    if name is None:
+        return None
+    package = find_model(name)
+    of = package.card
+    if of.data["task"] != "automatic" or of.dimensions != 2 or of.slice_axis or len(of.data["channels"]) != 1 or of.outputs != 2:
+        raise UserError(f"{name}, the second opinion of {card.name}, is no model of axial slices with one label.")
+    return package
 
 
 def expects_lung(card: Card) -> bool:

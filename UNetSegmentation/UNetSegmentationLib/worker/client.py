@@ -3,7 +3,7 @@
 >>> with WorkerClient() as worker:
 ...     volume = worker.load_volume(read_image("ct.nii.gz"))
 ...     prediction = worker.predict(volume, ["lung-nodule-2d-1.2.1.unet.zip"])
-...     answer = worker.click(volume, "lung-nodule-click-0.5.0.unet.zip", prompts=[("point", -62.1, -14.0, -120.5, True)])
+...     answer = worker.click(volume, "lung-nodule-click-0.6.0.unet.zip", prompts=[("point", -62.1, -14.0, -120.5, True)])
 """
 
 from __future__ import annotations

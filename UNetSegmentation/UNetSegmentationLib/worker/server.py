@@ -29,7 +29,7 @@ from ..dataset import INDEX, Dataset, Objection, completed, read_mask, same_name
 from ..engines import Engine, choose_engine
 from ..files import OUT_OF_MEMORY, UserError
 from ..image import Image
-from ..inference.click import ClickSession, expects_lung
+from ..inference.click import ClickSession, expects_lung, second_opinion
 from ..inference.predict import Cancelled, Options, Progress, predict
 from ..measure import measure, uncertain_places
 from ..model import Label, ModelPackage
@@ -295,7 +295,7 @@ class _Server(Program):
         check()
         model, engine = self._warm(name, options, _WARM)
         check()
-        session, fresh = self._session(volume, image, lesion, model, engine)
+        session, fresh = self._session(volume, image, lesion, model, engine, options)
         loaded = time.perf_counter()
         answer = session.replay(prompts, lambda: number in self._cancelled)
         if fresh and not prompts:
@@ -309,7 +309,9 @@ class _Server(Program):
         told = WorkerAnswer(answer.box, answer.mask, answer.text, answer.zoom, measures, seconds, session.warnings, engine.describe())
         return {"event": "click", **encode_answer(told)}
 
-    def _session(self, volume: int, image: Image, lesion: str, model: ModelPackage, engine: Engine) -> tuple[ClickSession, bool]:
+    def _session(
+        self, volume: int, image: Image, lesion: str, model: ModelPackage, engine: Engine, options: Options
+    ) -> tuple[ClickSession, bool]:
         """The lesion's own session, or a new one that shares all it can with another lesion's; and whether there was none."""
         for key in [k for k in self._sessions if k[1] not in self._engines.values()]:
             del self._sessions[key]  # of an engine that was given up
@@ -317,11 +319,19 @@ class _Server(Program):
         session = self._sessions.pop(key, None)
         sibling = session or next((s for k, s in self._sessions.items() if k[:2] == key[:2]), None)
         if session is None:
-            session = ClickSession(image, model, engine) if sibling is None else sibling.another()
+            session = self._new_session(image, model, engine, options) if sibling is None else sibling.another()
         self._sessions[key] = session
         while len(self._sessions) > _SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         return session, sibling is None
+
+    def _new_session(self, image: Image, model: ModelPackage, engine: Engine, options: Options) -> ClickSession:
+        try:
+            other = second_opinion(model.card)
+        except UserError:
+            other = None  # the session says it
+        second = self._warm(str(other.path), options, _WARM) if other is not None else None
+        return ClickSession(image, model, engine, second=second)
 
     def _drop_sessions(self, volume: int) -> None:
         for key in [k for k in self._sessions if k[0] == volume]:
