@@ -417,7 +417,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             if node is not None and of is not p.volume and (of is not None or node.GetSegmentation().GetNumberOfSegments()):
                 p.setValue(name, None)
         node = slicer.mrmlScene.GetNodeByID(clicked) if clicked else None
-        if p.nodules is None and inputs.referenceVolume(node) in (None, p.volume):
+        if node is not None and p.nodules is None and nodules.scanOf(node) in (None, p.volume):
             p.nodules = node
         if p.nodules is None and self._warm:
             p.nodules = nodules.former(p.volume)

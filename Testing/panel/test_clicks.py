@@ -437,6 +437,25 @@ def test_what_was_doubted_before_a_nodule_is_forgotten(panel: Any) -> None:
     assert "is fat" in p.tool.text and p.node is None
 
 
+def test_undo_of_a_doubted_click_leaves_the_other_nodules(panel: Any) -> None:
+    p = panel()
+    p.settings.volume = fat("left")
+    p.gui.process_events()
+    p.arm()
+    p.click(BALLS["right"][0])
+    p.gui.click(p.ui.nextNoduleButton)
+    state = everything(p.node)
+    p.click(BALLS["left"][0])
+    assert "is fat" in p.ui.clickMessage.text and "click a second time at the same place" in p.ui.clickMessage.text
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert everything(p.node) == state and not p.tool.doubted and p.ui.clickMessage.text == "Click on the nodule in a slice view."
+    p.click((24, 51, 30))  # what was doubted is forgotten
+    assert "is fat" in p.ui.clickMessage.text and everything(p.node) == state
+    p.click((24, 51, 30))  # the very same place
+    assert sorted(p.segments()) == ["Nodule 1", "Nodule 2"]
+
+
 def test_the_panel_gives_what_python_gives_also_under_a_transform(panel: Any) -> None:
     from mrml_scenes import add_transform, rotation
 
@@ -615,9 +634,12 @@ def test_a_tool_of_slicers_keeps_its_clicks(panel: Any) -> None:
         interaction.SetCurrentInteractionMode(mode)
         p.click(BALLS["left"][0])
         assert p.node is None
-    interaction.SwitchToViewTransformMode()
-    p.click(BALLS["left"][0])
-    assert list(p.segments()) == ["Nodule 1"]
+    for mode in (interaction.ViewTransform, interaction.Select, interaction.User):  # in which no tool takes them
+        interaction.SetCurrentInteractionMode(mode)
+        p.click(BALLS["left"][0])
+        assert list(p.segments()) == ["Nodule 1"]
+        p.tool.undo()
+        p.settle()
 
 
 def test_the_press_says_whose_a_click_is_and_what_it_means(panel: Any) -> None:
@@ -941,6 +963,8 @@ def test_a_click_after_an_undo_that_was_cancelled_can_be_undone(panel: Any, tmp_
 
 
 def test_undo_is_of_the_nodule_that_is_chosen(panel: Any) -> None:
+    import slicer
+
     p = begun(panel, "right", "left")
 
     def choose(row: int) -> None:
@@ -973,7 +997,7 @@ def test_undo_is_of_the_nodule_that_is_chosen(panel: Any) -> None:
     assert len(prompts_of(p, "Nodule 2")) == 1
     p.gui.click(p.ui.undoClickButton)
     p.settle()
-    assert p.node is None or "Nodule 2" not in p.segments()
+    assert p.node is None and not slicer.util.getNodesByClass("vtkMRMLTableNode")  # whichever was first
 
 
 @POSIX
@@ -1301,12 +1325,22 @@ def test_nodules_of_another_scan_are_neither_clicked_nor_measured_there(panel: A
         ):
             p.tool._say("")
             click()
-            assert "holds nodules of 'CT' and not of 'Later'; choose 'CT' as" in p.ui.clickMessage.text
+            assert "belongs to 'CT' and not to 'Later'; choose 'CT' as" in p.ui.clickMessage.text
             assert not p.tool.segment and not p.tool.busy and everything(node) == state
     slicer.mrmlScene.RemoveNode(first)
     p.settle()
     p.click(BALLS["right"][0])  # of whom they are, nobody knows any more
     assert len(p.segments()) == 2
+
+
+def test_nodules_are_clicked_on_in_a_copy_of_their_scan(panel: Any) -> None:
+    p = begun(panel, "left")
+    node = p.node
+    p.settings.volume = scan("Filtered")
+    p.settings.nodules = node
+    p.settle()
+    p.click(BALLS["right"][0])
+    assert p.node is node and sorted(p.segments()) == ["Nodule 1", "Nodule 2"] and dice(p.mask("Nodule 2"), truth("right")) > 0.8
 
 
 def test_nodules_that_were_made_of_a_labelmap_are_the_scans(panel: Any) -> None:
@@ -1325,6 +1359,10 @@ def test_nodules_that_were_made_of_a_labelmap_are_the_scans(panel: Any) -> None:
     p.ui.noduleTable.setCurrentCell(0, 0)
     p.click((24, 48, 33))
     assert len(prompts_of(p, "Nodule 1")) == 2
+    for volume in (later(), p.settings.volume):
+        p.settings.volume = volume
+        p.settle()
+    assert p.node is node
 
 
 def test_of_two_segmentations_of_one_scan_the_chosen_one_is_come_back_to(panel: Any) -> None:

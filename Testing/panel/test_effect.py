@@ -833,7 +833,7 @@ def test_where_nothing_is_a_sentence_says_so_and_nothing_changes(editor: Callabl
     assert np.array_equal(e.mask(), filled(A, B))
     controller = e.effect._controller
     controller._reject([("point", 0.0, 0.0, 0.0, True)], DOUBTS[0])
-    assert controller.doubted
+    assert controller.doubted and "click a second time at the same place, or paint" in e.message
     e.effect.startAgain()
     e.wait()
     assert not controller.doubted and not e.mask().any()

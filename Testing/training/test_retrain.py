@@ -355,6 +355,9 @@ def test_what_is_trained_becomes_a_model_without_the_training_cases(dataset):
     job = training.create(dataset)
     cases = retrain._cases(job.folder, job)[0].cases
     one = next(c for c in cases if c.split == "train")
+    with pytest.raises(UserError, match="A training of this dataset runs"):
+        Dataset.open(dataset).remove(one.name, erase=True)
+    training.update(job.folder, state="stopped")
     Dataset.open(dataset).remove(one.name, erase=True)
     with pytest.raises(UserError, match="is no longer there, so this retraining cannot go on; bring it back, or start anew"):
         retrain._thawed(job.folder, job)
@@ -409,6 +412,26 @@ def test_a_new_version_gives_its_bases_labels_the_values_they_had(tmp_path, base
     assert [(label.value, label.name) for label in cases.labels] == [(1, "Bright"), (2, "Dark")]
     image, mask = cases.load(cases.cases[0])
     assert image.array[mask == 2].min() > 1 and image.array[mask == 1].max() < -1  # add_cases() made them the other way round
+
+
+def test_named_masks_keep_the_order_in_which_they_lie_on_others(tmp_path, base):
+    import SimpleITK as sitk
+
+    outer = np.pad(np.ones((4, 4, 4), np.uint8), 2)
+    inner = np.pad(np.ones((2, 2, 2), np.uint8), 3)
+    for part in ("images", "labels"):
+        (tmp_path / "set" / part).mkdir(parents=True)
+    for i in range(3):
+        write_image(Image(np.full((8, 8, 8), i, np.float32)), tmp_path / "set" / "images" / f"c{i}.nii.gz")
+        segments = sitk.GetImageFromArray(np.stack([outer, inner], -1), isVector=True)
+        for layer, name in enumerate(("Dark", "Bright")):  # as base's labels, the other way round
+            for field, value in {"ID": name, "Name": name, "LabelValue": "1", "Layer": str(layer), "Color": "1 0 0"}.items():
+                segments.SetMetaData(f"Segment{layer}_{field}", value)
+        sitk.WriteImage(segments, str(tmp_path / "set" / "labels" / f"c{i}.seg.nrrd"))
+    job = training.create(tmp_path / "set", base)
+    cases = retrain._cases(job.folder, job, base)[0]
+    assert [label.name for label in cases.labels] == ["Dark", "Bright"]
+    assert np.array_equal(cases.load(cases.cases[0])[1], outer + inner)
 
 
 def test_a_label_that_was_renamed_in_the_index_is_learnt(dataset):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from UNetSegmentationLib import cli
+from UNetSegmentationLib import cli, files, training
 from UNetSegmentationLib import dataset as module
 from UNetSegmentationLib.dataset import Dataset, UserError, changes, read_mask, read_segments
 from UNetSegmentationLib.image import Box, Image, read_image, to_sitk, write_image
@@ -359,6 +359,7 @@ def test_of_an_erased_case_trainings_keep_no_image(dataset, monkeypatch):
     own += [job / "pictures" / f"worst-{lesion}.png", job / "report.html"]
     others = [job / "check" / f"{name}_image.nii.gz" for name in ("case1-b", "case1__lesion_2", "acase1")]
     others += [dataset.folder / "retrain" / "cache" / name for name in (f"case1-b-{'0a' * 8}.safetensors", "hashes.json")]
+    own.append(dataset.folder / "retrain" / "cache" / ".unetseg-0a0a0a0a-0a0a.safetensors")
     others += [job / "job.json", job.with_name("other") / "report.html"]
     for path in (*own, *others):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -370,6 +371,32 @@ def test_of_an_erased_case_trainings_keep_no_image(dataset, monkeypatch):
     ):
         dataset.remove("case1", erase=True)
     assert [p for p in own if p.exists()] == own[:1] and all(p.exists() for p in others)
+
+
+@pytest.mark.parametrize("where", ["starting", "here", "elsewhere", "gone", "silent", "ended"])
+def test_nothing_is_erased_that_a_training_holds(dataset, where):
+    entry = dataset.add(scan(0), outline())
+    job = dataset.folder / training.FOLDER / "20260102-030405-toy"
+    job.mkdir(parents=True)
+    state, now, pid = "ended" if where == "ended" else training.RUNNING[1], time.time(), None if where == "starting" else os.getpid()
+    held = {"state": state, "launched": now - (0 if where == "starting" else 3600), "pid": pid, "mark": "", "host": "another"}
+    if where in ("here", "gone"):
+        held |= {"host": files.this_computer(), "mark": files.process_mark(os.getpid()) if where == "here" else "another's"}
+    (job / training.JOB).write_text(json.dumps(held), "utf-8")
+    if where in ("elsewhere", "silent"):
+        (job / training.BEAT).touch()
+        os.utime(job / training.BEAT, (now, now - (1000 if where == "silent" else 10)))
+    assert all(getattr(module, name) == getattr(training, name) for name in ("RUNNING", "START_S", "SILENT_S"))
+    runs = where in ("starting", "here", "elsewhere")
+    assert training._alive(job, held, False) == runs or where == "ended"
+    if runs:
+        with pytest.raises(UserError, match="^A training of this dataset runs and holds its cases; stop it first, then erase.$"):
+            dataset.remove(entry.name, erase=True)
+        dataset.remove(entry.name)  # its files stay
+        dataset.restore(entry.name)
+        (job / training.JOB).unlink()
+    dataset.remove(entry.name, erase=True)
+    assert not entry.label.exists()
 
 
 def test_a_removed_case_that_is_added_again_keeps_its_history_and_its_split(dataset):

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import numpy as np
 import SimpleITK as sitk
 
-from .files import UserError, atomic_path, check_text, counted, move_file, user_path
+from .files import UserError, atomic_path, check_text, counted, is_this_computer, move_file, process_mark, user_path
 from .image import Image, check_geometry, information, is_dicom, is_grey, read_image, to_sitk, write_image
 from .model import DEFAULT_COLORS, Label, label_key
 from .postprocess import slabs, voxel_counts
@@ -43,7 +43,8 @@ from .steps import Steps
 T = TypeVar("T")
 
 INDEX, SALT, LOCK, CASES = "dataset.json", "salt", ".lock", "cases"
-TRAININGS = "retrain"  # training.FOLDER
+TRAININGS = "retrain"  # training.FOLDER, and of the same name there:
+RUNNING, START_S, SILENT_S = ("preparing", "training", "checking"), 180.0, 300.0
 FORMAT = "unetseg-dataset"
 SPLITS = ("train", "validation", "test")
 EXPORTS = ("nnunet", "monai", "itksnap")
@@ -935,6 +936,8 @@ class Dataset:
             return []
 
         with reached(self.folder):
+            if erase and any(map(_trains, (self.folder / TRAININGS).glob("*/job.json"))):
+                raise UserError("A training of this dataset runs and holds its cases; stop it first, then erase.")
             places = {(self.folder / f).parent for f in self._commit(take)}
             for place in places:
                 shutil.rmtree(place, ignore_errors=True)  # one may be lost, or held by a program: the others are to go all the same
@@ -1295,13 +1298,31 @@ def _check_index(data: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
+def _trains(path: Path) -> bool:
+    """Whether the process of a job.json is there, as training.read() has it: it draws pictures of its cases from maps that it holds."""
+    try:
+        job = json.loads(path.read_text("utf-8"))
+        since, pid = time.time() - float(job["launched"] or 0), job["pid"]
+        if job["state"] not in RUNNING or pid is None:
+            return job["state"] in RUNNING and since < START_S
+        mark = process_mark(int(pid)) if is_this_computer(job.get("host")) else ""
+        if mark is None or (mark and job.get("mark")):
+            return mark == job["mark"]
+    except (OSError, ValueError, KeyError, TypeError):  # no job
+        return False
+    try:
+        return age_of(path.with_name("alive")) < SILENT_S
+    except OSError:
+        return since < SILENT_S
+
+
 def _forget(trainings: Path, case: str, others: Collection[str]) -> list[Path]:
     """Remove what a dataset's trainings hold of a case's image: its prepared voxels, the compared masks and the pictures,
     with the reports that show these, which can be written again. others: names of cases that stay, should one be called as a lesion
     of this one. Returns what could not be removed."""
     lesion = rf"({re.escape(case)}(?:__lesion_\d+)?)"  # unetseg_training.cases.file_name() of "NAME, lesion 2"
     files = re.compile(
-        rf"cache/{re.escape(case)}-[0-9a-f]{{16}}\.safetensors"
+        rf"cache/(?:{re.escape(case)}-[0-9a-f]{{16}}\.safetensors|\.unetseg-.*)"  # or what a killed run was writing, of whatever case
         rf"|[^/]+/check/{lesion}_(?:image|truth|before|after)\.nii\.gz"
         rf"|[^/]+/pictures/(?:example|worst)-{lesion}\.png"
     )

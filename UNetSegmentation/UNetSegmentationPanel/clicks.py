@@ -178,6 +178,10 @@ class ClickController(VTKObservationMixin):
         self._ask(left)
         return True
 
+    def forgetDoubt(self) -> None:
+        self._doubted = None
+        self._tell()
+
     def cancel(self) -> None:
         """Prompts that are not answered yet are taken back, and nothing is heard of them; a worker that hangs is ended."""
         self._cancel(hanging=self.busy)
@@ -282,7 +286,8 @@ class ClickController(VTKObservationMixin):
             self._doubted = this
         if newer:
             self._ask(self.prompts)
-        self._say("onError", text)
+        # Further away on a large mass it would be doubted again, see _SAME_MM.
+        self._say("onError", text.replace("a second time on it", "a second time at the same place"))
 
     def _onError(self, asked: _Asked, text: str) -> None:
         if self._asked is not None and asked.number <= self._asked.number:

@@ -149,7 +149,7 @@ class ViewClicks:
 
     def _heard(self, interactor: Any, event: str, widget: Any, tags: list[int]) -> None:
         mode = slicer.mrmlScene.GetNodeByID("vtkMRMLInteractionNodeSingleton")
-        taken = mode is not None and mode.GetCurrentInteractionMode() != mode.ViewTransform
+        taken = mode is not None and mode.GetCurrentInteractionMode() in (mode.Place, mode.AdjustWindowLevel)
         at, negative = interactor.GetEventPosition(), bool(interactor.GetControlKey())
         free = not (taken or interactor.GetShiftKey() or interactor.GetAltKey())
         swallow = free and not negative  # a drag with Ctrl is Slicer's, and what is aborted here nobody else hears
@@ -211,6 +211,7 @@ class _Step:
     undo: Any
     lesion: _Lesion
     text: str  # of the prompts before it, as the segment held them
+    made: bool  # the segmentation was made by this step, or one before it
 
 
 class NoduleTool(VTKObservationMixin):
@@ -348,7 +349,7 @@ class NoduleTool(VTKObservationMixin):
     @property
     def canUndo(self) -> bool:
         self._steps = [s for s in self._steps if s.undo.can_undo]
-        return bool(self._own) or bool(self._mine and any(p[0] != "mask" for p in self._controller.prompts))
+        return bool(self._own) or self.doubted or bool(self._mine and any(p[0] != "mask" for p in self._controller.prompts))
 
     @property
     def _own(self) -> list[_Step]:
@@ -358,7 +359,7 @@ class NoduleTool(VTKObservationMixin):
 
     def undo(self) -> None:
         """Take the last prompt back, of the nodule at hand or else of all; the segment is exactly as it was before it. What a person
-        corrected since is asked for."""
+        corrected since is asked for. Of one that was doubted nothing was written."""
         from UNetSegmentationLib import mrml
 
         if not self.canUndo or self._pieces.busy:
@@ -368,6 +369,8 @@ class NoduleTool(VTKObservationMixin):
         if self._mine and self._controller.busy:
             self._controller.cancel()
             self._unrecorded = False
+        elif self.doubted:
+            self._controller.forgetDoubt()
         elif lesion is not None and self._isCorrected(lesion) and not self._mayUndo(lesion):
             return
         elif step is not None:
@@ -377,6 +380,8 @@ class NoduleTool(VTKObservationMixin):
             prompts = mrml.prompts_from_text(step.text, lesion.volume)
             ours = self.segmentation is lesion.node
             step.undo.undo()
+            if step.made and lesion.node.GetScene() is not None and not _count(lesion.node) and mrml.sequence_frames(lesion.node) is None:
+                mrml.remove_nodes([lesion.node])  # its first click was undone before the others
             lesion.label, lesion.text = None, lesion.held
             if self.model is not None:  # another one may be chosen by now
                 lesion.model = self.model
@@ -449,9 +454,9 @@ class NoduleTool(VTKObservationMixin):
     def _isOthers(self) -> bool:
         """Whether the nodules are another scan's; says so."""
         of = scanOf(self.segmentation)
-        if of is None or self.volume in (None, of):
+        if of is None or self.volume in (None, of) or _onOneGrid(of, self.volume):
             return False
-        text = _("'{nodules}' holds nodules of '{of}' and not of '{name}'; choose '{of}' as the volume, or another segmentation.")
+        text = _("'{nodules}' belongs to '{of}' and not to '{name}'; choose '{of}' as the volume, or another segmentation.")
         self._say(text.format(nodules=self.segmentation.GetName(), of=of.GetName(), name=self.volume.GetName()))
         return True
 
@@ -615,7 +620,8 @@ class NoduleTool(VTKObservationMixin):
         if answer.measures:
             self.measured[measured] = answer.measures
         if not unrecorded:
-            self._steps.append(_Step(undo, lesion, before))
+            made = node is None or any(s.made for s in self._steps if s.lesion.node is node)
+            self._steps.append(_Step(undo, lesion, before, made))
         if written is not self.segmentation:
             self._keep(written)
         self.showDots()
@@ -669,6 +675,17 @@ def _reference(segmentation: Any) -> Any:
     """The reference volume; the labelmap that segments were made of is no scan."""
     own = inputs.referenceVolume(segmentation)
     return own if own is not None and own.GetClassName() == inputs.VOLUME else None
+
+
+def _onOneGrid(*volumes: Any) -> bool:
+    """Whether two volumes' voxels are the same places, as a filtered copy's are."""
+    from UNetSegmentationLib import UserError, mrml
+
+    try:
+        one, other = map(mrml.image_from_volume, volumes)  # views, no copies
+    except UserError:
+        return False
+    return one.same_grid(other)
 
 
 def _count(node: Any) -> int:
