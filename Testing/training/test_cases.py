@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from unetseg_training import prepare
 from unetseg_training.cases import IGNORE, Case, CaseSet, Mismatch, UnknownLabel, files, fill, find_cases, folds
-from unetseg_training.prepare import _Hashes
 from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Box, Image, read_image, write_image
@@ -259,7 +259,7 @@ def test_bids(tmp_path):
         find_cases(tmp_path, channels=["T2w"])
 
 
-def test_bids_tells_what_it_leaves_out_and_takes_the_names_that_occur(tmp_path):
+def test_bids_tells_what_it_leaves_out_and_takes_the_names_that_occur(tmp_path, monkeypatch):
     for i, name in enumerate(("01", "02", "03", "04")):
         put(scan(i), tmp_path / f"sub-{name}" / "ses-a" / "anat" / f"sub-{name}_ses-a_T1w.nii.gz")
         if name != "04":
@@ -274,6 +274,11 @@ def test_bids_tells_what_it_leaves_out_and_takes_the_names_that_occur(tmp_path):
         "1 masks have no image of their own (sub-03_dseg.nii.gz) and are left out.",
         "1297 names of the table of labels occur in no mask (part 1, part 2, part 3, ...) and are left out.",
     )
+    (tmp_path / "sub-05").mkdir()
+    put(scan(4), tmp_path / "sub-05" / "sub-05_T1w.nii.gz")
+    (tmp_path / "derivatives" / "sub-05_dseg.nii.gz").write_bytes(b"damaged")
+    monkeypatch.setattr("unetseg_training.cases.SCANNED", 1)
+    assert [d.name for d in find_cases(tmp_path).labels] == ["part 17", "part 53"]
 
 
 def test_bids_takes_the_run_that_was_annotated(tmp_path):
@@ -614,23 +619,33 @@ def test_a_label_that_later_ones_would_cover_is_refused(tmp_path):
     exact(find_cases(tmp_path, only=["organ", "tumour"]), count=1)
     one = find_cases(tmp_path, foreground=True)
     assert np.array_equal(one.load(one.cases[0])[1], organ)
+    gtv, ctv, ptv = (np.pad(np.ones((2, n, n), bool), ((1, SHAPE[0] - 3), (1, SHAPE[1] - 1 - n), (1, SHAPE[2] - 1 - n))) for n in (6, 7, 8))
+    save_segments(tmp_path / "labels" / "a.seg.nrrd", PTV=ptv, CTV=ctv, GTV=gtv)
+    nested = find_cases(tmp_path)  # a GTV of most of its CTV
+    assert np.array_equal(nested.load(nested.cases[0])[1], np.select([gtv, ctv, ptv], [3, 2, 1]))
+    save_segments(tmp_path / "labels" / "a.seg.nrrd", both=ctv, one=gtv, rest=ctv & ~gtv)
+    gone = find_cases(tmp_path)
+    with pytest.raises(UserError, match="later labels cover most of both, which"):
+        gone.load(gone.cases[0])
     beside = tumour.copy()
     beside[0, :2] = True  # of 24 voxels 4 lie under the organ
     save_segments(tmp_path / "labels" / "a.seg.nrrd", tumour=beside, organ=organ)
     assert np.array_equal(found.load(found.cases[0])[1], np.select([organ, beside], [2, 1]))
 
 
-def test_a_mask_by_names_is_another_for_other_labels(tmp_path):
-    """The cache would give what was pre-processed for one as the other."""
+def test_a_mask_by_names_is_another_for_other_labels(tmp_path, monkeypatch):
+    """The cache would give what was pre-processed for one as the other. By its digest, though, a run knows the case again."""
     put(scan(0), tmp_path / "images" / "a.nii.gz")
     save_segments(tmp_path / "labels" / "a.seg.nrrd", liver=outline(0) == 1, spleen=outline(0) == 2)
     for part in ("images/a.nii.gz", "labels/a.seg.nrrd"):
         os.utime(tmp_path / part, (1e9, 1e9))  # long ago, so that the digest is remembered
     sets = [find_cases(tmp_path, only=only) for only in (["liver"], ["spleen"], ["liver", "spleen"], ["spleen", "liver"])]
-    hashes = _Hashes(tmp_path / "hashes.json")
+    hashes = prepare._Hashes(tmp_path / "hashes.json")
     for _ in range(2):
-        assert len({hashes.of(s, s.cases[0]) for s in sets}) == 4
-    assert hashes.of(sets[0], sets[0].cases[0]) == sets[0].digest(sets[0].cases[0])
+        assert {hashes.of(s, s.cases[0]) for s in sets} == {sets[0].digest(sets[0].cases[0])}
+    monkeypatch.setattr(prepare, "_settings", lambda config: {})
+    monkeypatch.setattr(prepare, "_open", lambda path, wanted, *rest: wanted)
+    assert len({prepare.prepare(s, SimpleNamespace(labels=()), tmp_path / "cache")[0] for s in sets}) == 4
 
 
 def test_names_in_any_script_are_labels_of_their_own(tmp_path):
@@ -713,13 +728,33 @@ def test_jpegs_of_several_labels_are_refused_and_small_ones_of_one_are_not(tmp_p
                 picture.fromarray(mask).save(tmp_path / "masks" / f"{i}.jpg", quality=quality)
             for foreground in (False, True):
                 if several:
-                    with pytest.raises(
-                        UserError, match=r"JPEGs of several greys \(.*0.jpg and others\), which JPEG blurs; save them as PNG"
-                    ):
+                    with pytest.raises(UserError, match=r"JPEGs of several greys \(as .*0.jpg\), which JPEG blurs; save them as PNG"):
                         find_cases(tmp_path, foreground=foreground)
                 else:
                     found = find_cases(tmp_path, foreground=foreground)
                     assert np.array_equal(found.load(found.cases[0])[1][0], masks[0] // masks[0].max())
+
+
+def test_jpegs_of_one_label_may_have_soft_edges_and_other_whites_and_greys_that_become_one(tmp_path):
+    picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    radius = np.hypot(*(np.indices((256, 256)) - 128))
+
+    def save(*masks):
+        for i, mask in enumerate(masks):
+            picture.fromarray(np.full((256, 256), i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
+            picture.fromarray(mask.astype(np.uint8)).save(tmp_path / "masks" / f"{i}.jpg", quality=90)
+
+    save(*(255 * np.clip((80 + i - radius) / 40, 0, 1) for i in range(4)))  # 6 grey values a pixel, which is flat
+    assert find_cases(tmp_path).values == {255: 1}
+    save(*(np.where(radius < 40, white, 0) for white in (255, 200, 255, 200)))
+    assert find_cases(tmp_path).values == {255: 1}
+    save(*[np.select([radius < 20, radius < 40], [160, 240])] * 4)
+    with pytest.raises(UserError, match="JPEGs of several greys"):
+        find_cases(tmp_path)
+    found = find_cases(tmp_path, foreground=True)  # both are white, and become one
+    assert np.count_nonzero(found.load(found.cases[0])[1][0] != (radius < 40)) < 50
 
 
 def test_a_mask_with_a_palette_holds_the_palettes_numbers(tmp_path):
@@ -1015,9 +1050,12 @@ def test_a_table_of_patients_as_spreadsheets_save_it(pairs, rows):
 
 def test_a_table_without_patients_is_told(pairs):
     (pairs / "index.csv").write_text("case,age\na,50\n")
-    assert any('index.csv lacks a column "case" (or "file") or a column "patient", and is not read' in n for n in find_cases(pairs).notes)
-    (pairs / "patients.csv").write_text("scan,patient\na,X\nb,X\nc,Y\n")
-    with pytest.raises(UserError, match='patients.csv lacks a column "case" .* or a column "patient"; name its columns so, lest folds'):
+    (pairs / "patients.csv").write_text("patient,age,sex\nX,60,M\nY,55,F\n")  # clinical, not of the cases
+    notes = find_cases(pairs).notes
+    for name in ("index.csv", "patients.csv"):
+        assert any(f'{name} lacks a column "case" (or "file") or a column "patient", and is not read' in note for note in notes)
+    (pairs / "patients.csv").write_text("case,person\na,X\nb,X\nc,Y\n")
+    with pytest.raises(UserError, match='patients.csv lacks a column "patient"; name its column so, lest folds .*, or put the table elsew'):
         find_cases(pairs)
 
 

@@ -457,6 +457,11 @@ def test_names_tell_apart_who_share_an_account(work, clock):
     """At the command line; a panel's name may change while it has a scan."""
     bob, nobody = replace(ANNA, name="Bob"), replace(ANNA, name="")
     hers = work.next(ANNA).name
+    assert work.skip(hers, bob) == f"{hers} was taken by Anna too."
+    assert work.next(ANNA).name != hers and work.scan(hers).status == "skipped"
+    work.back(hers)
+    work.back(work.next(ANNA).name)
+    hers = work.next(ANNA).name
     his = work.next(bob).name
     assert his != hers and work.scan(hers).by == "Anna" and work.scan(his).by == "Bob"
     assert work.next(bob, leave=hers).name == his and work.scan(hers).status == "taken"

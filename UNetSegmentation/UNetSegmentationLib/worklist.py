@@ -446,7 +446,8 @@ class WorkList:
                 del data["scans"][leave]["claim"]
             scans = {n: self._scan(n, r, now) for n, r in data["scans"].items()}
             late = {leave, *passed} - {""}
-            mine = [n for n, r in data["scans"].items() if n not in late and scans[n].status != "done" and self._is_mine(r, me, now)]
+            left = (n for n in scans if n not in late and scans[n].status not in ("done", "skipped"))
+            mine = [n for n in left if self._is_mine(data["scans"][n], me, now)]
             mine.sort(key=lambda n: scans[n].by != me.name)  # without a name also what was taken by one, which it keeps
             wanted = mine or self._order(data, scans, len(late) + 1)
             wanted = [n for n in wanted if n not in late] or [n for n in passed if n in wanted] or wanted
@@ -505,7 +506,8 @@ class WorkList:
             record = self._record(data, name)
             claim, note = record.get("claim") or {}, ""
             if claim.get("for") == "correct" and not me.owns(claim) and _lives(claim, self._now()):
-                note = f"{name} was taken by {claim.get('name') or 'another annotator'} too, as your time for it was over."
+                over = ", as your time for it was over" * (claim.get("who") != me.who)
+                note = f"{name} was taken by {claim.get('name') or 'another annotator'} too{over}."
             else:
                 record.pop("claim", None)
             if record["status"] == "done":

@@ -163,11 +163,15 @@ class CaseSet:
         return out.hexdigest()
 
     def how(self, case: Case) -> str:
-        """How its files are read, beside what they hold: masks of named structures are numbered by the order of the labels' names."""
-        named = tuple(_plain(label.name) for label in self.labels) if case.reader in NAMED and not case.extra else ()
+        """How its files are read, beside what they hold."""
         rest: tuple[Any, ...] = () if self.rest is None else (self.rest,)
         rest += ("without its print's size",) * any(map(has_print_size, case.images))  # which versions before 2026-12 read as mm
-        return repr((case.reader, case.series, case.extra, sorted(self.values.items()), *named, *rest))
+        return repr((case.reader, case.series, case.extra, sorted(self.values.items()), *rest))
+
+    def order(self, case: Case) -> tuple[str, ...]:
+        """The labels' names, by whose order its mask is numbered where it holds named structures. Not part of digest(), by which a run
+        knows its cases again: a run has its labels in its configuration."""
+        return tuple(_plain(label.name) for label in self.labels) if case.reader in NAMED and not case.extra else ()
 
     def number(self, name: str) -> int:
         """The value of a label by its name, whatever its case and punctuation; 0 if it is left out."""
@@ -276,7 +280,7 @@ def find_cases(
         found = _keep_channels(found, channels)
     if only:
         found = _keep_only(found, only)
-    _check_jpegs(found)
+    _check_jpegs(found, foreground)
     if not foreground:
         _check_greys(found)
         if len(found.labels) >= IGNORE:
@@ -358,22 +362,32 @@ def _check_greys(cases: CaseSet) -> None:
             raise UserError(f"{path} has {n} grey values; save it as 0 and 255, or use --foreground to take all but 0 as one label.")
 
 
-def _check_jpegs(cases: CaseSet) -> None:
-    """Refuse JPEGs of several labels, of which black and white alone are read: more than 1 % of their flat part has another grey. Of
-    vessels, hippocampi and dots, also blurred and resized, of quality 30 to 95, it is over 8 %, with one label 0.05 % at most."""
+def _check_jpegs(cases: CaseSet, foreground: bool) -> None:
+    """Refuse JPEGs of several labels, of which black and white alone are read; where all become one label, only if one would be black.
+    The same grey in over 10 % of the files: of dots that are blurred as widely as they are large 24 % look so, by any grey."""
     masks = [c.label for c in cases.annotated if c.label and c.label.name.lower().endswith(JPEG)]
-    counts = np.sum([np.zeros(256, int), *_some(masks, SCANNED, _flat_greys)], 0)
-    counts[:40] = 0
-    if counts[np.abs(np.arange(256) - counts.argmax()) > 40].sum() > 0.01 * counts.sum():
-        raise UserError(f"The masks are JPEGs of several greys ({masks[0]} and others), which JPEG blurs; save them as PNG.")
+    found = _some(masks, SCANNED, lambda path: (path, _second_grey(path)))
+    seen = [grey for _, grey in found if 0 < grey < (128 if foreground else 256)]
+    several = max(([path for path, grey in found if grey and abs(grey - one) <= 8] for one in seen), key=len, default=[])
+    if len(several) > 0.1 * len(found):
+        raise UserError(f"Masks are JPEGs of several greys (as {several[0]}), which JPEG blurs; save them as PNG.")
 
 
-def _flat_greys(path: Path) -> np.ndarray:
-    """How many pixels have each grey, of those whose neighbours have it too: at the edges of a label JPEG has all of them."""
+def _second_grey(path: Path) -> int:
+    """The darker one of the two greys that a JPEG's flat parts have most, 0 where they have one. Of pixels whose neighbours have their
+    grey too: at the edges of a label JPEG has all of them. A soft edge has all as well, so that the second one must be a peak."""
     array = read_image(path).channels[0, 0].astype(np.int16)
     down, right = (np.abs(np.diff(array, axis=axis)) <= 8 for axis in (0, 1))
     flat = down[:-1, 1:-1] & down[1:, 1:-1] & right[1:-1, :-1] & right[1:-1, 1:]
-    return np.bincount(array[1:-1, 1:-1][flat], minlength=256)
+    counts = np.bincount(array[1:-1, 1:-1][flat], minlength=256)
+    near = np.convolve(counts, np.ones(17, int))[8:-8]
+    beside = np.pad(near, 25)
+    first = 40 + int(counts[40:].argmax())
+    others = np.abs(np.arange(256) - first) > 40
+    others[:40] = False
+    second = int((near * others * (counts > 0)).argmax())
+    peak = near[second] > max(20, 2 * beside[second], 2 * beside[second + 50])
+    return min(first, second) if peak and counts[others].sum() > 0.01 * counts[40:].sum() else 0
 
 
 def _numbered(names: dict[int, str]) -> tuple[tuple[Label, ...], dict[int, int]]:
@@ -443,10 +457,12 @@ def _table_of_patients(folder: Path, cases: list[Case], notes: list[str]) -> lis
         rows = _rows(table) if table.is_file() else []
         key = next((k for k in ("file", "case", "name") if rows and k in rows[0]), None)
         if rows and not (key and "patient" in rows[0]):
-            lacking = f'{table} lacks a column "case" (or "file") or a column "patient"'
-            if table.name == "patients.csv":
-                raise UserError(f"{lacking}; name its columns so, lest folds mix patients.")
-            notes.append(f"{lacking}, and is not read.")
+            if key and table.name == "patients.csv":
+                raise UserError(
+                    f'{table} lacks a column "patient"; name its column so, lest folds mix patients, or put the table elsewhere '
+                    "if it is not of the cases."
+                )
+            notes.append(f'{table} lacks a column "case" (or "file") or a column "patient", and is not read.')
         elif key:
             named = [(r[key].replace("\\", "/").rpartition("/")[2], r["patient"]) for r in rows]
             known = {n: patient for name, patient in named if patient for n in (stem(Path(name)), name)}
@@ -565,10 +581,10 @@ def _named_values(
     paths: Sequence[Path], names: dict[int, str], table: dict[int, str], notes: list[str]
 ) -> tuple[tuple[Label, ...], dict[int, int]]:
     """Labels and values of plain maps. names: those that the dataset says it has; table: names of any program's values (FreeSurfer's
-    has 1300), of which only those count that occur, if all masks were looked at."""
-    each = [set(mask.array.ravel().tolist()) - {0} for mask in _some(paths, SCANNED, _found_values)]
+    has 1300), of which only those count that occur: then all masks are looked at."""
+    each = [set(mask.array.ravel().tolist()) - {0} for mask in _some(paths, len(paths) if table else SCANNED, _found_values)]
     values = set[int]().union(*each)
-    here = {v: n for v, n in table.items() if v in values or len(each) < len(paths)}
+    here = {v: n for v, n in table.items() if v in values}
     names = here | names
     _left_out("names of the table of labels occur in no mask", [n for v, n in table.items() if v not in here], notes)
     if not values and not names:
@@ -670,13 +686,19 @@ def _number(cases: CaseSet, case: Case, name: str) -> int:
 
 
 def _painted(cases: CaseSet, case: Case, image: Image, named: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Named masks as one map; where several claim a voxel the later label wins (a tumour over its organ), unless it takes most."""
-    out, sizes = np.zeros(image.shape, np.uint8), np.zeros(len(cases.labels) + 1, int)
+    """Named masks as one map; where several claim a voxel the later label wins: a tumour over its organ. A label that a larger one
+    takes most of, or that is gone, is refused; a GTV may take any part of its CTV."""
+    n = len(cases.labels) + 1
+    out, sizes, taken = np.zeros(image.shape, np.uint8), np.zeros(n, int), np.zeros((n, n), int)
     for name, mask in named:
         if number := _number(cases, case, name):
+            low, high = np.minimum(number, range(n)), np.maximum(number, range(n))
+            shared = sum(np.bincount(before[now], minlength=n) for before, now in zip(out, mask))
+            taken[low, high] = np.maximum(taken[low, high], shared)  # where a file has a name twice, it may be twice the same
+            sizes[number] = max(sizes[number], np.count_nonzero(mask))
             np.maximum(out, np.where(mask, np.uint8(number), np.uint8(0)), out=out)
-            sizes[number] = max(sizes[number], np.count_nonzero(mask))  # where a file has a name twice, it may be twice the same
-    lost = 2 * voxel_counts(out, len(sizes)) < sizes
+    lost = (2 * (taken * (sizes > sizes[:, None])).sum(1) > sizes) | ((voxel_counts(out, n) == 0) & (sizes > 0))
+    lost[0] = False
     if lost.any() and not case.extra:
         raise UserError(
             f"later labels cover most of {' and of '.join(cases.labels[i - 1].name for i in np.flatnonzero(lost))}, which would be lost; "

@@ -123,8 +123,8 @@ def _has_shares(config: Config) -> bool:
     return config.model.task == "click" or len(config.labels) == 1
 
 
-def key(config: Config, digest: str) -> str:
-    text = json.dumps([_settings(config), digest], sort_keys=True)
+def key(config: Config, digest: str, order: Sequence[str] = ()) -> str:
+    text = json.dumps([_settings(config), digest, *order], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -235,7 +235,7 @@ def prepare(
     made = 0
     for i, case in enumerate(todo):
         digest = hashes.of(case_set, case)
-        wanted = key(config, digest)
+        wanted = key(config, digest, case_set.order(case))
         path = folder / f"{file_name(case.name)}-{wanted[:16]}.safetensors"
         found = _open(path, wanted, case, digest, len(config.labels))
         if found is None:

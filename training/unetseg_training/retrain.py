@@ -33,7 +33,7 @@ from UNetSegmentationLib.networks import UNetConfig
 
 from . import clicks, metrics, report, watch
 from . import config as config_file
-from .cases import IGNORE, Case, CaseSet, evenly, file_name, find_cases
+from .cases import IGNORE, NAMED, Case, CaseSet, evenly, file_name, find_cases
 from .config import Config
 from .export import card_path, compact, export_run, lineage, markdown
 from .finetune import replay_set, start_of
@@ -187,7 +187,8 @@ def _work(folder: Path, told: _Told) -> tuple[str, str]:
 
 def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) -> tuple[CaseSet, dict[str, Any]]:
     """The cases of this retraining, each in its part, and what is to be said of the dataset; the same ones each time. Labels that are
-    its base's keep that one's order: in a mask of the new version a value means what it did."""
+    its base's keep that one's order: in a mask of the new version a value means what it did. Not where masks hold named structures, of
+    which the later label wins a voxel: a tumour would be lost under its organ."""
     if (folder / CASES).is_file():
         return _thawed(folder, job)
     path = job.dataset
@@ -219,7 +220,7 @@ def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) ->
         if marked:
             facts["unmarked"] = [label.name for label in case_set.labels if label.name not in marked]
             case_set = find_cases(path, only=marked)
-    if base is not None and same_labels(base.card, case_set):
+    if base is not None and same_labels(base.card, case_set) and not any(c.reader in NAMED for c in case_set.cases):
         ordered = sorted(base.card.labels, key=lambda label: label.value)
         case_set = replay_set(case_set, [label.name for label in ordered], case_set.channels)
     tests = [c for c in case_set.annotated if c.split == "test"]
