@@ -760,5 +760,32 @@ def test_without_its_second_opinion_a_model_says_so(click_package, make_package,
     answer = s.add_point(at(s, 15, 30, 30))
     assert answer.found and "no model 'not-there-1.0.0'" in answer.text and "less exact" in answer.text
     monkeypatch.setattr(click, "find_model", lambda name: click_package())
-    with pytest.raises(UserError, match="is no model of axial slices with one label"):
+    with pytest.raises(UserError, match="is no model of axial slices with one label and fixed intensities"):
         click.second_opinion(click_package(second_opinion="toy-1.0.0").card)
+
+
+def test_a_second_opinion_brings_nothing_back_that_is_no_part(click_package, make_package):
+    lesion = ball((30, 60, 60), (15, 30, 30), 6, (1, 1, 1))
+    image = Image(
+        np.where(lesion > 0, 0.45, 0).astype(np.float32) + 0.1 * ball((30, 60, 60), (15, 30, 27), 4, (1, 1, 1)), (1, 1, 1), (0, 0, 0)
+    )
+    s, second = seconded(click_package, make_package, image, lambda batch: (batch[:, 0] > 0.3).astype(np.float32))
+    s.add_point(at(s, 15, 30, 27))
+    whole = s.mask.sum()
+    assert np.array_equal(s.mask, lesion) and second.batches
+    s.add_point(at(s, 15, 30, 35), positive=False)
+    alone = ClickSession(image, click_package(), Recording())
+    alone.set_mask(lesion.astype(np.uint8))
+    alone.add_point(at(s, 15, 30, 35), positive=False)
+    assert whole > s.mask.sum() and not np.any(s.mask & ~alone.mask)
+
+
+def test_a_second_opinion_that_cannot_run_is_done_without(click_package, make_package, monkeypatch):
+    def fail(*_):
+        raise UserError("no engine for it.")
+
+    monkeypatch.setattr(click, "find_model", lambda name: slice_package(make_package))
+    monkeypatch.setattr(click, "choose_engine", fail)
+    image = Image(ball((30, 60, 60), (15, 30, 30), 5, (1, 1, 1)), (1, 1, 1), (0, 0, 0))
+    answer = (s := ClickSession(image, click_package(second_opinion="slices-1.0.0"), Recording())).add_point(at(s, 15, 30, 30))
+    assert answer.found and "no engine for it. Without it" in answer.text

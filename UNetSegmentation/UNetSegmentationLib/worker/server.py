@@ -326,11 +326,10 @@ class _Server(Program):
         return session, sibling is None
 
     def _new_session(self, image: Image, model: ModelPackage, engine: Engine, options: Options) -> ClickSession:
-        try:
+        second = None
+        with suppress(UserError):  # the session says it
             other = second_opinion(model.card)
-        except UserError:
-            other = None  # the session says it
-        second = self._warm(str(other.path), options, _WARM) if other is not None else None
+            second = self._warm(str(other.path), options, _WARM) if other is not None else None
         return ClickSession(image, model, engine, second=second)
 
     def _drop_sessions(self, volume: int) -> None:
