@@ -189,7 +189,7 @@ def test_on_another_computer_only_silence_tells(dataset):
     (job.folder / training.BEAT).touch()
     assert training.read(job.folder).state == "training"
     assert training.create(dataset).running  # it does not keep this computer from training
-    os.utime(job.folder / training.BEAT, (time.time() - 2 * training.SILENT_S,) * 2)
+    os.utime(job.folder / training.BEAT, (time.time() - 2 * files.SILENT_S,) * 2)
     assert training.read(job.folder).state == "lost"
 
 
@@ -205,7 +205,7 @@ def test_the_clocks_of_two_computers_may_differ(dataset, monkeypatch, late):
     with monkeypatch.context() as m:  # who may write nothing there has its own clock only
         m.setattr(Path, "touch", lambda path: os.open(path / "x", os.O_RDONLY))
         assert (training.read(job.folder).state == "training") == (late < 0)
-    os.utime(job.folder / training.BEAT, (now() - 2 * training.SILENT_S,) * 2)
+    os.utime(job.folder / training.BEAT, (now() - 2 * files.SILENT_S,) * 2)
     assert training.read(job.folder).state == "lost" and {*job.folder.iterdir()} == files_there
 
 

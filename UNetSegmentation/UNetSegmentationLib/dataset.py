@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import numpy as np
 import SimpleITK as sitk
 
-from .files import UserError, atomic_path, check_text, counted, is_this_computer, move_file, process_mark, user_path
+from .files import RUNNING, UserError, age_of, atomic_path, check_text, counted, is_alive, move_file, user_path
 from .image import Image, check_geometry, information, is_dicom, is_grey, read_image, to_sitk, write_image
 from .model import DEFAULT_COLORS, Label, label_key
 from .postprocess import slabs, voxel_counts
@@ -43,8 +43,7 @@ from .steps import Steps
 T = TypeVar("T")
 
 INDEX, SALT, LOCK, CASES = "dataset.json", "salt", ".lock", "cases"
-TRAININGS = "retrain"  # training.FOLDER, and of the same name there:
-RUNNING, START_S, SILENT_S = ("preparing", "training", "checking"), 180.0, 300.0
+TRAININGS = "retrain"  # training.FOLDER
 FORMAT = "unetseg-dataset"
 SPLITS = ("train", "validation", "test")
 EXPORTS = ("nnunet", "monai", "itksnap")
@@ -258,7 +257,7 @@ def match_label(name: str, terminology: Mapping[str, Sequence[str]], labels: Seq
 
 
 def plain_name(name: str) -> str:
-    """By which a training tells labels apart (unetseg_training.cases): GTV-1 is gtv 1, and CD3+ is not CD3."""
+    """A name's key, by which a training tells labels apart: the same for GTV-1 and gtv 1; in any script, and CD3+ is not CD3."""
     return re.sub(r"[\s_.\-]+", " ", name.casefold()).strip() or name
 
 
@@ -287,17 +286,6 @@ def read_terminology(entry: str) -> dict[str, list[str]]:
 
 class LockLost(Exception):
     """Another writer took this lock for a dead one's."""
-
-
-def age_of(path: Path, token: str = secrets.token_hex(8)) -> float:
-    """Seconds since a file was written, by one made now beside it: the clocks of two computers may be minutes apart. token: no other
-    process's; where Windows holds that file, the next look removes it."""
-    clock = path.with_name(f".clock-{token}")
-    try:
-        clock.touch()
-        return clock.stat().st_mtime - path.stat().st_mtime
-    finally:
-        clock.unlink(missing_ok=True)
 
 
 class FolderLock:
@@ -1302,18 +1290,9 @@ def _trains(path: Path) -> bool:
     """Whether the process of a job.json is there, as training.read() has it: it draws pictures of its cases from maps that it holds."""
     try:
         job = json.loads(path.read_text("utf-8"))
-        since, pid = time.time() - float(job["launched"] or 0), job["pid"]
-        if job["state"] not in RUNNING or pid is None:
-            return job["state"] in RUNNING and since < START_S
-        mark = process_mark(int(pid)) if is_this_computer(job.get("host")) else ""
-        if mark is None or (mark and job.get("mark")):
-            return mark == job["mark"]
+        return job["state"] in RUNNING and is_alive(path.with_name("alive"), job)
     except (OSError, ValueError, KeyError, TypeError):  # no job
         return False
-    try:
-        return age_of(path.with_name("alive")) < SILENT_S
-    except OSError:
-        return since < SILENT_S
 
 
 def _forget(trainings: Path, case: str, others: Collection[str]) -> list[Path]:

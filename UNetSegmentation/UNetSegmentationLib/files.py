@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,47 @@ def this_computer() -> str:
 def is_this_computer(name: Any) -> bool:
     """Of this_computer(), or of an earlier version, which took the host name."""
     return name in (this_computer(), socket.gethostname())
+
+
+def age_of(path: Path, token: str = secrets.token_hex(8)) -> float:
+    """Seconds since a file was written, by one made now beside it: the clocks of two computers may be minutes apart. token: no other
+    process's; where Windows holds that file, the next look removes it."""
+    clock = path.with_name(f".clock-{token}")
+    try:
+        clock.touch()
+        return clock.stat().st_mtime - path.stat().st_mtime
+    finally:
+        clock.unlink(missing_ok=True)
+
+
+# A training's states as long as its process is there, and seconds: for that to say its id (a cold disk, a virus scanner), and after which
+# one on another computer, whose processes cannot be seen from here, is given up.
+RUNNING, START_S, SILENT_S = ("preparing", "training", "checking"), 180.0, 300.0
+
+
+def is_alive(sign: Path, job: Mapping[str, Any], ended: bool = False) -> bool:
+    """Whether a training's process is there. sign: the file that it touches; job: of job.json; ended: a process that we started for it
+    is over, which may be a launcher's."""
+    pid = job.get("pid")
+    if pid is None:
+        return not ended and time.time() - float(job.get("launched") or 0) < START_S
+    if is_this_computer(job.get("host")):
+        mark = process_mark(int(pid))
+        if mark is None:
+            return False
+        if mark and job.get("mark"):
+            return mark == job["mark"]
+    try:
+        return _silence(sign) < SILENT_S
+    except OSError:
+        return time.time() - float(job.get("launched") or 0) < SILENT_S
+
+
+def _silence(sign: Path) -> float:
+    try:
+        return age_of(sign)
+    except OSError:  # nothing may be written there, so that only this computer's clock is left
+        return time.time() - sign.stat().st_mtime
 
 
 _ESCAPED = "escaped:"

@@ -32,10 +32,12 @@ from pathlib import Path
 from typing import Any
 
 from .files import (
+    RUNNING,
     UserError,
     atomic_path,
     child_options,
     escape_arguments,
+    is_alive,
     is_this_computer,
     move_file,
     process_mark,
@@ -58,10 +60,7 @@ FOLDER, JOB, LIVE, RESULT, STOP, LOG, BEAT, BASE = (
 )
 _RESERVE = ".reserve"
 FORMAT = 1
-RUNNING = ("preparing", "training", "checking")
-# Seconds for a process to say its id (a cold disk, a virus scanner), between its signs of life, and after which one on
-# another computer, whose processes cannot be seen from here, is given up.
-START_S, BEAT_S, SILENT_S = 180.0, 20.0, 300.0
+BEAT_S = 20.0  # seconds between a process's signs of life
 DEVICES = ("auto", "cpu", "gpu", "mps")
 FORMER = "former"  # in the folder of models: what another took the place of
 _PIECE = 1 << 18  # of live.jsonl, read at once
@@ -163,7 +162,7 @@ def read(folder: str | Path) -> Job:
     ended = child is not None and child.poll() is not None  # also takes a dead child's last trace away
     if ended:
         _children.pop(folder, None)
-    if not job.running or _alive(folder, data, ended):
+    if not job.running or is_alive(folder / BEAT, data, ended):
         return job
     again = _load(folder)
     if again != data:  # it ended between the two looks
@@ -272,32 +271,6 @@ def update(folder: Path, **changes: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------- processes
 
 _children: dict[Path, subprocess.Popen[bytes]] = {}  # that this process started
-
-
-def _alive(folder: Path, data: Mapping[str, Any], ended: bool) -> bool:
-    """Whether the job's process is there. ended: a process that we started for it is over, which may be a launcher's."""
-    pid = data.get("pid")
-    if pid is None:
-        return not ended and time.time() - float(data.get("launched") or 0) < START_S
-    if is_this_computer(data.get("host")):
-        mark = process_mark(int(pid))
-        if mark is None:
-            return False
-        if mark and data.get("mark"):
-            return mark == data["mark"]
-    try:
-        return _silence(folder / BEAT) < SILENT_S
-    except OSError:
-        return time.time() - float(data.get("launched") or 0) < SILENT_S
-
-
-def _silence(beat: Path) -> float:
-    from .dataset import age_of
-
-    try:
-        return age_of(beat)
-    except OSError:  # nothing may be written there, so that only this computer's clock is left
-        return time.time() - beat.stat().st_mtime
 
 
 def training_folder() -> Path:
@@ -538,7 +511,7 @@ def stop(job: Job) -> None:
 def claim(folder: Path) -> bool:
     """Write this process into job.json; False where another one that lives has the job."""
     data = _load(folder)
-    if data.get("pid") not in (None, os.getpid()) and _alive(folder, data, False):
+    if data.get("pid") not in (None, os.getpid()) and is_alive(folder / BEAT, data):
         return False
     (folder / BEAT).touch()
     # Room for the last sentence, should the disk be full then.

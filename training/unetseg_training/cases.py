@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, map_values, read_segments, segment_masks
+from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, map_values, plain_name, read_segments, segment_masks
 from UNetSegmentationLib.files import UserError, user_path
 from UNetSegmentationLib.image import NO_SCAN, PICTURE_SUFFIXES, Image, has_print_size, is_grey, of_channels, read_image
 from UNetSegmentationLib.model import DEFAULT_COLORS, Label
@@ -171,11 +171,11 @@ class CaseSet:
     def order(self, case: Case) -> tuple[str, ...]:
         """The labels' names, by whose order its mask is numbered where it holds named structures. Not part of digest(), by which a run
         knows its cases again: a run has its labels in its configuration."""
-        return tuple(_plain(label.name) for label in self.labels) if case.reader in NAMED and not case.extra else ()
+        return tuple(plain_name(label.name) for label in self.labels) if case.reader in NAMED and not case.extra else ()
 
     def number(self, name: str) -> int:
         """The value of a label by its name, whatever its case and punctuation; 0 if it is left out."""
-        return next((label.value for label in self.labels if _plain(label.name) == _plain(name)), 0)
+        return next((label.value for label in self.labels if plain_name(label.name) == plain_name(name)), 0)
 
 
 def files(path: Path) -> list[Path]:
@@ -288,7 +288,7 @@ def find_cases(
                 f"The masks hold {len(found.labels)} values, which are instances and not labels; use --foreground to make them one label."
             )
     else:
-        kept = tuple(_plain(label.name) for label in found.labels)
+        kept = tuple(plain_name(label.name) for label in found.labels)
         one = Label(1, found.labels[0].name if len(found.labels) == 1 else "foreground", DEFAULT_COLORS[0], {})
         found = replace(found, labels=(one,), values={v: min(k, 1) for v, k in found.values.items()})
         # Numbered instances: other masks than those that were looked at have other numbers.
@@ -327,17 +327,12 @@ def _is_picture(path: Path) -> bool:
     return path.name.lower().endswith(PICTURE_SUFFIXES)
 
 
-def _plain(name: str) -> str:
-    """A name's key, the same for GTV-1 and gtv 1; in any script, and CD3+ is not CD3."""
-    return re.sub(r"[\s_.\-]+", " ", name.casefold()).strip() or name
-
-
 def _distinct(names: Iterable[str], where: Path) -> None:
     """Refuse two names in one place that are the same label by their key; other files may spell a name otherwise."""
     known: dict[str, str] = {}
     for name in names:
-        if known.setdefault(_plain(name), name) != name:
-            raise UserError(f"{where} has the labels {known[_plain(name)]!r} and {name!r}, which are too alike; rename one of them.")
+        if known.setdefault(plain_name(name), name) != name:
+            raise UserError(f"{where} has the labels {known[plain_name(name)]!r} and {name!r}, which are too alike; rename one of them.")
 
 
 def _group(pattern: str, name: str) -> str:
@@ -410,10 +405,10 @@ def _keep_only(cases: CaseSet, only: Sequence[str]) -> CaseSet:
 
 
 def _keep_channels(cases: CaseSet, channels: Sequence[str]) -> CaseSet:
-    known = {_plain(name): i for i, name in enumerate(cases.channels)}
-    if missing := [name for name in channels if _plain(name) not in known]:
+    known = {plain_name(name): i for i, name in enumerate(cases.channels)}
+    if missing := [name for name in channels if plain_name(name) not in known]:
         raise UserError(f"There is no channel {missing[0]}; the cases have {', '.join(cases.channels)}.")
-    at = [known[_plain(name)] for name in channels]
+    at = [known[plain_name(name)] for name in channels]
     together = next((c for c in cases.cases if len(c.images) != len(cases.channels)), None)
     if together and at != list(range(len(cases.channels))):
         raise UserError(f"Case {together.name} holds its channels in one file, of which none can be left out; save them in a file each.")
@@ -682,7 +677,7 @@ def _read_map(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
 
 def _number(cases: CaseSet, case: Case, name: str) -> int:
     """The value of a named mask; the case's extra are the names that were made one label."""
-    return int(_plain(name) in case.extra) if case.extra else cases.number(name)
+    return int(plain_name(name) in case.extra) if case.extra else cases.number(name)
 
 
 def _painted(cases: CaseSet, case: Case, image: Image, named: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
@@ -1094,7 +1089,7 @@ def _labels_of(
         named = [segment.label for segment in read]
         _distinct((label.name for label in named), file)
         for label in named:
-            found.setdefault(_plain(label.name), label)
+            found.setdefault(plain_name(label.name), label)
     if any(c.reader == "map" and c.label for c in cases):
         raise UserError(f"{segments[0]} is a Slicer segmentation and other masks are plain maps; save all in one of the two kinds.")
     return tuple(replace(label, value=i) for i, label in enumerate(found.values(), 1)), {}
@@ -1346,12 +1341,12 @@ def _find_dicom(path: Path) -> CaseSet | None:
             outlined = set(_outlined(full))  # a plan's template names many more
             every = [(str(r.ROIName), r.get("ROINumber") in outlined) for r in full.get("StructureSetROISequence", ())]
             found = [name for name, drawn in every if drawn]
-            undrawn |= {_plain(name): name for name, drawn in every if not drawn}
+            undrawn |= {plain_name(name): name for name, drawn in every if not drawn}
         else:
             found = [str(s.SegmentLabel) for s in full.get("SegmentSequence", ()) if s.SegmentNumber]  # 0: a label map's background
         _distinct(found, file)
         for name in found:
-            names.setdefault(_plain(name), name)
+            names.setdefault(plain_name(name), name)
         reader = "contours" if header.Modality == "RTSTRUCT" else "dicom-seg"
         cases.append(
             Case(_dicom_name(path, folder, str(full.SOPInstanceUID), taken), _of_person(scan), (folder,), file, reader, series=uid)
