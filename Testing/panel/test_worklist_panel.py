@@ -517,7 +517,7 @@ def test_another_training_sets_list_gives_the_scan_of_the_former_back(panel, gui
     assert hands.case.name == name and works[0].refresh().scan(name).status == "taken"  # until there is another
     (tmp_path / "away").rename(works[1].folder)
     hands.next()
-    assert [w.refresh().counts()["taken"] for w in works] == [0, 1]
+    hands.wait(lambda: [w.refresh().counts()["taken"] for w in works] == [0, 1])
 
 
 @POSIX
