@@ -174,13 +174,12 @@ def test_the_mean_with_the_start_is_that_of_every_weight():
 def test_the_figures_of_a_fold_take_the_place_of_its_former_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(release, "RESULTS", tmp_path)
     monkeypatch.setattr(release, "load_weights", lambda run, network: build(network))
-    (tmp_path / "run.json").write_text('{"steps": 5000}')
     for fold, dice in ((3, 0.5), (1, 0.8), (3, 0.7)):
         row = {"set": "crop", "case": f"c{fold}", "seconds": 1.0, "Lung nodule": dice}
         monkeypatch.setattr(release, "score", lambda package, engine, number, row=row: [row])
         release.score_fold("lung-nodule-2d", tmp_path, fold)
     text = (tmp_path / "lung-nodule-2d" / "folds.csv").read_text().split()
-    assert text == ["fold,steps,set,case,Lung", "nodule", "1,5000,crop,c1,0.8", "3,5000,crop,c3,0.7"]
+    assert text == ["fold,set,case,Lung", "nodule", "1,crop,c1,0.8", "3,crop,c3,0.7"]
 
 
 def test_bundled_figures_are_those_of_the_results():

@@ -227,6 +227,7 @@ def main() -> None:
     elif options.base:
         start = finetune.start_from(find_model(options.base), config.unet()).state
     made = job(config, options.folder.parent / "cache", start, options.fold)
+    made.record["base"] = options.base
     run(made, options.folder, callbacks=[Watch(options.folder, ["crops", "cubes"])])
 
 

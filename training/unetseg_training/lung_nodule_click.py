@@ -354,7 +354,9 @@ def main() -> None:
         else {"batch": 8, "learning_rate": 2e-3, "warmup": 300, "ema": 0.999}
     )
     fit = Fit(epochs=options.epochs, steps=200, final_rate=1e-5, patience=10**6, **settings)
-    run(job(fit, start), options.folder, callbacks=[Watch(options.folder, [])])
+    made = job(fit, start)
+    made.record["base"] = options.base
+    run(made, options.folder, callbacks=[Watch(options.folder, [])])
 
 
 if __name__ == "__main__":

@@ -162,8 +162,7 @@ def score_fold(name: str, run: Path, fold: int) -> None:
     if path.exists():
         with open(path, newline="", encoding="utf-8") as f:
             before = [row for row in csv.DictReader(f) if int(row["fold"]) != fold]
-    steps = json.loads((run / "run.json").read_text("utf-8"))["steps"]
-    own = [{"fold": fold, "steps": steps, **{k: v for k, v in row.items() if k != "seconds"}} for row in rows]
+    own = [{"fold": fold, **{k: v for k, v in row.items() if k != "seconds"}} for row in rows]
     every = sorted([*before, *own], key=lambda row: int(row["fold"]))
     write_rows(path, every)
     for label in package.card.labels:
