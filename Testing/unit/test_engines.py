@@ -1,5 +1,7 @@
 """The engines agree with one another, and say what really runs."""
 
+import os
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -44,6 +46,19 @@ def test_logits_equal_those_of_onnx_runtime_on_real_cases(name, other, data):
         predict(read_image(path), [model], Options(tta="none"), engines=[pair])
     # OpenVINO's instance norm sums in float32 over a whole channel: 6e-3 in hippocampus-3d 1.1.0.
     assert 0 < pair.worst < (1e-4 if other == "torch" else 1e-2)
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_an_engine_keeps_no_id_of_the_computer_to_report_runs_with(engine, tmp_path):
+    if not installed(engine):
+        pytest.skip(f"{engine} is not installed")
+    code = "import sys\nfrom UNetSegmentationLib import *\nfrom UNetSegmentationLib.engines import make_engine\n"
+    code += "import numpy as np\nmodel = find_model('hippocampus-3d')\nmake_engine(model, sys.argv[1], 'cpu', 'auto', 0)"
+    code += ".run(np.zeros((1, 1, *model.card.patch), np.float32))"
+    places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME", "USERPROFILE", "LOCALAPPDATA", "TEMP"), str(tmp_path))
+    env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | places
+    subprocess.run([sys.executable, "-c", code, engine], check=True, env=env | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_automatic_choice_runs_and_a_missing_gpu_is_said():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 
 from ..image import UserError
@@ -13,6 +15,8 @@ class OpenVINOEngine:
     """device: "cpu", or "gpu" for an Intel GPU; precision "fp32" or "auto" keeps float32 arithmetic."""
 
     def __init__(self, package: ModelPackage, device: str = "cpu", precision: str = "auto", threads: int = 0) -> None:
+        # Without this package, which pip brings along, OpenVINO reports nothing to its maker and keeps no id of this computer.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         import openvino
 
         # float32 unless asked otherwise: on CPUs with bf16 the default would differ from ONNX Runtime by 1e-2.
