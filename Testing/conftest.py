@@ -58,10 +58,11 @@ def data() -> Path:
 
 @pytest.fixture(autouse=True)
 def models_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Imported models of this test alone, and kept masks: the user's own folders are never touched."""
+    """Imported models of this test alone, kept masks and PyTorch: the user's own folders are never touched."""
     folder = tmp_path / "models"
     monkeypatch.setenv("UNETSEG_MODELS", str(folder))
     monkeypatch.setenv("UNETSEG_MASKS", str(tmp_path / "masks"))
+    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(tmp_path / "torch"))
     return folder
 
 

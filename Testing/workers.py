@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -16,9 +18,17 @@ from UNetSegmentationLib.image import Image
 from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.model import ModelPackage, write_package
 
+ROOT = Path(__file__).resolve().parents[1]
 DEADLINE = 60.0  # of what happens at once, on a machine that has other things to do
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals and shell scripts")
 QUICK = Options(engine="onnx", device="cpu", threads=1)
+
+
+def python(code: str, **how: Any) -> subprocess.Popen[str]:
+    """Another process that runs this code, with what the tests import."""
+    paths = os.pathsep.join(str(ROOT / p) for p in ("UNetSegmentation", "Testing", "Testing/unit"))
+    how = {"env": {**os.environ, "PYTHONPATH": paths}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | how
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **how)
 
 
 def until(condition: Callable[[], object], what: str) -> None:

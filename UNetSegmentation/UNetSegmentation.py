@@ -669,7 +669,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.presetLabel.visible = ui.presetCombo.visible = len(offered) > 1
         if cards and not any(name == p.preset for name, _label in offered):
             p.preset = inputs.MODEL_DEFAULT
-        _fill(ui.presetCombo, offered, p.preset)
+        inputs.fill(ui.presetCombo, offered, p.preset)
         window = (p.level, p.width) if p.preset == inputs.CUSTOM else inputs.ownWindow(cards, p.preset) if cards else None
         for widget in (ui.levelLabel, ui.levelSpinBox, ui.widthSpinBox):
             widget.visible = window is not None and len(offered) > 1
@@ -697,10 +697,10 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 p.device = "auto"  # of a scene from another computer
             if p.engine not in dict(engines):
                 p.engine = "auto"
-            _fill(ui.deviceCombo, devices, p.device)
-            _fill(ui.engineCombo, engines, p.engine)
+            inputs.fill(ui.deviceCombo, devices, p.device)
+            inputs.fill(ui.engineCombo, engines, p.engine)
             self.torchRow.show(self.controller.running)
-        _fill(ui.ttaCombo, None, p.tta)
+        inputs.fill(ui.ttaCombo, None, p.tta)
 
     def _updateResult(self, p: Any) -> None:
         ui, data = self.ui, results.readRecord(p.record)
@@ -761,15 +761,6 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _setIcon(self, label: Any, warning: bool) -> None:
         kind = qt.QStyle.SP_MessageBoxWarning if warning else qt.QStyle.SP_MessageBoxInformation
         label.setPixmap(self.root.style().standardIcon(kind).pixmap(16, 16))
-
-
-def _fill(combo: Any, choices: Any, value: str) -> None:
-    """Show `value` in a box with these (value, text); None: those that it has."""
-    if choices is not None and choices != [(combo.itemData(i), combo.itemText(i)) for i in range(combo.count)]:
-        combo.clear()
-        for data, text in choices:
-            combo.addItem(text, data)
-    combo.currentIndex = max(0, combo.findData(value))
 
 
 def _timeLeft(seconds: float | None) -> str:
@@ -870,15 +861,7 @@ class UNetSegmentationTest(ScriptedLoadableModuleTest):
 
     def test_panel(self) -> None:
         volume, label = self.load()
-        widget = slicer.util.getNewModuleWidget("UNetSegmentation")
-        try:
-            self.apply(widget, volume, label)
-        finally:
-            widget.cleanup()
-            widget.parent.deleteLater()
-
-    def apply(self, widget: Any, volume: Any, label: Any) -> None:
-        widget.initializeParameterNode()
+        widget = self.panel()
         self.wait(lambda: widget.ready, 30, "the models to be read")
         settings, controller = widget._parameters, widget.controller
         before = slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSegmentationNode")
@@ -916,37 +899,38 @@ class UNetSegmentationTest(ScriptedLoadableModuleTest):
 
     def test_click(self) -> None:
         volume, label = self.load()
-        widget = slicer.util.getNewModuleWidget("UNetSegmentation")
-        try:
-            widget.initializeParameterNode()
-            self.wait(lambda: widget._warm, 60, "the panel to be ready")
-            widget._parameters.volume = volume
-            slicer.app.processEvents()
-            tool = widget.nodules.tool
-            self.delayDisplay("Click a nodule")
-            widget.ui.clickButton.click()
-            self.assertTrue(tool.armed)
-            tool.click([sum(ends) / 2 for ends in self.ROI_RAS])
-            self.wait(lambda: not tool.busy, 300, "the nodule")
-            self.assertIsNotNone(widget._parameters.nodules, tool.text)
-            dice = self.dice(widget._parameters.nodules, label, volume)
-            self.delayDisplay(f"Dice {dice:.3f}")
-            self.assertGreater(dice, self.CLICK_DICE)
-            self.wait(lambda: widget.ui.noduleTable.rowCount == 1, 30, "the table")
+        widget = self.panel()
+        self.wait(lambda: widget._warm, 60, "the panel to be ready")
+        widget._parameters.volume = volume
+        slicer.app.processEvents()
+        tool = widget.nodules.tool
+        self.delayDisplay("Click a nodule")
+        widget.ui.clickButton.click()
+        self.assertTrue(tool.armed)
+        tool.click([sum(ends) / 2 for ends in self.ROI_RAS])
+        self.wait(lambda: not tool.busy, 300, "the nodule")
+        self.assertIsNotNone(widget._parameters.nodules, tool.text)
+        dice = self.dice(widget._parameters.nodules, label, volume)
+        self.delayDisplay(f"Dice {dice:.3f}")
+        self.assertGreater(dice, self.CLICK_DICE)
+        self.wait(lambda: widget.ui.noduleTable.rowCount == 1, 30, "the table")
 
-            self.delayDisplay("Undo the click")
-            widget.ui.undoClickButton.click()
-            slicer.app.processEvents()
-            self.assertIsNone(widget._parameters.nodules)
-        finally:
-            widget.cleanup()
-            widget.parent.deleteLater()
+        self.delayDisplay("Undo the click")
+        widget.ui.undoClickButton.click()
+        slicer.app.processEvents()
+        self.assertIsNone(widget._parameters.nodules)
 
     def test_logic(self) -> None:
         self.delayDisplay("Segment without the panel")
         volume, label = self.load()
         node = UNetSegmentationLogic().process(volume, roiNode=self.box(), worker=True)
         self.assertGreater(self.dice(node, label, volume), self.DICE)
+
+    def panel(self) -> Any:
+        """The one that is shown: once there was a second, Slicer's Reload would take that, which is gone by then."""
+        widget = slicer.util.getModuleWidget("UNetSegmentation")
+        widget.initializeParameterNode()
+        return widget
 
     def load(self) -> list[Any]:
         self.delayDisplay("Load the sample scan")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -126,6 +127,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     for child in _children.values():
         child.process.kill()  # of use only when the session was cut off
         child.process.wait()
+        shutil.rmtree(child.folder, ignore_errors=True)
 
 
 @pytest.hookimpl(trylast=True)

@@ -35,6 +35,7 @@ def main(out: Path) -> None:
 
         traceback.print_exc()
         status = 1
+    shutil.rmtree(work, ignore_errors=True)
     finish(status)
 
 

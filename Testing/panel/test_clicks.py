@@ -62,7 +62,6 @@ TOY = {
 @pytest.fixture
 def panel(gui: Any, monkeypatch: pytest.MonkeyPatch, models_folder: Path, make_package: Callable[..., Any]) -> Callable[[], Hands]:
     """panel() opens the module on an empty scene, with the toy model for clicks chosen."""
-    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(Path(os.environ["UNETSEG_MODELS"]).parent / "torch"))
     models_folder.mkdir(exist_ok=True)
     shutil.copy(make_package(**TOY).path, models_folder)
 

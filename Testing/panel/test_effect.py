@@ -37,7 +37,6 @@ def editor(gui: Any, toy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     """editor(volume) opens a Segment Editor on it, with an empty segmentation and the effect active."""
     from standins import effects
 
-    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(Path(os.environ["UNETSEG_MODELS"]).parent / "torch"))
     sys.modules.pop("SegmentEditorUNetClickLib", None)
     effects.install()
     gui.load("SegmentEditorUNetClick", MODULE)
@@ -978,7 +977,6 @@ def test_the_self_test_passes_here_too(gui: Any, monkeypatch: pytest.MonkeyPatch
 
     if "UNETSEG_SAMPLE" not in os.environ and not all((sample.sample_folder() / name).is_file() for name, _ in sample.FILES.values()):
         pytest.skip("needs the sample scans: set UNETSEG_SAMPLE")
-    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(Path(os.environ["UNETSEG_MODELS"]).parent / "torch"))
     sys.modules.pop("SegmentEditorUNetClickLib", None)
     effects.install()
     gui.load()

@@ -27,7 +27,6 @@ def installer(gui, tmp_path, monkeypatch):
 
     unit.without_configuration(monkeypatch)
     unit.without_proxy(monkeypatch)
-    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(tmp_path / "torch"))
     monkeypatch.setattr(environment, "TORCH_DISK", dict.fromkeys(environment.TORCH_DISK, 1e6))
     site = tmp_path / "site-packages"
     site.mkdir()

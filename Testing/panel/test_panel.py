@@ -46,7 +46,6 @@ def install(models_folder: Path, make_package: Callable[..., Any]) -> Callable[.
 @pytest.fixture
 def panel(gui: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Panel]:
     """panel() opens the module, with its models read."""
-    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(Path(os.environ["UNETSEG_MODELS"]).parent / "torch"))
     return lambda: Panel(gui, gui.open())
 
 
@@ -1557,11 +1556,12 @@ def test_the_self_test_passes_here_too(gui: Any) -> None:
 
     if "UNETSEG_SAMPLE" not in os.environ and not all((sample.sample_folder() / name).is_file() for name, _ in sample.FILES.values()):
         pytest.skip("needs the sample scans: set UNETSEG_SAMPLE")
-    gui.load()
+    shown = gui.open()
     from UNetSegmentation import UNetSegmentationTest
 
     UNetSegmentationTest().runTest()
     assert gui.dialogs.texts("delay")[-1] == "Test passed"
+    assert gui.reload() is not shown and shown._closed  # which it says of the panel that is seen
 
 
 # --------------------------------------------------------------------------------------------------------------- the sample

@@ -23,7 +23,6 @@ TRAIN_S = 300.0  # for a training of a moment, on a machine that has other thing
 @pytest.fixture
 def panel(gui: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., Hands]]:
     """panel() opens the module with an empty folder as the training set; the toy that was retrained is installed."""
-    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(tmp_path / "torch"))
     folder = tmp_path / "cases"
     folder.mkdir()
     opened: list[Hands] = []

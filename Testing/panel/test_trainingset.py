@@ -40,7 +40,6 @@ def hands(
     """The panel with the toy model installed, a scan of 0, 1 and 2 that it labels, and an empty folder chosen."""
     import slicer
 
-    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(tmp_path / "torch"))
     models_folder.mkdir(exist_ok=True)
     shutil.copy(make_package(**TOY).path, models_folder)
     gui.open()
@@ -739,7 +738,7 @@ def test_add_current_tells_its_end_once(hands: Hands, tmp_path: Path) -> None:
     case, text = add(patient="PID-1", model_mask=file, model="toy-1.0.0")
     assert case == hands.only.name and "32 removed" in text and changes
     assert hands.only.patient == hands.dataset.patient("PID-1") and hands.only.record["model_name"] == "toy-1.0.0"
-    assert hands.section.dataset.name == "Nodules" and hands.section.summary["count"] == 1
+    assert hands.section.summary["count"] == 1
     # A question that is answered with no is an end too.
     hands.widget._parameters.volume = hands.scan(1)
     hands.drawn(thing=np.zeros(SHAPE, np.uint8))

@@ -107,7 +107,6 @@ class Hands:
 
 @pytest.fixture
 def panel(gui: Any, monkeypatch: pytest.MonkeyPatch, models_folder: Path, make_package: Callable[..., Any]) -> Callable[[], Hands]:
-    monkeypatch.setenv("UNETSEG_ENVIRONMENT", str(Path(os.environ["UNETSEG_MODELS"]).parent / "torch"))
     models_folder.mkdir(exist_ok=True)
     shutil.copy(make_package(**TOY).path, models_folder)
     return lambda: Hands(gui, gui.open())

@@ -304,7 +304,7 @@ def test_from_nodules_to_lesions_of_the_liver_by_the_command(livers, base, model
     assert set(np.unique(masks["truth"])) == {0, 1} and set(masks) == {"truth", "before", "after"}
     package = ModelPackage.read(job.package)
     card = package.card.data
-    assert card["task"] == "click" and card["surroundings"] == "any" and "description" not in card or not card["description"]
+    assert card["task"] == "click" and card["surroundings"] == "any" and not card.get("description")
     assert [label.name for label in package.card.labels] == ["Cyst or Metastasis"] and "display" not in card
     assert card["lineage"]["parent"]["name"] == "nodule-click" and card["lineage"]["parity"]["largest_difference"] < 1e-4
     assert set(card["metrics"]["dice"]) == {"Cyst", "Metastasis"} and "after one click" in card["metrics"]["held_out"]

@@ -19,12 +19,13 @@ import pytest
 import SimpleITK as sitk
 from UNetSegmentationLib import cli, files, training
 from UNetSegmentationLib import dataset as module
-from UNetSegmentationLib.dataset import Dataset, UserError, changes, read_mask, read_segments
+from UNetSegmentationLib.dataset import Dataset, UserError, changes, read_mask, read_segments, translated
 from UNetSegmentationLib.image import Box, Image, read_image, to_sitk, write_image
 from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import Label
 from UNetSegmentationLib.output import write_segmentation
 from UNetSegmentationLib.worker.protocol import MAX_LINE, dumps
+from workers import python
 
 ROOT = Path(__file__).resolve().parents[2]
 ORGAN = Label(1, "organ", (1, 2, 3), {"category": ["SCT", "123037004", "Anatomical Structure"], "type": ["SCT", "39607008", "Lung"]})
@@ -53,11 +54,11 @@ def state(dataset):
     return (dataset.folder / "dataset.json").read_bytes(), {p for p in dataset.folder.rglob("*") if p.is_file()}
 
 
-def python(code, **how):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "UNetSegmentation"), str(ROOT / "Testing" / "unit")])}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
-    )
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64])
+def test_a_label_map_in_other_values_has_none_of_those_that_are_not_named(dtype):
+    array = np.array([0, 1, 127, 255, np.iinfo(dtype).max, np.iinfo(dtype).min], dtype)
+    expected = [0, 0, 3, 7, 7 * (dtype is np.uint8), 0]
+    assert translated(array, {127: 3, 255: 7}).tolist() == expected and not translated(array, {}).any()
 
 
 # ---------------------------------------------------------------------------------------------------------------- adding
@@ -122,11 +123,11 @@ def test_a_datasets_labels_have_names_and_values_of_their_own(tmp_path, dataset)
 
 
 def test_labels_that_a_training_would_not_tell_apart_are_refused(tmp_path, dataset):
-    with pytest.raises(UserError, match="'GTV 1' and 'gtv-1' are too alike"):
+    with pytest.raises(UserError, match="'GTV 1' and 'gtv-1', which are too alike"):
         Dataset.create(tmp_path / "bad", "x", [Label(1, "GTV 1", (1, 2, 3), {}), Label(2, "gtv-1", (1, 2, 3), {})], ["CT"])
     spot = Label(2, "tu mour", (1, 2, 3), {})
     dataset.add(scan(0), outline(2), labels=[ORGAN, spot], allow=["label"])
-    with pytest.raises(UserError, match="'tu mour' and 'tu.mour' are too alike"):
+    with pytest.raises(UserError, match="'tu mour' and 'tu.mour', which are too alike"):
         dataset.add(scan(1), outline(2), labels=[ORGAN, replace(spot, name="tu.mour")], allow=["label"])
     assert len(dataset.refresh().entries) == 1 and [d.name for d in dataset.labels] == ["organ", "tumour", "tu mour"]
 

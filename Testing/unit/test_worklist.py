@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from UNetSegmentationLib.worker import protocol
 from UNetSegmentationLib.worker.client import child_environment, command, new_folder
 from UNetSegmentationLib.worker.protocol import Lines, load_array, remove_folder
 from UNetSegmentationLib.worklist import Annotator, WorkList, describe, find_scans, order
-from workers import POSIX, slow_package, until
+from workers import POSIX, python, slow_package, until
 
 ROOT = Path(__file__).resolve().parents[2]
 ANNA, BERT = Annotator("anna", "Anna"), Annotator("bert", "Bert")
@@ -491,13 +490,6 @@ def test_a_sign_of_life_keeps_what_is_taken(work, clock):
     revision = work._data["revision"]
     work.renew(BERT)  # who has nothing changes nothing
     assert work.refresh()._data["revision"] == revision
-
-
-def python(code, **how):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in ("UNetSegmentation", "Testing", "Testing/unit"))}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
-    )
 
 
 def test_three_annotators_at_once_do_no_scan_twice(tmp_path):

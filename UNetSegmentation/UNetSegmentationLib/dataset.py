@@ -24,7 +24,7 @@ import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -192,11 +192,9 @@ def same_names(theirs: Sequence[Label], mine: Sequence[Label]) -> dict[int, int]
 
 def translated(array: np.ndarray, table: Mapping[int, int], dtype: Any = np.uint8) -> np.ndarray:
     """A label map in other values; those that the table does not name become 0."""
-    lookup = np.zeros(int(array.max(initial=0)) + 1, dtype)
-    for value, to in table.items():
-        if 0 < value < len(lookup):
-            lookup[value] = to
-    return lookup[array]
+    lookup = np.zeros(max(table, default=0) + 2, dtype)
+    lookup[list(table)] = list(table.values())
+    return lookup.take(array, mode="clip")  # what lies below or beyond is 0
 
 
 def _check_fit(image: Image, mask: Image, name: str) -> None:
@@ -261,11 +259,12 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\s_.\-]+", " ", name.casefold()).strip() or name
 
 
-def _distinct(labels: Sequence[Label]) -> None:
+def distinct(names: Iterable[str], where: object) -> None:
+    """Refuse two names in one place that are the same label to a training; other files may spell a name otherwise."""
     known: dict[str, str] = {}
-    for label in labels:
-        if (other := known.setdefault(plain_name(label.name), label.name)) != label.name:
-            raise UserError(f"The labels {other!r} and {label.name!r} are too alike for a training to tell apart; rename one of them.")
+    for name in names:
+        if (other := known.setdefault(plain_name(name), name)) != name:
+            raise UserError(f"{where} has the labels {other!r} and {name!r}, which are too alike; rename one of them.")
 
 
 def base_name(name: str) -> str:
@@ -484,14 +483,14 @@ class Dataset:
         names = ["background", *(label.key for label in labels)]
         if len(set(values)) < len(values) or len(set(names)) < len(names) or not all(0 < v < 256 for v in values) or "" in names:
             raise UserError("A dataset's labels need names of their own and values of their own from 1 to 255; correct them.")
-        _distinct(labels)
+        distinct((label.name for label in labels), "The dataset")
         data = {
             "format": FORMAT,
             "format_version": 1,
             "name": name.strip(),
             "revision": 0,
             "channels": list(channels),
-            "segments": [_label_json(label) for label in labels],
+            "segments": [replace(label, name=label.name.strip()).to_json() for label in labels],
             "cases": {},
         }
         with reached(folder):
@@ -537,9 +536,7 @@ class Dataset:
 
     @property
     def labels(self) -> tuple[Label, ...]:
-        return tuple(
-            Label(d["value"], d["name"], tuple(d.get("color", (230, 159, 0))), d.get("terminology", {})) for d in self._data["segments"]
-        )
+        return tuple(map(Label.from_json, self._data["segments"]))
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -598,7 +595,7 @@ class Dataset:
             "name": self.name,
             "revision": self.revision,
             "channels": list(self.channels),
-            "labels": [_label_json(label) for label in self.labels],
+            "labels": [label.to_json() for label in self.labels],
             "flat": bool(slices) and statistics.median(slices) < 2,  # single slices, not volumes
             "count": len(cases),
             "patients": len({case["patient"] for case in cases.values()}),
@@ -752,7 +749,7 @@ class Dataset:
                     raise UserError(f"The dataset cannot take a label {label.name!r}; rename it, or leave it out.")
                 out.append(Label(free, label.name.strip(), label.color, label.terminology))
         if out:
-            _distinct((*mine, *out))
+            distinct((label.name for label in (*mine, *out)), "The dataset")
         return tuple(out)
 
     def _check_mask(
@@ -889,7 +886,7 @@ class Dataset:
         for label in more:
             if any(d["value"] == label.value or plain_name(d["name"]) == plain_name(label.name) for d in data["segments"]):
                 raise UserError(f"Another person added a label just now; add the case {key} again.")
-            data["segments"].append(_label_json(label))
+            data["segments"].append(label.to_json())
         case = data["cases"].get(key)
         if case is None:  # one that was removed goes on with its history, and stays in its split
             case = data.get("removed", {}).pop(key, None) or {"patient": person, "split": "", "versions": []}
@@ -1102,9 +1099,7 @@ class Dataset:
         table = self._consecutive()
         if consecutive and any(a != b for a, b in table.items()):
             mask = read_image(entry.label)
-            lookup = np.zeros(256, np.uint8)
-            lookup[list(table)] = list(table.values())
-            write_image(mask.like(lookup[mask.array]), label)
+            write_image(mask.like(translated(mask.array, table)), label)
         else:
             shutil.copyfile(entry.label, label)
 
@@ -1176,11 +1171,6 @@ def label_descriptions(labels: Sequence[Label]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- index
-
-
-def _label_json(label: Label) -> dict[str, Any]:
-    out: dict[str, Any] = {"value": int(label.value), "name": label.name.strip(), "color": list(label.color)}
-    return out | ({"terminology": label.terminology} if label.terminology else {})
 
 
 def _kin(data: dict[str, Any], name: str) -> set[str]:

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import (
+    UserError,
     child_options,
     escape_arguments,
     is_this_computer,
@@ -74,14 +75,6 @@ _LONGEST = 171  # characters of the longest path in PyTorch's wheel: a licence i
 _WINDOWS_PATH = 259
 _TIMEOUT_S = 8.0
 _WAVES = 6  # of packages that need others
-
-
-def _error(text: str) -> Exception:
-    try:
-        from .image import UserError
-    except ImportError:  # image.py needs numpy, which this file may be about to install
-        return RuntimeError(text)
-    return UserError(text)
 
 
 def activate() -> None:
@@ -459,7 +452,7 @@ def remove_remnants(states: Iterable[State]) -> None:
                     path.unlink(missing_ok=True)
             except OSError as e:
                 text = f"What is left of {state.name} cannot be removed ({e.strerror or e})"
-                raise _error(f"{text}; close other Slicer windows, and try again with write access to {path.parent}.") from e
+                raise UserError(f"{text}; close other Slicer windows, and try again with write access to {path.parent}.") from e
 
 
 def pins(states: Iterable[State], paths: Sequence[str | Path] | None = None) -> list[str]:
@@ -534,7 +527,7 @@ def plan_folder(requirements: Iterable[str], folder: str | Path, paths: Sequence
     try:
         wheels = sorted(n for n in os.listdir(folder) if n.lower().endswith(".whl"))
     except OSError as e:
-        raise _error(f"The wheel folder {folder} cannot be read ({e.strerror or e}); choose another.") from e
+        raise UserError(f"The wheel folder {folder} cannot be read ({e.strerror or e}); choose another.") from e
     site = _Site(paths)
     missing: list[str] = []
     unfit: list[str] = []
@@ -564,12 +557,12 @@ def plan_folder(requirements: Iterable[str], folder: str | Path, paths: Sequence
         try:
             waiting += _dependencies(_wheel_metadata(path), requirement.extras)
         except (OSError, zipfile.BadZipFile, zlib.error, KeyError, StopIteration, RuntimeError) as e:  # NotImplementedError too
-            raise _error(f"The wheel {path} is damaged; copy it into the folder again.") from e
+            raise UserError(f"The wheel {path} is damaged; copy it into the folder again.") from e
     if missing or unfit:
         clauses = [f"has no wheel of {', '.join(missing)}"] if missing else []
         clauses += [f"has {', '.join(unfit)} for another Python or system"] if unfit else []
         text = f"The wheel folder {folder} {' and '.join(clauses)}"
-        raise _error(f"{text}; put wheels for {target} there.")
+        raise UserError(f"{text}; put wheels for {target} there.")
     return Plan(tuple(packages.values()))
 
 
@@ -598,7 +591,7 @@ def plan_step(
 
 
 def read_plan(done: Done, variant: str = "") -> Plan:
-    answer = _answer(done)
+    answer = answer_of(done)
     if answer is None:
         return Plan(complete=False, problem=pip_failure(done), variant=variant)
     packages = tuple(Package(*entry) for entry in answer["packages"])
@@ -729,7 +722,7 @@ def child_pid(line: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _answer(done: Done) -> dict[str, Any] | None:
+def answer_of(done: Done) -> dict[str, Any] | None:
     """The last line of a child's output, where that is its answer."""
     lines = done.output.strip().splitlines()
     try:
@@ -935,7 +928,7 @@ def create_steps(
     folder = environment_folder()
     before = _free_environment(folder)
     if before.status == "foreign":
-        raise _error(f"The folder {folder} cannot be used ({before.reason}); move it away, or set UNETSEG_ENVIRONMENT to another.")
+        raise UserError(f"The folder {folder} cannot be used ({before.reason}); move it away, or set UNETSEG_ENVIRONMENT to another.")
     probe, variant = yield from _prepare(python, variant)
     temporary = _temporary(folder, sys.platform)
     if wheel_folder is not None:
@@ -953,7 +946,7 @@ def create_steps(
         wanted = own_requirements(variant, wheel_folder is not None, training)
         done = yield _pip_step(python, folder, wanted, _index(variant), wheel_folder, probe["pip"], temporary)
         if done.code != 0:
-            raise _error(f"PyTorch was not installed: {pip_failure(done)}")
+            raise UserError(f"PyTorch was not installed: {pip_failure(done)}")
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)  # empty but after a failure
         answer = yield from _tried(python, folder, training)
@@ -962,7 +955,8 @@ def create_steps(
         with suppress(Exception):  # nobody makes it any more, which another Slicer is to know
             _write_marker(folder, {**marker, "state": "failed"})
         if isinstance(e, OSError):
-            raise _error(f"The folder {folder} cannot be written ({e.strerror or e}); free some space or set UNETSEG_ENVIRONMENT.") from e
+            text = f"The folder {folder} cannot be written ({e.strerror or e}); free some space or set UNETSEG_ENVIRONMENT."
+            raise UserError(text) from e
         raise
     return own_environment(folder)
 
@@ -971,10 +965,10 @@ def _tried(python: str, folder: Path, training: bool) -> Generator[Step, Done, d
     """That what was installed runs; what _verify() says of it."""
     command = _child(python, "verify", str(folder), *(["training"] if training else []))
     done = yield Step("trying it", command, OwnEnvironment(folder, "ready").variables)
-    answer = _answer(done)
+    answer = answer_of(done)
     if answer is None:
         last = (done.log.strip().splitlines() or [f"exit code {done.code}"])[-1]
-        raise _error(f"PyTorch was installed but does not run with {python} ({last[:200]}); choose another Python.")
+        raise UserError(f"PyTorch was installed but does not run with {python} ({last[:200]}); choose another Python.")
     return answer
 
 
@@ -991,7 +985,7 @@ def _plan_torch(python: str, variant: str, wheel_folder: str | Path | None, trai
     wanted = own_requirements(variant, wheel_folder is not None, training)
     plan = read_plan((yield plan_step(python, wanted, _index(variant), wheel_folder or "", fresh=True)), variant)
     if wheel_folder is not None and plan.problem:
-        raise _error(plan.problem)
+        raise UserError(plan.problem)
     return plan
 
 
@@ -1004,7 +998,7 @@ def remove_steps(python: str) -> Steps:
     done = yield Step("removing the environment", _child(python, "remove", str(folder)))
     if done.code != 0:
         last = (done.log.strip().splitlines() or ["it is in use"])[-1]
-        raise _error(f"The environment was not removed completely ({last[:200]}); close other Slicer windows and try again.")
+        raise UserError(f"The environment was not removed completely ({last[:200]}); close other Slicer windows and try again.")
 
 
 def remove(folder: Path | None = None) -> None:
@@ -1046,7 +1040,7 @@ def training_python() -> tuple[str, dict[str, str]]:
     own = own_environment()
     if lacks := training_lacks(own, extras=False):
         names = list(dict.fromkeys(Requirement.read(text).name for text in lacks))
-        raise _error(
+        raise UserError(
             f"Training needs {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} not installed; "
             f"install it in the panel, or run: pip install {' '.join(names)}"
         )
@@ -1058,9 +1052,9 @@ def plan_training_steps(own: OwnEnvironment, wheel_folder: str | Path | None = N
     step = plan_step(own.python, training_lacks(own), (), wheel_folder or "", paths=[_packages(own.folder)])
     plan = read_plan((yield step))
     if wheel_folder is not None and plan.problem:
-        raise _error(plan.problem)
+        raise UserError(plan.problem)
     if any(p.name == "torch" for p in plan.packages):
-        raise _error(f"The PyTorch {own.torch} that is installed does not suit the training; remove it and install it again.")
+        raise UserError(f"The PyTorch {own.torch} that is installed does not suit the training; remove it and install it again.")
     return plan
 
 
@@ -1074,14 +1068,14 @@ def add_training_steps(own: OwnEnvironment, wheel_folder: str | Path | None = No
         # An index that does not say what a wheel needs (PEP 658) leaves that to be read from the wheel once it is installed.
         plan = yield from plan_training_steps(own, wheel_folder)
         if plan.problem or not plan.packages or any(not p.version for p in plan.packages):
-            raise _error(plan.problem or "It was not found out what training needs; try again, or choose a folder of wheels.")
+            raise UserError(plan.problem or "It was not found out what training needs; try again, or choose a folder of wheels.")
         temporary = _temporary(own.folder, sys.platform)
         if temporary is not None:
             temporary.mkdir(exist_ok=True)
         wanted = ["--upgrade", "--no-deps", *(f"{p.name}=={p.version}" for p in plan.packages)]
         done = yield _pip_step(own.python, own.folder, wanted, (), wheel_folder, probe["pip"], temporary, "installing what training needs")
         if done.code != 0:
-            raise _error(f"What training needs was not installed: {pip_failure(done)}")
+            raise UserError(f"What training needs was not installed: {pip_failure(done)}")
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     answer = yield from _tried(own.python, own.folder, True)
@@ -1118,17 +1112,17 @@ def choose_variant(system: str, gpus: str) -> str:
 def _prepare(python: str, variant: str) -> Generator[Step, Done, tuple[dict[str, Any], str]]:
     """What kind of Python it is, and the variant. UserError where PyTorch cannot run with it."""
     done = yield Step("looking at the Python", (python, "-c", _PROBE))
-    probe = _answer(done)
+    probe = answer_of(done)
     if probe is None:
-        raise _error(f"{python} is not a Python that can be used ({(done.log.strip() or 'no answer')[-200:]}); choose another Python.")
+        raise UserError(f"{python} is not a Python that can be used ({(done.log.strip() or 'no answer')[-200:]}); choose another Python.")
     version = ".".join(map(str, probe["version"]))
     if tuple(probe["version"]) < (3, 10) or probe["bits"] != 64:
-        raise _error(f"The Python at {python} is {version} with {probe['bits']} bits; choose a 64-bit Python 3.10 or newer.")
+        raise UserError(f"The Python at {python} is {version} with {probe['bits']} bits; choose a 64-bit Python 3.10 or newer.")
     if probe["pip"] is None:
-        raise _error(f"The Python at {python} has no pip; install it (python3-pip) or choose another Python.")
+        raise UserError(f"The Python at {python} has no pip; install it (python3-pip) or choose another Python.")
     if probe["system"] == "darwin" and probe["machine"] != "arm64":
         text = "PyTorch has no build for Intel Pythons on macOS, as Slicer's is, so training from the panel is not possible"
-        raise _error(f"{text}; use the command line with an Apple-silicon Python, or stay with ONNX Runtime to segment and click.")
+        raise UserError(f"{text}; use the command line with an Apple-silicon Python, or stay with ONNX Runtime to segment and click.")
     if variant == "auto":
         gpus = ""
         if probe["system"] != "darwin":
@@ -1137,7 +1131,7 @@ def _prepare(python: str, variant: str) -> Generator[Step, Done, tuple[dict[str,
             gpus = done.output if done.code == 0 else ""
         variant = choose_variant(probe["system"], gpus)
     if variant not in TORCH_DISK:
-        raise _error(f"There is no build {variant!r} of PyTorch; choose one of auto, {', '.join(TORCH_DISK)}.")
+        raise UserError(f"There is no build {variant!r} of PyTorch; choose one of auto, {', '.join(TORCH_DISK)}.")
     return probe, variant
 
 
@@ -1198,7 +1192,7 @@ def _temporary(folder: Path, system: str) -> Path | None:
     for path, more in ((_packages(folder), 1 + _LONGEST), (Path(tempfile.gettempdir()), unpacked)):
         if len(str(path)) + more > _WINDOWS_PATH:
             text = f"The path {path} is too long for PyTorch's files, of which Windows takes {_WINDOWS_PATH} characters"
-            raise _error(f"{text}; set {'TEMP' if more == unpacked else 'UNETSEG_ENVIRONMENT'} to a short folder such as C:\\unetseg.")
+            raise UserError(f"{text}; set {'TEMP' if more == unpacked else 'UNETSEG_ENVIRONMENT'} to a short folder such as C:\\unetseg.")
     return None
 
 
@@ -1207,7 +1201,7 @@ def _check_disk(folder: Path, variant: str, freed: int) -> None:
     free, need = shutil.disk_usage(place).free + freed, TORCH_DISK[variant]
     if free < need:
         text = f"PyTorch ({variant}) needs {megabytes(need)} while it is installed and {place} has {megabytes(free)} free"
-        raise _error(f"{text}; free some space or set UNETSEG_ENVIRONMENT to another disk.")
+        raise UserError(f"{text}; free some space or set UNETSEG_ENVIRONMENT to another disk.")
 
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:
@@ -1226,7 +1220,7 @@ def _write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(marker, indent=1), "utf-8")
         move_file(temporary, folder / _MARKER)
     except OSError as e:
-        raise _error(f"The folder {folder} cannot be written ({e.strerror or e}); set UNETSEG_ENVIRONMENT to another.") from e
+        raise UserError(f"The folder {folder} cannot be written ({e.strerror or e}); set UNETSEG_ENVIRONMENT to another.") from e
 
 
 @cache
@@ -1244,7 +1238,7 @@ def _free_environment(folder: Path) -> OwnEnvironment:
     """own_environment(), which nobody else makes just now."""
     own = own_environment(folder)
     if own.status == "busy":
-        raise _error(own.reason)
+        raise UserError(own.reason)
     return own
 
 
@@ -1264,7 +1258,7 @@ def _must_be_ours(folder: Path) -> None:
     elif whole.parent == whole or any(whole.resolve() in (p, *p.parents) for p in inside):
         reason = "it holds other things"
     if reason:
-        raise _error(f"The folder {folder} is not removed: {reason}; remove it by hand if you are sure.")
+        raise UserError(f"The folder {folder} is not removed: {reason}; remove it by hand if you are sure.")
 
 
 def _verify(folder: Path, training: bool = False) -> dict[str, Any]:

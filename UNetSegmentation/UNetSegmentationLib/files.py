@@ -136,15 +136,21 @@ def is_this_computer(name: Any) -> bool:
     return name in (this_computer(), socket.gethostname())
 
 
-def age_of(path: Path, token: str = secrets.token_hex(8)) -> float:
-    """Seconds since a file was written, by one made now beside it: the clocks of two computers may be minutes apart. token: no other
-    process's; where Windows holds that file, the next look removes it."""
-    clock = path.with_name(f".clock-{token}")
+def time_of(folder: Path, token: str = secrets.token_hex(8)) -> float:
+    """Seconds since 1970 by the folder's clock, that of a file made there now: the clocks of two computers may be minutes apart. token:
+    no other process's; where Windows holds that file, the next look removes it."""
+    clock = folder / f".clock-{token}"
     try:
         clock.touch()
-        return clock.stat().st_mtime - path.stat().st_mtime
+        return clock.stat().st_mtime
     finally:
-        clock.unlink(missing_ok=True)
+        with suppress(OSError):
+            clock.unlink(missing_ok=True)
+
+
+def age_of(path: Path, *token: str) -> float:
+    """Seconds since a file was written, by its folder's clock."""
+    return time_of(path.parent, *token) - path.stat().st_mtime
 
 
 # A training's states as long as its process is there, and seconds: for that to say its id (a cold disk, a virus scanner), and after which

@@ -14,7 +14,6 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +58,7 @@ def keep(labels: np.ndarray, start: Sequence[int], image: Image, names: Sequence
         "direction": [float(v) for v in image.direction],
         "box": [[int(v) for v in box.start], [int(v) for v in box.stop]],
         "dtype": part.dtype.name,
-        "labels": [asdict(label) for label in names],
+        "labels": [label.to_json() for label in names],
     }
     key = key or hashlib.sha256(json.dumps(head).encode() + part.tobytes()).hexdigest()[:32]
     place = folder() / (key + SUFFIX)
@@ -90,7 +89,7 @@ def find(key: str, image: Image) -> tuple[np.ndarray, Box, tuple[Label, ...]] | 
         grid = Image(np.broadcast_to(np.uint8(0), tuple(head["shape"])), spacing, origin, direction)  # type: ignore[arg-type]
         if len(packed) != size or not unpacker.eof or not image.same_grid(grid):
             return None
-        labels = tuple(Label(int(d["value"]), str(d["name"]), tuple(d["color"]), dict(d["terminology"])) for d in head["labels"])
+        labels = tuple(map(Label.from_json, head["labels"]))
         return np.frombuffer(packed, dtype).reshape(box.shape), box, labels
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, MemoryError, zlib.error):
         return None

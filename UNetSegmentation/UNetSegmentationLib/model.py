@@ -15,7 +15,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -50,6 +50,15 @@ class Label:
     name: str
     color: tuple[int, int, int]
     terminology: dict[str, list[str]]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Label:
+        color = tuple(data.get("color", DEFAULT_COLORS[0]))
+        return cls(int(data["value"]), data["name"], color, data.get("terminology", {}))  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"value": int(self.value), "name": self.name, "color": list(self.color)}
+        return out | ({"terminology": self.terminology} if self.terminology else {})
 
     @property
     def key(self) -> str:

@@ -33,7 +33,7 @@ from slicer.util import arrayFromVTKMatrix, vtkMatrixFromArray
 from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
 from . import measure
-from .dataset import reach
+from .dataset import reach, translated
 from .image import Box, Image, UserError, check_geometry
 from .inference.click import Prompt
 from .kept import mask_digest as mask_digest
@@ -627,7 +627,7 @@ def beyond_steps(segmentation_node: Any, segment_ids: Iterable[str], volume_node
             unchanged()
             first = np.eye(4)
             first[:3, 3] = np.array(labelmap.GetExtent()[::2]) + (0, 0, z.start)
-            far = max(far, reach(_translated(_voxels(labelmap)[z], numbers, np.uint8), turn @ first, shape))
+            far = max(far, reach(translated(_voxels(labelmap)[z], numbers, np.uint8), turn @ first, shape))
             yield
     return far
 
@@ -1204,7 +1204,7 @@ def _limited_steps(
             if own is None:
                 layer.array[z] += held[z]
             else:
-                moved = _translated(layer.array[z], {n: n for n in mine.values()}, held.dtype)
+                moved = translated(layer.array[z], {n: n for n in mine.values()}, held.dtype)
                 own.array[z] = held[z] + moved
                 layer.array[z] -= moved
             yield
@@ -1358,7 +1358,7 @@ def _mapped_steps(segmentation: Any, numbers: dict[str, int], box: Box, grid: np
                 part = slicer.vtkOrientedImageData()
                 reference = _oriented(out[z].shape, (box.start[0] + z.start, *box.start[1:]), grid)
                 slicer.vtkOrientedImageDataResample.ResampleOrientedImageToReferenceOrientedImage(labelmap, reference, part)
-                np.maximum(out[z], _translated(_voxels(part).reshape(out[z].shape), pairs, dtype), out=out[z])
+                np.maximum(out[z], translated(_voxels(part).reshape(out[z].shape), pairs, dtype), out=out[z])
                 yield
             continue
         common = extent & box
@@ -1367,7 +1367,7 @@ def _mapped_steps(segmentation: Any, numbers: dict[str, int], box: Box, grid: np
         to, of = out[common.relative_to(box).slices], common.relative_to(extent).slices
         for z in slabs(common.shape):
             unchanged()
-            np.maximum(to[z], _translated(_voxels(labelmap)[of][z], pairs, dtype), out=to[z])
+            np.maximum(to[z], translated(_voxels(labelmap)[of][z], pairs, dtype), out=to[z])
             yield
     return out
 
@@ -1400,7 +1400,7 @@ def _only_steps(labelmap: Any, values: set[int]) -> Steps[Any]:
     array = _allocated(out, dtype)
     for z in slabs(array.shape):
         unchanged()
-        array[z] = _translated(_voxels(labelmap)[z], {v: v for v in values}, dtype)
+        array[z] = translated(_voxels(labelmap)[z], {v: v for v in values}, dtype)
         yield
     return out
 
@@ -2025,19 +2025,6 @@ def _allocated(image_data: Any, dtype: Any) -> np.ndarray:
 def _voxels(image_data: Any) -> np.ndarray:
     """(z, y, x), a view."""
     return vtk_to_numpy(image_data.GetPointData().GetScalars()).reshape(image_data.GetDimensions()[::-1])
-
-
-def _translated(array: np.ndarray, pairs: dict[int, int], dtype: Any) -> np.ndarray:
-    """Values of a labelmap to others; those that are not named become 0."""
-    if len(pairs) == 1:
-        ((value, number),) = pairs.items()
-        return (array == value).astype(dtype) * np.array(number, dtype)
-    # Unsigned, what is negative lies beyond the values; Slicer's labelmaps have up to 32 bits, of which few are used.
-    array = array.view(f"u{array.dtype.itemsize}")
-    top = max(pairs) + 1
-    table = np.zeros(top + 1, dtype)
-    table[list(pairs)] = list(pairs.values())
-    return table[np.minimum(array, top)]
 
 
 def _oriented(shape: Sequence[int], start: Sequence[int], ijk_to_ras: np.ndarray) -> Any:

@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .dataset import CASES, INDEX, SALT, FolderLock, LockLost, Unchanged, commit, flush, process_is_gone, reached, read_shared
-from .files import OUT_OF_MEMORY, UserError, atomic_path, check_text, this_computer, user_path
+from .files import OUT_OF_MEMORY, UserError, atomic_path, check_text, this_computer, time_of, user_path
 from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, is_dicom, read_image, reorient
 from .inference.predict import Cancelled, Options, Prediction, Progress, check_together, predict
 from .model import Label, ModelPackage
@@ -324,8 +324,7 @@ class WorkList:
 
     def labels(self, model: str) -> tuple[Label, ...]:
         """What a model that has segmented scans of this list can find."""
-        found = self._data["labels"].get(model, ())
-        return tuple(Label(d["value"], d["name"], tuple(d["color"]), d.get("terminology", {})) for d in found)
+        return tuple(map(Label.from_json, self._data["labels"].get(model, ())))
 
     def counts(self) -> dict[str, int]:
         """Scans of each status."""
@@ -374,18 +373,10 @@ class WorkList:
         """Seconds since 1970 by the folder's clock, looked at once a minute."""
         here = time.monotonic()
         if not self._clock[1] or here - self._clock[1] > 60:
-            probe = self.folder / f".clock-{secrets.token_hex(4)}"
             try:
-                with probe.open("x"):
-                    pass
-                self._clock = probe.stat().st_mtime - here, here
+                self._clock = time_of(self.folder, secrets.token_hex(4)) - here, here
             except OSError:  # a folder that may only be read
                 self._clock = time.time() - here, here
-            finally:
-                try:
-                    probe.unlink(missing_ok=True)
-                except OSError:
-                    pass
         return here + self._clock[0]
 
     # ---------------------------------------------------------------------------------------------------------- change
@@ -663,10 +654,7 @@ class WorkList:
         except UserError as e:  # the next scan would fare no better, and all would be marked as failed
             text = f"The work list {self.folder} cannot take what was found in {scan.name}; check the disk's space, the connection and "
             raise _NotWritten(text + "your rights, and segment again: what was found in the others is kept.") from e
-        labels = [
-            {"value": int(d.value), "name": d.name, "color": list(d.color)} | ({"terminology": d.terminology} if d.terminology else {})
-            for d in prediction.label_defs
-        ]
+        labels = [label.to_json() for label in prediction.label_defs]
         numbers = [float(f"{v:.4g}") for v in embedding]
         model = prediction.model_name
         return {"status": "segmented", "mask": str(mask), "model": model, "scores": scores, "embedding": numbers}, labels

@@ -21,6 +21,38 @@ def referenceVolume(segmentation: Any) -> Any:
     return None if segmentation is None else segmentation.GetNodeReference(segmentation.GetReferenceImageGeometryReferenceRole())
 
 
+# -------------------------------------------------------------------------------------------------------------- widgets
+
+
+def fill(combo: Any, choices: Sequence[tuple[str, str]] | None, value: Any) -> None:
+    """Show `value`, or the first, in a box with these (value, text); None: those that it has."""
+    if choices is not None and list(choices) != [(combo.itemData(i), combo.itemText(i)) for i in range(combo.count)]:
+        combo.clear()
+        for data, text in choices:
+            combo.addItem(text, data)
+    combo.currentIndex = max(0, combo.findData(value)) if combo.count else -1
+
+
+def prepareTable(table: Any, titles: Sequence[str], rows: int) -> None:
+    table.clearSelection()  # of rows that had fewer columns
+    table.clearSpans()
+    table.setColumnCount(len(titles))
+    table.setRowCount(rows)
+    table.setHorizontalHeaderLabels(list(titles))
+    table.horizontalHeader().setHighlightSections(False)
+    table.verticalHeader().hide()
+    table.verticalHeader().setDefaultSectionSize(table.fontMetrics().height() + 6)
+
+
+def fitTable(table: Any, most: int, wide: int | None = None) -> None:
+    """As high as its rows, `most` of them; the columns as wide as what they hold, and `wide` as wide as is left (None: as they are)."""
+    header = table.horizontalHeader()
+    for i in range(table.columnCount if wide is not None else 0):
+        header.setSectionResizeMode(i, qt.QHeaderView.Stretch if i == wide else qt.QHeaderView.ResizeToContents)
+    shown = min(table.rowCount, most) * table.verticalHeader().defaultSectionSize
+    table.minimumHeight = table.maximumHeight = shown + header.sizeHint.height() + 2 * table.frameWidth + 2
+
+
 # --------------------------------------------------------------------------------------------------------------- window
 
 

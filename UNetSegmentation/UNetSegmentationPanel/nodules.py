@@ -1110,14 +1110,8 @@ class NoduleSection(VTKObservationMixin):
 
     def _fill(self, columns: Sequence[str], rows: Sequence[Sequence[str]], tips: Sequence[str]) -> None:
         table, self._updating, before = self.ui.noduleTable, True, self._updating
-        table.clearSelection()  # of rows that had fewer columns
-        table.setColumnCount(len(columns))
-        table.setRowCount(len(rows))
         # A docked panel is narrow: the unit stands under the name.
-        table.setHorizontalHeaderLabels([title.replace(" (", "\n(") for title in columns])
-        table.horizontalHeader().setHighlightSections(False)
-        table.verticalHeader().hide()
-        table.verticalHeader().setDefaultSectionSize(table.fontMetrics().height() + 6)
+        inputs.prepareTable(table, [title.replace(" (", "\n(") for title in columns], len(rows))
         for j, title in enumerate(columns):
             table.horizontalHeaderItem(j).setToolTip(_headerTip(title))
         for i, row in enumerate(rows):

@@ -20,9 +20,10 @@ import slicer
 from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
+from . import inputs
 from .models import plainTip
 from .nodules import Pieces
-from .trainingset import ANSWER_S
+from .trainingset import ANSWER_S, silent
 
 _POLL_MS, _AWAY_MS, _IDLE_MS = 1000, 5000, 60_000
 _ROWS = 12  # of a table without scrolling
@@ -130,7 +131,7 @@ class RetrainSection(VTKObservationMixin):
         self._timer, self._late, self._idle = qt.QTimer(), qt.QTimer(), qt.QTimer()
         for timer, ms, method in (
             (self._timer, _POLL_MS, self._tick),
-            (self._late, round(1000 * ANSWER_S), lambda: self._say(self._silent())),
+            (self._late, round(1000 * ANSWER_S), lambda: self._say(silent(self._folder))),
             (self._idle, _IDLE_MS, self._watch.close),
         ):
             timer.setSingleShot(True)
@@ -585,7 +586,7 @@ class RetrainSection(VTKObservationMixin):
             if self._watch.busy:
                 self._late.start()
             self._idle.start()
-            if self._said == self._silent():
+            if self._said == silent(self._folder):
                 self._said = ""
             answered(answer)
 
@@ -593,11 +594,6 @@ class RetrainSection(VTKObservationMixin):
         if not self._watch.busy:
             self._late.start()
         self._watch.ask(done, **question)
-
-    def _silent(self) -> str:
-        return _("The folder {folder} does not answer; check its drive or network connection, or choose another.").format(
-            folder=self._folder
-        )
 
     def _choose(self, job: Any) -> None:
         if job is None or self.job is None or job.folder != self.job.folder:
@@ -786,10 +782,11 @@ class RetrainSection(VTKObservationMixin):
 
         ui, models = self.ui, self._models()
         choices = [*((str(m.path), _title(m.card)) for m in models), ("", _("Nothing: a new model, from scratch"))]
-        _fill(ui.startCombo, choices, self._base if self._base in dict(choices) else self._likeliest(models))  # the chosen one may be gone
+        base = self._base if self._base in dict(choices) else self._likeliest(models)  # the chosen one may be gone
+        inputs.fill(ui.startCombo, choices, base)
         ui.startCombo.toolTip = plainTip(ui.startCombo.currentText)  # which a narrow panel cuts off
         devices = deviceChoices()
-        _fill(ui.trainDeviceCombo, devices, ui.trainDeviceCombo.itemData(ui.trainDeviceCombo.currentIndex))
+        inputs.fill(ui.trainDeviceCombo, devices, ui.trainDeviceCombo.itemData(ui.trainDeviceCombo.currentIndex))
         ui.trainDeviceLabel.visible = ui.trainDeviceCombo.visible = len(devices) > 2
         problem, installing = self._problem(), self._install is not None
         text = self._said or problem or self._describeSet()
@@ -830,7 +827,7 @@ class RetrainSection(VTKObservationMixin):
         for job in self.jobs:
             date = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
             choices.append((str(job.folder), f"{date} · {job.name or job.base} · {states.get(job.state, job.state)}"))
-        _fill(ui.jobCombo, choices, str(self.job.folder) if self.job is not None else "")
+        inputs.fill(ui.jobCombo, choices, str(self.job.folder) if self.job is not None else "")
         ui.jobCombo.visible = len(choices) > 1
 
     @staticmethod
@@ -957,7 +954,7 @@ class RetrainSection(VTKObservationMixin):
                     rows.append((title, _score(before, digits), _score(after, digits) + _trend(key, change)))
                     tips.append(tip + (_("; change {change}").format(change=_score(change, digits, sign=True)) if change else ""))
         table = self.ui.scoreTable
-        _prepare(table, ["", _("Before"), _("After")], len(rows))
+        inputs.prepareTable(table, ["", _("Before"), _("After")], len(rows))
         for i, row in enumerate(rows):
             if isinstance(row, str):
                 table.setSpan(i, 0, 1, 3)
@@ -975,36 +972,33 @@ class RetrainSection(VTKObservationMixin):
                     good = text.endswith(_UP) == row[0].startswith(_figures()["dice"][0])
                     item.setForeground(qt.QBrush(qt.QColor(_COLORS[good])))
                 table.setItem(i, j, item)
-        _fit(table, len(rows), [0])
+        inputs.fitTable(table, _ROWS, 0)
 
     def _fillWorst(self, worst: Sequence[dict[str, Any]]) -> None:
         ui, table = self.ui, self.ui.worstTable
         ui.worstLabel.visible = table.visible = bool(worst)
         before, self._updating = self._updating, True
-        _prepare(table, [_("Case"), _("Dice before"), _("Dice after")], len(worst))
+        inputs.prepareTable(table, [_("Case"), _("Dice before"), _("Dice after")], len(worst))
         for i, row in enumerate(worst):
             for j, text in enumerate((str(row["case"]), _plain(row.get("dice_before")), _plain(row.get("dice_after")))):
                 item = qt.QTableWidgetItem(text)
                 item.setTextAlignment(int(qt.Qt.AlignVCenter) | int(qt.Qt.AlignRight if j else qt.Qt.AlignLeft))
                 item.setToolTip(plainTip(str(row["case"])))
                 table.setItem(i, j, item)
-        _fit(table, len(worst), [0])
+        inputs.fitTable(table, _ROWS, 0)
         self._updating = before
 
 
 def _answer(step: Any) -> Generator[Any, Any, dict[str, Any]]:
     """The process's answer; UserError with its sentence."""
-    from UNetSegmentationLib import UserError
+    from UNetSegmentationLib.environment import answer_of
+    from UNetSegmentationLib.files import UserError
 
     done = yield step
-    lines = done.output.strip().splitlines()
-    try:
-        answer = json.loads(lines[-1]) if done.code == 0 else {}
-    except (ValueError, IndexError):
-        answer = {}
+    answer = answer_of(done) or {}
     if "error" in answer:
         raise UserError(answer["error"])
-    if not answer or "pid" in answer:
+    if not answer:
         raise UserError(_could_not(step.command[0], done.log))
     return answer
 
@@ -1086,36 +1080,3 @@ def _trend(key: str, change: Any) -> str:
     if not isinstance(low, (int, float)) or not isinstance(high, (int, float)) or low <= 0 <= high:
         return ""
     return " " + (_UP if low > 0 else _DOWN)
-
-
-# -------------------------------------------------------------------------------------------------------------- widgets
-
-
-def _fill(combo: Any, choices: Sequence[tuple[str, str]], value: Any) -> None:
-    """Show `value`, or the first, in a box with these (value, text)."""
-    if list(choices) != [(combo.itemData(i), combo.itemText(i)) for i in range(combo.count)]:
-        combo.clear()
-        for data, text in choices:
-            combo.addItem(text, data)
-    combo.currentIndex = max(0, combo.findData(value)) if choices else -1
-
-
-def _prepare(table: Any, titles: Sequence[str], rows: int) -> None:
-    table.clearSelection()
-    table.clearSpans()
-    table.setColumnCount(len(titles))
-    table.setRowCount(rows)
-    table.setHorizontalHeaderLabels(list(titles))
-    table.horizontalHeader().setHighlightSections(False)
-    table.verticalHeader().hide()
-    table.verticalHeader().setDefaultSectionSize(table.fontMetrics().height() + 6)
-
-
-def _fit(table: Any, rows: int, wide: Sequence[int]) -> None:
-    """As high as its rows; the columns as wide as what they hold, and `wide` as wide as is left."""
-    table.resizeColumnsToContents()
-    header = table.horizontalHeader()
-    for i in range(table.columnCount):
-        header.setSectionResizeMode(i, qt.QHeaderView.Stretch if i in wide else qt.QHeaderView.ResizeToContents)
-    shown = min(rows, _ROWS) * table.verticalHeader().defaultSectionSize
-    table.minimumHeight = table.maximumHeight = shown + header.sizeHint.height() + 2 * table.frameWidth

@@ -137,17 +137,6 @@ class TrainingSetSection(VTKObservationMixin):
 
     # ---------------------------------------------------------------------------------------------------------- outside
 
-    @property
-    def dataset(self) -> Any:
-        """The Dataset, its index read here and now, which a slow network folder makes slow; None where there is none."""
-        from UNetSegmentationLib import UserError
-        from UNetSegmentationLib.dataset import Dataset
-
-        try:
-            return Dataset.open(self.folder) if self.folder else None
-        except UserError:
-            return None
-
     def addListener(self, listener: Callable[[], None]) -> None:
         self._listeners.append(listener)
 
@@ -332,10 +321,7 @@ class TrainingSetSection(VTKObservationMixin):
                 return node
         scene = volume.GetScene()
         editor = scene.GetSingletonNode("SegmentEditor", "vtkMRMLSegmentEditorNode")
-        everywhere = [
-            scene.GetNthNodeByClass(i, "vtkMRMLSegmentationNode")
-            for i in reversed(range(scene.GetNumberOfNodesByClass("vtkMRMLSegmentationNode")))
-        ]
+        everywhere = list(slicer.util.getNodesByClass("vtkMRMLSegmentationNode", scene))[::-1]
         first = [editor.GetSegmentationNode() if editor is not None else None, p.output, p.nodules]
         return next((node for node in (*first, *everywhere) if node is not None and inputs.referenceVolume(node) is volume), None)
 
@@ -344,7 +330,7 @@ class TrainingSetSection(VTKObservationMixin):
         from UNetSegmentationLib.model import Label
 
         if self.summary is not None:
-            return [Label(d["value"], d["name"], tuple(d["color"]), d.get("terminology", {})) for d in self.summary["labels"]]
+            return list(map(Label.from_json, self.summary["labels"]))
         return [label for card in self._itsCards() for label in card.labels]
 
     def _itsCards(self) -> list[Any]:
@@ -631,13 +617,12 @@ class TrainingSetSection(VTKObservationMixin):
                 self._said = text or said
             self._tell()
 
-        gone = _("The folder {folder} does not answer; check its drive or network connection, or choose another.")
         self._reading = job = dataWorker().dataset(
             folder,
             action,
             onResult=lambda data: done(summary=data.get("summary")),
             onError=lambda error: done(str(error)),
-            onCancelled=lambda: done(gone.format(folder=folder)),
+            onCancelled=lambda: done(silent(folder)),
             case=case,
             version=version,
         )
@@ -852,7 +837,7 @@ class TrainingSetSection(VTKObservationMixin):
             known = self.summary is not None and row.included and bool(names)
             new = known and label_key(row.label) not in [label_key(n) for n in names]
             combo.toolTip = _("A label that the training set does not have yet.") if new else plainTip(row.label)
-        _fit(table, len(rows), table.verticalHeader().defaultSectionSize)
+        inputs.fitTable(table, _SHOWN_ROWS)
 
     def _showCases(self) -> None:
         ui, cases = self.ui, self._shownCases()
@@ -867,26 +852,17 @@ class TrainingSetSection(VTKObservationMixin):
         now = [[table.item(i, j).text() for j in range(table.columnCount)] for i in range(table.rowCount)]
         if now != texts or not table.columnCount:
             titles = [_("Case"), _("Version"), _("Marked"), _("Split")]
-            table.clearSelection()
-            table.setColumnCount(len(titles))
-            table.setHorizontalHeaderLabels(titles)
-            table.horizontalHeader().setHighlightSections(False)
-            table.verticalHeader().hide()
-            table.verticalHeader().setDefaultSectionSize(table.fontMetrics().height() + 6)
-            table.setRowCount(len(texts))
+            inputs.prepareTable(table, titles, len(texts))
             for i, (case, row) in enumerate(zip(cases, texts)):
                 for j, text in enumerate(row):
                     item = qt.QTableWidgetItem(text)
                     item.setToolTip("\n".join(versionText(v) for v in reversed(case["versions"])))
                     table.setItem(i, j, item)
-            for j in range(len(titles)):
-                mode = qt.QHeaderView.Stretch if j == 2 else qt.QHeaderView.ResizeToContents
-                table.horizontalHeader().setSectionResizeMode(j, mode)
             current = name or (self._currentCase() or {}).get("name")
             at = next((i for i, case in enumerate(cases) if case["name"] == current), -1)
             if at >= 0:
                 table.selectRow(at)
-            _fit(table, len(texts), table.verticalHeader().defaultSectionSize)
+            inputs.fitTable(table, _SHOWN_ROWS, 2)
         table.visible = bool(texts)
         more = count - len(cases)
         ui.setMoreLabel.text = _("and {n} older ones").format(n=more)
@@ -916,11 +892,8 @@ def _sequence(volume: Any) -> str:
     return "sequence " + hashlib.sha256(voxels[:: max(1, voxels.size >> 20)].tobytes()).hexdigest()
 
 
-def _fit(table: Any, rows: int, height: int) -> None:
-    """As high as its rows, up to a few."""
-    table.minimumHeight = table.maximumHeight = (
-        min(rows, _SHOWN_ROWS) * height + table.horizontalHeader().sizeHint.height() + 2 * table.frameWidth + 2
-    )
+def silent(folder: str) -> str:
+    return _("The folder {folder} does not answer; check its drive or network connection, or choose another.").format(folder=folder)
 
 
 def _menu(choices: Sequence[tuple[str, Any]]) -> Any:

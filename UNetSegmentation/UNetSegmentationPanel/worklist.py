@@ -22,7 +22,7 @@ from . import results
 from .models import plainTip
 from .nodules import Pieces
 from .run import sentence
-from .trainingset import ANSWER_S
+from .trainingset import ANSWER_S, silent
 
 SETTING = "UNetSegmentation/WorkList"
 _REFRESH_MS = 30_000  # what other annotators did
@@ -280,7 +280,7 @@ class WorkListSection:
         for timer, interval, method in (
             (self._watch, _WATCH_MS, self._onWatch),
             (self._refresh, _REFRESH_MS, self._onRefresh),
-            (self._late, round(1000 * ANSWER_S), lambda: self._failed(self._silent())),
+            (self._late, round(1000 * ANSWER_S), lambda: self._failed(silent(self.folder))),
         ):
             timer.setInterval(interval)
             timer.connect("timeout()", method)
@@ -390,7 +390,7 @@ class WorkListSection:
         def opened(answer: dict[str, Any]) -> None:
             if folder == self.folder:
                 self._late.stop()
-                if self.text == self._silent():
+                if self.text == silent(self.folder):
                     self.text = ""
                 self._take(answer)
                 self._refresh.start()
@@ -402,10 +402,6 @@ class WorkListSection:
         self._late.start()
         self._ask("open", opened, failed, folder=folder)
         self.show()
-
-    def _silent(self) -> str:
-        text = _("The folder {folder} does not answer; check its drive or network connection, or choose another.")
-        return text.format(folder=self.folder)
 
     def onChooseFolder(self) -> None:
         folder = self._askFolder(_("Folder of the work list"), self.folder)
@@ -613,7 +609,7 @@ class WorkListSection:
                     return fill_array(place, file, array)
 
                 made.append((yield from mrml.new_volume_steps(scene, name, grid, fill, tuple(channel["window"]))))
-            labels = [Label(d["value"], d["name"], tuple(d["color"]), d["terminology"]) for d in scan["labels"]]
+            labels = list(map(Label.from_json, scan["labels"]))
             mask = received_mask(place, scan["mask"], grid)
             image = mrml.image_from_volume(made[0])
             found = Prediction(image.like(mask), tuple(labels), scan["model"], Box.whole(grid.shape))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, map_values, plain_name, read_segments, segment_masks
+from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, distinct, map_values, plain_name, read_segments, segment_masks
 from UNetSegmentationLib.files import UserError, user_path
 from UNetSegmentationLib.image import NO_SCAN, PICTURE_SUFFIXES, Image, has_print_size, is_grey, of_channels, read_image
 from UNetSegmentationLib.model import DEFAULT_COLORS, Label
@@ -270,7 +270,7 @@ def find_cases(
         raise UserError(f"{path} holds no annotated cases {what}; give the folder that holds both the images and their masks.")
     if not found.labels:
         raise UserError(f"{path} names no label but the background; name those that the masks hold.")
-    _distinct((label.name for label in found.labels), path)
+    distinct((label.name for label in found.labels), path)
     twice = [name for name, n in Counter(c.name for c in found.cases).items() if n > 1]
     if twice:
         raise UserError(f"{path} has two cases named {twice[0]}; rename one of them.")
@@ -325,14 +325,6 @@ def stem(path: Path) -> str:
 
 def _is_picture(path: Path) -> bool:
     return path.name.lower().endswith(PICTURE_SUFFIXES)
-
-
-def _distinct(names: Iterable[str], where: Path) -> None:
-    """Refuse two names in one place that are the same label by their key; other files may spell a name otherwise."""
-    known: dict[str, str] = {}
-    for name in names:
-        if known.setdefault(plain_name(name), name) != name:
-            raise UserError(f"{where} has the labels {known[plain_name(name)]!r} and {name!r}, which are too alike; rename one of them.")
 
 
 def _group(pattern: str, name: str) -> str:
@@ -1008,7 +1000,7 @@ def _spread(image: Path, n: int) -> tuple[Path, ...]:
 
 def _datalist(base: Path, data: dict[str, Any]) -> list[Case]:
     parts = [(key, split) for key, split in SPLITS.items() if isinstance(data.get(key), list)]
-    several = len({split for _, split in parts if any(isinstance(i, dict) and i.get("label") for i in data[_key(parts, split)])}) > 1
+    several = len({split for key, split in parts if any(isinstance(i, dict) and i.get("label") for i in data[key])}) > 1
     cases = []
     for key, split in parts:
         for item in data[key]:
@@ -1034,10 +1026,6 @@ def _datalist(base: Path, data: dict[str, Any]) -> list[Case]:
             name = f"{c.images[0].parent.name}-{c.name}"
             cases[i] = replace(c, name=name, patient=name if c.patient == c.name else c.patient)
     return cases
-
-
-def _key(parts: list[tuple[str, str]], split: str) -> str:
-    return next(key for key, s in parts if s == split)
 
 
 def _find_monai(path: Path) -> CaseSet | None:
@@ -1087,7 +1075,7 @@ def _labels_of(
     found: dict[str, Label] = {}
     for file, read in _some(segments, len(segments), lambda file: (file, read_segments(file, voxels=False)[1])):
         named = [segment.label for segment in read]
-        _distinct((label.name for label in named), file)
+        distinct((label.name for label in named), file)
         for label in named:
             found.setdefault(plain_name(label.name), label)
     if any(c.reader == "map" and c.label for c in cases):
@@ -1344,7 +1332,7 @@ def _find_dicom(path: Path) -> CaseSet | None:
             undrawn |= {plain_name(name): name for name, drawn in every if not drawn}
         else:
             found = [str(s.SegmentLabel) for s in full.get("SegmentSequence", ()) if s.SegmentNumber]  # 0: a label map's background
-        _distinct(found, file)
+        distinct(found, file)
         for name in found:
             names.setdefault(plain_name(name), name)
         reader = "contours" if header.Modality == "RTSTRUCT" else "dicom-seg"

@@ -47,7 +47,8 @@ from UNetSegmentationLib.model import Label, ModelPackage
 from UNetSegmentationLib.networks import UNet
 from UNetSegmentationLib.postprocess import components
 
-from . import metrics
+from . import metrics, train
+from .cases import evenly
 
 if TYPE_CHECKING:
     from .cases import Case, CaseSet
@@ -745,40 +746,25 @@ def drive(package: ModelPackage, engine: Engine, image: Image, truth: np.ndarray
         list(play(session, lesion.truth, first_click(lesion.truth, lesion.name)))
 
 
-class HeldOut:
-    """A Validator: the lesions of held-out cases, PER_CASE of each at most, through ClickSession: the Dice after JUDGED clicks
+class HeldOut(train.HeldOut):
+    """The lesions of held-out cases, PER_CASE of each at most, through ClickSession: the Dice after JUDGED clicks
     and after CLICKS. Of a CT only what a session may look at is kept."""
 
     PER_CASE, AROUND_MM = 4, 70.0
 
     def __init__(self, case_set: CaseSet, cases: Sequence[Case], config: Config) -> None:
-        from .cases import evenly
-        from .train import live_package
-
-        self.case_set, self.config, self.all = case_set, config, cases
-        self.cases = evenly(cases, config.fit.validate_cases or len(cases))
-        self.package = live_package(config.card())
+        super().__init__(case_set, cases, config)
         self.parts: list[list[metrics.Item]] = []
-        self.examples: list[tuple[str, Image, np.ndarray, np.ndarray]] = []
-
-    def __len__(self) -> int:
-        return len(self.cases)
-
-    def name(self, index: int) -> str:
-        return self.cases[index].name
 
     def read(self) -> None:
         """Others where those chosen hold no lesion; UnfitFold where none does."""
-        from .cases import evenly
-        from .train import UnfitFold
-
         if self.parts:
             return
         parts = self._parts()
         if not any(parts):
             holding = [c for c in self.all if has_lesion(self.case_set, c)]
             if not holding:
-                raise UnfitFold(NO_LESION)
+                raise train.UnfitFold(NO_LESION)
             self.cases = evenly(holding, len(self.cases))
             parts = self._parts()
         self.parts = parts
@@ -799,12 +785,10 @@ class HeldOut:
             yield lesion._replace(image=part.like(part.array.copy()), truth=lesion.truth[box.slices].copy())
 
     def score(self, index: int, network: UNet) -> dict[str, float]:
-        from .train import LiveEngine
-
         self.read()
         rows = []
         for lesion in self.parts[index]:
-            session = ClickSession(lesion.image, self.package, LiveEngine(network))
+            session = ClickSession(lesion.image, self.package, train.LiveEngine(network))
             turns = list(play(session, lesion.truth, first_click(lesion.truth, lesion.name)))
             rows.append([turns[n - 1].dice for n in (JUDGED, CLICKS)])
             self.examples = [e for e in self.examples if e[0] != lesion.name]

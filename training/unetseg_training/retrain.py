@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from UNetSegmentationLib import training
-from UNetSegmentationLib.dataset import Dataset, Entry, map_values
+from UNetSegmentationLib.dataset import Dataset, Entry, map_values, translated
 from UNetSegmentationLib.engines import make_engine
 from UNetSegmentationLib.files import UserError, counted, write_text
 from UNetSegmentationLib.image import Box, Image, read_image, write_image
@@ -39,7 +39,7 @@ from .export import card_path, compact, export_run, lineage, markdown
 from .finetune import replay_set, start_of
 from .plan import Machine, same_labels, same_task
 from .plan import plan as make_plan
-from .train import RUN, WEIGHTS, Callback, load_run, load_weights, train
+from .train import RUN, WEIGHTS, Callback, load_run, train
 
 CASES, CHECK = "cases.json", "check"
 QUICK_MINUTES = 5.0  # of training, so that ten are enough for all of it
@@ -247,7 +247,7 @@ def _freeze(folder: Path, job: training.Job, case_set: CaseSet, facts: dict[str,
 
     data = {
         "dataset": facts,
-        "labels": [asdict(label) for label in case_set.labels],
+        "labels": [label.to_json() for label in case_set.labels],
         "channels": case_set.channels,
         "layout": case_set.layout,
         "values": [[k, v] for k, v in case_set.values.items()],
@@ -295,7 +295,7 @@ def _thawed(folder: Path, job: training.Job, finish: bool = False) -> tuple[Case
             if not (path.exists() or (finish and cases[-1].split == "train")):
                 cure = ", or make a model of what is trained (resume --finish)" if job.kept and not finish else ", or start anew"
                 raise UserError(f"{path} of case {entry['name']} is no longer there, so this retraining cannot go on; bring it back{cure}.")
-    labels = tuple(Label(d["value"], d["name"], tuple(d["color"]), d["terminology"]) for d in data["labels"])  # type: ignore[arg-type]
+    labels = tuple(map(Label.from_json, data["labels"]))
     values = {int(k): int(v) for k, v in data["values"]}
     return CaseSet(tuple(cases), labels, tuple(data["channels"]), data["layout"], values, source=job.dataset), data["dataset"]
 
@@ -451,7 +451,6 @@ def _checked(
 ) -> dict[str, Any]:
     """Export the best weights, score the package and its base on the held-out cases, and write both down."""
     config, network = load_run(folder)
-    network = load_weights(folder, config.unet())
     cases = _held_out(case_set, job.options.quick, config.model.task == "click")
     train_cases = [c for c in case_set.cases if c.split == "train"]
     record = json.loads((folder / RUN).read_text("utf-8"))
@@ -619,10 +618,7 @@ def _scored(package: ModelPackage, item: metrics.Item, case_set: CaseSet, engine
     found = metrics.evaluate(package, [item], labels=truth, auc=False, engine=engine, seen=lambda item, made, rows: seen.append(made))
     names = {a.name: b.name for a, b in pairs}
     rows += [{**r, "label": names[r["label"]]} for r in found if r["label"] in names]
-    table = np.zeros(max(label.value for label in package.card.labels) + 1, np.uint8)
-    for value, label in shared.items():
-        table[value] = label.value
-    return table[seen[0].labels.array]
+    return translated(seen[0].labels.array, {value: label.value for value, label in shared.items()})
 
 
 def _figures(rows: dict[str, list[metrics.Row]], figure: str, names: Sequence[str]) -> dict[str, Any]:

@@ -42,8 +42,8 @@ from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.model import Card, ModelPackage
 from UNetSegmentationLib.networks import UNet, UNetConfig, build
 
-from .cases import IGNORE
-from .config import Config, Fit
+from .cases import IGNORE, UNNAMED, Case, CaseSet, evenly, find_cases, folds
+from .config import Config, Fit, parse
 from .prepare import Prepared, prepare
 
 with warnings.catch_warnings():
@@ -54,7 +54,6 @@ with warnings.catch_warnings():
     from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 
 if TYPE_CHECKING:
-    from .cases import Case, CaseSet
     from .sampling import Source
 
 CHECKPOINT, WEIGHTS, RUN = "last.ckpt", "best.safetensors", "run.json"
@@ -111,8 +110,6 @@ class HeldOut:
     """Whole held-out cases through predict(), on their own grids."""
 
     def __init__(self, case_set: CaseSet, cases: Sequence[Case], config: Config) -> None:
-        from .cases import evenly
-
         self.case_set, self.config, self.all = case_set, config, cases
         self.cases = evenly(cases, config.fit.validate_cases or len(cases))
         self.package = live_package(config.card())
@@ -126,8 +123,6 @@ class HeldOut:
 
     def read(self) -> None:
         """Others where those chosen have empty masks, which have no Dice once the network finds nothing; UnfitFold where all have."""
-        from .cases import evenly
-
         if any(map(self.case_set.marked, self.cases)):
             return
         marked = [c for c in self.all if self.case_set.marked(c)]
@@ -194,8 +189,6 @@ def held_out(
 ) -> tuple[list[Case], list[Case]]:
     """Training and validation cases. fold: of the patient-wise folds, for which marked is as of folds(); None: the dataset's own
     split. Test cases are in neither."""
-    from .cases import folds
-
     named = [c for c in cases if c.split != "test"]
     what = config.data.path
     if not named:
@@ -305,8 +298,6 @@ def make_job(
 
 def find(config: Config) -> CaseSet:
     """The dataset that a configuration names; labels that have no names there have the configuration's."""
-    from .cases import UNNAMED, find_cases
-
     data = config.data
     path = os.path.expandvars(data.path)
     if "$" in path and not user_path(path).exists():  # Windows' hidden shares end in one
@@ -809,8 +800,6 @@ def weights_hash(folder: Path) -> str:
 
 def load_run(folder: str | Path) -> tuple[Config, UNet]:
     """The configuration and the best network of a run's folder (RUN/fold0-seed0), as run.json has them."""
-    from .config import parse
-
     folder = Path(folder)
     run = _read_run(folder)
     if "config" not in run:

@@ -204,7 +204,7 @@ class _Desk(Program):
             "name": scan.name,
             "channels": channels,
             "mask": mask,
-            "labels": [{"value": d.value, "name": d.name, "color": list(d.color), "terminology": d.terminology} for d in listed],
+            "labels": [label.to_json() for label in listed],
             "maskFile": str(scan.mask) if scan.mask is not None and found is not None else "",
             "model": scan.model,
             "value": (scan.scores or {}).get("value"),
