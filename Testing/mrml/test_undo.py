@@ -323,6 +323,25 @@ def test_steps_beyond_the_limit_are_forgotten(scene: Any, volume: Any, labels: n
     assert not undo.can_undo
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_steps_beyond_so_many_bytes_of_maps_are_forgotten_but_the_last(scene: Any, volume: Any, again: bool) -> None:
+    image, size = image_from_volume(volume), 4 * int(np.prod(SHAPE))
+    doubt = write_scalar_map(image.like(np.zeros(SHAPE, np.float32)), volume, "doubt", "uncertainty")
+    for limit_bytes, kept in ((4 * size, 3), (2 * size + 4096, 2), (0, 1)):
+        undo = Undo(scene, limit_bytes=limit_bytes)
+        for run in (1, 2, 3):
+            undo.begin(None, [doubt])
+            if again:  # else the same voxels are in all steps and in the scene, and are no burden
+                write_scalar_map(image.like(np.full(SHAPE, run / 4, np.float32)), volume, "doubt", "uncertainty")
+            undo.commit([doubt])
+        for run in (2, 1, 0)[: kept if again else 3]:
+            assert undo.can_undo
+            undo.undo()
+            assert not again or image_from_volume(doubt).array.max() == run / 4
+        assert not undo.can_undo  # and the panel's button is off
+        write_scalar_map(image.like(np.zeros(SHAPE, np.float32)), volume, "doubt", "uncertainty")
+
+
 @pytest.mark.parametrize("surfaces", [False, True])
 def test_what_a_person_did_since_to_other_segments_stays(scene: Any, volume: Any, labels: np.ndarray, surfaces: bool) -> None:
     node = rich(scene, volume, labels, surfaces)

@@ -1,5 +1,6 @@
 """The plan: what it chooses for which data and machine, and that it says why in files that a person can read."""
 
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ pytest.importorskip("monai")
 
 from unetseg_training import config as c  # noqa: E402
 from unetseg_training import plan as module  # noqa: E402
+from unetseg_training.cases import IGNORE  # noqa: E402
 from unetseg_training.plan import Fingerprint, Machine, fingerprint, plan  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image  # noqa: E402
@@ -177,6 +179,21 @@ def test_fine_tuning_keeps_the_input_and_levels_of_its_base():
     ).config
     assert made.unet() == UNetConfig.from_json(card.data["network"]) and made.input.patch == card.patch
     assert made.input.intensity == card.intensity and made.fit.learning_rate < 1e-3
+
+
+def test_a_large_case_is_counted_plane_by_plane():
+    """np.bincount takes eight bytes a voxel."""
+    image = Image(np.ones((40, 96, 96), np.int16), direction=(-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0))
+    mask = np.zeros(image.shape, np.uint8)
+    mask[:2], mask[2, 0] = 1, IGNORE
+    case_set = cases(1, labels=("a",))
+    case_set.load = lambda case: (image, mask)
+    tracemalloc.start()
+    found = fingerprint(case_set)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.counts == [[mask.size - 2 * 96 * 96 - 96, 2 * 96 * 96]]
+    assert peak < 7 * mask.size
 
 
 def test_nothing_to_learn_is_said():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -105,6 +106,26 @@ def test_a_cached_case_is_what_predict_computes(dataset, config, tmp_path):
     assert case.spacing == pytest.approx([s * k for s, k in zip(image.spacing[::-1], grid.scale)])
     assert case.counts == tuple(int((case.labels == k).sum()) for k in range(3))
     assert all((case.labels[tuple(case.places(k).T)] == k).all() and len(case.places(k)) == case.counts[k] for k in (1, 2))
+
+
+@pytest.mark.parametrize("spacing", [[1, 1, 1.5], [1.4, 1.3, 1.7]])
+def test_a_case_is_made_in_parts(config, monkeypatch, spacing):
+    rng = np.random.default_rng(0)
+    image = Image(rng.normal(0, 1000, (64, 96, 96)).astype(np.int16), (1, 1, 1.5), (0, 0, 0), TURNED)
+    mask = np.zeros(image.shape, np.uint8)
+    mask[9:20, 9:20, 9:20] = rng.integers(0, 3, (11, 11, 11))
+    mask[:, :3] = IGNORE
+    window = {"mode": "window", "level": 0, "width": 2000}
+    config = config.model_copy(update={"input": config.input.model_copy(update={"spacing": spacing, "intensity": window})})
+    whole = p.compute(image, mask, config, "x")
+    monkeypatch.setattr(p, "_PART", 1)
+    tracemalloc.start()
+    parts = p.compute(image, mask, config, "x")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * image.array.nbytes  # of the whole at once 9 to 12 times
+    assert np.allclose(parts.pop("values"), whole.pop("values"), atol=2e-3)
+    assert parts.keys() == whole.keys() and all(np.array_equal(parts[k], whole[k]) for k in parts)
 
 
 def test_the_label_ignore_is_neither_learnt_nor_scored(tmp_path):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from UNetSegmentationLib.image import Box, Image, UserError
+from UNetSegmentationLib.image import Box, Grid, Image, UserError
 from UNetSegmentationLib.inference import click
 from UNetSegmentationLib.inference.click import CLICK_SIGMA, DOUBTS, ZOOMS, ClickSession, prompt_channels
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
+from UNetSegmentationLib.inference.second import SecondOpinion
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.nodule import describe
 
@@ -195,6 +196,21 @@ def test_clicks_too_far_apart_for_one_look_are_refused(session):
         s.add_point(at(s, 20, 30, 180))
     assert np.array_equal(s.mask, before) and len(s.prompts) == 1
     assert s.add_point(at(s, 20, 30, 80)).found  # as far apart as in the largest masses
+    s.clear()
+    for mask, place, positive in ((array[..., :100], (20, 30, 180), True), (np.ones(array.shape, np.uint8), (20, 30, 90), False)):
+        s.set_mask(mask)
+        before = s.mask
+        with pytest.raises(UserError, match="too large for one lesion; begin the next one, or undo"):
+            s.add_point(at(s, *place), positive)
+        assert np.array_equal(s.mask, before) and before.any()
+
+
+def test_a_network_that_gives_no_numbers_is_named(session):
+    s = session(ball((30, 60, 60), (15, 30, 30), 5, (1, 1, 1)))
+    s._engine = Recording(lambda batch: np.full_like(batch[:, 0], np.nan))
+    with pytest.raises(UserError, match="gave values that are no numbers; run it in fp32 or on the CPU"):
+        s.add_point(at(s, 15, 30, 30))
+    assert not s.prompts
 
 
 def test_what_was_drawn_on_one_thin_slice_is_seen_from_far_away(session):
@@ -363,7 +379,7 @@ def test_a_correction_looks_from_nearer_at_what_was_found_from_far_away(buried):
 
 
 @pytest.mark.parametrize("radius, whole", [(19, True), (13, False)])
-def test_a_part_of_a_mass_grows_with_the_distance_and_the_mass_is_taken(click_package, radius, whole):
+def test_a_part_of_a_mass_grows_with_the_distance_and_the_mass_is_taken(click_package, make_package, radius, whole):
     """From near the network sees a lesion of its own in the mass's edge; from furthest away it sees all that is bright."""
     shape, far = (100, 150, 150), 3.4**3
     mass, part = ball(shape, (50, 75, 75), radius, (1, 1, 1)) > 0, ball(shape, (50, 75, 75 + radius - 4), 9, (1, 1, 1)) > 0
@@ -374,7 +390,8 @@ def test_a_part_of_a_mass_grows_with_the_distance_and_the_mass_is_taken(click_pa
         return np.where(bright if bright.sum() < 1.1 * np.count_nonzero(mass | part) / far else batch[:, 0] > 0.7, 1.0, 0.0)
 
     engine = Recording(answer)
-    s = ClickSession(Image(values, (1, 1, 1), (0, 0, 0)), click_package(intensity=CT_WINDOW), engine)
+    second = slice_package(make_package, intensity=CT_WINDOW), Recording(lambda batch: np.where(batch[:, 0] > 0.7, 1.0, 0.0))
+    s = ClickSession(Image(values, (1, 1, 1), (0, 0, 0)), click_package(intensity=CT_WINDOW), engine, second=second)
     found = s.add_point(at(s, 50, 75, 75 + radius - 4))
     assert found.text == "" and found.zoom == (ZOOMS[-1] if whole else 1.5)
     assert dice(s.mask, (mass | part) if whole else part) > 0.85
@@ -738,6 +755,19 @@ def test_what_a_second_opinion_says_does_not_depend_on_earlier_clicks(click_pack
     assert len(second.batches) == runs  # what is known is not run again
 
 
+def test_a_second_opinion_keeps_so_many_bytes(click_package, make_package, monkeypatch):
+    image = Image(ball((30, 80, 80), (15, 36, 36), 7, (1, 1, 1)), (1, 1, 1), (0, 0, 0))
+    masks = []
+    for limit in (1 << 30, 50_000):
+        monkeypatch.setattr("UNetSegmentationLib.inference.second._KEPT", limit)
+        s, _ = seconded(click_package, make_package, image)
+        s.add_point(at(s, 15, 36, 36))
+        masks.append(s.mask)
+        parts = [part.nbytes for part in s._second._known.values()]
+        assert parts and (sum(parts) > 100_000) == (limit > 50_000) and sum(parts) < limit + max(parts)
+    assert np.array_equal(*masks)
+
+
 @pytest.mark.parametrize("spacing, asked", [((1, 1, 3), True), ((1, 1, 3.1), False), ((1.3, 1, 1), False), ((1, 1, 0.5), True)])
 def test_a_second_opinion_is_asked_where_slices_are_as_it_knows_them(click_package, make_package, spacing, asked):
     shape = (30, 60, 60)
@@ -764,20 +794,15 @@ def test_without_its_second_opinion_a_model_says_so(click_package, make_package,
         click.second_opinion(click_package(second_opinion="toy-1.0.0").card)
 
 
-def test_a_second_opinion_brings_nothing_back_that_is_no_part(click_package, make_package):
-    lesion = ball((30, 60, 60), (15, 30, 30), 6, (1, 1, 1))
-    image = Image(
-        np.where(lesion > 0, 0.45, 0).astype(np.float32) + 0.1 * ball((30, 60, 60), (15, 30, 27), 4, (1, 1, 1)), (1, 1, 1), (0, 0, 0)
-    )
+def test_a_second_opinion_heeds_a_negative_click_before_the_first_positive_one(click_package, make_package):
+    lesion, inner = (ball((30, 60, 60), (15, 30, x), r, (1, 1, 1)) for x, r in ((30, 6), (27, 4)))
+    image = Image((0.45 * lesion + 0.1 * inner).astype(np.float32), (1, 1, 1), (0, 0, 0))
     s, second = seconded(click_package, make_package, image, lambda batch: (batch[:, 0] > 0.3).astype(np.float32))
-    s.add_point(at(s, 15, 30, 27))
-    whole = s.mask.sum()
-    assert np.array_equal(s.mask, lesion) and second.batches
-    s.add_point(at(s, 15, 30, 35), positive=False)
     alone = ClickSession(image, click_package(), Recording())
-    alone.set_mask(lesion.astype(np.uint8))
-    alone.add_point(at(s, 15, 30, 35), positive=False)
-    assert whole > s.mask.sum() and not np.any(s.mask & ~alone.mask)
+    for each in (s, alone):
+        each.add_point(at(s, 15, 30, 35), positive=False)
+        each.add_point(at(s, 15, 30, 27))
+    assert second.batches and s.mask.any() and not np.any(s.mask & ~alone.mask)
 
 
 def test_a_second_opinion_that_cannot_run_is_done_without(click_package, make_package, monkeypatch):
@@ -789,3 +814,135 @@ def test_a_second_opinion_that_cannot_run_is_done_without(click_package, make_pa
     image = Image(ball((30, 60, 60), (15, 30, 30), 5, (1, 1, 1)), (1, 1, 1), (0, 0, 0))
     answer = (s := ClickSession(image, click_package(second_opinion="slices-1.0.0"), Recording())).add_point(at(s, 15, 30, 30))
     assert answer.found and "no engine for it. Without it" in answer.text
+
+
+def test_a_box_and_a_second_click_are_believed_where_one_click_is_not(click_package, session):
+    values = np.full((60, 80, 80), -900, np.float32)
+    lesion = ball(values.shape, (30, 40, 40), 6, (1, 1, 1)) > 0
+    values[lesion] = -90  # fat
+    s = ClickSession(Image(values), click_package(intensity=CT_WINDOW), Recording())
+    assert "draw a box" in s.add_point(at(s, 30, 40, 40)).text
+    assert s.add_box(at(s, 23, 33, 33), at(s, 37, 47, 47)).found and dice(s.mask, lesion) > 0.8
+    s = session(np.zeros((30, 60, 60), np.float32))  # the network sees nothing at all
+    assert not s.add_point(at(s, 15, 30, 30)).found
+    assert s.add_point(at(s, 15, 30, 32)).found and s.mask[15, 30, 30] and s.mask[15, 30, 32]
+    s.clear()
+    assert not s.add_box(at(s, 12, 26, 26), at(s, 18, 34, 34)).found
+    assert s.add_point(at(s, 15, 30, 30)).found and s.mask[15, 30, 30]
+
+
+def test_what_was_not_clicked_on_stays_out_though_it_lies_within(session):
+    shape, centre = (30, 60, 60), (15, 30, 30)
+    inner, outer = ball(shape, centre, 1, (1, 1, 1)), ball(shape, centre, 5, (1, 1, 1)) - ball(shape, centre, 3, (1, 1, 1))
+    s = session(inner + outer)
+    s.add_point(at(s, 15, 30, 35))
+    assert np.array_equal(s.mask, outer)
+    s.add_point(at(s, 15, 30, 35), positive=False)
+    assert not s.mask[15, 30, 35]  # of two on one voxel the later one
+
+
+def test_a_negative_click_far_away_changes_nothing_and_outside_is_refused(session):
+    array = ball((30, 60, 90), (15, 30, 20), 4, (1, 1, 1))
+    s = session(array)
+    s.add_point(at(s, 15, 30, 20))
+    assert s.add_point(at(s, 15, 30, 80), positive=False).zoom == 1 and np.array_equal(s.mask, array)
+    for outside in (-0.6, 29.6):
+        with pytest.raises(UserError, match="outside the image"):
+            s.add_point(at(s, outside, 30, 20))
+
+
+def test_any_value_of_a_drawn_mask_marks_and_a_small_one_is_seen_from_near(session):
+    s = session(np.zeros((20, 40, 40), np.float32))
+    s._engine = Recording(lambda batch: batch[:, 4])
+    s.set_mask(3 * ball((20, 40, 40), (10, 20, 20), 2, (1, 1, 1)))
+    assert s.mask.max() == 1 and s.add_point(at(s, 10, 20, 20)).zoom == ZOOMS[0]
+
+
+def test_in_a_box_a_closer_look_needs_no_lung(click_package):
+    values = np.zeros((60, 80, 80), np.float32)
+    values[0] = -1000
+    lesion = ball(values.shape, (30, 40, 40), 5, (1, 1, 1)) > 0
+    values[lesion] = 500
+    s = ClickSession(Image(values), click_package(intensity=CT_WINDOW), Recording(lambda batch: np.where(batch[:, 0] > 0.8, 1.0, 0.0)))
+    assert s.add_box(at(s, 20, 20, 20), at(s, 40, 60, 60)).zoom <= 1.5 and dice(s.mask, lesion) > 0.8
+
+
+def test_a_mask_at_the_patchs_first_voxels_is_whole_where_the_image_ends_there(session):
+    array = np.zeros((30, 60, 60), np.float32)
+    array[:14, 26:34, 26:34] = 1
+    s = session(array)
+    assert s.add_point(at(s, 8, 30, 30)).zoom == 1 and np.array_equal(s.mask, array)
+
+
+@pytest.mark.parametrize("kind", ["whole", "moved", "small", "elsewhere", "endless", "fat"])
+def test_what_a_part_hangs_together_with_is_taken_only_where_it_may_be_a_mass(click_package, monkeypatch, kind):
+    """From near the network sees a lesion of its own, from the furthest look what it hangs together with."""
+    shape = (100, 150, 170)
+    part = ball(shape, (50, 75, 106), 6 if kind == "small" else 9, (1, 1, 1)) > 0
+    mass = np.zeros(shape, bool)
+    mass[35:66, slice(10, 141) if kind == "endless" else slice(50, 101), 54 if kind == "moved" else 70 : 101] = True
+    if kind == "elsewhere":
+        mass &= ball(shape, (50, 75, 106), 14, (1, 1, 1)) == 0
+    values = np.where(part, 400, np.where(mass, -90 if kind == "fat" else 50, -900)).astype(np.float32)
+    looks, run = [], ClickSession._run
+    monkeypatch.setattr(ClickSession, "_run", lambda self, frame, *rest, **more: looks.append(frame[1]) or run(self, frame, *rest, **more))
+
+    def answer(batch):
+        far = (batch[:, 0] > 0.35) & ~((batch[:, 0] > 0.7) & (kind == "elsewhere"))
+        return np.where(far if looks[-1] == ZOOMS[-1] else batch[:, 0] > 0.7, 1.0, 0.0)
+
+    s = ClickSession(Image(values), click_package(intensity=CT_WINDOW), Recording(answer))
+    s.add_point(at(s, 50, 75, 106))
+    assert dice(s.mask, (mass | part) if kind in ("whole", "moved") else part) > 0.8
+
+
+def test_what_the_click_model_is_sure_of_does_not_silence_the_second_opinion(click_package, make_package):
+    ours, theirs = (ball((30, 60, 60), (15, 30, 30), r, (1, 1, 1)) for r in (5, 6))
+    image = Image(2 * ours - theirs, (1, 1, 1), (0, 0, 0))  # log-odds of -30 where only they find it
+    s, _ = seconded(click_package, make_package, image, lambda batch: (batch[:, 0] != 0).astype(np.float32))
+    s.add_point(at(s, 15, 30, 30))
+    assert np.array_equal(s.mask, theirs)
+
+
+@pytest.mark.parametrize("spacing, shape", [((0.7, 0.9, 0.5), (60, 120, 130)), ((0.8, 0.8, 0.25), (90, 100, 110))])
+@pytest.mark.parametrize("context", [0, 1])
+def test_a_second_opinion_lies_where_the_patch_asks_for_it(make_package, spacing, shape, context):
+    """Log-odds that are linear in the place, of thin slices of which some are left out."""
+    z, y, x = np.indices(shape, np.float32)
+    image = Image((0.5 + 0.2 * (z / shape[0] + y / shape[1] - 2 * x / shape[2])).astype(np.float32), spacing)
+    package, mm = slice_package(make_package, spacing=[0.8, 1.1, None], context_slices=context), np.array(spacing[::-1])
+    second = SecondOpinion(package, Recording(lambda batch: batch[:, context]), image)
+    for lead, size in ((0.45, 8.0), (0.6, 20.0)):
+        middle = lead * np.array(shape)
+        box = Box(*(tuple(int(v) for v in middle + way * size / 2 / mm) for way in (-1, 1)))
+        grid = Grid((24, 40, 40), tuple(1.1 / mm), tuple(middle - np.array([12, 20, 20]) * 1.1 / mm))
+        got = second.margins(box, grid)
+        at = [s * np.arange(n) + o for n, s, o in zip(grid.shape, grid.scale, grid.offset)]
+        sides = zip(at, box.start, box.stop, (3, 10, 10) / mm, shape)
+        near = [(p >= a - m) & (p < b + m) & (p > 4) & (p < n - 11) for p, a, b, m, n in sides]
+        inside = near[0][:, None, None] & near[1][:, None] & near[2]
+        wanted = 4 * sum(w * p / n for w, p, n in zip((1, 1, -2), np.ix_(*at), shape))
+        assert np.abs(got - wanted)[inside].max() < 0.005
+
+
+def test_which_models_may_be_a_second_opinion_and_which_expect_lung(click_package, make_package, monkeypatch):
+    two = [{"value": 1, "name": "a"}, {"value": 2, "name": "b"}]
+    for card in ({"axis": "coronal"}, {"intensity": {"mode": "zscore"}}, {"channels": ["T1", "T2"]}, {"labels": two}):
+        monkeypatch.setattr(click, "find_model", lambda name, card=card: slice_package(make_package, **card))
+        with pytest.raises(UserError, match="is no model of axial slices with one label and fixed intensities"):
+            click.second_opinion(click_package(second_opinion="slices-1.0.0").card)
+    assert click.expects_lung(click_package(intensity=CT_WINDOW).card)
+    assert not click.expects_lung(click_package(intensity={"mode": "window", "level": 40, "width": 400}).card)
+
+
+def test_lung_around():
+    mask = ball((9, 9, 9), (4, 4, 4), 2, (1, 1, 1)) > 0
+    for inside, mm, share in ((0.0, 1.0, 1), (0.0, 5.0, 1), (-880.0, 1.0, 0)):  # also on a coarse grid; of lung itself none
+        assert click.lung_around(np.where(mask, inside, -900.0), mask, np.full(3, mm)) == share
+
+
+def test_the_mask_has_the_cards_value(click_package):
+    array = ball((30, 60, 60), (15, 30, 30), 5, (1, 1, 1))
+    s = ClickSession(Image(array), click_package(labels=[{"value": 3, "name": "thing"}]), Recording())
+    s.add_point((30.0, 30.0, 15.0))
+    assert np.array_equal(s.prediction().labels.array, 3 * array) and s.measure()["voxels"] == array.sum()

@@ -722,6 +722,19 @@ def test_several_multi_frame_files_are_not_read_by_half(slices, tmp_path, frames
         read_image(copied(slices[:2], tmp_path / "scan", join))
 
 
+@pytest.mark.parametrize("odd", [0, 3])
+def test_a_slice_of_another_size_is_named(slices, tmp_path, odd):
+    def halve(i, dataset):
+        if i == odd:
+            dataset.Rows //= 2
+            dataset.PixelData = dataset.PixelData[: 2 * dataset.Rows * dataset.Columns]
+
+    with pytest.raises(
+        UserError, match=rf"00{odd}.dcm has 136 x 68 pixels, but most slices of its DICOM series have 136 x 137; take it out"
+    ):
+        read_image(copied(slices, tmp_path / "scan", halve))
+
+
 def test_a_tilted_gantry_is_noticed(slices, tmp_path):
     def tilt(i, dataset):
         x, y, z = map(float, dataset.ImagePositionPatient)

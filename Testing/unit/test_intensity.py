@@ -240,3 +240,8 @@ def test_values_that_are_no_numbers_are_refused(bad):
     with pytest.raises(UserError, match="scan.nrrd has 2 voxels that are NaN or infinite"):
         check_finite(values, "scan.nrrd")
     check_finite(channels("int16"), "scan.nrrd")
+
+
+def test_what_has_no_anatomy_is_warned_of_and_looked_at_nevertheless():
+    assert len(warnings_for({"mode": "window", "level": 40, "width": 400}, np.full((1, 4, 4, 4), -2000, np.int16))) == 1
+    assert display_range(FOREGROUND, np.arange(1000.0).reshape(1, 10, 10, 10)) == pytest.approx((5, 994), abs=1)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -248,9 +249,9 @@ def test_dice():
 # ----------------------------------------------------------------------------------------------------------- clean-up
 
 
-def cleaned(labels, rules, values=(1,), spacing=(1.0, 1.0, 1.0), focus=None):
+def cleaned(labels, rules, values=(1,), spacing=(1.0, 1.0, 1.0), focus=None, within=None):
     out = labels.copy()
-    clean(out, values, rules, spacing, focus)
+    clean(out, values, rules, spacing, focus, within)
     return out
 
 
@@ -319,6 +320,35 @@ def test_a_far_focus_still_keeps_one_component():
     assert components(out)[1].shape == (2,)
 
 
+@pytest.mark.parametrize("focus", [None, Box((0, 0, 0), (14, 7, 9)), Box((-3, 1, 2), (9, 6, 8)), Box((30, 30, 30), (31, 31, 31))])
+@pytest.mark.parametrize("least", [0, 3])
+@pytest.mark.parametrize("largest", [False, True])
+def test_labels_cleaned_in_pieces_are_as_those_cleaned_at_once(focus, least, largest, monkeypatch):
+    rules = {"fill_holes": True, "min_volume_mm3": least, "largest_component": largest}
+    rng = np.random.default_rng(0)
+    scenes = [(rng.random((14, 7, 9)) < share) * rng.integers(1, 3, (14, 7, 9), np.uint8) for share in (0.2, 0.35, 0.6, 0.95)]
+    for scene in (COMB, TWINS, SLANT, *scenes):
+        monkeypatch.setattr(postprocess, "_PIECE", 1 << 18)
+        wanted = cleaned(scene, rules, (1, 2), focus=focus)
+        monkeypatch.setattr(postprocess, "_PIECE", 1)
+        assert np.array_equal(cleaned(scene, rules, (1, 2), focus=focus), wanted)
+        around = np.pad(scene, ((2, 9), (3, 3), (4, 1)))
+        within = Box((2, 3, 4), (16, 10, 13))
+        out = cleaned(around, rules, (1, 2), focus=focus and focus.shifted(within.start), within=within)
+        assert np.array_equal(out[within.slices], wanted) and np.count_nonzero(out) == np.count_nonzero(wanted)
+
+
+def test_a_box_in_a_large_scan_is_cleaned_alone():
+    labels = np.zeros((64, 128, 128), np.uint8)
+    labels[30:34, 60:66, 60:66] = 1
+    within = Box((20, 50, 50), (40, 80, 80))
+    tracemalloc.start()
+    clean(labels, [1], {"fill_holes": True, "largest_component": True}, (1, 1, 1), within, within)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.count_nonzero(labels) == 4 * 6 * 6 and peak < labels.nbytes / 4
+
+
 def test_small_components_go_by_their_volume_in_mm3():
     scene = mask((20, 40, 40), SMALL, LARGE)  # 32 and 108 voxels
     assert np.array_equal(cleaned(scene, {"min_volume_mm3": 32}), scene)
@@ -366,6 +396,7 @@ def test_other_labels_are_left_alone():
     scene[12, 35, 35] = 300
     out = cleaned(scene, {"largest_component": True, "fill_holes": True, "min_volume_mm3": 5})
     assert np.array_equal(out == 300, scene == 300)
+    assert np.array_equal(out == 1, mask((20, 40, 40), RIM) == 1)  # what was dropped is not filled again
     out = cleaned(scene, {"largest_component": True}, (1, 300))
     assert np.count_nonzero(out == 300) == 8 and np.array_equal(out == 1, mask((20, 40, 40), RIM) == 1)
 
@@ -509,3 +540,14 @@ def to_orientation(image: Image, order, signs) -> Image:
 
     axes = sitk.PermuteAxes(to_sitk(image), list(order))
     return from_sitk(sitk.Flip(axes, [s < 0 for s in signs]))
+
+
+def test_every_section_that_may_be_the_widest_is_looked_at_and_no_other_one_taken():
+    labels = mask((2, 12, 12), np.s_[1, 0, :8])
+    labels[0, range(6), range(6)] = 1
+    assert one(Image(labels))["longest_mm"] == pytest.approx(8)  # and not the slanted one's 7.8
+    labels, (y, x) = mask((2, 60, 110)), np.indices((60, 110))
+    labels[0] = np.hypot((x - 49.5) / 49.6, (y - 30) / 20) <= 1
+    labels[1, np.arange(100) // 20 + 30, range(100)] = 1
+    out = one(Image(labels))  # 100.08 against 100.02 mm
+    assert out["perpendicular_mm"] < 8 and all(p[2] == 1 for p in out["longest_points"] + out["perpendicular_points"])

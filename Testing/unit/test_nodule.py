@@ -506,3 +506,36 @@ def test_a_real_tumour_beside_the_labelled_lungs(data):
     found = describe(image, labels == 4)
     near = {v: np.abs(np.argwhere(labels[:, ::4, ::4] == v).mean(0) - np.argwhere(labels[:, ::4, ::4] == 4).mean(0))[2] for v in (1, 2)}
     assert found["side"] == ("left" if near[1] < near[2] else "right") and found["size_class"] == "4B"
+
+
+@pytest.mark.parametrize(("solid", "texture"), [(3.4, "part-solid"), (0.0, "ground-glass")])
+def test_a_small_solid_part_of_a_small_nodule_counts(solid, texture):
+    image = lung((0.7, 0.7, 1.0), GRIDS[0][1])
+    mask = put(image, 8.0, -600)
+    if solid:
+        put(image, solid, 40)
+    assert describe(image, mask)["texture"] == texture
+
+
+def test_a_grain_of_chalk_is_not_most_of_it():
+    image = lung((0.7, 0.7, 1.25), GRIDS[0][1])
+    mask = put(image, 12.0, 30)
+    put(image, 5.0, 3000)
+    found = describe(image, mask)
+    assert found["note"] == NOTE and row(found)[6] == "-"  # all of a solid nodule is its solid part
+
+
+def test_a_body_cut_on_one_side_has_no_midline():
+    image = body()
+    for box, x in ((Box((0, 0, 0), (5, 210, 100)), -70), (Box((0, 0, 110), (5, 210, 210)), 70)):
+        assert side_at(image.crop(box), x) == ""
+
+
+def test_a_follow_up_says_what_shrinks_and_nothing_of_exactly_1_5_mm():
+    assert "Fleischner 2017: a change" in follow_up(nodule(), nodule(150.0, 6.3), 90)["text"]
+    assert "Lung-RADS" not in follow_up(nodule(), nodule(450.0, 9.8), 90)["text"]
+
+
+def test_no_shift_takes_a_nodule_to_the_other_lung():
+    right, left, near, new = (nodule(center=(x, 0.0, 0.0), side="left" if x > 0 else "right") for x in (-60.0, 60.0, 64.0, 184.0))
+    assert match([right, left], [near, new]) == [(0, None), (1, 0), (None, 1)]

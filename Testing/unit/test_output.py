@@ -406,3 +406,15 @@ def test_geometry_survives_sitk(tmp_path):
     file, expected = sitk.ReadImage(str(tmp_path / "x.seg.nrrd")), to_sitk(CASES["oblique"].labels)
     assert np.allclose(file.GetDirection(), expected.GetDirection(), atol=1e-12)
     assert np.allclose(file.GetOrigin(), expected.GetOrigin(), atol=1e-9)
+
+
+def test_dicom_seg_of_a_series_without_number_and_of_a_modifier_without_region(series, tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    for i, file in enumerate(series.dicom_files[:6]):
+        dataset = pydicom.dcmread(file)
+        dataset.SeriesNumber = None
+        dataset.save_as(tmp_path / f"{i}.dcm")
+    p = dicom_prediction(image := read_image(tmp_path))
+    alone = replace(NODULE, terminology={k: v for k, v in NODULE.terminology.items() if k != "region"})
+    write_segmentation(replace(p, label_defs=(alone, *DEFS[1:])), tmp_path / "out" / "x.dcm", image)
+    assert "AnatomicRegionSequence" not in pydicom.dcmread(tmp_path / "out" / "x.dcm").SegmentSequence[0]

@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 from UNetSegmentationLib.image import Box, Image, UserError, from_sitk, read_image, to_sitk
 from UNetSegmentationLib.inference.augment import View, views
-from UNetSegmentationLib.inference.predict import Cancelled, Options, activate, entropy, predict
+from UNetSegmentationLib.inference.predict import Cancelled, Options, _Stream, activate, entropy, predict
 from UNetSegmentationLib.inference.tiling import compute_box, tile
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import find_model
@@ -245,6 +245,15 @@ def test_bands_of_any_depth_give_the_same(make_package, monkeypatch):
     np.testing.assert_allclose(plane_by_plane.uncertainty.array, once.uncertainty.array, atol=1e-5)
 
 
+def test_what_bands_share_is_copied_only_where_it_grows(make_package, monkeypatch):
+    held, take = [], _Stream.take
+    monkeypatch.setattr(_Stream, "take", lambda self, band: (take(self, band), held.append(self.sums))[0])
+    monkeypatch.setattr("UNetSegmentationLib.inference.predict._BAND_BYTES", 1)
+    predict(Image(noise((30, 16, 16))), [make_package(spacing=[1, 1, 1], patch=[16, 16, 16])], Options())
+    assert len(held) == 30 and sum(not np.shares_memory(a, b) for a, b in itertools.pairwise(held)) <= 3
+    assert held[-1].shape[1] == 1
+
+
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 31, 64, 65, 100])
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9])
 def test_tiles_cover_everything_on_the_divisors_grid(size, overlap):
@@ -277,6 +286,17 @@ def test_roi_gives_what_the_whole_image_gives(make_package):
     outside[inside] = 0
     assert not outside.any() and not np.delete(part.labels.array, range(9, 17), 0).any()
     assert part.roi == roi and part.tiles < whole.tiles
+
+
+def test_of_a_large_image_only_the_roi_is_cleaned(make_package):
+    image, roi = Image(np.zeros((64, 128, 128), np.int16)), Box((20, 50, 50), (28, 66, 66))
+    image.array[22:26, 54:60, 54:60] = 1
+    model = make_package(kind="identity", activation="sigmoid", spacing=[1, 1, 1], patch=[8, 16, 16], postprocess={"fill_holes": True})
+    tracemalloc.start()
+    part = predict(image, [model], Options(roi=roi), engines=[FakeEngine(lambda batch: batch[:, :1] - 0.5)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(part.labels.array, image.array) and peak < 1.5 * part.labels.array.nbytes
 
 
 def test_real_model_in_a_roi_agrees_with_the_whole_slice_inside_its_valid_zone():
@@ -509,3 +529,34 @@ def test_what_lies_beyond_an_image_is_as_the_card_says(make_package, padding):
     predict(Image(array), [make_package(dimensions=2, patch=[16, 16], spacing=[None] * 3, padding=padding)], engines=[engine])
     wanted = np.pad(array[0], ((0, 6), (0, 4)), mode="reflect" if padding == "reflect" else "constant")
     assert np.allclose(seen[0][0, 0], wanted)
+
+
+def test_air_is_no_label_of_a_sigmoid_model(make_package):
+    hu = np.full((16, 32, 32), -1000, np.int16)
+    hu[:, :16, :16] = 100
+    model = make_package(activation="sigmoid", intensity={"mode": "window", "level": -300, "width": 1400})
+    got = predict(Image(hu), [model], Options(overlap=0), engines=[FakeEngine(lambda b: 50 * (b - 0.5))])
+    assert np.array_equal(got.labels.array > 0, hu > 0)
+
+
+def test_near_the_edge_the_target_is_the_middle_of_the_whole_box(make_package):
+    hu = np.full((20, 60, 60), -800, np.int16)
+    hu[8:12, 28:32, 5:9] = hu[8:12, 28:32, 13:19] = 50
+    model = make_package(intensity={"mode": "window", "level": -300, "width": 1400}, roi_mm=50, postprocess={"largest_component": True})
+    for options in (Options(at=(2.0, 30.0, 10.0)), Options(roi=Box((0, 5, -23), (20, 55, 28)))):
+        got = predict(Image(hu), [model], options).labels.array
+        assert got[9, 29, 6] and not got[:, :, 10:].any()
+    assert predict(Image(hu), [model], Options(at=(30.0, 30.0, 10.0))).roi == Box((0, 5, 5), (20, 56, 56))
+
+
+def test_views_know_the_pixels_aspect_and_flip_no_channels(make_package, monkeypatch):
+    seen = []
+    module = "UNetSegmentationLib.inference.predict.views"
+    monkeypatch.setattr(module, lambda tta, axes, aspect: seen.append((axes, aspect)) or views(tta, axes, aspect))
+    for spacing in ([None] * 3, [1.0, None, None]):
+        predict(Image(noise((3, 20, 40)), (0.5, 1.0, 2.0)), [make_package(dimensions=2, spacing=spacing, flip_axes=["x", "z"])])
+    assert seen == [([-1], 2.0), ([-1], 1.0)]
+
+
+def test_entropy_of_several_labels_is_the_largest():
+    assert entropy(np.array([[0.5, 0.999]]), "sigmoid") == pytest.approx([1.0])

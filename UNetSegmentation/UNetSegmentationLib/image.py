@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from statistics import mode
 from typing import Any, Literal
 
 import numpy as np
@@ -522,6 +523,10 @@ def _read_series(folder: Path, wanted: str | None, among: bool) -> Image:
         uid = next(iter(series))
     files = series[uid][1]
     slices = [information(file) for file in files]
+    sizes = [" x ".join(map(str, s.GetSize()[:2])) for s in slices]
+    most = mode(sizes)
+    if other := next((f"{file} has {size} pixels" for file, size in zip(files, sizes) if size != most), None):
+        raise UserError(f"{other}, but most slices of its DICOM series have {most}; take it out of the folder, or export the series again.")
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(files)
     if len({s.GetPixelIDValue() for s in slices}) > 1:

@@ -104,7 +104,7 @@ def describe_steps(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0,
             out.update(texture="ground-glass", solid_mean_mm=0.0, solid_volume_mm3=0.0)
         else:
             dense = part.like(np.ascontiguousarray(orientation.original(solid)).view(np.uint8))
-            mean = (yield from _sizes_steps(dense))["mean_mm"] if count else 0.0
+            mean = (yield from _sizes_steps(dense))["mean_mm"]
             out.update(texture="part-solid", solid_mean_mm=mean, solid_volume_mm3=volume)
     out["size_class"] = size_class(out["mean_mm"], out["texture"], out["solid_mean_mm"])
     if np.median(core) > _CALCIUM_HU:

@@ -24,6 +24,7 @@ from UNetSegmentationLib.image import reorient
 from UNetSegmentationLib.inference.click import expects_lung
 from UNetSegmentationLib.intensity import check_finite
 from UNetSegmentationLib.model import SLICE_AXIS
+from UNetSegmentationLib.postprocess import voxel_counts
 from UNetSegmentationLib.training import slug
 
 from . import config as config_file
@@ -144,7 +145,7 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         out.shapes.append(canonical.shape)
         out.single += [case.name] * (min(canonical.shape) < 2)
         out.spacings.append(tuple(float(s) for s in canonical.spacing[::-1]))  # type: ignore[arg-type]
-        out.counts.append(np.bincount(truth.ravel(), minlength=n + 1)[: n + 1].tolist())
+        out.counts.append(voxel_counts(truth, IGNORE + 1)[: n + 1].tolist())
         values = canonical.channels[0]
         if in_lung:
             from .clicks import share_in_lung
@@ -154,7 +155,7 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         label = values[(truth > 0) & judged].ravel()
         if len(label):
             inside.append(rng.choice(label, min(len(label), 20000), replace=False).astype(np.float64))
-        thin = values.ravel()[:: max(1, values.size // 200000)]
+        thin = values.flat[:: max(1, values.size // 200000)]
         lows.append(float(np.percentile(thin, 0.5)))
         ranges.append(float(np.percentile(thin, 99.5)) - lows[-1])
         zeros.append(float((thin == 0).mean()))

@@ -249,6 +249,11 @@ class ClickSession:
                 raise UserError("These clicks are too far apart for one lesion; begin the next one, or undo.")
         else:
             prompts = replace(prompts, negative=(*prompts.negative, index))
+        if answer.found:
+            last = [stop - 1 for stop in answer.box.stop]
+            reach = np.ptp([*prompts.positive, answer.box.start, last], axis=0) / self._spacing(ZOOMS[-1])
+            if (reach > np.array(self.card.data["patch"]) + 2).any():  # a part only; what that look itself gave may end a little beyond it
+                raise UserError("What is marked and clicked on is too large for one lesion; begin the next one, or undo.")
         return self._ask(prompts, answer)
 
     def add_box(self, corner: Point, opposite: Point) -> Answer:
@@ -531,6 +536,8 @@ class ClickSession:
         self._lap("crop")
         logits = self._engine.run(np.concatenate([view.forward(batch) for view in self._views]))
         margins = np.clip(logits[:, 1] - logits[:, 0], -60, 60)
+        if np.isnan(margins).any():  # half precision that overflows, or weights that are no numbers
+            raise UserError(f"{self.card.name} gave values that are no numbers; run it in fp32 or on the CPU, or get the model again.")
         margin = np.mean([view.backward(m)[0] for view, m in zip(self._views, margins)], 0)
         corrects = before.found or box is not None or len(positive) > 1
         # What a person drew is meant as well as what was clicked on.
