@@ -399,7 +399,7 @@ def test_what_training_needs_is_planned_and_added_to_pytorch(gui, installer, tor
         unit.make_wheel(torch_wheels, name, "9.9")
     unit.make_wheel(torch_wheels, "pyyaml", "9.9", files={"yaml/__init__.py": ""})
     with monkeypatch.context() as m:
-        m.setattr(environment, "training_lacks", lambda own=None: ["torch>=2.4", "monai>=1.4"])  # whatever this Python has
+        m.setattr(environment, "training_lacks", lambda own=None: ["torch>=2.10", "monai>=1.4"])  # whatever this Python has
         told = Told()
         installer.planTraining(*told.arguments)
         kind, plan = outcome(gui, told)
@@ -633,7 +633,7 @@ def test_pytorch_in_slicer_goes_through_its_extension(gui, installer, monkeypatc
     monkeypatch.setitem(sys.modules, "PyTorchUtils", types.SimpleNamespace(PyTorchUtilsLogic=PyTorchUtilsLogic))
     monkeypatch.setattr(slicer.modules, "pytorchutils", object(), raising=False)
     assert installer.installTorchInSlicer() is False  # declined
-    assert calls == [(True, ">=2.4")]
+    assert calls == [(True, ">=2.10")]
     PyTorchUtilsLogic.answer = types.ModuleType("torch")
     assert installer.installTorchInSlicer() is True
     PyTorchUtilsLogic.answer = RuntimeError("in use")

@@ -18,11 +18,13 @@ from unetseg_training.plan import plan  # noqa: E402
 from unetseg_training.prepare import prepare  # noqa: E402
 from UNetSegmentationLib import training  # noqa: E402
 from UNetSegmentationLib.dataset import Dataset  # noqa: E402
+from UNetSegmentationLib.engines import choose_engine  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image, read_image  # noqa: E402
+from UNetSegmentationLib.inference import click  # noqa: E402
 from UNetSegmentationLib.inference.click import ClickSession  # noqa: E402
 from UNetSegmentationLib.measure import dice  # noqa: E402
-from UNetSegmentationLib.model import Label, ModelPackage, write_package  # noqa: E402
+from UNetSegmentationLib.model import Label, ModelPackage, find_model, write_package  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig, build  # noqa: E402
 
 NODULE = Label(1, "Nodule", (230, 159, 0), {})
@@ -220,6 +222,27 @@ def test_validation_clicks_at_held_out_lesions_as_the_whole_scan_would(nodules):
     held = clicks.HeldOut(cases, [*empty, *cases.cases[:2]], settings(nodules, validate_cases=1))
     held.read()
     assert held.cases == [cases.cases[0]] and len(held.parts) == 1 and held.parts[0]
+
+
+def test_many_lesions_share_one_second_opinion(nodules, monkeypatch):
+    cases, made = find_cases(nodules), []
+    flat, second = settings(nodules).model_dump(mode="json"), find_model("lung-nodule-2d").card
+
+    def choose(package, *how):
+        made.append(package.card.name)
+        return choose_engine(package, *how)
+
+    for module in (clicks, click):
+        monkeypatch.setattr(module, "choose_engine", choose)
+    for version, times in ((second.version, ["lung-nodule-2d"]), ("0.0.1", [])):
+        config = c.parse({**flat, "model": {**flat["model"], "second_opinion": f"lung-nodule-2d-{version}"}})
+        held, network = clicks.HeldOut(cases, cases.cases[:2], config), build(settings(nodules).unet()).eval()
+        scores = [held.score(i, network) for i in (0, 1)]  # two lesions each
+        assert made == times and np.isfinite([list(s.values()) for s in scores]).all()
+        items = list(metrics.case_items(cases, cases.cases[:2]))
+        rows = clicks.evaluate(held.package, items, [NODULE], clicks_engine(network))
+        assert made == times * 2 and np.mean([r["dice"] for r in rows]) == pytest.approx(np.mean([s["1 click"] for s in scores]))
+        made.clear()
 
 
 def test_models_are_compared_on_held_out_cases_that_hold_a_lesion(nodules):

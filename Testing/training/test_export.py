@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from unetseg_training import export as exporting  # noqa: E402
+from unetseg_training import metrics  # noqa: E402
 from unetseg_training.export import card_path, compact, export, export_run, lineage, markdown  # noqa: E402
 from UNetSegmentationLib.engines.torch import load_network  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
@@ -56,7 +59,7 @@ def test_a_package_with_its_lineage_and_its_card_beside_it(tmp_path, card):
     again = lineage({"data": {"train": {"a": "1", "b": "2"}}})
     assert read["lineage"]["dataset"] == again["dataset"] != lineage({"data": {"train": {"a": "1"}}})["dataset"]
     parity = read["lineage"]["parity"]
-    assert parity["cases"] == ["case 0", "case 1"] and 0 < parity["largest_difference"] <= 1e-4
+    assert parity["cases"] == 2 and 0 < parity["largest_difference"] <= 1e-4
     assert read["metrics"]["dice"] == {"thing": 0.9} and "fpr" not in json.dumps(read["metrics"])
     text = card_path(package).read_text("utf-8")
     assert card_path(package).name == "toy-1.0.0.md" and text == markdown(package)
@@ -70,6 +73,18 @@ def test_a_package_with_its_lineage_and_its_card_beside_it(tmp_path, card):
     one = {**facts, "labels": {"thing": {"dice": {"mean": 0.9, "low": None, "high": None, "cases": 1}, "missed": 0, "false": 0}}}
     package.card.data["metrics"] = {**one, "cases": 1, "patients": 1}
     assert "On 1 case of 1 patient (fold 0 of 5), through the deployed path.\n" in markdown(package)
+
+
+def test_no_case_is_named_in_a_package(tmp_path, card):
+    """Cases are called by their patients in many a folder, and a package is for everybody."""
+    patient = "SCHMIDT_EVA_19610704"
+    run = {"data": {"train": {patient: "1"}}, "config": {"data": {"path": f"/home/{patient}/hippocampi"}}}
+    facts = metrics.summary([{"case": patient, "patient": patient, "label": "thing", "dice": 0.9}])
+    package = export_run(network(), card, tmp_path, [(patient, items()[0][1])], lineage(run), facts, quiet=True)
+    with zipfile.ZipFile(package.path) as z:
+        files = [z.read(name) for name in z.namelist()]
+    for content in (*files, card_path(package).read_bytes()):
+        assert not any(word.encode() in content for word in (patient, str(tmp_path), str(Path(exporting.__file__).parent)))
 
 
 def test_a_name_that_is_no_packages_is_no_folder_either(tmp_path, card):

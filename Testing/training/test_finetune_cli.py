@@ -98,7 +98,7 @@ def test_finetune_then_export(command, base, tmp_path):
     assert card["lineage"]["parent"]["sha256"] == hashlib.sha256(base.read_bytes()).hexdigest() and card["licence"] == "CC0"
     assert card["training_data"] == ["made", "data: 3 cases of 3 patients, less those held out"]
     assert package.card.origin.startswith("Fine-tuned from balls 1.0.0 with 2 cases of data")
-    assert card["lineage"]["parity"]["cases"] == ["case0"]
+    assert card["lineage"]["parity"]["cases"] == 1
     assert path.with_name(path.name.removesuffix(".unet.zip") + ".md").read_text("utf-8").startswith("# ")
     before, after = (load_network(p).state_dict() for p in (parent, package))
     assert all(torch.allclose(after[k], v, atol=1e-3) for k, v in before.items() if k.startswith("encoder."))

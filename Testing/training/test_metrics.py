@@ -169,6 +169,11 @@ def test_evaluate_scores_the_deployed_path_and_writes_it(make_package, tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text("utf-8"))["summary"]["dice"]["mean"] == 0.75
     with open(tmp_path / "metrics.csv", newline="", encoding="utf-8") as f:
         assert [r["dice"] for r in csv.DictReader(f)] == ["1.0", "1.0", "0.0", "1.0"]
+    row = {"case": "=cmd|calc!A1", "label": "@thing", "dice": 0.5, "volume_error_ml": -2.0}
+    metrics.write(tmp_path, [row], facts)
+    with open(tmp_path / "metrics.csv", newline="", encoding="utf-8") as f:  # a spreadsheet would run it
+        assert list(csv.reader(f))[1] == ["'=cmd|calc!A1", "'@thing", "0.5", "-2.0"]
+    assert json.loads((tmp_path / "metrics.json").read_text("utf-8"))["rows"] == [row]
 
 
 def test_what_cannot_be_scored_is_said_in_a_sentence(make_package):

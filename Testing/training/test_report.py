@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_scores_of_other_weights_are_not_these(run):
     data["summary"]["weights"] = hashlib.sha256(b"one").hexdigest()
     (run / "metrics.json").write_text(json.dumps(data), "utf-8")
     (run / "pictures").mkdir()
-    (run / "pictures" / "worst-a.png").write_bytes(b"x")
+    (run / "pictures" / "worst-a.png").write_bytes(b"\x89PNG\r\n\x1a\nx")
     (run / "pictures" / "worst.json").write_text('[{"case": "a", "file": "worst-a.png"}]')
     text = report.write(run).read_text("utf-8")
     assert "Every case" in text and "The worst cases" in text
@@ -172,6 +173,27 @@ def test_scores_of_other_weights_are_not_these(run):
     text = report.write(run).read_text("utf-8")
     assert "metrics.json is of other weights than these (run evaluate again)" in text and "The training</h2>" in text
     assert "Every case" not in text and "The worst cases" not in text and "Dice, mean" not in text
+
+
+def test_no_other_file_than_the_runs_own_pictures_gets_into_it(run, tmp_path_factory):
+    """A run on a shared disk may be anyone's, and its report says no more than the run's folder holds."""
+    other = tmp_path_factory.mktemp("other")
+    png, secret = b"\x89PNG\r\n\x1a\nsecret", other / "secret.png"
+    (run / "pictures").mkdir()
+    for path in (secret, run / "secret.png", run / "pictures" / "worst-a.png"):
+        path.write_bytes(png)
+    (run / "pictures" / "worst-b.png").write_bytes(b"secret")  # as a link to another file
+    (run / "pictures" / "example-b.png").write_bytes(b"secret")
+    names = [str(secret), "../secret.png", "..\\secret.png", "worst-b.png", "none.png", None]
+    listed = [{"case": f"case {i}", "file": name} for i, name in enumerate([*names, "worst-a.png"])]
+    (run / "pictures" / "worst.json").write_text(json.dumps(listed))
+    pictures = [a for a in Page(report.write(run).read_text("utf-8")).addresses if a.startswith("data:image/png")]
+    assert pictures == ["data:image/png;base64," + base64.b64encode(png).decode()]
+    if sys.platform != "win32":  # where links need rights
+        (other / "key").write_text("a private key")
+        (run / "plan.md").unlink()
+        (run / "plan.md").symlink_to(other / "key")
+        assert "a private key" not in report.write(run).read_text("utf-8")
 
 
 def svg(address):

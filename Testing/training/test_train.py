@@ -389,6 +389,34 @@ train.train(config.read(folder), folder / "killed" / "run", cache=folder / "cach
         t.train(config, folder, cache=tmp_path / "cache")
 
 
+class Planted:
+    def __reduce__(self):
+        return os.mkdir, ("planted",)
+
+
+@pytest.mark.parametrize("zipped, told", [(True, "holds more than numbers and is not loaded"), (False, "no checkpoint of this program")])
+def test_a_planted_checkpoint_runs_nothing(tmp_path, monkeypatch, zipped, told):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"identity": "{}", "source": Planted()}, t.CHECKPOINT, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=told):
+        t._load_checkpoint(tmp_path / t.CHECKPOINT)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_an_installed_program_has_no_revision(tmp_path, monkeypatch):
+    """Its environment may lie in a repository of its user's, whose revision says nothing of the program."""
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    subprocess.run(["git", "-C", tmp_path, *"-c user.name=x -c user.email=x@y commit -q --allow-empty -m x".split()], check=True)
+    place = tmp_path / "venv" / "lib" / "python3" / "site-packages" / "unetseg_training" / "train.py"
+    place.parent.mkdir(parents=True)
+    monkeypatch.setattr(t, "__file__", str(place))
+    assert t.git_revision() is None
+    own = tmp_path / "training" / "unetseg_training" / "train.py"
+    own.parent.mkdir(parents=True)
+    monkeypatch.setattr(t, "__file__", str(own))
+    assert len(t.git_revision()) == 40
+
+
 def environment():
     paths = [str(ROOT / "UNetSegmentation"), str(ROOT / "training"), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

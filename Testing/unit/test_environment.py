@@ -774,6 +774,23 @@ def training_wheels(torch_wheels):
     return torch_wheels
 
 
+@pytest.mark.parametrize("status", ["ready", "none"])
+def test_an_older_pytorch_runs_models_and_does_not_train(tmp_path, monkeypatch, status):
+    """It would run what a checkpoint on a shared folder hides."""
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    own = environment.OwnEnvironment(tmp_path, status)
+    monkeypatch.setattr(environment, "own_environment", lambda: own)
+    for version, lacks in (("2.9.1", True), (environment.TORCH, False)):
+        info = tmp_path / "packages" / f"torch-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "RECORD").write_text(f"{info.name}/RECORD,,\n")
+        assert (environment.TRAINING_TORCH in environment.training_lacks()) is lacks
+        if lacks:
+            with pytest.raises(UserError, match="torch.* not installed or too old; .*pip install --upgrade .*torch"):
+                environment.training_python()
+        shutil.rmtree(info)
+
+
 def test_what_training_needs_is_added_to_an_environment_that_is_there(folder, training_wheels, pip):
     own = create(training_wheels)
     assert [Requirement.read(t).name for t in environment.training_lacks()] == [
@@ -1070,6 +1087,7 @@ def test_requirements_are_those_of_the_project():
     assert own <= {*project["dependencies"], *extras["torch"], *extras["train"]}
     (bound,) = [r for r in extras["torch"] if r.startswith("torch")]
     assert Requirement.read(bound).allows(environment.TORCH)
+    assert environment.TRAINING_TORCH in extras["train"] and Requirement.read(environment.TRAINING_TORCH).allows(environment.TORCH)
     guide = (ROOT / "docs" / "offline-installation.md").read_text("utf-8")
     assert [text for text in own if f'"{text}"' not in guide] == []
 

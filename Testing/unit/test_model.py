@@ -772,6 +772,17 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, toy_card, toy_onnx):
     assert again.path.read_bytes() == first.path.read_bytes()
 
 
+def test_the_cases_that_an_older_card_names_are_counted(tmp_path, toy_card, toy_onnx):
+    """They may be called by their patients: neither what is read says them nor what is made of it."""
+    parity = {"largest_difference": 1e-6, "cases": ["SCHMIDT_EVA_19610704", "case 2"]}
+    card = toy_card(lineage={"date": "2026-11-22", "parity": parity})
+    kept = {"date": "2026-11-22", "parity": {"largest_difference": 1e-6, "cases": 2}}
+    with zipfile.ZipFile(write_package(tmp_path / "a.unet.zip", card, toy_onnx("identity", card)).path) as z:
+        written = json.loads(z.read(CARD))
+    assert written["lineage"] == kept and card["lineage"]["parity"] is parity
+    assert check_card({**written, "lineage": card["lineage"]}).data == written
+
+
 @pytest.mark.parametrize(
     ("change", "network", "sentence"),
     [({"licence": ...}, None, "lacks 'licence'"), ({}, b"hello", "not an ONNX file"), ({"roi_mm": float("nan")}, None, "not finite")],

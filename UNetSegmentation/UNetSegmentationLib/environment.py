@@ -64,6 +64,8 @@ TRAINING_REQUIREMENTS = (
     "matplotlib>=3.8",
     "jinja2>=3.1",
 )
+# Older ones run what a checkpoint hides (CVE-2025-32434, CVE-2026-24747), and who trains on a shared folder may find another's there.
+TRAINING_TORCH = "torch>=2.10"
 # Of disk while it is made: the wheels and what is unpacked from them. 2.13.0+cpu on Linux: 0.2 and 0.8 GB.
 TORCH_DISK = {"cpu": 3e9, "cu126": 12e9, "cu130": 12e9, "macos": 2e9}
 PACKAGES = "UNETSEG_PACKAGES"  # the variable that names the environment's packages to the worker
@@ -1028,8 +1030,8 @@ def training_lacks(own: OwnEnvironment | None = None, extras: bool = True) -> li
     check()."""
     own = own_environment() if own is None else own
     if own.status == "ready":
-        return to_install(check(TRAINING_REQUIREMENTS, paths=[_packages(own.folder)], extras=extras))
-    torch = ("torch>=2.4", "onnx>=1.16", "onnxruntime>=1.17", "safetensors>=0.4.3")
+        return to_install(check((TRAINING_TORCH, *TRAINING_REQUIREMENTS), paths=[_packages(own.folder)], extras=extras))
+    torch = (TRAINING_TORCH, "onnx>=1.16", "onnxruntime>=1.17", "safetensors>=0.4.3")
     return to_install(check((*torch, *TRAINING_REQUIREMENTS), extras=extras))
 
 
@@ -1041,8 +1043,8 @@ def training_python() -> tuple[str, dict[str, str]]:
     if lacks := training_lacks(own, extras=False):
         names = list(dict.fromkeys(Requirement.read(text).name for text in lacks))
         raise UserError(
-            f"Training needs {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} not installed; "
-            f"install it in the panel, or run: pip install {' '.join(names)}"
+            f"Training needs {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} not installed or too old; "
+            f"install it in the panel, or run: pip install --upgrade {' '.join(names)}"
         )
     return (own.python, own.variables) if own.status == "ready" else (find_python(), {})
 

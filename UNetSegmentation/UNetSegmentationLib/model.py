@@ -290,6 +290,14 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield item
 
 
+def _without_cases(card: dict[str, Any]) -> dict[str, Any]:
+    """Older cards name the cases that their parity was measured on, which may be called by their patients: the number is kept."""
+    lineage = card.get("lineage")
+    if not (isinstance(lineage, dict) and isinstance(parity := lineage.get("parity"), dict) and isinstance(parity.get("cases"), list)):
+        return card
+    return {**card, "lineage": {**lineage, "parity": {**parity, "cases": len(parity["cases"])}}}
+
+
 def check_card(data: Any) -> Card:
     """A Card from JSON, or UserError with the first thing that is wrong."""
 
@@ -304,7 +312,7 @@ def check_card(data: Any) -> Card:
             raise wrong("it holds a text with half a character")
     for error in schema_errors(data, card_schema()):
         raise wrong(error)
-    card = Card(data)
+    card = Card(_without_cases(data))
     for key in ("patch", "divisor"):
         if len(data[key]) != card.dimensions:
             raise wrong(f"card.{key} needs {card.dimensions} numbers")
@@ -584,7 +592,7 @@ def write_package(path: str | Path, card: dict[str, Any], onnx: bytes, safetenso
     the same bytes."""
     files = {ONNX: onnx} | ({SAFETENSORS: safetensors} if safetensors else {})
     listed = {n: {"sha256": hashlib.sha256(b).hexdigest(), "size": len(b)} for n, b in files.items()}
-    text = json.dumps({**card, "files": listed}, indent=2, ensure_ascii=False)
+    text = json.dumps({**_without_cases(card), "files": listed}, indent=2, ensure_ascii=False)
     with atomic_path(path) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as z:
             for name, content in [(CARD, text.encode("utf-8", "surrogatepass")), *files.items()]:

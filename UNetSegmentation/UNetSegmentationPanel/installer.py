@@ -29,7 +29,7 @@ from .worker import ChildProcess, variablesFor
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "Resources" / "requirements.txt"
 WHEEL_FOLDER = "UNetSegmentation/WheelFolder"  # in the settings
-TORCH_REQUIREMENT = ">=2.4"  # as in pyproject.toml
+TORCH_REQUIREMENT = ">=2.10"  # what training needs, as in pyproject.toml
 NAME = "UNetSegmentation"
 
 
@@ -70,7 +70,7 @@ def ensureRequirements(confirm: Callable[[str], bool] | None = None) -> bool:
     if not wanted:
         return True
     if confirm is None:
-        confirm = functools.partial(slicer.util.confirmOkCancelDisplay, windowTitle=NAME)
+        confirm = functools.partial(slicer.util.confirmOkCancelDisplay, windowTitle=NAME, textFormat=qt.Qt.PlainText)
     _checkWritable()
     found = _plan(wanted, confirm)
     if found is None:
@@ -429,7 +429,8 @@ def askForTorchWheels(problem: str, title: str) -> bool:
     """Whether a wheel folder with PyTorch was chosen, since nothing can be fetched (`problem`): then all is to be planned again."""
     folder = wheelFolder()
     while not slicer.app.testingEnabled():
-        folder = _askForFolder(problem, folder, functools.partial(slicer.util.confirmOkCancelDisplay, windowTitle=title))
+        confirm = functools.partial(slicer.util.confirmOkCancelDisplay, windowTitle=title, textFormat=qt.Qt.PlainText)
+        folder = _askForFolder(problem, folder, confirm)
         if not folder:
             break
         if _hasTorch(folder):

@@ -18,6 +18,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -27,7 +28,7 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 from torch.nn import functional
-from UNetSegmentationLib.engines import Engine
+from UNetSegmentationLib.engines import Engine, choose_engine
 from UNetSegmentationLib.files import UserError, counted
 from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.click import (
@@ -40,10 +41,11 @@ from UNetSegmentationLib.inference.click import (
     fitting,
     lung_around,
     prompt_channels,
+    second_opinion,
 )
 from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.measure import dice
-from UNetSegmentationLib.model import Label, ModelPackage
+from UNetSegmentationLib.model import Card, Label, ModelPackage
 from UNetSegmentationLib.networks import UNet
 from UNetSegmentationLib.postprocess import components
 
@@ -648,6 +650,14 @@ class Turn(NamedTuple):
         return dice(self.found, self.true)
 
 
+def second_engine(card: Card) -> tuple[ModelPackage, Engine] | None:
+    """A card's second opinion for many sessions, each of which would else load its own (0.1 to 0.3 s)."""
+    with suppress(UserError):  # the sessions say why they do without
+        other = second_opinion(card)
+        return (other, choose_engine(other)) if other is not None else None
+    return None
+
+
 def play(session: ClickSession, truth: np.ndarray, first: Sequence[int], count: int = CLICKS) -> Iterator[Turn]:
     """A lesion from its first click, a voxel (z, y, x), on; each next one lies deepest in the largest connected error, as a
     person would place it. truth: (z, y, x) on the image's grid, not 0 in the lesion."""
@@ -723,10 +733,11 @@ def evaluate(
 ) -> list[metrics.Row]:
     """A row for every lesion of the cases, as metrics.evaluate() has them for automatic models; seen is shown each lesion alone."""
     rows: list[metrics.Row] = []
+    second = second_engine(package.card)
     for count, item in enumerate(items):
         if progress:
             progress(count, item.name)
-        session = ClickSession(item.image, package, engine)
+        session = ClickSession(item.image, package, engine, second=second)
         for lesion in by_lesion(item):
             row, mask = score(session, lesion, labels)
             rows.append(row)
@@ -784,11 +795,15 @@ class HeldOut(train.HeldOut):
             part = item.image.crop(box)
             yield lesion._replace(image=part.like(part.array.copy()), truth=lesion.truth[box.slices].copy())
 
+    @cached_property
+    def second(self) -> tuple[ModelPackage, Engine] | None:
+        return second_engine(self.package.card)
+
     def score(self, index: int, network: UNet) -> dict[str, float]:
         self.read()
         rows = []
         for lesion in self.parts[index]:
-            session = ClickSession(lesion.image, self.package, train.LiveEngine(network))
+            session = ClickSession(lesion.image, self.package, train.LiveEngine(network), second=self.second)
             turns = list(play(session, lesion.truth, first_click(lesion.truth, lesion.name)))
             rows.append([turns[n - 1].dice for n in (JUDGED, CLICKS)])
             self.examples = [e for e in self.examples if e[0] != lesion.name]

@@ -245,18 +245,19 @@ def export_run(
         if path.suffix.lower() == ".zip" and not path.is_dir():
             raise UserError(f"{path} would be no package; end its name in {SUFFIX}, or name a folder.")
         path = path / f"{card['name']}-{card['version']}{SUFFIX}"
-    names: list[str] = []
+    driven = 0  # no more of them: a case may be called by its patient, and a package is for everybody
 
     def drive(package: ModelPackage, engine: Engine) -> None:
+        nonlocal driven
         for item in islice(items, cases):
-            names.append(str(item[0]))
+            driven += 1
             if package.card.data["task"] == "click":
                 clicks.drive(package, engine, item[1], item[2])
                 continue
             predict(item[1], [package], Options(tta="none", postprocess=False), engines=[engine])
 
     def finish(card: dict[str, Any], parity: dict[str, Any]) -> dict[str, Any]:
-        extra = {"lineage": {**(lineage or {}), "parity": {**parity, "cases": names}}}
+        extra = {"lineage": {**(lineage or {}), "parity": {**parity, "cases": driven}}}
         return {**card, **extra, **({"metrics": compact(metrics)} if metrics else {})}
 
     package = _export(model, card, path, drive, finish, quiet)
@@ -351,7 +352,7 @@ def markdown(package: ModelPackage) -> str:
         parity = origin["parity"]
         lines.append(
             f"- ONNX and PyTorch differ by {parity['largest_difference']:g} in a logit (of the largest, where that is above 1) at most, "
-            f"on {counted(len(parity.get('cases', ())), 'case')}"
+            f"on {counted(parity.get('cases', 0), 'case')}"
         )
     lines += [f"- `{name}`: {entry['size']} bytes, SHA-256 {entry['sha256']}" for name, entry in data["files"].items()]
     return "\n".join(lines) + "\n"

@@ -47,6 +47,7 @@ from UNetSegmentationLib.files import UserError, atomic_path, write_text
 from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.predict import Options, Prediction, predict
 from UNetSegmentationLib.model import Label, ModelPackage
+from UNetSegmentationLib.nodule import cell
 
 from .cases import IGNORE
 
@@ -349,7 +350,7 @@ def write(folder: str | Path, rows: Sequence[Row], facts: dict[str, Any], name: 
     with atomic_path(folder / f"{name}.csv") as path, path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, keys)
         writer.writeheader()
-        writer.writerows(flat)
+        writer.writerows({k: cell(v) if isinstance(v, str) else v for k, v in row.items()} for row in flat)
 
 
 def _rounded(value: Any) -> Any:

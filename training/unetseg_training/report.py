@@ -281,8 +281,12 @@ def _svg(figure: Any) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def _png(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _png(folder: Path, name: Any) -> str | None:
+    """As a data URL; None for what is no PNG in this very folder: a shared run may name any file that whoever reports it can read."""
+    if not isinstance(name, str) or Path(name).name != name or "\\" in name or not (folder / name).is_file():
+        return None
+    content = (folder / name).read_bytes()
+    return "data:image/png;base64," + base64.b64encode(content).decode() if content.startswith(b"\x89PNG\r\n\x1a\n") else None
 
 
 def _curves(lines: list[live.Line]) -> str | None:
@@ -406,8 +410,8 @@ def write(folder: str | Path) -> Path:
     scored = None if stale else scored
     facts, rows = (scored["summary"], scored["rows"]) if scored else ({"labels": {}}, [])
     columns = [k for k in HEADINGS if any(r.get(k) is not None for r in rows)]
-    listed = _json(folder / "pictures" / "worst.json") or [] if scored else []
-    worst = [w for w in listed if (folder / "pictures" / w["file"]).is_file()]
+    pictures = folder / "pictures"
+    listed = _json(pictures / "worst.json") or [] if scored else []
     plan = folder / "plan.md" if (folder / "plan.md").is_file() else folder.parent / "plan.md"
     config = run.get("config", {})
     # Thousands of digests are for a program, which finds them in run.json.
@@ -433,12 +437,14 @@ def write(folder: str | Path) -> Path:
         curves=_curves(lines),
         quality=_quality(rows, facts) if rows else None,
         shown=len(COLORS),
-        worst=[(w["case"], _png(folder / "pictures" / w["file"])) for w in worst],
-        examples=[(p.stem.removeprefix("example-"), _png(p)) for p in sorted((folder / "pictures").glob("example-*.png"))],
+        worst=[(w["case"], png) for w in listed if (png := _png(pictures, w["file"]))],
+        examples=[
+            (p.stem.removeprefix("example-"), png) for p in sorted(pictures.glob("example-*.png")) if (png := _png(pictures, p.name))
+        ],
         finetune=_json(folder / "finetune.json"),
         last=checks[-1] if checks else None,
         end=ends[-1] if ends else None,
-        plan=plan.read_text("utf-8") if plan.is_file() else "",
+        plan=plan.read_text("utf-8") if plan.is_file() and not plan.is_symlink() else "",
         settings=_flat(config),
         environment=_flat({k: v for k, v in run.items() if k != "config"} | ({"data": data} if data else {})),
         truth=TRUTH,

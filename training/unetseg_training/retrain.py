@@ -516,6 +516,7 @@ def compare(
     """
     clicked = new.card.data["task"] == "click"
     engines = {id(p): make_engine(p, "onnx", "cpu", "fp32", 0) for p in (base, new) if p is not None}
+    seconds = {id(p): clicks.second_engine(p.card) for p in (base, new) if p is not None and clicked}
     rows: dict[str, list[metrics.Row]] = {"before": [], "after": []}
     worst: list[tuple[float, dict[str, Any], dict[str, Image]]] = []
     problem = ""
@@ -543,7 +544,7 @@ def compare(
                 seen = item._replace(image=item.image.like(item.image.channels[order])) if key == "before" and order else item
                 try:
                     if key not in scorers:
-                        scorers[key] = _scorer(package, seen, case_set, engines[id(package)])
+                        scorers[key] = _scorer(package, seen, case_set, engines[id(package)], seconds.get(id(package)))
                     masks[key] = scorers[key](seen, rows[key])
                 except UserError as e:
                     if key == "after":
@@ -592,12 +593,12 @@ def _shared(package: ModelPackage, case_set: CaseSet) -> list[tuple[Label, Label
 
 
 def _scorer(
-    package: ModelPackage, item: metrics.Item, case_set: CaseSet, engine: Any
+    package: ModelPackage, item: metrics.Item, case_set: CaseSet, engine: Any, second: Any
 ) -> Callable[[metrics.Item, list[metrics.Row]], np.ndarray]:
     """What scores a case, or one of its lesions, and adds its rows; it returns the mask."""
     if package.card.data["task"] != "click":
         return lambda item, rows: _scored(package, item, case_set, engine, rows)
-    session = clicks.ClickSession(item.image, package, engine)
+    session = clicks.ClickSession(item.image, package, engine, second=second)
 
     def score(item: metrics.Item, rows: list[metrics.Row]) -> np.ndarray:
         row, mask = clicks.score(session, item, case_set.labels)

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import platform
 import shutil
 import subprocess
@@ -551,7 +552,12 @@ class _Checkpoints(TorchCheckpointIO):
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:
     try:
+        with path.open("rb") as f:
+            if f.read(4) != b"PK\3\4":  # torch.load takes the pickles of before 1.6 as well
+                raise ValueError("no checkpoint of this program")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise UserError(f"{path} holds more than numbers and is not loaded; ask who wrote it there, or delete it and train again.") from e
     except Exception as e:  # torch raises half a dozen types for a damaged file
         raise UserError(f"{path} is damaged ({str(e).splitlines()[0][:100]}); delete it and train again.") from e
 
@@ -873,6 +879,8 @@ def versions() -> dict[str, str]:
 def git_revision() -> str | None:
     """The commit of the program's own checkout, with "+" where files were changed; None where there is none."""
     place = Path(__file__).resolve().parent
+    if not (place.parents[1] / ".git").exists():  # installed, where git would climb to whatever repository that lies in
+        return None
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=place, capture_output=True, text=True, timeout=10, check=True
