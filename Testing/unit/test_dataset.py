@@ -7,12 +7,14 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import Label
 from UNetSegmentationLib.output import write_segmentation
 from UNetSegmentationLib.worker.protocol import MAX_LINE, dumps
-from workers import python
+from workers import POSIX, python
 
 ROOT = Path(__file__).resolve().parents[2]
 ORGAN = Label(1, "organ", (1, 2, 3), {"category": ["SCT", "123037004", "Anatomical Structure"], "type": ["SCT", "39607008", "Lung"]})
@@ -349,6 +351,48 @@ def test_a_case_is_erased_as_far_as_it_can_be(dataset, monkeypatch):
     assert not entries[1].label.exists() and not dataset.refresh().entries
     monkeypatch.undo()
     assert dataset.clean(0) == [held]
+
+
+@POSIX
+def test_a_link_in_a_shared_folder_leads_to_nothing_that_is_removed(dataset, tmp_path):
+    home, cases = tmp_path / "home", dataset.folder / "cases"
+    entry, other = dataset.add(scan(0), outline()), Dataset.create(tmp_path / "other", "Other", [ORGAN, TUMOUR], ["CT"])
+    kept = [home / "Documents" / "thesis.doc", home / "notes.txt", home / "check" / f"{entry.name}_image.nii.gz"]
+    kept += [other.add(scan(0), outline()).label, dataset.folder / "retrain" / "job" / "job.json"]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine", "utf-8")
+    (home / "empty").mkdir()
+    (cases / "left" / "behind").mkdir(parents=True)
+    links = {"x": home, "empty": home / "empty", "other": kept[3].parents[1], "retrain": dataset.folder / "retrain", "loop": cases / "loop"}
+    for name, to in links.items():
+        (cases / name).symlink_to(to)
+    (cases / entry.name / "link").symlink_to(home)
+    (dataset.folder / ".unetseg-x").symlink_to(home)
+    assert dataset.clean(0) == [cases / "left" / "behind"] and all(path.is_file() for path in kept) and (home / "empty").is_dir()
+    index = dataset.folder / "dataset.json"
+    good, data = index.read_text("utf-8"), json.loads(index.read_text("utf-8"))
+    data["cases"][entry.name]["versions"][0]["files"]["cases/x/Documents/thesis.doc"] = "0"
+    index.write_text(json.dumps(data), "utf-8")
+    with pytest.raises(UserError, match="cases/x/Documents lies behind a link, so nothing was erased; remove the link"):
+        dataset.remove(entry.name, erase=True)
+    assert entry.label.exists() and kept[0].exists() and entry.name in dataset.refresh().entries
+    index.write_text(good, "utf-8")
+    (dataset.folder / "retrain" / "linked").symlink_to(home)
+    with pytest.raises(UserError, match=f"but .*linked/check/{entry.name}_image.nii.gz could not be erased"):
+        dataset.remove(entry.name, erase=True)
+    assert not entry.label.exists() and all(path.is_file() for path in kept)
+
+
+@POSIX
+def test_a_training_set_may_lie_behind_a_link(dataset, tmp_path):
+    (tmp_path / "link").symlink_to(dataset.folder)
+    linked = Dataset.open(tmp_path / "link")
+    entry = linked.add(scan(0), outline())
+    (linked.folder / "cases" / "left" / "behind").mkdir(parents=True)
+    assert [path.name for path in linked.clean(0)] == ["behind"]
+    linked.remove(entry.name, erase=True)
+    assert not entry.label.exists()
 
 
 def test_of_an_erased_case_trainings_keep_no_image(dataset, monkeypatch):
@@ -754,12 +798,74 @@ def test_a_writer_that_lost_its_lock_begins_again_with_what_the_other_wrote(data
     assert set(Dataset.open(dataset.folder).entries) == {"ours", "theirs"}
 
 
+def test_a_lock_goes_also_where_windows_is_slow_to_remove_files(dataset, monkeypatch):
+    """A name is taken until the last program that looks the removed file over is through, and a lock may be looked over too."""
+    touch, unlink, read_text, removed, looks = Path.touch, Path.unlink, Path.read_text, set(), []
+
+    def make(self, *how, **more):
+        if self in removed:
+            raise PermissionError(13, "Access is denied")
+        touch(self, *how, **more)
+
+    def remove(self, missing_ok=False):
+        unlink(self, missing_ok)
+        removed.add(self)
+
+    def read(self, *how, **more):
+        if self.name == ".lock":
+            looks.append(self)
+            if len(looks) in (1, 3):  # when the index is to be replaced, and when the lock is to be given back
+                raise PermissionError(13, "Access is denied")
+        return read_text(self, *how, **more)
+
+    for name, function in (("touch", make), ("unlink", remove), ("read_text", read)):
+        monkeypatch.setattr(Path, name, function)
+    dataset.add(scan(0), outline())
+    assert len(looks) > 3 and len(dataset.entries) == 1 and not (dataset.folder / ".lock").exists()
+
+
+def test_windows_tells_that_a_process_is_gone_without_ending_it(monkeypatch):
+    errors, codes, asked = {1: 87, 2: 5}, {3: 259, 4: 1}, []  # no such process, access denied; still active, ended
+
+    def exit_code(handle, code):
+        code._obj.value = codes[handle.value]
+        return 1
+
+    kernel = SimpleNamespace(
+        OpenProcess=lambda _access, _inherit, pid: asked.append(pid) or (pid if pid in codes else None),
+        GetExitCodeProcess=exit_code,
+        GetProcessTimes=lambda *_unused: 1,
+        CloseHandle=lambda _handle: 1,
+    )
+    monkeypatch.setattr("ctypes.WinDLL", lambda *_unused, **_how: kernel, raising=False)
+    monkeypatch.setattr("ctypes.get_last_error", lambda: errors[asked[-1]], raising=False)
+    monkeypatch.setattr(files, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(module, "os", SimpleNamespace(name="nt"))
+    here = socket.gethostname()
+    assert [pid for pid in (-1, 0, 1, 2, 3, 4, "1") if module.process_is_gone({"host": here, "pid": pid})] == [1, 4]
+    assert not module.process_is_gone({"host": "elsewhere", "pid": 1})
+
+
+def test_a_share_that_is_lost_while_a_file_is_written_is_a_sentence(tmp_path, monkeypatch):
+    def lost(self, *_unused, **_how):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "replace", lost)
+    monkeypatch.setattr(Path, "unlink", lost)
+    with pytest.raises(UserError, match="job.json cannot be written .Input/output error"):
+        files.write_text(tmp_path / "job.json", "{}")
+
+
 def test_a_folder_that_is_gone_or_damaged_is_a_sentence(dataset, tmp_path):
     dataset.add(scan(0), outline())
     index = dataset.folder / "dataset.json"
     good = index.read_text()
     for change, said in (
         (lambda d: d["cases"][next(iter(d["cases"]))]["versions"][0].update(label="../../etc/passwd"), "is damaged"),
+        *(
+            (lambda d, file=file: d["cases"][next(iter(d["cases"]))]["versions"][0].update(label=file), "is damaged .the file")
+            for file in ("/etc/a/b/c", r"cases\a\b\c", r"cases/a/b/..\..\..\c", "C:/cases/a/b", "//host/share/a/b")
+        ),
         (lambda d: d.pop("segments"), "is damaged"),
         (lambda d: d.update(format_version=9), "newer version"),
         (lambda d: d.update(format="other"), "another program's"),
@@ -903,6 +1009,32 @@ def test_names_that_differ_in_case_alone_are_one_to_windows_and_macos(dataset):
         former.rmdir()
         version.parent.rename(former)
     assert dataset.clean(age=0) == [] and (former / version.name / "label.nii.gz").is_file()
+
+
+def test_a_removed_case_is_not_restored_beside_one_whose_name_differs_in_case_alone(dataset, tmp_path):
+    """On Windows and macOS an export wrote one patient's voxels over the other's."""
+    dataset.add(scan(0), outline(), name="P1", patient="a")
+    dataset.remove("P1")
+    dataset.add(scan(1), outline(), name="p1", patient="b")
+    before = state(dataset)
+    with pytest.raises(UserError, match="There is a case p1 already, the same name to Windows and macOS; remove that one before P1"):
+        dataset.restore("P1")
+    assert state(dataset) == before
+    index = dataset.folder / "dataset.json"
+    data = json.loads(index.read_text("utf-8"))
+    data["cases"]["P1"] = data["removed"].pop("P1")  # as an earlier version restored it
+    index.write_text(json.dumps(data), "utf-8")
+    dataset.refresh()
+    for kind in module.EXPORTS:
+        with pytest.raises(UserError, match="The cases p1 and P1 have the same name to Windows and macOS.*; remove one of them and"):
+            dataset.export(tmp_path / "out", kind)
+    assert not (tmp_path / "out").exists() and dataset.restore("P1", 1).version == 2
+
+
+@pytest.mark.parametrize("kind", module.EXPORTS)
+def test_a_folders_name_with_braces_takes_an_export(filled, tmp_path, kind):
+    folder = filled.export(tmp_path / "{study} 3" / "{8F2A-11}", kind)
+    assert len(list(folder.glob("images*/c?*.nii.gz"))) == len(list(folder.glob("labels*/c?.nii.gz"))) == 6
 
 
 def test_an_export_is_whole_or_not_there(filled, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Image
 from UNetSegmentationLib.model import Label, ModelPackage, find_model
 from UNetSegmentationLib.training import Options
+from workers import POSIX
 
 CORE = Path(training.__file__).resolve().parents[1]
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows: TerminateProcess
@@ -207,6 +208,58 @@ def test_the_clocks_of_two_computers_may_differ(dataset, monkeypatch, late):
         assert (training.read(job.folder).state == "training") == (late < 0)
     os.utime(job.folder / training.BEAT, (now() - 2 * files.SILENT_S,) * 2)
     assert training.read(job.folder).state == "lost" and {*job.folder.iterdir()} == files_there
+    training.resume(training.read(job.folder), sys.executable, launch=False)  # on that computer; nobody saw its process yet
+    assert training.read(training.create(dataset).folder).running
+    with monkeypatch.context() as m:
+        m.setattr(time, "time", lambda: now() - late)
+        assert training.read(job.folder).running
+    training.update(job.folder, launched=now() - 2 * files.START_S)
+    assert training.read(job.folder).state == "failed"
+
+
+@pytest.mark.parametrize("path", ["a.png", "pictures/a.png", r"pictures\a.png", "a..b/c"])
+def test_a_path_of_others_may_lead_into_its_folder(path):
+    assert files.is_inner(path)
+
+
+@pytest.mark.parametrize("path", ["..", "a/../../b", r"a\..\b", "/a", r"\a", "C:a", "C:/a", "//host/share/a", r"\\host\share\a"])
+def test_a_path_of_others_does_not_lead_elsewhere(dataset, path):
+    assert not files.is_inner(path)
+    job = training.create(dataset)
+    assert training._pictures(job, [path, "pictures/a.png"]) == [job.folder / "pictures" / "a.png"]
+
+
+def test_a_package_elsewhere_is_not_a_jobs(dataset, make_package):
+    job = training.create(dataset)
+    package = make_package().path
+    for path in (str(package), os.path.relpath(package, job.folder)):
+        training.update(job.folder, package=path)
+        assert training.read(job.folder).package is None
+
+
+@POSIX
+def test_a_linked_file_in_a_job_is_not_written_to(dataset, tmp_path):
+    job = training.create(dataset)
+    training.update(job.folder, state="stopped", kept=True)
+    mine = tmp_path / "thesis.doc"
+    mine.write_text("mine", "utf-8")
+    for name in (training.LOG, "pictures"):
+        (job.folder / name).symlink_to(mine)
+        with pytest.raises(UserError, match=f"{name} is a link, which no training makes, .*; remove it, then resume.$"):
+            training.resume(training.read(job.folder), sys.executable)
+        (job.folder / name).unlink()
+    assert mine.read_text("utf-8") == "mine" and training.read(job.folder).state == "stopped"
+
+
+@POSIX
+def test_a_link_that_another_made_gives_way_to_what_is_written(tmp_path, monkeypatch):
+    mine, link = tmp_path / "thesis.doc", tmp_path / "run.json"
+    mine.write_text("mine", "utf-8")
+    link.symlink_to(mine)
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    files.write_text(link, "{}")
+    assert (mine.read_text("utf-8"), link.read_text("utf-8"), link.is_symlink()) == ("mine", "{}", False)
 
 
 def test_a_python_that_cannot_train_is_told(dataset, tmp_path):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -448,8 +449,7 @@ def test_what_was_taken_is_free_again_when_its_time_is_over_or_its_program_gone(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     killed = work.next(Annotator.here(pid=gone.pid))
-    if os.name != "nt":
-        assert work.scan(killed.name).status == "waiting" and work.next(Annotator.here(pid=os.getpid())).name == killed.name
+    assert work.scan(killed.name).status == "waiting" and work.next(Annotator.here(pid=os.getpid())).name == killed.name
 
 
 def test_names_tell_apart_who_share_an_account(work, clock):
@@ -594,12 +594,52 @@ def test_a_result_that_windows_holds_stops_nothing_and_goes_later(work, make_pac
     assert [p.name for p in shared.iterdir()] == [named.name]
 
 
+@POSIX
+def test_a_link_in_a_shared_list_leads_to_nothing_that_is_removed(work, make_package, tmp_path):
+    package, path = make_package(), work.folder / "worklist.json"
+    work.choose_models([package])
+    kept = [tmp_path / "home" / name for name in ("thesis.doc", "notes.txt")]
+    kept[0].parent.mkdir()
+    for file in kept:
+        file.touch()
+        os.utime(file, (0, 0))
+    (work.folder / "worklist").mkdir()
+    (work.folder / "worklist" / "x").symlink_to(kept[0].parent)
+    (tmp_path / "empty").mkdir()
+    (work.folder / "worklist" / "empty").symlink_to(tmp_path / "empty")
+    data = json.loads(path.read_text("utf-8"))
+    data["scans"] = {"s0": {**data["scans"]["s0"], "mask": "worklist/x/thesis.doc", "model": "other-1.0.0", "status": "segmented"}}
+    path.write_text(json.dumps(data), "utf-8")
+    assert work.segment([package], ANNA, ONNX).mask.parent == work.folder / "worklist" / "s0"
+    work.clean()
+    assert all(file.exists() for file in kept)
+
+
+def test_every_file_gives_a_scan_a_name_that_a_list_takes(tmp_path, scans):
+    names = ("..", "Müller é", "漢字", "a b.c-", "-x", "_0000", "a" * 59 + "-b", "CT", "x" * 80)
+    for i, name in enumerate(names):
+        (tmp_path / str(i)).mkdir()
+        shutil.copy(scans / "s0.nii.gz", tmp_path / str(i) / f"{name}.nii.gz")
+    work = WorkList.gather(tmp_path / "list", [tmp_path / str(i) / f"{name}.nii.gz" for i, name in enumerate(names)])[0]
+    work.split("CT", ["1.2", "1.3"])
+    assert len(WorkList.open(work.folder).scans) == len(names) + 1
+
+
 def test_cancelled_the_scan_is_free_again(work, make_package):
     package = make_package()
     work.choose_models([package])
     with pytest.raises(Cancelled):
         work.segment([package], ANNA, ONNX, cancelled=lambda: True)
     assert work.unsegmented == 4 and work.segment([package], BERT, ONNX).name == "s0"
+
+
+def test_a_list_is_made_and_changed_where_text_gets_longer_lines(tmp_path, scans, monkeypatch):
+    def windows(self, text, encoding=None, errors=None, newline=None):
+        return self.write_bytes(text.replace("\n", "\r\n").encode(encoding))
+
+    monkeypatch.setattr(Path, "write_text", windows)
+    work = WorkList.gather(tmp_path / "list", [scans])[0]
+    assert work.next(ANNA).name == "s0" and work.refresh().counts()["taken"] == 1
 
 
 def test_a_full_disk_leaves_the_list_as_it_was(work, make_package, monkeypatch):
@@ -637,7 +677,9 @@ def test_a_list_that_is_gone_damaged_or_hostile_is_a_sentence(work):
         (lambda d: d.update(format_version=2), "newer version"),
         (lambda d: d.pop("scans"), "damaged"),
         (lambda d: d["scans"]["s0"].update(status="odd"), "damaged .the scan 's0'"),
+        (lambda d: d["scans"].update({"../../new": d["scans"].pop("s0")}), "damaged .the scan '../../new'"),
         (lambda d: d["scans"]["s0"].update(mask="worklist/../../x.nrrd"), "damaged .the file"),
+        (lambda d: d["scans"]["s0"].update(mask=r"worklist/s0/..\..\x.nrrd"), "damaged .the file"),
         (lambda d: d["scans"]["s0"].update(claim={"until": "soon"}), "damaged"),
     ):
         data = json.loads(json.dumps(good))
@@ -659,6 +701,28 @@ def test_a_list_and_its_scans_may_move_together(work, tmp_path):
     moved = WorkList.open(tmp_path / "elsewhere" / "list")
     assert moved.next(ANNA).files[0].is_file()
     assert moved.add([tmp_path / "elsewhere" / "scans"]) == []
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there both are one name")
+@pytest.mark.parametrize(("made", "here"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_list_of_a_mac_finds_names_with_umlauts_on_other_systems_and_back(tmp_path, made, here, monkeypatch):
+    there = [unicodedata.normalize(form, "Müller/Größe ä.nii.gz") for form in (made, here)]
+    write_image(ball(), tmp_path / there[0])
+    work = WorkList.gather(tmp_path / "list", [tmp_path / there[0]])[0]
+    (tmp_path / there[1]).parent.mkdir()
+    (tmp_path / there[0]).rename(tmp_path / there[1])
+    (tmp_path / there[0]).parent.rmdir()
+    looks, exists = [], os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: looks.append(path) or exists(path))
+    assert len(work.scans) == 1 and not looks  # not at thousands, on a slow share
+    found = work.next(ANNA)
+    assert found.files == (tmp_path / there[1],) and found.away is None and read_image(found.files)
+    assert work.add([tmp_path / there[1]]) == []
+    found.files[0].unlink()
+    (tmp_path / there[1]).with_name("other").touch()
+    assert work.scan(found.name).away is None  # its folder is there: the scan alone is gone
+    (tmp_path / there[1]).parent.rename(tmp_path / "elsewhere")
+    assert work.scan(found.name).away is not None
 
 
 def test_a_list_lies_in_a_datasets_folder_and_neither_minds(tmp_path, scans):

@@ -34,7 +34,20 @@ from typing import Any, TypeVar
 import numpy as np
 import SimpleITK as sitk
 
-from .files import RUNNING, UserError, age_of, atomic_path, check_text, counted, is_alive, move_file, user_path
+from .files import (
+    RUNNING,
+    UserError,
+    age_of,
+    atomic_path,
+    check_text,
+    counted,
+    is_alive,
+    is_inner,
+    is_within,
+    move_file,
+    process_mark,
+    user_path,
+)
 from .image import Image, check_geometry, information, is_dicom, is_grey, read_image, to_sitk, write_image
 from .model import DEFAULT_COLORS, Label, label_key
 from .postprocess import slabs, voxel_counts
@@ -338,8 +351,11 @@ class FolderLock:
                 time.sleep(0.05)
 
     def mine(self) -> bool:
-        owner, _ = self._owner()
-        return bool(owner) and owner.get("token") == self.token  # type: ignore[union-attr]
+        """Without the lock's age: Windows may still be removing the file that the last look at the folder's clock made."""
+        try:
+            return json.loads(self.path.read_text("utf-8")).get("token") == self.token
+        except (FileNotFoundError, ValueError, AttributeError):
+            return False
 
     def _owner(self) -> tuple[dict[str, Any] | None, float]:
         """(owner, age in s); no owner where there is no lock (any more)."""
@@ -374,7 +390,8 @@ class FolderLock:
         except FileExistsError:
             pass
         finally:
-            grave.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows, while another looks it over; clean() removes it later
+                grave.unlink(missing_ok=True)
 
 
 class Unchanged(Exception):
@@ -415,8 +432,10 @@ def commit(
 def process_is_gone(owner: Mapping[str, Any]) -> bool:
     """Whether a lock's owner was a process of this computer that is gone."""
     pid = owner.get("pid")
-    if os.name == "nt" or owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
-        return False  # on Windows os.kill(pid, 0) would end the process
+    if owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
+        return False
+    if os.name == "nt":  # where os.kill(pid, 0) would end the process
+        return process_mark(pid) is None
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -804,10 +823,16 @@ class Dataset:
             same = case["versions"][-1]["voxels"] == digest
             if same and name != key:
                 raise UserError(f"This image is already there as {name}; add it under that name to update it, or remove {name} first.")
-            if key not in data["cases"] and name.casefold() == key.casefold():
-                raise UserError(f"There is a case {name} already, the same name to Windows and macOS; choose another, or update that one.")
             if not same and name == key and "image" not in allow:
                 raise Objection(f"The case {key} has another image; choose another name, or allow its image to be replaced.", "image")
+        if key not in data["cases"]:
+            self._check_name(data, key, "choose another, or update that one")
+
+    def _check_name(self, data: dict[str, Any], key: str, cure: str) -> None:
+        """Refuse a new case whose name differs from another's in case alone: an export there would write one patient's voxels over the
+        other's."""
+        if other := next((name for name in data["cases"] if name.casefold() == key.casefold()), ""):
+            raise UserError(f"There is a case {other} already, the same name to Windows and macOS; {cure}.")
 
     def _check_patient(self, data: dict[str, Any], key: str, person: str, named: bool, allow: Collection[str]) -> None:
         case = data["cases"].get(key) or data.get("removed", {}).get(key)
@@ -910,20 +935,23 @@ class Dataset:
         """Take a case out. Its files and record stay for restore(), unless erase: then no version of it is left, nor any image of it in
         the trainings of this folder."""
 
-        def take(data: dict[str, Any]) -> list[str]:
+        def take(data: dict[str, Any]) -> set[Path]:
             if erase and name in data.get("removed", {}):
                 data["cases"].setdefault(name, {"versions": []})["versions"] += data["removed"].pop(name)["versions"]
             case = self._case(data, name)
             del data["cases"][name]
             if erase:
-                return [f for version in case["versions"] for f in version["files"]]
+                places = {(self.folder / f).parent for version in case["versions"] for f in version["files"]}
+                if linked := sorted(str(place) for place in places if not is_within(place, self.folder)):
+                    raise UserError(f"{linked[0]} lies behind a link, so nothing was erased; remove the link, or put the files there.")
+                return places
             data.setdefault("removed", {})[name] = case
-            return []
+            return set()
 
         with reached(self.folder):
             if erase and any(map(_trains, (self.folder / TRAININGS).glob("*/job.json"))):
                 raise UserError("A training of this dataset runs and holds its cases; stop it first, then erase.")
-            places = {(self.folder / f).parent for f in self._commit(take)}
+            places = self._commit(take)
             for place in places:
                 shutil.rmtree(place, ignore_errors=True)  # one may be lost, or held by a program: the others are to go all the same
             held = _forget(self.folder / TRAININGS, name, {*self._data["cases"], *self._data.get("removed", {})}) if erase else []
@@ -936,6 +964,7 @@ class Dataset:
 
         def back(data: dict[str, Any]) -> Entry:
             if name in data.get("removed", {}) and name not in data["cases"]:
+                self._check_name(data, name, f"remove that one before {name} is restored, or add this scan under another name")
                 data["cases"][name] = data["removed"].pop(name)
                 if kin := _kin(data, name):  # dealt while it was away
                     data["cases"][name]["split"] = kin.pop()
@@ -1041,7 +1070,7 @@ class Dataset:
         for pattern in (".unetseg-*", ".clock-*", ".grave-*"):
             found += self.folder.glob(pattern)
         now = time.time()
-        return sorted(p for p in found if now - p.stat().st_mtime >= age)
+        return sorted(p for p in found if is_within(p, self.folder) and now - p.lstat().st_mtime >= age)
 
     def clean(self, age: float = RUBBISH) -> list[Path]:
         """Remove what killed writers left, if it is older than `age` seconds: what is younger may be a case in the making."""
@@ -1051,7 +1080,7 @@ class Dataset:
             for path in gone:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             for empty in self.folder.glob(f"{CASES}/*"):
-                if empty.is_dir() and not any(empty.iterdir()):
+                if is_within(empty, self.folder) and empty.is_dir() and not any(empty.iterdir()):
                     empty.rmdir()
         return gone
 
@@ -1068,6 +1097,11 @@ class Dataset:
         self.refresh()
         if not self._data["cases"]:
             raise UserError(f"The dataset {self.folder} is empty; add cases first.")
+        known: dict[str, str] = {}
+        for name in self._data["cases"]:  # of a set that an earlier version wrote
+            if (other := known.setdefault(name.casefold(), name)) != name:
+                text = f"The cases {other} and {name} have the same name to Windows and macOS, where one would take the other's place; "
+                raise UserError(text + "remove one of them and add its scan under another name.")
         target = user_path(target)
         if kind == "nnunet" and not re.fullmatch(r"Dataset\d{3}_.+", target.name):
             taken = {p.name[7:10] for p in target.glob("Dataset[0-9][0-9][0-9]_*")}
@@ -1089,13 +1123,13 @@ class Dataset:
                 raise
         return target
 
-    def _export_files(self, entry: Entry, image: str, label: str, consecutive: bool) -> None:
-        """Copy the channels to image.format(channel) and the label map to `label`."""
+    def _export_files(self, entry: Entry, images: Path, pattern: str, labels: Path, consecutive: bool) -> None:
+        """Copy the channels to pattern.format(channel) in `images`, and the label map into `labels`."""
+        for folder in (images, labels):
+            folder.mkdir(parents=True, exist_ok=True)
         for i, file in enumerate(entry.images):
-            to = Path(image.format(i))
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, to)
-        Path(label).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, images / pattern.format(i))
+        label = labels / f"{entry.name}.nii.gz"
         table = self._consecutive()
         if consecutive and any(a != b for a, b in table.items()):
             mask = read_image(entry.label)
@@ -1111,9 +1145,7 @@ class Dataset:
         entries = self.entries
         for entry in entries.values():
             part = "Ts" if entry.split == "test" else "Tr"
-            self._export_files(
-                entry, str(to / f"images{part}" / (entry.name + "_{:04d}.nii.gz")), str(to / f"labels{part}" / f"{entry.name}.nii.gz"), True
-            )
+            self._export_files(entry, to / f"images{part}", entry.name + "_{:04d}.nii.gz", to / f"labels{part}", True)
         training = [e.name for e in entries.values() if e.split != "test"]
         if not training:
             raise UserError("All cases are in test, so there is nothing to train on; split the dataset again.")
@@ -1135,7 +1167,7 @@ class Dataset:
         several = len(self.channels) > 1
         for entry in self.entries.values():
             pattern = entry.name + ("_{:04d}.nii.gz" if several else ".nii.gz")
-            self._export_files(entry, str(to / "images" / pattern), str(to / "labels" / f"{entry.name}.nii.gz"), False)
+            self._export_files(entry, to / "images", pattern, to / "labels", False)
             images = [f"images/{pattern.format(i)}" for i in range(len(self.channels))]
             item = {"image": images if several else images[0], "label": f"labels/{entry.name}.nii.gz", "patient": entry.patient}
             parts["training" if entry.split in ("", "train") else entry.split].append(item)
@@ -1152,7 +1184,7 @@ class Dataset:
         several = len(self.channels) > 1
         for entry in self.entries.values():
             pattern = entry.name + ("_{:04d}.nii.gz" if several else ".nii.gz")
-            self._export_files(entry, str(to / "images" / pattern), str(to / "labels" / f"{entry.name}.nii.gz"), False)
+            self._export_files(entry, to / "images", pattern, to / "labels", False)
         (to / "labels.txt").write_text(label_descriptions(self.labels), "utf-8")
 
 
@@ -1267,7 +1299,7 @@ def _check_index(data: dict[str, Any]) -> None:
                 *version["files"],
             ]:
                 parts = PurePosixPath(file).parts
-                if parts[0] != CASES or ".." in parts or len(parts) != 4 or "\\" in file:
+                if parts[0] != CASES or len(parts) != 4 or not is_inner(file):
                     raise ValueError(f"the file {file!r}")
             version["version"] + 1, version["voxels"].strip(), min(version["geometry"]["size"]) + 1
         case["versions"][-1]
@@ -1301,7 +1333,10 @@ def _forget(trainings: Path, case: str, others: Collection[str]) -> list[Path]:
         try:
             found = files.fullmatch(path.relative_to(trainings).as_posix())
             if (found and not {*found.groups()} & {*others}) or (path.suffix == ".html" and shown.search(path.read_bytes())):
-                path.unlink(missing_ok=True)
+                if is_within(path, trainings):
+                    path.unlink(missing_ok=True)
+                else:
+                    left.append(path)
         except OSError:
             left.append(path)
     return left

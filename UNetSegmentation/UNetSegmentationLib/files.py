@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 
@@ -44,6 +44,18 @@ def user_path(name: str | Path) -> Path:
     """A path whose ~ is the person's folder. Where it is nobody's (~backup.nii), it is part of the name: Path.expanduser() raises a
     RuntimeError, and on Windows os.path.expanduser() makes another person's folder of it, whether there is one or not."""
     return Path(name if os.name == "nt" and str(name)[1:2] not in ("", "/", "\\") else os.path.expanduser(name))
+
+
+def is_inner(path: str) -> bool:
+    """Whether a path read from a file of others is a relative one that stays in its folder, on any system: an absolute one takes the
+    folder's place in pathlib, and of \\\\host\\share Windows logs in to that host."""
+    return not any(p.anchor or ".." in p.parts for p in (PurePosixPath(path), PureWindowsPath(path)))
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a path below a folder leads there through no link: in a shared folder anybody may make one, to a person's own files. The
+    folder itself may be one."""
+    return Path(os.path.realpath(path)) == Path(os.path.realpath(folder), path.relative_to(folder))
 
 
 def child_options(apart: bool = False, breakaway: bool = False) -> dict[str, Any]:
@@ -161,9 +173,9 @@ RUNNING, START_S, SILENT_S = ("preparing", "training", "checking"), 180.0, 300.0
 def is_alive(sign: Path, job: Mapping[str, Any], ended: bool = False) -> bool:
     """Whether a training's process is there. sign: the file that it touches; job: of job.json; ended: a process that we started for it
     is over, which may be a launcher's."""
-    pid = job.get("pid")
+    pid, launched = job.get("pid"), float(job.get("launched") or 0)  # by the folder's clock
     if pid is None:
-        return not ended and time.time() - float(job.get("launched") or 0) < START_S
+        return not ended and _now(sign.parent) - launched < START_S
     if is_this_computer(job.get("host")):
         mark = process_mark(int(pid))
         if mark is None:
@@ -171,16 +183,17 @@ def is_alive(sign: Path, job: Mapping[str, Any], ended: bool = False) -> bool:
         if mark and job.get("mark"):
             return mark == job["mark"]
     try:
-        return _silence(sign) < SILENT_S
+        last = sign.stat().st_mtime
     except OSError:
-        return time.time() - float(job.get("launched") or 0) < SILENT_S
+        last = launched
+    return _now(sign.parent) - last < SILENT_S
 
 
-def _silence(sign: Path) -> float:
+def _now(folder: Path) -> float:
     try:
-        return age_of(sign)
+        return time_of(folder)
     except OSError:  # nothing may be written there, so that only this computer's clock is left
-        return time.time() - sign.stat().st_mtime
+        return time.time()
 
 
 _ESCAPED = "escaped:"
@@ -197,8 +210,10 @@ def unescape_arguments(arguments: Iterable[str]) -> list[str]:
 
 
 def _target(path: str | Path) -> Path:
-    """What a name stands for: as other programs do, we write to the file that a link leads to and leave the link."""
-    return Path(os.path.realpath(path) if os.path.islink(path) else path)
+    """What a name stands for: as other programs do, we write to the file that a link leads to and leave the link. But one that another
+    made, as in a shared folder, gives way: it may lead to a file that only we may write to."""
+    own = os.path.islink(path) and (os.name == "nt" or os.lstat(path).st_uid == os.geteuid())
+    return Path(os.path.realpath(path) if own else path)
 
 
 def _new_beside(target: Path) -> Path:
@@ -273,7 +288,8 @@ def atomic_path(path: str | Path, patience: float = 1.0) -> Iterator[Path]:
     except OSError as e:
         raise UserError(f"{path} cannot be written ({e.strerror or e}); check the disk's space and your rights.") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a share that is lost, or what Windows holds: what is raised already says it
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str, encoding: str = "utf-8") -> None:

@@ -38,10 +38,12 @@ from .files import (
     child_options,
     escape_arguments,
     is_alive,
+    is_inner,
     is_this_computer,
     move_file,
     process_mark,
     this_computer,
+    time_of,
     unescape_arguments,
     user_path,
     write_text,
@@ -242,7 +244,7 @@ def _job(folder: Path, data: Mapping[str, Any]) -> Job:
         job.dataset = folder.parents[1] if data["dataset"] == "" else Path(data["dataset"])
         job.options = Options(**{k: v for k, v in data.get("options", {}).items() if k in {f.name for f in fields(Options)}})
         package = data.get("package")
-        job.package = folder / package if package and (folder / package).is_file() else None
+        job.package = folder / package if package and is_inner(package) and (folder / package).is_file() else None
         job.started = float(job.started)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{folder / JOB} is damaged ({type(e).__name__}: {e}); remove its folder, or put the file back.") from e
@@ -378,7 +380,7 @@ def create(
                 "dataset": "" if place.parent == dataset / FOLDER else str(dataset),
                 "options": asdict(options),
                 "started": now,
-                "launched": now,
+                "launched": time_of(place),
                 "pid": None,
             }
             write_text(place / JOB, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
@@ -468,12 +470,14 @@ def resume(
             raise UserError("This retraining is finished; start a new one to train further.")
         if finish and not now.kept:
             raise UserError("No epoch of this training was finished, so there is nothing to make a model of; resume it.")
+        if link := next((path for path in job.folder.rglob("*") if path.is_symlink()), None):
+            raise UserError(f"{link} is a link, which no training makes, and what it writes would go elsewhere; remove it, then resume.")
         if finish:
             (job.folder / STOP).touch()
         else:
             (job.folder / STOP).unlink(missing_ok=True)
         before = _load(job.folder)
-        changed = {"state": "preparing", "text": "Starting", "pid": None, "mark": None, "launched": time.time(), "ended": None}
+        changed = {"state": "preparing", "text": "Starting", "pid": None, "mark": None, "launched": time_of(job.folder), "ended": None}
         # A former package, which may have been judged worse, is no longer on offer.
         update(job.folder, **changed, fraction=0.0, verdict="", package=None)
         try:
@@ -710,7 +714,7 @@ def _runs(folder: str) -> bool:
 
 
 def _pictures(job: Job, names: Any) -> list[Path]:
-    return [job.folder / str(n) for n in names if ".." not in Path(str(n)).parts] if isinstance(names, list) else []
+    return [job.folder / str(n) for n in names if is_inner(str(n))] if isinstance(names, list) else []
 
 
 def task(name: str, *rest: str) -> dict[str, Any]:

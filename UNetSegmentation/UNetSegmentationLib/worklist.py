@@ -26,17 +26,19 @@ import re
 import secrets
 import socket
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
 
 from .dataset import CASES, INDEX, SALT, FolderLock, LockLost, Unchanged, commit, flush, process_is_gone, reached, read_shared
-from .files import OUT_OF_MEMORY, UserError, atomic_path, check_text, this_computer, time_of, user_path
+from .files import OUT_OF_MEMORY, UserError, atomic_path, check_text, is_inner, is_within, this_computer, time_of, user_path
 from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, is_dicom, read_image, reorient
 from .inference.predict import Cancelled, Options, Prediction, Progress, check_together, predict
 from .model import Label, ModelPackage
@@ -53,6 +55,7 @@ STATUSES = ("waiting", "segmented", "taken", "done", "skipped", "failed")
 LEASE, LONG_LEASE = 30 * 60.0, 12 * 3600.0
 # What lies beside scans and is none.
 _NO_SCAN = re.compile(r"(^|[-_.])(seg|segmentation|label|labels|mask|masks)([-_.]|$)", re.I)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of _free_name()
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
 _GONE = (None, errno.ENOENT, errno.ENOTDIR, errno.EINVAL)  # of a file that is gone or damaged for everybody
 
@@ -67,12 +70,12 @@ _PARTS = 3  # of each axis, in the description's coarse pictures
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan of a list. files: an image file or DICOM folder, several for several channels; series: the UID where a folder
+    """One scan of a list. listed: an image file or DICOM folder, several for several channels; series: the UID where a folder
     holds several. status: of STATUSES; by: who has it, or did it, where he gave a name; until: seconds from now for which it is
     taken. mask: what `model` found in it. error: why it failed, one sentence. case: its name in the dataset."""
 
     name: str
-    files: tuple[Path, ...]
+    listed: tuple[Path, ...]
     series: str | None = None
     status: str = "waiting"
     by: str = ""
@@ -82,6 +85,11 @@ class Scan:
     scores: dict[str, float] | None = None
     error: str = ""
     case: str = ""
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """As they are called here. Looked up when they are asked for: a list may hold thousands, on a slow share."""
+        return tuple(map(_present, self.listed))
 
     @property
     def away(self) -> Path | None:
@@ -170,6 +178,16 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
 def _plain(path: Path) -> Path:
     """Without `..`, by which a scan would be another one."""
     return Path(os.path.normpath(path.absolute()))
+
+
+def _present(path: Path) -> Path:
+    """The path, or one whose names are there in Unicode's other form: a Mac lists those of a share with ü as u and its dots (NFD), others
+    as they are stored, mostly as one letter (NFC)."""
+    if str(path).isascii() or path == path.parent or os.path.exists(path):
+        return path
+    folder = _present(path.parent)
+    names = (unicodedata.normalize(form, path.name) for form in ("NFC", "NFD"))
+    return next((folder / name for name in names if os.path.exists(folder / name)), folder / path.name)
 
 
 def _below(folder: Path, apart: Path | None) -> Iterator[tuple[Path, ...]]:
@@ -386,16 +404,18 @@ class WorkList:
         self.left_out = []
         found = find_scans(sources, self.folder / RESULTS, self.left_out)
 
+        def key(files: Iterable[str | Path]) -> tuple[str, ...]:  # see _present()
+            return tuple(unicodedata.normalize("NFC", self._stored(self.folder / f)) for f in files)
+
         def enter(data: dict[str, Any]) -> list[str]:
-            there = {tuple(self._stored(self.folder / f) for f in r["files"]) for r in data["scans"].values()}
+            there = {key(r["files"]) for r in data["scans"].values()}
             new = []
             for files in found:
-                stored = tuple(map(self._stored, files))
-                if stored in there:
+                if key(files) in there:
                     continue
-                there.add(stored)
+                there.add(key(files))
                 name = _free_name(_stem(files[0]), data["scans"])
-                data["scans"][name] = {"files": list(stored), "status": "waiting"}
+                data["scans"][name] = {"files": [*map(self._stored, files)], "status": "waiting"}
                 new.append(name)
             return new
 
@@ -629,10 +649,12 @@ class WorkList:
         try:
             for file in self._commit(enter):
                 with suppress(OSError):  # Windows, while another program reads it; clean() removes it later
-                    (self.folder / file).unlink(missing_ok=True)
+                    if is_within(self.folder / file, self.folder):
+                        (self.folder / file).unlink(missing_ok=True)
         except BaseException:
             if result.get("mask") and not self._is_named(result["mask"]):
-                (self.folder / result["mask"]).unlink(missing_ok=True)
+                with suppress(OSError):
+                    (self.folder / result["mask"]).unlink(missing_ok=True)
             raise
         return self.scan(name) if name in self._data["scans"] else scan
 
@@ -685,10 +707,10 @@ class WorkList:
         named = {PurePosixPath(mask).name for r in self._data["scans"].values() if (mask := r.get("mask"))}
         with reached(self.folder):
             for path in self.folder.glob(f"{RESULTS}/*/*"):
-                if path.name not in named and time.time() - path.stat().st_mtime > 24 * 3600:
+                if path.name not in named and is_within(path, self.folder) and time.time() - path.lstat().st_mtime > 24 * 3600:
                     path.unlink(missing_ok=True)
             for empty in self.folder.glob(f"{RESULTS}/*"):
-                if empty.is_dir() and not any(empty.iterdir()):
+                if is_within(empty, self.folder) and empty.is_dir() and not any(empty.iterdir()):
                     empty.rmdir()
 
 
@@ -748,10 +770,11 @@ def _write(folder: Path, data: dict[str, Any], lock: FolderLock | None = None) -
     head = "".join(f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)},\n" for k, v in data.items() if k != "scans")
     lines = (f"  {json.dumps(n, ensure_ascii=False)}: {json.dumps(r, ensure_ascii=False)}" for n, r in data["scans"].items())
     text = "{\n" + head + ' "scans": {\n' + ",\n".join(lines) + "\n }\n}\n"
+    content = text.encode()  # as text, Windows would write longer lines
     with atomic_path(folder / LIST) as temporary:
-        temporary.write_text(text, "utf-8")
+        temporary.write_bytes(content)
         flush(temporary)
-        if temporary.stat().st_size != len(text.encode()):
+        if temporary.stat().st_size != len(content):
             raise OSError("the list was not written whole")
         if lock is not None and not lock.mine():
             raise LockLost
@@ -765,11 +788,13 @@ def _check(data: dict[str, Any]) -> None:
     """As far as the rest relies on it; a folder may come from anybody."""
     data["revision"] + 1, list(data["models"]), dict(data["labels"])
     for name, record in data["scans"].items():
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"the scan {name!r}")
         if record["status"] not in STATUSES or not record["files"] or not all(isinstance(f, str) for f in record["files"]):
             raise ValueError(f"the scan {name!r}")
         if mask := record.get("mask"):
             parts = PurePosixPath(mask).parts
-            if parts[0] != RESULTS or ".." in parts or len(parts) != 3 or "\\" in mask:
+            if parts[0] != RESULTS or len(parts) != 3 or not is_inner(mask):
                 raise ValueError(f"the file {mask!r}")
         if claim := record.get("claim"):
             claim["until"] + 1.0, claim["for"].strip()
