@@ -94,7 +94,7 @@ def loadSample(source: Any = None) -> list[Any]:
         with slicer.util.WaitCursor():
             paths = fetch_sample(progress=say)
     except UserError as e:
-        slicer.util.errorDisplay(str(e), windowTitle=_("Sample data"))
+        slicer.util.errorDisplay(str(e), windowTitle=_("Sample data"), textFormat=qt.Qt.PlainText)
         return []
     volume = slicer.util.loadVolume(str(paths[key]), {"name": name})
     slicer.mrmlScene.RemoveNode(volume.GetStorageNode())  # or Save would write an edited scan over the sample

@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -101,7 +102,8 @@ class Scene:
         from headless_slicer import Runtime
         from UNetSegmentationLib import mrml
 
-        runtime = Runtime(Path(tempfile.mkdtemp(prefix="unetseg-click-")))
+        self.folder = Path(tempfile.mkdtemp(prefix="unetseg-click-"))
+        runtime = Runtime(self.folder)
         slicer.mrmlScene, slicer.modules = runtime.scene, runtime.modules
         self._mrml, self._runtime = mrml, runtime
         to_ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ image.matrix
@@ -260,6 +262,8 @@ def main() -> None:
     slow = median > 250 or high > 500 or report["first_click_s"]["warm"] > 1.5
     if panel is not None:
         slow = slow or max(panel.gaps["busy"]) > 50 > max(panel.gaps["idle"])
+    if scene is not None:
+        shutil.rmtree(scene.folder, ignore_errors=True)
     os._exit(slow)  # PySide6 and VTK abort at the interpreter's exit
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,16 @@ def test_prompts_as_text(scene: Any) -> None:
         assert mrml.prompts_from_text(bad, node) == []
     with pytest.raises(UserError):
         mrml.prompts_text([("circle", 1)], node)
+
+
+def test_no_text_in_a_scene_takes_the_memory(scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = volume()
+    packed = base64.b64encode(zlib.compress(bytes(400**3 // 8), 9)).decode()
+    one = [["point", 0, 0, 0, True], ["mask", [0, 0, 0], [400] * 3, packed]]  # as of a large scan, of which this is a crop
+    assert len(mrml.prompts_from_text(json.dumps(one), node)) == 2
+    assert mrml.prompts_from_text(json.dumps([*one, one[1]]), node) == []
+    monkeypatch.setattr(np, "unpackbits", lambda *_a, **_k: (_ for _ in ()).throw(MemoryError))
+    assert mrml.prompts_from_text(json.dumps(one), node) == []
 
 
 @pytest.mark.parametrize("grid", GRIDS)

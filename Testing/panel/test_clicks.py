@@ -502,6 +502,19 @@ def test_a_corrected_mask_is_what_the_next_click_goes_on_from(panel: Any) -> Non
     assert np.array_equal(p.mask("Nodule 1"), mine)
 
 
+def test_a_mask_too_large_to_look_at_stays_as_it_is(panel: Any, models_folder: Path, make_package: Callable[..., Any]) -> None:
+    shutil.copy(make_package(**{**TOY, "patch": [32, 16, 16]}).path, models_folder)  # which sees 44 mm at most
+    p = begun(panel, "right")
+    wide = np.zeros(SHAPE, np.uint8)
+    wide[18:22, 38:42, :90] = 1
+    paint(p, "Nodule 1", wide)
+    p.settle()
+    for at, ctrl in ((BALLS["right"][0], False), ((20, 40, 20), True)):
+        p.click(at, ctrl=ctrl)
+        text = "What is marked and clicked on is too large for one lesion; begin the next one, or undo."
+        assert p.ui.clickMessage.text == text and np.array_equal(p.mask("Nodule 1"), wide)
+
+
 @pytest.mark.parametrize("suffix", [".mrb", ".seg.nrrd"])
 def test_a_saved_nodule_is_refined_later(panel: Any, tmp_path: Path, suffix: str) -> None:
     import slicer
@@ -982,6 +995,7 @@ def test_undo_is_of_the_nodule_that_is_chosen(panel: Any) -> None:
     p.click((24, 48, 33))
     two = p.mask("Nodule 2")
     choose(0)
+    assert "whose row is chosen" in p.ui.undoClickButton.toolTip
     assert undo() == (["Nodule 1", "Nodule 2"], True) and np.array_equal(p.mask("Nodule 1"), first)
     assert len(prompts_of(p, "Nodule 2")) == 2 and len(dots(True)) == 3
     assert undo() == (["Nodule 2"], True) and not p.tool.segment and p.ui.undoClickButton.enabled

@@ -14,6 +14,7 @@ import pytest
 from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.measure import dice
 
+TOO_LARGE = "What is marked and clicked on is too large for one lesion; begin the next one, or undo."
 ANSWER_S = 60.0  # on a machine that has other things to do
 NAME = "U-Net Click"
 MODULE = Path(__file__).resolve().parents[2] / "UNetSegmentation" / "SegmentEditorUNetClick" / "SegmentEditorUNetClick.py"
@@ -459,6 +460,19 @@ def test_a_predicted_segment_that_was_clicked_at_is_not_replaced(editor: Callabl
     assert e.mask().any() and not segment.HasTag(MODEL_TAG)
     e.widget.undo()
     assert e.segmentation.GetSegmentation().GetSegment(e.segment).HasTag(MODEL_TAG)
+
+
+def test_a_mask_too_large_to_look_at_stays_as_it_is(editor: Callable[..., Editor]) -> None:
+    array = np.zeros((14, 36, 240), np.int16)
+    array[4:8, 6:14, 6:16] = 1
+    e = editor(scan(array=array))
+    wide = np.zeros(array.shape, np.uint8)
+    wide[4:8, 6:14, :230] = 1
+    e.draw(wide)
+    for positive in (True, False):
+        e.click(IN_A if positive else (6, 10, 100), control=not positive)
+        assert e.message == TOO_LARGE and np.array_equal(e.mask(), wide)
+    assert e.effect.messageLabel.textFormat == e.effect.messageLabel.textFormat.PlainText  # a scan's name is no HTML
 
 
 def test_clicks_that_the_brush_contradicts_are_forgotten(editor: Callable[..., Editor]) -> None:

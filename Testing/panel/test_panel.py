@@ -6,6 +6,7 @@ import csv
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -360,6 +361,22 @@ def test_what_a_card_says_is_shown_as_it_is(panel: Any, install: Any, models_fol
     assert not any("<u>" in tip for tip in tips) and any("&lt;u&gt;bad" in tip for tip in tips)
 
 
+def test_no_dialog_takes_a_name_for_html() -> None:
+    """Slicer's leave the text's format to Qt, which reads any path that an <img> names."""
+    import ast
+
+    import UNetSegmentationPanel
+
+    folder = Path(UNetSegmentationPanel.__file__).parent
+    files = [folder.parent / "UNetSegmentation.py", *folder.glob("*.py")]
+    calls = [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    shown = [call for call in calls if any(re.search(r"slicer\.util\.\w+Display$", ast.unparse(f)) for f in (call.func, *call.args[:1]))]
+    assert len(shown) > 11
+    assert not [
+        ast.unparse(c) for c in shown if ("textFormat", "qt.Qt.PlainText") not in [(k.arg, ast.unparse(k.value)) for k in c.keywords]
+    ]
+
+
 def test_a_missing_version_is_stood_in_for_by_the_newest(panel: Any, install: Any) -> None:
     from UNetSegmentationPanel import models
 
@@ -389,7 +406,11 @@ def test_a_model_is_called_as_its_card_says(panel: Any, install: Any, models_fol
     assert model.card is None and "holds toy-1.0.0 too, as my best.unet.zip does" in model.error
     assert models.importPackage(twin, lambda name: False).path == Path(twin)
     Path(twin).unlink()
-    assert models.importPackage(other, lambda name: True).path.name == "toy-1.0.0.unet.zip"
+    imported = models.importPackage(other, lambda name: True).path
+    assert imported.name == "toy-1.0.0.unet.zip"
+    letters = imported.with_name("Toy-1.0.0.unet.zip")
+    letters.symlink_to(imported)  # one file, as both names are on a Mac
+    assert models.importPackage(other, lambda name: True).path == imported and letters.is_symlink()
     assert not (models_folder / f"my best{SUFFIX}").exists()
 
 

@@ -739,6 +739,16 @@ def test_a_case_whose_files_are_gone_is_a_sentence(panel: Any, tmp_path: Path) -
     assert not trainingviews.ours(slicer.mrmlScene, "comparison")
 
 
+@pytest.mark.parametrize("path", ["/etc/hostname", "//host/share/x.nii", r"\\host\share\x.nii", "C:/x.nii", "../../x.nii"])
+def test_a_case_whose_files_lie_elsewhere_is_not_shown(panel: Any, tmp_path: Path, path: str) -> None:
+    folder = finished(tmp_path)
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    other = json.loads(json.dumps(result["worst"][0]))
+    other["files"]["truth"] = path
+    (folder / "result.json").write_text(json.dumps({**result, "worst": [other, *result["worst"]]}), "utf-8")
+    assert panel().ui.worstTable.rowCount == 1
+
+
 def test_use_it_takes_the_parents_place_and_is_chosen(panel: Any, tmp_path: Path, models_folder: Path) -> None:
     models_folder.mkdir()
     (tmp_path / "parent").mkdir()

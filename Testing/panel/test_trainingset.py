@@ -22,6 +22,7 @@ from UNetSegmentationLib.model import Label
 from UNetSegmentationLib.output import write_segmentation
 from workers import POSIX
 
+EVIL = 'Ann, <img src="//host/share/x.png">'  # which Qt would read, on Windows with a login at that host
 RUN_S = 60.0  # a worker on a machine that has other things to do
 SHAPE, SPACING = (24, 40, 48), (0.8, 0.8, 1.25)  # (z, y, x) voxels, (x, y, z) mm
 TISSUE = {"category": ["SCT", "49755003", "Morphologically Altered Structure"], "type": ["SCT", "27925004", "Nodule"]}
@@ -524,6 +525,21 @@ def test_what_looks_wrong_is_asked_about_before_anything_is_written(hands: Hands
     hands.add(True, True)
     assert [(d.value, d.name) for d in hands.dataset.labels] == [(1, "thing"), (2, "scar")] and len(hands.dataset.entries) == 4
     hands.whole()
+
+
+def test_what_others_wrote_into_the_training_set_is_no_html(hands: Hands) -> None:
+    from PySide6.QtGui import Qt
+
+    hands.ui.setNamedCheckBox.checked = True
+    hands.ui.setNameEdit.text = EVIL
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.add()
+    hands.ui.setCasesSection.collapsed = False
+    tip = hands.ui.setCasesTable.item(0, 0).toolTip()
+    assert "Ann, " in tip and not (Qt.mightBeRichText(tip) and "<img" in tip)
+    hands.scan(1)
+    hands.drawn(**{EVIL: box((2, 3), (2, 3), (2, 4))})
+    assert EVIL in hands.add(True, False) and EVIL in hands.gui.dialogs.texts("message")[-1]  # as it is, by the stand-in
 
 
 def test_a_first_case_that_is_refused_leaves_no_training_set(hands: Hands) -> None:

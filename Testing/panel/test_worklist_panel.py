@@ -313,7 +313,8 @@ def test_a_strip_that_went_with_slicers_window_ends_no_cleanup(gui: Any, monkeyp
     windows = [qt.QMainWindow()]
     monkeypatch.setattr(slicer.util, "mainWindow", lambda: windows[0] if windows else None)
     strip = Strip([("Done", "", lambda: None)])
-    strip.show("scan")
+    strip.show("1, <img src='//host/x.png'>")
+    assert strip._label.textFormat == qt.Qt.PlainText  # a scan's name is anybody's
     shiboken6.delete(windows.pop())
     strip.hide()
     assert not strip.shown

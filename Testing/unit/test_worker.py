@@ -623,6 +623,11 @@ def test_prompts_travel_as_json(chest):
     for bad in (["point", 10**400, 0, 0, True], ["box", 0, 0, 0, 1, 1, -(10**400)], ["mask", [0, 0, 10**400], [1, 1, 1], "eJw"]):
         with pytest.raises(ProtocolError):  # a scene of somebody else's may hold them
             decode_prompts([bad])
+    masks = encode_prompts([("mask", np.ones((2, 3, 4), np.uint8), (0, 0, 0))] * 2)
+    assert len(decode_prompts(masks, 48)) == 2
+    for most in (23, 47):  # of all together
+        with pytest.raises(ProtocolError):
+            decode_prompts(masks, most)
 
 
 # ------------------------------------------------------------------------------------------------------ cancel and death

@@ -495,8 +495,9 @@ def prompts_from_text(text: str, volume_node: Any) -> list[Prompt]:
         items = json.loads(text) if text else []
         if isinstance(items, list) and items and isinstance(items[0], list) and items[0][:1] == ["grid"]:  # the first scenes have none
             then = numbers({"grid": items.pop(0)[1:]}, "grid", 19)
-        prompts = decode_prompts(items)
-    except (ValueError, RecursionError, ProtocolError):
+        # A scene is anybody's, and all its segments' are read. Of a small volume: 400 voxels across, as it may be a crop.
+        prompts = decode_prompts(items, max(2 * int(np.prod(now[16:])), 1 << 26))
+    except (ValueError, RecursionError, MemoryError, ProtocolError):
         return []
     if not prompts:
         return []

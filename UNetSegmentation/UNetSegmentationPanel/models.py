@@ -145,8 +145,8 @@ def importPackage(path: str | Path, replace: Callable[[str], bool]) -> Model | N
         except UserError as e:
             raise UserError(str(e).replace(str(temporary), str(path))) from e
     for file in there:
-        if file != target:
-            with suppress(OSError):  # the list tells of it
+        with suppress(OSError):  # the list tells of it
+            if not file.samefile(target):  # under other letters it may be: macOS' disks do not tell them apart
                 file.unlink()
     return Model(target, True, card)
 
@@ -338,9 +338,8 @@ class ModelList:
         def replace(name: str) -> bool:
             qt.QApplication.setOverrideCursor(qt.Qt.ArrowCursor)  # a question does not wait
             try:
-                return slicer.util.confirmYesNoDisplay(
-                    _("{name} is installed already. Replace it by this file?").format(name=name), windowTitle=_("Import a model")
-                )
+                question = _("{name} is installed already. Replace it by this file?").format(name=name)
+                return slicer.util.confirmYesNoDisplay(question, windowTitle=_("Import a model"), textFormat=qt.Qt.PlainText)
             finally:
                 qt.QApplication.restoreOverrideCursor()
 
@@ -368,9 +367,8 @@ class ModelList:
     def _onRemove(self, *_unused: Any) -> None:
         marked = [m for i, m in enumerate(self.models) if m.imported and self.ui.modelList.item(i).isSelected()]
         names = ", ".join(m.name for m in marked)
-        if not slicer.util.confirmYesNoDisplay(
-            _("Delete {names} from this computer? The package's file is removed.").format(names=names), windowTitle=_("Remove a model")
-        ):
+        question = _("Delete {names} from this computer? The package's file is removed.").format(names=names)
+        if not slicer.util.confirmYesNoDisplay(question, windowTitle=_("Remove a model"), textFormat=qt.Qt.PlainText):
             return
         try:
             for model in marked:

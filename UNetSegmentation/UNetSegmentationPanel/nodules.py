@@ -558,7 +558,9 @@ class NoduleTool(VTKObservationMixin):
     @staticmethod
     def _mayUndo(lesion: _Lesion) -> bool:
         text = _("{name} was corrected elsewhere after its last click here. Undoing that click takes the correction back, too.")
-        return slicer.util.confirmOkCancelDisplay(text.format(name=lesion.part().GetName()), windowTitle=_("Undo click"))
+        return slicer.util.confirmOkCancelDisplay(
+            text.format(name=lesion.part().GetName()), windowTitle=_("Undo click"), textFormat=qt.Qt.PlainText
+        )
 
     def _writeSteps(self, lesion: _Lesion, answer: Any, prompts: list[Any]) -> Generator[Any, None, None]:
         from UNetSegmentationLib import mrml
@@ -638,19 +640,19 @@ class NoduleTool(VTKObservationMixin):
         lesion = self._lesion
         known = lesion is None or self.busy or (mrml.place_of(self.volume), lesion.held) == (lesion.place, lesion.text)
         current = self._mine and known
-        prompts = list(self._controller.prompts) if current else []
+        prompts = [p for p in self._controller.prompts if p[0] == "point"] if current else []
         if self.segmentation is not None and self.segmentation.GetScene() is not None:
             held = self.segmentation.GetSegmentation()
             for i in range(held.GetNumberOfSegments()):
                 if not current or held.GetNthSegmentID(i) != self.segment:
                     try:
-                        prompts += mrml.prompts_from_text(mrml.segment_tag(held.GetNthSegment(i), mrml.PROMPTS_TAG), self.volume)
+                        stored = mrml.prompts_from_text(mrml.segment_tag(held.GetNthSegment(i), mrml.PROMPTS_TAG), self.volume)
+                        prompts += [p for p in stored if p[0] == "point"]  # no masks, which all together may fill the memory
                     except UserError:  # a transform that the core refuses: nobody knows where they are now
                         prompts = []
                         break
-        for kind, *values in prompts:
-            if kind == "point":
-                points[values[3]].append((-values[0], -values[1], values[2]))
+        for _kind, x, y, z, positive in prompts:
+            points[positive].append((-x, -y, z))
         for positive, wanted in points.items():
             mrml.show_dots(self.volume.GetScene(), positive, wanted)
 

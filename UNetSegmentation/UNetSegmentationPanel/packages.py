@@ -25,14 +25,15 @@ class TorchRow:
         self._job: Any = None
         self._said = self._held = ""
         self._tip = ui.torchButton.toolTip
-        self._closed = self._extensions = self._busy = False
+        self._closed = self._extensions = self._through = self._busy = False
         ui.torchButton.connect("clicked(bool)", lambda *_: self._onClicked())
 
     def show(self, busy: bool = False) -> None:
         """busy: a run goes on, which needs what is installed."""
-        from .installer import describeTorch, torchEnvironment
+        from .installer import describeTorch, torchEnvironment, torchExtension
 
-        ui, ready = self.ui, torchEnvironment().status == "ready"
+        ui, status = self.ui, torchEnvironment().status
+        ready, self._through = status == "ready", status == "none" and torchExtension()
         version = self._slicersTorch() if not ready else ""
         there = _("PyTorch {version} in Slicer's Python").format(version=version) if version else describeTorch()
         ui.torchStatus.text = self._said or there
@@ -45,7 +46,8 @@ class TorchRow:
         self._busy = busy
         held = "" if self.working else self._held  # what works can be cancelled
         self.ui.torchButton.enabled = not busy and not self._extensions and not held
-        self.ui.torchButton.toolTip = held or self._tip
+        through = _("Optional, for graphics cards and for training. The PyTorch extension puts it into Slicer's Python.")
+        self.ui.torchButton.toolTip = held or (through if self._through else self._tip)
 
     def hold(self, why: str) -> None:
         """why: as one sentence, what must end before PyTorch may come or go; "" for nothing."""
@@ -98,7 +100,7 @@ class TorchRow:
             self._onEnd("")  # which shows how it stands now
         elif own.status == "ready":
             question = _("Remove {what} from this computer?").format(what=installer.describeTorch())
-            if slicer.util.confirmOkCancelDisplay(question, windowTitle="PyTorch"):
+            if slicer.util.confirmOkCancelDisplay(question, windowTitle="PyTorch", textFormat=qt.Qt.PlainText):
                 self._remove()
         else:
             again = self._askAgain(own.reason) if own.status == "broken" else True
@@ -155,7 +157,8 @@ class TorchRow:
                 self._plan()
             return
         question = _("Download and install {what}? It gets a folder of its own; nothing of Slicer's Python changes.").format(what=plan)
-        if self._closed or not slicer.util.confirmOkCancelDisplay(question, windowTitle="PyTorch") or self._held:
+        chosen = not self._closed and slicer.util.confirmOkCancelDisplay(question, windowTitle="PyTorch", textFormat=qt.Qt.PlainText)
+        if not chosen or self._held:
             self._onEnd(self._held)
             return
         closeWorker()

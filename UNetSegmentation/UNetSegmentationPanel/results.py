@@ -80,7 +80,7 @@ def askFile(title: str, name: str, kinds: str, suffix: str) -> Path | None:
     path = Path(f"{chosen}{suffix}")
     # The dialog has asked about the name as it was typed only.
     question = _("{file} is there already. Replace it?").format(file=path.name)
-    return path if not path.exists() or slicer.util.confirmYesNoDisplay(question, windowTitle=title) else None
+    return path if not path.exists() or slicer.util.confirmYesNoDisplay(question, windowTitle=title, textFormat=qt.Qt.PlainText) else None
 
 
 def saveText(title: str, name: str, text: str) -> None:
@@ -95,7 +95,7 @@ def saveText(title: str, name: str, text: str) -> None:
                 # With the mark that tells spreadsheets of UTF-8.
                 temporary.write_text(text, encoding="utf-8-sig", newline="")
         except UserError as e:
-            slicer.util.errorDisplay(str(e), windowTitle=title)
+            slicer.util.errorDisplay(str(e), windowTitle=title, textFormat=qt.Qt.PlainText)
 
 
 def showMap(mapNode: Any, shown: bool) -> None:

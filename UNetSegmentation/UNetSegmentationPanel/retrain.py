@@ -269,7 +269,7 @@ class RetrainSection(VTKObservationMixin):
         elif job.verdict == "worse":
             question = _("{sentence} Use it all the same?") if how == "use" else _("{sentence} Keep it all the same?")
             question = question.format(sentence=self.result.get("sentence") or _("The new model is worse on the held-out cases."))
-        if question and not slicer.util.confirmYesNoDisplay(question, windowTitle=_("Retrain")):
+        if question and not slicer.util.confirmYesNoDisplay(question, windowTitle=_("Retrain"), textFormat=qt.Qt.PlainText):
             return
         self._leaveViews()
 
@@ -412,7 +412,7 @@ class RetrainSection(VTKObservationMixin):
                 self._plan()
             return
         question = _("To train, {what} must be downloaded and installed, in a folder of its own. Do it now?").format(what=plan)
-        if self._closed or not slicer.util.confirmOkCancelDisplay(question, windowTitle=_("Retrain")):
+        if self._closed or not slicer.util.confirmOkCancelDisplay(question, windowTitle=_("Retrain"), textFormat=qt.Qt.PlainText):
             self._onInstallEnd(_("Nothing was installed, so nothing was trained."))
             return
         self._installing(_("Installing …"), installer.installTraining(plan, *self._answers(lambda _result: self._installed())))
@@ -700,7 +700,7 @@ class RetrainSection(VTKObservationMixin):
             return
         case = worst[rows.pop()]
         job, name = self.job, str(case["case"])
-        files = {key: job.folder / str(path) for key, path in case["files"].items() if ".." not in Path(str(path)).parts}
+        files = {key: job.folder / str(path) for key, path in case["files"].items()}
         if not self._views().show(trainingviews.COMPARISON):
             return
         self._pieces.clear()
@@ -904,10 +904,13 @@ class RetrainSection(VTKObservationMixin):
     # ----------------------------------------------------------------------------------------------------- what came out
 
     def _worst(self) -> list[dict[str, Any]]:
-        """The worst cases that can be shown."""
+        """The worst cases that can be shown, of files of the job: it lies in a folder that others may write to."""
+        from UNetSegmentationLib.files import is_inner
+
         worst = self.result.get("worst")
         rows = [w for w in worst if isinstance(w, dict)] if isinstance(worst, list) else []
-        return [w for w in rows if isinstance(w.get("files"), dict) and {"image", "truth", "after"} <= set(w["files"])]
+        rows = [w for w in rows if isinstance(w.get("files"), dict) and {"image", "truth", "after"} <= set(w["files"])]
+        return [w for w in rows if all(is_inner(str(path)) for path in w["files"].values())]
 
     def _showOutcome(self, job: Any) -> None:
         ui, result = self.ui, self.result

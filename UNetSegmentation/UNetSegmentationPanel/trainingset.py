@@ -563,7 +563,7 @@ class TrainingSetSection(VTKObservationMixin):
             self._send()
             return
         question = _("Add the label to the training set?") if error.objection == "label" else _("Add it anyway?")
-        if slicer.util.confirmOkCancelDisplay(f"{error}\n\n{question}", windowTitle=_("Training set")):
+        if slicer.util.confirmOkCancelDisplay(f"{error}\n\n{question}", windowTitle=_("Training set"), textFormat=qt.Qt.PlainText):
             if self._adding is adding:
                 adding.allow.append(error.objection)
                 self._send()
@@ -856,7 +856,7 @@ class TrainingSetSection(VTKObservationMixin):
             for i, (case, row) in enumerate(zip(cases, texts)):
                 for j, text in enumerate(row):
                     item = qt.QTableWidgetItem(text)
-                    item.setToolTip("\n".join(versionText(v) for v in reversed(case["versions"])))
+                    item.setToolTip(plainTip("\n".join(versionText(v) for v in reversed(case["versions"]))))
                     table.setItem(i, j, item)
             current = name or (self._currentCase() or {}).get("name")
             at = next((i for i, case in enumerate(cases) if case["name"] == current), -1)

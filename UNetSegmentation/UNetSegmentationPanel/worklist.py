@@ -205,6 +205,7 @@ class Strip:
             self._bar.setObjectName("UNetWorkListToolBar")
             self._label = qt.QLabel()
             self._label.setMargin(4)
+            self._label.setTextFormat(qt.Qt.PlainText)  # a scan's name is no HTML
             self._bar.addWidget(self._label)
             for text, tip, method in self._actions:
                 button = qt.QPushButton(text)
@@ -775,7 +776,8 @@ class WorkListSection:
         if case is None or case.segmentation.GetScene() is None or _stamp(case.segmentation) == case.stamp:
             return True
         text = _("What you corrected in '{name}' is not in the training set yet and would be lost. Leave the scan anyway?")
-        return bool(slicer.util.confirmYesNoDisplay(text.format(name=case.name), windowTitle=_("Work list")))
+        text = text.format(name=case.name)
+        return bool(slicer.util.confirmYesNoDisplay(text, windowTitle=_("Work list"), textFormat=qt.Qt.PlainText))
 
     def _isThere(self, case: Case) -> bool:
         if case.segmentation.GetScene() is not None and all(v.GetScene() is not None for v in case.volumes):

@@ -375,6 +375,8 @@ def _exec(self: Any) -> int:
 
 
 def _exec_message(self: Any) -> int:
+    if self.textFormat != qt.Qt.PlainText and QtGui.Qt.mightBeRichText(self.text):  # of others' names it would read any path
+        raise AssertionError(f"the message box takes its text for HTML: {self.text}")
     answer = dialogs.ask("message", self.text)
     if isinstance(answer, bool):
         box = QtWidgets.QMessageBox

@@ -126,6 +126,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self.clearButton = qt.QPushButton(_("Start again"))
         self.clearButton.toolTip = _("Empty the selected segment and forget its clicks.")
         self.messageLabel = qt.QLabel()
+        self.messageLabel.setTextFormat(qt.Qt.PlainText)  # a scan's name is no HTML
         self.messageLabel.wordWrap = True
         kinds, buttons = qt.QHBoxLayout(), qt.QHBoxLayout()
         for widget in (self.positiveButton, self.negativeButton):

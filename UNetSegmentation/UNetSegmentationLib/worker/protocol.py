@@ -571,13 +571,13 @@ def _encode_mask(mask: np.ndarray, start: Sequence[int]) -> list[Any]:
     return [list(first), list(part.shape), base64.b64encode(packed).decode("ascii")]
 
 
-def _decode_mask(value: Any) -> tuple[np.ndarray, Box]:
+def _decode_mask(value: Any, most: int) -> tuple[np.ndarray, Box]:
     if not isinstance(value, list) or len(value) != 3 or not isinstance(value[2], str):
         raise ProtocolError("The message has no valid mask.")
     ends = {"start": value[0], "shape": value[1]}
     start, shape = numbers(ends, "start", 3, int), numbers(ends, "shape", 3, int)
     count = math.prod(shape)
-    if min(shape) < 0 or count > _MAX_MASK:
+    if min(shape) < 0 or count > most:
         raise ProtocolError("The message has no valid mask.")
     size = (count + 7) // 8
     try:
@@ -597,8 +597,8 @@ def encode_prompts(prompts: Sequence[Prompt]) -> list[list[Any]]:
     return [["mask", *_encode_mask(p[1], p[2])] if p[0] == "mask" else list(p) for p in checked]
 
 
-def decode_prompts(items: Any) -> list[Prompt]:
-    """The inverse of encode_prompts()."""
+def decode_prompts(items: Any, most: int = _MAX_MASK) -> list[Prompt]:
+    """The inverse of encode_prompts(). most: voxels of all masks together; 350 kB of text can announce 2.2 GB of them."""
     if not isinstance(items, list):
         raise ProtocolError("The message has no valid 'prompts'.")
     out: list[Prompt] = []
@@ -607,7 +607,8 @@ def decode_prompts(items: Any) -> list[Prompt]:
             raise ProtocolError("The message has no valid 'prompts'.")
         kind, *rest = item
         if kind == "mask":
-            mask, box = _decode_mask(rest)
+            mask, box = _decode_mask(rest, most)
+            most -= mask.size
             out.append((kind, mask, box.start))
         elif kind == "point" and len(rest) == 4 and isinstance(rest[3], bool):
             out.append((kind, *numbers({"point": rest[:3]}, "point", 3), rest[3]))
@@ -635,7 +636,7 @@ def decode_answer(message: dict[str, Any], image: Image) -> WorkerAnswer:
     """What a "click" holds, on the grid of `image`."""
     box, mask = _decode_box(message, "box"), np.zeros((0, 0, 0), np.uint8)
     if message.get("mask") is not None:
-        mask, placed = _decode_mask(message["mask"])
+        mask, placed = _decode_mask(message["mask"], math.prod(image.shape))
         if placed != box or box & Box.whole(image.shape) != box or not mask.any():
             raise ProtocolError("The mask does not fit the volume.")
     elif not box.empty:
