@@ -557,8 +557,8 @@ def information(file: str | Path) -> sitk.ImageFileReader:
 def _with_thickness(image: Image, reader: sitk.ImageFileReader) -> Image:
     """A single DICOM slice is as thick as it says: ITK, as Slicer, makes it 1 mm, an eighth of a heart's ml. A scout may say 700 mm."""
     with suppress(ValueError):
-        thickness = float(_tag(reader, "0018|0050"))
-        single = image.shape[0] == 1 and not _tag(reader, "0018|0088") and is_dicom(Path(reader.GetFileName()))
+        thickness = float(_tag(reader, "0018|0088") or _tag(reader, "0018|0050"))  # the former ITK takes from SimpleITK 2.4 on
+        single = image.shape[0] == 1 and is_dicom(Path(reader.GetFileName()))
         if single and 1e-4 <= thickness <= 100:
             return replace(image, spacing=(*image.spacing[:2], thickness))
     return image

@@ -12,6 +12,8 @@ from ..image import UserError
 from ..model import ModelPackage
 from . import in_pieces
 
+ort.disable_telemetry_events()  # on Windows, whose build does not look for the variable of our __init__
+
 # TensorRT is left out of the automatic choice: it compiles for minutes at the first run of every input shape.
 _GPU_PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider", "CoreMLExecutionProvider")
 
