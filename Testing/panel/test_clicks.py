@@ -511,7 +511,7 @@ def test_a_mask_too_large_to_look_at_stays_as_it_is(panel: Any, models_folder: P
     p.settle()
     for at, ctrl in ((BALLS["right"][0], False), ((20, 40, 20), True)):
         p.click(at, ctrl=ctrl)
-        text = "What is marked and clicked on is too large for one lesion; begin the next one, or undo."
+        text = "What is marked and clicked on is too large for one lesion; erase what is no part of it, begin the next one, or undo."
         assert p.ui.clickMessage.text == text and np.array_equal(p.mask("Nodule 1"), wide)
 
 

@@ -14,7 +14,7 @@ import pytest
 from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.measure import dice
 
-TOO_LARGE = "What is marked and clicked on is too large for one lesion; begin the next one, or undo."
+TOO_LARGE = "What is marked and clicked on is too large for one lesion; erase what is no part of it, begin the next one, or undo."
 ANSWER_S = 60.0  # on a machine that has other things to do
 NAME = "U-Net Click"
 MODULE = Path(__file__).resolve().parents[2] / "UNetSegmentation" / "SegmentEditorUNetClick" / "SegmentEditorUNetClick.py"

@@ -200,8 +200,10 @@ def test_clicks_too_far_apart_for_one_look_are_refused(session):
     for mask, place, positive in ((array[..., :100], (20, 30, 180), True), (np.ones(array.shape, np.uint8), (20, 30, 90), False)):
         s.set_mask(mask)
         before = s.mask
-        with pytest.raises(UserError, match="too large for one lesion; begin the next one, or undo"):
+        with pytest.raises(UserError, match="too large for one lesion; erase what is no part of it, begin the next one, or undo"):
             s.add_point(at(s, *place), positive)
+        with pytest.raises(UserError, match="too large for one lesion"):
+            s.add_box(at(s, 10, 20, 150), at(s, 30, 40, 190))
         assert np.array_equal(s.mask, before) and before.any()
 
 

@@ -56,11 +56,11 @@ def state(dataset):
     return (dataset.folder / "dataset.json").read_bytes(), {p for p in dataset.folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64, np.uint64])
 def test_a_label_map_in_other_values_has_none_of_those_that_are_not_named(dtype):
-    array = np.array([0, 1, 127, 255, np.iinfo(dtype).max, np.iinfo(dtype).min], dtype)
+    array = np.array([0, 1, 127, 255, np.iinfo(dtype).max, np.iinfo(dtype).min], dtype).reshape(6, 1, 1)
     expected = [0, 0, 3, 7, 7 * (dtype is np.uint8), 0]
-    assert translated(array, {127: 3, 255: 7}).tolist() == expected and not translated(array, {}).any()
+    assert translated(array, {127: 3, 255: 7, 0: 9, -1: 9}).ravel().tolist() == expected and not translated(array, {}).any()
 
 
 # ---------------------------------------------------------------------------------------------------------------- adding

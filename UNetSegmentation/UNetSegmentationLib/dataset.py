@@ -204,10 +204,14 @@ def same_names(theirs: Sequence[Label], mine: Sequence[Label]) -> dict[int, int]
 
 
 def translated(array: np.ndarray, table: Mapping[int, int], dtype: Any = np.uint8) -> np.ndarray:
-    """A label map in other values; those that the table does not name become 0."""
+    """A label map (z, y, x) in other values; 0 and those that the table does not name become 0."""
+    table = {value: to for value, to in table.items() if value > 0}
     lookup = np.zeros(max(table, default=0) + 2, dtype)
     lookup[list(table)] = list(table.values())
-    return lookup.take(array, mode="clip")  # what lies below or beyond is 0
+    out = np.empty(array.shape, dtype)
+    for z in slabs(array.shape):  # numpy makes 8 bytes of each voxel
+        lookup.take(array[z], out=out[z], mode="clip")  # what lies below or beyond is 0
+    return out
 
 
 def _check_fit(image: Image, mask: Image, name: str) -> None:

@@ -175,7 +175,7 @@ def is_alive(sign: Path, job: Mapping[str, Any], ended: bool = False) -> bool:
     is over, which may be a launcher's."""
     pid, launched = job.get("pid"), float(job.get("launched") or 0)  # by the folder's clock
     if pid is None:
-        return not ended and _now(sign.parent) - launched < START_S
+        return not ended and now_in(sign.parent) - launched < START_S
     if is_this_computer(job.get("host")):
         mark = process_mark(int(pid))
         if mark is None:
@@ -186,10 +186,11 @@ def is_alive(sign: Path, job: Mapping[str, Any], ended: bool = False) -> bool:
         last = sign.stat().st_mtime
     except OSError:
         last = launched
-    return _now(sign.parent) - last < SILENT_S
+    return now_in(sign.parent) - last < SILENT_S
 
 
-def _now(folder: Path) -> float:
+def now_in(folder: Path) -> float:
+    """Seconds since 1970 by the folder's clock, or by this computer's."""
     try:
         return time_of(folder)
     except OSError:  # nothing may be written there, so that only this computer's clock is left
@@ -211,9 +212,13 @@ def unescape_arguments(arguments: Iterable[str]) -> list[str]:
 
 def _target(path: str | Path) -> Path:
     """What a name stands for: as other programs do, we write to the file that a link leads to and leave the link. But one that another
-    made, as in a shared folder, gives way: it may lead to a file that only we may write to."""
-    own = os.path.islink(path) and (os.name == "nt" or os.lstat(path).st_uid == os.geteuid())
-    return Path(os.path.realpath(path) if own else path)
+    made, as in a shared folder, gives way where it leads to what is not his: it may be a file that only we may write to."""
+    if not os.path.islink(path):
+        return Path(path)
+    real = Path(os.path.realpath(path))
+    at, maker = real if real.exists() else real.parent, os.lstat(path).st_uid
+    mine = os.name == "nt" or maker == os.geteuid() or (at.exists() and maker == at.stat().st_uid)
+    return real if mine else Path(path)
 
 
 def _new_beside(target: Path) -> Path:

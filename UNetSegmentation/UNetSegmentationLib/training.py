@@ -41,9 +41,9 @@ from .files import (
     is_inner,
     is_this_computer,
     move_file,
+    now_in,
     process_mark,
     this_computer,
-    time_of,
     unescape_arguments,
     user_path,
     write_text,
@@ -380,7 +380,7 @@ def create(
                 "dataset": "" if place.parent == dataset / FOLDER else str(dataset),
                 "options": asdict(options),
                 "started": now,
-                "launched": time_of(place),
+                "launched": now_in(place),
                 "pid": None,
             }
             write_text(place / JOB, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
@@ -477,7 +477,7 @@ def resume(
         else:
             (job.folder / STOP).unlink(missing_ok=True)
         before = _load(job.folder)
-        changed = {"state": "preparing", "text": "Starting", "pid": None, "mark": None, "launched": time_of(job.folder), "ended": None}
+        changed = {"state": "preparing", "text": "Starting", "pid": None, "mark": None, "launched": now_in(job.folder), "ended": None}
         # A former package, which may have been judged worse, is no longer on offer.
         update(job.folder, **changed, fraction=0.0, verdict="", package=None)
         try:

@@ -249,11 +249,6 @@ class ClickSession:
                 raise UserError("These clicks are too far apart for one lesion; begin the next one, or undo.")
         else:
             prompts = replace(prompts, negative=(*prompts.negative, index))
-        if answer.found:
-            last = [stop - 1 for stop in answer.box.stop]
-            reach = np.ptp([*prompts.positive, answer.box.start, last], axis=0) / self._spacing(ZOOMS[-1])
-            if (reach > np.array(self.card.data["patch"]) + 2).any():  # a part only; what that look itself gave may end a little beyond it
-                raise UserError("What is marked and clicked on is too large for one lesion; begin the next one, or undo.")
         return self._ask(prompts, answer)
 
     def add_box(self, corner: Point, opposite: Point) -> Answer:
@@ -393,6 +388,14 @@ class ClickSession:
         if before is _LATER:
             self._catch_up()
             before = self._history[-1][1]
+        if before.found:
+            ends = [*prompts.positive, *(prompts.box or ()), before.box.start, [stop - 1 for stop in before.box.stop]]
+            reach = np.ptp(ends, axis=0) / self._spacing(ZOOMS[-1])  # voxels of the furthest look
+            # That look would show a part. What it gave itself may end a little beyond it.
+            if (reach > np.array(self.card.data["patch"]) + 2).any():
+                raise UserError(
+                    "What is marked and clicked on is too large for one lesion; erase what is no part of it, begin the next one, or undo."
+                )
         first = not before.found and prompts.box is None
         in_lung = first and expects_lung(self.card)
         frame = self._frame(prompts, before)
