@@ -974,6 +974,29 @@ def test_a_click_after_an_undo_that_was_cancelled_can_be_undone(panel: Any, tmp_
     assert (everything(p.node), p.tag("Nodule 1")) == state
 
 
+def test_a_nodule_whose_prompts_cannot_be_read_is_gone_on_from(panel: Callable[[], Hands], monkeypatch: pytest.MonkeyPatch) -> None:
+    from UNetSegmentationLib import mrml
+
+    p = begun(panel, "right")
+    painted = truth("right") | truth("left")
+    painted[20:22, 42:46, 30:70] = True
+    paint(p, "Nodule 1", painted)
+    p.settle()
+    p.click((24, 48, 34))
+    before = p.mask("Nodule 1")
+    p.gui.click(p.ui.nextNoduleButton)
+    p.settle()
+
+    def full(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(mrml, "decode_prompts", full)
+    p.tool.select(p.segments()["Nodule 1"])
+    p.settle()
+    p.click((20, 40, 72))
+    assert p.mask("Nodule 1").sum() > 0.8 * before.sum()  # of the click alone it would be a third
+
+
 def test_undo_is_of_the_nodule_that_is_chosen(panel: Any) -> None:
     import slicer
 

@@ -633,7 +633,7 @@ def test_pytorch_in_slicer_goes_through_its_extension(gui, installer, monkeypatc
     monkeypatch.setitem(sys.modules, "PyTorchUtils", types.SimpleNamespace(PyTorchUtilsLogic=PyTorchUtilsLogic))
     monkeypatch.setattr(slicer.modules, "pytorchutils", object(), raising=False)
     assert installer.installTorchInSlicer() is False  # declined
-    assert calls == [(True, ">=2.10")]
+    assert calls == [(True, ">=2.4")]
     PyTorchUtilsLogic.answer = types.ModuleType("torch")
     assert installer.installTorchInSlicer() is True
     PyTorchUtilsLogic.answer = RuntimeError("in use")

@@ -29,7 +29,7 @@ from .worker import ChildProcess, variablesFor
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "Resources" / "requirements.txt"
 WHEEL_FOLDER = "UNetSegmentation/WheelFolder"  # in the settings
-TORCH_REQUIREMENT = ">=2.10"  # what training needs, as in pyproject.toml
+TORCH_REQUIREMENT = ">=2.4"  # to run models, as in pyproject.toml; training has an environment of its own
 NAME = "UNetSegmentation"
 
 

@@ -523,10 +523,11 @@ class NoduleTool(VTKObservationMixin):
         if lesion.there and not controller.busy:
             label, written = mrml.label_of(lesion.part()), mrml.segment_tag(lesion.part(), mrml.DIGEST_TAG)
             lesion.asked = label, written
-            if not self._isAsWritten(lesion):
+            unread = not controller.prompts  # of what it came from nothing can be read any more
+            if unread or not self._isAsWritten(lesion):
                 mask, start = yield from mrml.segment_part_steps(lesion.node, lesion.segment, lesion.volume)
                 lesion.asked = label, mrml.mask_digest(mask, start)
-                if lesion.asked[1] != written:
+                if unread or lesion.asked[1] != written:
                     controller.setMask(mask, start)
         if controller is self._controller and self._mine:
             self.text = ""

@@ -46,7 +46,7 @@ class TorchRow:
         self._busy = busy
         held = "" if self.working else self._held  # what works can be cancelled
         self.ui.torchButton.enabled = not busy and not self._extensions and not held
-        through = _("Optional, for graphics cards and for training. The PyTorch extension puts it into Slicer's Python.")
+        through = _("Optional, for graphics cards. The PyTorch extension puts it into Slicer's Python; training gets a folder of its own.")
         self.ui.torchButton.toolTip = held or (through if self._through else self._tip)
 
     def hold(self, why: str) -> None:
