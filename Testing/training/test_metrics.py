@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +175,22 @@ def test_evaluate_scores_the_deployed_path_and_writes_it(make_package, tmp_path)
     with open(tmp_path / "metrics.csv", newline="", encoding="utf-8") as f:  # a spreadsheet would run it
         assert list(csv.reader(f))[1] == ["'=cmd|calc!A1", "'@thing", "0.5", "-2.0"]
     assert json.loads((tmp_path / "metrics.json").read_text("utf-8"))["rows"] == [row]
+
+
+def test_a_table_that_is_open_elsewhere_costs_no_figure(tmp_path, monkeypatch, capsys):
+    """As Excel holds a file on Windows."""
+    (tmp_path / "metrics.csv").write_text("old")
+
+    def held(path, to, _replace=Path.replace):
+        if Path(to).suffix == ".csv":
+            raise PermissionError(13, "Permission denied")
+        return _replace(path, to)
+
+    monkeypatch.setattr(Path, "replace", held)
+    metrics.write(tmp_path, [{"case": "a", "dice": 0.5}], {"cases": 1})
+    assert json.loads((tmp_path / "metrics.json").read_text("utf-8"))["rows"] == [{"case": "a", "dice": 0.5}]
+    assert "metrics.csv is open in another program" in capsys.readouterr().err
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["metrics.csv", "metrics.json"]
 
 
 def test_what_cannot_be_scored_is_said_in_a_sentence(make_package):

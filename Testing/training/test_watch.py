@@ -197,7 +197,7 @@ def test_the_file_stays_bounded_and_whole(tmp_path):
     for step in range(1, 2001):
         file.write("step", step=step, epoch=0, loss=1 / step, learning_rate=float("nan"))
         if step % 50 == 0:
-            file.write("validation", step=step, epoch=0, dice=step / 2000)
+            file.write("validation", step=step, epoch=0, dice=step / 2000, label="Läsion")
             assert path.stat().st_size <= 20_000
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]  # NaN would not be JSON
     assert lines == live.read(path) and lines[0]["event"] == "start" and lines[-2]["step"] == 2000

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -264,10 +264,19 @@ def check_text(path: str | Path) -> None:
 def move_file(path: Path, to: Path, patience: float = 1.0) -> None:
     """os.replace(), also of a folder, which on Windows fails while another program reads one of the files or looks it over: that is
     waited for, `patience` seconds."""
+    _patiently(lambda: path.replace(to), patience)
+
+
+def remove_file(path: Path, patience: float = 1.0) -> None:
+    """A file, where it is there; as move_file() does."""
+    _patiently(lambda: path.unlink(missing_ok=True), patience)
+
+
+def _patiently(act: Callable[[], Any], patience: float) -> None:
     until = time.monotonic() + patience
     while True:
         try:
-            path.replace(to)
+            act()
             return
         except PermissionError:
             if os.name != "nt" or time.monotonic() > until:
@@ -294,7 +303,7 @@ def atomic_path(path: str | Path, patience: float = 1.0) -> Iterator[Path]:
         raise UserError(f"{path} cannot be written ({e.strerror or e}); check the disk's space and your rights.") from e
     finally:
         with suppress(OSError):  # a share that is lost, or what Windows holds: what is raised already says it
-            temporary.unlink(missing_ok=True)
+            remove_file(temporary, patience)
 
 
 def write_text(path: str | Path, text: str, encoding: str = "utf-8") -> None:

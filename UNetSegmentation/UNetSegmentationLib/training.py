@@ -43,6 +43,7 @@ from .files import (
     move_file,
     now_in,
     process_mark,
+    remove_file,
     this_computer,
     unescape_arguments,
     user_path,
@@ -475,7 +476,7 @@ def resume(
         if finish:
             (job.folder / STOP).touch()
         else:
-            (job.folder / STOP).unlink(missing_ok=True)
+            remove_file(job.folder / STOP)
         before = _load(job.folder)
         changed = {"state": "preparing", "text": "Starting", "pid": None, "mark": None, "launched": now_in(job.folder), "ended": None}
         # A former package, which may have been judged worse, is no longer on offer.

@@ -279,8 +279,8 @@ def _app() -> Any:
         where = Path(data).name if data else f"the held-out cases of {folder.name}"
         where = f"lesions in {where}, after one click" if clicked else where
         facts = metrics.summary(rows, tolerance_mm=1.0, held_out=where, command=told, weights=weights)
-        metrics.write(folder, rows, facts)
         print(metrics.table(facts))
+        metrics.write(folder, rows, facts)
         print(f"wrote {report.write(folder)}")
 
     @app.command()

@@ -62,12 +62,12 @@ class LiveFile:
     def write(self, event: str, **fields: Any) -> Line:
         line = {"event": event, "time": round(time.time(), 1), **{k: _finite(v) for k, v in fields.items()}}
         self.lines.append(line)
-        data = json.dumps(line, ensure_ascii=False) + "\n"
+        data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
         with contextlib.suppress(OSError):  # a full disk is the checkpoint's to tell: what is lost here are points of a plot
             if self._size + len(data) > self.limit:
                 self._thin()
             else:
-                with self.path.open("a", encoding="utf-8") as f:
+                with self.path.open("ab") as f:
                     f.write(data)
                 self._size += len(data)
         return line
@@ -83,19 +83,19 @@ class LiveFile:
         self._rewrite()
 
     def _total(self) -> int:
-        return sum(len(json.dumps(line, ensure_ascii=False)) + 1 for line in self.lines)
+        return sum(len(json.dumps(line, ensure_ascii=False).encode()) + 1 for line in self.lines)
 
     def _rewrite(self) -> None:
-        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
+        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines).encode()
         part = self.path.with_name(self.path.name + ".part")
-        part.write_text(data, "utf-8")
+        part.write_bytes(data)
         for _ in range(20):  # on Windows a reader may hold the old file for a moment
             with contextlib.suppress(PermissionError):
                 os.replace(part, self.path)
                 break
             time.sleep(0.05)
         else:
-            self.path.write_text(data, "utf-8")
+            self.path.write_bytes(data)
             part.unlink(missing_ok=True)
         self._size = len(data)
 

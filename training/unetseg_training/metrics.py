@@ -27,6 +27,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -341,16 +342,22 @@ def table(facts: dict[str, Any]) -> str:
 
 
 def write(folder: str | Path, rows: Sequence[Row], facts: dict[str, Any], name: str = "metrics") -> None:
-    """<name>.csv (a line for each case and class) and <name>.json ({"summary", "rows"}); each whole or not there."""
+    """<name>.csv (a line for each case and class) and <name>.json ({"summary", "rows"}); each whole or not there. A table that is open in
+    a spreadsheet, which on Windows holds it, is left and said: the other file has the same."""
     folder = Path(folder)
     flat = [{k: _rounded(v) for k, v in row.items() if k != "roc"} for row in rows]
     text = json.dumps({"summary": facts, "rows": flat}, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(folder / f"{name}.json", text + "\n")
     keys = list(dict.fromkeys(k for row in flat for k in row))
-    with atomic_path(folder / f"{name}.csv") as path, path.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, keys)
-        writer.writeheader()
-        writer.writerows({k: cell(v) if isinstance(v, str) else v for k, v in row.items()} for row in flat)
+    try:
+        with atomic_path(folder / f"{name}.csv") as path, path.open("w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, keys)
+            writer.writeheader()
+            writer.writerows({k: cell(v) if isinstance(v, str) else v for k, v in row.items()} for row in flat)
+    except UserError as e:
+        if not isinstance(e.__cause__, PermissionError):
+            raise
+        print(f"{folder / name}.csv is open in another program and stays as it was; {name}.json has the figures.", file=sys.stderr)
 
 
 def _rounded(value: Any) -> Any:

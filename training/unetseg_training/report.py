@@ -13,6 +13,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -240,18 +241,25 @@ class Worst:
     def __call__(self, item: Item, prediction: Prediction, rows: list[Row]) -> None:
         if not self.cases:  # only now: those of the last time are the report's until there are others
             for old in self.folder.glob("worst-*.png"):
-                old.unlink()
+                with suppress(OSError):  # Windows, while a viewer shows it
+                    old.unlink()
         dice = float(np.mean([r["dice"] for r in rows]))
         if len(self.cases) >= self.keep and dice >= self.cases[-1][0]:
             return
         note = ", ".join(f"{r['label']} {r['dice']:.2f}" for r in rows[:4]) + (" …" if len(rows) > 4 else "")
         png = overlay(item.image, item.truth, prediction.labels.array, self.intensity, item.name, f"Dice: {note}")
         path = self.folder / f"worst-{file_name(item.name)}.png"
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(png)
+        try:
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(png)
+        except UserError as e:
+            if isinstance(e.__cause__, PermissionError):
+                return  # the former picture of this case is what is shown, and is no picture of this result
+            raise
         self.cases = sorted([*self.cases, (dice, item.name, path)])
         for _, _, dropped in self.cases[self.keep :]:
-            dropped.unlink(missing_ok=True)
+            with suppress(OSError):
+                dropped.unlink(missing_ok=True)
         self.cases = self.cases[: self.keep]
         listed = [{"case": name, "dice": round(d, 4), "file": p.name} for d, name, p in self.cases]
         write_text(self.folder / "worst.json", json.dumps(listed, indent=1, ensure_ascii=False) + "\n")

@@ -178,7 +178,8 @@ def _work(folder: Path, told: _Told) -> tuple[str, str]:
     told("Checking the new model on held-out cases", now=True, state="checking", fraction=0.85, seconds_left=told.after)
     result = _checked(folder, job, base, case_set, facts, told, stopped)
     training.update(folder, package=result["package"], verdict=result["verdict"])
-    (folder / training.STOP).unlink(missing_ok=True)
+    with suppress(OSError):  # on Windows, while another program looks it over
+        (folder / training.STOP).unlink(missing_ok=True)
     return ("stopped" if stopped else "finished"), result["sentence"]
 
 

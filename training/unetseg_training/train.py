@@ -37,7 +37,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from UNetSegmentationLib.files import OUT_OF_MEMORY, UserError, atomic_path, user_path
+from UNetSegmentationLib.files import OUT_OF_MEMORY, UserError, atomic_path, remove_file, user_path
 from UNetSegmentationLib.image import Image
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.model import Card, ModelPackage
@@ -649,8 +649,7 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
     saved = folder / CHECKPOINT
     first = is_first()
     if not resume and first:
-        for name in (CHECKPOINT, WEIGHTS, RUN, "metrics.json", "metrics.csv", "finetune.json"):
-            (folder / name).unlink(missing_ok=True)
+        _remove(folder, "metrics.csv", "metrics.json", CHECKPOINT, WEIGHTS, RUN, "finetune.json")
         shutil.rmtree(folder / "pictures", ignore_errors=True)
     going_on = resume and saved.exists()
     module = Training(job)
@@ -857,10 +856,18 @@ def _describe(job: Job, folder: Path, done: dict[str, Any]) -> None:
     """What a package says of itself may be edited after the training; figures of another way from image to mask then go."""
     old, new = (record.get("config", {}).get("model") for record in (done, job.record))
     if old and new and old != new and old.get("task", "automatic") == new["task"]:
-        _write_run(folder, {**done, "config": {**done["config"], "model": new}})
         if any(old.get(k) != new[k] for k in ("tta", "postprocess", "surroundings", "second_opinion", "roi_mm")):
-            for name in ("metrics.json", "metrics.csv"):
-                (folder / name).unlink(missing_ok=True)
+            _remove(folder, "metrics.csv", "metrics.json")
+        _write_run(folder, {**done, "config": {**done["config"], "model": new}})
+
+
+def _remove(folder: Path, *names: str) -> None:
+    """What people have open, which Windows then holds, comes first, so that nothing else is gone where it stays."""
+    for name in names:
+        try:
+            remove_file(folder / name)
+        except PermissionError as e:
+            raise UserError(f"{folder / name} is open in another program; close it there and start again.") from e
 
 
 def versions() -> dict[str, str]:
