@@ -37,7 +37,6 @@ import SimpleITK as sitk
 from .files import (
     RUNNING,
     UserError,
-    age_of,
     atomic_path,
     check_text,
     counted,
@@ -46,6 +45,7 @@ from .files import (
     is_within,
     move_file,
     process_mark,
+    time_of,
     user_path,
 )
 from .image import Image, check_geometry, information, is_dicom, is_grey, read_image, to_sitk, write_image
@@ -364,7 +364,7 @@ class FolderLock:
     def _owner(self) -> tuple[dict[str, Any] | None, float]:
         """(owner, age in s); no owner where there is no lock (any more)."""
         try:
-            age = age_of(self.path, self.token)
+            age = time_of(self.path.parent, self.token) - self.path.stat().st_mtime
             text = self.path.read_text("utf-8")
         except (FileNotFoundError, PermissionError):
             return None, 0.0

@@ -160,11 +160,6 @@ def time_of(folder: Path, token: str = secrets.token_hex(8)) -> float:
             clock.unlink(missing_ok=True)
 
 
-def age_of(path: Path, *token: str) -> float:
-    """Seconds since a file was written, by its folder's clock."""
-    return time_of(path.parent, *token) - path.stat().st_mtime
-
-
 # A training's states as long as its process is there, and seconds: for that to say its id (a cold disk, a virus scanner), and after which
 # one on another computer, whose processes cannot be seen from here, is given up.
 RUNNING, START_S, SILENT_S = ("preparing", "training", "checking"), 180.0, 300.0
@@ -189,10 +184,10 @@ def is_alive(sign: Path, job: Mapping[str, Any], ended: bool = False) -> bool:
     return now_in(sign.parent) - last < SILENT_S
 
 
-def now_in(folder: Path) -> float:
-    """Seconds since 1970 by the folder's clock, or by this computer's."""
+def now_in(folder: Path, *token: str) -> float:
+    """time_of(), or this computer's clock."""
     try:
-        return time_of(folder)
+        return time_of(folder, *token)
     except OSError:  # nothing may be written there, so that only this computer's clock is left
         return time.time()
 

@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .dataset import CASES, INDEX, SALT, FolderLock, LockLost, Unchanged, commit, flush, process_is_gone, reached, read_shared
-from .files import OUT_OF_MEMORY, UserError, atomic_path, check_text, is_inner, is_within, this_computer, time_of, user_path
+from .files import OUT_OF_MEMORY, UserError, atomic_path, check_text, is_inner, is_within, now_in, this_computer, user_path
 from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, is_dicom, read_image, reorient
 from .inference.predict import Cancelled, Options, Prediction, Progress, check_together, predict
 from .model import Label, ModelPackage
@@ -391,10 +391,7 @@ class WorkList:
         """Seconds since 1970 by the folder's clock, looked at once a minute."""
         here = time.monotonic()
         if not self._clock[1] or here - self._clock[1] > 60:
-            try:
-                self._clock = time_of(self.folder, secrets.token_hex(4)) - here, here
-            except OSError:  # a folder that may only be read
-                self._clock = time.time() - here, here
+            self._clock = now_in(self.folder, secrets.token_hex(4)) - here, here
         return here + self._clock[0]
 
     # ---------------------------------------------------------------------------------------------------------- change
