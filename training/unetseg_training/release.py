@@ -7,6 +7,8 @@
     python -m unetseg_training.release NAME RUN --fold K                              the figures of another fold's run; no package
 
 The package goes to the core's resources/models; the curve and the score of every held-out case to training/results.
+A model that is trained anew gets the next major version: what a user retrains from it counts the minor one up
+(training.next_version), and theirs must not meet ours under one name.
 """
 
 from __future__ import annotations
