@@ -935,6 +935,12 @@ def test_segments_are_measured_as_they_are_now(scene: Any, labels: np.ndarray, h
     for key in ("volume_ml", "center", "longest_mm", "perpendicular_mm", "longest_points", "mean_hu", "std_hu", "min_hu", "max_hu"):
         np.testing.assert_allclose(found[0][key], want[0][key], rtol=1e-6, err_msg=key)
     assert complete(measure_steps(node, volume, [segments(node)["lung"]]))[0]["name"] == "lung"
+    middle = labels[5:6]
+    thin = add_volume(values[:1], geometry(rotation()[:, [0, 2, 1]]))  # its own plane is no axial one
+    flat = write_prediction(predicted(thin, middle), thin)
+    want = measure(predicted(thin, middle).labels, (LUNG,))[0]
+    found = complete(measure_steps(flat, thin, [segments(flat)["lung"]]))[0]
+    assert found["perpendicular_mm"] == pytest.approx(want["perpendicular_mm"], rel=1e-6)
     with pytest.raises(UserError, match="has no segment 'liver'"):
         complete(measure_steps(node, volume, ["liver"]))
 

@@ -205,6 +205,19 @@ def test_bad_cases_are_refused_in_one_sentence_and_nothing_is_written(dataset, i
     assert state(dataset) == before
 
 
+def test_a_single_slices_mask_lies_where_the_slice_lies_unless_one_of_them_does_not_know_where(dataset):
+    """Rows in the other order at the same place, as NIfTI files have them, were taken as they came: mirrored."""
+    image = Image(np.arange(99, dtype=np.int16).reshape(1, 11, 9), (0.7, 0.8, 2.5), (10.0, 20.0, 100.0))
+    flipped = Image(outline()[2:3, ::-1], image.spacing, (10.0, 28.0, 100.0), (1.0, 0, 0, 0, -1.0, 0, 0, 0, -1.0))
+    for mask in (flipped, replace(flipped, direction=image.direction), Image(outline()[2:3], image.spacing, (10.0, 20.0, 60.0))):
+        with pytest.raises(UserError, match="does not lie where its image lies"):
+            dataset.add(image, mask)
+    dataset.add(image, Image(outline()[2:3]), name="of-a-picture")
+    dataset.add(Image(image.array + np.int16(1)), replace(flipped), name="a-picture")
+    dataset.add(image.like(image.array + np.int16(2)), image.like(outline()[2:3]), name="placed")
+    assert len(dataset.entries) == 3
+
+
 def test_what_is_refused_can_be_allowed(dataset):
     dataset.add(scan(0), np.zeros((6, 11, 9), np.uint8), allow=["empty"])
     dot = np.zeros((6, 11, 9), np.uint8)

@@ -48,7 +48,7 @@ from .files import (
     time_of,
     user_path,
 )
-from .image import Image, check_geometry, information, is_dicom, is_grey, read_image, to_sitk, write_image
+from .image import Image, check_geometry, information, is_dicom, is_grey, is_placed, read_image, to_sitk, write_image
 from .model import DEFAULT_COLORS, Label, label_key
 from .postprocess import slabs, voxel_counts
 from .steps import Steps
@@ -220,7 +220,8 @@ def _check_fit(image: Image, mask: Image, name: str) -> None:
             f"{name} has {' x '.join(map(str, mask.shape[::-1]))} voxels and its image {' x '.join(map(str, image.shape[::-1]))}; "
             "give the mask of this image, or resample it."
         )
-    plain = image.shape[0] == 1 and (image.dicom_files == ())  # a picture's mask may lack its geometry
+    # A picture, or its mask, may lack its geometry.
+    plain = image.shape[0] == 1 and image.dicom_files == () and not (is_placed(image) and is_placed(mask))
     if not plain and not image.same_grid(mask, 0.1 * min(image.spacing)):
         raise UserError(f"{name} does not lie where its image lies (spacing, origin or direction differ); resample it to the image.")
 

@@ -889,6 +889,11 @@ def of_channels(image: Image, n: int) -> Image:
     return image.like(c[:3]) if n == 3 and len(c) == 4 else image
 
 
+def is_placed(image: Image) -> bool:
+    """Whether the image knows where the patient's right is, as a picture file does not."""
+    return image.shape[0] > 1 or image.origin != (0.0, 0.0, 0.0) or tuple(image.direction) != IDENTITY
+
+
 def check_geometry(image: Image) -> None:
     """Refuse what no scanner makes, before anything is computed from it."""
     name = str(image.source or "The image")

@@ -26,18 +26,19 @@ def measure(labels: Image, label_defs: Sequence[Label], image: Image | None = No
 
     labels: label map (z, y, x); image: where "mean_hu" and the like come from (its first channel, same grid).
     Keys: value, name, voxels, volume_mm3, volume_ml, center (LPS mm), longest_mm and perpendicular_mm (of the label's
-    largest component, in the axial section where it is longest; axial = across the axis nearest to head-foot), longest_points and
-    perpendicular_points (two LPS points each), mean_hu, std_hu, min_hu, max_hu (the image's own units). A label that is
-    absent has 0 voxels and None for the rest.
+    largest component, in the axial section where it is longest; axial = across the axis nearest to head-foot, but of a single
+    slice its own plane), longest_points and perpendicular_points (two LPS points each), mean_hu, std_hu, min_hu, max_hu (the
+    image's own units). A label that is absent has 0 voxels and None for the rest.
     """
-    return complete(measure_steps(labels, label_defs, image))
+    return complete(measure_steps(labels, label_defs, image, flat=labels.shape[0] == 1))
 
 
 def measure_steps(
-    labels: Image, label_defs: Sequence[Label], image: Image | None = None, largest: int | None = None
+    labels: Image, label_defs: Sequence[Label], image: Image | None = None, largest: int | None = None, flat: bool = False
 ) -> Steps[list[dict[str, Any]]]:
-    """measure() in pieces, for a panel. A label whose box has more voxels than `largest` gets no diameters."""
-    canonical, orientation = reorient(labels)
+    """measure() in pieces, for a panel, also of a part of an image. A label whose box has more voxels than `largest` gets no
+    diameters. flat: the image is a single slice: across a coronal one of 8 mm the axial sections of a round heart are 42 x 8 mm."""
+    canonical, orientation = reorient(labels, flat)
     values = orientation.canonical(image.channels)[0] if image is not None else None
     out = []
     for label in label_defs:

@@ -471,7 +471,8 @@ def measure_steps(
         _, box = yield from _survey_steps(mask.view(np.uint8))
         box = box or Box((0, 0, 0), (1, 1, 1))
         part, label = image.crop(box), Label(1, segmentation.GetSegment(segment_id).GetName(), (0, 0, 0), {})
-        (found,) = yield from measure.measure_steps(part.like(mask[box.slices].view(np.uint8)), [label], part, _LARGEST_MEASURED)
+        values = part.like(mask[box.slices].view(np.uint8))
+        (found,) = yield from measure.measure_steps(values, [label], part, _LARGEST_MEASURED, image.shape[0] == 1)
         out.append({**found, "value": value})
     return out
 

@@ -17,7 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from .files import UserError, atomic_path
-from .image import IDENTITY, Box, Image, reorient
+from .image import Box, Image, is_placed, reorient
 from .model import Label
 from .postprocess import voxel_counts
 
@@ -89,11 +89,6 @@ def save_picture(
     _Sheet(figure, image, prediction, window, list(measures or ()), unit).draw(title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", facecolor=GROUND)
-
-
-def is_placed(image: Image) -> bool:
-    """Whether the image knows where the patient's right is, as a picture file does not."""
-    return image.shape[0] > 1 or image.origin != (0.0, 0.0, 0.0) or tuple(image.direction) != IDENTITY
 
 
 def length_unit(image: Image) -> str:

@@ -24,9 +24,10 @@ import SimpleITK as sitk
 from ..engines import Engine, choose_engine
 from ..image import Box, Grid, Image, UserError, check_geometry, crop_mask, reorient, resample_back, sample
 from ..intensity import check_finite, normaliser, warnings_for
-from ..measure import measure
+from ..measure import measure_steps
 from ..model import Card, ModelPackage, find_model
 from ..postprocess import components
+from ..steps import complete
 from .augment import views
 from .predict import Cancelled, Options, Prediction
 from .second import SecondOpinion
@@ -364,7 +365,7 @@ class ClickSession:
         box = answer.box if answer.found else Box((0, 0, 0), (1, 1, 1))
         part = self.image.crop(box)
         labels = part.like((answer.mask if answer.found else np.zeros((1, 1, 1), np.uint8)) * np.uint8(self.card.labels[0].value))
-        return measure(labels, self.card.labels[:1], part)[0]
+        return complete(measure_steps(labels, self.card.labels[:1], part))[0]
 
     # ---------------------------------------------------------------------------------------------------------- running
 
