@@ -242,3 +242,18 @@ def test_real_data(data, tmp_path):
         shutil.copy(source / "labels" / (p.name if i else sorted((source / "labels").iterdir())[1].name), tmp_path / "labels" / p.name)
     wrong = check(find_cases(tmp_path))  # the first case has the second one's mask
     assert wrong.bad == {"hippocampus_003"} and wrong.errors[0].kind == "geometry"
+
+
+def test_a_ct_without_air_and_bone_is_no_offset(folder):
+    for i in range(10):
+        put(folder, f"c{i}", scan(i).like(np.clip(scan(i).array + np.int16(1000), 0, 900).astype(np.int16)))
+    (folder / "dataset.json").write_text(
+        json.dumps(
+            {
+                "modality": {"0": "CT"},
+                "labels": {"1": "a", "2": "b"},
+                "training": [{"image": f"images/c{i}.nii.gz", "label": f"labels/c{i}.nii.gz"} for i in range(10)],
+            }
+        )
+    )
+    assert "1024" not in check(find_cases(folder)).table()

@@ -387,3 +387,74 @@ def test_without_lesions_to_compare_on_it_says_so(nodules, base):
     cases.load = lambda case: (image, mask * 0)
     with pytest.raises(UserError, match="hold no lesion"):
         retrain.compare(base, base, cases, cases.cases)
+
+
+def test_a_few_lesions_outside_do_not_end_the_rule_of_the_lung_nor_a_few_inside_make_it(base):
+    from test_plan import cases, of
+    from unetseg_training.plan import fingerprint
+
+    case_set, network = cases(labels=("Nodule",), channels=("CT",), low=-1000.0), UNetConfig.from_json(base.card.data["network"])
+    found = fingerprint(case_set)
+    kept = []
+    for found.in_lung in ((0, 0), (10, 20), (18, 20), (19, 20), (20, 20)):
+        kept.append(of(case_set, found=found, base=(base.card, network)).config.model.surroundings == "lung")
+    assert kept == [False, False, False, True, True]
+
+
+def test_a_click_on_nothing_teaches_nothing_of_the_lesions_that_it_shows(nodules, tmp_path):
+    source, rng = sampler(nodules, tmp_path, in_lung=False), np.random.default_rng(0)
+    samples = [source._nothing(rng) for _ in range(30)]
+    bright = [s.image > 0.5 for s in samples]  # of a nodule 0.65, of the lung 0.1
+    assert sum(b.any() for b in bright) > 5 and not any((b & s.known).any() for b, s in zip(bright, samples))
+
+
+def test_lesions_hang_together_by_their_corners():
+    labels = np.zeros((8, 8, 8), np.uint8)
+    labels[1:4, 1:4, 1:4] = labels[4:7, 4:7, 4:7] = 1
+    assert len(list(clicks.lesions(labels, (1.0, 1.0, 1.0)))) == 1
+
+
+def test_averaged_slices_are_as_thick_as_they_say():
+    rng = np.random.default_rng(0)
+    mask = np.zeros((12, 6, 6), bool)
+    mask[2:10, 1:5, 1:5] = True
+    made = clicks.thick(clicks.Scan(mask.astype(np.float32), mask, np.array([1.0, 0.7, 0.7])), rng, 1.0)
+    k = len(mask) // len(made.values)
+    assert k > 1 and made.spacing.tolist() == [k, 0.7, 0.7]
+
+
+@pytest.mark.parametrize("intensity", [{"mode": "zscore"}, {"mode": "percentile", "low": 1, "high": 99}])
+def test_what_is_normalised_by_the_whole_image_is_kept_whole(tmp_path, intensity):
+    made = Dataset.create(tmp_path / "set", "set", [NODULE], ["MR"])
+    image, mask = scan((40, 0), shape=(20, 34, 180))
+    made.add(image, (mask == 1).astype(np.uint8), name="one", patient="P")
+    flat = settings(made.folder).model_dump(mode="json")
+    config = c.parse({**flat, "channels": ["MR"], "input": {**flat["input"], "intensity": intensity}})
+    cases = find_cases(made.folder)
+    held = clicks.HeldOut(cases, cases.cases, config)
+    held.read()
+    assert held.parts[0][0].image.shape == image.shape
+
+
+def test_two_devices_click_at_other_samples(nodules, tmp_path):
+    from unetseg_training import train
+
+    job = train.make_job(settings(nodules), tmp_path / "cache")
+    one, other = (job.source(rank, 2).batch(0)[0] for rank in (0, 1))
+    assert one.shape[0] == 2 and not torch.equal(one, other)
+
+
+def test_a_correction_keeps_away_from_what_nobody_has_judged():
+    label, known = np.zeros((3, 9, 9), bool), np.ones((3, 9, 9), bool)
+    predicted = label.copy()
+    predicted[:, 1:4, 1:4], known[:, 1:4, 1:4] = True, False
+    assert clicks.correction(predicted, label, known, None, np.ones(3)) is None
+
+
+def test_nothing_is_learnt_where_nothing_is_known():
+    logits = torch.zeros(1, 2, 2, 2, 2)
+    target = torch.zeros(1, 2, 2, 2, 2)
+    target[:, 1, 0] = 1
+    before = clicks.loss(logits, target)
+    logits[:, 1, 1] = 9
+    assert torch.equal(before, clicks.loss(logits, target))

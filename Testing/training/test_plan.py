@@ -216,3 +216,30 @@ def test_a_step_is_measured_here():
 
     net = {"channels": (4, 8), "strides": ((2, 2),), "kernels": ((3, 3), (3, 3))}
     assert 0 < _measured(net, 2, 1, 2, (32, 32), 2, "32", False) < 60
+
+
+def test_fine_tuning_keeps_the_padding_of_its_base():
+    card = find_model("hippocampus-3d").card
+    network = UNetConfig.from_json(card.data["network"])
+    names = tuple(label.name for label in card.labels)
+    for padding in ("zero", "reflect"):
+        made = of(cases(labels=names), base=(Card({**card.data, "padding": padding}), network)).config
+        assert made.input.padding == padding
+
+
+def test_a_small_gpu_in_a_large_machine_gets_what_it_holds():
+    small = of(cases(), Machine(16, 512 << 30, "a GPU", 6 << 30), found=whole_body()).config
+    large = of(cases(), GPU, found=whole_body()).config
+    assert np.prod(small.input.patch) < np.prod(large.input.patch) and small.fit.batch < large.fit.batch
+
+
+def test_what_is_rare_is_shown_more_often_and_every_last_epoch_is_validated():
+    assert of(cases(), found=whole_body()).config.fit.foreground == 0.67  # of 40,000 in 78 million voxels
+    assert of(cases()).config.fit.foreground == 0.5
+    every = [of(cases(), found=whole_body(n), quick=True, minutes=m) for n in (20, 60, 300) for m in (0.1, 0.5, 2, 6)]
+    assert all(made.config.fit.epochs % made.config.fit.validate_every == 0 for made in every)
+
+
+def test_what_no_memory_holds_is_computed_again():
+    assert of(cases(), Machine(2, 1 << 29), found=whole_body()).config.network.checkpointing
+    assert not of(cases(), GPU, found=whole_body()).config.network.checkpointing

@@ -577,3 +577,91 @@ def test_worst_cases_are_written_where_windows_leaves_those_of_before(tmp_path, 
         worst = [(0.5, {"case": "c"}, {"image": Image(np.ones((2, 3, 4), np.uint8))})]
         (entry,) = retrain._written(tmp_path / "check", worst)
     assert read_image(tmp_path / entry["files"]["image"]).shape == (2, 3, 4)
+
+
+def test_a_device_and_the_minutes_that_were_asked_for_are_planned_with(dataset, base, monkeypatch):
+    machines, make_plan = [], retrain.make_plan
+
+    def planned(*words, machine, **more):
+        machines.append(machine)
+        return make_plan(*words, machine=machine, measure=False, **more)
+
+    monkeypatch.setattr(retrain, "make_plan", planned)
+    monkeypatch.setattr(retrain.Machine, "here", lambda: retrain.Machine(4, 16 << 30, "a GPU", 80 << 30))
+    job = training.create(dataset, base, Options(device="cpu", minutes=2))
+    cases, facts = retrain._cases(job.folder, job, base)
+    fit = retrain._configured(job.folder, job, base, cases, facts, retrain._Told(job.folder, None)).fit
+    assert not machines[0].gpu and fit.accelerator == "cpu" and fit.minutes == 2.7
+    job = replace(job, options=Options(device="gpu"))  # gone on with elsewhere, where there is one
+    assert retrain._configured(job.folder, job, base, cases, facts, retrain._Told(job.folder, None)).fit.accelerator == "gpu"
+
+
+def test_what_its_base_did_not_mirror_is_not_mirrored(dataset, base):
+    """The plan itself would, along all axes: nothing in the labels' names speaks of sides."""
+    job = training.create(dataset, base)
+    cases, facts = retrain._cases(job.folder, job, base)
+    data = {"model": {"training_data": [""]}, "input": {"flip_axes": ["x", "y", "z"]}}
+    retrain._named(job, base, cases, facts, data)
+    assert data["input"]["flip_axes"] == list(base.card.data.get("flip_axes", ()))
+
+
+def test_a_label_of_the_base_alone_takes_no_place_of_another(tmp_path, make_package):
+    """The cases call New what the base calls Bright, and Bright is their 2, as Other is the base's."""
+    made = Dataset.create(tmp_path / "set", "set", [Label(1, "New", (0, 0, 230), {}), Label(2, "Bright", (230, 0, 0), {})], ["CT"])
+    add_cases(made, 2, values=(9.0, 1.0))
+    base = make_package(labels=[{"value": 1, "name": "Bright"}, {"value": 2, "name": "Other"}])
+    new = make_package(labels=[{"value": 1, "name": "New"}, {"value": 2, "name": "Bright"}])
+    cases = find_cases(tmp_path / "set")
+    found = retrain.compare(base, new, cases, cases.cases)
+    assert found["labels"]["Bright"]["dice"]["before"]["mean"] > 0.9
+
+
+def test_the_four_worst_cases_are_kept(tmp_path, make_package):
+    good, _, cases = compared(tmp_path, make_package, [1.0] * 4 + [5.0, 6.0])  # the last two are the worst
+    found = retrain.compare(None, good, cases, cases.cases, tmp_path / "job" / "check")
+    assert {"case4", "case5"} < {w["case"] for w in found["worst"]} and len(found["worst"]) == retrain.WORST
+
+
+def test_a_base_that_fails_midway_is_compared_with_nothing(tmp_path, make_package, monkeypatch):
+    good, bad, cases = compared(tmp_path, make_package, [1.0, 1.0])
+    evaluate = retrain.metrics.evaluate
+
+    def fails(package, items, **how):
+        if package is bad and items[0].name == "case1":
+            raise UserError("no memory")
+        return evaluate(package, items, **how)
+
+    monkeypatch.setattr(retrain.metrics, "evaluate", fails)
+    found = retrain.compare(bad, good, cases, cases.cases)
+    assert found["verdict"] == "" and "cannot run on these cases (no memory)" in found["sentence"]
+    assert found["mean"]["dice"]["before"] is None and all(r["dice_before"] is None for r in found["rows"])
+
+
+def test_volume_errors_count_without_their_sign():
+    rows = [{"case": n, "label": "a", "patient": n, "volume_error_percent": v} for n, v in (("x", 50.0), ("y", -50.0))]
+    found = retrain._figures({"before": [], "after": rows}, "volume_error_percent", ["a"])
+    assert found["after"]["mean"] == 50 and found["before"] is None
+
+
+def test_a_label_that_fell_by_less_than_1_percent_makes_no_model_worse():
+    def change(mean, low, high):
+        return {"before": {"mean": 0.8}, "after": {"mean": 0.8 + mean}, "change": {"mean": mean, "low": low, "high": high, "cases": 9}}
+
+    def judged(label, mean=(0.0, -0.01, 0.01), patients=9):
+        facts = {"cases": 9, "patients": patients, "labels": {"a": {"dice": change(*label)}}, "mean": {"dice": change(*mean)}}
+        return retrain.verdict(facts)[0]
+
+    assert judged((-0.008, -0.009, -0.007)) == "same" and judged((-0.012, -0.013, -0.011)) == "worse"
+    assert judged((-0.05, -0.2, 0.1)) == "same"  # which chance explains
+    up = (0.02, 0.01, 0.03)
+    assert judged(up, up, 5) == "better" and judged(up, up, 4) == "same" and judged(up, (0.02, 0.0, 0.04)) == "same"
+
+
+def test_a_label_that_only_held_out_cases_mark_is_left_out(tmp_path):
+    made = Dataset.create(tmp_path / "set", "set", LABELS, ["MR"])
+    add_cases(made, 3, values=(3.0,))
+    add_cases(made, 1, first=3)
+    made._commit(lambda data: [c.update(split="validation" if n == "case3" else "train") for n, c in data["cases"].items()] and None)
+    job = training.create(made.folder)
+    cases, facts = retrain._cases(job.folder, job)
+    assert [label.name for label in cases.labels] == ["Bright"] and facts["unmarked"] == ["Dark"]

@@ -685,3 +685,96 @@ def test_a_benchmarks_row_is_of_the_data_that_are_asked_for(tmp_path, monkeypatc
     for words in (("some/two",), ("some/one", "--names", "left,right")):
         again, out = ask(*words)
         assert again == list(bench.ROWS) and "No row was run yet" in out
+
+
+def test_the_trainer_does_what_the_configuration_says(config, dataset, tmp_path):
+    fit = {"accumulate": 3, "clip": 2.5, "patience": 30, "validate_every": 5, "weight_decay": 0.25, "betas": (0.8, 0.9)}
+    job = t.make_job(replace_fit(config, **fit), tmp_path / "cache")
+    trainer = t._trainer(job, tmp_path, [])
+    assert trainer.accumulate_grad_batches == 3 and trainer.gradient_clip_val == 2.5
+    assert trainer.early_stopping_callbacks[0].patience == 6  # it counts validations
+    (group,) = t.Training(job).configure_optimizers()["optimizer"].param_groups
+    assert group["weight_decay"] == 0.25 and group["betas"] == (0.8, 0.9)
+
+
+def test_every_batch_is_drawn_once_whatever_is_accumulated(config, dataset, tmp_path, monkeypatch):
+    drawn, batch = [], Patches.batch
+    monkeypatch.setattr(Patches, "batch", lambda self, step: drawn.append(step) or batch(self, step))
+    t.train(replace_fit(config, epochs=2, steps=3, accumulate=2), tmp_path / "run", cache=tmp_path / "cache")
+    assert drawn == list(range(12))
+
+
+def test_the_members_of_an_ensemble_see_other_patches(config, dataset, tmp_path):
+    one, other = (t.make_job(config, tmp_path / "cache", seed=seed).source(0, 1).batch(0)[0] for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
+def test_replayed_cases_are_drawn(config, dataset, tmp_path):
+    cases = find_cases(dataset)
+    batches = [
+        t.make_job(config, tmp_path / "cache", replay=(cases.subset(cases.cases[:1]), share)).source(0, 1).batch(0)[0]
+        for share in (0.0, 1.0)
+    ]
+    assert not torch.equal(*batches)
+
+
+def test_the_average_follows_a_short_training(config, dataset, tmp_path):
+    """Of 4 steps, of which an average over a thousand would see nothing."""
+    result = t.train(replace_fit(config, epochs=1, steps=4, ema=0.999), tmp_path / "run", cache=tmp_path / "cache")
+    average = {k: v for k, v in result.network.state_dict().items()}
+    now = {k.removeprefix("model."): v for k, v in weights(tmp_path / "run").items() if k.startswith("model.")}
+    first = t.Training(t.make_job(config, tmp_path / "cache")).model.state_dict()
+
+    def away(a):
+        return sum(float((a[k] - first[k]).square().sum()) for k in first if first[k].is_floating_point()) ** 0.5
+
+    assert away(average) > 0.3 * away(now)
+
+
+def test_the_precision_is_the_devices(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {}
+    for capability in ((7, 5), (8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        found |= {(a, capability[0]): t.precision_here(replace_fit(config, precision="auto", accelerator=a).fit) for a in ("auto", "cpu")}
+    assert found["auto", 7] == "16" and found["auto", 8] == "bf16" and found["cpu", 7] == found["cpu", 8] != "16"
+
+
+def test_what_is_in_no_part_is_trained_on(config):
+    parts = {"a": "", "b": "train", "c": "validation", "d": "test"}
+    cases = [Case(name, name, (), Path(name), split=split) for name, split in parts.items()]
+    assert [[c.name for c in part] for part in t.held_out(cases, config, None)] == [["a", "b"], ["c"]]
+
+
+def test_minutes_are_minutes(config, tmp_path):
+    keeper = t.Keeper(tmp_path, replace_fit(config, minutes=2).fit)
+    late = []
+    for keeper.seconds in (119.0, 121.0):
+        late.append(keeper.late())
+    assert late == [False, True]
+
+
+def test_a_network_in_training_is_scored_as_it_will_be_used():
+    """Batch norm and dropout compute otherwise while they learn, and would learn from the held-out case."""
+    network = t.build(UNetConfig(dimensions=3, in_channels=1, out_channels=2, channels=(4, 8), norm="batch")).train()
+    batch = np.random.default_rng(0).normal(5, 3, (1, 1, 8, 8, 8)).astype(np.float32)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    found = t.LiveEngine(network).run(batch)
+    assert network.training and same(before, network.state_dict())
+    assert np.allclose(found, network.eval()(torch.from_numpy(batch)).detach().numpy(), atol=1e-5)
+
+
+def test_a_label_of_replayed_cases_alone_can_be_trained(config, dataset, tmp_path):
+    cases = find_cases(dataset)
+    train, _ = t.held_out(cases.cases, config, 0)
+    load = type(cases).load
+    own = type("Own", (type(cases),), {"load": lambda self, c: (load(self, c)[0], np.minimum(load(self, c)[1], 1))})(**vars(cases))
+    with pytest.raises(UserError, match="Label 2 .* is in none of"):
+        t.make_job(config, tmp_path / "a", own).prepare()
+    t.make_job(config, tmp_path / "b", own, replay=(cases, 0.5)).prepare()
+
+
+def test_one_whose_time_was_up_goes_on_with_more_of_it(config, dataset, tmp_path):
+    for minutes, epochs in ((1e-6, 1), (1e-6, 1), (60, 3)):
+        t.train(replace_fit(config, minutes=minutes), tmp_path / "run", cache=tmp_path / "cache")
+        assert json.loads((tmp_path / "run" / t.RUN).read_text("utf-8"))["epochs"] == epochs

@@ -1163,3 +1163,34 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     Dataset.open(folder).entries[listed[0]["name"]].label.unlink()
     code, out, _ = run("check", folder)
     assert code == 1 and "label.nii.gz of version 1 is missing" in out
+
+
+def test_an_image_that_is_lost_comes_back_with_the_next_version(dataset):
+    former = dataset.add(scan(0), outline(), name="one")
+    former.images[0].unlink()
+    again = dataset.add(scan(0), outline(), name="one")
+    assert np.array_equal(read_image(again.images[0]).array, scan(0).array)
+
+
+def test_cleaning_keeps_what_can_be_restored(dataset):
+    dataset.add(scan(0), outline(), name="one")
+    dataset.remove("one")
+    dataset.clean(age=0)
+    assert np.array_equal(read_image(dataset.restore("one").images[0]).array, scan(0).array)
+
+
+def test_whole_numbers_that_no_file_holds_become_the_nearest():
+    large = np.array([0, 1 << 40])
+    assert module.storable(large).dtype == np.float32 and module.storable(large).tolist() == [0, 1 << 40]
+
+
+def test_labels_have_values_up_to_255():
+    known = [Label(1, f"l{i}", (0, 0, 0), {}) for i in range(10)]
+    assert [label.value for label in module.completed([Label(253, "x", (0, 0, 0), {})], known)] == [253, 254, 255]
+
+
+def test_a_set_whose_cases_were_removed_is_not_undone(dataset):
+    dataset.add(scan(0), outline(), name="one")
+    dataset.remove("one")
+    dataset.discard()
+    assert Dataset.open(dataset.folder).restore("one").name == "one"

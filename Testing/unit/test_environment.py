@@ -1162,3 +1162,31 @@ def runs(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" if os.path.isdir("/proc/self") else True
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+@pytest.mark.parametrize(
+    "gpus, variant",
+    [
+        ("Tesla T4, 580.65.06, 7.5", "cu130"),
+        ("Tesla V100, 580.65.06, 7.0", "cu126"),
+        ("NVIDIA B200, 570.86.15, 10.0", "cpu"),
+        ("GeForce 940M, 525.60, 5.0", "cu126"),
+    ],
+)
+def test_the_build_of_pytorch_at_the_edges(gpus, variant):
+    assert environment.choose_variant("linux", gpus) == variant
+
+
+def test_a_persons_own_settings_of_pip_lead_nowhere_else(tmp_path):
+    step = environment._pip_step("python", tmp_path, [], [], tmp_path, "25.0", None)
+    expected = {"PIP_USER": "0", "PIP_TARGET": None, "PIP_PREFIX": None, "PIP_FIND_LINKS": None, "PIP_EXTRA_INDEX_URL": None}
+    assert expected.items() <= step.variables.items()
+    assert "--no-cache-dir" in step.command and step.command[step.command.index("--only-binary") + 1] == ":all:"
+
+
+def test_remnants_of_what_slicer_has_stay(tmp_path):
+    places = [tmp_path / "site-packages" / name for name in ("numpy", "onnxruntime")]
+    for place in places:
+        place.mkdir(parents=True)
+        environment.remove_remnants([environment.State(place.name, place.name, "broken", remnants=(place,))])
+    assert [place.exists() for place in places] == [True, False]

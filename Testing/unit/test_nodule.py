@@ -539,3 +539,9 @@ def test_a_follow_up_says_what_shrinks_and_nothing_of_exactly_1_5_mm():
 def test_no_shift_takes_a_nodule_to_the_other_lung():
     right, left, near, new = (nodule(center=(x, 0.0, 0.0), side="left" if x > 0 else "right") for x in (-60.0, 60.0, 64.0, 184.0))
     assert match([right, left], [near, new]) == [(0, None), (1, 0), (None, 1)]
+
+
+def test_exactly_a_quarter_less_is_smaller():
+    assert follow_up(nodule(400.0), nodule(300.0, 7.5), 90)["growth"] == "smaller"
+    assert follow_up(nodule(400.0), nodule(305.0, 7.5), 90)["growth"] == "stable"
+    assert follow_up(nodule(), nodule(450.0, 9.8), 366)["doubling_days"] == pytest.approx(366 * math.log(2) / math.log(1.5))

@@ -18,7 +18,7 @@ from UNetSegmentationLib import files, training
 from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Image
-from UNetSegmentationLib.model import Label, ModelPackage, find_model
+from UNetSegmentationLib.model import Card, Label, ModelPackage, find_model
 from UNetSegmentationLib.training import Options
 from workers import POSIX
 
@@ -62,7 +62,7 @@ def dataset(tmp_path, monkeypatch):
     does(made.folder, "train")
     yield made.folder
     for job in training.jobs(made.folder):
-        if job.running and job.pid:
+        if job.running and job.pid and job.pid != os.getpid():
             with suppress(OSError):  # it may end by itself just now
                 os.kill(job.pid, KILL)
             wait(job, lambda j: not j.running)
@@ -589,3 +589,25 @@ def test_the_parent_of_another_task_stays(finished, make_package, models_folder)
     training.update(finished.folder, base="other-1.0.0")
     training.promote(training.read(finished.folder), "use")
     assert sorted(p.name for p in models_folder.glob("*.unet.zip")) == ["other-1.0.0.unet.zip", "toy-1.1.0.unet.zip"]
+
+
+def test_resumed_a_job_offers_no_former_package_and_is_not_stopped_again(finished):
+    training.update(finished.folder, state="stopped", verdict="worse", kept=True)
+    (finished.folder / training.STOP).touch()
+    job = training.resume(finished, launch=False)
+    assert job.package is None and job.verdict == "" and not (job.folder / training.STOP).exists()
+
+
+def test_room_is_kept_for_the_last_sentence(dataset):
+    job = training.create(dataset)
+    assert training.claim(job.folder)
+    room = job.folder / training._RESERVE
+    held = room.stat().st_size if room.exists() else 0
+    training.end(job.folder, "failed", "The disk is full.")  # before all else: the fixture ends processes of running jobs, here this one
+    assert held >= 1 << 16 and not room.exists()
+
+
+def test_a_click_model_and_several_channels_do_not_fit(toy_card):
+    card = Card(toy_card(task="click"))
+    assert training.misfit(card, {"channels": ["T1", "T2"]})
+    assert not training.misfit(card, {"channels": ["T1"]}) and not training.misfit(card, None)

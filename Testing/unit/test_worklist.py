@@ -1031,3 +1031,65 @@ def test_a_scan_that_cannot_be_read_is_passed_over_and_the_desk_ends_with_its_cl
     assert answer["list"]["failed"][0]["name"] == "s0"
     desk.process.stdin.close()
     until(lambda: desk.process.poll() is not None, "the desk's end")
+
+
+def test_a_scan_that_was_finished_while_it_was_segmented_stays_so(work, make_package):
+    package = make_package()
+    work.choose_models([package])
+    ended = []
+
+    def meanwhile():
+        if not ended:
+            ended.append(WorkList.open(work.folder).skip("s0", ANNA))
+        return False
+
+    assert work.segment([package], BERT, ONNX, cancelled=meanwhile).name == "s0"
+    assert work.refresh().scan("s0").status == "skipped"
+
+
+def test_every_column_of_the_description_counts_the_same():
+    """By the first column, whose numbers are large, 1 is the farthest from 0; by both, 3 is."""
+    points = np.array([[0, 0.0], [1000, 0.0], [0, 0.1], [900, 1.0], [500, 0.0]])
+    assert order(np.ones(5), points)[:2] == [0, 3]
+
+
+def test_a_scan_that_somebody_has_does_not_fail(work, make_package, scans, monkeypatch):
+    """Taken meanwhile, not segmented before: who corrects it can read it."""
+    package = make_package()
+    work.choose_models([package])
+
+    def fails(*words):
+        WorkList.open(work.folder)._commit(lambda data: data["scans"]["s0"].update(claim=work._claim(ANNA, work._now(), "correct")))
+        raise UserError("It cannot be segmented.")
+
+    monkeypatch.setattr(module, "predict", fails)
+    work.segment([package], BERT, ONNX)
+    assert work.refresh().scan("s0").status == "taken" and not work.scan("s0").error
+
+
+def test_what_is_being_written_is_not_cleaned_away(work):
+    fresh, old = (work.folder / module.RESULTS / "s0" / f"{n}.seg.nrrd" for n in ("fresh", "old"))
+    fresh.parent.mkdir(parents=True)
+    for path in (fresh, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    work.clean()
+    assert fresh.exists() and not old.exists()
+
+
+def test_cleaning_knows_what_others_did_meanwhile(work, make_package):
+    package = make_package()
+    work.choose_models([package])
+    stale = WorkList.open(work.folder)
+    mask = work.segment([package], ANNA, ONNX).mask
+    os.utime(mask, (0, 0))
+    stale.clean()
+    assert mask.is_file()
+
+
+def test_what_has_no_result_yet_comes_before_what_another_model_segmented(work, make_package):
+    old, new = make_package(), make_package(version="2.0.0")
+    work.choose_models([old])
+    first = work.segment([old], ANNA, ONNX).name
+    work.choose_models([new])
+    assert first == "s0" and [s.name for s in segment_all(work, new)][-1] == "s0"

@@ -1284,7 +1284,7 @@ def read_shared(folder: Path, name: str, form: str, what: str, make: str, check:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    return read_shared(folder, INDEX, FORMAT, "dataset", "create", _check_index)
+    return read_shared(folder, INDEX, FORMAT, "dataset", "add a first case to make", _check_index)
 
 
 def _check_index(data: dict[str, Any]) -> None:

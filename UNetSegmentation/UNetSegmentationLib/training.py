@@ -313,7 +313,8 @@ def _not_started(folder: Path, python: str) -> str:
     except OSError:
         log = []
     last = log[-1].strip()[:200] if log else "it said nothing"
-    return f"The training did not start with the Python at {python} ({last}); install what it needs, or choose another, and resume it."
+    where = f" with the Python at {python}" if python else ""  # none where it was to train here and now
+    return f"The training did not start{where} ({last}); install what it needs, or choose another, and resume it."
 
 
 # --------------------------------------------------------------------------------------------------------- start and stop

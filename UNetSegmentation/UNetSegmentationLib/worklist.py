@@ -473,7 +473,7 @@ class WorkList:
         claim = record.get("claim") or {}
         if claim.get("for") != "correct" or claim.get("who") != me.who or claim["until"] < now:
             return False
-        return me.owns(claim) or (claim.get("host") == me.host and claim.get("pid", 0) != 0 and process_is_gone(claim))
+        return me.owns(claim) or process_is_gone(claim)
 
     def _claim(self, me: Annotator, now: float, purpose: str) -> dict[str, Any]:
         return {"for": purpose, "who": me.who, "name": me.name, "host": me.host, "pid": me.pid, "until": _until(now, me)}

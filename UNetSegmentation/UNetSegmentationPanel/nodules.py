@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -1046,7 +1047,8 @@ class NoduleSection(VTKObservationMixin):
             text = _("Click on the nodule in a slice view.")
             if tool.segment:
                 name = tool.segmentation.GetSegmentation().GetSegment(tool.segment).GetName()
-                text = _("{name}: click on what is missing, Ctrl+click on what is too much, or press Next nodule.").format(name=name)
+                text = _("{name}: click on what is missing, {key}+click on what is too much, or press Next nodule.")
+                text = text.format(name=name, key="Cmd" if sys.platform == "darwin" else "Ctrl")
         if ui.clickMessage.text != text:
             ui.clickMessage.text = text
         ui.clickMessage.visible = bool(text)

@@ -490,7 +490,8 @@ def _follow(job: Any, detached: bool) -> None:
     job = training.read(job.folder)
     if job.package is None:
         raise UserError(job.text)
-    print(f"wrote {job.package}; put it to use with: unetseg-train promote {job.folder} use")
+    how = "keep (or discard)" if job.verdict == "worse" else "use"
+    print(f"wrote {job.package}; decide with: unetseg-train promote {job.folder} {how}")
 
 
 def _scored(folder: Path, config: Any, data: str | None) -> tuple[Any, Sequence[Any]]:

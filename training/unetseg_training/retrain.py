@@ -331,7 +331,6 @@ def _configured(
         progress=told.progress("Reading the cases", 0.0, 0.03),
     )
     data = made.config.model_dump(mode="json")
-    data["data"]["cache"] = None
     data["fit"]["accelerator"] = device
     if minutes is not None:
         data["fit"]["minutes"] = float(f"{1.35 * minutes:.3g}")  # should the machine be busier than when it was measured

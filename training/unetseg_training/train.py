@@ -598,7 +598,7 @@ class Keeper(Checkpoint):
         value = float(dice) if dice is not None and validated else -math.inf
         # Until the first validation the latest weights are the best known.
         if value > self.best or self.best == -math.inf:
-            self.best, self.epoch, self.labels = max(value, self.best), trainer.current_epoch, dict(module.last_scores)
+            self.best, self.epoch, self.labels = value, trainer.current_epoch, dict(module.last_scores)
             if trainer.is_global_zero:
                 weights = {k: v.detach().cpu().contiguous() for k, v in module.average.state_dict().items()}
                 _write(self.folder / WEIGHTS, save_tensors(weights, {"network": json.dumps(module.job.network.to_json())}))

@@ -99,7 +99,7 @@ def choose_engine(package: ModelPackage, engine: str = "auto", device: str = "au
         tries += [(name, "gpu") for name in ("onnx", "torch") if installed(name) and _has_gpu(name, package)]
     tries += [(name, "cpu") for name in ("openvino", "onnx", "torch") if installed(name)]
     if not tries:
-        raise UserError("Nothing here can run a network; install onnxruntime (pip install onnxruntime).")
+        raise UserError("Nothing here can run a network; install onnxruntime (in Slicer: press Apply once; else: pip install onnxruntime).")
     notes: list[str] = []
     failed: dict[str, str] = {}
     if device == "gpu" and tries[0][1] == "cpu":
