@@ -9,6 +9,7 @@ import sys
 import time
 import types
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def test_a_failure_is_one_sentence_and_the_next_try_repairs(gui, installer, whee
 
     gui.pip.run = killed
     with pytest.raises(UserError, match="exit code 1.*Try again"):
-        installer.ensureRequirements(confirm=Asked(True))
+        installer.ensureRequirements(confirm=Asked(True, False))
     assert status(installer) == ["broken"]
     gui.pip.run = pip
     asked = Asked(True)
@@ -164,6 +165,34 @@ def test_offline_a_wheel_folder_is_asked_for(gui, installer, wheels, tmp_path, m
     assert "has no wheel of onnxruntime>=1.17" in asked[1]
     assert "will be installed from" in asked[2]
     assert installer.wheelFolder() == str(wheels)
+
+
+@contextmanager
+def files_blocked(folder, wheels):
+    """The address of an index that a firewall lets through, without its files."""
+    with unit.package_index(folder, wheels) as (address, _requests):
+        for file in folder.glob("*.whl*"):
+            file.unlink()
+        yield address
+
+
+def test_where_the_files_are_blocked_a_wheel_folder_is_asked_for(gui, installer, wheels, tmp_path, monkeypatch):
+    import slicer
+
+    (tmp_path / "empty").mkdir()
+    with files_blocked(tmp_path / "index", wheels) as address:
+        monkeypatch.setenv("PIP_INDEX_URL", address)
+        with monkeypatch.context() as m, pytest.raises(UserError, match="exit code 1"):
+            m.setattr(type(slicer.app), "testingEnabled", lambda self: True)
+            installer.ensureRequirements(confirm=Asked(True))  # and nothing more
+        with pytest.raises(UserError, match="exit code 1"):
+            installer.ensureRequirements(confirm=Asked(True, False))
+        gui.dialogs.answer(str(tmp_path / "empty"), str(wheels))
+        asked = Asked(True, True, True, True)
+        assert installer.ensureRequirements(confirm=asked)
+    assert "from the network" in asked[0] and "exit code 1" in asked[1] and asked[1].endswith("Choose a folder of wheels now?")
+    assert "has no wheel of onnxruntime>=1.17" in asked[2] and str(wheels) in asked[3]
+    assert installer.wheelFolder() == str(wheels) and status(installer) == ["installed"]
 
 
 def test_a_wheel_folder_that_is_gone_gives_way_to_the_network(gui, installer, wheels, tmp_path, monkeypatch):
@@ -520,6 +549,33 @@ def test_offline_a_wheel_folder_with_pytorch_is_asked_for(gui, installer, torch_
     first, other, question = gui.dialogs.texts("message")[-3:]
     assert "index cannot be reached" in first and f"{wheels} has no wheel of torch. Choose" in other
     assert question.startswith("Download and install") and "torch 2.13.0" in question and installer.wheelFolder() == str(torch_wheels)
+    gui.close(widget)
+
+
+def test_where_pytorchs_files_are_blocked_a_wheel_folder_is_asked_for(gui, installer, torch_wheels, tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "own_requirements", lambda *_unused: [f"torch=={environment.TORCH}"])
+    installer.setWheelFolder("")
+    widget = gui.open()
+    ui = widget.ui
+    gui.wait(lambda: widget._warm, 60)
+    with files_blocked(tmp_path / "index", torch_wheels) as address:
+        monkeypatch.setenv("PIP_INDEX_URL", address)
+        monkeypatch.setattr(environment, "TORCH_INDEX", address + "/")
+        for answers in ((True, False), (True, True, str(torch_wheels), False)):
+            gui.dialogs.clear()
+            gui.dialogs.answer(*answers)
+            ui.torchButton.click()
+            gui.wait(lambda: not gui.dialogs.answers and not widget.torchRow.working, 60)
+            problem = gui.dialogs.texts("message")[1].removesuffix(" Choose a folder of wheels now?")
+            assert problem.startswith("PyTorch was not installed: pip failed")
+            assert ui.torchStatus.text == (problem if answers[1] is False else "Not installed")
+        assert gui.dialogs.texts("message")[2].startswith("Download and install") and installer.wheelFolder() == str(torch_wheels)
+
+        monkeypatch.setattr(environment, "TORCH_DISK", dict.fromkeys(environment.TORCH_DISK, 1e18))
+        gui.dialogs.answer(True)
+        ui.torchButton.click()  # a folder of wheels would not help
+        gui.wait(lambda: not widget.torchRow.working, 60)
+    assert "free some space" in ui.torchStatus.text
     gui.close(widget)
 
 

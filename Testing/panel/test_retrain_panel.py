@@ -301,6 +301,8 @@ def test_what_cannot_be_trained_on_is_a_sentence(panel: Any, dataset: Path, monk
 class FakeJob:
     """As installer.Job: half done, until the test lets it end."""
 
+    pipFailed = False
+
     def __init__(self, answers: Any, outcome: str, value: Any) -> None:
         self.progress, done, failed, self._cancelled = answers
         self._end = lambda: (done if outcome == "done" else failed)(value)
@@ -364,7 +366,19 @@ def test_what_is_missing_is_asked_for_with_its_size_and_installed(panel: Any, da
     answer[:] = ["failed", "The folder lacks monai; put it there."]
     p.gui.click(p.ui.trainButton)
     p.section._install.end()
-    assert p.ui.trainMessage.text == "The folder lacks monai; put it there."
+    assert p.ui.trainMessage.text == "The folder lacks monai; put it there." and len(offered) == 2
+
+    answer[:] = ["done", plan]
+    monkeypatch.setattr(installer, "installTraining", lambda plan, *answers: FakeJob(answers, "failed", "Files are blocked; try again."))
+    for pip_failed, so_often in ((False, 0), (True, 1)):
+        offered.clear()
+        p.gui.dialogs.answer(True)
+        p.gui.click(p.ui.trainButton)
+        p.section._install.end()
+        p.section._install.pipFailed = pip_failed
+        p.section._install.end()
+        assert offered == so_often * ["Files are blocked; try again."]
+    assert p.section._install is not None  # is planned again, from the folder that was chosen
 
 
 def test_a_segmentation_goes_on_while_what_training_needs_is_installed(panel: Any, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,32 +61,36 @@ def ensureRequirements(confirm: Callable[[str], bool] | None = None) -> bool:
     """Whether onnxruntime is usable for the worker; asks once, and installs it. False where the person declines.
 
     confirm: asks a question (default: a dialog). A damaged installation is repaired; nothing else that Slicer's Python has
-    changes. UserError with one sentence where it fails; trying again then starts from what is there.
+    changes. UserError with one sentence where it fails and no other wheel folder is chosen; trying again then starts from what
+    is there.
     """
     if environment.own_environment().status == "ready":
         return True  # the worker runs there
-    states = environment.check(environment.read_requirements(REQUIREMENTS))
-    wanted = environment.to_install(states)
-    if not wanted:
-        return True
     if confirm is None:
         confirm = functools.partial(slicer.util.confirmOkCancelDisplay, windowTitle=NAME, textFormat=qt.Qt.PlainText)
-    _checkWritable()
-    found = _plan(wanted, confirm)
-    if found is None:
-        return False
-    plan, folder = found
-    damaged = [_("{name} is damaged: {reason}.").format(name=s.name, reason=s.reason) for s in states if s.status == "broken"]
-    question = _("{packages} will be installed from {source} into Slicer's Python. What Slicer has stays as it is. Continue?")
-    if not confirm(" ".join([*damaged, question.format(packages=plan, source=folder or _("the network"))])):
-        return False
-    environment.remove_remnants(states)
-    _install(wanted, environment.pins(states), folder)
-    importlib.invalidate_caches()
-    left = [s for s in environment.check(environment.read_requirements(REQUIREMENTS)) if s.status != "installed"]
-    if left:
-        reason = left[0].reason or _("it is not there")
-        raise UserError(_("{name} was not installed ({reason}); try again.").format(name=left[0].name, reason=reason))
+    requirements, failure = environment.read_requirements(REQUIREMENTS), ""
+    while wanted := environment.to_install(states := environment.check(requirements)):
+        _checkWritable()
+        found = _plan(wanted, confirm, failure)
+        if found is None:
+            if failure:
+                raise UserError(failure)
+            return False
+        plan, folder = found
+        damaged = [_("{name} is damaged: {reason}.").format(name=s.name, reason=s.reason) for s in states if s.status == "broken"]
+        question = _("{packages} will be installed from {source} into Slicer's Python. What Slicer has stays as it is. Continue?")
+        if not confirm(" ".join([*damaged, question.format(packages=plan, source=folder or _("the network"))])):
+            return False
+        environment.remove_remnants(states)
+        try:
+            _install(wanted, environment.pins(states), folder)
+        except UserError as e:  # also of an index that a firewall lets through without its files
+            failure = str(e)
+            continue
+        importlib.invalidate_caches()
+        if left := [s for s in environment.check(requirements) if s.status != "installed"]:
+            reason = left[0].reason or _("it is not there")
+            raise UserError(_("{name} was not installed ({reason}); try again.").format(name=left[0].name, reason=reason))
     return True
 
 
@@ -102,34 +106,36 @@ def _checkWritable() -> None:
         raise UserError(text.format(folder=folder, reason=e.strerror or e)) from e
 
 
-def _plan(wanted: Sequence[str], ask: Callable[[str], bool]) -> tuple[Plan, str] | None:
+def _plan(wanted: Sequence[str], ask: Callable[[str], bool], problem: str = "") -> tuple[Plan, str] | None:
     """What would be installed, and the wheel folder or ""; None where the person gave up.
 
     Where the remembered folder does not serve any more, the network is tried, and the folder forgotten if that answers.
+    problem: why what either had was not installed; then another folder is asked for.
     """
-    folder, problem, asked = wheelFolder(), "", False
-    while True:
+    folder = wheelFolder()
+    if not problem:
         if folder:
             try:
-                plan = environment.plan_folder(wanted, folder)
-                setWheelFolder(folder)
-                return plan, folder
+                return environment.plan_folder(wanted, folder), folder
             except UserError as e:
                 problem = str(e)
-        if not asked:
-            found = _lookUp(wanted)
-            if found is None:
-                return None
-            if not found.offline:
-                setWheelFolder("")
-                return found, ""
-            problem = f"{problem} {found.problem}".strip()
-        if slicer.app.testingEnabled():
-            raise UserError(problem)
-        asked = True
-        folder = _askForFolder(problem, folder, ask)
-        if not folder:
+        found = _lookUp(wanted)
+        if found is None:
             return None
+        if not found.offline:
+            setWheelFolder("")
+            return found, ""
+        problem = f"{problem} {found.problem}".strip()
+    if slicer.app.testingEnabled():
+        raise UserError(problem)
+    while folder := _askForFolder(problem, folder, ask):
+        try:
+            plan = environment.plan_folder(wanted, folder)
+            setWheelFolder(folder)
+            return plan, folder
+        except UserError as e:
+            problem = str(e)
+    return None
 
 
 def _askForFolder(problem: str, former: str, ask: Callable[[str], bool]) -> str:
@@ -246,6 +252,7 @@ class Job:
         self._step: Step | None = None
         self._output, self._log, self._line = b"", b"", b""
         self._outcome: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+        self.pipFailed = False  # then a wheel folder may help, which it does not where the disk is too small
         self.running = True
         _jobs.add(self)
         qt.QTimer.singleShot(0, self._begin)
@@ -274,6 +281,8 @@ class Job:
             self._outcome = self._outcome or (self._onDone, (e.value,))
             qt.QTimer.singleShot(0, self._tell)
         except UserError as e:
+            if self._outcome is None and self._step is not None:
+                self.pipFailed = "pip" in self._step.command
             self._fail(self._onError, str(e))
         except Exception as e:
             logging.exception("A step of an installation failed.")

@@ -134,7 +134,7 @@ class TorchRow:
 
     def _start(self, text: str, begin: Callable[..., Any], onDone: Callable[[Any], None], **more: Any) -> None:
         self._said = text
-        self._job = begin(self._onProgress, onDone, self._onEnd, lambda: self._onEnd(_("Cancelled.")), **more)
+        self._job = begin(self._onProgress, onDone, self._onFailed, lambda: self._onEnd(_("Cancelled.")), **more)
         self._begun()
 
     def _begun(self) -> None:
@@ -151,10 +151,7 @@ class TorchRow:
 
         # The job that is over is kept during the question, so that nobody else begins meanwhile.
         if plan.offline:
-            chosen = not self._closed and installer.askForTorchWheels(plan.problem, "PyTorch")
-            self._onEnd("" if chosen else plan.problem)
-            if chosen and not self._closed:
-                self._plan()
+            self._onFailed(plan.problem, offline=True)
             return
         question = _("Download and install {what}? It gets a folder of its own; nothing of Slicer's Python changes.").format(what=plan)
         chosen = not self._closed and slicer.util.confirmOkCancelDisplay(question, windowTitle="PyTorch", textFormat=qt.Qt.PlainText)
@@ -163,6 +160,15 @@ class TorchRow:
             return
         closeWorker()
         self._start(_("Installing …"), installer.createTorch, lambda _own: self._onEnd(""), variant=plan.variant or "auto")
+
+    def _onFailed(self, problem: str, offline: bool = False) -> None:
+        """offline, or where pip failed: a wheel folder is asked for, and all planned again from there."""
+        from . import installer
+
+        chosen = (offline or self._job.pipFailed) and not self._closed and installer.askForTorchWheels(problem, "PyTorch")
+        self._onEnd("" if chosen else problem)
+        if chosen and not self._closed:
+            self._plan()
 
     def _onProgress(self, fraction: float | None, text: str) -> None:
         self._say(text if fraction is None else f"{text} ({100 * fraction:.0f} %)")

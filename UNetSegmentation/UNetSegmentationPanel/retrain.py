@@ -387,7 +387,7 @@ class RetrainSection(VTKObservationMixin):
         return str(self.panel.trainingSet.folder)
 
     def _answers(self, done: Any) -> tuple[Any, ...]:
-        return self._onProgress, done, self._onInstallEnd, lambda: self._onInstallEnd(_("Cancelled."))
+        return self._onProgress, done, self._onInstallFailed, lambda: self._onInstallEnd(_("Cancelled."))
 
     def _installing(self, text: str, job: Any) -> None:
         self._install = job
@@ -406,10 +406,7 @@ class RetrainSection(VTKObservationMixin):
 
         # The job that is over is kept during the question, so that nobody else begins meanwhile.
         if plan.offline:
-            chosen = not self._closed and installer.askForTorchWheels(plan.problem, _("Retrain"))
-            self._onInstallEnd("" if chosen else plan.problem)
-            if chosen and not self._closed:
-                self._plan()
+            self._onInstallFailed(plan.problem, offline=True)
             return
         question = _("To train, {what} must be downloaded and installed, in a folder of its own. Do it now?").format(what=plan)
         if self._closed or not slicer.util.confirmOkCancelDisplay(question, windowTitle=_("Retrain"), textFormat=qt.Qt.PlainText):
@@ -425,6 +422,15 @@ class RetrainSection(VTKObservationMixin):
         if not self._closed:
             failed = _("What the training needs was not installed; try again.")
             self._withPython(self._begin, lambda: self._say(failed))
+
+    def _onInstallFailed(self, problem: str, offline: bool = False) -> None:
+        """As in packages.TorchRow."""
+        from . import installer
+
+        chosen = (offline or self._install.pipFailed) and not self._closed and installer.askForTorchWheels(problem, _("Retrain"))
+        self._onInstallEnd("" if chosen else problem)
+        if chosen and not self._closed:
+            self._plan()
 
     def _onInstallEnd(self, text: str) -> None:
         self._install = None
