@@ -396,14 +396,34 @@ def _keep_only(cases: CaseSet, only: Sequence[str]) -> CaseSet:
     return replace(cases, labels=labels, values={v: new.get(k, min(k, 0)) for v, k in cases.values.items()})
 
 
-def _keep_channels(cases: CaseSet, channels: Sequence[str]) -> CaseSet:
-    known = {plain_name(name): i for i, name in enumerate(cases.channels)}
-    if missing := [name for name in channels if plain_name(name) not in known]:
-        raise UserError(f"There is no channel {missing[0]}; the cases have {', '.join(cases.channels)}.")
-    at = [known[plain_name(name)] for name in channels]
+def channel_places(own: Sequence[str], wanted: Sequence[str], key: Callable[[str], str] = str.casefold) -> list[int | None]:
+    """Where each of the wanted channels is among one's own; None where it is not. Of two with one name each is found once."""
+    left: list[str | None] = [key(name) for name in own]
+    out: list[int | None] = []
+    for name in map(key, wanted):
+        out.append(left.index(name) if name in left else None)
+        if out[-1] is not None:
+            left[out[-1]] = None
+    return out
+
+
+def ordered_channels(cases: CaseSet, wanted: Sequence[str]) -> CaseSet:
+    """The cases with their channels in this order where they have these and no others; as they are where they have others.
+
+    Raises UserError for channels in another order that lie in one file."""
+    if len(wanted) != len(cases.channels) or None in channel_places(cases.channels, wanted):
+        return cases
+    return _keep_channels(cases, wanted, str.casefold)
+
+
+def _keep_channels(cases: CaseSet, channels: Sequence[str], key: Callable[[str], str] = plain_name) -> CaseSet:
+    places = channel_places(cases.channels, channels, key)
+    if None in places:
+        raise UserError(f"There is no channel {channels[places.index(None)]}; the cases have {', '.join(cases.channels)}.")
+    at = [i for i in places if i is not None]
     together = next((c for c in cases.cases if len(c.images) != len(cases.channels)), None)
     if together and at != list(range(len(cases.channels))):
-        raise UserError(f"Case {together.name} holds its channels in one file, of which none can be left out; save them in a file each.")
+        raise UserError(f"Case {together.name} holds its channels in one file, of which none can be left out or moved; save them in a file each.")
     kept = cases.cases if together else tuple(replace(c, images=tuple(c.images[i] for i in at)) for c in cases.cases)
     return replace(cases, cases=kept, channels=tuple(cases.channels[i] for i in at))
 
