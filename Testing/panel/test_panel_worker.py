@@ -16,6 +16,7 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -409,6 +410,25 @@ def test_nothing_is_left_of_a_worker_that_had_not_said_its_id(gui, make_worker, 
     worker.shutdown()
     until(lambda: not processes(), "the end of both")
     assert not folder.exists()
+
+
+@POSIX
+@pytest.mark.parametrize(("now", "killed"), [("one", [4321]), ("another", []), (None, [])])
+def test_what_has_the_id_of_a_worker_that_ended_is_not_killed(gui, tmp_path, monkeypatch, now, killed):
+    """On Windows a launcher that ends says nothing of the worker, which may live on."""
+    from UNetSegmentationPanel import worker as module
+
+    kills, ends, marks = [], [], ["one"]
+    system = SimpleNamespace(name="nt", environ=os.environ, kill=lambda pid, number: kills.append(pid))
+    monkeypatch.setattr(module, "os", system)
+    monkeypatch.setattr(module, "process_mark", lambda pid: marks[-1])
+    python = script(tmp_path / "PythonSlicer", "cat\n")
+    child = module.ChildProcess([python], os.environ, lambda _: None, lambda _: None, lambda *end: ends.append(end))
+    child.workerPid = 4321
+    child._process.closeWriteChannel()
+    marks.append(now)
+    gui.wait(lambda: ends)
+    assert kills == killed and ends == [(0, "")] and child.launched
 
 
 def test_another_python_takes_over_after_the_job_that_is_on_its_way(gui, make_worker, image, make_package, tmp_path, toy_card):

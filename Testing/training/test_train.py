@@ -697,6 +697,16 @@ def test_the_trainer_does_what_the_configuration_says(config, dataset, tmp_path)
     assert group["weight_decay"] == 0.25 and group["betas"] == (0.8, 0.9)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_several_gpus_of_windows_have_no_nccl(config, dataset, tmp_path, monkeypatch, strategy):
+    job, made = t.make_job(replace_fit(config, devices=2, strategy=strategy), tmp_path / "cache"), []
+    monkeypatch.setattr(t.L, "Trainer", lambda **options: made.append(options["strategy"]))
+    t._trainer(job, tmp_path, [])
+    monkeypatch.setattr(sys, "platform", "win32")
+    t._trainer(job, tmp_path, [])
+    assert made[0] == "ddp" and made[1]._get_process_group_backend() == "gloo"
+
+
 def test_every_batch_is_drawn_once_whatever_is_accumulated(config, dataset, tmp_path, monkeypatch):
     drawn, batch = [], Patches.batch
     monkeypatch.setattr(Patches, "batch", lambda self, step: drawn.append(step) or batch(self, step))

@@ -129,6 +129,14 @@ def test_a_package_that_cannot_be_loaded_is_one_sentence(monkeypatch, make_packa
     monkeypatch.setitem(sys.modules, "UNetSegmentationLib.engines.onnx", None)
     with pytest.raises(UserError, match="package onnxruntime cannot be loaded .*; install it again"):
         make_engine(make_package(), "onnx", "cpu", "auto", 0)
+
+    class Full:
+        def __getattr__(self, name):
+            raise OSError("[WinError 1455] The paging file is too small for this operation to complete")
+
+    monkeypatch.setitem(sys.modules, "UNetSegmentationLib.engines.onnx", Full())
+    with pytest.raises(UserError, match="cannot be loaded .*paging file.*; close other programs"):
+        make_engine(make_package(), "onnx", "cpu", "auto", 0)
     if installed("torch") or installed("openvino"):
         text = choose_engine(find_model("hippocampus-3d")).describe()
         assert "ONNX" not in text and text.startswith(("OpenVINO", "PyTorch"))
@@ -178,6 +186,8 @@ def test_a_gpu_that_does_not_work_is_passed_over_and_said(monkeypatch, capfd):
         (RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)"), "memory is full"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory: you tried"), "memory is full"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "memory is full"),
+        (RuntimeError("Couldn't open shared file mapping: <torch_1_2_0>, error code: <1455>"), "memory is full"),
+        (RuntimeError("[WinError 1455] Die Auslagerungsdatei ist zu klein"), "memory is full"),
     ],
 )
 def test_what_pytorch_raises_is_one_sentence(monkeypatch, error, sentence):

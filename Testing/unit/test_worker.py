@@ -941,6 +941,7 @@ def test_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
         (-9, "", True, False, "memory", "by the system, probably because memory ran out"),
         (137, "", True, False, "memory", "by the system"),
         (0xC0000017, "", True, False, "memory", "by the system"),
+        (0xC000012D, "", True, False, "memory", "by the system"),
         (-11, "", True, False, "worker", r"crashed \(signal 11\)"),
         (1, "[python-real] exit abnormally", True, True, "memory", "by the system"),
         (1, "Fatal Python error: Aborted\n...", True, True, "worker", "exit code 1"),

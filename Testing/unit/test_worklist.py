@@ -1,6 +1,8 @@
 """The work list: the order that it gives, what is segmented in advance, and that nobody gets a scan that another has."""
 
+import errno
 import json
+import ntpath
 import os
 import shutil
 import signal
@@ -10,7 +12,7 @@ import sys
 import time
 import unicodedata
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -370,6 +372,19 @@ def test_what_this_computer_cannot_do_fails_no_scan(work, make_package, monkeypa
     assert [s.name for s in segment_all(WorkList.open(work.folder), package)] == ["s0"]  # it is nobody's
 
 
+def test_what_windows_has_no_number_for_is_no_damage(work, monkeypatch):
+    """It is EINVAL, as of a file that OneDrive cannot bring. A reader that looks before a damaged file's start has it too."""
+    scan, invalid = work.scan("s0"), OSError(errno.EINVAL, "Invalid argument")
+    error = caused("s0.nii.gz cannot be read (Invalid argument); check your rights and the disk.", invalid)
+    assert module.left_alone(scan, error) == ""
+
+    def fail(*_unused):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(module, "open", fail, raising=False)
+    assert "s0 cannot be opened here (Invalid argument), so it was left alone" in module.left_alone(scan, error)
+
+
 def test_what_is_amiss_with_more_than_a_scan_is_told_by_its_own_sentence(work, make_package, monkeypatch):
     package, tried = make_package(), []
     work.choose_models([package])
@@ -701,6 +716,26 @@ def test_a_list_and_its_scans_may_move_together(work, tmp_path):
     moved = WorkList.open(tmp_path / "elsewhere" / "list")
     assert moved.next(ANNA).files[0].is_file()
     assert moved.add([tmp_path / "elsewhere" / "scans"]) == []
+
+
+@pytest.mark.parametrize("top", ["Z:\\", "\\\\nas\\study\\"])
+def test_a_list_at_the_top_of_a_drive_or_share_may_have_another_letter_elsewhere(monkeypatch, top):
+    monkeypatch.setattr(module, "Path", PureWindowsPath)
+    monkeypatch.setattr(module, "_plain", lambda path: PureWindowsPath(ntpath.normpath(path)))
+    stored = {folder: WorkList(PureWindowsPath(top, folder), {})._stored(PureWindowsPath(top, "ct", "a.nii.gz")) for folder in ("list", "")}
+    assert stored == {"list": "../ct/a.nii.gz", "": "ct/a.nii.gz"}
+    assert WorkList(PureWindowsPath(top, "list"), {})._stored(PureWindowsPath("D:\\ct\\a.nii.gz")) == "D:/ct/a.nii.gz"
+
+
+@POSIX
+def test_below_the_root_a_list_names_scans_as_they_are():
+    assert WorkList(Path("/list"), {})._stored(Path("/ct/a.nii.gz")) == Path("/ct/a.nii.gz").absolute().as_posix()
+
+
+def test_to_windows_a_scan_in_other_letters_is_the_same(work, scans, monkeypatch):
+    monkeypatch.setattr(os.path, "normcase", ntpath.normcase)
+    (scans / "s0.nii.gz").rename(scans / "S0.nii.gz")
+    assert work.add([scans / "S0.nii.gz"]) == []
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="there both are one name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import secrets
@@ -27,7 +28,8 @@ _UMASK = _umask()  # asked for once: two threads that ask at the same time would
 # What ITK, the engines and the system say. Not "allocate" alone: it is looked for in sentences that hold the names of files.
 OUT_OF_MEMORY = re.compile(
     r"bad.?alloc|alloc_?failed|failed memory allocation|(failed|unable|could not|cannot|can't|tried) (to )?allocate"
-    r"|(out of|not enough) memory|memory is full",
+    r"|(out of|not enough) memory|memory is full"
+    r"|paging file is too small|WinError 1455|error code: <1455>",  # the first in the system's language
     re.I,
 )
 
@@ -44,6 +46,18 @@ def user_path(name: str | Path) -> Path:
     """A path whose ~ is the person's folder. Where it is nobody's (~backup.nii), it is part of the name: Path.expanduser() raises a
     RuntimeError, and on Windows os.path.expanduser() makes another person's folder of it, whether there is one or not."""
     return Path(name if os.name == "nt" and str(name)[1:2] not in ("", "/", "\\") else os.path.expanduser(name))
+
+
+def expand_arguments(arguments: Iterable[str]) -> list[str]:
+    """A command line's arguments as a shell would give them: Windows leaves * and ? to the program. Not by typer, to which scan[1].nii.gz,
+    as a browser names a second download, is scan1.nii.gz where that lies beside it."""
+
+    def found(argument: str) -> list[str]:
+        if os.name != "nt" or argument.startswith("-") or not set(argument) & set("*?"):
+            return []
+        return sorted(glob.glob(argument.replace("[", "[[]")))
+
+    return [name for argument in arguments for name in found(argument) or [argument]]
 
 
 def is_inner(path: str) -> bool:

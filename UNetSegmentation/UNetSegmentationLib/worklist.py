@@ -57,7 +57,7 @@ LEASE, LONG_LEASE = 30 * 60.0, 12 * 3600.0
 _NO_SCAN = re.compile(r"(^|[-_.])(seg|segmentation|label|labels|mask|masks)([-_.]|$)", re.I)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of _free_name()
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
-_GONE = (None, errno.ENOENT, errno.ENOTDIR, errno.EINVAL)  # of a file that is gone or damaged for everybody
+_GONE = (None, errno.ENOENT, errno.ENOTDIR)  # of a file that is gone for everybody
 
 # Two voxels on both sides of the surface count, and wherever else the model is undecided.
 _BAND, _UNDECIDED, _FEWEST = 2, 0.5, 27
@@ -225,7 +225,9 @@ def left_alone(scan: Scan, error: BaseException, was_read: bool = False) -> str:
         # Of what ITK cannot hold read_image() says that the file may be damaged; an engine knows whose memory is full.
         return (was_read and own) or f"There is not enough memory here for {scan.name}, so it was left alone; close other programs."
     for e in () if was_read else (*causes, *map(_refusal, scan.files)):
-        if isinstance(e, OSError) and e.errno not in _GONE:
+        # A reader has EINVAL of a damaged file, in which it looks before the start. Of open() it is this computer's: Windows' C runtime
+        # gives it for all that it does not know, as of a file that OneDrive cannot bring.
+        if isinstance(e, OSError) and e.errno not in _GONE and not (e.errno == errno.EINVAL and e in causes):
             text = f"{scan.name} cannot be opened here ({e.strerror or e}), so it was left alone; check your rights, the disk's space and "
             return (e in causes and own) or text + "the connection."
     return ""
@@ -401,8 +403,8 @@ class WorkList:
         self.left_out = []
         found = find_scans(sources, self.folder / RESULTS, self.left_out)
 
-        def key(files: Iterable[str | Path]) -> tuple[str, ...]:  # see _present()
-            return tuple(unicodedata.normalize("NFC", self._stored(self.folder / f)) for f in files)
+        def key(files: Iterable[str | Path]) -> tuple[str, ...]:  # see _present(); to Windows A is a
+            return tuple(os.path.normcase(unicodedata.normalize("NFC", self._stored(self.folder / f))) for f in files)
 
         def enter(data: dict[str, Any]) -> list[str]:
             there = {key(r["files"]) for r in data["scans"].values()}
@@ -419,10 +421,11 @@ class WorkList:
         return self._commit(enter)
 
     def _stored(self, path: Path) -> str:
-        """Relative to the list where the scan lies below or beside it, so that a network folder may have another name elsewhere."""
+        """Relative to the list where the scan lies below or beside it, so that a network folder may have another name elsewhere. Below
+        the root lies everything, below a drive or share what is on it."""
         path, folder = _plain(path), _plain(self.folder)
         for base, up in ((folder, ""), (folder.parent, "../")):
-            if path.is_relative_to(base) and base != Path(base.anchor):
+            if path.is_relative_to(base) and (base.drive or base != base.parent):
                 return up + path.relative_to(base).as_posix()
         return path.as_posix()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import qt
+from UNetSegmentationLib.files import process_mark
 from UNetSegmentationLib.image import Image, UserError
 from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.model import ModelPackage
@@ -595,7 +596,7 @@ class ChildProcess:
         onEnd: Callable[[int | None, str], None],
     ) -> None:
         self.program = arguments[0]
-        self.workerPid: int | None = None
+        self._workerPid, self._workerMark = None, None  # type: int | None, str | None
         self._on: tuple[Callable[..., None], ...] | None = (onOutput, onLog, onEnd)
         self._process = process = qt.QProcess()
         process.setWorkingDirectory(str(working_folder()))
@@ -619,6 +620,15 @@ class ChildProcess:
         self._pid = process.processId()
 
     @property
+    def workerPid(self) -> int | None:
+        return self._workerPid
+
+    @workerPid.setter
+    def workerPid(self, pid: int | None) -> None:
+        if pid != self._workerPid:  # it is told twice, and macOS starts a process to know the mark
+            self._workerPid, self._workerMark = pid, process_mark(pid or 0)
+
+    @property
     def launched(self) -> bool:
         """A launcher, such as PythonSlicer, stands between: this process is not the worker."""
         return self.workerPid is not None and self.workerPid != self._pid
@@ -639,9 +649,11 @@ class ChildProcess:
             self._over(None, "")
 
     def _killWorker(self) -> None:
-        if self.workerPid is not None and (self.launched or self._process.state() != qt.QProcess.NotRunning):
+        # Not another process, which has its id since it ended: Windows gives one again at once.
+        pid, mark = self._workerPid, self._workerMark
+        if pid is not None and self.launched and mark is not None and process_mark(pid) == mark:
             try:
-                os.kill(self.workerPid, getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows: TerminateProcess
+                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows: TerminateProcess
             except OSError:
                 pass
 
@@ -661,7 +673,7 @@ class ChildProcess:
         crashed = self._process.exitStatus() == qt.QProcess.CrashExit
         code = self._process.exitCode()
         if self.launched and (crashed or os.name == "nt"):
-            self._killWorker()  # the launcher did not wait for its end
+            self._killWorker()  # where the launcher did not wait for its end
         self._end(-code if crashed and os.name != "nt" else code, "")
 
     def _failed(self, error: int) -> None:

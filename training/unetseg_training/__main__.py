@@ -11,13 +11,14 @@ def main() -> int:
     folder = Path(files.unescape_arguments(sys.argv)[1])
     if not training.claim(folder):
         return 0  # another process has it
+    files.stand_back(5)
     try:
-        files.stand_back(5)
         from .retrain import run
-    except ImportError as e:
+    except (ImportError, OSError) as e:  # the latter of PyTorch on Windows, where one of its DLLs cannot be loaded
         name = (getattr(e, "name", None) or "").split(".")[0]
         what = f"lacks the package {name}" if isinstance(e, ModuleNotFoundError) and name else f"cannot load what training needs ({e})"
-        training.end(folder, "failed", f"The Python at {sys.executable} {what}; install what training needs and resume it.")
+        then = "close other programs" if files.OUT_OF_MEMORY.search(str(e)) else "install what training needs"
+        training.end(folder, "failed", f"The Python at {sys.executable} {what}; {then} and resume it.")
         return 1
     return run(folder)
 

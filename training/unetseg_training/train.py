@@ -21,6 +21,7 @@ import pickle
 import platform
 import shutil
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -53,6 +54,7 @@ with warnings.catch_warnings():
     from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+    from lightning.pytorch.strategies import DDPStrategy
 
 if TYPE_CHECKING:
     from .sampling import Source
@@ -698,6 +700,9 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
 def _trainer(job: Job, folder: Path, callbacks: Sequence[Callback]) -> L.Trainer:
     fit = job.fit
     devices, nodes = _topology(fit)
+    strategy: Any = fit.strategy if devices * nodes == 1 or fit.strategy != "auto" else "ddp"
+    if strategy == "ddp" and sys.platform == "win32":
+        strategy = DDPStrategy(process_group_backend="gloo")  # PyTorch takes NCCL for GPUs, which Windows does not have
     patience = max(1, round(fit.patience / fit.validate_every))
     stopping = [EarlyStopping("dice", mode="max", patience=patience, check_finite=False)] if job.validator else []
     try:
@@ -705,7 +710,7 @@ def _trainer(job: Job, folder: Path, callbacks: Sequence[Callback]) -> L.Trainer
             accelerator=fit.accelerator,
             devices=devices,
             num_nodes=nodes,
-            strategy=fit.strategy if devices * nodes == 1 or fit.strategy != "auto" else "ddp",
+            strategy=strategy,
             precision=_precision(fit),  # type: ignore[arg-type]
             max_epochs=fit.epochs,
             check_val_every_n_epoch=fit.validate_every,

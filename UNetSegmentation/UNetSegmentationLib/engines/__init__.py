@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..image import UserError
+from ..files import OUT_OF_MEMORY, UserError
 from ..model import ModelPackage
 
 ENGINES = ("onnx", "openvino", "torch")
@@ -76,6 +76,8 @@ def make_engine(package: ModelPackage, engine: str, device: str, precision: str,
     except (ImportError, OSError) as e:  # a library that it needs is missing, which PyTorch on Windows tells by an OSError
         more = ", and on Windows the Microsoft Visual C++ Redistributable" if os.name == "nt" else ""
         reason = (str(e).splitlines() or [""])[0][:200]
+        if OUT_OF_MEMORY.search(str(e)):
+            raise UserError(f"The package {name} cannot be loaded ({reason}); close other programs and try again.") from e
         raise UserError(f"The package {name} cannot be loaded ({reason}); install it again{more}.") from e
 
 

@@ -66,7 +66,7 @@ _POLL_S = 0.03
 
 _EVENTS = ("starting", "hello", "progress", "done", "result", "click", "cancelled", "error")
 _T = TypeVar("_T")
-_NT_NO_MEMORY = 0xC0000017  # STATUS_NO_MEMORY
+_NT_NO_MEMORY = (0xC0000017, 0xC000012D)  # STATUS_NO_MEMORY, STATUS_COMMITMENT_LIMIT
 
 
 class WorkerError(UserError):
@@ -162,7 +162,7 @@ def ending(code: int, python: str, log: str, greeted: bool, launched: bool = Fal
         return WorkerError(f"The Python at {python} cannot run the worker ({reason}); choose another Python.", "worker")
     # A crash would have left the words of faulthandler, which are others on Windows.
     crashed = "Fatal Python error" in log or "Windows fatal exception" in log
-    if code == _NT_NO_MEMORY or (launched and code == 1 and not crashed):
+    if code in _NT_NO_MEMORY or (launched and code == 1 and not crashed):
         number = 9
     if number == 9:
         text = "The worker was stopped by the system, probably because memory ran out"
