@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -404,6 +405,49 @@ def test_a_scan_of_several_channels(hands: Hands, models_folder: Path, make_pack
     hands.settle()
     assert "the channels T1, T2" in hands.ui.setMessage.text and not hands.ui.setAddButton.enabled
     assert "channels T1, T2" in hands.section.problem()
+
+
+def test_channels_go_in_by_name_whatever_their_order_in_the_model(
+    hands: Hands, models_folder: Path, make_package: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = {"two": ("T1", "T2"), "owt": ("t2", "T1"), "three": ("T1", "FLAIR", "T2"), "other": ("T1", "FLAIR"), "ab": ("A", "B")}
+    for name, channels in packages.items():
+        shutil.copy(make_package(name=name, channels=list(channels), **TOY).path, models_folder)
+    hands.widget.enter()
+    settings, section = hands.widget._parameters, hands.section
+
+    def choose(model: str, *nodes: Any) -> tuple[Any, ...]:
+        settings.models = [f"{model}-1.0.0"]
+        settings.volume = nodes[0]
+        hands.gui.process_events()
+        settings.channels = list(nodes[1:])
+        hands.settle()
+        return section._volumes()
+
+    t1, t2, flair = hands.volume, hands.scan(1), hands.scan(2)
+    choose("two", t1, t2)
+    hands.apply()
+    hands.add()
+    assert hands.dataset.channels == ("T1", "T2")
+    t1, t2 = hands.scan(3), hands.scan(4)
+    choose("owt", t2, t1)
+    hands.ui.setPatientEdit.textEdited.emit("P7")
+    hands.apply()
+    said = hands.add()
+    entry = hands.dataset.entries[said.splitlines()[0].removeprefix("Added as ").rstrip(".")]
+    assert [np.array_equal(read_image(f).array, made_scan(seed)) for f, seed in zip(entry.images, (3, 4))] == [True, True]
+    assert entry.patient == hands.dataset.patient("P7") and f"This scan is {entry.name}" in hands.ui.setStatusLabel.text
+    assert choose("three", t1, flair, t2) == (t1, t2) and choose("ab", t1, t2) == (t1, t2)
+    assert choose("other", t1, flair) == (t1, None)
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    assert "the channels T1, T2" in section.problem()
+    choose("two", t1, t1)
+    assert section.problem() == "'Scan 3' is chosen for both 'T1' and 'T2'; choose the scan of each."
+    choose("owt", t2, t1)
+    for model, order in ("", (t2, t1)), ("owt-1.0.0", (t1, t2)):  # a work list's files: in the set's order, or their model's
+        with monkeypatch.context() as patched:
+            patched.setattr(hands.widget.workList, "case", SimpleNamespace(volumes=[t2, t1], model=model))
+            assert section._volumes() == order
 
 
 # -------------------------------------------------------------------------------------------------------------- privacy

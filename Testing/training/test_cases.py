@@ -347,6 +347,24 @@ def test_what_monai_reads_of_a_dataset_is_what_we_read(tmp_path):
             assert len(items) == 1
 
 
+@pytest.mark.parametrize("kind", ["nnunet", "itksnap"])
+def test_an_export_keeps_the_cases_of_a_patient_together(tmp_path, kind):
+    dataset = Dataset.create(tmp_path / "set", "x", [Label(1, "organ", (1, 2, 3), {}), Label(2, "tumour", (4, 5, 6), {})], ["CT"])
+    for i, (name, split) in enumerate({"p1": "train", "p1.v2": "validation", "z": "train", "t": "test"}.items()):
+        dataset.add(scan(i), outline(i), name=name, patient="A" if name in ("p1", "z") else name, split=split)
+    cases = find_cases(dataset.folder).cases
+    folder = dataset.export(tmp_path / "out", kind)
+    found = find_cases(folder)
+    assert {(c.name, c.patient) for c in found.cases} == {(c.name, c.patient) for c in cases} and len({c.patient for c in cases}) == 3
+    if kind == "nnunet":
+        assert {(c.name, c.split) for c in found.cases} == {(c.name, c.split) for c in cases} and not found.notes
+        fold = {"train": ["p1", "z"], "val": ["p1.v2"]}
+        for folds_ in ([fold, fold], [{**fold, "train": ["p1"]}], [{**fold, "val": ["p1.v2", "z"]}], {"train": []}):
+            (folder / "splits_final.json").write_text(json.dumps(folds_))
+            found = find_cases(folder)
+            assert {c.split for c in found.cases} == {"", "test"} and "splits_final.json is not one split of these cases" in found.notes[0]
+
+
 def test_luna16_gives_balls(tmp_path):
     image = scan(0)
     put(image, tmp_path / "subset0" / "1.2.3.mha")

@@ -13,10 +13,11 @@ pytest.importorskip("monai", reason="MONAI is not installed")
 from safetensors.torch import save  # noqa: E402
 from unetseg_training import finetune, metrics, report  # noqa: E402
 from unetseg_training.cases import find_cases  # noqa: E402
+from UNetSegmentationLib.dataset import Dataset  # noqa: E402
 from UNetSegmentationLib.engines.torch import load_network  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image, write_image  # noqa: E402
-from UNetSegmentationLib.model import find_model, write_package  # noqa: E402
+from UNetSegmentationLib.model import Label, find_model, write_package  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig, build  # noqa: E402
 
 LABELS = [{"value": 1, "name": "Liver"}, {"value": 2, "name": "Tumour"}]
@@ -81,6 +82,14 @@ def test_channels_keep_their_weights_by_name_and_new_ones_start_silent(base):
     given = torch.cat([x[:, 1:], torch.randn(1, 1, 16, 16, 16), x[:, :1]], 1)
     assert torch.allclose(model.eval()(given), load_network(package)(x), atol=1e-5)
     assert "the channel T2 starts without influence" in start.sentence and start.partly == ["encoder.0.first.0.weight"]
+
+
+def test_of_two_channels_with_one_name_each_keeps_its_own_weights(base):
+    package = base(channels=("MR", "MR"))
+    old, new = load_network(package).state_dict(), finetune.start_from(package).state
+    assert all(torch.equal(new[k], v) for k, v in old.items())
+    assert "the channel mr starts without influence" in finetune.start_from(package, channels=["MR", "MR", "mr"]).sentence
+    assert "without the channel MR" in finetune.start_from(package, channels=["MR"]).sentence
 
 
 def test_another_sequence_takes_the_place_of_the_bases(base):
@@ -181,6 +190,20 @@ def test_replayed_cases_have_the_new_trainings_labels(tmp_path):
         finetune.replay_set(base, names, ["T1", "T2"])
 
 
+def test_the_bases_cases_may_have_their_channels_in_another_order(make_package, tmp_path):
+    data = Dataset.create(tmp_path / "set", "x", [Label(1, "GTV 1", (1, 2, 3), {})], ["T2", "T1"])
+    truth = np.zeros((4, 8, 8), np.uint8)
+    truth[1:3, 2:6, 2:6] = 1
+    data.add(Image(np.stack([truth, 1 - truth]).astype(np.float32)), truth, name="a")
+    cases = find_cases(data.folder)
+    replayed = finetune.replay_set(cases, ["gtv-1"], ["T1", "T2"])
+    assert np.array_equal(replayed.image(replayed.cases[0]).array, [1 - truth, truth])
+    # The toy network looks at the last of two channels.
+    right, wrong = (make_package(channels=c, labels=[{"value": 1, "name": "gtv-1"}]) for c in (["T1", "T2"], ["T2", "T1"]))
+    facts = finetune.forgetting(right, wrong, metrics.case_items(cases), cases.labels, channels=cases.channels)
+    assert facts["before"]["mean"] == 1 and facts["after"]["mean"] == 0
+
+
 def test_forgetting_is_seen(make_package, tmp_path, base):
     before = make_package(labels=LABELS)
     blind = make_package(kind="threshold", labels=LABELS, intensity={"mode": "window", "level": 0.0, "width": 1000.0})
@@ -201,6 +224,11 @@ def test_forgetting_is_seen(make_package, tmp_path, base):
 
     same = finetune.forgetting(before, wider, one_by_one())
     assert same["before"]["mean"] == same["after"]["mean"] == 1 and same["change"]["mean"] == 0 and not same["forgotten"]
+    other = make_package(labels=[{"value": 1, "name": "TUMOUR"}, {"value": 2, "name": "gall bladder"}, {"value": 3, "name": "liver "}])
+    respelt = finetune.forgetting(before, other, cases, [replace(label, name=label.name.upper()) for label in before.card.labels])
+    assert respelt["labels"] == ["Liver", "Tumour"] and respelt["before"]["mean"] == 1 and respelt["forgotten"]
+    part = finetune.forgetting(before, wider, cases, [replace(before.card.labels[1], value=2)])
+    assert part["labels"] == ["Tumour"] and part["before"]["mean"] == part["after"]["mean"] == 1  # Liver is in no truth
     worse = finetune.forgetting(before, blind, cases)
     assert worse["forgotten"] and worse["change"]["high"] < -0.5 and "replay" in worse["verdict"]
     none = finetune.forgetting(before, make_package(), cases)

@@ -193,6 +193,12 @@ def test_a_table_that_is_open_elsewhere_costs_no_figure(tmp_path, monkeypatch, c
     assert sorted(f.name for f in tmp_path.iterdir()) == ["metrics.csv", "metrics.json"]
 
 
+def test_labels_are_the_same_however_they_are_spelt(make_package):
+    case = ("a", Image(volume(1)), 3 * volume(1).astype(np.uint8))
+    rows = metrics.evaluate(make_package(), [case], labels=[Label(3, "Thing ", (0, 0, 0), {})])
+    assert [(r["label"], r["dice"]) for r in rows] == [("thing", 1)]
+
+
 def test_what_cannot_be_scored_is_said_in_a_sentence(make_package):
     package = make_package()
     with pytest.raises(UserError, match="no case with a mask"):

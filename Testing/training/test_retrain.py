@@ -395,16 +395,58 @@ def test_a_model_of_other_labels_or_channels_gets_a_name_that_no_other_has(tmp_p
         assert (found["name"], found["version"]) == want
 
 
-def test_several_channels_are_the_same_in_any_order(toy_card):
+def test_several_channels_are_the_same_in_the_same_order(toy_card):
+    """They are given to a model by their places."""
     from unetseg_training.plan import same_task
     from UNetSegmentationLib.model import Card
 
     card = Card(toy_card(channels=["T1", "T2"], labels=[{"value": 1, "name": "Ring"}]))
-    cases = [SimpleNamespace(labels=[Label(1, "ring", (1, 2, 3), {})], channels=names) for names in (("t2", "T1"), ("T1", "PET"), ("T1",))]
-    assert [same_task(card, each) for each in cases] == [True, False, False]
+    orders = (("t1", "T2"), ("T2", "T1"), ("T1", "PET"), ("T1",))
+    cases = [SimpleNamespace(labels=[Label(1, "ring", (1, 2, 3), {})], channels=names) for names in orders]
+    assert [same_task(card, each) for each in cases] == [True, False, False, False]
 
 
-def test_a_new_version_gives_its_bases_labels_the_values_they_had(tmp_path, base):
+def test_a_new_version_takes_its_bases_channels_in_that_ones_order(tmp_path, make_package):
+    base = make_package(channels=["T1", "T2"], labels=[{"value": 1, "name": "Bright"}])
+    mask = np.zeros((8, 8, 8), np.uint8)
+    mask[2:4] = 1
+    made = Dataset.create(tmp_path / "set", "set", LABELS, ["T2", "T1"])  # no case marks Dark, so the cases are found once more
+    for i in range(3):
+        made.add(Image(np.stack([mask * 2.0, mask * (1 + i / 10)]).astype(np.float32)), mask, patient=f"P{i}")
+    job = training.create(made.folder)
+    cases = retrain._cases(job.folder, job, base)[0]
+    assert cases.channels == ("T1", "T2") and [label.name for label in cases.labels] == ["Bright"]
+    assert all(cases.load(one)[0].array[1].max() == 2 for one in cases.cases)
+    # Of one file none can be moved.
+    (tmp_path / "nn" / "imagesTr").mkdir(parents=True)
+    facts = {"modality": {"0": "T2", "1": "T1"}, "labels": {"0": "background", "1": "Bright"}, "training": []}
+    for i in range(2):
+        write_image(Image(np.stack([mask * 2.0, mask * 1.0]).astype(np.float32)), tmp_path / "nn" / "imagesTr" / f"c{i}.nii.gz")
+        write_image(Image(mask), tmp_path / "nn" / "labelsTr" / f"c{i}.nii.gz")
+        facts["training"].append({"image": f"./imagesTr/c{i}.nii.gz", "label": f"./labelsTr/c{i}.nii.gz"})
+    (tmp_path / "nn" / "dataset.json").write_text(json.dumps(facts), "utf-8")
+    job = training.create(tmp_path / "nn")
+    cases = retrain._cases(job.folder, job, base)[0]
+    assert cases.channels == ("T2", "T1") and cases.load(cases.cases[0])[0].array[0].max() == 2
+
+
+def test_a_value_of_a_new_version_means_what_it_did(tmp_path, base):
+    """Its base's values are 2 and 5, and its outputs in the order of the names."""
+    card = base.card.data
+    labels = [{"value": 5, "name": "Bright"}, {"value": 2, "name": "dark"}]
+    base = write_package(tmp_path / "other" / "toy-1.0.0.unet.zip", {**card, "labels": labels}, base.onnx, base.safetensors)
+    made = Dataset.create(tmp_path / "set", "set", [replace(LABELS[1], value=1), replace(LABELS[0], value=2)], ["MR"])
+    add_cases(made, 4)
+    job = finished(training.create(made.folder, base, Options(minutes=0.02, device="cpu")))
+    assert job.state == "finished", job.text
+    package = ModelPackage.read(job.package)
+    assert [(label.value, label.name) for label in package.card.labels] == [(5, "Bright"), (2, "Dark")] and package.card.version == "1.1.0"
+    files = job.result["worst"][0]["files"]
+    image, truth, after = (read_image(job.folder / files[key]).array for key in ("image", "truth", "after"))
+    assert set(np.unique(truth)) == {0, 2, 5} >= set(np.unique(after)) and image[truth == 2].min() > 1 and image[truth == 5].max() < -1
+
+
+def test_a_new_version_gives_its_bases_labels_the_order_they_had(tmp_path, base):
     made = Dataset.create(tmp_path / "set", "set", [replace(LABELS[1], value=1), replace(LABELS[0], value=2)], ["MR"])
     add_cases(made, 2)
     job = training.create(made.folder, base)
@@ -532,6 +574,9 @@ def test_channels_are_matched_by_name_as_the_training_did(tmp_path, make_package
     assert found["verdict"] == "worse" and found["mean"]["dice"]["before"]["mean"] == 1
     found = retrain.compare(make_package(channels=["T1", "CT"], labels=labels), new, cases, cases.cases)
     assert found["verdict"] == "" and "takes other channels (T1, CT)" in found["sentence"]
+    # Two that have one name are two all the same.
+    new, cases = make_package(channels=["MR", "MR"], labels=labels), replace(cases, channels=("MR", "MR"))
+    assert retrain.compare(new, new, cases, cases.cases)["mean"]["dice"]["change"]["mean"] == 0
 
 
 def test_without_a_common_label_or_channel_there_is_nothing_to_compare(tmp_path, make_package):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -16,8 +17,10 @@ from test_train import emptied, environment, write_cases  # noqa: E402
 from unetseg_training import cli, watch  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
 from unetseg_training.train import find, load_run  # noqa: E402
+from UNetSegmentationLib.dataset import Dataset  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
-from UNetSegmentationLib.model import ModelPackage  # noqa: E402
+from UNetSegmentationLib.image import Image  # noqa: E402
+from UNetSegmentationLib.model import Label, ModelPackage  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +217,17 @@ def test_a_file_that_cannot_be_opened_is_one_sentence(command, tmp_path):
     assert code == 2 and "reading.xml cannot be read or written (Is a directory)" in err and err.count("\n") == 1
 
 
+def test_a_pytorch_that_windows_cannot_load_is_one_sentence(command, run, monkeypatch):
+    text = 'The specified module could not be found. Error loading "cublas64_12.dll" or one of its dependencies.'
+
+    def fails(*_unused, **_also):
+        raise OSError(126, text)
+
+    monkeypatch.setattr("unetseg_training.cli.fit_run", fails)
+    code, _, err = command("fit", run, "--quiet")
+    assert code == 2 and err == f"unetseg-train: PyTorch cannot be loaded ([Errno 126] {text}); close other programs or install it again\n"
+
+
 @pytest.mark.parametrize(
     "fit, told",
     [
@@ -280,6 +294,16 @@ def test_another_dataset_is_read_as_the_runs_own(dataset, tmp_path):
     config = c.parse({"data": {"path": str(dataset), "foreground": True}, "labels": [{"name": "ball"}], "channels": ["MR"]})
     case_set, cases = cli._scored(tmp_path, config, str(tmp_path / "other"))
     assert [label.name for label in case_set.labels] == ["ball"] and len(cases) == 2
+
+
+def test_another_datasets_channels_come_in_the_runs_order(tmp_path):
+    other = Dataset.create(tmp_path / "other", "x", [Label(1, "ball", (1, 2, 3), {})], ["T2", "t1"])
+    voxels = np.zeros((2, 4, 8, 8), np.float32)
+    voxels[0, 1:3, 2:5, 2:5] = voxels[1, 0] = 1
+    other.add(Image(voxels), voxels[0].astype(np.uint8), name="a")
+    config = c.parse({"data": {"path": str(other.folder)}, "labels": [{"name": "ball"}], "channels": ["T1", "T2"]})
+    case_set, cases = cli._scored(tmp_path, config, str(other.folder))
+    assert case_set.channels == ("t1", "T2") and np.array_equal(case_set.image(cases[0]).array, voxels[::-1])
 
 
 def test_folds_and_seeds_are_parsed():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from UNetSegmentationLib import cli
+from UNetSegmentationLib.files import expand_arguments
 from UNetSegmentationLib.image import Box, Image, UserError, read_image, write_image
 from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.inference.predict import Options
@@ -956,6 +957,29 @@ def test_click_refuses_in_one_sentence_and_writes_nothing(clicked, tmp_path, une
     code, _, stderr = unetseg("click", scan, *options, "-m", package, "-o", out)
     assert code == 2 and sentence in stderr and stderr.count("\n") == 1
     assert not out.exists()
+
+
+def test_only_windows_leaves_patterns_to_the_command_and_brackets_are_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.nii", "a.nii", "c1.nii", "c[1].nii", "--x=a"):
+        Path(name).touch()
+    typed = ["segment", "c[1].nii", "[ab].nii", "?.nii", "c[1]*", "no*.nii", "--x=?", "-o", "~/%TEMP%"]
+    told = {}
+    for system in ("posix", "nt"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "name", system)
+            told[system] = expand_arguments(typed)
+    assert told == {"posix": typed, "nt": ["segment", "c[1].nii", "[ab].nii", "a.nii", "b.nii", "c[1].nii", *typed[5:]]}
+
+
+def test_typer_expands_nothing_itself(here, unetseg, monkeypatch):
+    """As it does on Windows, where out[1].nrrd would become an out1.nrrd that is there."""
+    import typer.core
+
+    seen = []
+    monkeypatch.setattr(typer.core, "_main", lambda self, args=None, **_unused: seen.append(args))
+    unetseg("segment", "scan[1].nii.gz")
+    assert seen == [["segment", "scan[1].nii.gz"]]
 
 
 def test_an_older_click_takes_every_command():

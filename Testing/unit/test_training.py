@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,6 +290,20 @@ def test_a_python_without_pytorch_is_told(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("UNETSEG_PACKAGES", str(tmp_path / "bare"))
     job = wait(start(dataset), lambda j: not j.running)
     assert job.state == "failed" and "lacks the package" in job.text and job.text.endswith("install what training needs and resume it.")
+
+
+@pytest.mark.parametrize(
+    ("error", "then"),
+    [("[WinError 126] The specified module could not be found.", "install what"), ("[WinError 1455] Zu klein.", "close other programs")],
+)
+def test_a_pytorch_that_windows_cannot_load_is_told(dataset, tmp_path, monkeypatch, error, then):
+    monkeypatch.setattr(training, "training_folder", lambda: CORE.parent / "training")
+    (tmp_path / "bare").mkdir()
+    for name in ("torch", "monai", "lightning"):
+        (tmp_path / "bare" / f"{name}.py").write_text(f"raise OSError({error!r})", "utf-8")
+    monkeypatch.setenv("UNETSEG_PACKAGES", str(tmp_path / "bare"))
+    job = wait(start(dataset), lambda j: not j.running)
+    assert job.state == "failed" and f"cannot load what training needs ({error}); {then}" in job.text
 
 
 def test_a_folder_that_holds_other_files_is_left_alone(dataset, tmp_path):
@@ -611,3 +626,13 @@ def test_a_click_model_and_several_channels_do_not_fit(toy_card):
     card = Card(toy_card(task="click"))
     assert training.misfit(card, {"channels": ["T1", "T2"]})
     assert not training.misfit(card, {"channels": ["T1"]}) and not training.misfit(card, None)
+
+
+def test_a_sigmoid_model_is_refused_before_there_is_a_job(dataset):
+    package = find_model("hippocampus-3d")
+    package = replace(package, card=Card({**package.card.data, "activation": "sigmoid"}))
+    assert not training.misfit(find_model("hippocampus-3d").card, None)
+    for folder in (dataset, dataset.parent):  # the other is not known to be a training set
+        with pytest.raises(UserError, match="judges each label by itself .*; start from another model, or from scratch"):
+            training.create(folder, package)
+    assert not training.jobs(dataset)

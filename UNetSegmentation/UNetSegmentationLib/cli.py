@@ -20,7 +20,7 @@ import numpy as np
 
 from . import __version__
 from .engines import DEVICES, ENGINES, PRECISIONS, choose_engine, installed, make_engine
-from .files import check_writable, counted, user_path, write_text
+from .files import check_writable, counted, expand_arguments, user_path, write_text
 from .image import (
     PICTURE_SUFFIXES,
     VOLUME_SUFFIXES,
@@ -28,7 +28,9 @@ from .image import (
     Image,
     SeveralSeries,
     UserError,
+    length_unit,
     list_series,
+    of_channels,
     read_image,
     write_image,
 )
@@ -41,7 +43,7 @@ from .measure import dice, measure
 from .model import SUFFIX, Card, Label, ModelPackage, find_model, model_files, user_models_folder, write_package
 from .nodule import COLUMNS, csv_text, describe
 from .nodule import row as nodule_row
-from .picture import length_unit, save_picture
+from .picture import save_picture
 
 
 def main() -> None:
@@ -54,7 +56,7 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # Windows' pipes and files are cp1252, and a label's name may be Chinese
     try:
-        _app()()
+        _app()(expand_arguments(sys.argv[1:]))
     except UserError as e:
         print(f"unetseg: {e}", file=sys.stderr)
         sys.exit(2)
@@ -686,6 +688,7 @@ def _dataset_app() -> Any:
             array, named = read_mask(mask, image)
             new, made = not (user_path(folder) / INDEX).exists(), not user_path(folder).exists()
             if new:
+                image = of_channels(of_channels(image, 1), 3)
                 labels = named_labels(label) or list(named)
                 if not labels:
                     raise UserError(f"{folder} is a new dataset and {mask} does not name its labels; give --label 1=NAME.")

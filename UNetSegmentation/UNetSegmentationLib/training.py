@@ -397,6 +397,8 @@ def create(
 
 def misfit(card: Card, summary: Mapping[str, Any] | None) -> str:
     """Why a model cannot go on with a dataset (its Dataset.summary(), None: not known), and what can be done; "" where it can."""
+    if card.activation == "sigmoid":  # a new model's labels share one softmax with the background
+        return f"{card.name} judges each label by itself (sigmoid), which is not trained here; start from another model, or from scratch."
     if summary is not None and summary.get("flat") and card.dimensions == 3:
         return f"The cases are single slices and {card.name} is a 3D model; start from a 2D model, or from scratch."
     if summary is not None and card.data["task"] == "click" and len(summary.get("channels") or [""]) != 1:

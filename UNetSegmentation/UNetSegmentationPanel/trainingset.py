@@ -193,7 +193,7 @@ class TrainingSetSection(VTKObservationMixin):
 
         volumes, ui = self._volumes(), self.ui
         identity, told = mrml.dicom_of(volumes[0])
-        typed = self._patients.get(volumes[0].GetID(), "").strip()
+        typed = self._patients.get(self.panel._parameters.volume.GetID(), "").strip()  # which may be another channel than the first
         rows = [replace(row) for row in self.rows if row.included]
         self._adding = _Adding(
             folder=self.folder,
@@ -227,7 +227,7 @@ class TrainingSetSection(VTKObservationMixin):
 
     def problem(self) -> str:
         """Why nothing can be added, as one sentence; "" where it can."""
-        volumes, node = self._volumes(), self.segmentation()
+        volumes, node, p = self._volumes(), self.segmentation(), self.panel._parameters
         if not self.panel._warm:
             return _("The panel is being made ready.")
         if not self.folder:
@@ -236,7 +236,7 @@ class TrainingSetSection(VTKObservationMixin):
             return self._failed
         if self.summary is None and self._reading is not None:
             return _("The training set is being read; try again in a moment.")
-        if not volumes or volumes[0] is None:
+        if p is None or p.volume is None:
             return _("Choose a volume.")
         if node is None:
             return _("Choose the corrected segmentation.")
@@ -244,6 +244,10 @@ class TrainingSetSection(VTKObservationMixin):
         if len(volumes) < len(names) or None in volumes:
             text = _("The training set has the channels {names}; choose a model with these above, and a volume for each.")
             return text.format(names=", ".join(names))
+        for i, volume in enumerate(volumes):
+            if volume in volumes[:i]:
+                text = _("'{volume}' is chosen for both '{first}' and '{second}'; choose the scan of each.")
+                return text.format(volume=volume.GetName(), first=names[volumes.index(volume)], second=names[i])
         if self.summary is None and not any(row.included for row in self.rows):
             return _("The first case needs a segment, which says what the training set is about.")
         for row in self.rows:
@@ -306,8 +310,20 @@ class TrainingSetSection(VTKObservationMixin):
     # ------------------------------------------------------------------------------------------------- what is to be added
 
     def _volumes(self) -> tuple[Any, ...]:
+        """Those of the set's channels, None where none is: by the names of the rows that they are chosen in, unless a name is there
+        twice or none is the set's."""
         p = self.panel._parameters
-        return () if p is None else (p.volume, *self.panel.channelRows.nodes)[: max(1, len(self._channels()))]
+        if p is None:
+            return ()
+        given, names = (p.volume, *self.panel.channelRows.nodes), [name.casefold() for name in self._channels()]
+        chosen, case = self.panel.modelList.selected, self.panel.workList.case
+        # A work list's files are in the order of the model that segmented them, or else of the set, whatever model is chosen now.
+        if chosen and (case is None or given != tuple(case.volumes) or chosen[0].name in case.model.split("+")):
+            rows = [name.casefold() for name in chosen[0].card.data["channels"]]
+            if len({*rows}) == len(rows) and len({*names}) == len(names) and not {*names}.isdisjoint(rows):
+                by = dict(zip(rows, given))
+                return tuple(by.get(name) for name in names)
+        return given[: max(1, len(names))]
 
     def segmentation(self) -> Any:
         """The one that a person chose for the volume, or the one that was worked on: in the Segment Editor, by a run or clicks."""
@@ -524,7 +540,7 @@ class TrainingSetSection(VTKObservationMixin):
     def _onAdded(self, adding: _Adding, data: dict[str, Any]) -> None:
         if adding.folder == self.folder:
             self.summary = data["summary"]
-        for node in adding.volumes[:1]:
+        for node in adding.volumes:  # whichever of them another model has as its first
             if node is not None and node.GetScene() is not None:
                 # With the node, as Slicer gives what it crops, filters or clones of it the same attributes.
                 node.SetAttribute(CASE_ATTRIBUTE, f"{data['case']} {node.GetID()}")
@@ -692,7 +708,8 @@ class TrainingSetSection(VTKObservationMixin):
         if self.busy:
             self.cancel()
         else:
-            self.addCurrent(**self.panel.workList.known(next(iter(self._volumes()), None)))
+            p = self.panel._parameters
+            self.addCurrent(**self.panel.workList.known(p.volume if p is not None else None))
 
     def _onVersions(self) -> None:
         case = self._case()

@@ -423,7 +423,7 @@ def _keep_channels(cases: CaseSet, channels: Sequence[str], key: Callable[[str],
     at = [i for i in places if i is not None]
     together = next((c for c in cases.cases if len(c.images) != len(cases.channels)), None)
     if together and at != list(range(len(cases.channels))):
-        raise UserError(f"Case {together.name} holds its channels in one file, of which none can be left out or moved; save them in a file each.")
+        raise UserError(f"Case {together.name} holds its channels in one file, so none can be left out or moved; save each in its own.")
     kept = cases.cases if together else tuple(replace(c, images=tuple(c.images[i] for i in at)) for c in cases.cases)
     return replace(cases, cases=kept, channels=tuple(cases.channels[i] for i in at))
 
@@ -472,7 +472,8 @@ def _table_of_patients(folder: Path, cases: list[Case], notes: list[str]) -> lis
             notes.append(f'{table} lacks a column "case" (or "file") or a column "patient", and is not read.')
         elif key:
             named = [(r[key].replace("\\", "/").rpartition("/")[2], r["patient"]) for r in rows]
-            known = {n: patient for name, patient in named if patient for n in (stem(Path(name)), name)}
+            known = {stem(Path(name)): patient for name, patient in named if patient}
+            known |= {name: patient for name, patient in named if patient}  # p1.v2 is no file p1 of the suffix v2
             out = []
             for case in cases:
                 names = (case.name, *(stem(p) for p in (*case.images, case.label) if p))
@@ -992,7 +993,24 @@ def _nnunet(folder: Path, data: dict[str, Any]) -> CaseSet:
         notes.append(
             f"The spacing in {beside.name} and its like is not read, a voxel counts as 1 mm; for sizes in mm convert to NIfTI or MHA."
         )
-    return CaseSet(tuple(_patients(cases, notes)), labels, channels, "", values, tuple(notes))
+    cases = _table_of_patients(folder, cases, notes) or _patients(cases, notes)
+    return CaseSet(tuple(_split(folder, cases, notes)), labels, channels, "", values, tuple(notes))
+
+
+def _split(folder: Path, cases: list[Case], notes: list[str]) -> list[Case]:
+    """Train and validation as splits_final.json has them, if it is one split of all and no list of folds, as nnU-Net's own five are."""
+    file = folder / "splits_final.json"
+    try:
+        (fold,) = json.loads(file.read_text("utf-8"))
+        split = {**dict.fromkeys(fold["train"], "train"), **dict.fromkeys(fold["val"], "validation")}
+        if Counter([*fold["train"], *fold["val"]]) != Counter(c.name for c in cases if c.split != "test"):
+            raise ValueError
+    except FileNotFoundError:
+        return cases
+    except (OSError, ValueError, KeyError, TypeError):
+        notes.append(f"{file.name} is not one split of these cases, and not taken over: patients are dealt into folds anew (data.folds).")
+        return cases
+    return [replace(c, split=split.get(c.name, c.split)) for c in cases]
 
 
 def _find_msd(path: Path) -> CaseSet | None:

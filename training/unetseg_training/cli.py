@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from UNetSegmentationLib.files import UserError
+from UNetSegmentationLib.files import UserError, expand_arguments
 
 
 def main() -> None:
@@ -24,11 +24,14 @@ def main() -> None:
     if missing := [name.replace("yaml", "pyyaml") for name in names if find_spec(name) is None]:
         sys.exit(f"unetseg-train: {', '.join(missing)} not installed; run: pip install {' '.join(missing)}")
     try:
-        _app()(standalone_mode=True)
+        _app()(expand_arguments(sys.argv[1:]))
     except UserError as e:
         print(f"unetseg-train: {e}", file=sys.stderr)
         sys.exit(2)
     except OSError as e:
+        if "Error loading" in str(e):  # PyTorch's on Windows, of one of its DLLs
+            print(f"unetseg-train: PyTorch cannot be loaded ({e}); close other programs or install it again", file=sys.stderr)
+            sys.exit(2)
         where = e.filename or "a file"
         print(
             f"unetseg-train: {where} cannot be read or written ({e.strerror or e}); check the disk's space and your rights", file=sys.stderr
@@ -398,7 +401,8 @@ def _app() -> Any:
         if old:
             kept = [c for c in old.annotated if c.split == "test"]
             items = metrics.case_items(old, evenly(kept or old.annotated, 20))
-            facts = tuning.forgetting(package, live_package(config.card()), items, labels=old.labels, engine=LiveEngine(result.network))
+            engine = LiveEngine(result.network)
+            facts = tuning.forgetting(package, live_package(config.card()), items, old.labels, engine, old.channels)
             if facts["cases"] and not kept:
                 facts["verdict"] += " It was trained on these very cases, as none is marked as test."
             print(facts["verdict"])
@@ -498,6 +502,7 @@ def _scored(folder: Path, config: Any, data: str | None) -> tuple[Any, Sequence[
     """The dataset and the cases of it to score: the run's held-out ones, or all of another dataset."""
     import json
 
+    from .cases import ordered_channels
     from .train import RUN, find
 
     if data:
@@ -505,6 +510,7 @@ def _scored(folder: Path, config: Any, data: str | None) -> tuple[Any, Sequence[
         case_set = find(config.model_copy(update={"data": other}))
         if len(case_set.channels) != len(config.channels):  # else they are the run's, by whatever names
             case_set = find(config.model_copy(update={"data": other.model_copy(update={"channels": config.data.channels})}))
+        case_set = ordered_channels(case_set, config.channels)
         return case_set, case_set.annotated
     case_set = find(config)
     names = set(json.loads((folder / RUN).read_text("utf-8")).get("validation_cases", ()))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from UNetSegmentationLib.dataset import plain_name
 from UNetSegmentationLib.engines import Engine, choose_engine
 from UNetSegmentationLib.engines.torch import load_network
 from UNetSegmentationLib.files import UserError, write_text
@@ -25,6 +26,7 @@ from UNetSegmentationLib.model import Card, Label, ModelPackage, label_key
 from UNetSegmentationLib.networks import UNet, UNetConfig, build
 
 from . import metrics
+from .cases import channel_places, ordered_channels
 from .export import parentage
 
 if TYPE_CHECKING:
@@ -169,8 +171,8 @@ def _inputs(card: Card, channels: Sequence[str], per: int, extra: int) -> list[i
 
     Planes are ordered as predict() stacks them: image by image, each with its slices, then the clicks.
     """
-    own = [c.casefold() for c in card.data["channels"]]
-    at = [own.index(c.casefold()) if c.casefold() in own else None for c in channels]
+    own = card.data["channels"]
+    at = channel_places(own, channels)
     if not any(a is not None for a in at) and len(channels) == len(own):
         at = list(range(len(own)))  # another scanner or sequence: filters for edges serve there too
     planes = [None if a is None else a * per + k for a in at for k in range(per)]
@@ -222,14 +224,14 @@ def _tell(
         notes.append(f"new label{'s' * (len(fresh) > 1)} {', '.join(fresh)}" + (f", kept {', '.join(kept)}" if kept else ""))
     if gone:
         notes.append(f"no longer given: {', '.join(gone)}")
-    own = [c.casefold() for c in card.data["channels"]]
-    more = [c for c in channels if c.casefold() not in own]
-    if more and any(c.casefold() in own for c in channels):
+    own = card.data["channels"]
+    at = channel_places(own, channels)
+    more = [c for c, a in zip(channels, at) if a is None]
+    if more and len(more) < len(channels):
         notes.append(f"the channel {', '.join(more)} starts without influence")
     elif more:
-        taken = f"the base's {', '.join(card.data['channels'])}"
-        notes.append(f"{', '.join(more)} {'take' if len(more) > 1 else 'takes'} the place of {taken}")
-    lost = [c for c in card.data["channels"] if c.casefold() not in {x.casefold() for x in channels}]
+        notes.append(f"{', '.join(more)} {'take' if len(more) > 1 else 'takes'} the place of the base's {', '.join(own)}")
+    lost = [c for i, c in enumerate(own) if i not in at]
     if lost and not (more and len(lost) == len(own)):
         notes.append(f"without the channel {', '.join(lost)}")
     if spacing is not None:
@@ -306,6 +308,7 @@ def replay_set(base: CaseSet, labels: Sequence[str], channels: Sequence[str]) ->
             f"The base's cases have the channels {', '.join(base.channels)} and this training {', '.join(channels)}; "
             "go without replay and freeze the encoder."
         )
+    base = ordered_channels(base, channels)
     values = {value: numbers.index(number) + 1 if number in numbers else min(number, 0) for value, number in base.values.items()}
     known = {label.value: label for label in base.labels}
     return replace(base, labels=tuple(replace(known[n], value=i) for i, n in enumerate(numbers, 1)), values=values)
@@ -317,27 +320,33 @@ def forgetting(
     cases: Iterable[metrics.Item],
     labels: Sequence[Label] | None = None,
     engine: Engine | None = None,
+    channels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Dice on the base model's own cases, of the base model and of the one made from it, over the labels that both give.
+    """Dice on the base model's own cases, of the base model and of the one made from it, over their labels that both give.
 
     {"before", "after", "change" (each {"mean", "low", "high", "cases"}), "cases", "labels", "forgotten", "verdict"}.
-    labels: what the truth's values mean (default: as the base's card). engine: runs `after`, where it is not exported yet.
+    labels, channels: what the truth's values and the images' channels are (default: as the base's card); each model gets the channels
+    in its own order. Labels are the same by plain_name(), as in replay_set(). engine: runs `after`, where it is not exported yet.
     """
-    cards = [before.card, after.card]
-    shared = {label.name for label in cards[0].labels} & {label.name for label in cards[1].labels}
+    own = {plain_name(label.name): label.value for label in labels or before.card.labels}
+    given = own.keys() & {plain_name(label.name) for label in after.card.labels}
+    shared = {key: label.name for label in before.card.labels if (key := plain_name(label.name)) in given}
     if not shared:
-        text = "The two models share no label, so there is nothing to compare on the base's cases."
+        text = "The two models and the base's cases share no label, so there is nothing to compare."
         return {"cases": 0, "labels": [], "verdict": text, "forgotten": None}
-    own = list(labels or cards[0].labels)
-    names, last = {label.name for label in own}, max(label.value for label in own)
+    last = max(own.values())
     engines = choose_engine(before), engine or choose_engine(after)
     scores: list[list[metrics.Row]] = [[], []]
     for item in cases:  # each by both models at once: twenty whole CTs would not fit the memory
         for model, runs, rows in zip((before, after), engines, scores):
-            # A label that only the new model gives is in no truth of the base's: it gets a value that is not there, and is left out.
-            more = [replace(label, value=last + label.value) for label in model.card.labels if label.name not in names]
-            found = metrics.evaluate(model, [item], labels=[*own, *more], surfaces=False, auc=False, engine=runs)
-            rows += [r for r in found if r["label"] in shared]
+            # A label that is in no truth gets a value that is not there, and is left out.
+            truth = [replace(label, value=own.get(plain_name(label.name), last + label.value)) for label in model.card.labels]
+            wanted = model.card.data["channels"]
+            at = [i for i in channel_places(channels or before.card.data["channels"], wanted) if i is not None]
+            moved = len(at) == len(wanted) and at != [*range(item.image.n_channels)]
+            image = item.image.like(item.image.channels[at]) if moved else item.image
+            found = metrics.evaluate(model, [item._replace(image=image)], labels=truth, surfaces=False, auc=False, engine=runs)
+            rows += [{**r, "label": shared[key]} for r in found if (key := plain_name(r["label"])) in shared]
     facts = [metrics.summary(rows)["dice"] for rows in scores]
     change = metrics.difference(scores[0], scores[1])
     forgotten = change["mean"] < -FORGOTTEN and (change["high"] is None or change["high"] < 0)
@@ -346,8 +355,8 @@ def forgetting(
         if forgotten
         else "It still knows what it knew."
     )
-    out = {"before": facts[0], "after": facts[1], "change": change, "cases": len({r["case"] for r in scores[1]}), "labels": sorted(shared)}
-    return out | {"forgotten": forgotten, "verdict": verdict}
+    out = {"before": facts[0], "after": facts[1], "change": change, "cases": len({r["case"] for r in scores[1]})}
+    return out | {"labels": sorted(shared.values()), "forgotten": forgotten, "verdict": verdict}
 
 
 def write(folder: str | Path, start: Start, package: ModelPackage, frozen: Sequence[str] = (), base: dict[str, Any] | None = None) -> None:

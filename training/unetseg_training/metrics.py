@@ -231,13 +231,13 @@ def _values(own: Sequence[Label], labels: Sequence[Label] | None) -> np.ndarray 
     """From values of the truth to the model's; None where they are the same. A last entry of 0 takes unknown values."""
     if labels is None:
         return None
-    known = {label.name: label.value for label in own}
-    missing = [label.name for label in own if label.name not in {other.name for other in labels}]
+    known = {label.key: label.value for label in own}
+    missing = [label.name for label in own if label.key not in {other.key for other in labels}]
     if missing:
         raise UserError(f"The cases have no label {', '.join(missing)}, which the model gives; rename the label or score other cases.")
     table = np.zeros(max(label.value for label in labels) + 2, np.uint16)
     for label in labels:
-        table[label.value] = known.get(label.name, 0)
+        table[label.value] = known.get(label.key, 0)
     return table
 
 

@@ -28,12 +28,12 @@ from UNetSegmentationLib.engines import make_engine
 from UNetSegmentationLib.files import UserError, counted, write_text
 from UNetSegmentationLib.image import Box, Image, read_image, write_image
 from UNetSegmentationLib.inference.predict import Prediction
-from UNetSegmentationLib.model import SUFFIX, Card, Label, ModelPackage, model_files, read_card, write_package
+from UNetSegmentationLib.model import SUFFIX, Card, Label, ModelPackage, label_key, model_files, read_card, write_package
 from UNetSegmentationLib.networks import UNetConfig
 
 from . import clicks, metrics, report, watch
 from . import config as config_file
-from .cases import IGNORE, NAMED, Case, CaseSet, evenly, file_name, find_cases
+from .cases import IGNORE, NAMED, Case, CaseSet, channel_places, evenly, file_name, find_cases, ordered_channels
 from .config import Config
 from .export import card_path, compact, export_run, lineage, markdown
 from .finetune import replay_set, start_of
@@ -187,20 +187,28 @@ def _work(folder: Path, told: _Told) -> tuple[str, str]:
 
 
 def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) -> tuple[CaseSet, dict[str, Any]]:
-    """The cases of this retraining, each in its part, and what is to be said of the dataset; the same ones each time. Labels that are
-    its base's keep that one's order: in a mask of the new version a value means what it did. Not where masks hold named structures, of
-    which the later label wins a voxel: a tumour would be lost under its organ."""
+    """The cases of this retraining, each in its part, and what is to be said of the dataset; the same ones each time. Channels that are
+    its base's come in that one's order, as whoever calls the new version gives them, and so do labels, or both could not be averaged.
+    Not where masks hold named structures, of which the later label wins a voxel: a tumour would be lost under its organ."""
     if (folder / CASES).is_file():
         return _thawed(folder, job)
     path = job.dataset
     facts: dict[str, Any] = {"name": path.name, "revision": None}
-    case_set = find_cases(path)
+
+    def ordered(only: Sequence[str] = ()) -> CaseSet:
+        read = find_cases(path, only=only)
+        if base is not None:
+            with suppress(UserError):  # channels that lie in one file keep their order, and the model gets a name of its own
+                return ordered_channels(read, base.card.data["channels"])
+        return read
+
+    case_set = ordered()
     if case_set.layout == "unetseg":
         dataset = Dataset.open(path)
         people = {e.patient for e in dataset.entries.values()}
         if len(people) > 1 and any(not e.split for e in dataset.entries.values()):
             dataset.split((1 - HELD_OUT, HELD_OUT, 0))
-            case_set = find_cases(path)
+            case_set = ordered()
         facts = {"name": dataset.name, "revision": dataset.refresh().revision}
     cases = [c for c in case_set.annotated if c.split != "test"]
     if len(cases) < 2 or len({c.patient for c in cases}) < 2:
@@ -220,10 +228,9 @@ def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) ->
         marked = [label.name for label in case_set.labels if label.name in found]
         if marked:
             facts["unmarked"] = [label.name for label in case_set.labels if label.name not in marked]
-            case_set = find_cases(path, only=marked)
+            case_set = ordered(marked)
     if base is not None and same_labels(base.card, case_set) and not any(c.reader in NAMED for c in case_set.cases):
-        ordered = sorted(base.card.labels, key=lambda label: label.value)
-        case_set = replay_set(case_set, [label.name for label in ordered], case_set.channels)
+        case_set = replay_set(case_set, [label.name for label in base.card.labels], case_set.channels)
     tests = [c for c in case_set.annotated if c.split == "test"]
     case_set = case_set.subset([*(replace(c, split=c.split or "train") for c in cases), *tests])
     facts["sha256"] = report.dataset_hash({c.name: case_set.digest(c) for c in case_set.cases})
@@ -457,7 +464,12 @@ def _checked(
     unmarked = facts.pop("unmarked", [])
     origin = lineage(record, base, dataset=facts, cases=len(train_cases))
     told("Writing the package", now=True, fraction=0.87)
-    draft = export_run(network, config.card(), folder / f"draft{SUFFIX}", metrics.case_items(case_set, cases), origin, cases=3, quiet=True)
+    card = config.card()
+    if base is not None and config.model.task == "automatic" and same_labels(base.card, case_set):
+        # In a mask of the new version a value means what it did.
+        values = {label.key: label.value for label in base.card.labels}
+        card["labels"] = [{**label, "value": values[label_key(label["name"])]} for label in card["labels"]]
+    draft = export_run(network, card, folder / f"draft{SUFFIX}", metrics.case_items(case_set, cases), origin, cases=3, quiet=True)
     compared = compare(base, draft, case_set, cases, folder / CHECK, told.progress("Scoring the models on held-out cases", 0.88, 0.99))
     scored = compared.pop("scored")
     tested = cases[0].split == "test"
@@ -509,8 +521,8 @@ def compare(
     """Both models on the same cases, through predict(): what result.json says of it, and the new model's rows ("scored").
 
     Figures are means with bootstrap intervals by patient; volume errors count without their sign. folder: gets the worst
-    cases' image and masks, cut to what is marked. "before" is null where the base gives none of the labels, or cannot run; means
-    over labels are of those that both models give.
+    cases' image and masks, these in the new model's values, cut to what is marked. "before" is null where the base gives none of
+    the labels, or cannot run; means over labels are of those that both models give.
     Models of clicks are clicked at in each lesion, at the same first place, and judged after clicks.JUDGED: "cases" and "rows"
     are then lesions.
     """
@@ -523,12 +535,12 @@ def compare(
     if base is not None and not clicked and not _shared(base, case_set):
         problem = f"{base.card.name} gives none of these labels"
         base = None
-    order: list[int] | None = None  # of its channels here, where they are others: its weights went to them by their names
-    if base is not None and len(case_set.channels) > 1:
-        own, have = ([name.casefold() for name in names] for names in (base.card.data["channels"], case_set.channels))
-        if sorted(own) == sorted(have):
-            order = [have.index(name) for name in own]
-        elif len(own) == len(have):
+    order: list[int] = []  # of its channels here, where it is another: its weights went to them by their names
+    if base is not None and len(base.card.data["channels"]) == len(case_set.channels) > 1:
+        order = [i for i in channel_places(case_set.channels, base.card.data["channels"]) if i is not None]
+        if order == list(range(len(case_set.channels))):
+            order = []
+        elif len(order) < len(case_set.channels):
             problem = f"{base.card.name} takes other channels ({', '.join(base.card.data['channels'])})"
             base = None
     for i, case in enumerate(cases):
@@ -572,6 +584,10 @@ def compare(
         for r in rows["after"]
     ]
     out["verdict"], out["sentence"] = verdict(out, problem)
+    if not clicked:
+        values = {b.value: a.value for a, b in _shared(new, case_set)}
+        for _, _, images in worst:
+            images |= {k: i.like(translated(i.array, values, np.uint16)) for k, i in images.items() if k != "image"}
     out["worst"] = _written(folder, worst) if folder is not None else []
     return out | {"scored": rows["after"]}
 
