@@ -920,6 +920,16 @@ def test_measures_become_a_table_with_a_row_for_each_segment(scene: Any, labels:
     assert write_measures([], node).GetNumberOfRows() == 0
 
 
+def test_a_picture_without_a_pixel_size_is_measured_in_pixels(scene: Any, labels: np.ndarray) -> None:
+    volume = add_volume(np.arange(np.prod(SHAPE[1:]), dtype=np.int16).reshape(1, *SHAPE[1:]))
+    prediction = predicted(volume, labels[4:5])
+    found = measure(prediction.labels, (LUNG,), image_from_volume(volume))
+    table = write_measures(found, write_prediction(prediction, volume))
+    titles = [table.GetColumnName(i) for i in range(4)]
+    assert titles == ["Segment", "Area [px]", "Longest diameter [px]", "Perpendicular diameter [px]"]
+    assert float(table.GetCellText(0, 1)) == found[0]["voxels"]
+
+
 @pytest.mark.parametrize("handed", [1, -1])
 def test_segments_are_measured_as_they_are_now(scene: Any, labels: np.ndarray, handed: int) -> None:
     values = np.random.default_rng(0).normal(0, 100, SHAPE).astype(np.float32)

@@ -1,6 +1,7 @@
 """The plan: what it chooses for which data and machine, and that it says why in files that a person can read."""
 
 import tracemalloc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -243,3 +244,29 @@ def test_what_is_rare_is_shown_more_often_and_every_last_epoch_is_validated():
 def test_what_no_memory_holds_is_computed_again():
     assert of(cases(), Machine(2, 1 << 29), found=whole_body()).config.network.checkpointing
     assert not of(cases(), GPU, found=whole_body()).config.network.checkpointing
+
+
+@pytest.mark.parametrize("slices", [1, 12])
+def test_slices_that_lie_otherwise_in_every_patient_are_seen_as_they_were_taken(slices):
+    """Short-axis slices of the heart are nearest to sagittal in one patient and to coronal in the next: of stacks of 1.4 x 1.4 x 8 mm
+    the plan was volumes of 4.7 mm, single slices were told to be replaced by their volumes."""
+    made = cases(shape=(slices, 96, 96), spacing=(1.4, 1.4, 8.0), spot=8)
+    load, ways = made.load, ((0, 0, 1.0, 1.0, 0, 0, 0, 1.0, 0), (1.0, 0, 0, 0, 0, 1.0, 0, -1.0, 0))
+
+    def turned(case):
+        image, mask = load(case)
+        return replace(image, direction=ways[made.cases.index(case) % 2]), mask
+
+    made.load = turned
+    planned = of(made)
+    found = planned.config.input
+    assert found.dimensions == 2 and found.axis == "acquired" and found.context_slices == (slices > 1)
+    assert tuple(found.spacing) == ((1.4, 1.4, None) if slices > 1 else (None,) * 3) and len(found.patch) == 2
+
+
+def test_a_sigmoid_base_is_refused_before_the_cases_are_read():
+    card, case_set = find_model("hippocampus-3d").card, cases()
+    case_set.load = None
+    base = Card({**card.data, "activation": "sigmoid"}), UNetConfig.from_json(card.data["network"])
+    with pytest.raises(UserError, match="judges each label by itself"):
+        of(case_set, base=base)

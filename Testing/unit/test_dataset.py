@@ -218,6 +218,26 @@ def test_a_single_slices_mask_lies_where_the_slice_lies_unless_one_of_them_does_
     assert len(dataset.entries) == 3
 
 
+def test_what_was_drawn_in_slicer_on_a_picture_lies_where_it_was_drawn(tmp_path):
+    """Slicer takes ITK's spacing, the size of the print, which here is none: 2809 pixels became 351 elsewhere."""
+    picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    pixels = np.arange(60 * 80, dtype=np.uint32).reshape(60, 80).astype(np.uint8)
+    picture.fromarray(pixels).save(tmp_path / "a.jpg", dpi=(72, 72))
+    drawn = np.zeros((1, 60, 80), np.uint8)
+    drawn[0, 30:42, 20:50] = 1
+    for spacing in (25.4 / 72, 1.0):  # of ours, which a person corrected there, it is 1
+        part = Image(drawn[:, 25:50, 15:60], (spacing, spacing, 1.0), (15 * spacing, 25 * spacing, 0.0))  # as Slicer crops
+        write_segmentation(Prediction(part, (replace(ORGAN, value=1),), "m-1", None), tmp_path / "a.seg.nrrd")
+        assert np.array_equal(read_mask(tmp_path / "a.seg.nrrd", read_image(tmp_path / "a.jpg"))[0], drawn)
+
+
+def test_a_grey_picture_that_is_stored_in_colours_is_one_channel(dataset):
+    grey = scan(0).array.astype(np.uint8)
+    colours = scan(0).like(np.stack([grey, grey, grey, np.full_like(grey, 255)]))
+    entry = dataset.add(colours, outline())
+    assert len(entry.images) == 1 and np.array_equal(read_image(entry.images[0]).array, grey)
+
+
 def test_what_is_refused_can_be_allowed(dataset):
     dataset.add(scan(0), np.zeros((6, 11, 9), np.uint8), allow=["empty"])
     dot = np.zeros((6, 11, 9), np.uint8)
@@ -970,6 +990,9 @@ def test_nnunet_takes_the_export(filled, tmp_path):
     assert np.array_equal(mask.array, np.where(outline() == 5, 2, outline())) and mask.same_grid(image)
     fold = json.loads((folder / "splits_final.json").read_text())[0]
     assert sorted(fold["train"] + fold["val"]) == names and fold["val"]
+    rows = [f"{e.name},{e.patient}" for e in filled.entries.values()]
+    for place in (folder, filled.export(tmp_path / "snap", "itksnap")):
+        assert (place / "patients.csv").read_text().splitlines() == ["case,patient", *rows]
 
 
 def test_nnunets_own_check_of_a_dataset_passes(filled, tmp_path, monkeypatch):

@@ -234,6 +234,12 @@ def test_a_pictures_print_size_is_no_spacing(tmp_path, name, dpi, spacing):
     assert read_image(tmp_path / name).spacing[:2] == pytest.approx((spacing, spacing), rel=1e-3)
 
 
+def test_a_print_size_per_cm_is_none_either(tmp_path):
+    picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    picture.fromarray(volume("uint8", (40, 50))).save(tmp_path / "a.tif", resolution=300 / 2.54, resolution_unit=3)
+    assert read_image(tmp_path / "a.tif").spacing[:2] == (1.0, 1.0)
+
+
 def test_a_picture_has_the_channels_that_are_asked_for(tmp_path):
     grey, colours = volume("uint8", (1, 8, 8)), volume("uint8", (4, 1, 8, 8))
     same = np.stack([grey, grey, grey, grey // 2])

@@ -12,6 +12,7 @@ clean() removes. Anonymous by construction: of an image only voxels, geometry an
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import hmac
 import json
@@ -48,7 +49,19 @@ from .files import (
     time_of,
     user_path,
 )
-from .image import Image, check_geometry, information, is_dicom, is_grey, is_placed, read_image, to_sitk, write_image
+from .image import (
+    Image,
+    check_geometry,
+    has_print_size,
+    information,
+    is_dicom,
+    is_grey,
+    is_placed,
+    of_channels,
+    read_image,
+    to_sitk,
+    write_image,
+)
 from .model import DEFAULT_COLORS, Label, label_key
 from .postprocess import slabs, voxel_counts
 from .steps import Steps
@@ -124,6 +137,10 @@ def segment_masks(path: str | Path, image: Image) -> Iterator[tuple[Label, np.nd
     """The segments of a .seg.nrrd as masks on the image's grid (Slicer crops the file to what is marked)."""
     grid, segments = read_segments(path)
     layers = [grid.like(layer) for layer in grid.channels]
+    if image.source and has_print_size(Path(image.source)):
+        own = (*information(Path(image.source)).GetSpacing()[:2], image.spacing[2])
+        if np.allclose(own, grid.spacing, rtol=1e-3):  # drawn in Slicer, which takes the print's size for the picture's
+            image = replace(image, spacing=own)
     if not image.same_grid(grid):
         _check_inside(image, grid, Path(path).name)
         reference = to_sitk(image.like(np.empty(image.shape, np.uint8)))
@@ -685,6 +702,7 @@ class Dataset:
         self.refresh()
         tell, stop = progress or (lambda fraction, text: None), check or (lambda: None)
         tell(0.0, "checking the case")
+        image = of_channels(image, len(self.channels))
         channels = self._check_image(image)
         more = self._new_labels(mask, labels) if "label" in allow else ()
         corrected = self._check_mask(image, mask, labels, "The mask", allow, more)
@@ -1094,8 +1112,8 @@ class Dataset:
     def export(self, target: str | Path, kind: str) -> Path:
         """Copy the current cases for another program; all or nothing. Returns the folder, which must be new or empty.
 
-        "nnunet": a raw dataset (below `target` unless that is named DatasetNNN_name), with splits_final.json; "monai": images/,
-        labels/, datalist.json; "itksnap": images/, labels/, labels.txt (label descriptions).
+        "nnunet": a raw dataset (below `target` unless that is named DatasetNNN_name), with splits_final.json and patients.csv;
+        "monai": images/, labels/, datalist.json; "itksnap": images/, labels/, labels.txt (label descriptions), patients.csv.
         """
         if kind not in EXPORTS:
             raise UserError(f"{kind} is no known export; choose one of {', '.join(EXPORTS)}.")
@@ -1142,6 +1160,11 @@ class Dataset:
         else:
             shutil.copyfile(entry.label, label)
 
+    def _write_patients(self, to: Path) -> None:
+        """patients.csv, by which a training keeps the cases of a person together; neither format has a place for it."""
+        with (to / "patients.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("case", "patient"), *((entry.name, entry.patient) for entry in self.entries.values())])
+
     def _consecutive(self) -> dict[int, int]:
         """The label values -> 1, 2, ..., which nnU-Net asks for."""
         return {v: i for i, v in enumerate(sorted(label.value for label in self.labels), 1)}
@@ -1163,6 +1186,7 @@ class Dataset:
             "file_ending": ".nii.gz",
         }
         _write_json(to / "dataset.json", data)
+        self._write_patients(to)
         held = [e.name for e in entries.values() if e.split == "validation"]
         if held:  # nnU-Net looks for it in nnUNet_preprocessed/DatasetNNN_name
             _write_json(to / "splits_final.json", [{"train": [n for n in training if n not in held], "val": held}])
@@ -1191,6 +1215,7 @@ class Dataset:
             pattern = entry.name + ("_{:04d}.nii.gz" if several else ".nii.gz")
             self._export_files(entry, to / "images", pattern, to / "labels", False)
         (to / "labels.txt").write_text(label_descriptions(self.labels), "utf-8")
+        self._write_patients(to)
 
 
 def label_descriptions(labels: Sequence[Label]) -> str:

@@ -775,7 +775,7 @@ def has_print_size(path: Path) -> bool:
 
 
 def _in_inches(path: Path) -> bool:
-    """Whether a TIFF's resolution is in dots per inch: its tag 296 is 2, or not there."""
+    """Whether a TIFF's resolution is in dots per inch, which some write per cm (300 as 118.11): its tag 296 is 2 or 3, or not there."""
     if not path.name.lower().endswith((".tif", ".tiff")):
         return False
     with path.open("rb") as f:
@@ -784,7 +784,7 @@ def _in_inches(path: Path) -> bool:
         return False
     _, entries = next(_directories(path), (True, []))
     units = [int.from_bytes(e[8:10], order) for e in entries if int.from_bytes(e[:2], order) == 296]
-    return units in ([], [2])
+    return units in ([], [2], [3])
 
 
 def _check_nifti(path: Path, dims: Sequence[int], header: bytes, order: str) -> None:
@@ -892,6 +892,11 @@ def of_channels(image: Image, n: int) -> Image:
 def is_placed(image: Image) -> bool:
     """Whether the image knows where the patient's right is, as a picture file does not."""
     return image.shape[0] > 1 or image.origin != (0.0, 0.0, 0.0) or tuple(image.direction) != IDENTITY
+
+
+def length_unit(image: Image) -> str:
+    """ "mm", or "px" where the image does not know how long a millimetre is."""
+    return "mm" if is_placed(image) or image.spacing[:2] != (1.0, 1.0) else "px"
 
 
 def check_geometry(image: Image) -> None:

@@ -34,7 +34,7 @@ from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
 from . import measure
 from .dataset import reach, translated
-from .image import Box, Image, UserError, check_geometry
+from .image import Box, Image, UserError, check_geometry, length_unit
 from .inference.click import Prompt
 from .kept import mask_digest as mask_digest
 from .model import Label
@@ -1905,11 +1905,13 @@ def write_measures(measures: Iterable[dict[str, Any]], segmentation_node: Any) -
     Mean, SD and the like are in HU where the reference volume says so, else in its own units. Rounded to 0.001 ml and 0.1 mm or HU.
     """
     unit = _intensity_unit(segmentation_node)
+    volume = _reference_volume(segmentation_node)
+    length = "mm" if volume is None or volume.GetImageData() is None else length_unit(image_from_volume(volume))
     columns = (
         ("Segment", vtk.vtkStringArray, "name", None),
-        ("Volume [ml]", vtk.vtkDoubleArray, "volume_ml", 3),
-        ("Longest diameter [mm]", vtk.vtkDoubleArray, "longest_mm", 1),
-        ("Perpendicular diameter [mm]", vtk.vtkDoubleArray, "perpendicular_mm", 1),
+        ("Volume [ml]", vtk.vtkDoubleArray, "volume_ml", 3) if length == "mm" else ("Area [px]", vtk.vtkDoubleArray, "volume_mm3", 0),
+        (f"Longest diameter [{length}]", vtk.vtkDoubleArray, "longest_mm", 1),
+        (f"Perpendicular diameter [{length}]", vtk.vtkDoubleArray, "perpendicular_mm", 1),
         (f"Mean{unit}", vtk.vtkDoubleArray, "mean_hu", 1),
         (f"SD{unit}", vtk.vtkDoubleArray, "std_hu", 1),
         (f"Minimum{unit}", vtk.vtkDoubleArray, "min_hu", 1),

@@ -17,7 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from .files import UserError, atomic_path
-from .image import Box, Image, is_placed, reorient
+from .image import Box, Image, is_placed, length_unit, reorient
 from .model import Label
 from .postprocess import voxel_counts
 
@@ -89,11 +89,6 @@ def save_picture(
     _Sheet(figure, image, prediction, window, list(measures or ()), unit).draw(title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", facecolor=GROUND)
-
-
-def length_unit(image: Image) -> str:
-    """ "mm", or "px" where the image does not know how long a millimetre is."""
-    return "mm" if is_placed(image) or image.spacing[:2] != (1.0, 1.0) else "px"
 
 
 class _Sheet:

@@ -25,7 +25,7 @@ from UNetSegmentationLib.inference.click import expects_lung
 from UNetSegmentationLib.intensity import check_finite
 from UNetSegmentationLib.model import SLICE_AXIS
 from UNetSegmentationLib.postprocess import voxel_counts
-from UNetSegmentationLib.training import slug
+from UNetSegmentationLib.training import misfit, slug
 
 from . import config as config_file
 from .cases import IGNORE, evenly
@@ -97,7 +97,8 @@ class Fingerprint:
     intensity: of label voxels over all cases, first channel: low (0.5 %), high (99.5 %), mean, std; zeros: share of voxels
     that are exactly 0; hu: whether the values look like HU; read: cases looked at, of `cases`. in_lung: of the labels' connected
     components, how many have lung around them, and how many there are; None where that was not asked for. single: names of
-    the cases that are one slice.
+    the cases that are one slice. acquired: shapes and spacings are as the slices were taken, since thick ones lie nearest to other
+    planes of the body from case to case.
     """
 
     cases: int
@@ -111,6 +112,7 @@ class Fingerprint:
     hu: bool = False
     in_lung: tuple[int, int] | None = None
     single: list[str] = field(default_factory=list)
+    acquired: bool = False
 
     @property
     def median_spacing(self) -> tuple[float, ...]:
@@ -132,6 +134,7 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
     out = Fingerprint(len(cases), len({c.patient for c in cases}), len(chosen))
     inside: list[np.ndarray] = []
     lows, ranges, zeros = [], [], []
+    thick: list[tuple[int, Any, Any]] = []  # the body's axis that a stack's is nearest to, its shape and its spacing
     rng = np.random.default_rng(0)
     n = len(case_set.labels)
     for i, case in enumerate(chosen):
@@ -139,12 +142,15 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
             progress(i, len(chosen), case.name)
         image, mask = case_set.load(case)
         check_finite(image.channels, f"Case {case.name}")
-        canonical, orientation = reorient(image)
+        # Short-axis slices of the heart lie nearest to another plane in every patient.
+        canonical, orientation = reorient(image, image.shape[0] == 1)
         truth = orientation.canonical(mask)
         judged = truth != IGNORE
         out.shapes.append(canonical.shape)
         out.single += [case.name] * (min(canonical.shape) < 2)
         out.spacings.append(tuple(float(s) for s in canonical.spacing[::-1]))  # type: ignore[arg-type]
+        if len(image.channels[0]) > 1 and image.spacing[2] > 3 * max(image.spacing[:2]):
+            thick.append((orientation.axes.index(2), image.shape, tuple(float(s) for s in image.spacing[::-1])))
         out.counts.append(voxel_counts(truth, IGNORE + 1)[: n + 1].tolist())
         values = canonical.channels[0]
         if in_lung:
@@ -159,6 +165,8 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         lows.append(float(np.percentile(thin, 0.5)))
         ranges.append(float(np.percentile(thin, 99.5)) - lows[-1])
         zeros.append(float((thin == 0).mean()))
+    if len(thick) == len(chosen) and len({axis for axis, *_ in thick}) > 1:
+        out.acquired, out.shapes, out.spacings = True, [shape for _, shape, _ in thick], [spacing for *_, spacing in thick]
     if not inside:
         raise UserError("All masks of the dataset are empty, so there is nothing to learn; check that they are the annotated ones.")
     every = np.concatenate(inside)
@@ -253,6 +261,8 @@ def plan(
     from, whose input and levels then hold.
     """
     machine = machine or Machine.here()
+    if base is not None and (problem := misfit(base[0], None)):
+        raise UserError(problem)
     clicked = base[0] if base is not None and base[0].data["task"] == "click" else None
     if clicked and len(case_set.channels) != 1:
         raise UserError(
@@ -267,8 +277,9 @@ def plan(
 
     # Dimensions, and the frame (slice axis first in 2D).
     sizes = np.median(f.shapes, 0)
-    dims = 3 if sizes.min() >= 8 else 2
-    flat = int(np.argmin(sizes))
+    # A volume's patches would be cut across the slices of some cases and along those of others.
+    dims = 3 if sizes.min() >= 8 and not f.acquired else 2
+    flat = 0 if f.acquired else int(np.argmin(sizes))
     picture = bool(sizes.min() < 2)
     if base is not None:
         dims = base[0].dimensions
@@ -278,7 +289,8 @@ def plan(
             )
         flat = base[0].slice_axis if dims == 2 and not picture else flat
     # Pictures do not say how they lie in the body.
-    axis = "acquired" if (picture and flat == 0) or (base is not None and base[0].acquired) else list(SLICE_AXIS)[flat]
+    acquired = (picture and flat == 0) or (f.acquired if base is None else base[0].acquired)
+    axis = "acquired" if acquired else list(SLICE_AXIS)[flat]
     order = [0, 1, 2] if dims == 3 else [flat, *(a for a in range(3) if a != flat)]
     context = 0 if dims == 3 or picture else 1
     why["input.dimensions"] = (
@@ -286,6 +298,8 @@ def plan(
         if dims == 3
         else "the images are single slices"
         if picture
+        else "the thick slices lie otherwise in the body from case to case, so each is seen as it was taken, with its neighbours"
+        if f.acquired
         else f"the median image has {sizes.min():.0f} slices only, too few to halve; each slice sees its neighbours"
     )
 
@@ -535,9 +549,9 @@ def same_labels(card: Card, case_set: CaseSet) -> bool:
 
 
 def same_task(card: Card, case_set: CaseSet) -> bool:
-    """Whether a model of these cases could take that one's place: it takes the same images, in whatever order, and gives the same labels.
-    A single one's name does not count."""
-    own, have = (sorted(name.casefold() for name in names) for names in (card.data["channels"], case_set.channels))
+    """Whether a model of these cases could take that one's place: it takes the same images in the same order, by which they are given to
+    it, and gives the same labels. A single one's name does not count."""
+    own, have = ([name.casefold() for name in names] for names in (card.data["channels"], case_set.channels))
     return same_labels(card, case_set) and (own == have or len(own) == len(have) == 1)
 
 
