@@ -443,8 +443,9 @@ def test_channels_go_in_by_name_whatever_their_order_in_the_model(
     assert "the channels T1, T2" in section.problem()
     choose("two", t1, t1)
     assert section.problem() == "'Scan 3' is chosen for both 'T1' and 'T2'; choose the scan of each."
-    choose("owt", t2, t1)
-    for model, order in ("", (t2, t1)), ("owt-1.0.0", (t1, t2)):  # a work list's files: in the set's order, or their model's
+    # A work list's files are in the set's order, or their model's, whatever model is chosen; of as many others each is meant.
+    for model, order in ("", (t2, t1)), ("owt-1.0.0", (t1, t2)), ("other-1.0.0", (t2, t1)), ("gone-1.0.0", (t2, t1)):
+        choose("two", t2, t1)
         with monkeypatch.context() as patched:
             patched.setattr(hands.widget.workList, "case", SimpleNamespace(volumes=[t2, t1], model=model))
             assert section._volumes() == order

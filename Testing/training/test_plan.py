@@ -258,10 +258,13 @@ def test_slices_that_lie_otherwise_in_every_patient_are_seen_as_they_were_taken(
         return replace(image, direction=ways[made.cases.index(case) % 2]), mask
 
     made.load = turned
-    planned = of(made)
-    found = planned.config.input
+    found = of(made).config.input
     assert found.dimensions == 2 and found.axis == "acquired" and found.context_slices == (slices > 1)
     assert tuple(found.spacing) == ((1.4, 1.4, None) if slices > 1 else (None,) * 3) and len(found.patch) == 2
+    made.labels = (Label(1, "anterior", (1, 2, 3), {}), made.labels[1])
+    assert not of(made).config.input.flip_axes  # which is another axis of the slices in every case
+    made.load = lambda case: (replace(load(case)[0], direction=ways[0]), load(case)[1])  # all alike
+    assert slices > 1 or of(made).config.input.axis == "sagittal"
 
 
 def test_a_sigmoid_base_is_refused_before_the_cases_are_read():
@@ -270,3 +273,12 @@ def test_a_sigmoid_base_is_refused_before_the_cases_are_read():
     base = Card({**card.data, "activation": "sigmoid"}), UNetConfig.from_json(card.data["network"])
     with pytest.raises(UserError, match="judges each label by itself"):
         of(case_set, base=base)
+
+
+def test_one_odd_stack_does_not_make_slices_of_the_volumes_of_the_others():
+    made = cases(12, shape=(24, 96, 96), spacing=(0.8, 0.8, 5.0), spot=8)
+    load = made.load
+    made.load = lambda case: (
+        (replace(load(case)[0], direction=(0, 0, 1.0, 1.0, 0, 0, 0, 1.0, 0)), load(case)[1]) if case is made.cases[0] else load(case)
+    )
+    assert of(made).config.input.dimensions == 3

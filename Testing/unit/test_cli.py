@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from UNetSegmentationLib import cli
+from UNetSegmentationLib import cli, files
+from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.files import expand_arguments
 from UNetSegmentationLib.image import Box, Image, UserError, read_image, write_image
 from UNetSegmentationLib.inference.click import ClickSession
@@ -963,13 +964,16 @@ def test_only_windows_leaves_patterns_to_the_command_and_brackets_are_none(tmp_p
     monkeypatch.chdir(tmp_path)
     for name in ("b.nii", "a.nii", "c1.nii", "c[1].nii", "--x=a"):
         Path(name).touch()
-    typed = ["segment", "c[1].nii", "[ab].nii", "?.nii", "c[1]*", "no*.nii", "--x=?", "-o", "~/%TEMP%"]
+    typed = ["segment", "c[1].nii", "[ab].nii", "?.nii", "c[1]*", "no*.nii", "--x=?", "-o", "~/$THERE"]
+    home = Path.home() / "a.nrrd"
+    monkeypatch.setenv("THERE", "a.nrrd")
     told = {}
     for system in ("posix", "nt"):
         with monkeypatch.context() as patch:
             patch.setattr(os, "name", system)
+            patch.setattr(files, "user_path", lambda name: os.path.expanduser(name))  # no WindowsPath here
             told[system] = expand_arguments(typed)
-    assert told == {"posix": typed, "nt": ["segment", "c[1].nii", "[ab].nii", "a.nii", "b.nii", "c[1].nii", *typed[5:]]}
+    assert told == {"posix": typed, "nt": ["segment", "c[1].nii", "[ab].nii", "a.nii", "b.nii", "c[1].nii", *typed[5:8], str(home)]}
 
 
 def test_typer_expands_nothing_itself(here, unetseg, monkeypatch):
@@ -991,3 +995,29 @@ def test_an_older_click_takes_every_command():
         commands += getattr(command, "commands", {}).values()
         several |= {(command.name, p.name): p.default for p in command.params if p.param_type_name == "argument" and p.nargs == -1}
     assert ("make", "sources") in several and set(several.values()) == {None}
+
+
+def test_a_datasets_channels_are_the_files_and_of_one_picture_its_colours(here, unetseg):
+    """Stains in a file each looked like grey with its transparency."""
+    rng = np.random.default_rng(0)
+    files = [here.out / f"{i}.png" for i in range(4)]
+    for file in files:
+        write_image(Image(rng.integers(0, 255, (1, 12, 14)).astype(np.uint8)), file)
+    colours, mask = here.out / "colours.png", here.out / "mask.png"
+    grey = read_image(files[0]).array
+    write_image(Image(np.stack([grey] * 3)), colours)
+    write_image(Image((grey > 100).astype(np.uint8)), mask)
+    told = {}
+    for name, images, more in (
+        ("two", files[:2], ()),
+        ("four", files, ()),
+        ("named", files[:2], ("--channel", "DAPI", "--channel", "GFP")),
+        ("grey", [colours], ()),
+        ("rgb", [colours], ("--channel", "R", "--channel", "G", "--channel", "B")),
+    ):
+        assert unetseg("dataset", "add", here.out / name, *images, "-m", mask, "--label", "1=cell", *more)[0] == 0
+        told[name] = len(Dataset.open(here.out / name).channels)
+    assert told == {"two": 2, "four": 4, "named": 2, "grey": 1, "rgb": 3}
+    code, _, err = unetseg("dataset", "add", here.out / "grey", *files[1:3], "-m", mask, "--label", "1=cell")
+    assert code == 2 and "has 2 channels and the dataset 1" in err
+    assert unetseg("dataset", "add", here.out / "two", *files[1:3], "-m", mask, "--label", "1=cell")[0] == 0

@@ -205,7 +205,7 @@ def test_bad_cases_are_refused_in_one_sentence_and_nothing_is_written(dataset, i
     assert state(dataset) == before
 
 
-def test_a_single_slices_mask_lies_where_the_slice_lies_unless_one_of_them_does_not_know_where(dataset):
+def test_a_single_slices_mask_lies_where_the_slice_lies_unless_one_of_them_does_not_know_where(dataset, tmp_path):
     """Rows in the other order at the same place, as NIfTI files have them, were taken as they came: mirrored."""
     image = Image(np.arange(99, dtype=np.int16).reshape(1, 11, 9), (0.7, 0.8, 2.5), (10.0, 20.0, 100.0))
     flipped = Image(outline()[2:3, ::-1], image.spacing, (10.0, 28.0, 100.0), (1.0, 0, 0, 0, -1.0, 0, 0, 0, -1.0))
@@ -216,6 +216,10 @@ def test_a_single_slices_mask_lies_where_the_slice_lies_unless_one_of_them_does_
     dataset.add(Image(image.array + np.int16(1)), replace(flipped), name="a-picture")
     dataset.add(image.like(image.array + np.int16(2)), image.like(outline()[2:3]), name="placed")
     assert len(dataset.entries) == 3
+    flat = sitk.GetImageFromArray(outline()[2])  # which does not know its z
+    flat.SetSpacing((0.7, 0.8)), flat.SetOrigin((10.0, 20.0))
+    sitk.WriteImage(flat, str(tmp_path / "flat.nrrd"))
+    assert np.array_equal(read_mask(tmp_path / "flat.nrrd", image)[0], outline()[2:3])
 
 
 def test_what_was_drawn_in_slicer_on_a_picture_lies_where_it_was_drawn(tmp_path):

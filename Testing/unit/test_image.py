@@ -234,10 +234,11 @@ def test_a_pictures_print_size_is_no_spacing(tmp_path, name, dpi, spacing):
     assert read_image(tmp_path / name).spacing[:2] == pytest.approx((spacing, spacing), rel=1e-3)
 
 
-def test_a_print_size_per_cm_is_none_either(tmp_path):
+def test_a_size_per_cm_is_a_detectors(tmp_path):
+    """Flat panels have pixels of 0.127 mm, which are 200 dpi."""
     picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-    picture.fromarray(volume("uint8", (40, 50))).save(tmp_path / "a.tif", resolution=300 / 2.54, resolution_unit=3)
-    assert read_image(tmp_path / "a.tif").spacing[:2] == (1.0, 1.0)
+    picture.fromarray(volume("uint8", (40, 50))).save(tmp_path / "a.tif", resolution=1 / 0.0127, resolution_unit=3)
+    assert read_image(tmp_path / "a.tif").spacing[:2] == pytest.approx((0.127, 0.127), rel=1e-3)
 
 
 def test_a_picture_has_the_channels_that_are_asked_for(tmp_path):

@@ -688,7 +688,8 @@ def _dataset_app() -> Any:
             array, named = read_mask(mask, image)
             new, made = not (user_path(folder) / INDEX).exists(), not user_path(folder).exists()
             if new:
-                image = of_channels(of_channels(image, 1), 3)
+                if len(images) == 1:  # several files are channels, each of them
+                    image = of_channels(image, len(channel)) if channel else of_channels(of_channels(image, 1), 3)
                 labels = named_labels(label) or list(named)
                 if not labels:
                     raise UserError(f"{folder} is a new dataset and {mask} does not name its labels; give --label 1=NAME.")
@@ -697,6 +698,8 @@ def _dataset_app() -> Any:
                 dataset = Dataset.create(folder, folder.absolute().name, labels, channels)
             else:
                 dataset = Dataset.open(folder)
+                if len(images) == 1:
+                    image = of_channels(image, len(dataset.channels))
             try:
                 its: Sequence[Label] = named_labels(label) or named
                 its, own = read_model_mask(model_mask, image, its, dataset.labels) if model_mask else (its, None)

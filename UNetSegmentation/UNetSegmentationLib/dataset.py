@@ -237,10 +237,14 @@ def _check_fit(image: Image, mask: Image, name: str) -> None:
             f"{name} has {' x '.join(map(str, mask.shape[::-1]))} voxels and its image {' x '.join(map(str, image.shape[::-1]))}; "
             "give the mask of this image, or resample it."
         )
-    # A picture, or its mask, may lack its geometry.
-    plain = image.shape[0] == 1 and image.dicom_files == () and not (is_placed(image) and is_placed(mask))
+    # A picture, or its mask, may lack its geometry, and a file of two dimensions does not know at which z it lies.
+    plain = image.shape[0] == 1 and image.dicom_files == () and not (_is_in_space(image) and _is_in_space(mask))
     if not plain and not image.same_grid(mask, 0.1 * min(image.spacing)):
         raise UserError(f"{name} does not lie where its image lies (spacing, origin or direction differ); resample it to the image.")
+
+
+def _is_in_space(image: Image) -> bool:
+    return is_placed(image) and (image.source is None or information(Path(image.source)).GetDimension() > 2)
 
 
 def covered_steps(below: np.ndarray, top: np.ndarray) -> Steps[tuple[int, int] | None]:
@@ -702,7 +706,8 @@ class Dataset:
         self.refresh()
         tell, stop = progress or (lambda fraction, text: None), check or (lambda: None)
         tell(0.0, "checking the case")
-        image = of_channels(image, len(self.channels))
+        if image.n_channels > 2 and is_grey(image.channels):  # of others, channels of their own cannot be told from a transparency
+            image = of_channels(image, len(self.channels))
         channels = self._check_image(image)
         more = self._new_labels(mask, labels) if "label" in allow else ()
         corrected = self._check_mask(image, mask, labels, "The mask", allow, more)

@@ -49,15 +49,16 @@ def user_path(name: str | Path) -> Path:
 
 
 def expand_arguments(arguments: Iterable[str]) -> list[str]:
-    """A command line's arguments as a shell would give them: Windows leaves * and ? to the program. Not by typer, to which scan[1].nii.gz,
-    as a browser names a second download, is scan1.nii.gz where that lies beside it."""
+    """A command line's arguments as a shell would give them: Windows leaves *, ~ and variables to the program. Not by typer, to which
+    scan[1].nii.gz, as a browser names a second download, is scan1.nii.gz where that lies beside it."""
 
     def found(argument: str) -> list[str]:
-        if os.name != "nt" or argument.startswith("-") or not set(argument) & set("*?"):
-            return []
-        return sorted(glob.glob(argument.replace("[", "[[]")))
+        if os.name != "nt" or argument.startswith("-"):
+            return [argument]
+        name = os.path.expandvars(str(user_path(argument)) if argument.startswith("~") else argument)
+        return (sorted(glob.glob(name.replace("[", "[[]"), recursive=True)) if set(name) & set("*?") else []) or [name]
 
-    return [name for argument in arguments for name in found(argument) or [argument]]
+    return [name for argument in arguments for name in found(argument)]
 
 
 def is_inner(path: str) -> bool:

@@ -775,7 +775,7 @@ def has_print_size(path: Path) -> bool:
 
 
 def _in_inches(path: Path) -> bool:
-    """Whether a TIFF's resolution is in dots per inch, which some write per cm (300 as 118.11): its tag 296 is 2 or 3, or not there."""
+    """Whether a TIFF's resolution is in dots per inch: its tag 296 is 2, or not there."""
     if not path.name.lower().endswith((".tif", ".tiff")):
         return False
     with path.open("rb") as f:
@@ -784,7 +784,7 @@ def _in_inches(path: Path) -> bool:
         return False
     _, entries = next(_directories(path), (True, []))
     units = [int.from_bytes(e[8:10], order) for e in entries if int.from_bytes(e[:2], order) == 296]
-    return units in ([], [2], [3])
+    return units in ([], [2])
 
 
 def _check_nifti(path: Path, dims: Sequence[int], header: bytes, order: str) -> None:

@@ -282,7 +282,7 @@ class Job:
             qt.QTimer.singleShot(0, self._tell)
         except UserError as e:
             if self._outcome is None and self._step is not None:
-                self.pipFailed = "pip" in self._step.command
+                self.pipFailed = "pip" in self._step.command and ("folder of wheels" in str(e) or "pip failed" in str(e))
             self._fail(self._onError, str(e))
         except Exception as e:
             logging.exception("A step of an installation failed.")

@@ -312,15 +312,20 @@ class TrainingSetSection(VTKObservationMixin):
     def _volumes(self) -> tuple[Any, ...]:
         """Those of the set's channels, None where none is: by the names of the rows that they are chosen in, unless a name is there
         twice or none is the set's."""
+        from UNetSegmentationLib.dataset import plain_name
+
         p = self.panel._parameters
         if p is None:
             return ()
-        given, names = (p.volume, *self.panel.channelRows.nodes), [name.casefold() for name in self._channels()]
-        chosen, case = self.panel.modelList.selected, self.panel.workList.case
+        given, names = (p.volume, *self.panel.channelRows.nodes), list(map(plain_name, self._channels()))
+        listed, case = self.panel.modelList, self.panel.workList.case
+        ours = case is not None and given == tuple(case.volumes)
         # A work list's files are in the order of the model that segmented them, or else of the set, whatever model is chosen now.
-        if chosen and (case is None or given != tuple(case.volumes) or chosen[0].name in case.model.split("+")):
-            rows = [name.casefold() for name in chosen[0].card.data["channels"]]
-            if len({*rows}) == len(rows) and len({*names}) == len(names) and not {*names}.isdisjoint(rows):
+        models = [m for m in listed.models if m.card and m.name in case.model.split("+")] if ours else listed.selected
+        if models:
+            rows = list(map(plain_name, models[0].card.data["channels"]))
+            alike = {*names} <= {*rows} or not (ours and len(rows) == len(names) or {*names}.isdisjoint(rows))
+            if len({*rows}) == len(rows) and len({*names}) == len(names) and alike:
                 by = dict(zip(rows, given))
                 return tuple(by.get(name) for name in names)
         return given[: max(1, len(names))]

@@ -478,7 +478,9 @@ def _table_of_patients(folder: Path, cases: list[Case], notes: list[str]) -> lis
             for case in cases:
                 names = (case.name, *(stem(p) for p in (*case.images, case.label) if p))
                 patient = next((known[n] for n in names if n in known), None)
-                if patient is None:
+                if patient is None and (case.split == "test" or case.label is None):  # is in no fold
+                    patient = case.patient
+                elif patient is None:
                     raise UserError(f"{table} names no patient of {case.name}; give each case its line, lest folds mix patients.")
                 out.append(replace(case, patient=patient))
             return out

@@ -13,8 +13,9 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +98,8 @@ class Fingerprint:
     intensity: of label voxels over all cases, first channel: low (0.5 %), high (99.5 %), mean, std; zeros: share of voxels
     that are exactly 0; hu: whether the values look like HU; read: cases looked at, of `cases`. in_lung: of the labels' connected
     components, how many have lung around them, and how many there are; None where that was not asked for. single: names of
-    the cases that are one slice. acquired: shapes and spacings are as the slices were taken, since thick ones lie nearest to other
-    planes of the body from case to case.
+    the cases that are one slice. acquired: where single or thick slices lie nearest to other planes of the body from case to
+    case, shapes and spacings as they were taken.
     """
 
     cases: int
@@ -112,7 +113,7 @@ class Fingerprint:
     hu: bool = False
     in_lung: tuple[int, int] | None = None
     single: list[str] = field(default_factory=list)
-    acquired: bool = False
+    acquired: list[tuple[Any, Any]] = field(default_factory=list)
 
     @property
     def median_spacing(self) -> tuple[float, ...]:
@@ -134,7 +135,8 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
     out = Fingerprint(len(cases), len({c.patient for c in cases}), len(chosen))
     inside: list[np.ndarray] = []
     lows, ranges, zeros = [], [], []
-    thick: list[tuple[int, Any, Any]] = []  # the body's axis that a stack's is nearest to, its shape and its spacing
+    taken: list[tuple[Any, Any]] = []
+    planes: Counter[int] = Counter()  # short-axis slices of the heart lie nearest to another one in every patient
     rng = np.random.default_rng(0)
     n = len(case_set.labels)
     for i, case in enumerate(chosen):
@@ -142,15 +144,15 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
             progress(i, len(chosen), case.name)
         image, mask = case_set.load(case)
         check_finite(image.channels, f"Case {case.name}")
-        # Short-axis slices of the heart lie nearest to another plane in every patient.
-        canonical, orientation = reorient(image, image.shape[0] == 1)
+        canonical, orientation = reorient(image)
         truth = orientation.canonical(mask)
         judged = truth != IGNORE
         out.shapes.append(canonical.shape)
         out.single += [case.name] * (min(canonical.shape) < 2)
         out.spacings.append(tuple(float(s) for s in canonical.spacing[::-1]))  # type: ignore[arg-type]
-        if len(image.channels[0]) > 1 and image.spacing[2] > 3 * max(image.spacing[:2]):
-            thick.append((orientation.axes.index(2), image.shape, tuple(float(s) for s in image.spacing[::-1])))
+        if image.shape[0] == 1 or image.spacing[2] > 3 * max(image.spacing[:2]):
+            planes[orientation.axes.index(2)] += 1
+            taken.append((image.shape, tuple(float(s) for s in image.spacing[::-1])))
         out.counts.append(voxel_counts(truth, IGNORE + 1)[: n + 1].tolist())
         values = canonical.channels[0]
         if in_lung:
@@ -165,8 +167,10 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         lows.append(float(np.percentile(thin, 0.5)))
         ranges.append(float(np.percentile(thin, 99.5)) - lows[-1])
         zeros.append(float((thin == 0).mean()))
-    if len(thick) == len(chosen) and len({axis for axis, *_ in thick}) > 1:
-        out.acquired, out.shapes, out.spacings = True, [shape for _, shape, _ in thick], [spacing for *_, spacing in thick]
+    # Of stacks one in ten may be odd: the others make a better volume.
+    most = 1.0 if len(out.single) == len(chosen) else 0.9
+    if len(taken) == len(chosen) and max(planes.values()) < most * len(chosen):
+        out.acquired = taken
     if not inside:
         raise UserError("All masks of the dataset are empty, so there is nothing to learn; check that they are the annotated ones.")
     every = np.concatenate(inside)
@@ -270,6 +274,9 @@ def plan(
             f"({', '.join(case_set.channels)}); make a dataset of one of them."
         )
     f = found or fingerprint(case_set, progress, in_lung=clicked is not None and expects_lung(clicked))
+    mixed = bool(f.acquired) and (base is None or base[0].acquired)
+    if mixed:
+        f = replace(f, shapes=[shape for shape, _ in f.acquired], spacings=[spacing for _, spacing in f.acquired])
     why: dict[str, str] = {}
     gpu = bool(machine.gpu)
     minutes = minutes or (6 if quick else 60 if gpu else 180)
@@ -278,8 +285,8 @@ def plan(
     # Dimensions, and the frame (slice axis first in 2D).
     sizes = np.median(f.shapes, 0)
     # A volume's patches would be cut across the slices of some cases and along those of others.
-    dims = 3 if sizes.min() >= 8 and not f.acquired else 2
-    flat = 0 if f.acquired else int(np.argmin(sizes))
+    dims = 3 if sizes.min() >= 8 and not mixed else 2
+    flat = 0 if mixed else int(np.argmin(sizes))
     picture = bool(sizes.min() < 2)
     if base is not None:
         dims = base[0].dimensions
@@ -289,7 +296,7 @@ def plan(
             )
         flat = base[0].slice_axis if dims == 2 and not picture else flat
     # Pictures do not say how they lie in the body.
-    acquired = (picture and flat == 0) or (f.acquired if base is None else base[0].acquired)
+    acquired = mixed or (picture and flat == 0) or (base is not None and base[0].acquired)
     axis = "acquired" if acquired else list(SLICE_AXIS)[flat]
     order = [0, 1, 2] if dims == 3 else [flat, *(a for a in range(3) if a != flat)]
     context = 0 if dims == 3 or picture else 1
@@ -299,7 +306,7 @@ def plan(
         else "the images are single slices"
         if picture
         else "the thick slices lie otherwise in the body from case to case, so each is seen as it was taken, with its neighbours"
-        if f.acquired
+        if mixed
         else f"the median image has {sizes.min():.0f} slices only, too few to halve; each slice sees its neighbours"
     )
 
@@ -418,6 +425,8 @@ def plan(
     words_of = (re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", n) for n in label_names)  # LeftLung, KidneyR
     spoken = " ".join(re.sub(r"[_\W]+", " ", n.lower()) for n in words_of)
     barred = [a for a, words in _SIDES.items() if re.search(words, spoken)]
+    if mixed and barred:  # of which axis of the slices, is another one in every case
+        barred = list("xyz")
     usable = {2 - a for a in axes}  # 0: x
     flips = [a for i, a in enumerate("xyz") if i in usable and a not in barred]
     why["input.flip_axes"] = "a mirrored image is as good an example" + (
