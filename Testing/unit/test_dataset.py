@@ -220,6 +220,11 @@ def test_a_single_slices_mask_lies_where_the_slice_lies_unless_one_of_them_does_
     flat.SetSpacing((0.7, 0.8)), flat.SetOrigin((10.0, 20.0))
     sitk.WriteImage(flat, str(tmp_path / "flat.nrrd"))
     assert np.array_equal(read_mask(tmp_path / "flat.nrrd", image)[0], outline()[2:3])
+    flat.SetDirection((1.0, 0.0, 0.0, -1.0)), sitk.WriteImage(flat, str(tmp_path / "flat.nrrd"))
+    picture = sitk.GetImageFromArray(image.array[0])
+    picture.CopyInformation(flat), picture.SetDirection((1.0, 0.0, 0.0, 1.0)), sitk.WriteImage(picture, str(tmp_path / "image.nrrd"))
+    with pytest.raises(UserError, match="does not lie where its image lies"):  # of two such the rows are known
+        read_mask(tmp_path / "flat.nrrd", read_image(tmp_path / "image.nrrd"))
 
 
 def test_what_was_drawn_in_slicer_on_a_picture_lies_where_it_was_drawn(tmp_path):

@@ -238,13 +238,17 @@ def _check_fit(image: Image, mask: Image, name: str) -> None:
             "give the mask of this image, or resample it."
         )
     # A picture, or its mask, may lack its geometry, and a file of two dimensions does not know at which z it lies.
-    plain = image.shape[0] == 1 and image.dicom_files == () and not (_is_in_space(image) and _is_in_space(mask))
+    told = _is_flat(image) == _is_flat(mask) and is_placed(image) and is_placed(mask)
+    plain = image.shape[0] == 1 and image.dicom_files == () and not told
     if not plain and not image.same_grid(mask, 0.1 * min(image.spacing)):
         raise UserError(f"{name} does not lie where its image lies (spacing, origin or direction differ); resample it to the image.")
 
 
-def _is_in_space(image: Image) -> bool:
-    return is_placed(image) and (image.source is None or information(Path(image.source)).GetDimension() > 2)
+def _is_flat(image: Image) -> bool:
+    """Whether the image was read from a file of two dimensions."""
+    with suppress(UserError):  # which may be gone
+        return image.source is not None and not image.dicom_files and information(Path(image.source)).GetDimension() < 3
+    return False
 
 
 def covered_steps(below: np.ndarray, top: np.ndarray) -> Steps[tuple[int, int] | None]:

@@ -98,8 +98,8 @@ class Fingerprint:
     intensity: of label voxels over all cases, first channel: low (0.5 %), high (99.5 %), mean, std; zeros: share of voxels
     that are exactly 0; hu: whether the values look like HU; read: cases looked at, of `cases`. in_lung: of the labels' connected
     components, how many have lung around them, and how many there are; None where that was not asked for. single: names of
-    the cases that are one slice. acquired: where single or thick slices lie nearest to other planes of the body from case to
-    case, shapes and spacings as they were taken.
+    the cases that are one slice. acquired: of single or thick slices, shapes and spacings as they were taken; mixed: they lie nearest
+    to other planes of the body from case to case.
     """
 
     cases: int
@@ -114,6 +114,7 @@ class Fingerprint:
     in_lung: tuple[int, int] | None = None
     single: list[str] = field(default_factory=list)
     acquired: list[tuple[Any, Any]] = field(default_factory=list)
+    mixed: bool = False
 
     @property
     def median_spacing(self) -> tuple[float, ...]:
@@ -167,10 +168,10 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         lows.append(float(np.percentile(thin, 0.5)))
         ranges.append(float(np.percentile(thin, 99.5)) - lows[-1])
         zeros.append(float((thin == 0).mean()))
-    # Of stacks one in ten may be odd: the others make a better volume.
-    most = 1.0 if len(out.single) == len(chosen) else 0.9
-    if len(taken) == len(chosen) and max(planes.values()) < most * len(chosen):
-        out.acquired = taken
+    if len(taken) == len(chosen):
+        # Of stacks one in ten may be odd: the others make a better volume.
+        most = 1.0 if len(out.single) == len(chosen) else 0.9
+        out.acquired, out.mixed = taken, max(planes.values()) < most * len(chosen)
     if not inside:
         raise UserError("All masks of the dataset are empty, so there is nothing to learn; check that they are the annotated ones.")
     every = np.concatenate(inside)
@@ -274,8 +275,8 @@ def plan(
             f"({', '.join(case_set.channels)}); make a dataset of one of them."
         )
     f = found or fingerprint(case_set, progress, in_lung=clicked is not None and expects_lung(clicked))
-    mixed = bool(f.acquired) and (base is None or base[0].acquired)
-    if mixed:
+    as_taken = bool(f.acquired) and (f.mixed if base is None else base[0].acquired)
+    if as_taken:
         f = replace(f, shapes=[shape for shape, _ in f.acquired], spacings=[spacing for _, spacing in f.acquired])
     why: dict[str, str] = {}
     gpu = bool(machine.gpu)
@@ -285,8 +286,8 @@ def plan(
     # Dimensions, and the frame (slice axis first in 2D).
     sizes = np.median(f.shapes, 0)
     # A volume's patches would be cut across the slices of some cases and along those of others.
-    dims = 3 if sizes.min() >= 8 and not mixed else 2
-    flat = 0 if mixed else int(np.argmin(sizes))
+    dims = 3 if sizes.min() >= 8 and not as_taken else 2
+    flat = 0 if as_taken else int(np.argmin(sizes))
     picture = bool(sizes.min() < 2)
     if base is not None:
         dims = base[0].dimensions
@@ -296,7 +297,7 @@ def plan(
             )
         flat = base[0].slice_axis if dims == 2 and not picture else flat
     # Pictures do not say how they lie in the body.
-    acquired = mixed or (picture and flat == 0) or (base is not None and base[0].acquired)
+    acquired = as_taken or (picture and flat == 0) or (base is not None and base[0].acquired)
     axis = "acquired" if acquired else list(SLICE_AXIS)[flat]
     order = [0, 1, 2] if dims == 3 else [flat, *(a for a in range(3) if a != flat)]
     context = 0 if dims == 3 or picture else 1
@@ -306,7 +307,7 @@ def plan(
         else "the images are single slices"
         if picture
         else "the thick slices lie otherwise in the body from case to case, so each is seen as it was taken, with its neighbours"
-        if mixed
+        if as_taken
         else f"the median image has {sizes.min():.0f} slices only, too few to halve; each slice sees its neighbours"
     )
 
@@ -425,7 +426,7 @@ def plan(
     words_of = (re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", n) for n in label_names)  # LeftLung, KidneyR
     spoken = " ".join(re.sub(r"[_\W]+", " ", n.lower()) for n in words_of)
     barred = [a for a, words in _SIDES.items() if re.search(words, spoken)]
-    if mixed and barred:  # of which axis of the slices, is another one in every case
+    if as_taken and f.mixed and barred:  # of which axis of the slices, is another one in every case
         barred = list("xyz")
     usable = {2 - a for a in axes}  # 0: x
     flips = [a for i, a in enumerate("xyz") if i in usable and a not in barred]
