@@ -598,15 +598,12 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             return _("Choose a model.")
         if models.mismatch(chosen):
             return models.mismatch(chosen)
-        given: dict[Any, str] = {}
-        for name, node in zip(chosen[0].card.data["channels"], self._volumes()):
+        names, nodes = chosen[0].card.data["channels"], self._volumes()
+        for i, (name, node) in enumerate(zip(names, nodes), 1):
             if node is None or node.GetImageData() is None:
                 return _("Choose a volume for '{name}'.").format(name=name)
-            if node in given:
-                return _("'{volume}' is chosen for both '{first}' and '{second}'; choose the scan of each.").format(
-                    volume=node.GetName(), first=given[node], second=name
-                )
-            given[node] = name
+            if text := inputs.chosenTwice(names, nodes[:i]):
+                return text
         if p.region is None and any(m.card.data.get("roi_mm") for m in chosen):
             size = max(m.card.data.get("roi_mm") or 0 for m in chosen)
             return _("This model is made for a box of about {mm:g} mm around one target: press Box or Point and mark it.").format(mm=size)

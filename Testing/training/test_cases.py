@@ -1103,7 +1103,7 @@ def test_pictures_that_were_read_with_their_prints_size_are_others(tmp_path, mon
         picture.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "labels" / f"{name[0]}.png")
     found = find_cases(tmp_path)
     now = [found.digest(case) for case in found.cases]
-    monkeypatch.setattr("unetseg_training.cases.has_print_size", lambda path: False)
+    monkeypatch.setattr("unetseg_training.cases.print_spacing", lambda path: None)
     assert [found.digest(case) != d for case, d in zip(found.cases, now)] == [False, True, True, False]
 
 

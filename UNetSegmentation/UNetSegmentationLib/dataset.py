@@ -52,12 +52,12 @@ from .files import (
 from .image import (
     Image,
     check_geometry,
-    has_print_size,
     information,
     is_dicom,
     is_grey,
     is_placed,
     of_channels,
+    print_spacing,
     read_image,
     to_sitk,
     write_image,
@@ -137,10 +137,9 @@ def segment_masks(path: str | Path, image: Image) -> Iterator[tuple[Label, np.nd
     """The segments of a .seg.nrrd as masks on the image's grid (Slicer crops the file to what is marked)."""
     grid, segments = read_segments(path)
     layers = [grid.like(layer) for layer in grid.channels]
-    if image.source and has_print_size(Path(image.source)):
-        own = (*information(Path(image.source)).GetSpacing()[:2], image.spacing[2])
-        if np.allclose(own, grid.spacing, rtol=1e-3):  # drawn in Slicer, which takes the print's size for the picture's
-            image = replace(image, spacing=own)
+    own = print_spacing(Path(image.source)) if image.source else None
+    if own and np.allclose(own, grid.spacing[:2], rtol=1e-3):  # drawn in Slicer, which takes the print's size for the picture's
+        image = replace(image, spacing=(*own, image.spacing[2]))
     if not image.same_grid(grid):
         _check_inside(image, grid, Path(path).name)
         reference = to_sitk(image.like(np.empty(image.shape, np.uint8)))
@@ -237,9 +236,10 @@ def _check_fit(image: Image, mask: Image, name: str) -> None:
             f"{name} has {' x '.join(map(str, mask.shape[::-1]))} voxels and its image {' x '.join(map(str, image.shape[::-1]))}; "
             "give the mask of this image, or resample it."
         )
-    # A picture, or its mask, may lack its geometry, and a file of two dimensions does not know at which z it lies.
-    told = _is_flat(image) == _is_flat(mask) and is_placed(image) and is_placed(mask)
-    plain = image.shape[0] == 1 and image.dicom_files == () and not told
+    plain = False
+    if image.shape[0] == 1 and image.dicom_files == ():
+        # A picture, or its mask, may lack its geometry, and a file of two dimensions does not know at which z it lies.
+        plain = not (is_placed(image) and is_placed(mask)) or _is_flat(image) != _is_flat(mask)
     if not plain and not image.same_grid(mask, 0.1 * min(image.spacing)):
         raise UserError(f"{name} does not lie where its image lies (spacing, origin or direction differ); resample it to the image.")
 

@@ -764,14 +764,14 @@ def _is_print_size(path: Path, spacing: Sequence[float]) -> bool:
     return path.suffix.lower() in (".jpg", ".jpeg") or (printed and _in_inches(path))
 
 
-def has_print_size(path: Path) -> bool:
-    """Whether a picture's file holds a spacing that read_image() takes for the size of its print, and not for its."""
+def print_spacing(path: Path) -> tuple[float, float] | None:
+    """The spacing (x, y) in a picture's file, where read_image() takes it for the size of its print, and not for its."""
     if path.suffix.lower() not in (".jpg", ".jpeg", ".tif", ".tiff"):
-        return False
+        return None
     with suppress(UserError):
-        spacing = information(path).GetSpacing()
-        return tuple(spacing[:2]) != (1.0, 1.0) and _is_print_size(path, spacing)
-    return False
+        x, y, *_ = information(path).GetSpacing()
+        return (x, y) if (x, y) != (1.0, 1.0) and _is_print_size(path, (x, y)) else None
+    return None
 
 
 def _in_inches(path: Path) -> bool:

@@ -140,6 +140,15 @@ def leaveWheel(*combos: Any) -> None:
         combo.scrollWheelEffect = ctk.ctkComboBox.NeverScroll
 
 
+def chosenTwice(names: Sequence[str], nodes: Sequence[Any]) -> str:
+    """The sentence of a volume that stands for two channels; "" where there is none."""
+    for i, (name, node) in enumerate(zip(names, nodes)):
+        if node in nodes[:i]:
+            text = _("'{volume}' is chosen for both '{first}' and '{second}'; choose the scan of each.")
+            return text.format(volume=node.GetName(), first=names[nodes.index(node)], second=name)
+    return ""
+
+
 class ChannelRows:
     """A node selector for each channel of the model after the first, under the volume's own, named as the card names it."""
 

@@ -244,10 +244,8 @@ class TrainingSetSection(VTKObservationMixin):
         if len(volumes) < len(names) or None in volumes:
             text = _("The training set has the channels {names}; choose a model with these above, and a volume for each.")
             return text.format(names=", ".join(names))
-        for i, volume in enumerate(volumes):
-            if volume in volumes[:i]:
-                text = _("'{volume}' is chosen for both '{first}' and '{second}'; choose the scan of each.")
-                return text.format(volume=volume.GetName(), first=names[volumes.index(volume)], second=names[i])
+        if text := inputs.chosenTwice(names, volumes):
+            return text
         if self.summary is None and not any(row.included for row in self.rows):
             return _("The first case needs a segment, which says what the training set is about.")
         for row in self.rows:

@@ -596,7 +596,8 @@ class ChildProcess:
         onEnd: Callable[[int | None, str], None],
     ) -> None:
         self.program = arguments[0]
-        self._workerPid, self._workerMark = None, None  # type: int | None, str | None
+        self._workerPid: int | None = None
+        self._workerMark: str | None = None
         self._on: tuple[Callable[..., None], ...] | None = (onOutput, onLog, onEnd)
         self._process = process = qt.QProcess()
         process.setWorkingDirectory(str(working_folder()))

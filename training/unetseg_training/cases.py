@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, distinct, map_values, plain_name, read_segments, segment_masks
 from UNetSegmentationLib.files import UserError, user_path
-from UNetSegmentationLib.image import NO_SCAN, PICTURE_SUFFIXES, Image, has_print_size, is_grey, of_channels, read_image
+from UNetSegmentationLib.image import NO_SCAN, PICTURE_SUFFIXES, Image, is_grey, of_channels, print_spacing, read_image
 from UNetSegmentationLib.model import DEFAULT_COLORS, Label
 from UNetSegmentationLib.postprocess import voxel_counts
 
@@ -165,7 +165,7 @@ class CaseSet:
     def how(self, case: Case) -> str:
         """How its files are read, beside what they hold."""
         rest: tuple[Any, ...] = () if self.rest is None else (self.rest,)
-        rest += ("without its print's size",) * any(map(has_print_size, case.images))  # which versions before 2026-12 read as mm
+        rest += ("without its print's size",) * any(map(print_spacing, case.images))  # which versions before 2026-12 read as mm
         return repr((case.reader, case.series, case.extra, sorted(self.values.items()), *rest))
 
     def order(self, case: Case) -> tuple[str, ...]:

@@ -335,15 +335,17 @@ def forgetting(
         text = "The two models and the base's cases share no label, so there is nothing to compare."
         return {"cases": 0, "labels": [], "verdict": text, "forgotten": None}
     last = max(own.values())
+    # A label that is in no truth gets a value that is not there, and is left out.
+    truths = [
+        [replace(label, value=own.get(plain_name(label.name), last + label.value)) for label in m.card.labels] for m in (before, after)
+    ]
+    have, wanted = channels or before.card.data["channels"], [m.card.data["channels"] for m in (before, after)]
+    places = [[i for i in channel_places(have, names) if i is not None] for names in wanted]
     engines = choose_engine(before), engine or choose_engine(after)
     scores: list[list[metrics.Row]] = [[], []]
     for item in cases:  # each by both models at once: twenty whole CTs would not fit the memory
-        for model, runs, rows in zip((before, after), engines, scores):
-            # A label that is in no truth gets a value that is not there, and is left out.
-            truth = [replace(label, value=own.get(plain_name(label.name), last + label.value)) for label in model.card.labels]
-            wanted = model.card.data["channels"]
-            at = [i for i in channel_places(channels or before.card.data["channels"], wanted) if i is not None]
-            moved = len(at) == len(wanted) and at != [*range(item.image.n_channels)]
+        for model, runs, truth, at, rows in zip((before, after), engines, truths, places, scores):
+            moved = len(at) == len(model.card.data["channels"]) and at != [*range(item.image.n_channels)]
             image = item.image.like(item.image.channels[at]) if moved else item.image
             found = metrics.evaluate(model, [item._replace(image=image)], labels=truth, surfaces=False, auc=False, engine=runs)
             rows += [{**r, "label": shared[key]} for r in found if (key := plain_name(r["label"])) in shared]

@@ -62,7 +62,7 @@ class LiveFile:
     def write(self, event: str, **fields: Any) -> Line:
         line = {"event": event, "time": round(time.time(), 1), **{k: _finite(v) for k, v in fields.items()}}
         self.lines.append(line)
-        data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        data = _encoded(line)
         with contextlib.suppress(OSError):  # a full disk is the checkpoint's to tell: what is lost here are points of a plot
             if self._size + len(data) > self.limit:
                 self._thin()
@@ -83,10 +83,10 @@ class LiveFile:
         self._rewrite()
 
     def _total(self) -> int:
-        return sum(len(json.dumps(line, ensure_ascii=False).encode()) + 1 for line in self.lines)
+        return sum(len(_encoded(line)) for line in self.lines)
 
     def _rewrite(self) -> None:
-        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines).encode()
+        data = b"".join(map(_encoded, self.lines))
         part = self.path.with_name(self.path.name + ".part")
         part.write_bytes(data)
         for _ in range(20):  # on Windows a reader may hold the old file for a moment
@@ -98,6 +98,10 @@ class LiveFile:
             self.path.write_bytes(data)
             part.unlink(missing_ok=True)
         self._size = len(data)
+
+
+def _encoded(line: Line) -> bytes:
+    return (json.dumps(line, ensure_ascii=False) + "\n").encode()
 
 
 def _finite(value: Any) -> Any:
