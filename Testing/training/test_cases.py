@@ -730,6 +730,23 @@ def test_pictures_with_masks_of_0_and_255(tmp_path, suffix):
     assert found.channels == ("red", "green", "blue") and found.load(found.cases[0])[0].array.shape == (3, 1, 20, 30)
 
 
+@pytest.mark.parametrize(("turn", "mask", "refused"), [(3, (30, 20), True), (6, (20, 30), True), (6, (30, 20), False)])
+def test_masks_of_pictures_that_some_programs_turn_are_refused_where_they_may_be_turned(tmp_path, turn, mask, refused):
+    picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    exif = picture.Exif()
+    exif[274] = turn
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    picture.new("L", (30, 20), 90).save(tmp_path / "images" / "a.jpg", exif=exif)
+    picture.new("L", mask, 255).save(tmp_path / "masks" / "a.png")
+    found = find_cases(tmp_path)
+    if refused:
+        with pytest.raises(Mismatch, match=rf"Case a: a.jpg is marked as turned \(EXIF orientation {turn}\), .*; save it upright"):
+            found.load(found.cases[0])
+    else:
+        assert found.load(found.cases[0])[1].all()
+
+
 def test_jpegs_of_several_labels_are_refused_and_small_ones_of_one_are_not(tmp_path):
     picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     two = np.zeros((64, 64), np.uint8)
@@ -1105,6 +1122,20 @@ def test_pictures_that_were_read_with_their_prints_size_are_others(tmp_path, mon
     now = [found.digest(case) for case in found.cases]
     monkeypatch.setattr("unetseg_training.cases.print_spacing", lambda path: None)
     assert [found.digest(case) != d for case, d in zip(found.cases, now)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("spacing", [1.0, 25.4 / 72])
+def test_a_pictures_mask_may_lie_as_slicer_shows_the_picture(tmp_path, spacing):
+    """Which takes the size of its print for mm; so do label maps that unetseg writes of it."""
+    picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    picture.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "images" / "a.jpg", dpi=(72, 72))
+    mask = sitk.GetImageFromArray(np.eye(8, dtype=np.uint8)[None])
+    mask.SetSpacing((spacing, spacing, 1.0))
+    sitk.WriteImage(mask, str(tmp_path / "labels" / "a.nii.gz"))
+    found = find_cases(tmp_path)
+    assert np.array_equal(found.load(found.cases[0])[1][0], np.eye(8))
 
 
 def test_a_digest_of_files_that_are_missing_or_lie_beside_their_header(pairs):

@@ -1,5 +1,7 @@
 """config.yaml: what it may hold, that it survives writing and reading, and one clear sentence for what is wrong."""
 
+import re
+
 import pytest
 
 pytest.importorskip("pydantic")
@@ -53,6 +55,11 @@ def test_what_is_written_is_read_back_and_explains_itself(tmp_path):
         ({"model": {"postprocess": {"largest": True}}}, "model.postprocess .*'largest'"),
         ({"model": {"postprocess": {"min_volume_mm3": "1e3"}}}, "model.postprocess.min_volume_mm3 must be number"),
         ({"network": {"channels": [16]}}, r"network.channels is \[16\]: .* at least 2"),
+        ({"network": {"kernels": [[3, 3, 2]] * 4}}, "network.kernels.0.2: a kernel's size is an odd number above 0, not 2"),
+        ({"network": {"kernels": [[0, 3, 3]] * 4}}, "network.kernels.0.0: .* not 0"),
+        ({"network": {"strides": [[0, 2, 2]] * 3}}, "network.strides.0.0 is 0: .* greater than or equal to 1"),
+        ({"input": {"spacing": [1e-8, 1, 1]}}, "input.spacing.0 is 1e-08"),
+        ({"fit": {"precision": 64}}, "fit.precision is .64.: .*'32'"),
         ({"fit": {"betas": [0.9, 1.0]}}, "fit.betas.1 is 1.0: .* less than 1"),
     ],
 )
@@ -63,8 +70,9 @@ def test_one_sentence_for_what_is_wrong(change, words):
 
 
 def test_files_that_are_no_configuration(tmp_path):
-    with pytest.raises(UserError, match="make it with: unetseg-train plan"):
-        c.read(tmp_path)
+    for run in (tmp_path, tmp_path / "runn"):
+        with pytest.raises(UserError, match=f"make it with: unetseg-train plan DATA -o {re.escape(str(run))}\\."):
+            c.read(run)
     path = tmp_path / "config.yaml"
     for text, words in (
         ("a: [1, 2\nb: 3\n", r"not valid YAML \(line 2: expected"),
@@ -72,6 +80,7 @@ def test_files_that_are_no_configuration(tmp_path):
         ("", "holds no settings"),
         ("fit:\n  batch: 2\nfit:\n  seed: 3\n", r"not valid YAML \(line 3: fit is there for the second time\); correct it"),
         ("fit: !!int x\n", "is not valid YAML; correct it"),
+        ("[" * 3000, "is not valid YAML; correct it"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
@@ -98,3 +107,8 @@ def test_the_card_is_valid_and_describes_the_network():
         assert (card.inputs, card.outputs) == (unet.in_channels, unet.out_channels)
         assert [label.value for label in card.labels] == list(range(1, len(card.labels) + 1))
         assert type(unet).from_json(card.data["network"]) == unet
+
+
+@pytest.mark.parametrize("number", [16, 32])
+def test_a_precision_may_be_a_number(number):
+    assert c.parse({**BASE, "fit": {"precision": number}}).fit.precision == str(number)

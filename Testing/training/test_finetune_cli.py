@@ -134,6 +134,17 @@ def test_a_second_channel_and_a_third_label(command, base, tmp_path):
     assert code == 2 and "not annotated with Ball" in err
 
 
+def test_a_fine_tuning_goes_on_with_its_own_dataset(command, base, tmp_path, monkeypatch):
+    data, other = (balls(tmp_path / name, 2, [BRIGHT], ["MR"]) for name in ("new", "other"))
+    words = ("--from", base, "-o", tmp_path / "run", "--resume", "--freeze", "head")  # which ends it before the training
+    assert command("plan", data, "-o", tmp_path / "run", "--quick", "--base", base)[0] == 0
+    code, _, err = command("finetune", other, *words)
+    assert code == 2 and f"is a fine-tuning on {data}; name that dataset" in err
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("finetune", data.relative_to(tmp_path), *words)
+    assert code == 2 and "no layer 'head' to freeze" in err
+
+
 @pytest.mark.parametrize(
     "words, told",
     [

@@ -244,3 +244,19 @@ def test_the_bundled_model_scores_what_its_note_says_on_a_real_case(data):
     for row in rows:
         assert row["dice"] > 0.8 and row["hausdorff95_mm"] < 4 and row["surface_dice"] > 0.8 and row["auc"] > 0.99
         assert row["hausdorff95_mm"] <= row["hausdorff_mm"]
+
+
+def test_a_cell_is_measured_in_its_own_voxels():
+    """0.02 mm wide, within 1 mm any mask of it would be right, and two decimals of a millimetre would show nothing."""
+    truth, moved = block((1, 300, 300), (0, 100, 100), (1, 200, 200)), block((1, 300, 300), (0, 100, 150), (1, 200, 250))
+    spacing = (0.0002,) * 3
+    row = only(moved, truth, spacing=spacing)
+    assert row["tolerance_mm"] == pytest.approx(0.001) and row["surface_dice"] < 0.7
+    assert only(moved, truth, spacing=(1, 1, 1))["tolerance_mm"] == 1
+    facts = metrics.summary([{"case": "a", "patient": "a", "label": "thing", **row}])
+    assert facts["tolerance_mm"] == 0.001 and facts["labels"]["thing"]["hausdorff_mm"]["mean"] == pytest.approx(0.01)
+    row = only(block((1, 300, 300), (0, 100, 103), (1, 200, 202)), truth, spacing=spacing)
+    facts = metrics.summary([{"case": "a", "patient": "a", "label": "thing", **row}])
+    head, cells = (line.split() for line in metrics.table(facts).splitlines())
+    shown = dict(zip(head, cells))
+    assert float(shown["hausdorff_mm"]) == pytest.approx(0.0006) and float(shown["volume_error_ml"]) == pytest.approx(-8e-13, rel=0.1)

@@ -282,3 +282,19 @@ def test_one_odd_stack_does_not_make_slices_of_the_volumes_of_the_others():
         (replace(load(case)[0], direction=(0, 0, 1.0, 1.0, 0, 0, 0, 1.0, 0)), load(case)[1]) if case is made.cases[0] else load(case)
     )
     assert of(made).config.input.dimensions == 3
+
+
+def test_pictures_of_which_a_base_would_see_a_voxel_are_refused():
+    card = find_model("lung-nodule-2d").card
+    base = card, UNetConfig.from_json(card.data["network"])
+    case_set = cases(shape=(1, 300, 300), spacing=(0.0002,) * 3, spot=40)
+    with pytest.raises(UserError, match=r"spacing of lung-nodule-2d \(0.6 x 0.6 mm\) the median image has 1 x 1 voxels.* at least 8"):
+        of(case_set, base=base)
+    assert of(cases(shape=(1, 300, 300), spacing=(0.6,) * 3, spot=40), base=base)
+
+
+def test_a_dataset_named_from_within_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "My Data" / "images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "My Data" / "images")
+    made = plan(cases(), "..", machine=LAPTOP, measure=False).config.model
+    assert made.name == "my-data" and made.training_data[0].startswith("My Data: 6 cases")

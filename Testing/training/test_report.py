@@ -159,6 +159,13 @@ def test_one_patient_has_no_interval(tmp_path):
     assert "one patient, no interval" in report.write(tmp_path).read_text("utf-8")
 
 
+def test_figures_of_a_cell_have_the_decimals_they_need(tmp_path):
+    rows = [{**r, **dict.fromkeys(("hausdorff_mm", "hausdorff95_mm", "volume_ml", "truth_ml"), 0.000123)} for r in cases(1)]
+    metrics.write(tmp_path, rows, metrics.summary(rows))
+    text = report.write(tmp_path).read_text("utf-8")
+    assert text.count(">0.00012<") == 4 * len(rows) + 2 * len(NAMES)  # each case's, and the means of the distances
+
+
 def test_scores_of_other_weights_are_not_these(run):
     data = json.loads((run / "metrics.json").read_text("utf-8"))
     (run / "best.safetensors").write_bytes(b"one")

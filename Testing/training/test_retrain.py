@@ -18,8 +18,8 @@ for name in ("monai", "pydantic", "lightning", "yaml"):
     pytest.importorskip(name)
 
 from safetensors.torch import save  # noqa: E402
+from unetseg_training import cli, live, report, retrain, watch  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
-from unetseg_training import live, report, retrain, watch  # noqa: E402
 from unetseg_training.cases import Case, find_cases  # noqa: E402
 from unetseg_training.train import CHECKPOINT, WEIGHTS  # noqa: E402
 from UNetSegmentationLib import training  # noqa: E402
@@ -710,3 +710,30 @@ def test_a_label_that_only_held_out_cases_mark_is_left_out(tmp_path):
     job = training.create(made.folder)
     cases, facts = retrain._cases(job.folder, job)
     assert [label.name for label in cases.labels] == ["Bright"] and facts["unmarked"] == ["Dark"]
+
+
+def test_stopped_before_it_began_it_can_be_resumed(dataset, base, command, monkeypatch):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(training, "claim", interrupted)
+        code, _, err = command("finetune", dataset, "--from", base.path, "--minutes", "0.02")
+    (job,) = training.jobs(dataset)
+    assert code == 130 and "unetseg-train resume JOB" in err and job.state == "stopped" and job.resumable
+
+
+def test_a_job_elsewhere_is_found_by_its_folder(dataset, base, command, tmp_path):
+    job = training.create(dataset, base, Options(), tmp_path / "job")
+    training.end(job.folder, "stopped", "Stopped.")
+    assert str(job.folder) in command("jobs", job.folder)[1] and str(job.folder) not in command("jobs", dataset)[1]
+    cli._follow(job, True)
+    inside = training.create(dataset, base, Options())
+    cli._follow(inside, True)
+    out = command("jobs", inside.folder)[1]
+    assert f"look with: unetseg-train jobs {job.folder}\n" in out and f"look with: unetseg-train jobs {dataset}\n" in out
+
+
+def test_a_dataset_named_from_within_has_its_name(dataset, monkeypatch):
+    monkeypatch.chdir(dataset / "cases")
+    assert training.create("..", None, Options()).name == "balls"

@@ -12,6 +12,7 @@ import tracemalloc
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -359,6 +360,7 @@ import os, signal, sys, torch
 torch.set_num_threads(1)
 import lightning as L
 from pathlib import Path
+from unittest.mock import Mock
 from unetseg_training import config, train
 class Kill(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
@@ -435,6 +437,7 @@ import json, os, torch
 torch.set_num_threads(1)
 import lightning as L
 from pathlib import Path
+from unittest.mock import Mock
 from unetseg_training import config, train
 values = []
 class Keep(L.Callback):
@@ -530,7 +533,7 @@ def test_datasets_that_cannot_be_learnt_from(dataset, config, tmp_path):
     )
     assert [x.patient for x in train + check] == ["a", "b", "c"]
     with pytest.raises(UserError, match="fit.batch is 3, which 2 devices"):
-        t.make_job(replace_fit(config, batch=3), tmp_path / "cache").source(0, 2)
+        t.train(replace_fit(config, batch=3, devices=2), tmp_path / "run", cache=tmp_path / "cache")
     named = config.model_copy(update={"labels": [*config.labels, c.LabelEntry(name="spleen")]})
     with pytest.raises(UserError, match="now has the labels .* the configuration .*spleen"):
         t.train(named, tmp_path / "run")
@@ -726,6 +729,24 @@ def test_replayed_cases_are_drawn(config, dataset, tmp_path):
         for share in (0.0, 1.0)
     ]
     assert not torch.equal(*batches)
+
+
+def test_a_picture_of_a_microscope_is_augmented(config, dataset, tmp_path):
+    """Its pixels of 0.0002 mm were rounded to 0, and a patch's proportions divided by that."""
+    source = t.make_job(config, tmp_path / "cache").source(0, 1)
+    wanted = source.batch(0)[0]
+    for case in source.pools[0]:
+        case.spacing = tuple(s * 2e-4 for s in case.spacing)
+    source._made.clear()
+    assert torch.allclose(source.batch(0)[0], wanted, atol=1e-3)
+
+
+def test_what_no_memory_holds_is_said(config, dataset, tmp_path, monkeypatch):
+    for spacing, error in (((1e-7, 1.0, 1.0), MemoryError()), ((1e-7,) * 3, ValueError("array is too big"))):
+        monkeypatch.setattr(t, "prepare", Mock(side_effect=error))
+        tiny = config.model_copy(update={"input": config.input.model_copy(update={"spacing": spacing})})
+        with pytest.raises(UserError, match="input.spacing of 1e-07 x .* mm is larger than the memory; make it coarser"):
+            t.make_job(tiny, tmp_path / "cache").prepare()
 
 
 def test_the_average_follows_a_short_training(config, dataset, tmp_path):

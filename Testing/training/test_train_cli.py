@@ -140,6 +140,59 @@ def test_seeds_differ_and_restart_begins_anew(command, run):
     assert (run / "fold0-seed0" / "best.safetensors").read_bytes() == first
 
 
+def test_a_restart_that_cannot_begin_costs_no_model(command, run, tmp_path):
+    shutil.copytree(c.read(run).data.path, tmp_path / "data")
+    config = c.read(run)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "data")})})
+    c.write(config, run / "config.yaml")
+    folder = run / "fold0-seed0"
+    assert command("fit", run, "--quiet")[0] == 0
+    before = {p.name for p in folder.iterdir()}
+    for fit, told in (({"strategy": "foo"}, "cannot train"), ({"devices": 3}, "3 devices cannot share evenly"), ({}, "case")):
+        c.write(config.model_copy(update={"fit": config.fit.model_copy(update=fit)}), run / "config.yaml")
+        if not fit:
+            for mask in (tmp_path / "data" / "labels").iterdir():
+                mask.write_bytes(b"no mask")
+        code, _, err = command("fit", run, "--quiet", "--restart")
+        assert code == 2 and told in err and {p.name for p in folder.iterdir()} >= before, err
+
+
+def test_held_out_cases_that_are_gone_are_named(command, run, tmp_path):
+    shutil.copytree(c.read(run).data.path, tmp_path / "data")
+    config = c.read(run)
+    c.write(config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "data")})}), run / "config.yaml")
+    folder = run / "fold0-seed0"
+    assert command("fit", run, "--quiet")[0] == 0
+    gone, *_ = json.loads((folder / "run.json").read_text("utf-8"))["validation_cases"]
+    for part in ("images", "labels"):
+        (tmp_path / "data" / part / f"{gone}.nii.gz").unlink()
+    code, _, err = command("evaluate", folder)
+    assert code == 2 and f"1 of the 2 held-out cases of {folder} ({gone}) are no longer in {tmp_path / 'data'}; put them back" in err
+    assert len(cli._scored(folder, load_run(folder)[0], None, some=True)[1]) == 1  # to compare two engines on
+
+
+def test_a_folder_is_told_by_its_name_wherever_one_stands(command, run, monkeypatch):
+    assert command("fit", run, "--quiet")[0] == 0
+    monkeypatch.chdir(run / "fold0-seed0")
+    assert command("evaluate", ".")[0] == 0
+    facts = json.loads((run / "fold0-seed0" / "metrics.json").read_text("utf-8"))["summary"]
+    assert facts["command"] == "unetseg-train evaluate fold0-seed0" and facts["held_out"] == "the held-out cases of fold0-seed0"
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("fit RUN", "with the same command and --resume"),
+        ("fit RUN --restart", "with the same command and --resume instead of --restart"),
+        ("finetune DATA --from x -o RUN", "with the same command and --resume"),
+        ("finetune DATA --from x", "with: unetseg-train resume JOB (unetseg-train jobs DATA names it)"),
+        ("plan DATA", ""),
+    ],
+)
+def test_what_was_stopped_says_how_it_goes_on(words, told):
+    assert cli._go_on(words.split()) == (told and f"; go on {told}")
+
+
 def test_figures_of_other_weights_are_not_put_on_the_card(command, run, tmp_path):
     pytest.importorskip("onnx")
     folder = run / "fold0-seed0"

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, distinct, map_values, plain_name, read_segments, segment_masks
+from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, check_turn, distinct, map_values, plain_name, read_segments, segment_masks
 from UNetSegmentationLib.files import UserError, user_path
-from UNetSegmentationLib.image import NO_SCAN, PICTURE_SUFFIXES, Image, is_grey, of_channels, print_spacing, read_image
+from UNetSegmentationLib.image import NO_SCAN, PICTURE_SUFFIXES, Image, is_grey, of_channels, on_print, print_spacing, read_image
 from UNetSegmentationLib.model import DEFAULT_COLORS, Label
 from UNetSegmentationLib.postprocess import voxel_counts
 
@@ -652,13 +652,14 @@ def _inside(base: Path, name: Any) -> Path:
 
 def _fitting(image: Image, mask: Image, path: Path) -> np.ndarray:
     """The mask's array if it lies on the image's grid."""
+    check_turn(image, mask)
     if mask.shape != image.shape:
         raise Mismatch(
             f"its mask {path.name} has {' x '.join(map(str, mask.shape[::-1]))} voxels and its image "
             f"{' x '.join(map(str, image.shape[::-1]))}; resample the mask to the image, or give the right one."
         )
     tolerance = TOLERANCE * min(image.spacing)
-    if not _is_picture(path) and not image.same_grid(mask, tolerance):
+    if not _is_picture(path) and not any(i.same_grid(mask, tolerance) for i in (image, on_print(image))):
         corners = ((0, 0, 0), tuple(n - 1 for n in image.shape[::-1]))
         far = max(math.dist(image.index_to_point(c), mask.index_to_point(c)) for c in corners)
         raise Mismatch(

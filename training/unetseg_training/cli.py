@@ -5,6 +5,7 @@ that makes). Exit codes as of `unetseg`: 0 done, 1 the check found errors, 2 bad
 # No `from __future__ import annotations`: typer reads the commands' annotations, which name what only _app() imports.
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from UNetSegmentationLib.files import UserError, expand_arguments
+from UNetSegmentationLib.files import UserError, expand_arguments, user_path
 
 
 def main() -> None:
@@ -39,9 +40,22 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as e:
         if e.code == 130:  # typer's for Ctrl-C
-            more = "; go on with the same command and --resume" if sys.argv[1:2] in (["fit"], ["finetune"]) else ""
-            print(f"unetseg-train: stopped{more}", file=sys.stderr)
+            print(f"unetseg-train: stopped{_go_on(sys.argv[1:])}", file=sys.stderr)
         raise
+
+
+def _go_on(words: Sequence[str]) -> str:
+    """How a command that was stopped goes on."""
+    if words[:1] == ["finetune"] and not any(w.startswith(("-o", "--output")) for w in words):
+        return "; go on with: unetseg-train resume JOB (unetseg-train jobs DATA names it)"
+    if words[:1] not in (["fit"], ["finetune"]):
+        return ""
+    return "; go on with the same command and --resume" + " instead of --restart" * ("--restart" in words)
+
+
+def _name(path: str | Path) -> str:
+    """A folder's own name, which "." and ".." are not."""
+    return os.path.basename(os.path.abspath(path))
 
 
 @contextmanager
@@ -278,10 +292,10 @@ def _app() -> Any:
                 seen=report.Worst(folder, config.input.intensity),
                 progress=lambda done, name: progress(done, len(cases), name),
             )
-        told = f"unetseg-train evaluate {folder.name}" + (f" --data {Path(data).name}" if data else "")
-        where = Path(data).name if data else f"the held-out cases of {folder.name}"
+        told = f"unetseg-train evaluate {_name(folder)}" + (f" --data {_name(data)}" if data else "")
+        where = _name(data) if data else f"the held-out cases of {_name(folder)}"
         where = f"lesions in {where}, after one click" if clicked else where
-        facts = metrics.summary(rows, tolerance_mm=1.0, held_out=where, command=told, weights=weights)
+        facts = metrics.summary(rows, held_out=where, command=told, weights=weights)
         print(metrics.table(facts))
         metrics.write(folder, rows, facts)
         print(f"wrote {report.write(folder)}")
@@ -312,7 +326,7 @@ def _app() -> Any:
         from .train import RUN, load_run, weights_hash
 
         config, network = load_run(folder)
-        case_set, cases = _scored(folder, config, None)
+        case_set, cases = _scored(folder, config, None, some=True)
         try:
             scored = json.loads((folder / "metrics.json").read_text("utf-8"))["summary"]
         except (OSError, ValueError, KeyError):
@@ -380,6 +394,8 @@ def _app() -> Any:
         if not begun:
             _plan(data, output, bool(quick), minutes, {"layout": layout}, base, False)
         config = _read(output)
+        if begun and user_path(data).resolve() != user_path(os.path.expandvars(config.data.path)).resolve():
+            raise UserError(f"{output} is a fine-tuning on {config.data.path}; name that dataset, or choose another folder.")
         start = tuning.start_of(package, config)
         print(start.sentence)
         frozen = tuple(freeze or ())
@@ -416,7 +432,7 @@ def _app() -> Any:
         """List the retrainings of a dataset, the newest first."""
         from UNetSegmentationLib import training
 
-        found = training.jobs(data)
+        found = [training.read(data)] if (data / training.JOB).is_file() else training.jobs(data)
         for job in found:
             print(f"{job.folder}\n    {job.state}: {job.text}" + (f"\n    {job.package}" if job.package else ""))
         if not found:
@@ -483,14 +499,20 @@ def _follow(job: Any, detached: bool) -> None:
     from UNetSegmentationLib import training
 
     if detached:
-        print(f"{job.folder}: begun; look with: unetseg-train jobs {job.dataset}")
+        listed = job.folder.parent == job.dataset / training.FOLDER
+        print(f"{job.folder}: begun; look with: unetseg-train jobs {job.dataset if listed else job.folder}")
         return
-    from .retrain import run
+    try:
+        from .retrain import run  # takes seconds, in which it may be stopped
 
-    if not training.claim(job.folder):
-        raise UserError(f"{job.folder} is being trained by another process; wait for it, or stop it.")
-    print(job.folder)
-    run(job.folder, say=lambda text: print(text, flush=True))
+        if not training.claim(job.folder):
+            raise UserError(f"{job.folder} is being trained by another process; wait for it, or stop it.")
+        print(job.folder)
+        run(job.folder, say=lambda text: print(text, flush=True))
+    except KeyboardInterrupt:
+        if training.read(job.folder).running:
+            training.end(job.folder, "stopped", "Stopped; resume it to go on where it was.")
+        raise
     job = training.read(job.folder)
     if job.package is None:
         raise UserError(job.text)
@@ -498,8 +520,9 @@ def _follow(job: Any, detached: bool) -> None:
     print(f"wrote {job.package}; decide with: unetseg-train promote {job.folder} {how}")
 
 
-def _scored(folder: Path, config: Any, data: str | None) -> tuple[Any, Sequence[Any]]:
-    """The dataset and the cases of it to score: the run's held-out ones, or all of another dataset."""
+def _scored(folder: Path, config: Any, data: str | None, some: bool = False) -> tuple[Any, Sequence[Any]]:
+    """The dataset and the cases of it to score: the run's held-out ones, or all of another dataset. some: of the held-out ones those
+    that are there will do."""
     import json
 
     from .cases import ordered_channels
@@ -515,9 +538,11 @@ def _scored(folder: Path, config: Any, data: str | None) -> tuple[Any, Sequence[
     case_set = find(config)
     names = set(json.loads((folder / RUN).read_text("utf-8")).get("validation_cases", ()))
     cases = [c for c in case_set.annotated if c.name in names]
-    if not cases:
+    gone = sorted(names - {c.name for c in cases})
+    if not cases or (gone and not some):
+        which = f"{len(gone)} of the {len(names)} held-out cases of {folder} ({', '.join(gone[:3])}{', …' * (len(gone) > 3)})"
         raise UserError(
-            f"The held-out cases of {folder} are no longer in {config.data.path}; put them back, or name another dataset with --data."
+            f"{which} are no longer in {config.data.path}; put them back" + (", or name another dataset with --data." if not some else ".")
         )
     return case_set, cases
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from UNetSegmentationLib.files import UserError, write_text
 from UNetSegmentationLib.model import card_schema, intensity_errors, label_key, schema_errors
 from UNetSegmentationLib.networks import UNetConfig
@@ -24,6 +24,18 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Maps = Annotated[int, Field(ge=1, le=4096)]
 Range = tuple[Positive, Positive]
+Stride = Annotated[int, Field(ge=1)]
+Spacing = Annotated[float, Field(ge=1e-7, allow_inf_nan=False)]  # 0.1 nm, the finest pixels of an electron microscope
+
+
+def _odd(value: int) -> int:
+    if value < 1 or value % 2 == 0:
+        raise ValueError(f"a kernel's size is an odd number above 0, not {value}")
+    return value
+
+
+Kernel = Annotated[int, AfterValidator(_odd)]
+Precision = Annotated[Literal["auto", "32", "bf16", "16"], BeforeValidator(lambda v: str(v) if type(v) is int else v)]
 
 
 class _Strict(BaseModel):
@@ -65,7 +77,7 @@ class Input(_Strict):
     dimensions: Literal[2, 3] = _f(3, "2: slice by slice; 3: volumes.")
     axis: Literal["axial", "coronal", "sagittal", "acquired"] = _f("axial", "2D: the plane of the slices; acquired: as they are stored.")
     context_slices: int = _f(0, "2D: neighbouring slices on each side, as further channels.", ge=0, le=16)
-    spacing: tuple[Positive | None, Positive | None, Positive | None] = _f(
+    spacing: tuple[Spacing | None, Spacing | None, Spacing | None] = _f(
         (None, None, None), "mm along x, y, z that images are resampled to; null keeps an axis."
     )
     patch: tuple[int, ...] = _f((64, 64, 64), "Voxels that the network sees at once, array order: (z,) y, x.")
@@ -76,8 +88,8 @@ class Input(_Strict):
 
 class Network(_Strict):
     channels: tuple[Maps, ...] = _f((16, 32, 64, 96), "Feature maps of each level, finest first.", min_length=2)
-    strides: tuple[tuple[int, ...], ...] = _f((), "Down-sampling between levels, one list each; empty is 2 everywhere.")
-    kernels: tuple[tuple[int, ...], ...] = _f((), "Kernel size of each level; empty is 3 everywhere.")
+    strides: tuple[tuple[Stride, ...], ...] = _f((), "Down-sampling between levels, one list each; empty is 2 everywhere.")
+    kernels: tuple[tuple[Kernel, ...], ...] = _f((), "Kernel size of each level; empty is 3 everywhere.")
     norm: Literal["none", "batch", "instance"] = _f("instance", "Normalisation of features.")
     activation: Literal["relu", "leaky_relu"] = _f("leaky_relu", "Activation.")
     residual: bool = _f(False, "Residual blocks.")
@@ -140,7 +152,7 @@ class Fit(_Strict):
     batch: int = _f(8, "Patches in a batch, over all devices.", ge=1)
     accumulate: int = _f(1, "Batches whose gradients are added up for a step.", ge=1)
     foreground: Share = _f(0.5, "Part of the patches that are centred on a label; the others lie anywhere.")
-    precision: Literal["auto", "32", "bf16", "16"] = _f("auto", "auto: bf16 where this machine is fast at it, 16 on older GPUs, else 32.")
+    precision: Precision = _f("auto", "auto: bf16 where this machine is fast at it, 16 on older GPUs, else 32.")
     learning_rate: Positive = _f(1e-3, "AdamW's, after the warm-up.")
     final_rate: float = _f(1e-6, "Where the cosine ends.", ge=0)
     warmup: int = _f(50, "Steps of linear warm-up.", ge=0)
@@ -342,10 +354,11 @@ def read(path: str | Path) -> Config:
     if path.is_dir():
         path = path / "config.yaml"
     if not path.is_file():
-        raise UserError(f"There is no {path}; make it with: unetseg-train plan DATA -o {path.parent}.")
+        run = path.parent if path.suffix == ".yaml" else path
+        raise UserError(f"There is no {path}; make it with: unetseg-train plan DATA -o {run}.")
     try:
         data = yaml.load(path.read_text("utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError) as e:  # "!!int x" is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # the last of 3000 brackets, the second of "!!int x"
         place = getattr(e, "problem_mark", None)
         where = f" (line {place.line + 1}: {getattr(e, 'problem', '')})" if place else ""
         raise UserError(f"{path} is not valid YAML{where}; correct it.") from e

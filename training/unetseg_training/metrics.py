@@ -16,6 +16,7 @@ own spacing. What each figure means, and what it is where a mask is empty:
     volume_error_percent the same in percent of the true volume               None         -100, or None without truth
     dice_3_clicks        of a click model, whose others are after one click   -            0
 
+tolerance_mm is 1 mm, but at most 5 voxels of the finest axis: within 1 mm any mask of a cell 0.02 mm wide would be right.
 None counts in no mean; how often a class was missed, or found where there is none, stands beside the means, so that no
 mean gets better by it. Voxels whose truth is cases.IGNORE are left out of everything.
 Specificity and AUC depend on how much background the image shows: compare them on the same images.
@@ -61,6 +62,7 @@ FIGURES = (
 HIGHER_IS_BETTER = {"dice", "dice_3_clicks", "surface_dice", "sensitivity", "specificity", "precision", "auc"}
 # The rates of wrong alarms at which ROC curves are kept and averaged: dense near 0, where segmentation happens.
 FPR = tuple((np.linspace(0, 1, 51) ** 4).round(9).tolist())
+TOLERANCE_MM, TOLERANCE_VOXELS = 1.0, 5
 # Sorting more probabilities than this takes gigabytes; a whole CT then has no AUC.
 ROC_VOXELS = 1 << 25
 
@@ -88,7 +90,7 @@ def score(
     spacing: Sequence[float],
     labels: Sequence[Label],
     probability: np.ndarray | None = None,
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float | None = None,
     surfaces: bool = True,
 ) -> dict[str, Row]:
     """The figures of every label of one case, by the label's name.
@@ -98,6 +100,8 @@ def score(
     """
     if prediction.shape != truth.shape:
         raise UserError(f"The prediction has {prediction.shape} voxels and the truth {truth.shape}; compare masks of one grid.")
+    if tolerance_mm is None:
+        tolerance_mm = min(TOLERANCE_MM, TOLERANCE_VOXELS * min(spacing))
     if not 0 <= tolerance_mm < math.inf:
         raise UserError(f"The tolerance of the surface Dice must be a length in mm, not {tolerance_mm:g}.")
     out = {}
@@ -138,7 +142,7 @@ def _surfaces(found: np.ndarray, true: np.ndarray, spacing: Sequence[float], tol
     if not (found.any() and true.any()):
         same = not found.any() and not true.any()
         distance = 0.0 if same else None
-        return {"hausdorff_mm": distance, "hausdorff95_mm": distance, "surface_dice": float(same)}
+        return {"hausdorff_mm": distance, "hausdorff95_mm": distance, "surface_dice": float(same), "tolerance_mm": tolerance_mm}
     box = Box.around(found | true)
     assert box is not None
     mm = list(spacing[::-1])
@@ -152,6 +156,7 @@ def _surfaces(found: np.ndarray, true: np.ndarray, spacing: Sequence[float], tol
             "hausdorff_mm": float(compute_hausdorff_distance(*pair, **how)),
             "hausdorff95_mm": float(compute_hausdorff_distance(*pair, percentile=95, **how)),
             "surface_dice": float(compute_surface_dice(*pair, [tolerance_mm], use_subvoxels=True, **how)),
+            "tolerance_mm": tolerance_mm,
         }
 
 
@@ -270,14 +275,22 @@ def _figure(rows: Sequence[Row], key: str) -> dict[str, Any] | None:
     worst = float(np.percentile(values, 10) if key in HIGHER_IS_BETTER else np.percentile(np.abs(values), 90))
     out = {"mean": float(np.mean(values)), "low": bounds and bounds[0], "high": bounds and bounds[1]}
     out |= {"median": float(np.median(values)), "worst_tenth": worst}
-    return {k: v if v is None else round(v, 5) for k, v in out.items()} | {"cases": len(values)}
+    places = decimals(key, values, 5, 5)
+    return {k: v if v is None else round(v, places) for k, v in out.items()} | {"cases": len(values)}
+
+
+def decimals(key: str, values: Iterable[float | None], least: int, digits: int = 2) -> int:
+    """Of a figure in mm or mL, those that show so many digits of the largest value: of a cell's outline, 0.0008 mm off, two show none."""
+    top = max((abs(v) for v in values if v is not None), default=0.0) if key.endswith(("_mm", "_ml")) else 0.0
+    return max(least, digits - 1 - math.floor(math.log10(top))) if top else least
 
 
 def summary(rows: Sequence[Row], **facts: Any) -> dict[str, Any]:
-    """Means with 95 % intervals, by class and over the classes. facts: also kept, e.g. tolerance_mm, held_out, command.
+    """Means with 95 % intervals, by class and over the classes. facts: also kept, e.g. held_out, command.
 
     {"dice": {"mean", "low", "high", "median", "worst_tenth", "cases"}, "labels": {name: {figure: the same, "present",
-    "missed", "false"}}, "roc": {name: mean true positive rates at "fpr"}, "cases", "patients", "seed", "draws", ...facts}.
+    "missed", "false"}}, "roc": {name: mean true positive rates at "fpr"}, "cases", "patients", "seed", "draws",
+    "tolerance_mm" (the largest, where cases of finer voxels have less), ...facts}.
     The Dice over the classes is the mean of each case's mean; worst_tenth of errors with a sign is of their size.
     """
     names = list(dict.fromkeys(r["label"] for r in rows))
@@ -300,6 +313,8 @@ def summary(rows: Sequence[Row], **facts: Any) -> dict[str, Any]:
         if curves:
             out["roc"][name] = np.mean(curves, 0).round(5).tolist()
     out |= {"cases": len(cases), "patients": len({r["patient"] for r in rows}), "seed": SEED, "draws": DRAWS}
+    if within := [r["tolerance_mm"] for r in rows if r.get("tolerance_mm") is not None]:
+        out["tolerance_mm"] = float(f"{max(within):.3g}")
     return out | ({"fpr": list(FPR)} if out["roc"] else {}) | facts
 
 
@@ -329,11 +344,10 @@ def table(facts: dict[str, Any]) -> str:
     """A summary() as plain text, a line a class."""
     columns = [k for k in FIGURES if any(k in own for own in facts["labels"].values())]
     lines = [["label", *columns, "missed", "false"]]
+    labels = facts["labels"].values()
+    digits = {k: decimals(k, (own[k]["mean"] for own in labels if k in own), 2 + (k in HIGHER_IS_BETTER)) for k in columns}
     for name, own in facts["labels"].items():
-        digits = [3 if k in HIGHER_IS_BETTER else 2 for k in columns]
-        lines.append(
-            [name, *(text(own.get(k), d) for k, d in zip(columns, digits)), f"{own['missed']}/{own['present']}", str(own["false"])]
-        )
+        lines.append([name, *(text(own.get(k), digits[k]) for k in columns), f"{own['missed']}/{own['present']}", str(own["false"])])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from UNetSegmentationLib.files import UserError, counted, user_path, write_text
-from UNetSegmentationLib.image import reorient
+from UNetSegmentationLib.image import in_slices, reorient
 from UNetSegmentationLib.inference.click import expects_lung
 from UNetSegmentationLib.intensity import check_finite
 from UNetSegmentationLib.model import SLICE_AXIS
@@ -151,7 +151,7 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         out.shapes.append(canonical.shape)
         out.single += [case.name] * (min(canonical.shape) < 2)
         out.spacings.append(tuple(float(s) for s in canonical.spacing[::-1]))  # type: ignore[arg-type]
-        if image.shape[0] == 1 or image.spacing[2] > 3 * max(image.spacing[:2]):
+        if in_slices(image):
             planes[orientation.axes.index(2)] += 1
             taken.append((image.shape, tuple(float(s) for s in image.spacing[::-1])))
         out.counts.append(voxel_counts(truth, IGNORE + 1)[: n + 1].tolist())
@@ -394,6 +394,13 @@ def plan(
         why.pop("network.deep_supervision", None)
         kept = [card.spacing[2 - a] or f.median_spacing[a] for a in axes]
         shapes = np.array([[n[a] * v[a] / k for a, k in zip(axes, kept)] for n, v in zip(f.shapes, f.spacings)])
+        size = np.median(shapes, 0)
+        if sorted(size)[-2] < 8:  # of a volume the slices may be few
+            raise UserError(
+                f"With the spacing of {card.name} ({' x '.join(f'{k:.3g}' for k in kept[::-1])} mm) the median image has "
+                f"{' x '.join(f'{max(1, v):.0f}' for v in size[::-1])} voxels, and a network needs at least 8 along two axes; check the "
+                "images' spacing, start from a model of finer images, or train a new one (no base)."
+            )
 
     if (dims == 3 or context) and f.single:
         raise UserError(
@@ -516,12 +523,13 @@ def plan(
     why["fit.ema"] = "an average over about the last twentieth of the training"
     if quick:
         why["fit.minutes"] = "the end in any case, should this machine be busier than when it was measured"
-    name = slug(Path(path).name)
+    folder = os.path.basename(os.path.abspath(user_path(path)))  # "." and ".." have no name
+    name = slug(folder)
     settings: dict[str, Any] = {
         "model": {
             "name": name,
             "title": name.replace("-", " "),
-            "training_data": [f"{Path(path).name}: {counted(f.cases, 'case')} of {counted(f.patients, 'patient')}, less those held out"],
+            "training_data": [f"{folder}: {counted(f.cases, 'case')} of {counted(f.patients, 'patient')}, less those held out"],
         },
         "data": {"path": str(user_path(path).absolute()), "layout": case_set.layout, **(data or {})},
         "labels": [_label(label) for label in case_set.labels],

@@ -418,6 +418,7 @@ def write(folder: str | Path) -> Path:
     scored = None if stale else scored
     facts, rows = (scored["summary"], scored["rows"]) if scored else ({"labels": {}}, [])
     columns = [k for k in HEADINGS if any(r.get(k) is not None for r in rows)]
+    digits = {k: metrics.decimals(k, (r.get(k) for r in rows), DIGITS.get(k, 3)) for k in columns}
     pictures = folder / "pictures"
     listed = _json(pictures / "worst.json") or [] if scored else []
     plan = folder / "plan.md" if (folder / "plan.md").is_file() else folder.parent / "plan.md"
@@ -437,10 +438,10 @@ def write(folder: str | Path) -> Path:
         facts=facts,
         stale=stale,
         figure=metrics.text,
-        summary_columns=[(k, HEADINGS[k], DIGITS.get(k, 3)) for k in columns if any(k in own for own in facts["labels"].values())],
+        summary_columns=[(k, HEADINGS[k], digits[k]) for k in columns if any(k in own for own in facts["labels"].values())],
         columns=[("case", "Case"), ("label", "Label"), *((k, HEADINGS[k]) for k in columns), ("state", "State")],
         rows=[
-            [_cell(r.get(k), DIGITS.get(k, 3)) for k in ("case", "label", *columns, "state")] for r in sorted(rows, key=lambda r: r["dice"])
+            [_cell(r.get(k), digits.get(k, 3)) for k in ("case", "label", *columns, "state")] for r in sorted(rows, key=lambda r: r["dice"])
         ],
         curves=_curves(lines),
         quality=_quality(rows, facts) if rows else None,

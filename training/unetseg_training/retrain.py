@@ -482,7 +482,7 @@ def _checked(
     where = f"{'test' if tested else 'validation'} cases of {facts['name']}"
     if config.model.task == "click":
         where = f"lesions in the {where}, after one click"
-    summary = metrics.summary(scored, tolerance_mm=1.0, held_out=where, command="unetseg-train finetune")
+    summary = metrics.summary(scored, held_out=where, command="unetseg-train finetune")
     card = {k: v for k, v in draft.card.data.items() if k != "files"} | {"metrics": compact(summary)}
     path = folder / f"{config.model.name}-{config.model.version}{SUFFIX}"
     package = write_package(path, card, draft.onnx, draft.safetensors)

@@ -118,7 +118,9 @@ class Patches:
 
     def sample(self, step: int, number: int) -> tuple[Tensor, Tensor]:
         case, centre, rng = self.draw(step, number)
-        spacing = tuple(round(float(s), 2) for s in case.spacing[-self.config.input.dimensions :])
+        # Microscopy's pixels of 0.0002 mm would be 0 in hundredths.
+        own = map(float, case.spacing[-self.config.input.dimensions :])
+        spacing = tuple(round(s, 2) if s >= 0.05 else float(f"{s:.3g}") for s in own)
         if spacing not in self._made:
             self._made[spacing] = transforms.make(self.config, spacing)
         steps, margin = self._made[spacing]

@@ -268,16 +268,20 @@ def make_job(
     def load() -> None:
         if not kept:
             # Held-out cases are read at validation as predict() reads them; the network never sees their cached form.
-            kept["train"] = prepare(case_set, config, cache, train, progress)
-            kept["base"] = prepare(replay[0], config, cache, base, progress) if replay else []
+            try:
+                kept["train"] = prepare(case_set, config, cache, train, progress)
+                kept["base"] = prepare(replay[0], config, cache, base, progress) if replay else []
+            except (MemoryError, ValueError) as e:  # the second is NumPy's of more than 2^63 bytes
+                if not isinstance(e, MemoryError) and "too big" not in str(e):
+                    raise
+                spacing = " x ".join("its own" if v is None else f"{v:g}" for v in config.input.spacing)
+                raise UserError(f"A case with an input.spacing of {spacing} mm is larger than the memory; make it coarser.") from e
             _check_classes(config, kept["train"] + kept["base"], fold)
             validator.read()
             identity["data"] = hashlib.sha256("".join(c.digest for c in kept["train"] + kept["base"]).encode()).hexdigest()
 
     def source(rank: int, devices: int) -> Source:
         load()
-        if config.fit.batch % devices:
-            raise UserError(f"fit.batch is {config.fit.batch}, which {devices} devices cannot share evenly; make it a multiple.")
         if clicked:
             return clicks.source(kept["train"], config, config.fit.batch // devices, config.fit.seed + seed + rank)
         return Patches(kept["train"], config, config.fit.seed + seed, (rank, devices), kept["base"], replay[1] if replay else 0)
@@ -650,9 +654,6 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
         logging.getLogger(name).setLevel(logging.WARNING)
     saved = folder / CHECKPOINT
     first = is_first()
-    if not resume and first:
-        _remove(folder, "metrics.csv", "metrics.json", CHECKPOINT, WEIGHTS, RUN, "finetune.json")
-        shutil.rmtree(folder / "pictures", ignore_errors=True)
     going_on = resume and saved.exists()
     module = Training(job)
     if first:
@@ -672,7 +673,14 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Lightning's advice about workers, cores and loggers
             trainer = _trainer(job, folder, [*callbacks, keeper])
+            if job.fit.batch % trainer.world_size:
+                raise UserError(
+                    f"fit.batch is {job.fit.batch}, which {trainer.world_size} devices cannot share evenly; make it a multiple."
+                )
             if trainer.is_global_zero:
+                if not resume:  # only now: a mask or a setting that does not do is to cost no trained model
+                    _remove(folder, "metrics.csv", "metrics.json", CHECKPOINT, WEIGHTS, RUN, "finetune.json")
+                    shutil.rmtree(folder / "pictures", ignore_errors=True)
                 _record(job, folder, trainer, going_on)
             trainer.fit(module, datamodule=Batches(job, module), ckpt_path=str(saved) if going_on else None)
     except torch.OutOfMemoryError as e:
