@@ -681,7 +681,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             text = _("{names} is not installed here; import it or choose another model.").format(names=names)
         if not text and len(chosen) > 1:
             text = _("The answers of these {n} models are averaged.").format(n=len(chosen))
-        ui.modelMessage.text = text
+        ui.modelMessage.text = models.breakable(text)
         ui.modelMessage.visible = bool(text)
 
     def _updateOutput(self, p: Any) -> None:
@@ -715,9 +715,9 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         of = inputs.referenceVolume(node)
         if of is not None and p.volume is not None and of is not p.volume:
             said = _("Of '{name}', which is not the volume chosen above.").format(name=of.GetName()) + "\n" + said
-        ui.summaryLabel.text = said
+        ui.summaryLabel.text = models.breakable(said)
         warnings = "\n".join(map(str, data.get("warnings", ())))
-        ui.warningFrame.visible, ui.warningLabel.text = bool(warnings), warnings
+        ui.warningFrame.visible, ui.warningLabel.text = bool(warnings), models.breakable(warnings, copied=True)
         ui.measuresTable.visible = ui.copyButton.visible = ui.exportButton.visible = p.resultTable is not None
         ui.uncertainWidget.visible = bool(data.get("uncertainty"))
         ui.mapCheckBox.visible = p.resultUncertainty is not None
@@ -737,7 +737,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.progressBar.visible = going.running
         ui.progressLabel.visible = going.running or bool(problem)
         if problem:
-            ui.progressLabel.text = problem
+            ui.progressLabel.text = models.breakable(problem)
         self.torchRow.block(going.running)
         if self.modelList.busy != going.running:
             self.modelList.busy = going.running
@@ -749,7 +749,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             ui.progressLabel.text = f"{going.text}, {left}" if left else f"{going.text} …"
         said = "" if going.running else going.text
         ui.messageFrame.visible = bool(said)
-        ui.messageLabel.text = said
+        ui.messageLabel.text = models.breakable(said, copied=True)
         ui.tryAgainButton.visible = going.phase in ("failed", "cancelled") and not problem
         if said and ui.messageIcon.toolTip != going.phase:
             ui.messageIcon.toolTip = going.phase
@@ -799,8 +799,9 @@ class UNetSegmentationLogic(ScriptedLoadableModuleLogic):
         several to average. segmentationNode: where to write (None: a new node); replace: take the place of this model's
         former segments there. progress(fraction, text) is called between batches and cancelled() asked. roiNode: a markups
         ROI, or a point list whose last point is the target. worker: compute in a child process, which a crash or too little
-        memory cannot take Slicer down with. options: fields of UNetSegmentationLib.inference.predict.Options, in the first
-        image's index space and LPS mm, e.g. at=(x, y, z), tta="flips", uncertainty=True (adds a scalar volume).
+        memory cannot take Slicer down with; always so where only PyTorch's own folder has an engine. options: fields of
+        UNetSegmentationLib.inference.predict.Options, in the first image's index space and LPS mm, e.g. at=(x, y, z),
+        tta="flips", uncertainty=True (adds a scalar volume).
 
         Returns when it is done, without the panel's Undo. Raises UNetSegmentationLib.UserError with one sentence for the
         person, or Cancelled; the scene is then as before.
@@ -818,21 +819,36 @@ class UNetSegmentationLogic(ScriptedLoadableModuleLogic):
         ...     slicer.mrmlScene.Clear()
         """
         from UNetSegmentationLib import Options, find_model, mrml, predict
+        from UNetSegmentationLib.engines import ENGINES, installed
+        from UNetSegmentationPanel.installer import workerPython
 
         volumes = list(volumeNode) if isinstance(volumeNode, (list, tuple)) else [volumeNode]
         packages = [find_model(name) for name in ([model] if isinstance(model, (str, Path)) else model)]
         image = mrml.image_from_volumes(volumes)
-        chosen = Options(**{**inputs.regionOptions(roiNode, volumes[0]), **options})
-        if worker:
+        asked = {**inputs.regionOptions(roiNode, volumes[0]), **options}
+        if asked.get("at") is not None:
+            asked["at"] = mrml.carried(asked["at"], mrml.image_from_volume(volumes[0]), image)
+        chosen = Options(**asked)
+        python, variables = workerPython()
+        engines = [chosen.engine] if chosen.engine in ENGINES else ENGINES
+        if worker or (python is not None and not any(map(installed, engines))):
             from UNetSegmentationLib.worker.client import WorkerClient
 
-            with WorkerClient() as client:
+            with WorkerClient(python, variables) as client:
                 prediction = client.predict(client.load_volume(image), packages, chosen, progress, cancelled)
         else:
             prediction = predict(image, packages, chosen, progress, cancelled)
+        undo = mrml.Undo(volumes[0].GetScene())
+        undo.begin(segmentationNode)
         node = mrml.write_prediction(prediction, volumes[0], segmentationNode, replace)
-        if prediction.uncertainty is not None:
-            mrml.write_scalar_map(prediction.uncertainty, volumes[0], f"{volumes[0].GetName()} uncertainty", "uncertainty", prediction.roi)
+        try:
+            if prediction.uncertainty is not None:
+                name = f"{volumes[0].GetName()} uncertainty"
+                mrml.write_scalar_map(prediction.uncertainty, volumes[0], name, "uncertainty", prediction.roi)
+        except BaseException:
+            undo.commit([node])
+            undo.undo()
+            raise
         return node
 
 

@@ -40,12 +40,13 @@ from mrml_scenes import (  # noqa: E402
     tag,
 )
 from slicer.util import vtkMatrixFromArray  # noqa: E402
-from UNetSegmentationLib.image import Box, Image, UserError, from_sitk  # noqa: E402
+from UNetSegmentationLib.image import Box, Image, UserError, from_sitk, read_image  # noqa: E402
 from UNetSegmentationLib.measure import measure  # noqa: E402
 from UNetSegmentationLib.model import Label  # noqa: E402
 from UNetSegmentationLib.mrml import (  # noqa: E402
     MODEL_TAG,
     Undo,
+    carried,
     complete,
     exact_surface_steps,
     find_map,
@@ -340,7 +341,7 @@ def test_an_roi_along_the_voxels_edges_is_exactly_those_voxels(scene: Any) -> No
 
 def test_an_roi_outside_or_without_size_is_refused(scene: Any) -> None:
     volume = add_volume(np.zeros(SHAPE, np.int16))
-    with pytest.raises(UserError, match="ROI 'R' lies outside volume 'CT'; move it"):
+    with pytest.raises(UserError, match="ROI 'R' lies outside volume 'CT'; move it .* choose 'Whole volume'"):
         roi_box(add_roi((500, 0, 0), (10, 10, 10)), volume)
     with pytest.raises(UserError, match="ROI 'fresh' has no size; draw it"):
         roi_box(scene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "fresh"), volume)
@@ -930,6 +931,34 @@ def test_a_picture_without_a_pixel_size_is_measured_in_pixels(scene: Any, labels
     assert float(table.GetCellText(0, 1)) == found[0]["voxels"]
 
 
+def test_a_pictures_print_size_is_no_spacing_here_either(scene: Any, tmp_path: Path) -> None:
+    """Slicer takes it for one: the model would see other pixels than those of unetseg and of its training."""
+    path = tmp_path / "p.jpg"
+    array = (200 * ball((1, 40, 60), (0, 15, 30), 9)).astype(np.uint8)
+    pytest.importorskip("PIL.Image").fromarray(array[0]).save(path, dpi=(300, 300))
+    spacing = sitk.ReadImage(str(path)).GetSpacing()  # slicer-core reads no pictures
+    volume = add_volume(array, np.diag([*spacing, 1.0, 1.0]))
+    storage = scene.AddNewNodeByClass("vtkMRMLVolumeArchetypeStorageNode")
+    storage.SetFileName(str(path))
+    volume.SetAndObserveStorageNodeID(storage.GetID())
+    own, image = image_from_volume(volume), image_from_volumes([volume])
+    assert own.spacing[0] == pytest.approx(25.4 / 300, rel=1e-3)
+    assert image.same_grid(read_image(path)) and np.shares_memory(image.array, own.array)
+    prediction = predicted(volume, np.uint8(array > 100))
+    prediction.labels = image.like(prediction.labels.array)
+    node = write_prediction(prediction, volume)
+    assert np.array_equal(read_back(node, "nodule", volume), array > 100)
+    doubt = write_scalar_map(image.like(np.ones(image.shape, np.float32)), volume, "m", "uncertainty")
+    assert image_from_volume(doubt).same_grid(own)
+    measures = complete(measure_steps(node, volume))
+    assert measures[0]["longest_mm"] == measure(prediction.labels, (NODULE,))[0]["longest_mm"] > 18
+    assert write_measures(measures, node).GetColumnName(1) == "Area [px]"
+    assert carried((30, 15, 0), image, own) == pytest.approx((30 * own.spacing[0], 15 * own.spacing[1], 0))
+    assert carried((0.1, 0.2, 0.3), own, own) == (0.1, 0.2, 0.3)
+    volume.SetSpacing(0.5, 0.5, 1)  # by a person who knows it
+    assert image_from_volumes([volume]).spacing[0] == 0.5
+
+
 @pytest.mark.parametrize("handed", [1, -1])
 def test_segments_are_measured_as_they_are_now(scene: Any, labels: np.ndarray, handed: int) -> None:
     values = np.random.default_rng(0).normal(0, 100, SHAPE).astype(np.float32)
@@ -951,6 +980,11 @@ def test_segments_are_measured_as_they_are_now(scene: Any, labels: np.ndarray, h
     want = measure(predicted(thin, middle).labels, (LUNG,))[0]
     found = complete(measure_steps(flat, thin, [segments(flat)["lung"]]))[0]
     assert found["perpendicular_mm"] == pytest.approx(want["perpendicular_mm"], rel=1e-6)
+    stack = add_volume(values, geometry(rotation()[:, [0, 2, 1]], (0.7, 0.7, 8)))  # so do thick slices
+    thick = write_prediction(predicted(stack, labels), stack)
+    want = measure(predicted(stack, labels).labels, (LUNG,))[0]
+    found = complete(measure_steps(thick, stack, [segments(thick)["lung"]]))[0]
+    assert found["longest_mm"] == pytest.approx(want["longest_mm"], rel=1e-6) and found["longest_mm"] < 8
     with pytest.raises(UserError, match="has no segment 'liver'"):
         complete(measure_steps(node, volume, ["liver"]))
 

@@ -1194,7 +1194,7 @@ def test_follow_up(panel: Any, tmp_path: Path) -> None:
     p.settings.earlier = earlier
     p.settle()
     assert p.table()[0][-2] == "days?" and "the other way round" in p.ui.goneLabel.text
-    assert exported(p, tmp_path)[0][-1].endswith(p.ui.goneLabel.text)
+    assert exported(p, tmp_path)[0][-1].endswith(p.ui.goneLabel.text.removesuffix(" Not matched in this study: Gone."))
     p.settings.earlier = None
     p.settle()
     assert len(p.table()[0]) == 10
@@ -1466,6 +1466,89 @@ def test_nothing_is_new_where_the_earlier_study_was_not_measured(panel: Any, tmp
     slicer.mrmlScene.RemoveNode(p.settings.volume)
     p.settle()
     assert not p.table() and [table.GetCellText(0, i) for i in range(table.GetNumberOfColumns())] == row
+
+
+def last_year(p: Any, **masks: np.ndarray) -> tuple[Any, Any]:
+    """Another scan and its segmentation, chosen as the earlier study."""
+    import slicer
+    from mrml_scenes import add_segment
+
+    before = slicer.vtkSlicerVolumesLogic.CloneVolume(slicer.mrmlScene, p.settings.volume, "Before")
+    earlier = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Last year")
+    earlier.SetReferenceImageGeometryParameterFromVolumeNode(before)
+    for name, mask in masks.items():
+        add_segment(earlier, name, mask.astype(np.uint8), before)
+    p.settings.earlier = earlier
+    p.settle()
+    return before, earlier
+
+
+@pytest.mark.parametrize("study", ["this", "the earlier one"])
+def test_a_scan_that_was_moved_without_its_segments_is_said(panel: Any, tmp_path: Path, study: str) -> None:
+    """A registration moves the scan alone."""
+    from mrml_scenes import add_transform
+
+    p = begun(panel, "left", "right")
+    before, earlier = last_year(p, L=truth("left"), R=truth("right"))
+    matched = p.table()
+    assert [row[-4] for row in matched] == ["L", "R"] and not p.ui.goneLabel.text
+    moved, node = (p.settings.volume, p.node) if study == "this" else (before, earlier)
+    for shift in (12, 30, 80):  # in part onto other voxels, one of them out of the scan, both of them
+        matrix = np.eye(4)
+        matrix[2, 3] = shift
+        transform = add_transform(matrix)
+        moved.SetAndObserveTransformNodeID(transform.GetID())
+        p.settle()
+        said = f"{node.GetName()} is not under its scan's transform, so what is measured"
+        assert p.ui.goneLabel.visible and p.ui.goneLabel.text.startswith(said)
+        assert all(row[-1] != "new" for row in p.table()) and all(said in row[-1] for row in exported(p, tmp_path)[:2])
+    assert ("Not measured in the earlier study: L, R." in p.ui.goneLabel.text) == (study != "this")
+    assert ("lies outside its scan" in p.ui.noduleTable.item(0, 0).toolTip()) == (study == "this")
+    node.SetAndObserveTransformNodeID(transform.GetID())
+    p.settle()
+    assert not p.ui.goneLabel.text and [row[-4:-1] for row in p.table()] == [row[-4:-1] for row in matched]
+
+
+def test_a_nodule_that_could_not_be_measured_is_named_and_makes_none_new(
+    panel: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from UNetSegmentationPanel import nodules
+
+    p = begun(panel, "left", "right")
+    stray = truth("left")
+    stray[1, 1, 1] = True  # of a brush
+    monkeypatch.setattr(nodules, "LARGEST_VOXELS", 20000)
+    _before, earlier = last_year(p, L=stray, R=truth("right"), Empty=np.zeros(SHAPE))
+    assert [row[-4] for row in p.table()] == ["-", "R"] and p.table()[0][-1] == "-"
+    assert p.ui.goneLabel.text == "Not measured in the earlier study: L." and p.ui.goneLabel.text in exported(p, tmp_path)[0][-1]
+    earlier.GetSegmentation().RemoveSegment(p.segments(earlier)["L"])
+    p.settle()
+    assert p.table()[0][-1] == "new" and not p.ui.goneLabel.text
+    paint(p, "Nodule 1", stray)
+    p.settle()
+    assert set(p.table()[0][1:]) == {"-"} and "too far apart" in p.ui.noduleTable.item(0, 0).toolTip()
+    assert exported(p, tmp_path)[0][-1].count("too far apart") == 1
+    p.ui.noduleTable.setCurrentCell(1, 0)
+    p.ui.noduleTable.setCurrentCell(0, 0)
+    assert "too far apart" in p.ui.noduleNote.text
+
+
+def test_a_follow_up_elsewhere_quotes_no_guideline_of_the_lung(panel: Any, models_folder: Path, make_package: Callable[..., Any]) -> None:
+    label = {"value": 1, "name": "Liver lesion"}
+    shutil.copy(make_package(**{**TOY, "name": "bclick", "labels": [label], "surroundings": "any"}).path, models_folder)
+    p = panel()
+    p.settings.clickModel, p.settings.volume = "bclick-1.0.0", scan()
+    p.gui.process_events()
+    p.arm()
+    p.click(BALLS["left"][0])
+    small = p.mask("Liver lesion 1")
+    small[small.nonzero()[0].max() - 4 :] = 0
+    last_year(p, L=small)
+    p.ui.daysSpinBox.value = 90
+    p.settle()
+    assert p.table()[0][-4] == "L" and int(p.table()[0][-3]) > 25 and p.table()[0][-1] == "-"
+    tip = p.ui.noduleTable.item(0, 0).toolTip()
+    assert "in 90 days, doubling in" in tip and not any(word in tip for word in ("BTS", "Fleischner", "RADS", "growth"))
 
 
 def test_nodules_are_measured_again_where_another_scan_or_place_lies_beneath(panel: Any) -> None:

@@ -692,6 +692,12 @@ def test_without_a_segment_the_first_click_makes_one(editor: Callable[..., Edito
 
 
 def test_start_again_empties_the_segment_in_one_step(editor: Callable[..., Editor]) -> None:
+    from UNetSegmentationLib.mrml import segment_tag
+
+    def made() -> list[str]:
+        segment = e.segmentation.GetSegmentation().GetSegment(e.segment)
+        return [segment_tag(segment, f"DICOM.SegmentAlgorithm{which}") for which in ("Type", "Name")]
+
     e = editor(scan())
     e.click(IN_A)
     e.click(IN_B)
@@ -699,11 +705,17 @@ def test_start_again_empties_the_segment_in_one_step(editor: Callable[..., Edito
     e.effect.clearButton.click()
     e.wait()
     assert not e.mask().any() and e.saved == saved + 1 and not any(e.dots().values())
+    assert not any(made())  # or what is brushed into it would be exported as a network's
     e.click(IN_C)
-    assert np.array_equal(e.mask(), filled(C))
+    assert np.array_equal(e.mask(), filled(C)) and all(made())
     e.widget.undo()
     e.widget.undo()
-    assert np.array_equal(e.mask(), filled(A, B))
+    assert np.array_equal(e.mask(), filled(A, B)) and all(made())
+    e.node.SetSourceVolumeIntensityMask(True)
+    e.node.SetSourceVolumeIntensityMaskRange(-9, -8)  # nothing may be edited
+    e.effect.startAgain()
+    e.wait()
+    assert e.mask().any() and all(made())
 
 
 def test_buttons_keys_and_mouse(editor: Callable[..., Editor]) -> None:
@@ -830,6 +842,7 @@ def test_without_volume_or_segmentation_a_sentence_says_what_to_do(editor: Calla
 
 def test_where_nothing_is_a_sentence_says_so_and_nothing_changes(editor: Callable[..., Editor]) -> None:
     from UNetSegmentationLib.inference.click import DOUBTS
+    from UNetSegmentationLib.worker.client import ending
 
     e = editor(scan())
     e.click(NOWHERE)
@@ -837,6 +850,8 @@ def test_where_nothing_is_a_sentence_says_so_and_nothing_changes(editor: Callabl
     for doubt in DOUBTS:
         e.effect.onError(doubt)
         assert e.message.startswith(doubt.split(",")[0]) and "click a second time" in e.message and "box" not in e.message
+    e.effect.onError(str(ending(-11, "python", "", True)))  # neither is chosen here
+    assert "click in the module U-Net Segmentation, by another engine" in e.message
     e.click(IN_A)
     assert e.message == ""
     e.effect.click(e.ras((6, 10, 200)))

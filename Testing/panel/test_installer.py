@@ -10,6 +10,7 @@ import time
 import types
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -609,6 +610,11 @@ def test_a_removal_that_is_cancelled_ends_and_what_is_left_can_be_removed(gui, i
         ui.torchButton.click()
         gui.wait(lambda: not widget.torchRow.working)
     assert ui.torchStatus.text == "Cancelled." and ui.torchButton.text == "Install…" and ui.torchButton.enabled
+    with monkeypatch.context() as m:  # Retrain has installed it
+        ready = replace(environment.own_environment(), status="ready", torch="2.13.0", device="CPU")
+        m.setattr(environment, "own_environment", lambda: ready)
+        widget._update()
+        assert ui.torchStatus.text.startswith("PyTorch 2.13.0 on CPU") and ui.torchButton.text == "Remove"
 
     gui.dialogs.answer("Cancel", "Remove")
     ui.torchButton.click()

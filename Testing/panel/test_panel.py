@@ -151,6 +151,7 @@ def test_an_empty_panel_says_what_to_do(panel: Any) -> None:
     assert not p.ui.progressBar.visible and not p.ui.messageFrame.visible and not p.ui.undoButton.enabled
     assert not p.ui.presetCombo.visible and not p.ui.levelSpinBox.visible and not p.ui.allFramesCheckBox.visible
     assert not p.ui.replaceCheckBox.visible and not p.ui.detailsBrowser.visible
+    assert p.ui.noduleSelector.noneDisplay in p.ui.noduleSelector.toolTip
     # Where its text is two lines; a size policy that is set after the word wrap would take it away.
     assert p.ui.noduleNote.hasHeightForWidth()
     assert "torch" not in sys.modules and "onnxruntime" not in sys.modules
@@ -425,6 +426,38 @@ def test_an_imported_model_of_clicks_is_there_at_once(panel: Any, make_package: 
     assert "clicks-1.0.0" in p.offered(p.ui.clickModelCombo) and p.settings.models == ["lung-nodule-2d-1.2.1"]
     p.choose("hippocampus-3d-1.2.1")
     assert not p.ui.modelMessage.visible
+
+
+def test_versions_of_one_title_can_be_told_apart(panel: Any, install: Any) -> None:
+    for version in ("1.0.0", "1.1.0"):
+        install(version=version, title="Heart", metrics={"cases": 1})
+        install(version=version, title="Heart", name="clicks", task="click")
+    p = panel()
+    volume()
+    p.gui.process_events()
+    texts = [p.ui.modelList.item(i).text().split("\n")[0] for i in range(p.ui.modelList.count)]
+    clicks = [p.ui.clickModelCombo.itemText(i) for i in range(p.ui.clickModelCombo.count)]
+    for shown in (texts, clicks):
+        assert [t for t in shown if t.startswith("Heart")] == ["Heart (1.0.0)", "Heart (1.1.0)"]
+    p.choose("toy-1.0.0")
+    p.ui.detailsButton.click()
+    assert "on 1 case" in p.ui.detailsBrowser.toPlainText() and "on 1 cases" not in p.ui.detailsBrowser.toPlainText()
+
+
+def test_a_long_name_leaves_the_panel_as_narrow_as_it_is(panel: Any, install: Any) -> None:
+    from UNetSegmentationPanel.models import breakable
+
+    name, toy = "_".join(["thorax"] * 10), install()
+    p = panel()
+    p.settings.volume = volume(name=name)
+    p.choose(toy)
+    p.run()
+    p.settings.volume = volume()
+    p.gui.process_events()
+    assert name in p.ui.summaryLabel.text.replace("\u200b", "") and p.ui.summaryLabel.minimumSizeHint.width() < 200
+    path = rf"C:\data\{'s' * 40}.nrrd /data/{'s' * 40}_1.nrrd"
+    assert breakable(path, copied=True) == path != breakable(path) and breakable(path).replace("\u200b", "") == path
+    assert breakable(f"The scan '{'s' * 40}_1.2'.", copied=True) == f"The scan '{'s' * 40}_\u200b1.\u200b2'."
 
 
 def test_models_that_cannot_be_averaged_say_why(panel: Any, install: Any) -> None:
@@ -1529,6 +1562,52 @@ def test_logic_needs_no_panel(gui: Any, install: Any, make_package: Any) -> None
     with pytest.raises(UserError, match="Draw the box 'Box"):
         logic.process(node, "toy", roiNode=flat)
     assert scene_state() == state
+
+
+def test_the_logic_computes_where_the_panels_worker_does(gui: Any, install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gui.load()
+    from UNetSegmentationLib import engines
+    from UNetSegmentationLib.worker.client import WorkerClient
+    from UNetSegmentationPanel import installer
+
+    from UNetSegmentation import UNetSegmentationLogic
+
+    install()
+    logic, node, own, started, make = UNetSegmentationLogic(), volume(), (sys.executable, dict(os.environ)), [], WorkerClient.__init__
+    monkeypatch.setattr(installer, "workerPython", lambda: own)  # PyTorch's own folder is there
+    monkeypatch.setattr(WorkerClient, "__init__", lambda self, *given: (started.append(given), make(self, *given))[1])
+    logic.process(node, "toy")
+    logic.process(node, "toy", worker=True)
+    assert started == [own]
+    monkeypatch.setattr(engines, "installed", lambda engine: False)  # and Slicer's Python has no engine
+    out = logic.process(node, "toy")
+    assert started == [own] * 2 and masks(out, node)["thing"].any()
+
+
+def test_a_map_that_cannot_be_written_leaves_the_scene_to_the_logic_as_it_was(
+    gui: Any, install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gui.load()
+    from UNetSegmentationLib import mrml
+
+    from UNetSegmentation import UNetSegmentationLogic
+
+    install()
+    logic, node, allocated = UNetSegmentationLogic(), volume(), mrml._allocated
+
+    def too_large(data: Any, kind: Any) -> Any:
+        if kind is np.float32:
+            raise MemoryError
+        return allocated(data, kind)
+
+    out = logic.process(node, "toy")
+    state, before = scene_state(), masks(out, node)["thing"]
+    array_of(node)[4:6] = 0
+    monkeypatch.setattr(mrml, "_allocated", too_large)
+    for target in (None, out):
+        with pytest.raises(MemoryError):
+            logic.process(node, "toy", target, uncertainty=True)
+        assert scene_state() == state and np.array_equal(masks(out, node)["thing"], before)
 
 
 def test_only_a_point_that_was_placed_is_a_target(gui: Any) -> None:

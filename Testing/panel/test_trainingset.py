@@ -325,6 +325,7 @@ def test_segments_are_left_out_or_get_another_label(hands: Hands) -> None:
     table = hands.ui.setSegmentsTable
     table.cellWidget(0, 1).setEditText("tumour")
     table.cellWidget(1, 1).setEditText("tumour")
+    assert table.cellWidget(2, 1).currentText == "scratch" and table.cellWidget(2, 1).lineEdit().cursorPosition == 0
     import qt
 
     table.item(2, 0).setCheckState(qt.Qt.Unchecked)
@@ -335,6 +336,7 @@ def test_segments_are_left_out_or_get_another_label(hands: Hands) -> None:
     hands.scan(1)
     hands.drawn(**masks)
     assert [r.label for r in hands.section.rows] == ["tumour", "tumour", "scratch"]
+    assert [table.cellWidget(i, 1).lineEdit().cursorPosition for i in range(3)] == [0, 0, 0]  # the label's beginning is in sight
 
 
 def test_the_wheel_over_a_label_moves_the_panel_and_changes_no_label(hands: Hands) -> None:

@@ -118,6 +118,15 @@ def volumes() -> set[str]:
     return {n.GetName() for kind in ("ScalarVolume", "Segmentation", "Table") for n in slicer.util.getNodesByClass(f"vtkMRML{kind}Node")}
 
 
+def test_one_scan_is_not_told_of_as_several(panel, scans, tmp_path):
+    hands = panel()
+    for i in (1, 2):
+        (scans / f"s{i}.nii.gz").unlink()
+    hands.choose(tmp_path / "list")
+    hands.add(scans, 1)
+    assert hands.ui.listMessageLabel.text == "1 scan was added."
+
+
 def test_scans_are_segmented_opened_where_it_helps_most_and_added(panel, gui, scans, tmp_path):
     """The whole way, with the training set's own section."""
     import slicer
@@ -676,6 +685,35 @@ def test_a_desk_that_was_killed_is_started_again_and_says_that_the_scan_is_taken
     # A claim of 30 minutes becomes one of 6 s.
     gui.wait(lambda: WorkList.open(tmp_path / "list").scan(name).until < min(before, 7), RUN_S)
     assert WorkList.open(tmp_path / "list").scan(name).status == "taken" and hands.case.name == name
+
+
+@POSIX
+def test_a_scan_that_ends_the_desk_is_named_and_another_comes(opened, tmp_path, monkeypatch):
+    from UNetSegmentationLib.worklist import WorkList
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "stubs"), os.environ.get("PYTHONPATH", "")]))
+    (tmp_path / "stubs").mkdir()
+    (tmp_path / "stubs" / "sitecustomize.py").write_text(
+        "import os, sys\nif 'desk' in sys.orig_argv:\n    import UNetSegmentationLib.worker.desk as d\n    read = d.read_image\n"
+        "    d.read_image = lambda files, *a: os.kill(os.getpid(), 9) if 's0' in str(files) else read(files, *a)\n"
+    )
+    hands = opened()
+    for _ in range(2):  # also after a restart of Slicer
+        hands.press("nextScanButton")
+        hands.wait(lambda: hands.section.text and not hands.section.desk.waiting)
+        text = hands.ui.listMessageLabel.text
+        assert "ended while it read 's0', so that was given back; press 'Next scan' for another." in text and "memory ran out." in text
+        assert WorkList.open(tmp_path / "list").counts()["waiting"] == 3  # others may be able to read it
+        passed, hands.section._passed = hands.section._passed, []
+    hands.section._passed = passed
+    assert hands.next() == "s1" and not hands.section.text
+
+
+def test_more_files_than_a_request_holds_are_a_sentence(opened):
+    hands = opened()
+    hands.section._add(["x" * 100] * 50_000)
+    hands.wait(lambda: hands.section.text.startswith("These are too many files at once"))
+    assert hands.next() == "s0"
 
 
 def test_a_folder_that_is_gone_or_a_bad_scan_is_said(opened, scans, tmp_path):

@@ -175,6 +175,20 @@ def test_a_later_click_is_followed_wherever_between_the_voxels_it_lies(session, 
         s.undo()
 
 
+def test_a_click_on_the_next_thick_slice_lies_on_the_patch(click_package):
+    """Between two slices the patch's centre was rounded by half of one, and from near the click lay 4 nodes beyond the patch."""
+    spacing = (0.7, 0.7, 8.0)
+    s = ClickSession(Image(ball((8, 60, 60), (7, 30, 20), 3, spacing), spacing), click_package(patch=[24, 24, 24]))
+    assert s.add_point(at(s, 7, 30, 20)).zoom == 0.5
+    s.add_point(at(s, 6, 30, 27))
+    assert s.mask[6, 30, 27] and s.mask[7, 30, 20]
+    s.clear()
+    s._engine = engine = Recording()
+    s.add_box(at(s, 6, 26, 16), at(s, 7, 34, 24))
+    box = engine.batches[0][0, 3].any((1, 2))
+    assert box.any() and not box[0] and not box[-1]
+
+
 def test_of_clicks_beside_one_another_the_last_holds(session):
     array = ball((20, 40, 40), (10, 20, 20), 6, (1, 1, 1))
     s = session(array)

@@ -240,6 +240,33 @@ def test_what_was_drawn_in_slicer_on_a_picture_lies_where_it_was_drawn(tmp_path)
         assert np.array_equal(read_mask(tmp_path / "a.seg.nrrd", read_image(tmp_path / "a.jpg"))[0], drawn)
 
 
+@pytest.mark.parametrize(
+    ("turn", "size", "mask", "refused"),
+    [
+        (1, (30, 20), (30, 20), False),
+        (3, (30, 20), (30, 20), True),
+        (6, (30, 20), (30, 20), False),  # drawn on it as it is stored
+        (6, (30, 20), (20, 30), True),
+        (8, (20, 20), (20, 20), True),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_a_mask_of_a_picture_that_some_programs_turn_is_refused_where_it_may_be_turned(tmp_path, suffix, turn, size, mask, refused):
+    picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    exif = picture.Exif()
+    exif[274] = turn
+    picture.new("L", size, 90).save(tmp_path / f"a{suffix}", exif=exif)
+    image = read_image(tmp_path / f"a{suffix}")
+    picture.new("L", mask, 1).save(tmp_path / "mask.png")
+    if refused:
+        with pytest.raises(UserError, match=rf"a{suffix} is marked as turned \(EXIF orientation {turn}\), which some .*; save it upright"):
+            read_mask(tmp_path / "mask.png", image)
+    else:
+        assert read_mask(tmp_path / "mask.png", image)[0].all()
+    write_image(image.like(np.ones(image.shape, np.uint8)), tmp_path / "mask.nii.gz")  # which ITK's programs draw, as it is stored
+    assert read_mask(tmp_path / "mask.nii.gz", image)[0].all()
+
+
 def test_a_grey_picture_that_is_stored_in_colours_is_one_channel(dataset):
     grey = scan(0).array.astype(np.uint8)
     colours = scan(0).like(np.stack([grey, grey, grey, np.full_like(grey, 255)]))
@@ -1041,6 +1068,13 @@ def test_itksnap_takes_the_label_descriptions(filled, tmp_path):
 def test_an_export_whose_files_windows_looks_over_is_moved_then(filled, tmp_path, busy_file):
     folder = filled.export(tmp_path / "monai", "monai")
     assert (folder / "datalist.json").is_file() and busy_file == [folder] * 3
+
+
+@pytest.mark.parametrize("name", ["aux", "Con.1", "LPT1", "p1."])
+def test_a_folder_that_windows_cannot_make_names_no_case(dataset, name):
+    with pytest.raises(UserError, match="Windows makes no folder of that name; choose another"):
+        dataset.add(scan(0), outline(), name=name)
+    assert dataset.add(scan(0), outline(), name="auxiliary.1").name == "auxiliary.1"
 
 
 def test_names_that_differ_in_case_alone_are_one_to_windows_and_macos(dataset):

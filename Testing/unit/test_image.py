@@ -30,6 +30,7 @@ from UNetSegmentationLib.image import (
     _take_utf8_names,
     check_geometry,
     from_sitk,
+    length_unit,
     list_series,
     of_channels,
     read_image,
@@ -239,6 +240,92 @@ def test_a_size_per_cm_is_a_detectors(tmp_path):
     picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     picture.fromarray(volume("uint8", (40, 50))).save(tmp_path / "a.tif", resolution=1 / 0.0127, resolution_unit=3)
     assert read_image(tmp_path / "a.tif").spacing[:2] == pytest.approx((0.127, 0.127), rel=1e-3)
+
+
+def tiff(array: np.ndarray, big: bool = False, tile: int = 0, **more: int) -> bytes:
+    """A TIFF of one page, (y, x) or (y, x, samples). more: further tags, as t274=3."""
+    height, width, *samples = array.shape
+    tags = {256: width, 257: height, 258: 8 * array.itemsize, 259: 1, 262: 1, 277: (samples or [1])[0]}
+    tags |= {int(key[1:]): value for key, value in more.items()}
+    tags |= {322: tile, 323: tile, 324: 0, 325: array.nbytes} if tile else {273: 0, 278: height, 279: array.nbytes}
+    tags[324 if tile else 273] = start = 16
+    at, address = start + array.nbytes, "Q" if big else "I"
+    head = struct.pack("<2sHHHQ", b"II", 43, 8, 0, at) if big else struct.pack("<2sHI8x", b"II", 42, at)
+    entries = b"".join(struct.pack(f"<HH{address}{address}", tag, 4, 1, tags[tag]) for tag in sorted(tags))
+    return head + array.tobytes() + struct.pack("<Q" if big else "<H", len(tags)) + entries + bytes(8 if big else 4)
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "how", "read"),
+    [
+        ((64, 64), "uint16", {}, True),
+        ((64, 64), "uint8", {"tile": 64}, True),  # in 8 bits, which they are
+        ((64, 64), "uint16", {"t274": 4}, True),
+        ((64, 64), "uint16", {"tile": 64}, False),
+        ((64, 64), "uint16", {"t274": 3}, False),
+        ((64, 64), "uint8", {"t274": 6}, False),
+        ((64, 64, 2), "uint8", {}, False),
+        ((64, 64, 5), "uint16", {}, False),
+    ],
+)
+def test_a_tiff_that_itk_reads_as_other_numbers_is_refused(tmp_path, shape, dtype, how, read, big):
+    """Of 16 bits 0 to 2550 became 0 to 9, and of grey with alpha half a picture's samples a picture of both."""
+    array = volume(dtype, shape)
+    (tmp_path / "a.tif").write_bytes(tiff(array, big, **how))
+    if read:
+        assert np.array_equal(of_channels(read_image(tmp_path / "a.tif"), 1).array[0], array[::-1] if "t274" in how else array)
+    else:
+        with pytest.raises(UserError, match="a.tif is tiled, turned or has transparency in a way that would be read wrongly; save it"):
+            read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(
+    ("pages", "depth"),
+    [
+        ("L L L", 3),
+        ("L:0 L:0 small:1", 2),  # marked as a preview, which ITK leaves out
+        ("L small", 0),
+        ("L RGB", 0),
+        ("L I;16", 0),
+        ("small:1 L:0", 0),  # of these two ITK wrote beyond its memory
+        ("L:0 small:1 L:0", 0),
+        ("L:0 L", 0),
+    ],
+)
+def test_pages_are_slices_where_they_are_alike(tmp_path, pages, depth):
+    picture = pytest.importorskip("PIL.TiffImagePlugin", reason="Pillow is not installed")
+    grey = picture.Image.fromarray(volume("uint8", (40, 50)))
+    with picture.AppendingTiffWriter(str(tmp_path / "a.tif"), True) as file:
+        for mode, _, kind in (page.partition(":") for page in pages.split()):
+            page = grey.resize((10, 8)) if mode == "small" else grey.convert(mode)
+            page.encoderinfo = {}
+            page.save(file, format="TIFF", tiffinfo={254: int(kind)} if kind else {})
+            file.newFrame()
+    if depth:
+        image = read_image(tmp_path / "a.tif")
+        assert np.array_equal(image.array, [np.asarray(grey)] * depth) and length_unit(image) == "px"
+    else:
+        with pytest.raises(UserError, match="a.tif has pages of different size or kind; save the one"):
+            read_image(tmp_path / "a.tif")
+
+
+def test_a_print_size_of_a_bigtiff_is_no_spacing(tmp_path):
+    content = tiff(volume("uint8", (40, 50)), True, t282=0, t283=0, t296=2)
+    for tag in (282, 283):
+        content = content.replace(struct.pack("<HHQQ", tag, 4, 1, 0), struct.pack("<HHQII", tag, 5, 1, 72, 1))
+    (tmp_path / "a.tif").write_bytes(content)
+    assert sitk.ReadImage(str(tmp_path / "a.tif")).GetSpacing()[0] == pytest.approx(25.4 / 72)
+    assert read_image(tmp_path / "a.tif").spacing == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("mode", ["LA", "L"])
+def test_a_grey_png_with_transparency_is_said_to_be_one(tmp_path, mode):
+    picture = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    grey = picture.fromarray(volume("uint8", (40, 50)))
+    grey.convert(mode).save(tmp_path / "a.png", **({"transparency": 0} if mode == "L" else {}))
+    with pytest.raises(UserError, match=r"a.png is grey with transparency, which cannot be read; save it without its alpha channel\."):
+        read_image(tmp_path / "a.png")
 
 
 def test_a_picture_has_the_channels_that_are_asked_for(tmp_path):
@@ -716,6 +803,20 @@ def test_frames_that_are_no_volume_are_noticed(slices, tmp_path, explicit, order
     file = multi_frame(slices, tmp_path / "frames" / "a.dcm", order, explicit, change)
     for path in (file, file.parent):
         with pytest.raises(UserError, match=sentence):
+            read_image(path)
+
+
+@pytest.mark.parametrize("tags", [{"FrameTime": "33.3"}, {"FrameTimeVector": ["0", "33.3"]}, {"FrameIncrementPointer": 0x00181063}])
+def test_pictures_in_time_are_no_volume(slices, tmp_path, tags):
+    def join(i, dataset):
+        del dataset.ImagePositionPatient
+        dataset.NumberOfFrames, dataset.PixelData = 2, dataset.PixelData * 2
+        for key, value in tags.items():
+            setattr(dataset, key, value)
+
+    folder = copied(slices[:1], tmp_path / "scan", join)
+    for path in (folder, folder / "000.dcm"):
+        with pytest.raises(UserError, match="pictures in time, not slices of a volume; export the frames as single images"):
             read_image(path)
 
 

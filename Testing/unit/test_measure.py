@@ -86,18 +86,19 @@ def test_a_mirrored_or_turned_lesion_has_the_same_diameters():
             assert np.ptp([size[key] for size in sizes]) < 1e-3
 
 
-def test_a_single_slice_is_measured_in_its_own_plane():
-    """A short-axis slice of the heart is no axial one; what is one slice thick in a volume is still measured across the body."""
+def test_thick_slices_are_measured_in_their_own_plane():
+    """Short-axis slices of the heart are no axial ones; what is one slice thick in a volume is still measured across the body."""
     y, x = np.indices((1, 40, 50))[1:]
     disc = ((y - 20) ** 2 + (x - 24) ** 2 <= 12**2).astype(np.uint8)
     tilted, _ = np.linalg.qr(np.array([[0.785, -0.067, 0.1], [0.575, 0.6, 0.2], [-0.387, 0.8, 0.3]]))
     want = one(Image(disc, (1.4, 1.4, 8.0)))
     for direction in ((1.0, 0, 0, 0, 0, 1.0, 0, -1.0, 0), tuple(tilted.ravel())):
-        found = one(Image(disc, (1.4, 1.4, 8.0), (10.0, 20.0, 30.0), direction))
-        for key in ("longest_mm", "perpendicular_mm"):
-            assert found[key] == pytest.approx(want[key], rel=1e-6) and found[key] > 33
-    coronal = Image(np.pad(disc, ((1, 1), (0, 0), (0, 0))), (1.4, 1.4, 8.0), direction=(1.0, 0, 0, 0, 0, 1.0, 0, -1.0, 0))
-    assert one(coronal)["perpendicular_mm"] == pytest.approx(8.0)
+        for array in (disc, np.repeat(disc, 8, 0)):
+            found = one(Image(array, (1.4, 1.4, 8.0), (10.0, 20.0, 30.0), direction))
+            for key in ("longest_mm", "perpendicular_mm"):
+                assert found[key] == pytest.approx(want[key], rel=1e-6) and found[key] > 33
+    coronal = Image(np.pad(disc, ((1, 1), (0, 0), (0, 0))), (1.4, 1.4, 4.0), direction=(1.0, 0, 0, 0, 0, 1.0, 0, -1.0, 0))
+    assert one(coronal)["perpendicular_mm"] == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("tilt", [0.0, 20.0])

@@ -174,6 +174,18 @@ def test_one_section_is_enough():
     assert found["mean_mm"] == pytest.approx(8.4, abs=0.8) and found["texture"] == "solid"
 
 
+@pytest.mark.parametrize("slices", [1, 3])
+def test_thick_slices_are_measured_in_their_own_plane(slices):
+    away = np.hypot(*(g - 32 for g in np.indices((64, 64))))
+    mask = np.repeat((away <= 15).astype(np.uint8)[None], slices, 0)
+    values = np.repeat(np.select([away <= 6, away <= 15], [40, -600], -850).astype(np.int16)[None], slices, 0)
+    axial = Image(values, (0.7, 0.7, 5.0))
+    coronal = Image(values, (0.7, 0.7, 5.0), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 0, 1, 0, -1, 0))
+    keys = ("longest_mm", "perpendicular_mm", "mean_mm", "texture", "solid_mean_mm", "size_class")
+    expected, found = ([describe(image, mask)[key] for key in keys] for image in (axial, coronal))
+    assert found[2:] == expected[2:] and found[:2] == pytest.approx(expected[:2]) and found[3] == "part-solid" and found[2] > 20
+
+
 def mass(kind: str) -> tuple[Image, np.ndarray]:
     """90 mm across, as a CT has it; its box has 1.5 million voxels."""
     grid = np.ogrid[-46:47, -66:67, -66:67]
@@ -299,6 +311,21 @@ def test_where_values_are_no_hu_there_is_neither_texture_nor_size_class():
     assert not any(found[k] for k in ("texture", "size_class", "solid_mean_mm")) and found["mean_mm"] > 11
 
 
+@pytest.mark.parametrize("width", [340, 400, 440])
+@pytest.mark.parametrize("left", [False, True])
+def test_a_body_cut_on_one_side_gives_no_wrong_side(width, left):
+    image, named = body(width=width, field=width + 60), 0
+    for keep in (260, 300, 330):
+        n, stop = image.shape[2], (30 + keep) // 2
+        crop = image.crop(Box((0, 0, n - stop), image.shape) if left else Box((0, 0, 0), (5, n, stop)))
+        for x in (-80, -60, -40, -20, 20, 40, 60, 80):
+            if (x if not left else -x) < keep - width / 2 - 4:
+                side = side_at(crop, x)
+                named += bool(side)
+                assert side in ("", "left" if x > 0 else "right"), (keep, x)
+    assert named > 4
+
+
 def test_the_side_where_the_field_of_view_cuts_the_body():
     cut = body(0.0, width=400, field=360)
     assert side_at(cut, 70) == "left" and side_at(cut, -70) == "right"
@@ -344,8 +371,9 @@ def test_size_classes_are_those_of_lung_rads_2022(texture, mean, solid, expected
     assert size_class(mean, texture, solid) == expected
 
 
-def nodule(volume=300.0, mean=8.3, center=(0.0, 0.0, 0.0), side="left", note=NOTE):
-    return {"voxels": 100, "volume_mm3": volume, "mean_mm": mean, "center": center, "side": side, "note": note}
+def nodule(volume=300.0, mean=8.3, center=(0.0, 0.0, 0.0), side="left", note=NOTE, texture="solid", solid=None):
+    sizes = {"volume_mm3": volume, "mean_mm": mean, "solid_mean_mm": mean if texture == "solid" else solid}
+    return {"voxels": 100, "center": center, "side": side, "note": note, "texture": texture, **sizes}
 
 
 def test_a_follow_up_gives_the_doubling_time_and_names_its_thresholds():
@@ -405,6 +433,42 @@ def test_a_cut_at_every_face_is_seen(axis, end):
 @pytest.mark.parametrize(("days", "said"), [(366, True), (367, False)])
 def test_lung_rads_growth_is_that_of_12_months(days, said):
     assert ("Lung-RADS" in follow_up(nodule(), nodule(600.0, 9.9), days)["text"]) == said
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "days", "growth", "said"),
+    [
+        (("part-solid", 3.1), ("part-solid", 8.2), 180, "growth", "Solid part +5.1 mm (Lung-RADS v2022: growth, more than 1.5 mm within"),
+        (("part-solid", 3.1), ("part-solid", 8.2), 400, "growth", "Solid part +5.1 mm (growth, more than 1.5 mm)."),
+        (("part-solid", 3.1), ("part-solid", 4.6), 180, "stable", "no significant change (BTS 2015: less than 25 %). Mean diameter +0.2"),
+        (("ground-glass", 0.0), ("part-solid", 3.2), 400, "growth", "Solid part +3.2 mm (Lung-RADS v2022: new)."),
+        (("ground-glass", 0.0), ("ground-glass", 0.0), 180, "stable", "Mean diameter +0.2 mm."),
+        (("part-solid", 3.1), ("solid", None), 180, "growth", "Solid part +5.4 mm (Lung"),
+        (("part-solid", 3.1), ("ground-glass", 0.0), 180, "stable", "Solid part -3.1 mm."),
+        (("solid", None), ("part-solid", 3.1), 180, "stable", "Mean diameter +0.2 mm."),
+    ],
+)
+def test_a_solid_part_grows_by_itself(before, after, days, growth, said):
+    found = follow_up(nodule(texture=before[0], solid=before[1]), nodule(330.0, 8.5, texture=after[0], solid=after[1]), days)
+    assert found["growth"] == growth and said in found["text"] and ("no significant" in found["text"]) == (growth == "stable")
+    smaller = follow_up(nodule(texture=before[0], solid=before[1]), nodule(150.0, 8.5, texture=after[0], solid=after[1]), days)
+    assert smaller["growth"] == ("growth" if growth == "growth" else "smaller")
+
+
+@pytest.mark.parametrize("volume", [150.0, 310.0, 600.0])
+def test_no_guideline_of_the_lung_is_quoted_for_a_lesion_elsewhere(volume):
+    for textures in ((None, None), (None, "solid"), ("solid", None)):
+        before, after = nodule(texture=textures[0]), nodule(volume, 12.0, texture=textures[1])
+        found = follow_up(before, after, 200)
+        assert found["growth"] is None and found["solid_change_mm"] is None and found["volume_change_percent"]
+        assert found["text"].endswith(". Mean diameter +3.7 mm.") and not any(c in found["text"] for c in "(:")
+    assert ("doubling in 200 days" in found["text"]) == (volume == 600)
+
+
+def test_lone_nodules_far_apart_across_the_body_are_two():
+    for place, same in (((60.0, 40.0, 900.0), True), ((60.0, 80.0, -100.0), False), ((165.0, -80.0, -100.0), False)):
+        pairs = match([nodule(center=(60.0, -50.0, -100.0))], [nodule(center=place)])
+        assert pairs == ([(0, 0)] if same else [(0, None), (None, 0)])
 
 
 def test_nodules_of_two_studies_are_matched():

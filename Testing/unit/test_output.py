@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from UNetSegmentationLib.dataset import read_mask
 from UNetSegmentationLib.image import IDENTITY, Box, Image, UserError, read_image, to_sitk
 from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import Label
@@ -187,6 +188,21 @@ def test_labelmaps_keep_the_grid(tmp_path, suffix, case):
     assert back.array.dtype == CASES[case].labels.array.dtype
     assert np.array_equal(back.array, CASES[case].labels.array)
     assert back.same_grid(CASES[case].labels)
+
+
+@pytest.mark.parametrize("source", ["p.jpg", "p.tif"])
+@pytest.mark.parametrize("suffix", [".seg.nrrd", ".nii.gz", ".nrrd", ".mha", ".tif"])
+def test_a_result_lies_on_its_picture_in_slicer_and_is_taken_back(tmp_path, suffix, source):
+    """Slicer takes the size of a print for mm."""
+    array = np.zeros((40, 60), np.uint8)
+    array[5:20, 30:50] = 1
+    pytest.importorskip("PIL.Image").fromarray(array * 200).save(tmp_path / source, dpi=(72, 72))
+    image, path = read_image(tmp_path / source), tmp_path / f"x{suffix}"
+    assert image.spacing == (1, 1, 1)
+    write_segmentation(Prediction(image.like(array[None]), (NODULE,), "m-1.0.0", Box.whole(image.shape)), path)
+    spacing = sitk.ReadImage(str(path)).GetSpacing()[:2]
+    assert spacing == pytest.approx((1, 1) if suffix == ".tif" else (25.4 / 72, 25.4 / 72), rel=1e-3)
+    assert np.array_equal(read_mask(path, image)[0][0], array)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".tiff"])

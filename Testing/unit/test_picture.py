@@ -166,6 +166,23 @@ def test_measures_of_measure_py(tmp_path):
     assert len(where(pixels, CYAN, CLOSE_UP)[0]) > 50
 
 
+def test_the_close_up_of_thick_slices_shows_one_of_them(tmp_path):
+    """Where they were measured: in axial panels both diameters would lie across the stack."""
+    turned = np.linalg.qr(np.array([[0.70, 0.1, 0.7], [0.67, -0.44, -0.6], [-0.25, -0.89, 0.4]]))[0]
+    for name, direction in {"short axis": turned, "coronal": STORED["coronal"]}.items():
+        image, prediction = head(direction, (0, 0, 0), radius=20, spacing=(1, 1, 8))
+        pixels = draw(image, prediction, tmp_path / f"{name}.png", measures=measure(prediction.labels, (MAGENTA,), image))
+        rows, columns = where(pixels, MAGENTA.color, CLOSE_UP)
+        assert np.ptp(columns) / np.ptp(rows) == pytest.approx(1, abs=0.05)
+        assert len(where(pixels, CYAN, CLOSE_UP, 40)[0]) > 100
+
+
+def test_a_diameter_that_crosses_the_slices_is_drawn_in_none(tmp_path):
+    image, prediction = head(np.eye(3), (10, 0, 0))
+    across = {"value": 1, "perpendicular_points": [(0, 0, -9.5), (20, 0, 10.5)], "longest_points": [(10, -12, 0.5), (10, 12, 0.5)]}
+    assert not len(where(draw(image, prediction, tmp_path / "x.png", measures=[across]), CYAN, CLOSE_UP, 40)[0])
+
+
 def test_nothing_found(tmp_path):
     image, prediction = head(np.eye(3), (500, 0, 0))
     pixels = draw(image, prediction, tmp_path / "x.png", measures=measure(prediction.labels, prediction.label_defs, image))

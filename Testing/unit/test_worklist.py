@@ -584,6 +584,17 @@ def test_killed_while_segmenting_the_next_goes_on_and_nothing_is_half_there(work
     assert set(work.folder.glob("worklist/*/*")) == named and all(m.is_file() for m in named)
 
 
+def test_what_a_dead_program_had_in_hand_is_segmented_last(work, make_package):
+    """A scan too large for the memory would end every program before it came to the others."""
+    package = make_package()
+    work.choose_models([package])
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    claim = work._claim(Annotator.here(pid=gone.pid), work._now(), "segment")
+    work._commit(lambda data: data["scans"]["s0"].update(claim=claim))
+    assert [s.name for s in segment_all(work, package)] == ["s1", "s2", "s3", "s0"] and work.counts()["segmented"] == 4
+
+
 def test_a_result_that_windows_holds_stops_nothing_and_goes_later(work, make_package, monkeypatch):
     one, other = make_package(), make_package(name="other")
     work.choose_models([one])
@@ -1063,6 +1074,7 @@ def test_a_scan_that_cannot_be_read_is_passed_over_and_the_desk_ends_with_its_cl
     desk.ask("add", folder=folder, sources=[str(scans)])
     answer = desk.ask("next", folder=folder, leave="", passed=[])
     assert answer["scan"]["name"] == "s1" and "s0.nii.gz cannot be read" in answer["notes"][0]
+    assert [m["scan"] for m in desk.heard if m["event"] == "reading"] == ["s0", "s1"]  # told before, should it end the desk
     assert answer["list"]["failed"][0]["name"] == "s0"
     desk.process.stdin.close()
     until(lambda: desk.process.poll() is not None, "the desk's end")

@@ -31,6 +31,7 @@ from .image import (
     length_unit,
     list_series,
     of_channels,
+    on_print,
     read_image,
     write_image,
 )
@@ -219,8 +220,10 @@ def _report(image: Image, prediction: Prediction, truth: Image | None) -> dict[s
     """What --json writes."""
     measures = measure(prediction.labels, prediction.label_defs, image)
     warnings, pixels = list(prediction.warnings), length_unit(image) == "px"
+    flat = image.shape[0] == 1
     if pixels:
-        warnings.append(f"{image.source} has no pixel size, so lengths and areas are in pixels.")
+        sizes = "areas are in pixels" if flat else "volumes are in pixels and voxels"
+        warnings.append(f"{image.source} has no pixel size, so lengths and {sizes}.")
         for item in measures:
             item["volume_ml"] = None
     start, stop = prediction.roi.start[::-1], prediction.roi.stop[::-1]
@@ -231,7 +234,7 @@ def _report(image: Image, prediction: Prediction, truth: Image | None) -> dict[s
         "seconds": round(prediction.seconds, 3),
         "warnings": warnings,
         "roi_ijk": [[a, b - 1] for a, b in zip(start, stop)],
-        "points_are": "pixels" if pixels else "LPS mm",
+        "points_are": ("pixels" if flat else "voxels") if pixels else "LPS mm",
         "labels": measures,
     }
     if truth is not None:
@@ -267,8 +270,7 @@ def _print_report(report: dict[str, Any]) -> None:
     title = f"{report['model']} on {Path(report['image']).name}: {report['seconds']:.1f} s, {', '.join(report['engines'])}"
     table = Table(title=escape(title))
     with_dice = any("dice" in item for item in report["labels"])
-    pixels = report["points_are"] == "pixels"
-    size, unit = ("area (px)", "px") if pixels else ("volume (ml)", "mm")
+    size, unit = {"pixels": ("area (px)", "px"), "voxels": ("voxels", "px")}.get(report["points_are"], ("volume (ml)", "mm"))
     for name in ("segment", size, f"longest ({unit})", f"perpendicular ({unit})", "mean", *(["Dice"] if with_dice else [])):
         table.add_column(name, justify="left" if name == "segment" else "right")
 
@@ -280,7 +282,7 @@ def _print_report(report: dict[str, Any]) -> None:
     for item in report["labels"]:
         row = [
             escape(item["name"]),
-            show(item["volume_mm3"], 0) if pixels else show(item["volume_ml"], 3),
+            show(item["volume_mm3"], 0) if unit == "px" else show(item["volume_ml"], 3),
             show(item["longest_mm"], 1),
             show(item["perpendicular_mm"], 1),
             show(item["mean_hu"], 0),
@@ -347,7 +349,7 @@ def _write(
     for path in sorted(targets, key=lambda p: p.suffix.lower() != ".dcm"):
         write_segmentation(prediction, path, image)
     for path, values in maps.items():
-        write_image(values, path)
+        write_image(on_print(values), path)
     if picture:
         save_picture(
             image,
@@ -888,8 +890,7 @@ def _worklist_app() -> Any:
     def list_scans(folder: Folder, json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
         """The scans to come, the most useful first, then the others."""
         work = WorkList.open(folder)
-        ahead = work.ordered()
-        scans = [*ahead, *(s for n, s in work.scans.items() if n not in {a.name for a in ahead})]
+        scans = ({s.name: s for s in work.ordered()} | work.scans).values()
         if json_:
             _print_json([as_json(s) for s in scans])
             return

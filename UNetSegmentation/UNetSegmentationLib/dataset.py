@@ -52,11 +52,14 @@ from .files import (
 from .image import (
     Image,
     check_geometry,
+    exif_turn,
+    from_picture,
     information,
     is_dicom,
     is_grey,
     is_placed,
     of_channels,
+    on_print,
     print_spacing,
     read_image,
     to_sitk,
@@ -77,6 +80,7 @@ EXPORTS = ("nnunet", "monai", "itksnap")
 # name, a label that the dataset does not have (it is then added to it).
 OBJECTIONS = ("empty", "leftover", "image", "label", "patient")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)|.*\.$", re.IGNORECASE)  # a dataset made on Linux is opened on Windows, too
 # A label with fewer voxels is what an eraser left, unless the person says that it is meant.
 LEFTOVER = 4
 # So many voxels beyond an image are rounding: what is nearest to one of its voxels lies up to half a voxel away.
@@ -230,7 +234,20 @@ def translated(array: np.ndarray, table: Mapping[int, int], dtype: Any = np.uint
     return out
 
 
+def check_turn(image: Image, mask: Image) -> None:
+    """Refuse a picture's mask that may have been drawn on it turned: browsers and labelling tools follow EXIF's mark, ITK does
+    not, and the size does not tell of half a turn or a square which of both the mask is of."""
+    turn = exif_turn(Path(image.source)) if image.source and from_picture(mask) else 1
+    z, y, x = image.shape
+    if 1 < turn < 9 and mask.shape == ((z, x, y) if turn > 4 else (z, y, x)):
+        raise Mismatch(
+            f"{Path(str(image.source)).name} is marked as turned (EXIF orientation {turn}), which some programs apply and others do not; "
+            "save it upright without the mark, and its mask to match."
+        )
+
+
 def _check_fit(image: Image, mask: Image, name: str) -> None:
+    check_turn(image, mask)
     if mask.shape != image.shape:
         raise UserError(
             f"{name} has {' x '.join(map(str, mask.shape[::-1]))} voxels and its image {' x '.join(map(str, image.shape[::-1]))}; "
@@ -240,7 +257,7 @@ def _check_fit(image: Image, mask: Image, name: str) -> None:
     if image.shape[0] == 1 and image.dicom_files == ():
         # A picture, or its mask, may lack its geometry, and a file of two dimensions does not know at which z it lies.
         plain = not (is_placed(image) and is_placed(mask)) or _is_flat(image) != _is_flat(mask)
-    if not plain and not image.same_grid(mask, 0.1 * min(image.spacing)):
+    if not plain and not any(i.same_grid(mask, 0.1 * min(image.spacing)) for i in (image, on_print(image))):
         raise UserError(f"{name} does not lie where its image lies (spacing, origin or direction differ); resample it to the image.")
 
 
@@ -858,6 +875,8 @@ class Dataset:
             if not same and name == key and "image" not in allow:
                 raise Objection(f"The case {key} has another image; choose another name, or allow its image to be replaced.", "image")
         if key not in data["cases"]:
+            if RESERVED.match(key):
+                raise UserError(f"{key!r} cannot name a case: Windows makes no folder of that name; choose another.")
             self._check_name(data, key, "choose another, or update that one")
 
     def _check_name(self, data: dict[str, Any], key: str, cure: str) -> None:

@@ -278,6 +278,13 @@ def reorient(image: Image, acquired: bool = False) -> tuple[Image, Orientation]:
     )
 
 
+def in_slices(image: Image) -> bool:
+    """Whether an image is one slice, or slices more than three times as thick as their pixels: these are seen and measured as they were
+    taken, for a section across them is a stack of steps. The same heart on 8 short-axis slices of 8 mm was 73.9 x 44.3 mm in the nearest
+    axial section, and is 40.7 x 37.6 in its own."""
+    return image.shape[0] == 1 or image.spacing[2] > 3 * max(image.spacing[:2])
+
+
 # ---------------------------------------------------------------------------------------------------------- resampling
 
 
@@ -592,7 +599,10 @@ def _check_frames(path: Path, reader: sitk.ImageFileReader) -> None:
             tags = (rb"\x20\0\x32\0", rb"\x20\0\x37\0", rb"\x28\0\x53\x10", rb"\x28\0\x52\x10")
             places, directions, slopes, intercepts = (_of_frames(data, tag, n) for tag in tags)
     if len(places) != n or any(len(v) != 3 for v in places):
-        return  # pictures in time, which have no places
+        # ITK takes 33.3 ms between two frames for 33.3 mm between two slices, or says 1 mm.
+        if _tag(reader, "0018|1063") or _tag(reader, "0018|1065") or "(0018,106" in _tag(reader, "0028|0009"):
+            raise UserError(f"{path} holds pictures in time, not slices of a volume; export the frames as single images.")
+        return
     if any(len(v) != 6 or not np.allclose(v, directions[0], atol=1e-4) for v in directions):
         raise UserError(f"The frames of {path} lie in several directions; export each stack with one slice a file.")
     if any(v != values[0] for values in (slopes, intercepts) for v in values):
@@ -665,11 +675,14 @@ def _read_file(path: Path) -> Image:
                 raise UserError(f"{path} is a DICOM segmentation and no image; open it in Slicer with its scan, and save a .seg.nrrd.")
             _check_complete(path, reader)
             _check_frames(path, reader)
+            _check_pages(path, reader)
             image = _with_thickness(from_sitk(reader.Execute(), path), reader)
             return replace(image, spacing=(1.0, 1.0, 1.0)) if _is_print_size(path, image.spacing) else image
     except (RuntimeError, MemoryError) as e:
         if "orthonormal" in str(e):
             raise UserError(f"{path} has axes that are not at right angles (shear); resample it to a regular grid first.") from e
+        if "PixelType" in str(e) and path.name.lower().endswith(".png"):
+            raise UserError(f"{path} is grey with transparency, which cannot be read; save it without its alpha channel.") from e
         raise UserError(f"{path} cannot be read as an image ({_reason(e)}); check that it is a complete image file.") from e
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e}); check your rights and the disk.") from e
@@ -708,8 +721,8 @@ def _check_complete(path: Path, reader: sitk.ImageFileReader) -> None:
         if not found or re.search(rb"^BinaryData *= *False", head[: found.start()], re.MULTILINE | re.IGNORECASE):
             return
         start, deflated = found.end(), bool(re.search(rb"^CompressedData *= *True", head[: found.start()], re.MULTILINE))
-    elif _tiff_order(head):
-        complete, needed = all(whole for whole, _ in _directories(path)), 0
+    elif head[:4] in _TIFF:
+        complete, needed = all(_pages(path)), 0
     # Last, for what was converted from NIfTI may carry its fields on.
     elif reader.HasMetaDataKey("vox_offset"):
         pair = re.fullmatch(r"(.*)\.(hdr|img|img\.gz)", path.name, re.IGNORECASE)
@@ -732,27 +745,66 @@ def _check_complete(path: Path, reader: sitk.ImageFileReader) -> None:
         raise UserError(f"{path} is cut short or damaged; copy or export it again.")
 
 
-def _tiff_order(head: bytes) -> Literal["little", "big"] | None:
-    """Of the bytes of a classic TIFF; None for other files."""
-    orders: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
-    return orders.get(head[:4])
+# The first bytes of a classic TIFF and of a BigTIFF: the order of their bytes, and how many an address and the number of a page's
+# tags have.
+_TIFF: dict[bytes, tuple[Literal["little", "big"], int, int]] = {
+    b"II*\0": ("little", 4, 2),
+    b"MM\0*": ("big", 4, 2),
+    b"II+\0": ("little", 8, 8),
+    b"MM\0+": ("big", 8, 8),
+}
 
 
-def _directories(path: Path) -> Iterator[tuple[bool, list[bytes]]]:
-    """Of each page of a TIFF whether its description is whole, and the entries of that."""
-    seen: set[int] = set()
+def _pages(path: Path, base: int = 0) -> Iterator[dict[int, int]]:
+    """Of each page of a TIFF the tags that are whole numbers, of several the first; none where its description is cut short.
+    base: where the TIFF begins, as EXIF is one within a picture."""
+    size, seen = path.stat().st_size, set[int]()
     with path.open("rb") as f:
-        order = _tiff_order(f.read(4))
-        if order is None:
-            return
-        at = int.from_bytes(f.read(4), order)
+
+        def take(at: int, n: int) -> bytes:
+            f.seek(min(base + at, size))
+            return f.read(n)
+
+        order, width, digits = _TIFF.get(take(0, 4), ("little", 0, 0))
+        entry = 4 + 2 * width
+        at = int.from_bytes(take(width, width), order)
         while at and at not in seen:
             seen.add(at)
-            f.seek(at)
-            count = int.from_bytes(f.read(2), order)
-            data = f.read(12 * count + 4)
-            yield count > 0 and len(data) == 12 * count + 4, [data[12 * i : 12 * i + 12] for i in range(count)]
-            at = int.from_bytes(data[12 * count :], order)
+            count = int.from_bytes(take(at, digits), order)
+            data, tags = f.read(min(count, 1 << 16) * entry + width), dict[int, int]()
+            for e in (data[i : i + entry] for i in range(0, len(data) - width, entry)):
+                tag, kind, n = (int.from_bytes(e[a:b], order) for a, b in ((0, 2), (2, 4), (4, 4 + width)))
+                if own := {3: 2, 4: 4, 16: 8}.get(kind):
+                    value = e[-width:] if n * own <= width else take(int.from_bytes(e[-width:], order), own)
+                    tags[tag] = int.from_bytes(value[:own], order)
+            yield tags if len(data) == count * entry + width else {}
+            at = int.from_bytes(data[count * entry :], order)
+
+
+def _check_pages(path: Path, reader: sitk.ImageFileReader) -> None:
+    """Refuse a TIFF of which ITK makes other numbers without a word: what is tiled, planar or turned it reads in 8 bits (of 16, 0 to
+    2550 became 0 to 9), of grey with alpha it takes the samples of two pixels, and other pages as if they were the first's size."""
+    pages, depth = list(_pages(path)), (*reader.GetSize(), 1)[2]
+    if not pages:
+        return
+    kinds = {tuple(page.get(tag, 1) for tag in (256, 257, 258, 262, 274, 277, 284, 322, 339)) for page in pages[:depth]}
+    # A preview that is marked as one ITK leaves out; where it is not the last page, ITK writes beyond its memory.
+    left_out = [bool(page.get(254, 0) & 5) for page in pages]
+    if len(kinds) > 1 or (len(pages) > 1 and left_out != [i >= depth for i in range(len(pages))]):
+        raise UserError(f"{path} has pages of different size or kind; save the one that is meant as a picture of its own.")
+    bits, turn, samples = (pages[0].get(tag, 1) for tag in (258, 274, 277))
+    if bits > 8 * _BYTES.get(reader.GetPixelIDValue(), 8) or samples > reader.GetNumberOfComponents() or turn not in (1, 4):
+        text = "is tiled, turned or has transparency in a way that would be read wrongly; save it again as a plain TIFF without alpha"
+        raise UserError(f"{path} {text}.")
+
+
+def exif_turn(path: Path) -> int:
+    """How a JPEG's or PNG's EXIF says that it is to be turned before it is looked at, which ITK leaves; 1: not at all."""
+    if path.suffix.lower() not in (".jpg", ".jpeg", ".png") or not path.is_file():
+        return 1
+    with path.open("rb") as f:
+        found = re.search(rb"(Exif\0\0|eXIf)(?=II\*\0|MM\0\*)", f.read(1 << 17))
+    return next(_pages(path, found.end()), {}).get(274, 1) if found else 1
 
 
 # Dots per inch that pictures are printed with, which ITK takes for mm: 72 for 0.35. ITK itself writes any spacing in inches.
@@ -774,17 +826,18 @@ def print_spacing(path: Path) -> tuple[float, float] | None:
     return None
 
 
+def on_print(image: Image) -> Image:
+    """A picture, or a result on it, as it lies in Slicer and others, which take the size of the print for mm: a mask in pixels was
+    2.8 times as large as its JPEG of 72 dpi."""
+    own = print_spacing(Path(image.source)) if image.source else None
+    return replace(image, spacing=(*own, image.spacing[2])) if own else image
+
+
 def _in_inches(path: Path) -> bool:
     """Whether a TIFF's resolution is in dots per inch: its tag 296 is 2, or not there."""
     if not path.name.lower().endswith((".tif", ".tiff")):
         return False
-    with path.open("rb") as f:
-        order = _tiff_order(f.read(4))
-    if order is None:
-        return False
-    _, entries = next(_directories(path), (True, []))
-    units = [int.from_bytes(e[8:10], order) for e in entries if int.from_bytes(e[:2], order) == 296]
-    return units in ([], [2])
+    return next(_pages(path), {296: 1}).get(296, 2) == 2
 
 
 def _check_nifti(path: Path, dims: Sequence[int], header: bytes, order: str) -> None:
@@ -877,11 +930,16 @@ def is_grey(channels: np.ndarray) -> bool:
     return all(np.array_equal(channels[0], c) for c in channels[1:3])
 
 
+def from_picture(image: Image) -> bool:
+    """Whether the image, or the mask, was read from a picture's file."""
+    return str(image.source).lower().endswith(PICTURE_SUFFIXES)
+
+
 def of_channels(image: Image, n: int) -> Image:
     """The image as a model of n channels takes it, where it is a picture that holds them otherwise: grey that was stored as colours,
     or what has transparency beside it. Any other image as it is."""
     # What came through Slicer has no file's name any more.
-    if not str(image.source).lower().endswith(PICTURE_SUFFIXES) if image.source else image.array.dtype != np.uint8:
+    if not from_picture(image) if image.source else image.array.dtype != np.uint8:
         return image
     c = image.channels
     if n == 1 and (len(c) == 2 or (len(c) in (3, 4) and is_grey(c))):
@@ -891,7 +949,7 @@ def of_channels(image: Image, n: int) -> Image:
 
 def is_placed(image: Image) -> bool:
     """Whether the image knows where the patient's right is, as a picture file does not."""
-    return image.shape[0] > 1 or image.origin != (0.0, 0.0, 0.0) or tuple(image.direction) != IDENTITY
+    return (image.shape[0] > 1 and not from_picture(image)) or image.origin != (0.0, 0.0, 0.0) or tuple(image.direction) != IDENTITY
 
 
 def length_unit(image: Image) -> str:

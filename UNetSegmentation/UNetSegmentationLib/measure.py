@@ -1,4 +1,4 @@
-"""Sizes of a segmented label: volume, axial diameters, intensity. Places where a prediction is uncertain."""
+"""Sizes of a segmented label: volume, diameters, intensity. Places where a prediction is uncertain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .image import Box, Image, reorient
+from .image import Box, Image, in_slices, reorient
 from .model import Label
 from .postprocess import components, largest_steps, slabs
 from .steps import Steps, complete
@@ -26,18 +26,18 @@ def measure(labels: Image, label_defs: Sequence[Label], image: Image | None = No
 
     labels: label map (z, y, x); image: where "mean_hu" and the like come from (its first channel, same grid).
     Keys: value, name, voxels, volume_mm3, volume_ml, center (LPS mm), longest_mm and perpendicular_mm (of the label's
-    largest component, in the axial section where it is longest; axial = across the axis nearest to head-foot, but of a single
-    slice its own plane), longest_points and perpendicular_points (two LPS points each), mean_hu, std_hu, min_hu, max_hu (the
+    largest component, in the axial section where it is longest; axial = across the axis nearest to head-foot, but of in_slices()
+    their own plane), longest_points and perpendicular_points (two LPS points each), mean_hu, std_hu, min_hu, max_hu (the
     image's own units). A label that is absent has 0 voxels and None for the rest.
     """
-    return complete(measure_steps(labels, label_defs, image, flat=labels.shape[0] == 1))
+    return complete(measure_steps(labels, label_defs, image, flat=in_slices(labels)))
 
 
 def measure_steps(
     labels: Image, label_defs: Sequence[Label], image: Image | None = None, largest: int | None = None, flat: bool = False
 ) -> Steps[list[dict[str, Any]]]:
     """measure() in pieces, for a panel, also of a part of an image. A label whose box has more voxels than `largest` gets no
-    diameters. flat: the image is a single slice: across a coronal one of 8 mm the axial sections of a round heart are 42 x 8 mm."""
+    diameters. flat: in the sections of the array, as for in_slices(), which a part of an image does not tell."""
     canonical, orientation = reorient(labels, flat)
     values = orientation.canonical(image.channels)[0] if image is not None else None
     out = []

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .image import Box, Image, UserError, reorient
+from .image import Box, Image, UserError, in_slices, reorient
 from .intensity import has_hu
 from .measure import measure_steps
 from .model import Label
@@ -40,9 +40,13 @@ _CUT = " It reaches the edge of the scan, beyond which it may go on: its true si
 _CHANGE_CUT = " In one of the studies it reaches the edge of the scan: its true change is not known."
 _BODY_HU = -500
 _NO_SIDE_MM = 5.0  # so near the midline neither side is certain
+_WIDEST_MM = 450.0  # a body that the field of view cuts on one side goes on there to this width at most
 # Of 300 places in the lungs of the sample lung1, resampled on axes turned about front-back or head-foot, 0 and 1 got the other side
 # at 10 degrees, 3 and 5 at 20, 14 and 9 at 30. About left-right it is 2 at 40.
 _NO_SIDE_DEGREES = 15.0
+_GROWN_MM = 1.5  # in mean diameter, Lung-RADS v2022
+# Of two lone nodules farther apart across the body the later one is new: the table moves along it freely, across it hardly. Our bound.
+_ACROSS_MM = 100.0
 _KEYS = (
     *("center", "longest_mm", "perpendicular_mm", "mean_mm", "longest_points", "perpendicular_points", "mean_hu", "std_hu", "min_hu"),
     *("max_hu", "texture", "solid_mean_mm", "solid_volume_mm3", "side", "size_class"),
@@ -60,9 +64,9 @@ def describe(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0), l
     mean_mm: the mean of the longest diameter of the axial section where it is longest and of the longest one across it there, both
     to 0.1 mm and so the mean (Lung-RADS: "measure both the long and short axis to one decimal point in mm, and report mean nodule
     diameter to one decimal point", halves upwards here; Fleischner: both axes on the same section; both also allow other planes,
-    which is not done); texture: "solid", "part-solid" or "ground-glass"; solid_mean_mm and solid_volume_mm3:
-    the same of the largest connected part above SOLID_HU (of a solid nodule the whole, of a ground-glass one 0); side: "left",
-    "right", or "" where the body's midline is not known or too near; size_class: size_class(); note: NOTE, and what else a
+    which is done for in_slices() alone, in their own); texture: "solid", "part-solid" or "ground-glass"; solid_mean_mm
+    and solid_volume_mm3: the same of the largest connected part above SOLID_HU (of a solid nodule the whole, of a ground-glass one 0);
+    side: "left", "right", or "" where the body's midline is not known or too near; size_class: size_class(); note: NOTE, and what else a
     reader must know of these figures.
     An empty mask has 0 voxels and None for the rest.
     """
@@ -82,15 +86,15 @@ def describe_steps(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0,
     part = image.crop(placed)
     if any(a == 0 or b == n for a, b, n in zip(placed.start, placed.stop, image.shape)):
         out["note"] += _CUT
-    labels = part.like((mask[inside.slices] > 0).astype(np.uint8))
+    labels, flat = part.like((mask[inside.slices] > 0).astype(np.uint8)), in_slices(image)
     yield
-    sizes = yield from _sizes_steps(labels, part)
+    sizes = yield from _sizes_steps(labels, part, flat)
     out.update({key: value for key, value in sizes.items() if key in out})
     out["side"] = _side(image, out["center"])
     if not (lung and has_hu(image.channels)):
         return out
     yield
-    canonical, orientation = reorient(part)
+    canonical, orientation = reorient(part, flat)
     values, shape = canonical.channels[0], orientation.canonical(labels.array) > 0
     core = values[(yield from _core_steps(shape))]
     yield
@@ -104,7 +108,7 @@ def describe_steps(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0,
             out.update(texture="ground-glass", solid_mean_mm=0.0, solid_volume_mm3=0.0)
         else:
             dense = part.like(np.ascontiguousarray(orientation.original(solid)).view(np.uint8))
-            mean = (yield from _sizes_steps(dense))["mean_mm"]
+            mean = (yield from _sizes_steps(dense, flat=flat))["mean_mm"]
             out.update(texture="part-solid", solid_mean_mm=mean, solid_volume_mm3=volume)
     out["size_class"] = size_class(out["mean_mm"], out["texture"], out["solid_mean_mm"])
     if np.median(core) > _CALCIUM_HU:
@@ -127,8 +131,8 @@ def size_class(mean_mm: float, texture: str, solid_mean_mm: float) -> str:
     return "3" if mean_mm < 8 else "4A" if mean_mm < 15 else "4B"
 
 
-def _sizes_steps(labels: Image, image: Image | None = None) -> Steps[dict[str, Any]]:
-    (out,) = yield from measure_steps(labels, [_LABEL], image)
+def _sizes_steps(labels: Image, image: Image | None = None, flat: bool = False) -> Steps[dict[str, Any]]:
+    (out,) = yield from measure_steps(labels, [_LABEL], image, flat=flat)
     out["mean_mm"] = _half_up((_half_up(out["longest_mm"], 1) + _half_up(out["perpendicular_mm"], 1)) / 2, 1)
     return out
 
@@ -164,8 +168,8 @@ def _side(image: Image, center: Sequence[float]) -> str:
     """On which side of the body's midline a point (LPS mm) lies, in its axial section.
 
     The midline is the middle of the body's outline (median over the rows where it is wide). It is known where the section shows
-    the outline's both sides, or 250 mm of a body that the field of view cuts; in a crop of one lung it is not, nor where the
-    section is oblique.
+    the outline's both sides, or 250 mm of a body that the field of view cuts; of a body cut on one side alone it lies between there
+    and where it would be of the widest one. In a crop of one lung it is not known, nor where the section is oblique.
     """
     canonical, _ = reorient(image)
     if canonical.direction[0] < math.cos(math.radians(_NO_SIDE_DEGREES)):
@@ -182,12 +186,13 @@ def _side(image: Image, center: Sequence[float]) -> str:
     rows = body[body.any(1)]
     first, last = rows.argmax(1), rows.shape[1] - 1 - rows[:, ::-1].argmax(1)
     width = (int(last.max()) - int(first.min()) + 1) * steps[1] * canonical.spacing[0]
-    cut = first.min() == 0 or last.max() == rows.shape[1] - 1
-    if width < (250 if cut else 100):
+    low, high = first.min() == 0, last.max() == rows.shape[1] - 1
+    if width < (250 if low or high else 100):
         return ""
+    doubt = max(0.0, _WIDEST_MM - width) / 2 if low != high else 0.0
     wide = last - first >= 0.5 * (last - first).max()
     away = (x - float(np.median((first + last)[wide] / 2)) * steps[1]) * canonical.spacing[0]
-    return "" if abs(away) < _NO_SIDE_MM else "left" if away > 0 else "right"
+    return "" if -_NO_SIDE_MM - doubt * low < away < _NO_SIDE_MM + doubt * high else "left" if away > 0 else "right"
 
 
 # ----------------------------------------------------------------------------------------------------------- two studies
@@ -196,10 +201,13 @@ def _side(image: Image, center: Sequence[float]) -> str:
 def follow_up(before: dict[str, Any], after: dict[str, Any], days: float) -> dict[str, Any]:
     """The change of a nodule between two describe(), `days` apart.
 
-    Keys: days, volume_change_percent (whole), mean_change_mm (to 0.1 mm), doubling_days (of the volume: days * ln 2 / ln(after /
-    before), the exponential growth of Schwartz, Cancer 1961;14:1272-1294; None where it did not grow by 1 %), growth ("growth",
-    "stable" or "smaller": a change of volume of 25 % or more is one, BTS 2015; less is within the error of measuring), text (a
-    sentence with the thresholds, which the figures in it are held against), note: NOTE, and whether a scan's edge cuts it.
+    Keys: days, volume_change_percent (whole), mean_change_mm (to 0.1 mm), solid_change_mm (the same of the solid part; None of a
+    nodule that was solid, or has none in both studies), doubling_days (of the volume: days * ln 2 / ln(after / before), the
+    exponential growth of Schwartz, Cancer 1961;14:1272-1294; None where it did not grow by 1 %), growth ("growth", "stable" or
+    "smaller": a change of volume of 25 % or more is one, BTS 2015; less is within the error of measuring. "growth", too, where the
+    solid part is new or more than 1.5 mm larger, which Lung-RADS looks at by itself. None where either has no texture, since the
+    guidelines are of the lung), text (sentences with the thresholds, which the figures in them are held against), note: NOTE, and
+    whether a scan's edge cuts it.
     UserError where there is nothing to compare.
     """
     if not (math.isfinite(days) and days > 0):
@@ -210,28 +218,37 @@ def follow_up(before: dict[str, Any], after: dict[str, Any], days: float) -> dic
     # Of 5 voxels after 4 the last bit of the volumes would say less than 25 %. "or": without a sign at zero.
     percent, mean = round(100 * (ratio - 1)), round(after["mean_mm"] - before["mean_mm"], 1) or 0.0
     doubling = days * math.log(2) / math.log(ratio) if percent > 0 else None
-    growth = "growth" if percent >= 25 else "smaller" if percent <= -25 else "stable"
-    text = f"Volume {percent:+.0f} % in {days:.0f} days"
-    if growth == "growth":
+    lung, year = bool(before["texture"] and after["texture"]), days <= 366
+    within = f"Lung-RADS v2022: growth, more than {_GROWN_MM} mm within 12 months"
+    solid, new, grew = None, False, False
+    if lung and before["texture"] != "solid" and (before["solid_mean_mm"] or after["solid_mean_mm"]):
+        solid, new = round(after["solid_mean_mm"] - before["solid_mean_mm"], 1) or 0.0, not before["solid_mean_mm"]
+        grew = new or solid > _GROWN_MM
+    text, said = f"Volume {percent:+.0f} % in {days:.0f} days", []
+    if percent >= 25:
         assert doubling is not None
         speed = "less than 400" if round(doubling) < 400 else "400 to 600" if round(doubling) <= 600 else "more than 600"
-        text += f", doubling in {doubling:.0f} days: growth (BTS 2015: 25 % or more), with a doubling time of {speed} days"
-    elif growth == "stable":
-        text += ": no significant change (BTS 2015: less than 25 %)"
-    else:
+        text += f", doubling in {doubling:.0f} days"
+        text += f": growth (BTS 2015: 25 % or more), with a doubling time of {speed} days" if lung else ""
+    elif lung and percent > -25:
+        text += f": {'little' if grew else 'no significant'} change (BTS 2015: less than 25 %)"
+    elif lung:
         text += ": smaller (by 25 % or more)"
-    said = []
-    if abs(mean) >= 2:
+    if lung and abs(mean) >= 2:
         said.append("Fleischner 2017: a change, 2 mm or more")
-    if mean > 1.5 and days <= 366:
-        said.append("Lung-RADS v2022: growth, more than 1.5 mm within 12 months")
+    if lung and mean > _GROWN_MM and year:
+        said.append(within)
     text += f". Mean diameter {mean:+.1f} mm" + (f" ({'; '.join(said)})" if said else "")
+    if solid is not None:
+        how = "Lung-RADS v2022: new" if new else within if year else f"growth, more than {_GROWN_MM} mm"
+        text += f". Solid part {solid:+.1f} mm" + (f" ({how})" if grew else "")
     return {
         "days": days,
         "volume_change_percent": percent,
         "mean_change_mm": mean,
+        "solid_change_mm": solid,
         "doubling_days": doubling,
-        "growth": growth,
+        "growth": None if not lung else "growth" if grew or percent >= 25 else "smaller" if percent <= -25 else "stable",
         "text": f"{text}.",
         "note": NOTE + (_CHANGE_CUT if any(_CUT in nodule["note"] for nodule in (before, after)) else ""),
     }
@@ -242,7 +259,8 @@ def match(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], lim
 
     Nodules are the same when their centers are at most limit_mm apart, the nearest first. Where a shift between the two scans'
     coordinates (the table stands elsewhere each time) gives two or more nodules a partner of no other side, and more of them and
-    closer ones than none does, it is that shift. A nodule that is alone in each study is the same unless it lies on the other side.
+    closer ones than none does, it is that shift. A nodule that is alone in each study is the same unless it lies on the other side, or
+    more than 100 mm away across the body.
     """
     old = [i for i, n in enumerate(before) if n["voxels"]]
     new = [j for j, n in enumerate(after) if n["voxels"]]
@@ -290,7 +308,7 @@ def match(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], lim
             # shift took a true pair apart in 13.5 % of cases, and 1 % with their closeness.
             if len(found) > least and (near := closeness(found, shift)) > close:
                 best, close = found, near
-    if not best and len(old) == len(new) == 1 and not across.any():
+    if not best and len(old) == len(new) == 1 and not across.any() and math.dist(olds[0, :2], news[0, :2]) <= _ACROSS_MM:
         best = {old[0]: new[0]}
     return [*((i, best.get(i)) for i in range(len(before))), *((None, j) for j in range(len(after)) if j not in best.values())]
 

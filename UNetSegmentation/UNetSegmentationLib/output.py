@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .files import UserError, atomic_path
-from .image import IDENTITY, PICTURE_SUFFIXES, VOLUME_SUFFIXES, WRITTEN_SUFFIXES, Image, write_image
+from .image import IDENTITY, PICTURE_SUFFIXES, VOLUME_SUFFIXES, WRITTEN_SUFFIXES, Image, on_print, write_image
 from .model import Label
 from .postprocess import voxel_counts
 
@@ -55,18 +55,19 @@ def write_segmentation(prediction: Prediction, path: str | Path, image: Image | 
     """Write a prediction's labels; the name's suffix says how.
 
     .seg.nrrd: a Slicer segmentation. .dcm: DICOM SEG, which needs `image` as read from its DICOM folder.
-    .nii.gz, .nii, .nrrd, .mha: a labelmap. .png, .tif: the labelmap of a single slice, without geometry.
+    .nii.gz, .nii, .nrrd, .mha: a labelmap. .png, .tif: the labelmap of a single slice, without geometry. What has a geometry lies
+    on_print().
     Raises UserError; what stood at `path` before is then untouched.
     """
     check_suffix(path)
     name = str(path).lower()
     labels = prediction.labels
     if name.endswith(".seg.nrrd"):
-        write_image(labels, path, _slicer_header(prediction))
+        write_image(on_print(labels), path, _slicer_header(prediction))
     elif name.endswith(".dcm"):
         _write_dicom(prediction, Path(path), image)
     elif name.endswith(VOLUME_SUFFIXES):
-        write_image(labels, path)
+        write_image(on_print(labels), path)
     else:
         # A picture has no third axis, so a direction that needs one has no place in it.
         write_image(replace(labels, direction=IDENTITY), path)

@@ -17,7 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from .files import UserError, atomic_path
-from .image import Box, Image, is_placed, length_unit, reorient
+from .image import Box, Image, in_slices, is_placed, length_unit, reorient
 from .model import Label
 from .postprocess import voxel_counts
 
@@ -67,7 +67,8 @@ def save_picture(
     title: str = "",
     unit: str = "",
 ) -> None:
-    """Write a PNG of about 1600 x 1600 pixels: axial, coronal and sagittal through the largest component, and a close-up.
+    """Write a PNG of about 1600 x 1600 pixels: axial, coronal and sagittal through the largest component, and a close-up
+    of the section that was measured (see in_slices()).
 
     window: (low, high) in the image's own units, whose name is `unit` ("HU" for CT). measures: a dictionary a label with
     value, volume_mm3, longest_mm, perpendicular_mm, longest_points, perpendicular_points (two LPS points in mm each) and
@@ -106,6 +107,7 @@ class _Sheet:
         self.figure = figure
         self.image, orientation = reorient(image)
         self.labels = orientation.canonical(prediction.labels.array)
+        self.sections = PLANES[2 - orientation.axes.index(2)] if in_slices(image) else AXIAL  # where measure() has measured
         self.spacing = self.image.spacing[::-1]
         self.window = (float(window[0]), max(float(window[1]), float(window[0]) + 1e-6))
         self.unit = unit
@@ -144,12 +146,14 @@ class _Sheet:
         depth, height, width = (n * s for n, s in zip(component.shape, self.spacing))
         return _Target(label, (z, y, x), (depth, height, width))
 
-    def _points(self, measure: dict[str, Any], key: str) -> np.ndarray | None:
-        """The end points of a diameter as (2, 3) array indices (z, y, x)."""
+    def _points(self, measure: dict[str, Any], key: str, plane: _Plane, index: int | None = None) -> np.ndarray | None:
+        """The end points of a diameter as (2, 3) array indices (z, y, x), where both lie in one slice of a plane: this one."""
         points = measure.get(key)
         if points is None or len(points) != 2:
             return None
-        return np.array([self.image.point_to_index(p)[::-1] for p in points])
+        out = np.array([self.image.point_to_index(p)[::-1] for p in points])
+        index = round(out[:, plane.axis].mean()) if index is None else index
+        return out if np.abs(out[:, plane.axis] - index).max() <= 0.51 else None
 
     # --------------------------------------------------------------------------------------------------------- drawing
 
@@ -200,25 +204,26 @@ class _Sheet:
         self._scale_bar(axes)
 
     def _close_up(self, axes: Any) -> None:
-        z, y, x = self.target.at
         if self.target.label is None:
             self._text(axes, 0.5, 0.5, "Nothing was found", size=12, color=FAINT, ha="center", va="center")
             return
-        lesion = max(self.target.size[1:])
-        measure = self.measures.get(self.target.label.value, {})
-        points = self._points(measure, "longest_points")
-        if points is not None and 0 <= round(points[:, 0].mean()) < self.labels.shape[0]:
-            z = round(points[:, 0].mean())
-            y, x = points[:, 1:].mean(0)
-            lesion = float(np.hypot(*((points[1] - points[0])[1:] * self.spacing[1:])))
-        extent = [n * s for n, s in zip(self.labels.shape[1:], self.spacing[1:])]
-        edge = min(max(40.0, 3 * lesion), max(extent))
-        self._frame(axes, AXIAL, (x * self.spacing[2], y * self.spacing[1]), edge, edge)
+        plane = self.sections
+        across = [plane.rows, plane.columns]
+        index, (y, x) = self.target.at[plane.axis], (self.target.at[a] for a in across)
+        lesion = max(self.target.size[a] for a in across)
+        points = self._points(self.measures.get(self.target.label.value, {}), "longest_points", plane)
+        if points is not None and 0 <= round(points[:, plane.axis].mean()) < self.labels.shape[plane.axis]:
+            index = round(points[:, plane.axis].mean())
+            y, x = points[:, across].mean(0)
+            lesion = float(np.hypot(*((points[1] - points[0]) * self.spacing)[across]))
+        edge = min(max(40.0, 3 * lesion), max(self.labels.shape[a] * self.spacing[a] for a in across))
+        self._frame(axes, plane, (x * self.spacing[plane.columns], y * self.spacing[plane.rows]), edge, edge)
         # Lighter than in the other panels: here the lesion's own texture matters.
-        self._slice(axes, AXIAL, z, fill=0.1, line=1.3)
-        self._callipers(axes, AXIAL, z)
-        self._marks(axes, AXIAL)
-        self._caption(axes, AXIAL, z, "Close-up, axial")
+        self._slice(axes, plane, index, fill=0.1, line=1.3)
+        self._callipers(axes, plane, index)
+        if self.placed:
+            self._marks(axes, plane)
+            self._caption(axes, plane, index, f"Close-up, {plane.name.lower()}")
         self._scale_bar(axes)
 
     def _frame(self, axes: Any, plane: _Plane, middle: tuple[float, float], width: float, height: float) -> None:
@@ -287,8 +292,8 @@ class _Sheet:
         """The two diameters of the target's label, where they lie in this slice."""
         measure = self.measures.get(self.target.label.value, {}) if self.target.label else {}
         for key, color in (("longest", LONGEST), ("perpendicular", PERPENDICULAR)):
-            points = self._points(measure, f"{key}_points")
-            if points is None or abs(points[:, plane.axis].mean() - index) > 0.51:
+            points = self._points(measure, f"{key}_points", plane, index)
+            if points is None:
                 continue
             mm = points * self.spacing
             (x0, y0), (x1, y1) = mm[:, [plane.columns, plane.rows]]
@@ -352,9 +357,18 @@ class _Sheet:
             shown = sorted(shown, key=lambda d: -self.counts[d.value])[: MAX_ROWS - 1]
         measured = any(d.value in self.measures for d in shown)
         mean = f"mean {self.unit}".rstrip()
+        size = "volume" if self.length == "mm" else "area" if 1 in self.labels.shape else "voxels"
         rows: list[tuple[str, ...]] = []
         if measured:
-            rows.append(("", "", "volume" if self.length == "mm" else "area", "longest × perpendicular", mean))
+            rows.append(
+                (
+                    "",
+                    "",
+                    size,
+                    "longest × perpendicular",
+                    mean,
+                )
+            )
         for label in shown:
             m = self.measures.get(label.value, {})
             color = "#" + "".join(f"{c:02x}" for c in label.color)
@@ -370,7 +384,7 @@ class _Sheet:
         if mm3 is None:
             return ""
         if self.length == "px":
-            return f"{mm3:.0f} px"
+            return f"{mm3:.0f}" + " px" * (1 in self.labels.shape)
         return f"{mm3:.0f} mm³" if mm3 < 1000 else f"{mm3 / 1000:.1f} mL"
 
     def _rows(self, rows: list[tuple[str, ...]], bottom: float) -> None:

@@ -345,6 +345,8 @@ def create(
 ) -> Job:
     """A job's folder, without its process."""
     dataset = user_path(dataset).absolute()
+    if ".." in dataset.parts:  # which is no name
+        dataset = dataset.resolve()
     summary = _check_dataset(dataset)
     if options.device not in DEVICES or (options.minutes is not None and not 0 < options.minutes < 1e5):
         raise UserError(f"Train on one of {', '.join(DEVICES)}, for a number of minutes above 0.")

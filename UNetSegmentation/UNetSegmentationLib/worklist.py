@@ -583,7 +583,8 @@ class WorkList:
             now = self._now()
             todo = [n for n, r in data["scans"].items() if n not in self.away and _to_segment(data, r)]
             todo = [n for n in todo if not (data["scans"][n].get("claim") and _lives(data["scans"][n]["claim"], now))]
-            todo.sort(key=lambda n: data["scans"][n]["status"] != "waiting")
+            # What a program that is gone had in hand may have ended it, and would end each that takes it first.
+            todo.sort(key=lambda n: ("claim" in data["scans"][n], data["scans"][n]["status"] != "waiting"))
             if not todo or data["models"] != names:
                 raise Unchanged
             data["scans"][todo[0]]["claim"] = self._claim(replace(me, lease=LEASE), now, "segment")

@@ -170,6 +170,18 @@ def plainTip(text: str) -> str:
     return f"<p>{html.escape(text)}</p>" if "<" in text else text
 
 
+def breakable(text: str, copied: bool = False) -> str:
+    """The text for a label that wraps words, whose least width is its longest word's: a name of 67 letters made the panel 546 pixels
+    wide. Qt breaks lines at "/" alone, and at "-" before a letter. copied: by a person, perhaps, so that paths stay what they are."""
+    long = r"(?<!\S)[^\s/\\]{40,}(?!\S)" if copied else r"[^\s/]{40,}"
+    return re.sub(long, lambda m: re.sub(r"[_.\\-](?=\w)", "\\g<0>\u200b", m[0]), text)
+
+
+def cardTitle(card: Any) -> str:
+    """With the version: what is installed, or comes of training, may differ in that alone."""
+    return f"{card.data.get('title') or card.name} ({card.version})"
+
+
 def licence(card: Any) -> str:
     """The licence's name, without what follows its first sentence."""
     return card.data["licence"].split(". ")[0].rstrip(".")
@@ -185,7 +197,7 @@ def summary(model: Model) -> str:
     kind = _("Automatic, {n}D").format(n="2.5" if card.context else card.dimensions)
     return "\n".join(
         (
-            card.data.get("title") or card.name,
+            cardTitle(card),
             f"{measured} · {labels}",  # a long list of labels is cut, the score never
             f"{kind} · {model.megabytes:.0f} MB · {licence(card)}",
         )
@@ -211,7 +223,7 @@ def cardHtml(model: Model) -> str:
     if scores and clicks:
         measured += "<br>" + text(_("after one click"))
     if metrics.get("cases"):
-        measured += "<br>" + text(_("on {n} cases").format(n=metrics["cases"]))
+        measured += "<br>" + text((_("on 1 case") if metrics["cases"] == 1 else _("on {n} cases")).format(n=metrics["cases"]))
     if metrics.get("held_out"):
         measured += "<br>" + text(metrics["held_out"])
     spacing = " × ".join("–" if v is None else f"{v:g}" for v in card.spacing)
@@ -233,8 +245,7 @@ def cardHtml(model: Model) -> str:
         (_("Voxels"), text(_("{spacing} mm, {sees}").format(spacing=spacing, sees=sees))),
         (_("Version"), text(f"{card.name} {card.version}, {model.megabytes:.1f} MB")),
     ]
-    title = text(data.get("title") or card.name)
-    return f"<p><b>{title}</b></p><p>{text(data.get('description', ''))}</p>{table(rows)}"
+    return f"<p><b>{text(data.get('title') or card.name)}</b></p><p>{text(data.get('description', ''))}</p>{table(rows)}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- list

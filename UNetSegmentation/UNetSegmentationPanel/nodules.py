@@ -22,7 +22,7 @@ from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
 from . import clickController, inputs, isStill, otherShown
-from .models import plainTip
+from .models import breakable, plainTip
 from .run import sentence, volumeKey
 
 COLORS = ((255, 217, 47), (102, 194, 255), (255, 127, 80), (178, 223, 138), (231, 138, 195), (190, 174, 250), (94, 220, 200))
@@ -701,13 +701,14 @@ def _count(node: Any) -> int:
 
 @dataclass
 class Row:
-    """A segment and what describe() says of it; measures None where it is empty or no nodule's size."""
+    """A segment and what describe() says of it; measures None where it is empty, or not measured: unmeasured is the sentence why."""
 
     segment: str
     name: str
     measures: dict[str, Any] | None
     label: Any = field(default=None, repr=False)
     digest: str = ""
+    unmeasured: str = ""
 
 
 class NoduleList(VTKObservationMixin):
@@ -715,7 +716,7 @@ class NoduleList(VTKObservationMixin):
 
     known: NoduleTool.measured, which need not be made again. models(): of clicks, which say whether theirs are of lungs.
     ready: whether the rows are the segmentation's, or still to come; text: why they will not come; note: what is to be known of
-    all figures.
+    all figures; astray: that the segments do not lie where they were drawn in their scan.
     """
 
     def __init__(
@@ -726,7 +727,7 @@ class NoduleList(VTKObservationMixin):
         self.node: Any = None
         self.volume: Any = None
         self.rows: list[Row] = []
-        self.ready, self.text, self.note = False, "", ""
+        self.ready, self.text, self.note, self.astray = False, "", "", ""
         self._pieces = Pieces(self._failed)
         self._timer = qt.QTimer()
         self._timer.setSingleShot(True)
@@ -758,12 +759,12 @@ class NoduleList(VTKObservationMixin):
         self._pieces.clear()
         self.removeObservers()
         self.node, self.volume, self.rows = None, None, []
-        self.ready, self.text, self.note = False, "", ""
+        self.ready, self.text, self.note, self.astray = False, "", "", ""
 
     def _failed(self, text: str) -> None:
         logging.info("The nodules were not measured: %s", text)
         self.rows, self.ready = [Row(row.segment, row.name, None) for row in self.rows], False  # what they were may be true no more
-        self.text = text
+        self.text, self.astray = text, ""
         self._changed()
 
     def _onSegments(self, caller: Any, event: Any) -> None:
@@ -791,7 +792,7 @@ class NoduleList(VTKObservationMixin):
                 continue
             label, row = mrml.label_of(part), former.get(segment)
             if row is not None and row.label == (label, scan, inside):
-                rows.append(Row(segment, part.GetName(), row.measures, row.label, row.digest))
+                rows.append(Row(segment, part.GetName(), row.measures, row.label, row.digest, row.unmeasured))
                 continue
             mask, start = yield from mrml.segment_part_steps(node, segment, volume)
             digest = mrml.mask_digest(mask, start)
@@ -802,9 +803,19 @@ class NoduleList(VTKObservationMixin):
                 made = [m.card for m in self._models() if m.name.rpartition("-")[0] == model.rpartition("-")[0]]
                 lung = all(map(expects_lung, made)) if made else not model  # of a model that is not here nothing is known
                 measures = yield from nodule.describe_steps(image, mask, start, lung)
-            rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, scan, inside), digest))
+            why = ""
+            if mask.size > LARGEST_VOXELS:
+                why = _("Its voxels lie too far apart for a nodule, so it is not measured; erase those that are astray.")
+            elif not mask.size and (yield from mrml.beyond_steps(node, [segment], volume)):
+                why = _("It lies outside its scan, so it is not measured; put both under the same transform.")
+            rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, scan, inside), digest, why))
             yield
         self.rows, self.ready, self.text, self.note = rows, usable, "", mrml.stretch_note(volume) if usable else ""
+        self.astray = ""
+        if usable and volume is _reference(node) and any(abs(a - b) > 1e-3 for a, b in zip(inside, mrml.place_in(volume, volume))):
+            self.astray = _(
+                "{name} is not under its scan's transform, so what is measured is not what was outlined; put both under the same one."
+            ).format(name=node.GetName())
         if node is not None and not usable:
             self.text = _(
                 "The scan of {name} is not in the scene, or one of several there, so its nodules are not measured; load it, or choose it "
@@ -824,18 +835,20 @@ class Growth:
     gone: list[Row] = field(default_factory=list)
 
 
-def growth(before: Sequence[Row], after: Sequence[Row], days: int) -> Growth:
+def growth(before: Sequence[Row], after: Sequence[Row], days: int, astray: bool = False) -> Growth:
+    """astray: in one of the studies, so that what has no partner need not be new."""
     from UNetSegmentationLib import nodule
 
     old, new = [[r for r in rows if r.measures and r.measures["voxels"]] for rows in (before, after)]
-    out = Growth({r.segment: ["-", "-", "-", _("new")] for r in new})
+    alone = "-" if astray or any(r.unmeasured for r in before) else _("new")
+    out = Growth({r.segment: ["-", "-", "-", alone] for r in new})
     for i, j in nodule.match([r.measures for r in old], [r.measures for r in new]):
         if i is not None and j is None:
             out.gone.append(old[i])
         elif i is not None and j is not None:
             found = nodule.follow_up(old[i].measures, new[j].measures, days or 1)  # the change itself needs no days
             time = "-" if found["doubling_days"] is None else f"{found['doubling_days']:.0f}" if days else _("days?")
-            name = {"growth": _("growth"), "stable": _("stable"), "smaller": _("smaller")}[found["growth"]]
+            name = {"growth": _("growth"), "stable": _("stable"), "smaller": _("smaller")}.get(found["growth"], "-")
             out.cells[new[j].segment] = [old[i].name, f"{found['volume_change_percent']:+.0f}", time, name]
             out.texts[new[j].segment] = found["text"] if days else ""
             out.notes[new[j].segment] = found["note"].removeprefix(nodule.NOTE)
@@ -862,7 +875,7 @@ class NoduleSection(VTKObservationMixin):
         self._dated: int | None = None  # days by the studies' dates
         self._shown: tuple[list[str], list[list[str]], list[str]] = ([], [], [])
         self._growth = Growth()
-        self._swapped = ""  # a sentence, where the two studies are
+        self._doubts = ""  # sentences on the two studies, which hold for all rows
         self._updating = False
         self._roi: Any = None  # that is being drawn
         self.tool = NoduleTool(self._updateTool, lambda node: keep("nodules", node))
@@ -895,7 +908,7 @@ class NoduleSection(VTKObservationMixin):
         from UNetSegmentationLib import mrml
         from UNetSegmentationLib.inference.click import MODEL
 
-        from .models import cardHtml, resolve
+        from .models import cardHtml, cardTitle, resolve
 
         ui, self._updating = self.ui, True
         try:
@@ -907,7 +920,7 @@ class NoduleSection(VTKObservationMixin):
             if names != [combo.itemData(i) for i in range(combo.count)]:
                 combo.clear()
                 for m in self.models:
-                    combo.addItem(m.card.data.get("title") or m.card.name, m.name)
+                    combo.addItem(cardTitle(m.card), m.name)
             combo.currentIndex = names.index(model.name) if model is not None else -1
             combo.toolTip = cardHtml(model) if model is not None else ""
             ui.clickModelLabel.visible = combo.visible = bool(names)
@@ -1018,11 +1031,11 @@ class NoduleSection(VTKObservationMixin):
     def _whole(self) -> tuple[list[str], list[list[str]], list[str]]:
         """The table's titles and rows, with a row for each vanished nodule, and what is to be known of each row: on paper nobody sees
         tooltips, nor what stands under the table."""
-        columns, rows, tips = self._shown
+        columns, rows, _tips = self._shown
         said = {row.segment: note for row, note in self._caveats()}
         remarks = [
-            said.get(row.segment, "") + "".join(f" {text}" for text in (tip, self._swapped) if text)
-            for row, tip in zip(self.now.rows, tips)
+            said.get(row.segment, "") + "".join(f" {text}" for text in (self._growth.texts.get(row.segment), self._doubts) if text)
+            for row in self.now.rows
         ]
         gone = [["-"] * (len(columns) - 4) + [row.name, "-", "-", _("not matched")] for row in self._growth.gone]
         return columns, rows + gone, remarks + [_(" Not matched in this study.")] * len(gone)
@@ -1049,7 +1062,7 @@ class NoduleSection(VTKObservationMixin):
                 name = tool.segmentation.GetSegmentation().GetSegment(tool.segment).GetName()
                 text = _("{name}: click on what is missing, {key}+click on what is too much, or press Next nodule.")
                 text = text.format(name=name, key="Cmd" if sys.platform == "darwin" else "Ctrl")
-        if ui.clickMessage.text != text:
+        if ui.clickMessage.text != (text := breakable(text)):
             ui.clickMessage.text = text
         ui.clickMessage.visible = bool(text)
         self._mark()
@@ -1073,9 +1086,13 @@ class NoduleSection(VTKObservationMixin):
         """What a reader must know of a nodule's figures, for each where there is something."""
         from UNetSegmentationLib.nodule import NOTE
 
-        known = [row for row in self.now.rows if row.measures]
         grown = {segment: note + (self.earlier.note and _(" Earlier:") + self.earlier.note) for segment, note in self._growth.notes.items()}
-        notes = [(row, row.measures["note"].removeprefix(NOTE) + self.now.note + grown.get(row.segment, "")) for row in known]
+        notes = [
+            (row, row.measures["note"].removeprefix(NOTE) + self.now.note + grown.get(row.segment, ""))
+            if row.measures
+            else (row, row.unmeasured and f" {row.unmeasured}")
+            for row in self.now.rows
+        ]
         return [(row, note) for row, note in notes if note]
 
     def _onMeasured(self) -> None:
@@ -1088,18 +1105,24 @@ class NoduleSection(VTKObservationMixin):
         ui, rows = self.ui, self.now.rows
         columns = [_("Nodule"), *nodule.COLUMNS]
         texts = [[row.name, *(nodule.row(row.measures) if row.measures else ["-"] * len(nodule.COLUMNS))] for row in rows]
-        grown = growth(self.earlier.rows, rows, self._days) if self.earlier.ready and rows else Growth()
-        self._growth, tips = grown, [grown.texts.get(row.segment, "") for row in rows]
+        now, earlier = self.now, self.earlier
+        grown = growth(earlier.rows, rows, self._days, bool(now.astray or earlier.astray)) if earlier.ready and rows else Growth()
+        self._growth, tips = grown, [row.unmeasured or grown.texts.get(row.segment, "") for row in rows]
         if self.earlier.node is not None and rows:
             columns += growthColumns()
             for text, row in zip(texts, rows):
                 text += grown.cells.get(row.segment, ["-"] * 4)
         shown = bool(rows)
         ui.noduleTable.visible = ui.noduleTools.visible = ui.followUpWidget.visible = shown
+        doubts = [now.astray, earlier.astray]
+        if (self._dated or 0) < 0:
+            doubts.append(_("The earlier study is of a later date; choose the two the other way round."))
+        unmeasured = [r.name for r in earlier.rows if r.unmeasured]
+        if unmeasured:
+            doubts.append(_("Not measured in the earlier study: {names}.").format(names=", ".join(unmeasured)))
+        self._doubts = " ".join(filter(None, doubts))
         gone = _("Not matched in this study: {names}.").format(names=", ".join(r.name for r in grown.gone)) if grown.gone else ""
-        swapped = (self._dated or 0) < 0
-        self._swapped = _("The earlier study is of a later date; choose the two the other way round.") if swapped else ""
-        ui.goneLabel.text = self.now.text or self._swapped or gone or ("" if self.earlier.ready else self.earlier.text)
+        ui.goneLabel.text = breakable(now.text or " ".join(filter(None, (self._doubts, gone, earlier.text))))
         ui.goneLabel.visible = bool(rows and ui.goneLabel.text)
         if (columns, texts, tips) != self._shown:
             self._shown = columns, texts, tips
@@ -1141,7 +1164,7 @@ def _headerTip(title: str) -> str:
         "Side": _("By position against the body's midline."),
         "Mean (mm)": _("Mean of the longest and the perpendicular diameter of the axial section (Fleischner, Lung-RADS)."),
         "Solid part (mm)": _("Mean diameter of the solid part of a part-solid nodule."),
-        _("Growth"): _("A change of volume of 25 % or more (BTS 2015)."),
+        _("Growth"): _("Of a lung nodule: by 25 % or more of its volume (BTS 2015), or of its solid part by itself (Lung-RADS v2022)."),
         "Size class": _("Lung-RADS v2022 by size and texture only; not a diagnosis."),
     }
     return known.get(title, title)

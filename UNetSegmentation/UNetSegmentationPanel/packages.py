@@ -14,6 +14,7 @@ import slicer
 from slicer.i18n import tr as _
 
 from . import closeWorker
+from .models import breakable
 
 
 class TorchRow:
@@ -23,7 +24,7 @@ class TorchRow:
     def __init__(self, ui: Any, changed: Callable[[], None], leave: Callable[[], None]) -> None:
         self.ui, self._changed, self._leave = ui, changed, leave
         self._job: Any = None
-        self._said = self._held = ""
+        self._said = self._held = self._of = ""  # _of: PyTorch's status when that was said
         self._tip = ui.torchButton.toolTip
         self._closed = self._extensions = self._through = self._busy = False
         ui.torchButton.connect("clicked(bool)", lambda *_: self._onClicked())
@@ -36,7 +37,9 @@ class TorchRow:
         ready, self._through = status == "ready", status == "none" and torchExtension()
         version = self._slicersTorch() if not ready else ""
         there = _("PyTorch {version} in Slicer's Python").format(version=version) if version else describeTorch()
-        ui.torchStatus.text = self._said or there
+        if self._job is None and status != self._of:
+            self._said = ""  # Retrain has installed PyTorch, say
+        ui.torchStatus.text = breakable(self._said or there)
         ui.torchButton.text = _("Cancel") if self._job else _("Remove") if ready else _("Install…")
         self._extensions = bool(version)
         self.block(busy)
@@ -174,14 +177,14 @@ class TorchRow:
         self._say(text if fraction is None else f"{text} ({100 * fraction:.0f} %)")
 
     def _onEnd(self, text: str) -> None:
-        from .installer import renewWorker
+        from .installer import renewWorker, torchEnvironment
 
         renewWorker()
-        self._job, self._said = None, text
+        self._job, self._said, self._of = None, text, torchEnvironment().status
         if not self._closed:
             self._changed()
 
     def _say(self, text: str) -> None:
         self._said = text
         if not self._closed:
-            self.ui.torchStatus.text = text
+            self.ui.torchStatus.text = breakable(text)

@@ -21,9 +21,9 @@ from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
 from . import inputs
-from .models import plainTip
+from .models import breakable, cardTitle, plainTip
 from .nodules import Pieces
-from .trainingset import ANSWER_S, silent
+from .trainingset import ANSWER_S, countText, silent
 
 _POLL_MS, _AWAY_MS, _IDLE_MS = 1000, 5000, 60_000
 _ROWS = 12  # of a table without scrolling
@@ -787,7 +787,7 @@ class RetrainSection(VTKObservationMixin):
         from .run import deviceChoices
 
         ui, models = self.ui, self._models()
-        choices = [*((str(m.path), _title(m.card)) for m in models), ("", _("Nothing: a new model, from scratch"))]
+        choices = [*((str(m.path), cardTitle(m.card)) for m in models), ("", _("Nothing: a new model, from scratch"))]
         base = self._base if self._base in dict(choices) else self._likeliest(models)  # the chosen one may be gone
         inputs.fill(ui.startCombo, choices, base)
         ui.startCombo.toolTip = plainTip(ui.startCombo.currentText)  # which a narrow panel cuts off
@@ -796,7 +796,7 @@ class RetrainSection(VTKObservationMixin):
         ui.trainDeviceLabel.visible = ui.trainDeviceCombo.visible = len(devices) > 2
         problem, installing = self._problem(), self._install is not None
         text = self._said or problem or self._describeSet()
-        ui.trainMessage.text = text
+        ui.trainMessage.text = breakable(text)
         ui.trainMessage.visible = bool(text)
         ui.installBar.visible = installing
         ui.trainButton.text = _("Cancel") if installing else _("Train")
@@ -815,8 +815,7 @@ class RetrainSection(VTKObservationMixin):
         if not isinstance(summary, dict):
             return ""
         names = [str(label["name"]) for label in summary.get("labels", ())]
-        text = _("{n} corrected cases of {patients} patients: {labels}.")
-        text = text.format(n=summary.get("count", 0), patients=summary.get("patients", 0), labels=", ".join(names) or "–")
+        text = countText(summary) + " " + _("Labels: {names}.").format(names=", ".join(names) or "–")
         model = self._start()
         card = model.card if model is not None else None
         if card is not None and card.data["task"] == "click":
@@ -824,7 +823,7 @@ class RetrainSection(VTKObservationMixin):
         known = {label.key for label in card.labels} if card is not None else set()
         fresh = [name for name in names if label_key(name) not in known] if card is not None else []
         if fresh:
-            text += " " + _("{model} does not know {labels}: that is learnt anew.").format(model=_title(card), labels=", ".join(fresh))
+            text += " " + _("{model} does not know {labels}: that is learnt anew.").format(model=cardTitle(card), labels=", ".join(fresh))
         return text
 
     def _fillJobs(self) -> None:
@@ -856,7 +855,7 @@ class RetrainSection(VTKObservationMixin):
                     ui.jobBar.value = percent
             elif job.state == "lost" or self._undecided(job):
                 title = f"{title}: {_states()[job.state]}"
-            text = trouble or self._describeJob(job)
+            text = breakable(trouble or self._describeJob(job))
             if ui.jobMessage.text != text:
                 ui.jobMessage.text = text
             ui.stopTrainingButton.visible = job.running
@@ -928,7 +927,7 @@ class RetrainSection(VTKObservationMixin):
             return
         self._shown = state
         undecided = not job.decided
-        ui.verdictLabel.text = str(result.get("sentence") or "")
+        ui.verdictLabel.text = breakable(str(result.get("sentence") or ""))
         ui.verdictLabel.visible = bool(ui.verdictLabel.text)
         font = ui.verdictLabel.font
         font.setBold(job.verdict == "worse")
@@ -1040,10 +1039,6 @@ def _figures() -> dict[str, tuple[str, int, str]]:
         "hausdorff95_mm": (_("HD95 (mm)"), 2, _("Hausdorff distance of the outlines, 95th percentile: 0 is perfect")),
         "volume_error_percent": (_("Vol. error (%)"), 1, _("Volume error in percent of the corrected mask's: 0 is perfect")),
     }
-
-
-def _title(card: Any) -> str:
-    return f"{card.data.get('title') or card.name} ({card.version})"
 
 
 def _trainable(card: Any) -> bool:

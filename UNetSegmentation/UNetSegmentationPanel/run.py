@@ -282,7 +282,9 @@ class RunController(VTKObservationMixin):
         options = Options(**request.options, **inputs.regionOptions(request.region, volumes[0]))
         key = volumeKey(volumes)
         yield
-        image = yield from mrml.image_steps(volumes)
+        image, own = (yield from mrml.image_steps(volumes)), mrml.image_from_volume(volumes[0])
+        if options.at is not None:
+            options = replace(options, at=mrml.carried(options.at, own, image))
         answers: list[tuple[str, Any]] = []
         open_ = True
 
@@ -321,6 +323,8 @@ class RunController(VTKObservationMixin):
         if volumeKey(volumes) != key:
             text = _("'{name}' was changed during the run, so nothing was written; apply again.")
             raise UserError(text.format(name=volumes[0].GetName()))
+        if value.places:
+            value = replace(value, places=[{**p, "point": mrml.carried(p["point"], image, own)} for p in value.places])
         return value
 
     def _write(self, prediction: Any, request: Request) -> Generator[Any, None, Outcome]:

@@ -22,7 +22,7 @@ from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 
 from . import closeDataWorker, dataWorker, inputs
-from .models import plainTip
+from .models import breakable, plainTip
 from .nodules import Pieces
 from .run import volumeKey
 
@@ -772,7 +772,7 @@ class TrainingSetSection(VTKObservationMixin):
                 ui.setProgressBar.value = 0
             hint = problem if problem not in (self._failed, _("Choose a folder for the training set.")) else ""
             text = f"{self._said} …" if self.busy else "\n".join(dict.fromkeys(t for t in (self._said, hint) if t))
-            ui.setMessage.text, ui.setMessage.visible = text, bool(text)
+            ui.setMessage.text, ui.setMessage.visible = breakable(text), bool(text)
             self._showCases()
         finally:
             self._updating = False
@@ -793,7 +793,7 @@ class TrainingSetSection(VTKObservationMixin):
             case = self._currentCase()
             if case is not None:
                 text += "\n" + _("This scan is {case}, version {n}.").format(case=case["name"], n=case["versions"][-1]["version"])
-        ui.setStatusLabel.text = text
+        ui.setStatusLabel.text = breakable(text)
 
     def _currentCase(self) -> dict[str, Any] | None:
         """The case that the chosen volume was added as."""
@@ -847,12 +847,14 @@ class TrainingSetSection(VTKObservationMixin):
             state = qt.Qt.Checked if row.included else qt.Qt.Unchecked
             if item.checkState() != state:
                 item.setCheckState(state)
-            if [combo.itemText(n) for n in range(combo.count)] != names:
+            anew = [combo.itemText(n) for n in range(combo.count)] != names
+            if anew:
                 combo.clear()
                 for name in names:
                     combo.addItem(name)
-            if combo.currentText != row.label:
+            if anew or combo.currentText != row.label:
                 combo.setEditText(row.label)
+                combo.lineEdit().cursorPosition = 0  # or a narrow panel shows the label's end
             combo.enabled = row.included
             known = self.summary is not None and row.included and bool(names)
             new = known and label_key(row.label) not in [label_key(n) for n in names]
@@ -885,7 +887,7 @@ class TrainingSetSection(VTKObservationMixin):
             inputs.fitTable(table, _SHOWN_ROWS, 2)
         table.visible = bool(texts)
         more = count - len(cases)
-        ui.setMoreLabel.text = _("and {n} older ones").format(n=more)
+        ui.setMoreLabel.text = _("and {n} older").format(n=more)
         ui.setMoreLabel.visible = more > 0
         self._showTools()
 

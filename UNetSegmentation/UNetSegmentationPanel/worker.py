@@ -716,7 +716,7 @@ def _error(error: BaseException) -> WorkerError:
     if isinstance(error, UserError):
         return WorkerError(str(error), "user")
     if isinstance(error, MemoryError):
-        return WorkerError("There was not enough memory; close other programs or draw a smaller ROI, and try again.", "memory")
+        return WorkerError("There was not enough memory; close other programs and try again (a smaller ROI needs less).", "memory")
     logging.error("The worker's client failed.", exc_info=error)
     text = f"Something unexpected went wrong ({type(error).__name__}: {str(error)[:200]}); please report it with the log."
     return WorkerError(text, "internal")

@@ -19,7 +19,7 @@ from slicer.i18n import tr as _
 import UNetSegmentationPanel
 
 from . import results
-from .models import plainTip
+from .models import breakable, plainTip
 from .nodules import Pieces
 from .run import sentence
 from .trainingset import ANSWER_S, silent
@@ -63,15 +63,21 @@ class Desk:
 
     def ask(self, op: str, onAnswer: Callable[[dict[str, Any]], None], onError: Callable[[str], None], **fields: Any) -> None:
         """Exactly one of the two follows, from the event loop."""
+        self._number += 1
         try:
+            from UNetSegmentationLib import UserError
+            from UNetSegmentationLib.worker.protocol import MAX_LINE, dumps
+
             self._start()
+            line = dumps({"id": self._number, "op": op, **fields})
+            if len(line) > MAX_LINE:
+                raise UserError(_("These are too many files at once; add their folder, or a .txt list of them."))
         except Exception as e:
             text = sentence(e)
             qt.QTimer.singleShot(0, lambda: onError(text))
             return
-        self._number += 1
         self._answers[self._number] = onAnswer, onError
-        self._write({"id": self._number, "op": op, **fields})
+        self._process.write(line)
 
     def tell(self, op: str) -> None:
         if self.running:
@@ -265,6 +271,7 @@ class WorkListSection:
         self._answer = ""  # of the desk, on the scan at hand: "awaited", or "late" as the scene was closed meanwhile
         self._fraction = 0.0
         self._passed: list[str] = []
+        self._reading = ""  # the scan that the desk reads for "next"
         self._warm = self._closed = self._paused = False
         self._quiet = 0
         self._folder = self._opened = ""  # that was chosen, and that was looked into last
@@ -353,7 +360,7 @@ class WorkListSection:
 
     def leavePyTorch(self) -> None:
         """PyTorch is to be removed, and Windows removes no file that a process has loaded: the desk goes on with what is there then."""
-        working = self.segmenting or self.desk.waiting
+        working, self._reading = self.segmenting or self.desk.waiting, ""
         self.desk.end(_("PyTorch is being removed, so the work list was interrupted; go on when that is done.") if working else "")
 
     # ------------------------------------------------------------------------------------------------------------ folder
@@ -449,9 +456,9 @@ class WorkListSection:
         self.busy = _("Looking for scans…")
 
         def added(answer: dict[str, Any]) -> None:
-            said = [_("{n} scans were added.").format(n=answer["added"])]
+            said = [(_("1 scan was added.") if answer["added"] == 1 else _("{n} scans were added.")).format(n=answer["added"])]
             if answer["leftOut"]:
-                said.append(_("{n} were left out: {why}").format(n=answer["leftOut"], why=answer["notes"][0]))
+                said.append(_("{n} left out: {why}").format(n=answer["leftOut"], why=answer["notes"][0]))
             self.busy, self.text = "", " ".join(said)
             self._take(answer)
             if self.segmenting:
@@ -509,6 +516,8 @@ class WorkListSection:
             self.show()
 
     def _onEvent(self, message: dict[str, Any]) -> None:
+        if message.get("event") == "reading":
+            self._reading = str(message.get("scan", ""))
         if self._closed or not self.segmenting:
             return
         if message.get("event") == "segmenting":
@@ -546,14 +555,29 @@ class WorkListSection:
         leave = ""
         if self.case is not None and self.case.folder == self.folder:
             leave = self.case.name
-            self._passed = [*(n for n in self._passed if n != leave), leave]
+            self._pass(leave)
         self._next(leave)
+
+    def _pass(self, name: str) -> None:
+        """This scan comes last."""
+        self._passed = [*(n for n in self._passed if n != name), name]
 
     def _next(self, leave: str = "") -> None:
         self.text, self.busy, self._answer, folder = "", _("Reading the next scan…"), "awaited", self.folder
+        self._reading = ""
         fields = {"folder": folder, "leave": leave, "passed": list(self._passed), "by": self.panel.trainingSet.annotator}
-        self._ask("next", lambda answer: self._onScan(answer, folder), **fields)
+        self._ask("next", lambda answer: self._onScan(answer, folder), lambda text: self._onNextFailed(text, folder), **fields)
         self.show()
+
+    def _onNextFailed(self, text: str, folder: str) -> None:
+        name, case = self._reading, self.case
+        atHand = case is not None and (case.folder, case.name) == (folder, name)  # the last one, which stays taken
+        if name and not atHand and not self.desk.running:  # Slicer still has that scan: the next desk would read it first, and end too
+            self._pass(name)
+            self.desk.ask("back", self._take, lambda _text: None, folder=folder, scan=name)
+            said = _("The work list's program ended while it read '{name}', so that was given back; press '{button}' for another. {why}.")
+            text = said.format(name=name, button=self.ui.nextScanButton.text, why=text.partition(";")[0].rstrip("."))
+        self._failed(text)
 
     def _sayGivenBack(self, name: str) -> None:
         self.text = _("The scene was closed, so '{name}' was given back to the list.").format(name=name)
@@ -622,7 +646,7 @@ class WorkListSection:
             yield
         except BaseException:
             mrml.remove_nodes(reversed(made))
-            self._passed.append(scan["name"])
+            self._pass(scan["name"])
             self._back(folder, scan["name"])
             self._sayGivenBack(scan["name"])  # where it fails, why is said instead
             raise
@@ -857,7 +881,7 @@ class WorkListSection:
         ui.scanFrame.visible = case is not None
         if case is not None:
             ui.scanLabel.text, ui.scanLabel.toolTip = case.name, plainTip(case.name)
-            ui.scanInfoLabel.text = self._info(case)
+            ui.scanInfoLabel.text = breakable(self._info(case))
         ui.editScanButton.enabled = case is not None and free
         ui.doneScanButton.visible = ui.skipScanButton.visible = case is not None
         ui.doneScanButton.enabled = ui.skipScanButton.enabled = free
@@ -868,7 +892,7 @@ class WorkListSection:
         ui.nextScanButton.toolTip = tip
         ui.nextScanButton.enabled = free and left > 0
         text = self.busy or self.text
-        ui.listMessageLabel.text = text
+        ui.listMessageLabel.text = breakable(text, copied=True)
         ui.listMessageLabel.visible = bool(text)
 
     def _status(self) -> str:
@@ -906,9 +930,9 @@ class WorkListSection:
         if not known["unsegmented"]:
             return _("All scans are segmented.")
         text = (
-            _("Segmenting in advance waits for you: {n} scans are left.")
+            _("Segmenting in advance waits for you: {n} left.")
             if self._paused
-            else _("Segmenting in advance: {n} scans are left, this one is at {percent} %.")
+            else _("Segmenting in advance: {n} left, this one is at {percent} %.")
         )
         return text.format(n=known["unsegmented"], percent=round(100 * self._fraction))
 

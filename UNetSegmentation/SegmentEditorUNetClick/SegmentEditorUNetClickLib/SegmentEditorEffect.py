@@ -285,8 +285,10 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
             self._work()
 
     def onError(self, text: str) -> None:
-        # The core's sentences, which are English, end in a box, which only the panel has; from what is painted the click goes on.
-        self._say(text.replace("draw a box around it", "paint roughly over it and click again"))
+        # The core's sentences, which are English, end in a box, an engine or a device, which only the panel has; from what is painted
+        # the click goes on.
+        text = text.replace("draw a box around it", "paint roughly over it and click again")
+        self._say(text.replace("choose another engine or device", "click in the module U-Net Segmentation, by another engine or device"))
 
     def onChanged(self) -> None:
         self._showBusy()
@@ -419,17 +421,18 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
             self._digests[_key(target)] = _seen(target), edit.digest
         target.digest = digest = yield from self._digestSteps(target)
         # Not the model that is chosen by now, nor is one needed to empty a segment.
-        values = (mrml.prompts_text(prompts, target.volume), digest, target.model.name) if prompts else ("", digest, "")
-        for tag, value in zip((mrml.PROMPTS_TAG, mrml.DIGEST_TAG, mrml.CLICK_MODEL_TAG), values):
-            if prompts:
-                segment.SetTag(tag, value)
-            else:
-                segment.RemoveTag(tag)
-        for tag, value in (mrml.algorithm_tags(values[2], "SEMIAUTOMATIC") if prompts else {}).items():
-            segment.SetTag(tag, value)
+        text, model = (mrml.prompts_text(prompts, target.volume), target.model.name) if prompts else ("", "none")
+        tags = {mrml.PROMPTS_TAG: text, mrml.DIGEST_TAG: digest, mrml.CLICK_MODEL_TAG: model}
+        made = mrml.algorithm_tags(model, "SEMIAUTOMATIC")
         if prompts:
+            for tag, value in {**tags, **made}.items():
+                segment.SetTag(tag, value)
             segment.RemoveTag(mrml.MODEL_TAG)
-        self._prompts[values[0], mrml.place_of(target.volume)] = list(prompts)
+        else:  # what the masking left is as it was made
+            left, _first = yield from mrml.segment_part_steps(target.segmentation, target.segmentId, target.volume)
+            for tag in tags if left.size else {**tags, **made}:
+                segment.RemoveTag(tag)
+        self._prompts[text, mrml.place_of(target.volume)] = list(prompts)
         while len(self._prompts) > KEPT_TEXTS:
             del self._prompts[next(iter(self._prompts))]
         self._redraw()
@@ -616,6 +619,10 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
 
     def _say(self, text: str) -> None:
         self.message = text
+        if self._made and self._controller is not None:  # then the panel's files are there
+            from UNetSegmentationPanel.models import breakable
+
+            text = breakable(text)
         if self._made:
             self.messageLabel.text = text
 

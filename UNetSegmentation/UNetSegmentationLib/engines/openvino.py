@@ -48,7 +48,7 @@ class OpenVINOEngine:
     def _run(self, batch: np.ndarray) -> np.ndarray:
         out = np.array(self._model(batch)[0], np.float32)
         if not out.size:  # without an exception, and the next batch that fits is run again
-            raise UserError("The memory is full; close other programs, choose a smaller ROI, or lower the batch.")
+            raise UserError("The memory is full; close other programs and try again (a smaller ROI needs less).")
         return out
 
     def describe(self) -> str:

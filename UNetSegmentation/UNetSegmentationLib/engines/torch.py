@@ -77,8 +77,8 @@ class TorchEngine:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             return UserError(f"PyTorch failed while it ran the network on {self._device.type} ({reason}); use another device or engine.")
         if self._device.type == "cpu":
-            return UserError("The memory is full; close other programs, choose a smaller ROI, or lower the batch.")
-        return UserError("The GPU's memory is full; close other programs, choose a smaller ROI, or use the CPU.")
+            return UserError("The memory is full; close other programs and try again (a smaller ROI needs less).")
+        return UserError("The GPU's memory is full; close other programs, or use the CPU (a smaller ROI needs less).")
 
     def describe(self) -> str:
         return self._text

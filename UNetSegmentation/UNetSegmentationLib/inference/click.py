@@ -523,7 +523,13 @@ class ClickSession:
         size = tuple(self.card.data["patch"])
         scale = self._spacing(zoom)
         # On a voxel of the image: at the model's own spacing nothing is interpolated.
-        grid = Grid(size, tuple(scale), tuple(np.floor(centre + 0.5) - np.array(size) // 2 * scale))
+        voxel = np.floor(centre + 0.5)
+        offset = voxel - np.array(size) // 2 * scale
+        if ends := [*prompts.positive, *(prompts.box or ())]:
+            # Half a slice of 10 mm is 8 nodes of 0.625 mm, more than the 4 that fitting() leaves: a click would lie beyond the patch.
+            beyond = (np.min(ends, 0) < offset) | (np.max(ends, 0) > offset + (np.array(size) - 1) * scale)
+            offset = np.where(beyond & (scale < 1), offset + np.round((centre - voxel) / scale) * scale, offset)
+        grid = Grid(size, tuple(scale), tuple(offset))
         whole = Box.whole(size)
         values = sample(self._canonical.channels, grid, whole)
         if not np.isfinite(values).all():

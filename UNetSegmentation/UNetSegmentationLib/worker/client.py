@@ -166,7 +166,7 @@ def ending(code: int, python: str, log: str, greeted: bool, launched: bool = Fal
         number = 9
     if number == 9:
         text = "The worker was stopped by the system, probably because memory ran out"
-        return WorkerError(f"{text}; close other programs or draw a smaller ROI, and try again.", "memory")
+        return WorkerError(f"{text}; close other programs and try again (a smaller ROI needs less).", "memory")
     what = f"crashed (signal {number})" if number else f"ended unexpectedly (exit code {code})"  # above 2**31 on Windows: a crash
     return WorkerError(f"The worker {what}; try again, and if it happens again choose another engine or device.", "worker")
 

@@ -8,8 +8,9 @@ requests   {"id", "op"} and: open {folder}, add {folder, sources}, status {folde
            case}, skip {folder, scan}, back {folder, scan}; segment {folder, models, options}; compare {files}; pause, go, halt, bye
            without an answer
 answers    {"event": "done", "id", "list": summary()} with what the request asks for, or {"event": "error", "id", "error"}
-unasked    {"event": "starting", "pid"}, {"event": "hello", "pid"}; {"event": "segmenting", "scan", "fraction"}, {"event": "changed",
-           "list"} after each scan, {"event": "rest", "error"} when there is no more to segment ("" or why it stopped)
+unasked    {"event": "starting", "pid"}, {"event": "hello", "pid"}; {"event": "reading", "scan"} before each scan that "next" reads;
+           {"event": "segmenting", "fraction"}, {"event": "changed", "scan", "list"} after each scan, {"event": "rest", "error"} when
+           there is no more to segment ("" or why it stopped)
 """
 
 from __future__ import annotations
@@ -161,6 +162,7 @@ class _Desk(Program):
                 back(scan.name)
                 raise UserError(next(iter(away.values())))
             image = None
+            self.tell({"event": "reading", "scan": scan.name})  # which may end this process
             try:
                 image = read_image(scan.files, scan.series)
                 packed = self._packed(work, scan, image)

@@ -10,7 +10,7 @@ answers    unasked {"event": "starting", "pid"} at once and {"event": "hello", "
 clicks     a request holds all of a lesion's prompts in their order, so that the worker may forget or die: prompts that it
            knows cost nothing, fewer than before undo, none warm it up. A lesion's mask is small and travels in its line.
 cases      add_case writes a corrected mask into a dataset folder and dataset shows or changes one; both are answered by "done"
-           with the folder's summary. keep: the answer is kept for a later case, see kept.py
+           with the folder's summary. keep: the answer is kept for a later case, see kept.py, and comes without mutual_information
 errors     kind is "user" (the input), "memory" or "internal"; the worker lives on after all of them. objection: what add_case
            would do where that is allowed
 arrays     volume-<id>.npy is the client's and stays until it is unloaded; result-<id>-<name>.npy is written by the worker,

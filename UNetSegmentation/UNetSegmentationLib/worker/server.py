@@ -64,7 +64,7 @@ _PROGRESS_S = 0.05
 _WATCH_S = 0.5
 _GOING_S = 1.0
 _MAX_TRACEBACK = 8000
-_NO_MEMORY = "There was not enough memory; close other programs, draw a smaller ROI, lower the batch, or choose a smaller model."
+_NO_MEMORY = "There was not enough memory; close other programs and try again (a smaller ROI or model needs less)."
 
 Stamp = tuple[str, int, int]
 
@@ -282,7 +282,10 @@ class _Server(Program):
         if prediction.uncertainty is not None:
             places = uncertain_places(prediction.uncertainty)
             check()
-        key = _keep(prediction.labels.array, (0, 0, 0), image, prediction.label_defs) if keep else ""
+        key = ""
+        if keep:
+            key = _keep(prediction.labels.array, (0, 0, 0), image, prediction.label_defs)
+            prediction = replace(prediction, mutual_information=None)  # 4 bytes a voxel that no panel shows
         return {"event": "result", **encode_prediction(prediction, self._folder, number, measures, places, key)}
 
     def _click(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
