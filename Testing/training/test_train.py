@@ -109,6 +109,20 @@ def test_a_cached_case_is_what_predict_computes(dataset, config, tmp_path):
     assert all((case.labels[tuple(case.places(k).T)] == k).all() and len(case.places(k)) == case.counts[k] for k in (1, 2))
 
 
+def test_a_case_is_made_of_what_the_model_will_be_shown(config):
+    rng = np.random.default_rng(0)
+    image, mask = Image(rng.normal(100, 20, (12, 16, 16)).astype(np.float32)), np.zeros((12, 16, 16), np.uint8)
+    mask[4:8, 4:8, 4:8] = 1
+    padded, wide = replace(image, array=np.pad(image.array, 5)), np.pad(mask, 5)
+    zscore = config.input.model_copy(update={"intensity": {"mode": "zscore"}})
+    whole = config.model_copy(update={"input": zscore})
+    shown = whole.model_copy(update={"model": config.model.model_copy(update={"extent": "content"})})
+    alone, got = p.compute(image, mask, shown, "x"), p.compute(padded, wide, shown, "x")
+    assert all(np.array_equal(got[k], alone[k]) for k in alone)
+    assert p.compute(padded, wide, whole, "x")["values"].shape != alone["values"].shape and p.key(shown, "") != p.key(whole, "")
+    assert shown.card()["extent"] == "content" and "extent" not in whole.card()
+
+
 @pytest.mark.parametrize("spacing", [[1, 1, 1.5], [1.4, 1.3, 1.7]])
 def test_a_case_is_made_in_parts(config, monkeypatch, spacing):
     rng = np.random.default_rng(0)
@@ -360,7 +374,6 @@ import os, signal, sys, torch
 torch.set_num_threads(1)
 import lightning as L
 from pathlib import Path
-from unittest.mock import Mock
 from unetseg_training import config, train
 class Kill(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
@@ -437,7 +450,6 @@ import json, os, torch
 torch.set_num_threads(1)
 import lightning as L
 from pathlib import Path
-from unittest.mock import Mock
 from unetseg_training import config, train
 values = []
 class Keep(L.Callback):

@@ -71,6 +71,21 @@ def test_zscore_of_the_nonzero_voxels():
     assert not normalised({"mode": "zscore", "nonzero": True}, np.zeros((1, 4, 4, 4), np.float32)).any()
 
 
+def test_a_robust_zscore_does_not_see_a_few_voxels_far_outside():
+    values = np.random.default_rng(0).normal(100, 20, (1, 20, 20, 20)).astype(np.float32)
+    hot = values.copy()
+    hot[0, 3, 3, 3:6], hot[0, 9, 9, 9] = 1e5, -1e5
+    robust = {"mode": "zscore", "robust": True}
+    np.testing.assert_allclose(normalised(robust, values), normalised({"mode": "zscore"}, values), atol=1e-5)
+    got, want = normalised(robust, hot), normalised(robust, values)
+    same = hot == values
+    np.testing.assert_allclose(got[same], want[same], atol=0.06)
+    assert np.abs(got).max() < 10 and np.abs(normalised({"mode": "zscore"}, hot) - want)[same].max() > 1
+    spot = np.zeros((1, 20, 20, 20), np.float32)
+    spot[0, 1, 1, :9] = 1  # its middle 98 % have no width
+    assert np.array_equal(normalised(robust, spot), normalised({"mode": "zscore"}, spot))
+
+
 def test_percentile_maps_its_ends_to_0_and_1():
     values = channels("float32")
     for got, channel in zip(normalised({"mode": "percentile", "low": 1, "high": 99}, values), values, strict=True):
@@ -200,6 +215,16 @@ def test_what_lies_outside_the_field_of_view_makes_no_hu():
     values[0, :, 0] = -2000
     assert "from 260 to 4095" in warnings_for(LUNG, values)[0] and not has_hu(values)
     assert warnings_for(LUNG, values - 1024) == [] and has_hu(values - 1024)
+
+
+def test_a_ct_that_was_shifted_or_scaled_is_warned_of():
+    """Its lung lies where padding does, which is one value or two."""
+    rng = np.random.default_rng(0)
+    hu = np.concatenate([rng.normal(-850, 60, 3000), rng.normal(40, 30, 3000), np.full(2000, -3024), np.full(900, -2000)])
+    hu = hu.round().astype(np.int32).reshape(1, 1, 89, 100)
+    assert warnings_for(LUNG, hu) == []
+    for wrong in (hu - 1024, hu * 10):
+        assert "do not look like HU" in warnings_for(LUNG, wrong)[0]
 
 
 def test_models_that_do_not_expect_hu_never_warn():

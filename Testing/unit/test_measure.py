@@ -264,9 +264,9 @@ def test_dice():
 # ----------------------------------------------------------------------------------------------------------- clean-up
 
 
-def cleaned(labels, rules, values=(1,), spacing=(1.0, 1.0, 1.0), focus=None, within=None):
+def cleaned(labels, rules, values=(1,), spacing=(1.0, 1.0, 1.0), focus=None, within=None, over_gaps=False):
     out = labels.copy()
-    clean(out, values, rules, spacing, focus, within)
+    clean(out, values, rules, spacing, focus, within, over_gaps)
     return out
 
 
@@ -308,6 +308,16 @@ def test_no_rules_change_nothing():
 def test_the_largest_component_stays():
     scene = mask((20, 40, 40), SMALL, LARGE)
     assert np.array_equal(cleaned(scene, {"largest_component": True}), mask((20, 40, 40), LARGE))
+
+
+def test_slices_above_one_another_hang_together_over_a_blank_one():
+    low, high, beside = np.s_[1:4, 5:15, 5:15], np.s_[5:9, 5:15, 5:15], np.s_[4:5, 25:30, 25:30]
+    scene, rules = mask((20, 40, 40), low, high, beside), {"largest_component": True}
+    assert np.array_equal(cleaned(scene, rules), mask((20, 40, 40), high))
+    assert np.array_equal(cleaned(scene, rules, over_gaps=True), mask((20, 40, 40), low, high))
+    apart = mask((20, 40, 40), low, np.s_[6:10, 5:15, 5:15])
+    assert np.array_equal(cleaned(apart, rules, over_gaps=True), mask((20, 40, 40), np.s_[6:10, 5:15, 5:15]))
+    assert np.array_equal(cleaned(scene, {"min_volume_mm3": 26}, over_gaps=True), mask((20, 40, 40), low, high))  # of 25 voxels alone
 
 
 def test_with_a_focus_the_central_component_stays_though_a_larger_one_lies_at_the_rim():

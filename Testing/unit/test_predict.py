@@ -334,8 +334,14 @@ def test_point_keeps_the_component_next_to_it(make_package):
     model = make_package(intensity={"mode": "window", "level": -300, "width": 1400}, roi_mm=50, postprocess={"largest_component": True})
     got = predict(Image(hu), [model], Options(at=(14.0, 14.0, 9.0))).labels.array
     assert got[9, 14, 14] == 1 and not got[:, 30:, 30:].any()
-    for options, said in ((Options(), 1), (Options(at=(14.0, 14.0, 9.0)), 0), (Options(roi=Box((0, 0, 0), (20, 30, 30))), 0)):
-        notes = predict(Image(hu), [model], options).warnings
+    asked = (
+        (1, Options(), 0),
+        (2, Options(), 1),
+        (2, Options(at=(28.0, 28.0, 18.0)), 0),
+        (2, Options(roi=Box((0, 0, 0), (20, 30, 30))), 0),
+    )
+    for mm, options, said in asked:  # 60 mm is what is left of a scan that was cropped around a target
+        notes = predict(Image(hu, (mm, mm, mm)), [model], options).warnings
         assert len(notes) == said and all("made for a box around one target, not for a whole scan" in note for note in notes)
 
 
@@ -529,6 +535,72 @@ def test_what_lies_beyond_an_image_is_as_the_card_says(make_package, padding):
     predict(Image(array), [make_package(dimensions=2, patch=[16, 16], spacing=[None] * 3, padding=padding)], engines=[engine])
     wanted = np.pad(array[0], ((0, 6), (0, 4)), mode="reflect" if padding == "reflect" else "constant")
     assert np.allclose(seen[0][0, 0], wanted)
+
+
+@pytest.mark.parametrize("margin", [6, 14])
+def test_a_target_near_the_end_of_the_image_is_not_shown_twice(make_package, margin):
+    """The mirror about the image would put a second nodule beside it."""
+    n, seen = 8 + 2 * margin, []
+    array = np.zeros((3, n, n), np.float32)
+    array[1, margin : margin + 8, margin : margin + 8] = 1
+    card = dict(dimensions=2, patch=[48, 48], spacing=[None] * 3, padding="reflect", postprocess={"largest_component": True})
+    engine = FakeEngine(lambda b: seen.append(b[:, 0].copy()) or logit(np.concatenate([1 - b, b], 1)))
+    for roi_mm in (None, 20):
+        seen.clear()
+        got = predict(Image(array), [make_package(**card, roi_mm=roi_mm)], Options(uncertainty=True), engines=[engine])
+        assert np.array_equal(got.labels.array, array)
+        copies = math.ceil(seen[-1].sum() / 64)
+        assert (copies > 1, len(seen)) == ((roi_mm is None, 1 + (roi_mm is not None)) if margin == 6 else (False, 1))
+
+
+def test_what_others_pad_around_an_image_is_not_shown_to_a_model_of_its_content(make_package):
+    values = noise((9, 20, 16))
+    padded = np.pad(np.pad(values, ((0, 0), (3, 2), (0, 0))), ((2, 2), (4, 4), (5, 5)), constant_values=-3024)
+    inside = Box((2, 7, 5), (11, 27, 21))
+    zscore = {"mode": "zscore"}
+    model = make_package("identity", activation="sigmoid", intensity=zscore, extent="content")
+    alone = predict(Image(values), [model], Options(probabilities=True, uncertainty=True))
+    got = predict(Image(padded, origin=(-5.0, -7.0, -2.0)), [model], Options(probabilities=True, uncertainty=True))
+    for name in ("labels", "probabilities", "uncertainty"):
+        whole, part = getattr(got, name).array, getattr(alone, name).array
+        assert np.array_equal(whole[inside.trailing], part) and part.any()
+        whole[inside.trailing] = 0
+        assert not whole.any()
+    assert got.roi == Box.whole(padded.shape) and got.labels.origin == (-5.0, -7.0, -2.0)
+    softmax = make_package(intensity=zscore, extent="content")
+    assert np.allclose(predict(Image(padded), [softmax], Options(probabilities=True)).probabilities.array.sum(0), 1)
+    for options in (Options(roi=Box((0, 0, 0), (2, 9, 9))), Options(at=(1.0, 1.0, 1.0))):  # there is nothing but padding
+        assert predict(Image(padded), [model], options).labels.array.shape == padded.shape
+    plain = make_package("identity", activation="sigmoid", intensity=zscore)
+    for models in ([plain], [model, plain]):
+        assert not np.array_equal(predict(Image(padded), models).labels.array[inside.slices], alone.labels.array)
+
+
+def test_a_model_of_crops_sees_an_roi_as_one(make_package):
+    values, box = noise((30, 40, 40)), Box((8, 10, 12), (20, 28, 26))
+    values[:8] += 5
+    model = make_package("identity", activation="sigmoid", intensity={"mode": "zscore"}, extent="box")
+    cut = predict(Image(values).crop(box), [model]).labels.array
+    got = predict(Image(values), [model], Options(roi=box))
+    assert np.array_equal(got.labels.array[box.slices], cut) and cut.any() and got.roi == box and not got.warnings
+    assert np.count_nonzero(got.labels.array) == np.count_nonzero(cut)
+    point = Image(values).index_to_point((19, 19, 14))
+    assert np.array_equal(predict(Image(values), [model], Options(roi=box, at=point)).labels.array, got.labels.array)
+    assert not predict(Image(values), [model]).warnings
+    assert "not for a whole scan; give a box" in predict(Image(values, (3.0, 3.0, 3.0)), [model]).warnings[0]
+
+
+@pytest.mark.parametrize("spacing", [1.0, 0.7])
+def test_padding_far_below_air_does_not_darken_what_lies_beside_it(make_package, spacing):
+    hu = np.full((12, 16, 16), 40, np.int16)
+    low, air = (np.pad(hu, 4, constant_values=v) for v in (-3024, -1024))
+    seen = []
+    engine = FakeEngine(lambda b: seen.append(b.copy()) or np.concatenate([0 * b, b], 1))
+    model = make_package(intensity={"mode": "window", "level": -300, "width": 1400}, spacing=[spacing] * 3)
+    for array in (low, air):
+        predict(Image(array), [model], engines=[engine])
+    half = len(seen) // 2
+    assert all(np.array_equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
 
 
 def test_air_is_no_label_of_a_sigmoid_model(make_package):

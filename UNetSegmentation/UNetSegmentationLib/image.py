@@ -278,11 +278,27 @@ def reorient(image: Image, acquired: bool = False) -> tuple[Image, Orientation]:
     )
 
 
+def content(channels: np.ndarray, within: Box) -> Box:
+    """What is left of a part of an image (c, z, y, x) without outer planes that hold one value, of two planes or more along each axis
+    that has them: others pad their images so."""
+    box = within
+    for axis, end in itertools.product(range(3), (0, 1)):
+        while box.shape[axis] > 2:
+            at = box.stop[axis] - 1 if end else box.start[axis]
+            outer = [slice(None), *box.slices]
+            outer[axis + 1] = slice(at, at + 1)
+            if any((c != c.flat[0]).any() for c in channels[tuple(outer)]):
+                break
+            step = [int(a == axis) for a in range(3)]
+            box = box & (box.shifted([-v for v in step]) if end else box.shifted(step))
+    return box
+
+
 def in_slices(image: Image) -> bool:
     """Whether an image is one slice, or slices more than three times as thick as their pixels: these are seen and measured as they were
     taken, for a section across them is a stack of steps. The same heart on 8 short-axis slices of 8 mm was 73.9 x 44.3 mm in the nearest
-    axial section, and is 40.7 x 37.6 in its own."""
-    return image.shape[0] == 1 or image.spacing[2] > 3 * max(image.spacing[:2])
+    axial section, and is 40.7 x 37.6 in its own. Of 3 mm on 1 mm the last bits, which a file rounds, must not decide."""
+    return image.shape[0] == 1 or image.spacing[2] > 3.01 * max(image.spacing[:2])
 
 
 # ---------------------------------------------------------------------------------------------------------- resampling
@@ -327,8 +343,9 @@ _LONGEST = 1024
 _INTERPOLATORS = {"linear": sitk.sitkLinear, "bspline": sitk.sitkBSpline}
 
 
-def sample(channels: np.ndarray, grid: Grid, box: Box, interpolator: str = "linear") -> np.ndarray:
-    """The values of an image (c, z, y, x) on the part `box` of a grid over it, as float32 (nearest: the same type).
+def sample(channels: np.ndarray, grid: Grid, box: Box, interpolator: str = "linear", floor: float = -math.inf) -> np.ndarray:
+    """The values of an image (c, z, y, x) on the part `box` of a grid over it, as float32 (nearest: the same type). floor: what is
+    lower counts as that before it is interpolated.
 
     Where the grid is coarser by more than 1.2, a Gaussian of half the lost bandwidth goes first, so that thin
     structures do not flicker (no filter for "nearest"). Only the voxels that `box` needs are touched.
@@ -355,8 +372,10 @@ def sample(channels: np.ndarray, grid: Grid, box: Box, interpolator: str = "line
         stop, start = list(box.stop), list(box.start)
         stop[longest] = start[longest] = middle
         halves = (Box(box.start, tuple(stop)), Box(tuple(start), box.stop))
-        return np.concatenate([sample(channels, grid, half, interpolator) for half in halves], longest + 1)
+        return np.concatenate([sample(channels, grid, half, interpolator, floor) for half in halves], longest + 1)
     values = channels[(slice(None), *need.slices)].astype(np.float32)
+    if floor > -math.inf:
+        np.maximum(values, floor, out=values)
     for axis in sorted(range(3), key=lambda a: box.shape[a] / need.shape[a]):
         if grid.scale[axis] == 1 and not grid.offset[axis]:
             whole = np.arange(box.start[axis], box.stop[axis]) - need.start[axis]
@@ -600,7 +619,9 @@ def _check_frames(path: Path, reader: sitk.ImageFileReader) -> None:
             places, directions, slopes, intercepts = (_of_frames(data, tag, n) for tag in tags)
     if len(places) != n or any(len(v) != 3 for v in places):
         # ITK takes 33.3 ms between two frames for 33.3 mm between two slices, or says 1 mm.
-        if _tag(reader, "0018|1063") or _tag(reader, "0018|1065") or "(0018,106" in _tag(reader, "0028|0009"):
+        # A reconstruction whose frames go on by slices (0054,0080) may have a time of each as well.
+        pointer = _tag(reader, "0028|0009")
+        if "(0018,106" in pointer or (not pointer and (_tag(reader, "0018|1063") or _tag(reader, "0018|1065"))):
             raise UserError(f"{path} holds pictures in time, not slices of a volume; export the frames as single images.")
         return
     if any(len(v) != 6 or not np.allclose(v, directions[0], atol=1e-4) for v in directions):
@@ -787,13 +808,15 @@ def _check_pages(path: Path, reader: sitk.ImageFileReader) -> None:
     pages, depth = list(_pages(path)), (*reader.GetSize(), 1)[2]
     if not pages:
         return
-    kinds = {tuple(page.get(tag, 1) for tag in (256, 257, 258, 262, 274, 277, 284, 322, 339)) for page in pages[:depth]}
+    # How several samples a pixel are arranged (284) means nothing where there is one.
+    tags = (256, 257, 258, 262, 274, 277, *((284,) if pages[0].get(277, 1) > 1 else ()), 322, 339)
+    kinds = {tuple(page.get(tag, 1) for tag in tags) for page in pages[:depth]}
     # A preview that is marked as one ITK leaves out; where it is not the last page, ITK writes beyond its memory.
     left_out = [bool(page.get(254, 0) & 5) for page in pages]
     if len(kinds) > 1 or (len(pages) > 1 and left_out != [i >= depth for i in range(len(pages))]):
         raise UserError(f"{path} has pages of different size or kind; save the one that is meant as a picture of its own.")
     bits, turn, samples = (pages[0].get(tag, 1) for tag in (258, 274, 277))
-    if bits > 8 * _BYTES.get(reader.GetPixelIDValue(), 8) or samples > reader.GetNumberOfComponents() or turn not in (1, 4):
+    if bits > 8 * _BYTES.get(reader.GetPixelIDValue(), 8) or samples > reader.GetNumberOfComponents() or turn in (2, 3, 5, 6, 7, 8):
         text = "is tiled, turned or has transparency in a way that would be read wrongly; save it again as a plain TIFF without alpha"
         raise UserError(f"{path} {text}.")
 

@@ -17,9 +17,12 @@ import numpy as np
 
 from .files import UserError
 
-_LEAST_HU = -50  # a CT has air or fat in it, which are lower
+_HIGHEST_LOW = -50  # a CT has air or fat in it, which are lower
 # Below air and its noise lies what scanners put outside the field of view (-1100, -2000, -3024), in HU or not.
 _PADDING_HU = -1100
+# Padding of -3024 counts as air before it is interpolated: what it makes of the voxels beside it was taken for the body's outside,
+# where a nodule's next slice is padding (8 first clicks: Dice 0.21, with this 0.70, as with padding by air).
+LEAST_HU = -1024
 # Above every lung parenchyma's floor of about -950 HU lies tissue; a tile with nothing above this holds only air.
 AIR_HU = -900
 
@@ -66,6 +69,11 @@ def parse_window(text: str) -> dict[str, Any]:
     return {"mode": "window", "level": level, "width": width}
 
 
+def floor_of(intensity: dict[str, Any]) -> float:
+    """What lower values count as before they are interpolated; see image.sample()."""
+    return LEAST_HU if expects_hu(intensity) else -np.inf
+
+
 def expects_hu(intensity: dict[str, Any]) -> bool:
     return intensity["mode"] in ("window", "ct-foreground")
 
@@ -94,7 +102,8 @@ def normaliser(intensity: dict[str, Any], channels: np.ndarray) -> Normaliser:
     intensity, by "mode":
       "none";
       "window": level, width in HU -> [0, 1] (the CT of the field, clip [-1000, 400], is level -300, width 1400);
-      "zscore": mean and standard deviation of the image; with "nonzero": true, of its voxels other than 0;
+      "zscore": mean and standard deviation of the image; with "nonzero": true, of its voxels other than 0; with "robust": true,
+      what lies further outside its middle 98 % than these are wide is clipped before;
       "percentile": low, high (percent) of the image -> [0, 1];
       "ct-foreground": low, high (HU), mean, std measured on the training set's foreground (nnU-Net's CT scheme,
       Isensee et al. 2021).
@@ -119,7 +128,13 @@ def normaliser(intensity: dict[str, Any], channels: np.ndarray) -> Normaliser:
         if mode == "zscore":
             if intensity.get("nonzero") and np.any(values):
                 values = values[values != 0]
-            rows.append((-np.inf, np.inf, values.mean(dtype=np.float64), values.std(dtype=np.float64)))
+            low, high = -np.inf, np.inf
+            if intensity.get("robust"):
+                # Of 8 hippocampi three hot voxels of 50 times the highest value had left Dice 0.32 of 0.88.
+                low, high = (float(v) for v in np.percentile(values, [1, 99]))
+                low, high = (2 * low - high, 2 * high - low) if high > low else (-np.inf, np.inf)
+                values = values.clip(low, high)
+            rows.append((low, high, values.mean(dtype=np.float64), values.std(dtype=np.float64)))
         elif mode == "percentile":
             low, high = np.percentile(values, [intensity["low"], intensity["high"]])
             rows.append((low, high, low, high - low))
@@ -152,7 +167,11 @@ def warnings_for(intensity: dict[str, Any], channels: np.ndarray) -> list[str]:
     values = _thin(channels)
     seen = values[values > _PADDING_HU]
     low, high = (float(seen.min()), float(seen.max())) if seen.size else (float(values.min()), float(values.max()))
-    if low >= _LEAST_HU or high - low < 300:
+    # Padding is one value, or two; of CTs in HU at most 0.02 % is others as low, of those that were shifted or scaled 40 to 77 %.
+    below = np.sort(np.unique(values[values <= _PADDING_HU], return_counts=True)[1])
+    if shifted := below[:-2].sum() > 0.05 * values.size:
+        low = float(values.min())
+    if low >= _HIGHEST_LOW or high - low < 300 or shifted:
         return [
             f"The values do not look like HU (they run from {low:g} to {high:g}); this model was trained on CT in HU, "
             "so choose the original CT or rescale it."
@@ -163,7 +182,7 @@ def warnings_for(intensity: dict[str, Any], channels: np.ndarray) -> list[str]:
 def has_hu(channels: np.ndarray) -> bool:
     """Whether some values are as low as air's or fat's in HU, and those of MR, or of CT stored from 0 on, are not."""
     values = _thin(channels)
-    return bool(((values < _LEAST_HU) & (values > _PADDING_HU)).any())  # also beside NaN
+    return bool(((values < _HIGHEST_LOW) & (values > _PADDING_HU)).any())  # also beside NaN
 
 
 def check_finite(channels: np.ndarray, name: str) -> None:

@@ -147,6 +147,11 @@ class Card:
         return self.data.get("interpolation", "linear")
 
     @property
+    def extent(self) -> str:
+        """How much of an image the model is shown: "image", "content" or "box"; see the schema."""
+        return str(self.data.get("extent", "image"))
+
+    @property
     def activation(self) -> str:
         return self.data["activation"]
 

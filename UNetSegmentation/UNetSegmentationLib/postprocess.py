@@ -106,12 +106,15 @@ def clean(
     spacing: Sequence[float],
     focus: Box | None = None,
     within: Box | None = None,
+    over_gaps: bool = False,
 ) -> None:
     """Apply a card's "postprocess" to a label map (z, y, x), in place, label by label.
 
     rules: "fill_holes" fills enclosed background (of a picture: in its plane); "min_volume_mm3" drops small components;
     "largest_component" keeps one: the largest, or with `focus` (a box around the target) the one at the box's centre,
-    or else with most of its volume near it. spacing: (x, y, z) mm. within: no label lies outside of it.
+    or else with most of its volume near it. spacing: (x, y, z) mm. within: no label lies outside of it. over_gaps: what lies above
+    one another hangs together also over one slice without it, of slices that are segmented one by one: a blank slice had left half of a
+    left ventricle (Dice 0.63 of 0.93).
     """
     if not any(rules.get(k) for k in ("fill_holes", "min_volume_mm3", "largest_component")):
         return
@@ -124,7 +127,17 @@ def clean(
         box = box.shifted(within.start)
         part = labels[box.slices]
         if rules.get("min_volume_mm3") or rules.get("largest_component"):
-            maps, root, counts = complete(_pieces_steps(part == value))
+            mask = part == value
+            joined = mask.copy()
+            if over_gaps:
+                joined[:-1] |= mask[1:]
+            maps, root, counts = complete(_pieces_steps(joined))
+            if over_gaps:
+                counts[:] = 0
+                for z, labelled, first in maps:
+                    some = voxel_counts(np.where(mask[z], labelled, 0), int(labelled.max()) + 1)
+                    some[0] = 0
+                    np.add.at(counts, root[first : first + len(some)], some)
             keep = (counts > 0) & (counts * float(np.prod(spacing)) >= rules.get("min_volume_mm3", 0))
             if rules.get("largest_component") and keep.any():
                 score = counts if focus is None else _central_mass(maps, root, focus.relative_to(box))

@@ -198,6 +198,9 @@ class Model(_Strict):
         pattern=r"^[a-z0-9-]+-[0-9]+\.[0-9]+\.[0-9]+$",
     )
     tta: Literal["none", "flips", "rotations", "full"] = _f("none", "Test-time augmentation when it is used.")
+    extent: Literal["image", "content", "box"] = _f(
+        "image", "What it is shown of an image: content: without outer planes of one value; box: of an image with a ROI only that."
+    )
     roi_mm: Positive | None = _f(None, "Meant for a box of this size about a target; null: for whole images.")
     display: str | None = _f(None, "The window preset to look at the images with, by its name.")
     postprocess: dict[str, Any] = _f({}, "largest_component, fill_holes, min_volume_mm3.")
@@ -280,6 +283,8 @@ class Config(_Strict):
             "training_data": model.training_data,
             "network": self.unet().to_json(),
         }
+        if model.extent != "image":
+            card["extent"] = model.extent
         if model.display:
             card["display"] = model.display
         if model.surroundings:

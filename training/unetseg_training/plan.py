@@ -577,7 +577,7 @@ def inherited(card: Card, case_set: CaseSet, learned: list[str]) -> dict[str, An
     """What a model that goes on from another says as that one does: its licence, what it was trained on besides, and, where its
     labels are the same, what it is for and how it is used."""
     out = {"licence": card.data["licence"], "training_data": [*card.data.get("training_data", ()), *learned]}
-    kept = ("description", "tta", "roi_mm", "display", "postprocess", "second_opinion") if same_labels(card, case_set) else ()
+    kept = ("description", "tta", "extent", "roi_mm", "display", "postprocess", "second_opinion") if same_labels(card, case_set) else ()
     return out | {k: card.data[k] for k in kept if k in card.data}
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import save
 from UNetSegmentationLib.files import UserError, atomic_path, counted, write_text
-from UNetSegmentationLib.image import Box, Grid, Image, reorient, sample
+from UNetSegmentationLib.image import Box, Grid, Image, content, reorient, sample
 from UNetSegmentationLib.intensity import check_finite, normaliser
 from UNetSegmentationLib.model import SLICE_AXIS
 from UNetSegmentationLib.postprocess import slabs, voxel_counts
@@ -110,15 +110,19 @@ def _recent(path: Path) -> dict[str, np.ndarray]:
 def _settings(config: Config) -> dict[str, Any]:
     """What of the configuration goes into a cached file."""
     data = config.input
-    return {
-        "format": FORMAT,
-        "dimensions": data.dimensions,
-        "axis": data.axis,
-        "spacing": data.spacing,
-        "intensity": data.intensity,
-        "labels": len(config.labels),
-        "channels": len(config.channels),
-    } | ({"shares": True} if _has_shares(config) else {})
+    return (
+        {
+            "format": FORMAT,
+            "dimensions": data.dimensions,
+            "axis": data.axis,
+            "spacing": data.spacing,
+            "intensity": data.intensity,
+            "labels": len(config.labels),
+            "channels": len(config.channels),
+        }
+        | ({"shares": True} if _has_shares(config) else {})
+        | ({"content": True} if config.model.extent != "image" else {})
+    )
 
 
 def _has_shares(config: Config) -> bool:
@@ -149,6 +153,9 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
             f"Case {name}: its mask holds the value {top} but the configuration names {counted(n, 'label')}; "
             "correct the mask, or plan again with that label."
         )
+    if config.model.extent != "image":  # as predict() shows it
+        part = content(image.channels, Box.whole(image.shape))
+        image, mask = image.crop(part), mask[part.slices]
     canonical, orientation = reorient(image, config.input.axis == "acquired")
     truth = orientation.canonical(mask)
     first = SLICE_AXIS[config.input.axis] if config.input.dimensions == 2 else 0

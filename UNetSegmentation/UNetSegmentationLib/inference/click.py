@@ -23,7 +23,7 @@ import SimpleITK as sitk
 
 from ..engines import Engine, choose_engine
 from ..image import Box, Grid, Image, UserError, check_geometry, crop_mask, reorient, resample_back, sample
-from ..intensity import check_finite, normaliser, warnings_for
+from ..intensity import check_finite, floor_of, normaliser, warnings_for
 from ..measure import measure_steps
 from ..model import Card, ModelPackage, find_model
 from ..postprocess import components
@@ -531,7 +531,7 @@ class ClickSession:
             offset = np.where(beyond & (scale < 1), offset + np.round((centre - voxel) / scale) * scale, offset)
         grid = Grid(size, tuple(scale), tuple(offset))
         whole = Box.whole(size)
-        values = sample(self._canonical.channels, grid, whole)
+        values = sample(self._canonical.channels, grid, whole, floor=floor_of(self.card.intensity))
         if not np.isfinite(values).all():
             check_finite(self._canonical.channels, str(self.image.source or "The image"))
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 
 from ..engines import Engine, choose_engine
-from ..image import Box, Grid, Image, UserError, check_geometry, of_channels, reorient, resample_back, sample
-from ..intensity import check_finite, is_air, normaliser, warnings_for
+from ..image import Box, Grid, Image, UserError, check_geometry, content, of_channels, reorient, resample_back, sample
+from ..intensity import check_finite, floor_of, is_air, normaliser, warnings_for
 from ..model import Card, Label, ModelPackage, intensity_errors
 from ..postprocess import clean
 from .augment import View, views
@@ -30,6 +30,14 @@ Progress = Callable[[float, str], None]
 # Resampled probabilities held at once while labelling. 64 MB keeps a 512x512x400 CT within a few planes of a band and
 # costs no speed (the planes of a larger band would not fit the cache either).
 _BAND_BYTES = 64 << 20
+
+# An image that ends less than 11 pixels beside its target is mirrored only over two: the target in the mirror had made one of both
+# (lung-nodule-2d, 18 crops of 2, 4, 6, 8, 10, 12 pixels about the nodule: Dice 0.22, 0.34, 0.45, 0.62, 0.80, 0.85 as it was trained,
+# 0.82, 0.82, 0.84, 0.82, 0.79, 0.80 so).
+_MIRROR_PIXELS, _MIRROR_DEPTH = 11, 2
+
+# A model of a target in a box is not meant for images that are much larger; without a size of its own: the hippocampus' crops are 50 mm.
+_CROP_MM = 80.0
 
 
 class Cancelled(Exception):
@@ -104,34 +112,40 @@ def predict(
     if models:
         image = of_channels(image, len(models[0].card.data["channels"]))
     _check_input(image, models, options)
-    canonical, orientation = reorient(image, models[0].card.acquired)
     roi, focus = _region(image, models[0].card, options)
-    target = orientation.canonical_box(roi, image.shape)
-
     notes = [note for m in models for note in warnings_for(options.intensity or m.card.intensity, image.channels)]
-    if options.roi is None and options.at is None:
-        which = ", ".join(m.card.name for m in models if m.card.data.get("roi_mm"))
-        notes += [f"{which} is made for a box around one target, not for a whole scan; give a box or a point."] if which else []
+    notes += _too_much(image, models, options)
+    part = _shown(image, models, options, roi)
+    if part.shape != image.shape:
+        boxed = None if options.roi is None and options.at is None else (roi & part).relative_to(part)
+        found = predict(image.crop(part), models, replace(options, roi=boxed), progress, cancelled, engines)
+        whole = _placed(found, part, image, models[0].card.activation == "softmax" and boxed is None)
+        return replace(whole, roi=roi, warnings=tuple(dict.fromkeys(notes)), seconds=time.perf_counter() - began)
+    canonical, orientation = reorient(image, models[0].card.acquired)
+    target = orientation.canonical_box(roi, image.shape)
     engines = engines or [choose_engine(m, options.engine, options.device, options.precision, options.threads) for m in models]
     axes = {m.card.slice_axis for m in models if m.card.dimensions == 2}
     roll = axes.pop() if len(axes) == 1 and all(m.card.dimensions == 2 for m in models) else 0
     ticker = _Ticker(progress, cancelled)
-    streams = [_Stream(canonical, m.card, e, target, roll, options, ticker) for m, e in zip(models, engines)]
-    ticker.total = sum(s.work for s in streams)
-
     card = models[0].card
-    result = _Result(canonical.shape, card, options, split=sum(len(s.views) for s in streams) > 1)
-    finer = max(math.prod(s.box.shape) for s in streams) / math.prod(target.shape)
-    for band in _bands(target, roll, card.outputs, finer):
-        probabilities, inner = streams[0].take(band)
-        for stream in streams[1:]:
-            more, inner_more = stream.take(band)
-            probabilities, inner = probabilities + more, inner + inner_more
-        result.put(band, probabilities / len(streams), inner / len(streams))
+    for mirror in (0, _MIRROR_DEPTH):
+        streams = [_Stream(canonical, m.card, e, target, roll, options, ticker, mirror) for m, e in zip(models, engines)]
+        ticker.total, ticker.done = sum(s.work for s in streams), 0
+        result = _Result(canonical.shape, card, options, split=sum(len(s.views) for s in streams) > 1)
+        finer = max(math.prod(s.box.shape) for s in streams) / math.prod(target.shape)
+        for band in _bands(target, roll, card.outputs, finer):
+            probabilities, inner = streams[0].take(band)
+            for stream in streams[1:]:
+                more, inner_more = stream.take(band)
+                probabilities, inner = probabilities + more, inner + inner_more
+            result.put(band, probabilities / len(streams), inner / len(streams))
 
-    if options.postprocess:
-        box = orientation.canonical_box(focus, image.shape) if focus else None
-        clean(result.labels, [label.value for label in card.labels], card.postprocess, canonical.spacing, box, target)
+        if options.postprocess:
+            box = orientation.canonical_box(focus, image.shape) if focus else None
+            values = [label.value for label in card.labels]
+            clean(result.labels, values, card.postprocess, canonical.spacing, box, target, over_gaps=card.acquired)
+        if not any(s.mirrors(result.labels) for s in streams):
+            break
 
     def back(array: np.ndarray | None) -> Image | None:
         return None if array is None else image.like(np.ascontiguousarray(orientation.original(array)))
@@ -207,6 +221,57 @@ def check_together(models: Sequence[ModelPackage]) -> None:
             raise UserError(f"{names} do not look at the same slices, so they cannot be averaged.")
 
 
+def _too_much(image: Image, models: Sequence[ModelPackage], options: Options) -> list[str]:
+    """What is to be said of a whole scan for a model of one target."""
+    if options.roi is not None or options.at is not None:
+        return []
+    sizes = {m.card.name: 1.5 * m.card.data["roi_mm"] if m.card.data.get("roi_mm") else _CROP_MM for m in models if _of_target(m.card)}
+    longest = max(n * s for n, s in zip(image.shape[::-1], image.spacing))
+    which = ", ".join(name for name, mm in sizes.items() if longest > mm)
+    return [f"{which} is made for a box around one target, not for a whole scan; give a box or a point."] if which else []
+
+
+def _of_target(card: Card) -> bool:
+    return bool(card.data.get("roi_mm")) or card.extent == "box"
+
+
+def _shown(image: Image, models: Sequence[ModelPackage], options: Options, roi: Box) -> Box:
+    """The part of an image that all of the models are to be shown, by their cards' extent. Zeros about 8 crops of the hippocampus, 8
+    voxels wide, had left Dice 0.10 and 0.65 of 0.90 and 0.87; a box in an image 20 mm larger on each side 0.81 and 0.86."""
+    whole = part = Box.whole(image.shape)
+    extents = {m.card.extent for m in models}
+    if "image" in extents:
+        return whole
+    if extents == {"box"} and (options.roi is not None or options.at is not None) and min(roi.shape) >= 8:
+        part = roi
+    part = content(image.channels, part)
+    at = Box(*(tuple(math.floor(v + a) for v in image.point_to_index(options.at)[::-1]) for a in (0.5, 1.5))) if options.at else roi
+    return whole if (roi & part).empty or (at & part).empty else part
+
+
+def _placed(found: Prediction, part: Box, image: Image, softmax: bool) -> Prediction:
+    """What was found in a part of the image, on its whole grid; softmax: what lies outside is background."""
+
+    def put(values: Image | None) -> Image | None:
+        if values is None:
+            return None
+        out = np.zeros((*values.array.shape[:-3], *image.shape), values.array.dtype)
+        if softmax and out.ndim == 4:
+            out[0] = 1
+        out[part.trailing] = values.array
+        return image.like(out)
+
+    labels = put(found.labels)
+    assert labels is not None
+    return replace(
+        found,
+        labels=labels,
+        uncertainty=put(found.uncertainty),
+        mutual_information=put(found.mutual_information),
+        probabilities=put(found.probabilities),
+    )
+
+
 def _region(image: Image, card: Card, options: Options) -> tuple[Box, Box | None]:
     """The box to compute, and the box whose centre is the target (None: no single target)."""
     whole = Box.whole(image.shape)
@@ -278,8 +343,11 @@ class _Stream:
     Everything in here is in the model's frame: the slice axis of a 2D model comes first.
     """
 
-    def __init__(self, image: Image, card: Card, engine: Engine, target: Box, roll: int, options: Options, ticker: _Ticker) -> None:
-        self.card, self.engine, self.ticker, self.options = card, engine, ticker, options
+    def __init__(
+        self, image: Image, card: Card, engine: Engine, target: Box, roll: int, options: Options, ticker: _Ticker, mirror: int
+    ) -> None:
+        """mirror: over how many pixels from its edge an image is mirrored beyond it, where the card asks for that; 0: over all."""
+        self.card, self.engine, self.ticker, self.options, self.mirror = card, engine, ticker, options, mirror
         self.order = [card.slice_axis, *(a for a in range(3) if a != card.slice_axis)]
         self.roll = self.order.index(roll)
         self.raw = image.channels.transpose([0, *(a + 1 for a in self.order)])
@@ -312,6 +380,19 @@ class _Stream:
         mm = [s * k for s, k in zip(frame.spacing[::-1], self.grid.scale)]
         tta = self.options.tta or self.card.data.get("tta", "none")
         return views(tta, sorted(axes), mm[1] / mm[2])
+
+    def mirrors(self, labels: np.ndarray) -> bool:
+        """Whether the network was shown its one target, of which these are the labels (z, y, x), or what should have been that, again in
+        the mirror about the image."""
+        if self.mirror or self.card.data.get("padding") != "reflect" or not _of_target(self.card):
+            return False
+        starts, shape, n = self.tiling.starts, self.tiling.shape, self.grid.shape
+        short = [a for a in range(3) if starts[a][0] < 0 or starts[a][-1] + shape[a] > n[a]]
+        found = Box.around(labels)
+        if found is None or not short:
+            return bool(short)
+        box, size = self._framed(found), self.raw.shape[1:]
+        return any(min(box.start[a], size[a] - box.stop[a]) < _MIRROR_PIXELS * self.grid.scale[a] for a in short)
 
     def take(self, band: Box) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities (k, z, y, x) and the mean entropy of the single copies (z, y, x) in a canonical band."""
@@ -349,7 +430,8 @@ class _Stream:
         row = Box(tuple(s[0] for s in starts), tuple(s[-1] + n for s, n in zip(starts, shape)))
         k = self.card.context
         row = row.grown((k, 0, 0)) & Box.whole(self.grid.shape)
-        raw = sample(self.raw, self.grid, row, self.card.interpolation)  # overlapping tiles share the resampling
+        # Overlapping tiles share the resampling.
+        raw = sample(self.raw, self.grid, row, self.card.interpolation, floor_of(self.intensity))
         batch: list[np.ndarray] = []
         corners: list[tuple[int, ...]] = []
         for corner in product(*starts):
@@ -378,8 +460,12 @@ class _Stream:
             values = values[:, planes - inside.start[0]].reshape(-1, 1, *inside.shape[1:])
             inside = Box((box.start[0], *inside.start[1:]), (box.stop[0], *inside.stop[1:]))
         pad = [(0, 0), *((a - c, d - b) for a, b, c, d in zip(inside.start, inside.stop, box.start, box.stop))]
-        if any(map(any, pad)):
-            values = np.pad(values, pad, mode="reflect" if self.card.data.get("padding") == "reflect" else "constant")
+        if self.card.data.get("padding") == "reflect":
+            for axis, (low, high) in enumerate(pad):
+                if low or high:
+                    values = values.take(_mirrored(values.shape[axis], low, high, self.mirror), axis)
+        elif any(map(any, pad)):
+            values = np.pad(values, pad)
         return values if self.card.dimensions == 3 else values[:, 0]
 
     def _run(self, batch: list[np.ndarray], corners: list[tuple[int, ...]]) -> None:
@@ -430,6 +516,15 @@ class _Stream:
         for total, part in zip(into, values[source]):  # one after the other, in the cache: of 60 labels half the time
             total += part * weights
         into[-1] += weights
+
+
+def _mirrored(n: int, low: int, high: int, depth: int) -> np.ndarray:
+    """Which of n pixels stand at -low to n + high - 1: beyond an edge those next to it, back and forth over `depth` (0: over all)."""
+    at = np.arange(-low, n + high)
+    depth = max(1, min(depth or n, n - 1))
+    away = np.maximum(-at, at - n + 1)
+    back = np.minimum(depth - np.abs(away % (2 * depth) - depth), n - 1)
+    return np.where(at < 0, back, np.where(at >= n, n - 1 - back, at))
 
 
 def _reachable(tiling: Tiling, need: Box) -> Tiling:

@@ -1,0 +1,84 @@
+"""Dice of held-out cases as other sites may deliver them: padded, cropped more or less, with hot voxels, turned, coarser.
+
+    .venv/bin/python benchmarks/robustness.py
+
+prints one table in Markdown; each row is a mean over the same cases as its model's first row. The data is found through UNETSEG_DATA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import SimpleITK as sitk
+from unetseg_training.release import cases
+from UNetSegmentationLib.engines import choose_engine
+from UNetSegmentationLib.image import Box, Image, from_sitk, resample, to_sitk
+from UNetSegmentationLib.inference.predict import Options, predict
+from UNetSegmentationLib.measure import dice
+from UNetSegmentationLib.model import find_model
+
+Changed = Iterator[tuple[str, Image, Box | None]]
+
+
+def padded(image: Image, width: tuple[int, int, int], **how: object) -> tuple[Image, Box]:
+    """The image with more around it, and where it lies in that."""
+    array = np.pad(image.array, [(n, n) for n in width], **how)  # type: ignore[call-overload]
+    origin = image.index_to_point([-n for n in width[::-1]])
+    return replace(image, array=array, origin=origin), Box.whole(image.shape).shifted(width)
+
+
+def hot(image: Image, n: int, factor: float) -> Image:
+    values = image.array.astype(np.float32)
+    values.flat[np.random.default_rng(0).choice(values.size, n, replace=False)] = factor * values.max()
+    return image.like(values)
+
+
+def hippocampus(image: Image, truth: np.ndarray, roi: Box) -> Changed:
+    yield "as it is", image, None
+    yield "zeros around it, 8 voxels", padded(image, (8, 8, 8))[0], None
+    yield (
+        "-3024 around it, 10 voxels",
+        padded(replace(image, array=image.array.astype(np.float32)), (10, 10, 10), constant_values=-3024)[0],
+        None,
+    )
+    yield "a ROI in what is 20 mm larger on each side (mirrored)", *padded(image, (20, 20, 20), mode="reflect")
+    yield "five voxels of ten times the maximum", hot(image, 5, 10), None
+    yield "axes turned (PIR)", from_sitk(sitk.DICOMOrient(to_sitk(image), "PIR")), None
+    yield "values times 1000", image.like(image.array.astype(np.float32) * 1000), None
+    yield "1.5 mm voxels", resample(image, (1.5, 1.5, 1.5)), None
+
+
+def ventricle(image: Image, truth: np.ndarray, roi: Box) -> Changed:
+    yield "as it is", image, None
+    yield "zeros around it, 128 pixels", padded(image, (0, 128, 128))[0], None
+    yield "255 around it, 128 pixels", padded(image, (0, 128, 128), constant_values=255)[0], None
+    yield "five pixels of twenty times the maximum", hot(image, 5, 20), None
+
+
+def nodule(image: Image, truth: np.ndarray, roi: Box) -> Changed:
+    yield "a ROI in a crop with more around it", image, roi
+    for n in (2, 4, 6, 8, 10, 12, 16):
+        yield f"cropped {n} pixels beside the nodule", image.crop(Box.around(truth).grown((1, n, n)) & Box.whole(truth.shape)), None  # type: ignore[union-attr]
+
+
+def main() -> None:
+    print("| model | cases | delivered | mean Dice |\n|---|---|---|---|")
+    for name, changed, step in (("hippocampus-3d", hippocampus, 1), ("left-ventricle-2d", ventricle, 1), ("lung-nodule-2d", nodule, 9)):
+        package = find_model(name)
+        engine = choose_engine(package, "onnx", "cpu")
+        labels = package.card.labels
+        found: dict[str, list[list[float]]] = {}
+        crops = [case for case in cases(name) if case[0] == "crop"][step // 2 :: step]
+        for _, _, image, truth, roi in crops:
+            for what, other, box in changed(image, truth, roi):
+                got = to_sitk(predict(other, [package], Options(roi=box), engines=[engine]).labels)
+                back = sitk.GetArrayFromImage(sitk.Resample(got, to_sitk(image), sitk.Transform(), sitk.sitkNearestNeighbor))
+                found.setdefault(what, []).append([dice(back == d.value, truth == d.value) for d in labels])
+        for what, rows in found.items():
+            print(f"| `{name}` | {len(crops)} | {what} | {' and '.join(f'{v:.3f}' for v in np.mean(rows, 0))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
