@@ -799,9 +799,9 @@ class UNetSegmentationLogic(ScriptedLoadableModuleLogic):
         several to average. segmentationNode: where to write (None: a new node); replace: take the place of this model's
         former segments there. progress(fraction, text) is called between batches and cancelled() asked. roiNode: a markups
         ROI, or a point list whose last point is the target. worker: compute in a child process, which a crash or too little
-        memory cannot take Slicer down with; always so where only PyTorch's own folder has an engine. options: fields of
-        UNetSegmentationLib.inference.predict.Options, in the first image's index space and LPS mm, e.g. at=(x, y, z),
-        tta="flips", uncertainty=True (adds a scalar volume).
+        memory cannot take Slicer down with; always so where PyTorch's own folder is there and device is "gpu" or nothing else
+        has an engine. options: fields of UNetSegmentationLib.inference.predict.Options, in the first image's index space and
+        LPS mm, e.g. at=(x, y, z), tta="flips", uncertainty=True (adds a scalar volume).
 
         Returns when it is done, without the panel's Undo. Raises UNetSegmentationLib.UserError with one sentence for the
         person, or Cancelled; the scene is then as before.
@@ -831,7 +831,7 @@ class UNetSegmentationLogic(ScriptedLoadableModuleLogic):
         chosen = Options(**asked)
         python, variables = workerPython()
         engines = [chosen.engine] if chosen.engine in ENGINES else ENGINES
-        if worker or (python is not None and not any(map(installed, engines))):
+        if worker or (python is not None and (chosen.device == "gpu" or not any(map(installed, engines)))):
             from UNetSegmentationLib.worker.client import WorkerClient
 
             with WorkerClient(python, variables) as client:

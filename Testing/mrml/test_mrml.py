@@ -40,11 +40,12 @@ from mrml_scenes import (  # noqa: E402
     tag,
 )
 from slicer.util import vtkMatrixFromArray  # noqa: E402
-from UNetSegmentationLib.image import Box, Image, UserError, from_sitk, read_image  # noqa: E402
+from UNetSegmentationLib.image import Box, Image, UserError, from_sitk, length_unit, read_image  # noqa: E402
 from UNetSegmentationLib.measure import measure  # noqa: E402
 from UNetSegmentationLib.model import Label  # noqa: E402
 from UNetSegmentationLib.mrml import (  # noqa: E402
     MODEL_TAG,
+    PRINT_ATTRIBUTE,
     Undo,
     carried,
     complete,
@@ -955,8 +956,32 @@ def test_a_pictures_print_size_is_no_spacing_here_either(scene: Any, tmp_path: P
     assert write_measures(measures, node).GetColumnName(1) == "Area [px]"
     assert carried((30, 15, 0), image, own) == pytest.approx((30 * own.spacing[0], 15 * own.spacing[1], 0))
     assert carried((0.1, 0.2, 0.3), own, own) == (0.1, 0.2, 0.3)
+    heard: list[str] = []
+    tag = volume.AddObserver("ModifiedEvent", lambda caller, event: heard.append(event))
+    assert image_from_volumes([volume]).same_grid(image) and not heard
+    volume.SetAttribute(PRINT_ATTRIBUTE, None)
+    heard.clear()
+    assert image_from_volumes([volume]).same_grid(image) and not heard and volume.GetAttribute(PRINT_ATTRIBUTE)
+    volume.RemoveObserver(tag)
+    storage.SetFileName(str(tmp_path / "p.nrrd"))  # as it is saved with its scene
+    saved = image_from_volumes([volume])
+    assert saved.same_grid(image) and saved.source == Path("p.jpg")
+    for broken in ("", "0.1", "a b p.jpg", "nan nan p.jpg", f"{spacing[0]}"):
+        volume.SetAttribute(PRINT_ATTRIBUTE, broken)
+        assert image_from_volumes([volume]).same_grid(own)
+    storage.SetFileName(str(path))
     volume.SetSpacing(0.5, 0.5, 1)  # by a person who knows it
     assert image_from_volumes([volume]).spacing[0] == 0.5
+
+
+def test_a_stack_of_pictures_has_no_mm_here_either(scene: Any) -> None:
+    volume = add_volume(np.zeros((4, 6, 5), np.uint8))
+    assert length_unit(image_from_volumes([volume])) == "mm"
+    storage = scene.AddNewNodeByClass("vtkMRMLVolumeArchetypeStorageNode")
+    storage.SetFileName("stack.TIF")
+    volume.SetAndObserveStorageNodeID(storage.GetID())
+    image = image_from_volumes([volume])
+    assert length_unit(image) == "px" and image.same_grid(image_from_volume(volume))
 
 
 @pytest.mark.parametrize("handed", [1, -1])

@@ -304,6 +304,49 @@ def test_the_digest_is_of_the_voxels_alone() -> None:
     assert mrml.mask_digest(np.zeros((2, 2, 2)), START) == mrml.mask_digest(np.zeros((1, 1, 1)), START)
 
 
+def test_segments_are_astray_once_their_scan_or_they_were_moved_alone(scene: Any) -> None:
+    import slicer
+
+    def begun(*, scan: Any = None, own: Any = None) -> tuple[Any, Any]:
+        node, on = scene.AddNewNodeByClass("vtkMRMLSegmentationNode"), volume()
+        for each, transform in ((on, scan), (node, own)):
+            each.SetAndObserveTransformNodeID(transform and transform.GetID())
+        node.SetReferenceImageGeometryParameterFromVolumeNode(on)
+        add_segment(node, "A", full(), on)
+        assert not mrml.is_astray(node, on)
+        return on, node
+
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = rotation(40), (25, 10, 5)
+    turn = add_transform(matrix)
+    for hardened in (0, 1):  # the scan alone, the segments alone
+        pair = begun(scan=turn, own=turn)
+        pair[hardened].HardenTransform()
+        assert not mrml.is_astray(pair[1], pair[0])
+        pair[hardened].SetAndObserveTransformNodeID(turn.GetID())
+        assert mrml.is_astray(pair[1], pair[0])
+    on, node = begun(scan=turn)
+    on.HardenTransform()
+    assert not mrml.is_astray(node, on)
+
+    on, node = begun()
+    step = np.eye(4)
+    step[:3, 3] = 2 * mrml._ijk_to_ras(on)[:3, 0]  # whole voxels, as a crop's
+    for moved in (on, node):
+        moved.SetAndObserveTransformNodeID(add_transform(step).GetID())
+        assert mrml.is_astray(node, on) == (moved is on)
+    on.SetAndObserveTransformNodeID(None)
+    assert mrml.is_astray(node, on)
+    crop = np.zeros(tuple(n - 2 for n in SHAPE))
+    fine = mrml._ijk_to_ras(on) @ np.diag([0.5, 0.5, 0.5, 1])
+    for shape, grid in ((crop.shape, mrml._ijk_to_ras(on) @ step), (tuple(2 * n for n in SHAPE), fine)):
+        taken = slicer.vtkSegmentationConverter.SerializeImageGeometry(mrml._oriented(shape, (0, 0, 0), grid))
+        node.GetSegmentation().SetConversionParameter(mrml._GEOMETRY, taken)
+        assert not mrml.is_astray(node, on)
+    node.GetSegmentation().SetConversionParameter(mrml._GEOMETRY, "")
+    assert not mrml.is_astray(node, on)
+
+
 def test_rows_are_a_table_of_texts(scene: Any) -> None:
     node = volume()
     out, _ = complete(write_clicked_steps(MASK, START, node))

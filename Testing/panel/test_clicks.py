@@ -209,6 +209,44 @@ def test_a_click_makes_a_nodule(panel: Any) -> None:
     assert list(p.segments()) == ["Nodule 1"]
 
 
+def test_a_stack_of_pictures_is_clicked_in_pixels(panel: Any, tmp_path: Path) -> None:
+    """As everything else sees it: of what was kept on the grid of its print's mm the training set would find nothing."""
+    import slicer
+    from UNetSegmentationLib import kept, mrml
+
+    path = tmp_path / "stack.tif"
+    pytest.importorskip("PIL.Image").fromarray(np.zeros(SHAPE[1:], np.uint8)).save(path, dpi=(300, 300))
+    p = panel()
+    sys.modules["UNetSegmentationPanel"].closeWorker()  # one that another test started keeps masks elsewhere
+    volume = p.settings.volume = scan()
+    volume.SetSpacing(25.4 / 300, 25.4 / 300, 1.0)
+    storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLVolumeArchetypeStorageNode")
+    storage.SetFileName(str(path))
+    volume.SetAndObserveStorageNodeID(storage.GetID())
+    p.gui.process_events()
+    p.arm()
+    p.click(BALLS["left"][0])
+    assert dice(p.mask("Nodule 1"), truth("left")) > 0.7
+    held = kept.find(p.tag("Nodule 1", mrml.DIGEST_TAG), mrml.image_from_volumes([volume]))
+    assert held is not None and np.array_equal(held[0], p.mask("Nodule 1")[held[1].slices])
+    titles = [p.ui.noduleTable.horizontalHeaderItem(j).text().replace("\n", " ") for j in range(2, 6)]
+    assert titles == ["Volume (voxels)", "Mean (px)", "Longest (px)", "Perpendicular (px)"]
+    assert int(p.table()[0][2]) == p.mask("Nodule 1").sum() and 14 < float(p.table()[0][4]) < 20
+
+    def near() -> bool:
+        (row,) = p.widget.nodules.now.rows
+        x, y, z = row.measures["center"]
+        return bool(np.allclose((-x, -y, z), p.ras(BALLS["left"][0]), atol=(0.1, 0.1, 1.0)))
+
+    assert near()  # as the worker says, and then as the panel itself does
+    p.widget.nodules.now._known.clear()
+    p.widget.nodules.now.rows[0].label = None
+    p.widget.nodules.now.rows[0].digest = ""
+    p.widget.nodules.now._measure()
+    p.settle()
+    assert near() and int(p.table()[0][2]) == p.mask("Nodule 1").sum()
+
+
 def test_another_module_finds_no_coarse_surface(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also not of an answer that comes after the panel was left."""
     from UNetSegmentationLib import mrml
@@ -1499,7 +1537,7 @@ def test_a_scan_that_was_moved_without_its_segments_is_said(panel: Any, tmp_path
         transform = add_transform(matrix)
         moved.SetAndObserveTransformNodeID(transform.GetID())
         p.settle()
-        said = f"{node.GetName()} is not under its scan's transform, so what is measured"
+        said = f"{node.GetName()} does not lie where it did in its scan; put both under"
         assert p.ui.goneLabel.visible and p.ui.goneLabel.text.startswith(said)
         assert all(row[-1] != "new" for row in p.table()) and all(said in row[-1] for row in exported(p, tmp_path)[:2])
     assert ("Not measured in the earlier study: L, R." in p.ui.goneLabel.text) == (study != "this")
@@ -1507,6 +1545,35 @@ def test_a_scan_that_was_moved_without_its_segments_is_said(panel: Any, tmp_path
     node.SetAndObserveTransformNodeID(transform.GetID())
     p.settle()
     assert not p.ui.goneLabel.text and [row[-4:-1] for row in p.table()] == [row[-4:-1] for row in matched]
+
+
+@pytest.mark.parametrize("hardened", ["scan", "segments"])
+def test_what_is_hardened_alone_lies_where_it_did(panel: Any, hardened: str) -> None:
+    from mrml_scenes import add_transform
+
+    p = begun(panel, "left", "right")
+    rows, matrix = p.table(), np.eye(4)
+    matrix[:3, 3] = 3.3, 5.1, 30.7
+    transform, both = add_transform(matrix), (p.settings.volume, p.node)
+    for node in both:
+        node.SetAndObserveTransformNodeID(transform.GetID())
+    both[hardened == "segments"].HardenTransform()
+    p.settle()
+    assert not p.ui.goneLabel.text and p.table() == rows
+    both[hardened == "scan"].SetAndObserveTransformNodeID(None)
+    p.settle()
+    assert p.ui.goneLabel.text.startswith("CT nodules does not lie where it did in its scan; put both")
+
+
+def test_an_organ_beside_the_nodules_makes_none_new_or_old(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from UNetSegmentationPanel import nodules
+
+    p = begun(panel, "left", "right")
+    monkeypatch.setattr(nodules, "LARGEST_VOXELS", 60000)
+    lungs = np.zeros(SHAPE)
+    lungs[2:46, 4:92, 4:44] = lungs[2:46, 4:92, 52:92] = 1
+    last_year(p, L=truth("left"), Lungs=lungs)
+    assert [(row[-4], row[-1]) for row in p.table()] == [("L", "stable"), ("-", "new")] and not p.ui.goneLabel.text
 
 
 def test_a_nodule_that_could_not_be_measured_is_named_and_makes_none_new(

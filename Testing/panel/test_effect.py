@@ -691,8 +691,16 @@ def test_without_a_segment_the_first_click_makes_one(editor: Callable[..., Edito
     assert e.names() == ["Thing 1"] and np.array_equal(e.mask(), filled(C))
 
 
-def test_start_again_empties_the_segment_in_one_step(editor: Callable[..., Editor]) -> None:
-    from UNetSegmentationLib.mrml import segment_tag
+def test_start_again_empties_the_segment_in_one_step(editor: Callable[..., Editor], monkeypatch: pytest.MonkeyPatch) -> None:
+    from UNetSegmentationLib import mrml
+    from UNetSegmentationLib.mrml import PROMPTS_TAG, segment_tag
+
+    kept, part = [], mrml.segment_part_steps
+
+    def looked(node: Any, segment: str, of: Any) -> Any:
+        if not e.mask().any():
+            kept.append(node.GetSegmentation().GetSegment(segment).HasTag(PROMPTS_TAG))
+        return part(node, segment, of)
 
     def made() -> list[str]:
         segment = e.segmentation.GetSegmentation().GetSegment(e.segment)
@@ -702,8 +710,11 @@ def test_start_again_empties_the_segment_in_one_step(editor: Callable[..., Edito
     e.click(IN_A)
     e.click(IN_B)
     saved = e.saved
+    monkeypatch.setattr(mrml, "segment_part_steps", looked)
     e.effect.clearButton.click()
     e.wait()
+    assert kept and not any(kept)  # no emptied segment has clicks, not even while it is looked at in pieces
+    monkeypatch.undo()
     assert not e.mask().any() and e.saved == saved + 1 and not any(e.dots().values())
     assert not any(made())  # or what is brushed into it would be exported as a network's
     e.click(IN_C)

@@ -709,6 +709,22 @@ def test_a_scan_that_ends_the_desk_is_named_and_another_comes(opened, tmp_path, 
     assert hands.next() == "s1" and not hands.section.text
 
 
+@POSIX
+def test_a_scan_that_ends_the_desk_and_cannot_be_given_back_is_not_said_to_be(opened, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "stubs"), os.environ.get("PYTHONPATH", "")]))
+    (tmp_path / "stubs").mkdir()
+    (tmp_path / "stubs" / "sitecustomize.py").write_text(
+        "import os, sys\nif 'desk' in sys.orig_argv:\n    import UNetSegmentationLib.worker.desk as d\n"
+        f"    d.read_image = lambda *a: (os.rename({str(tmp_path / 'list')!r}, {str(tmp_path / 'away')!r}), os.kill(os.getpid(), 9))\n"
+    )
+    hands = opened()
+    hands.press("nextScanButton")
+    hands.wait(lambda: hands.section.text and not hands.section.desk.waiting)
+    assert "is not there; connect its drive or network folder" in hands.ui.listMessageLabel.text
+    assert "given back" not in hands.ui.listMessageLabel.text
+    (tmp_path / "away").rename(tmp_path / "list")
+
+
 def test_more_files_than_a_request_holds_are_a_sentence(opened):
     hands = opened()
     hands.section._add(["x" * 100] * 50_000)

@@ -141,8 +141,9 @@ def test_a_fine_tuning_goes_on_with_its_own_dataset(command, base, tmp_path, mon
     code, _, err = command("finetune", other, *words)
     assert code == 2 and f"is a fine-tuning on {data}; name that dataset" in err
     monkeypatch.chdir(tmp_path)
-    code, _, err = command("finetune", data.relative_to(tmp_path), *words)
-    assert code == 2 and "no layer 'head' to freeze" in err
+    for name in (data.relative_to(tmp_path), next(data.glob("*.json"))):  # the folder, and its index file
+        code, _, err = command("finetune", name, *words)
+        assert code == 2 and "no layer 'head' to freeze" in err, err
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ def test_a_lesion_elsewhere_has_neither_texture_nor_size_class():
     image = lung(*GRIDS[0])
     mask = put(image, 12.0, 30)
     nodule, other = describe(image, mask), describe(image, mask, lung=False)
-    assert {key for key in nodule if nodule[key] != other[key]} == {"texture", "solid_mean_mm", "solid_volume_mm3", "size_class"}
+    assert {key for key in nodule if nodule[key] != other[key]} == {
+        *("texture", "solid_mean_mm", "solid_volume_mm3", "dense_mean_mm", "size_class")
+    }
     assert row(other)[5:7] == ["-", "-"] and row(other)[-1] == "-" and row(other)[1:5] == row(nodule)[1:5]
 
 
@@ -184,6 +186,14 @@ def test_thick_slices_are_measured_in_their_own_plane(slices):
     keys = ("longest_mm", "perpendicular_mm", "mean_mm", "texture", "solid_mean_mm", "size_class")
     expected, found = ([describe(image, mask)[key] for key in keys] for image in (axial, coronal))
     assert found[2:] == expected[2:] and found[:2] == pytest.approx(expected[:2]) and found[3] == "part-solid" and found[2] > 20
+    across, along = describe(axial, mask), describe(coronal, mask)
+    assert "axial" not in across["note"] and "own slices, which are not axial" in along["note"]
+    along["mean_mm"], along["dense_mean_mm"] = 30.0, 15.0
+    for pair in ((across, along), (along, across)):
+        change = follow_up(*pair, 90)
+        assert change["growth"] == "stable" and change["mean_change_mm"] is None and change["solid_change_mm"] is None
+        assert change["text"].endswith(". Mean diameter not compared: measured in different planes.")
+    assert follow_up(along, along, 90)["mean_change_mm"] == 0 and follow_up(across, across, 90)["mean_change_mm"] == 0
 
 
 def mass(kind: str) -> tuple[Image, np.ndarray]:
@@ -372,7 +382,8 @@ def test_size_classes_are_those_of_lung_rads_2022(texture, mean, solid, expected
 
 
 def nodule(volume=300.0, mean=8.3, center=(0.0, 0.0, 0.0), side="left", note=NOTE, texture="solid", solid=None):
-    sizes = {"volume_mm3": volume, "mean_mm": mean, "solid_mean_mm": mean if texture == "solid" else solid}
+    solid = mean if texture == "solid" else solid
+    sizes = {"volume_mm3": volume, "mean_mm": mean, "solid_mean_mm": solid, "dense_mean_mm": solid}
     return {"voxels": 100, "center": center, "side": side, "note": note, "texture": texture, **sizes}
 
 
@@ -453,6 +464,25 @@ def test_a_solid_part_grows_by_itself(before, after, days, growth, said):
     assert found["growth"] == growth and said in found["text"] and ("no significant" in found["text"]) == (growth == "stable")
     smaller = follow_up(nodule(texture=before[0], solid=before[1]), nodule(150.0, 8.5, texture=after[0], solid=after[1]), days)
     assert smaller["growth"] == ("growth" if growth == "growth" else "smaller")
+
+
+@pytest.mark.parametrize(
+    ("size", "cores", "textures", "said"),
+    [
+        (18, (3.4, 4.4), ("ground-glass", "part-solid"), "Solid part +1."),
+        (14, (8.0, 8.8), ("part-solid", "solid"), "Solid part +0."),
+        (18, (3.4, 9.0), ("ground-glass", "part-solid"), "(Lung-RADS v2022: new)"),
+    ],
+)
+def test_another_texture_alone_is_no_growth(size, cores, textures, said):
+    image, studies = lung((0.6, 0.6, 0.6), GRIDS[0][1]), []
+    for core in cores:
+        mask = put(image, size, -620)
+        put(image, core, 20)
+        studies.append(describe(image, mask))
+    found = follow_up(*studies, 180)
+    assert tuple(study["texture"] for study in studies) == textures and said in found["text"]
+    assert found["growth"] == ("growth" if "new" in said else "stable")
 
 
 @pytest.mark.parametrize("volume", [150.0, 310.0, 600.0])

@@ -19,7 +19,8 @@ import json
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import reduce
 from itertools import chain, count, product
@@ -35,7 +36,7 @@ from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
 from . import measure
 from .dataset import reach, translated
-from .image import Box, Image, UserError, check_geometry, in_slices, length_unit, print_spacing
+from .image import PICTURE_SUFFIXES, Box, Image, UserError, check_geometry, in_slices, length_unit, print_spacing
 from .inference.click import Prompt
 from .kept import mask_digest as mask_digest
 from .model import Label
@@ -62,6 +63,8 @@ KEPT_MODEL_TAG = "UNetSegmentation.KeptModel"  # whose mask that is: MODEL_TAG g
 _SAID_TAG = MODEL_TAG + ".Terminology"
 MAP_ATTRIBUTE = "UNetSegmentation.Map"
 DOTS_ATTRIBUTE = "UNetSegmentation.Dots"
+# Of a volume that was read from a picture: its print's spacing (x, y) and the picture's name, see as_read().
+PRINT_ATTRIBUTE = "UNetSegmentation.Print"
 # Node references: from a map to its volume, and from a table to its segmentation.
 VOLUME_ROLE = "UNetSegmentation.Volume"
 SEGMENTATION_ROLE = "UNetSegmentation.Segmentation"
@@ -135,17 +138,51 @@ def image_from_volume(volume_node: Any) -> Image:
 
 def as_read(image: Image, volume_node: Any) -> Image:
     """A volume's image, in pixels where it is a picture whose print's size Slicer takes for mm: as read_image() reads the file, models are
-    trained and unetseg measures. Of 708 pixels that a model of 1.35 mm pixels finds, it found none at 300 dpi."""
+    trained and unetseg measures. Of 708 pixels that a model of 1.35 mm pixels finds, it found none at 300 dpi. The node remembers what it
+    was, which the .nrrd that it may be saved as does not tell."""
     storage = volume_node.GetStorageNode()
     file = Path((storage.GetFullNameFromFileName() or "") if storage is not None else "")
-    own = print_spacing(file)
-    return Image(image.array, source=file) if own and np.allclose(image.spacing[:2], own, rtol=1e-3) else image
+    own, known = print_spacing(file), volume_node.GetAttribute(PRINT_ATTRIBUTE) or ""
+    if own is None:
+        with suppress(ValueError):
+            x, y, name = known.split(" ", 2)
+            own, file = (float(x), float(y)), Path(name)
+    if own and np.allclose(image.spacing[:2], own, rtol=1e-3):
+        if known != (now := f"{own[0]} {own[1]} {file.name}"):
+            silent = volume_node.GetDisableModifiedEvent()
+            volume_node.SetDisableModifiedEvent(True)  # or what is only looked at would be measured again
+            volume_node.SetAttribute(PRINT_ATTRIBUTE, now)
+            volume_node.SetDisableModifiedEvent(silent)
+        return Image(image.array, source=file)
+    return replace(image, source=file) if file.name.lower().endswith(PICTURE_SUFFIXES) else image
 
 
 def carried(point: Sequence[float], image: Image, to: Image) -> tuple[float, ...]:
     """A point (LPS mm) of an image, in the same voxel of what is as_read() of it, or the other way round."""
     same = np.array_equal(image.matrix, to.matrix)  # to the last bit, by which halves of voxels are rounded
     return tuple(point) if same else to.index_to_point(image.point_to_index(point))
+
+
+def carried_prompts(prompts: Iterable[Prompt], image: Image, to: Image) -> list[Prompt]:
+    """Prompts with their points carried(); a mask lies on the voxels, which are the same."""
+
+    def moved(kind: str, *values: Any) -> Prompt:
+        if kind == "mask":
+            return kind, *values
+        return kind, *carried(values[:3], image, to), *(carried(values[3:], image, to) if kind == "box" else values[3:])
+
+    return [moved(*prompt) for prompt in prompts]
+
+
+def carried_measures(found: dict[str, Any], image: Image, to: Image) -> dict[str, Any]:
+    """What describe() says, with its points carried()."""
+
+    def moved(key: str, value: Any) -> Any:
+        if value is not None and key.endswith("_points"):
+            return [carried(point, image, to) for point in value]
+        return carried(value, image, to) if value is not None and key == "center" else value
+
+    return {key: moved(key, value) for key, value in found.items()}
 
 
 def stretch_note(volume_node: Any) -> str:
@@ -583,6 +620,16 @@ def place_of(volume_node: Any) -> Any:
 def place_in(segmentation_node: Any, volume_node: Any) -> Any:
     """Equal as long as the volume's voxels lie at the same place of the segmentation; UserError under a non-linear transform."""
     return _floats(_grid_in(segmentation_node, volume_node).ravel())
+
+
+def is_astray(segmentation_node: Any, volume_node: Any) -> bool:
+    """Whether the volume's voxels lie elsewhere in the segmentation than when its geometry was taken from them, as where one of the two
+    was moved alone. Of a geometry of another size, as a finer or a cropped one, nobody knows."""
+    text, taken = segmentation_node.GetSegmentation().GetConversionParameter(_GEOMETRY), slicer.vtkOrientedImageData()
+    if not (text and slicer.vtkSegmentationConverter.DeserializeImageGeometry(text, taken, False)):
+        return False
+    shape, grid = image_from_volume(volume_node).shape, _grid_in(segmentation_node, volume_node)
+    return taken.GetDimensions()[::-1] == shape and _extent_box(taken, grid) != Box.whole(shape)
 
 
 def segment_part_steps(segmentation_node: Any, segment_id: str, volume_node: Any) -> Steps[tuple[np.ndarray, tuple[int, ...]]]:

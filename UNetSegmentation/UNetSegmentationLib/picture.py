@@ -360,15 +360,7 @@ class _Sheet:
         size = "volume" if self.length == "mm" else "area" if 1 in self.labels.shape else "voxels"
         rows: list[tuple[str, ...]] = []
         if measured:
-            rows.append(
-                (
-                    "",
-                    "",
-                    size,
-                    "longest × perpendicular",
-                    mean,
-                )
-            )
+            rows.append(("", "", size, "longest × perpendicular", mean))
         for label in shown:
             m = self.measures.get(label.value, {})
             color = "#" + "".join(f"{c:02x}" for c in label.color)

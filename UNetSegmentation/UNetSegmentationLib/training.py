@@ -344,9 +344,8 @@ def create(
     dataset: str | Path, base: ModelPackage | str | Path | None = None, options: Options = Options(), folder: str | Path | None = None
 ) -> Job:
     """A job's folder, without its process."""
-    dataset = user_path(dataset).absolute()
-    if ".." in dataset.parts:  # which is no name
-        dataset = dataset.resolve()
+    path = user_path(dataset)
+    dataset = path.resolve() if ".." in path.parts else path.absolute()  # ".." is no name
     summary = _check_dataset(dataset)
     if options.device not in DEVICES or (options.minutes is not None and not 0 < options.minutes < 1e5):
         raise UserError(f"Train on one of {', '.join(DEVICES)}, for a number of minutes above 0.")

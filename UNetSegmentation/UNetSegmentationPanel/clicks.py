@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,15 +237,21 @@ class ClickController(VTKObservationMixin):
         asked, node, lesion = self._asked, self.volumeNode, self.lesion
         assert asked is not None
         try:
-            key = volumeKey([node])
+            key, own = volumeKey([node]), mrml.image_from_volume(node)
+            image = mrml.as_read(own, node)
+
+            def answered(answer: Any) -> None:
+                measures = answer.measures and mrml.carried_measures(answer.measures, image, own)
+                self._onAnswer(asked, key, replace(answer, measures=measures))
+
             self._worker().click(
                 key[0],
-                lambda: mrml.image_from_volume(node),
+                image,
                 self.model,
                 self.options,
                 lesion,
-                asked.prompts,
-                lambda answer: self._onAnswer(asked, key, answer),
+                mrml.carried_prompts(asked.prompts, own, image),
+                answered,
                 lambda error: self._onError(asked, str(error)),
             )
         except Exception as e:

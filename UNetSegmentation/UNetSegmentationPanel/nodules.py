@@ -26,7 +26,7 @@ from .models import breakable, plainTip
 from .run import sentence, volumeKey
 
 COLORS = ((255, 217, 47), (102, 194, 255), (255, 127, 80), (178, 223, 138), (231, 138, 195), (190, 174, 250), (94, 220, 200))
-# Beyond this, 128 mm in each direction at 0.5 mm, neither a nodule nor a mass is measured, but an organ. One of 125 mm takes 0.7 s, in
+# Beyond this, 128 mm in each direction at 0.5 mm, neither a nodule nor a mass is measured, but an organ. One of 125 mm takes 0.8 s, in
 # pieces of 26 ms at most.
 LARGEST_VOXELS = 16 << 20
 _SHOWN_ROWS = 8  # of the table without scrolling
@@ -728,6 +728,7 @@ class NoduleList(VTKObservationMixin):
         self.volume: Any = None
         self.rows: list[Row] = []
         self.ready, self.text, self.note, self.astray = False, "", "", ""
+        self.size = ""  # of a picture without mm the title of the column of sizes
         self._pieces = Pieces(self._failed)
         self._timer = qt.QTimer()
         self._timer.setSingleShot(True)
@@ -761,6 +762,10 @@ class NoduleList(VTKObservationMixin):
         self.node, self.volume, self.rows = None, None, []
         self.ready, self.text, self.note, self.astray = False, "", "", ""
 
+    def title(self, column: str) -> str:
+        """Of a column of nodule.COLUMNS."""
+        return column if not self.size else self.size if "(mm³)" in column else column.replace("(mm)", "(px)")
+
     def _failed(self, text: str) -> None:
         logging.info("The nodules were not measured: %s", text)
         self.rows, self.ready = [Row(row.segment, row.name, None) for row in self.rows], False  # what they were may be true no more
@@ -776,6 +781,7 @@ class NoduleList(VTKObservationMixin):
 
     def _steps(self) -> Generator[Any, None, None]:
         from UNetSegmentationLib import mrml, nodule
+        from UNetSegmentationLib.image import length_unit
         from UNetSegmentationLib.inference.click import expects_lung
 
         node, volume = self.node, self.volume
@@ -784,7 +790,8 @@ class NoduleList(VTKObservationMixin):
         if usable and (node.GetScene() is None or volume.GetScene() is None):
             usable = False
         held = node.GetSegmentation() if usable else None
-        image, scan = (mrml.image_from_volume(volume), volumeKey([volume])) if usable else (None, None)
+        own, scan = (mrml.image_from_volume(volume), volumeKey([volume])) if usable else (None, None)
+        image = mrml.as_read(own, volume) if usable else None
         inside = mrml.place_in(node, volume) if usable else None
         for segment in [held.GetNthSegmentID(i) for i in range(held.GetNumberOfSegments())] if usable else ():
             part = held.GetSegment(segment)
@@ -802,20 +809,21 @@ class NoduleList(VTKObservationMixin):
                 model = mrml.segment_tag(part, mrml.CLICK_MODEL_TAG)
                 made = [m.card for m in self._models() if m.name.rpartition("-")[0] == model.rpartition("-")[0]]
                 lung = all(map(expects_lung, made)) if made else not model  # of a model that is not here nothing is known
-                measures = yield from nodule.describe_steps(image, mask, start, lung)
+                measures = mrml.carried_measures((yield from nodule.describe_steps(image, mask, start, lung)), image, own)
             why = ""
-            if mask.size > LARGEST_VOXELS:
+            if mask.size > LARGEST_VOXELS and 10 * int((mask > 0).sum()) < mask.size:  # lungs fill a quarter
                 why = _("Its voxels lie too far apart for a nodule, so it is not measured; erase those that are astray.")
             elif not mask.size and (yield from mrml.beyond_steps(node, [segment], volume)):
                 why = _("It lies outside its scan, so it is not measured; put both under the same transform.")
             rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, scan, inside), digest, why))
             yield
         self.rows, self.ready, self.text, self.note = rows, usable, "", mrml.stretch_note(volume) if usable else ""
+        self.size = "" if image is None or length_unit(image) == "mm" else "Area (px)" if image.shape[0] == 1 else "Volume (voxels)"
         self.astray = ""
-        if usable and volume is _reference(node) and any(abs(a - b) > 1e-3 for a, b in zip(inside, mrml.place_in(volume, volume))):
-            self.astray = _(
-                "{name} is not under its scan's transform, so what is measured is not what was outlined; put both under the same one."
-            ).format(name=node.GetName())
+        if usable and volume is _reference(node) and mrml.is_astray(node, volume):
+            self.astray = _("{name} does not lie where it did in its scan; put both under the same transform, or harden both.").format(
+                name=node.GetName()
+            )
         if node is not None and not usable:
             self.text = _(
                 "The scan of {name} is not in the scene, or one of several there, so its nodules are not measured; load it, or choose it "
@@ -1103,7 +1111,7 @@ class NoduleSection(VTKObservationMixin):
         from UNetSegmentationLib import mrml, nodule
 
         ui, rows = self.ui, self.now.rows
-        columns = [_("Nodule"), *nodule.COLUMNS]
+        columns = [_("Nodule"), *map(self.now.title, nodule.COLUMNS)]
         texts = [[row.name, *(nodule.row(row.measures) if row.measures else ["-"] * len(nodule.COLUMNS))] for row in rows]
         now, earlier = self.now, self.earlier
         grown = growth(earlier.rows, rows, self._days, bool(now.astray or earlier.astray)) if earlier.ready and rows else Growth()
@@ -1162,9 +1170,12 @@ def _headerTip(title: str) -> str:
     """What is meant by a column; the guidelines are named in UNetSegmentationLib.nodule."""
     known = {
         "Side": _("By position against the body's midline."),
-        "Mean (mm)": _("Mean of the longest and the perpendicular diameter of the axial section (Fleischner, Lung-RADS)."),
+        "Mean (mm)": _(
+            "Mean of the longest and the perpendicular diameter of the axial section, in thick slices of their own plane "
+            "(Fleischner, Lung-RADS)."
+        ),
         "Solid part (mm)": _("Mean diameter of the solid part of a part-solid nodule."),
         _("Growth"): _("Of a lung nodule: by 25 % or more of its volume (BTS 2015), or of its solid part by itself (Lung-RADS v2022)."),
         "Size class": _("Lung-RADS v2022 by size and texture only; not a diagnosis."),
     }
-    return known.get(title, title)
+    return known.get(title.replace("(px)", "(mm)"), title)

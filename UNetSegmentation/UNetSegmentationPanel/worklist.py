@@ -574,7 +574,7 @@ class WorkListSection:
         atHand = case is not None and (case.folder, case.name) == (folder, name)  # the last one, which stays taken
         if name and not atHand and not self.desk.running:  # Slicer still has that scan: the next desk would read it first, and end too
             self._pass(name)
-            self.desk.ask("back", self._take, lambda _text: None, folder=folder, scan=name)
+            self.desk.ask("back", self._take, self._failed, folder=folder, scan=name)
             said = _("The work list's program ended while it read '{name}', so that was given back; press '{button}' for another. {why}.")
             text = said.format(name=name, button=self.ui.nextScanButton.text, why=text.partition(";")[0].rstrip("."))
         self._failed(text)

@@ -50,12 +50,9 @@ def _go_on(words: Sequence[str]) -> str:
         return "; go on with: unetseg-train resume JOB (unetseg-train jobs DATA names it)"
     if words[:1] not in (["fit"], ["finetune"]):
         return ""
-    return "; go on with the same command and --resume" + " instead of --restart" * ("--restart" in words)
-
-
-def _name(path: str | Path) -> str:
-    """A folder's own name, which "." and ".." are not."""
-    return os.path.basename(os.path.abspath(path))
+    if "--restart" in words:  # until it trains, what was there before lies there still
+        return "; begin anew with the same command, or, where it had begun to train, go on with --resume instead of --restart"
+    return "; go on with the same command and --resume"
 
 
 @contextmanager
@@ -277,6 +274,7 @@ def _app() -> Any:
     ) -> None:
         """Score held-out cases on the path that the program uses. Writes metrics.csv, metrics.json and report.html."""
         from . import clicks, metrics, report
+        from .plan import own_name
         from .train import LiveEngine, live_package, load_run, weights_hash
 
         config, network = load_run(folder)
@@ -292,8 +290,8 @@ def _app() -> Any:
                 seen=report.Worst(folder, config.input.intensity),
                 progress=lambda done, name: progress(done, len(cases), name),
             )
-        told = f"unetseg-train evaluate {_name(folder)}" + (f" --data {_name(data)}" if data else "")
-        where = _name(data) if data else f"the held-out cases of {_name(folder)}"
+        told = f"unetseg-train evaluate {own_name(folder)}" + (f" --data {own_name(data)}" if data else "")
+        where = own_name(data) if data else f"the held-out cases of {own_name(folder)}"
         where = f"lesions in {where}, after one click" if clicked else where
         facts = metrics.summary(rows, held_out=where, command=told, weights=weights)
         print(metrics.table(facts))
@@ -394,7 +392,9 @@ def _app() -> Any:
         if not begun:
             _plan(data, output, bool(quick), minutes, {"layout": layout}, base, False)
         config = _read(output)
-        if begun and user_path(data).resolve() != user_path(os.path.expandvars(config.data.path)).resolve():
+        planned, named = (user_path(path).resolve() for path in (os.path.expandvars(config.data.path), data))
+        pairs = ((planned, named), (named, planned))  # a dataset is its folder or the index file in that
+        if begun and planned != named and not any(a.is_file() and a.parent == b for a, b in pairs):
             raise UserError(f"{output} is a fine-tuning on {config.data.path}; name that dataset, or choose another folder.")
         start = tuning.start_of(package, config)
         print(start.sentence)

@@ -238,6 +238,11 @@ class Plan:
         return "\n".join(lines) + "\n"
 
 
+def own_name(path: str | Path) -> str:
+    """A folder's own name, which "." and ".." are not."""
+    return os.path.basename(os.path.abspath(user_path(path)))
+
+
 # Words in a label's name that a mirror would make wrong.
 _SIDES = {
     "x": r"\b(left|right|l|r|lt|rt)\b",
@@ -523,7 +528,7 @@ def plan(
     why["fit.ema"] = "an average over about the last twentieth of the training"
     if quick:
         why["fit.minutes"] = "the end in any case, should this machine be busier than when it was measured"
-    folder = os.path.basename(os.path.abspath(user_path(path)))  # "." and ".." have no name
+    folder = own_name(path)
     name = slug(folder)
     settings: dict[str, Any] = {
         "model": {

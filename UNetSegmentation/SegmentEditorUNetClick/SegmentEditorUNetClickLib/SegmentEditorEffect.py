@@ -428,9 +428,11 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
             for tag, value in {**tags, **made}.items():
                 segment.SetTag(tag, value)
             segment.RemoveTag(mrml.MODEL_TAG)
-        else:  # what the masking left is as it was made
+        else:
+            for tag in tags:
+                segment.RemoveTag(tag)
             left, _first = yield from mrml.segment_part_steps(target.segmentation, target.segmentId, target.volume)
-            for tag in tags if left.size else {**tags, **made}:
+            for tag in () if left.size else made:  # what the masking left is as it was made
                 segment.RemoveTag(tag)
         self._prompts[text, mrml.place_of(target.volume)] = list(prompts)
         while len(self._prompts) > KEPT_TEXTS:
