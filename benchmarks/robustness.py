@@ -44,6 +44,7 @@ def hippocampus(image: Image, truth: np.ndarray, roi: Box) -> Changed:
         None,
     )
     yield "a ROI in what is 20 mm larger on each side (mirrored)", *padded(image, (20, 20, 20), mode="reflect")
+    yield "a ROI that fits closely", image, Box.around(truth)
     yield "five voxels of ten times the maximum", hot(image, 5, 10), None
     yield "axes turned (PIR)", from_sitk(sitk.DICOMOrient(to_sitk(image), "PIR")), None
     yield "values times 1000", image.like(image.array.astype(np.float32) * 1000), None

@@ -318,6 +318,8 @@ def test_slices_above_one_another_hang_together_over_a_blank_one():
     apart = mask((20, 40, 40), low, np.s_[6:10, 5:15, 5:15])
     assert np.array_equal(cleaned(apart, rules, over_gaps=True), mask((20, 40, 40), np.s_[6:10, 5:15, 5:15]))
     assert np.array_equal(cleaned(scene, {"min_volume_mm3": 26}, over_gaps=True), mask((20, 40, 40), low, high))  # of 25 voxels alone
+    other = 2 * mask((20, 40, 40), np.s_[3:4, 20:35, 20:35])  # right below what is dropped
+    assert np.array_equal(cleaned(scene + other, rules, over_gaps=True), mask((20, 40, 40), low, high) + other)
 
 
 def test_with_a_focus_the_central_component_stays_though_a_larger_one_lies_at_the_rim():

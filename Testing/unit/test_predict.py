@@ -547,7 +547,10 @@ def test_a_target_near_the_end_of_the_image_is_not_shown_twice(make_package, mar
     engine = FakeEngine(lambda b: seen.append(b[:, 0].copy()) or logit(np.concatenate([1 - b, b], 1)))
     for roi_mm in (None, 20):
         seen.clear()
-        got = predict(Image(array), [make_package(**card, roi_mm=roi_mm)], Options(uncertainty=True), engines=[engine])
+        told = []
+        package = make_package(**card, roi_mm=roi_mm)
+        got = predict(Image(array), [package], Options(uncertainty=True), lambda f, _, told=told: told.append(f), engines=[engine])
+        assert told == sorted(told) and told[-1] == 1
         assert np.array_equal(got.labels.array, array)
         copies = math.ceil(seen[-1].sum() / 64)
         assert (copies > 1, len(seen)) == ((roi_mm is None, 1 + (roi_mm is not None)) if margin == 6 else (False, 1))
@@ -577,17 +580,30 @@ def test_what_others_pad_around_an_image_is_not_shown_to_a_model_of_its_content(
 
 
 def test_a_model_of_crops_sees_an_roi_as_one(make_package):
-    values, box = noise((30, 40, 40)), Box((8, 10, 12), (20, 28, 26))
+    values, box = noise((30, 40, 40)), Box((8, 10, 12), (24, 28, 28))
     values[:8] += 5
-    model = make_package("identity", activation="sigmoid", intensity={"mode": "zscore"}, extent="box")
+    model = make_package("identity", activation="sigmoid", intensity={"mode": "zscore"}, extent="box", patch=[16, 16, 16])
     cut = predict(Image(values).crop(box), [model]).labels.array
     got = predict(Image(values), [model], Options(roi=box))
     assert np.array_equal(got.labels.array[box.slices], cut) and cut.any() and got.roi == box and not got.warnings
     assert np.count_nonzero(got.labels.array) == np.count_nonzero(cut)
+    tight = Box((14, 17, 18), (16, 20, 22))  # of which the model sees a crop of at least seven eighths of its patch
+    crop = Box((8, 12, 13), (22, 26, 27))
+    wanted = predict(Image(values).crop(crop), [model]).labels.array[tight.relative_to(crop).slices]
+    assert np.array_equal(predict(Image(values), [model], Options(roi=tight)).labels.array[tight.slices], wanted)
     point = Image(values).index_to_point((19, 19, 14))
     assert np.array_equal(predict(Image(values), [model], Options(roi=box, at=point)).labels.array, got.labels.array)
     assert not predict(Image(values), [model]).warnings
     assert "not for a whole scan; give a box" in predict(Image(values, (3.0, 3.0, 3.0)), [model]).warnings[0]
+
+
+def test_a_box_about_one_target_is_one_patch(make_package):
+    """With a margin about it, four, and the target in the middle of none."""
+    card = dict(dimensions=2, patch=[32, 32], spacing=[None] * 3, roi_mm=20)
+    engine = FakeEngine(lambda b: np.concatenate([0 * b, b], 1))
+    point = Options(at=(40.0, 40.0, 1.0), batch=1)
+    assert predict(Image(noise((3, 80, 80))), [make_package(**card)], point, engines=[engine]).tiles == 3 == len(engine.shapes)
+    assert predict(Image(noise((3, 80, 80))), [make_package(**{**card, "roi_mm": None})], point, engines=[engine]).tiles > 3
 
 
 @pytest.mark.parametrize("spacing", [1.0, 0.7])

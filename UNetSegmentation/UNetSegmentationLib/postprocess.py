@@ -144,7 +144,7 @@ def clean(
                 keep &= np.arange(len(counts)) == np.argmax(np.where(keep, score, -1))
             keep = keep[root]
             for z, labelled, first in maps:
-                part[z][(labelled > 0) & ~keep[first:][labelled]] = 0
+                part[z][mask[z] & (labelled > 0) & ~keep[first:][labelled]] = 0
             del maps
         if rules.get("fill_holes"):
             # What hangs together with the rim is no hole.

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save
 from UNetSegmentationLib.files import UserError, atomic_path, counted, write_text
 from UNetSegmentationLib.image import Box, Grid, Image, content, reorient, sample
-from UNetSegmentationLib.intensity import check_finite, normaliser
+from UNetSegmentationLib.intensity import LEAST_HU, check_finite, expects_hu, floor_of, normaliser
 from UNetSegmentationLib.model import SLICE_AXIS
 from UNetSegmentationLib.postprocess import slabs, voxel_counts
 
@@ -110,19 +110,18 @@ def _recent(path: Path) -> dict[str, np.ndarray]:
 def _settings(config: Config) -> dict[str, Any]:
     """What of the configuration goes into a cached file."""
     data = config.input
-    return (
-        {
-            "format": FORMAT,
-            "dimensions": data.dimensions,
-            "axis": data.axis,
-            "spacing": data.spacing,
-            "intensity": data.intensity,
-            "labels": len(config.labels),
-            "channels": len(config.channels),
-        }
-        | ({"shares": True} if _has_shares(config) else {})
-        | ({"content": True} if config.model.extent != "image" else {})
-    )
+    return {
+        "format": FORMAT,
+        "dimensions": data.dimensions,
+        "axis": data.axis,
+        "spacing": data.spacing,
+        "intensity": data.intensity,
+        "labels": len(config.labels),
+        "channels": len(config.channels),
+        **({"shares": True} if _has_shares(config) else {}),
+        **({"content": True} if config.model.extent != "image" else {}),
+        **({"floor": LEAST_HU} if expects_hu(data.intensity) else {}),
+    }
 
 
 def _has_shares(config: Config) -> bool:
@@ -170,8 +169,8 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
     column = (-1, 1, 1, 1)
     values = np.empty((len(channels), *grid.shape), np.float16)
     for part in parts:
-        some = (sample(channels, grid, part) - norm.shift.reshape(column)) / norm.scale.reshape(column)
-        values[part.trailing] = np.clip(some, -6e4, 6e4)
+        some = sample(channels, grid, part, floor=floor_of(config.input.intensity))
+        values[part.trailing] = np.clip((some - norm.shift.reshape(column)) / norm.scale.reshape(column), -6e4, 6e4)
     if grid.is_identity:
         labels = np.ascontiguousarray(truth, np.uint8)
     else:

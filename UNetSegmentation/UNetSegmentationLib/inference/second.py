@@ -98,7 +98,8 @@ class SecondOpinion:
         if not np.isfinite(image.array[part.trailing]).all():  # outside of what was scanned
             return np.full(target.shape, np.nan, np.float32)
         size = max(n * s / p for n, s, p in zip(part.shape[1:], image.spacing[1::-1], self._pixel))
-        package = replace(self._package, card=Card({**card.data, "patch": [self._patch(size)] * 2}))
+        # One patch, whose rim is not the image's: nothing of what predict() does for boxes and files about one target.
+        package = replace(self._package, card=Card({**card.data, "patch": [self._patch(size)] * 2, "roi_mm": None}))
         options = Options(roi=target.relative_to(part), tta="none", batch=_SLICES, probabilities=True, postprocess=False)
         found = predict(image.crop(part), [package], options, engines=[self.engine]).probabilities
         assert found is not None
