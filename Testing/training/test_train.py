@@ -109,6 +109,16 @@ def test_a_cached_case_is_what_predict_computes(dataset, config, tmp_path):
     assert all((case.labels[tuple(case.places(k).T)] == k).all() and len(case.places(k)) == case.counts[k] for k in (1, 2))
 
 
+def test_a_run_of_an_earlier_version_keeps_its_figures(config, tmp_path):
+    """Its record does not name what came later."""
+    job, old = Mock(record={"config": json.loads(config.model_dump_json())}), json.loads(config.model_dump_json())
+    del old["model"]["extent"]
+    for said, kept in ((old, True), ({**old, "model": {**old["model"], "extent": "box"}}, False)):
+        (tmp_path / "metrics.json").write_text("{}")
+        t._describe(job, tmp_path, {"config": said})
+        assert (tmp_path / "metrics.json").exists() == kept
+
+
 def test_a_case_is_made_of_what_the_model_will_be_shown(config):
     rng = np.random.default_rng(0)
     image, mask = Image(rng.normal(100, 20, (12, 16, 16)).astype(np.float32)), np.zeros((12, 16, 16), np.uint8)

@@ -199,7 +199,8 @@ class Model(_Strict):
     )
     tta: Literal["none", "flips", "rotations", "full"] = _f("none", "Test-time augmentation when it is used.")
     extent: Literal["image", "content", "box"] = _f(
-        "image", "What it is shown of an image: content: without outer planes of one value; box: of an image with a ROI only that."
+        "image",
+        "What it is shown, to be set before a training: content: no outer planes of one value; box: of an image with a ROI only that.",
     )
     roi_mm: Positive | None = _f(None, "Meant for a box of this size about a target; null: for whole images.")
     display: str | None = _f(None, "The window preset to look at the images with, by its name.")

@@ -46,9 +46,10 @@ def tile(box: Box, patch: Sequence[int], divisor: Sequence[int], overlap: float)
 
 def compute_box(need: Box, lattice_shape: Sequence[int], patch: Sequence[int], divisor: Sequence[int], centred: bool = False) -> Box:
     """`need` and a margin of a quarter patch, so that a ROI's rim sees its surroundings, aligned to the divisor. centred: without that
-    margin, so that a box about one target is one patch with that in its middle: three nodules in 50 mm boxes of a whole CT lay at the
-    corners of four patches, none of which found any."""
-    margin = [0 if centred or p == 1 else p // 4 for p in patch]
+    margin along an axis where `need` fits into a patch, so that a box about one target has that in the middle of one: three nodules in
+    50 mm boxes of a whole CT lay at the corners of four patches, none of which found any. (Larger boxes keep it: at their rims and seams
+    nodules were lost.)"""
+    margin = [0 if p == 1 or (centred and b - a <= p) else p // 4 for p, a, b in zip(patch, need.start, need.stop)]
     wide = need.grown(margin) & Box.whole(lattice_shape)
     return Box(tuple(a // d * d for a, d in zip(wide.start, divisor)), wide.stop)
 
