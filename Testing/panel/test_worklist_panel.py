@@ -6,13 +6,14 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from workers import POSIX
+from workers import POSIX, stub
 
 RUN_S = 120.0  # on a machine that has other things to do
 SHAPE, SPACING = (24, 40, 48), (0.8, 0.9, 2.5)
@@ -201,6 +202,18 @@ class Set:
 
         self.asked.append(fields)
         qt.QTimer.singleShot(0, lambda: onDone(*self.answer))
+
+
+@pytest.fixture
+def in_the_desk(tmp_path, monkeypatch) -> Callable[[str], None]:
+    """in_the_desk(code): what each desk runs first from then on."""
+
+    def put(code: str) -> None:
+        code = "import os, sys\nif 'desk' in sys.orig_argv:\n" + textwrap.indent(code, "    ")
+        path = stub(tmp_path, "sitecustomize", code)["PYTHONPATH"]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([path, os.environ.get("PYTHONPATH", "")]))
+
+    return put
 
 
 @pytest.fixture
@@ -666,18 +679,14 @@ def test_the_desk_sees_pytorch_that_came_meanwhile(opened, gui, monkeypatch):
 
 
 @POSIX
-def test_a_desk_that_was_killed_is_started_again_and_says_that_the_scan_is_taken(opened, gui, tmp_path, monkeypatch):
+def test_a_desk_that_was_killed_is_started_again_and_says_that_the_scan_is_taken(opened, gui, tmp_path, monkeypatch, in_the_desk):
     from UNetSegmentationLib.worklist import WorkList
 
     hands = opened()
     name = hands.next()
     monkeypatch.setattr(sys.modules["UNetSegmentationPanel.worklist"], "_REFRESH_MS", 10)
     # The desk's own signs of life, but every second.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "stubs"), os.environ.get("PYTHONPATH", "")]))
-    (tmp_path / "stubs").mkdir()
-    (tmp_path / "stubs" / "sitecustomize.py").write_text(
-        "import sys\nif 'desk' in sys.orig_argv:\n    import UNetSegmentationLib.worklist as w\n    w.LEASE = 6.0\n"
-    )
+    in_the_desk("import UNetSegmentationLib.worklist as w\nw.LEASE = 6.0\n")
     pid, before = hands.section.desk.pid, WorkList.open(tmp_path / "list").scan(name).until
     gui.leave(hands.widget)  # into the Segment Editor
     os.kill(pid, signal.SIGKILL)
@@ -688,14 +697,12 @@ def test_a_desk_that_was_killed_is_started_again_and_says_that_the_scan_is_taken
 
 
 @POSIX
-def test_a_scan_that_ends_the_desk_is_named_and_another_comes(opened, tmp_path, monkeypatch):
+def test_a_scan_that_ends_the_desk_is_named_and_another_comes(opened, tmp_path, in_the_desk):
     from UNetSegmentationLib.worklist import WorkList
 
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "stubs"), os.environ.get("PYTHONPATH", "")]))
-    (tmp_path / "stubs").mkdir()
-    (tmp_path / "stubs" / "sitecustomize.py").write_text(
-        "import os, sys\nif 'desk' in sys.orig_argv:\n    import UNetSegmentationLib.worker.desk as d\n    read = d.read_image\n"
-        "    d.read_image = lambda files, *a: os.kill(os.getpid(), 9) if 's0' in str(files) else read(files, *a)\n"
+    in_the_desk(
+        "import UNetSegmentationLib.worker.desk as d\nread = d.read_image\n"
+        "d.read_image = lambda files, *a: os.kill(os.getpid(), 9) if 's0' in str(files) else read(files, *a)\n"
     )
     hands = opened()
     for _ in range(2):  # also after a restart of Slicer
@@ -710,12 +717,10 @@ def test_a_scan_that_ends_the_desk_is_named_and_another_comes(opened, tmp_path, 
 
 
 @POSIX
-def test_a_scan_that_ends_the_desk_and_cannot_be_given_back_is_not_said_to_be(opened, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "stubs"), os.environ.get("PYTHONPATH", "")]))
-    (tmp_path / "stubs").mkdir()
-    (tmp_path / "stubs" / "sitecustomize.py").write_text(
-        "import os, sys\nif 'desk' in sys.orig_argv:\n    import UNetSegmentationLib.worker.desk as d\n"
-        f"    d.read_image = lambda *a: (os.rename({str(tmp_path / 'list')!r}, {str(tmp_path / 'away')!r}), os.kill(os.getpid(), 9))\n"
+def test_a_scan_that_ends_the_desk_and_cannot_be_given_back_is_not_said_to_be(opened, tmp_path, in_the_desk):
+    in_the_desk(
+        "import UNetSegmentationLib.worker.desk as d\n"
+        f"d.read_image = lambda *a: (os.rename({str(tmp_path / 'list')!r}, {str(tmp_path / 'away')!r}), os.kill(os.getpid(), 9))\n"
     )
     hands = opened()
     hands.press("nextScanButton")

@@ -147,6 +147,11 @@ class Card:
         return self.data.get("interpolation", "linear")
 
     @property
+    def axis_order(self) -> list[int]:
+        """The axes of an array (z, y, x) as the network sees them: its slices' first."""
+        return [self.slice_axis, *(a for a in range(3) if a != self.slice_axis)]
+
+    @property
     def extent(self) -> str:
         """How much of an image the model is shown: "image", "content" or "box"; see the schema."""
         return str(self.data.get("extent", "image"))

@@ -127,9 +127,9 @@ def clean(
         box = box.shifted(within.start)
         part = labels[box.slices]
         if rules.get("min_volume_mm3") or rules.get("largest_component"):
-            mask = part == value
-            joined = mask.copy()
+            mask = joined = part == value
             if over_gaps:
+                joined = mask.copy()
                 joined[:-1] |= mask[1:]
             maps, root, counts = complete(_pieces_steps(joined))
             if over_gaps:

@@ -869,10 +869,8 @@ def _describe(job: Job, folder: Path, done: dict[str, Any]) -> None:
     """What a package says of itself may be edited after the training; figures of another way from image to mask then go."""
     old, new = (record.get("config", {}).get("model") for record in (done, job.record))
     if old and new and old != new and old.get("task", "automatic") == new["task"]:
-        if any(
-            {"extent": "image", **old}.get(k) != new[k]
-            for k in ("tta", "postprocess", "surroundings", "second_opinion", "roi_mm", "extent")
-        ):
+        former = {"extent": "image", **old}
+        if any(former.get(k) != new[k] for k in ("tta", "postprocess", "surroundings", "second_opinion", "roi_mm", "extent")):
             _remove(folder, "metrics.csv", "metrics.json")
         _write_run(folder, {**done, "config": {**done["config"], "model": new}})
 
