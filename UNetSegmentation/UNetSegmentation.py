@@ -420,7 +420,9 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if node is not None and p.nodules is None and nodules.scanOf(node) in (None, p.volume):
             p.nodules = node
         if p.nodules is None and self._warm:
-            p.nodules = nodules.former(p.volume)
+            from UNetSegmentationLib import mrml
+
+            p.nodules = mrml.find_nodules(p.volume)
         p.earlier = slicer.mrmlScene.GetNodeByID(earlier) if earlier else None
 
     def _keepChoice(self, name: str, value: Any) -> None:

@@ -358,7 +358,16 @@ def test_cancel_ends_the_process_behind_a_launcher_and_cleans_up(gui, installer,
     assert not told.outcomes  # only from the event loop
     gui.wait(lambda: told.outcomes)
     assert told.outcomes == [("cancelled",)] and (tmp_path / "cleaned").exists()
-    gui.wait(lambda: not unit.runs(pid))
+    gui.wait(lambda: not runs(pid))
+
+
+def runs(pid):
+    """A zombie that nobody has waited for does not."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" if os.path.isdir("/proc/self") else True
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 def test_a_job_cancelled_at_once_never_starts(gui, installer):
@@ -413,7 +422,7 @@ def test_pytorch_is_planned_made_shown_used_and_removed(gui, installer, torch_wh
     told = Told()
     installer.createTorch(*told.arguments, variant=plan.variant)
     kind, own = outcome(gui, told)
-    assert kind == "done" and own.status == "ready" and own == installer.torchEnvironment()
+    assert kind == "done" and own.status == "ready" and own == environment.own_environment()
     assert installer.describeTorch().startswith(f"PyTorch {environment.TORCH} on CPU, ")
     python, variables = installer.workerPython()
     assert python == own.python and variables["UNETSEG_PACKAGES"] == str(own.folder / "packages")
@@ -421,7 +430,7 @@ def test_pytorch_is_planned_made_shown_used_and_removed(gui, installer, torch_wh
     told = Told()
     installer.removeTorch(*told.arguments[1:])
     assert outcome(gui, told)[0] == "done"
-    assert installer.torchEnvironment().status == "none" and not own.folder.exists()
+    assert environment.own_environment().status == "none" and not own.folder.exists()
 
 
 def test_what_training_needs_is_planned_and_added_to_pytorch(gui, installer, torch_wheels, monkeypatch):
@@ -465,23 +474,23 @@ def test_the_panels_row_installs_and_removes_it(gui, installer, torch_wheels):
     ui.torchButton.click()
     assert ui.torchButton.text == "Cancel"
     gui.wait(lambda: not widget.torchRow.working, 60)
-    assert "torch 2.13.0" in gui.dialogs.texts("message")[-1] and installer.torchEnvironment().status == "none"
+    assert "torch 2.13.0" in gui.dialogs.texts("message")[-1] and environment.own_environment().status == "none"
 
     panelWorker = sys.modules["UNetSegmentationPanel"].panelWorker
     gui.dialogs.answer(True)
     ui.torchButton.click()
-    gui.wait(lambda: installer.torchEnvironment().status == "broken", 60)
+    gui.wait(lambda: environment.own_environment().status == "broken", 60)
     worker = panelWorker()  # of a click while it is installed
     assert worker.python is None
-    gui.wait(lambda: not widget.torchRow.working and installer.torchEnvironment().status == "ready", 120)
+    gui.wait(lambda: not widget.torchRow.working and environment.own_environment().status == "ready", 120)
     assert ui.torchButton.text == "Remove" and ui.torchStatus.text.startswith(f"PyTorch {environment.TORCH} on CPU, ")
-    assert panelWorker().python == installer.torchEnvironment().python
+    assert panelWorker().python == environment.own_environment().python
 
     gui.dialogs.answer(True)
     ui.torchButton.click()
     gui.wait(lambda: not widget.torchRow.working, 120)
     assert "Remove PyTorch" in gui.dialogs.texts("message")[-1]
-    assert installer.torchEnvironment().status == "none"
+    assert environment.own_environment().status == "none"
     assert (ui.torchStatus.text, ui.torchButton.text) == ("Not installed", "Install…")
     assert panelWorker() is not worker and panelWorker().python is None
     gui.close(widget)
@@ -606,7 +615,7 @@ def test_a_removal_that_is_cancelled_ends_and_what_is_left_can_be_removed(gui, i
         gui.dialogs.answer(True)
         ui.torchButton.click()
         assert ui.torchButton.text == "Cancel" and ui.torchStatus.text == "Removing …" and not ui.applyButton.enabled
-        gui.wait(lambda: installer.torchEnvironment().status == "broken")
+        gui.wait(lambda: environment.own_environment().status == "broken")
         ui.torchButton.click()
         gui.wait(lambda: not widget.torchRow.working)
     assert ui.torchStatus.text == "Cancelled." and ui.torchButton.text == "Install…" and ui.torchButton.enabled
@@ -639,17 +648,17 @@ def test_pytorch_that_cannot_be_installed_leaves_nothing(gui, installer, torch_w
     installer.createTorch(*told.arguments)
     kind, sentence = outcome(gui, told)
     assert kind == "error" and "a DLL is missing" in sentence
-    assert installer.torchEnvironment().status == "none"
+    assert environment.own_environment().status == "none"
 
 
 def test_cancelling_pytorch_leaves_nothing(gui, installer, torch_wheels):
     told = Told()
     job = installer.createTorch(*told.arguments)
     gui.wait(lambda: (None, "installing PyTorch") in told.progress)
-    assert installer.torchEnvironment().status == "broken"
+    assert environment.own_environment().status == "broken"
     job.cancel()
     assert outcome(gui, told) == ("cancelled",)
-    assert installer.torchEnvironment().status == "none"
+    assert environment.own_environment().status == "none"
 
 
 def test_a_wheel_folder_without_pytorch_does_not_count_for_it(gui, installer, wheels, torch_wheels):
@@ -659,7 +668,7 @@ def test_a_wheel_folder_without_pytorch_does_not_count_for_it(gui, installer, wh
 
 
 def test_a_folder_that_is_not_ours_is_not_removed(gui, installer):
-    folder = installer.torchEnvironment().folder
+    folder = environment.own_environment().folder
     folder.mkdir()
     (folder / "thesis.docx").touch()
     told = Told()
@@ -740,5 +749,5 @@ def test_the_panels_row_leaves_it_to_the_extension_where_that_is_there(gui, inst
         assert ui.torchStatus.text == text and ui.torchButton.enabled
     ui.torchButton.click()
     assert ui.torchStatus.text == "PyTorch 2.9.1 in Slicer's Python" and not ui.torchButton.enabled
-    assert asked == [True] * 3 and installer.torchEnvironment().status == "none"  # no folder of its own was made
+    assert asked == [True] * 3 and environment.own_environment().status == "none"  # no folder of its own was made
     gui.close(widget)

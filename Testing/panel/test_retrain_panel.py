@@ -212,7 +212,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str] | None =
 
     seen: list[tuple[Any, ...]] = []
 
-    def launch(folder: Path, python: str, environment: Any) -> None:
+    def launch(folder: Path, python: str) -> None:
         training.update(folder, pid=os.getpid(), mark=training.process_mark(os.getpid()), host=socket.gethostname())
 
     def ask(self: Any, text: str, arguments: Any, then: Any, python: str = "", variables: Any = None) -> None:

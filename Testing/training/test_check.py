@@ -220,7 +220,7 @@ def test_the_table_json_and_picture(folder, tmp_path, capsys, monkeypatch):
     assert run(folder, json_file="-") == 1 and json.loads(capsys.readouterr().out)["cases"] == 10
     monkeypatch.setattr(module, "check", None)  # it is told before minutes of reading
     with pytest.raises(UserError, match="end the picture's name in .png"):
-        run(folder, picture=tmp_path / "out.gif", quiet=True)
+        run(folder, picture=tmp_path / "out.gif")
 
 
 def test_no_picture_of_sound_cases(folder, tmp_path):

@@ -152,7 +152,7 @@ def test_on_windows_it_leaves_slicers_job_and_opens_no_window(tmp_path, monkeypa
     monkeypatch.setattr(files, "os", SimpleNamespace(name="nt"))
     monkeypatch.setattr(training.subprocess, "Popen", popen)
     monkeypatch.setattr(training, "_children", {})
-    training._launch(tmp_path, sys.executable, None)
+    training._launch(tmp_path, sys.executable)
     assert flags == ([0x09000200] if allowed else [0x09000200, 0x08000200])  # never 8, DETACHED_PROCESS
 
 

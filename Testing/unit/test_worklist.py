@@ -911,9 +911,9 @@ def test_the_desk_segments_while_it_hands_out_scans(desk, tmp_path, scans, make_
 
 
 def test_a_computer_whose_name_changes_is_no_other_annotator_to_itself(work, monkeypatch):
-    from UNetSegmentationLib.worker.desk import _Desk
+    from UNetSegmentationLib.worker.desk import Desk
 
-    program = _Desk.__new__(_Desk)
+    program = Desk.__new__(Desk)
     program._me = Annotator.here(pid=os.getpid())
     name = work.next(program._annotator({"by": " Anna "})).name
     monkeypatch.setattr(socket, "gethostname", lambda: "mac.clinic.example")  # of another network
@@ -1029,7 +1029,7 @@ def test_a_scan_that_this_person_cannot_open_is_left_to_others(work, monkeypatch
     def no_memory(_array):
         raise MemoryError
 
-    desk = module_desk._Desk(0, 1, tmp_path, os.getpid())
+    desk = module_desk.Desk(0, 1, tmp_path, os.getpid())
     if isinstance(error, UserError) and error.__cause__ is None:
         monkeypatch.setattr(module, "open", denied, raising=False)
     monkeypatch.setattr(module_desk, "read_image", fails_with(error))
@@ -1047,7 +1047,7 @@ def test_a_full_disk_is_told_at_once_and_the_scan_at_hand_stays_taken(work, monk
     def full(*_unused):
         raise OSError(28, "No space left on device")
 
-    desk, read = module_desk._Desk(0, 1, tmp_path, os.getpid()), []
+    desk, read = module_desk.Desk(0, 1, tmp_path, os.getpid()), []
     monkeypatch.setattr(module_desk, "read_image", lambda *a: read.append(a) or read_image(*a))
 
     def later(leave):

@@ -513,7 +513,7 @@ def _app() -> Any:
             except UserError as e:
                 broken.append(str(e))
         if as_json:
-            print(json.dumps([card.data for _, card in cards], indent=2))
+            _print_json([card.data for _, card in cards])
         else:
             table, console = Table(), Console()
             for name in ("model", "task", "size", "segments, measured Dice"):
@@ -539,11 +539,7 @@ def _app() -> Any:
     def list_presets(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
         """List the window presets."""
         if as_json:
-            print(
-                json.dumps(
-                    [{"name": p.name, "label": p.label, "modality": p.modality, **p.intensity()} for p in presets().values()], indent=2
-                )
-            )
+            _print_json([{"name": p.name, "label": p.label, "modality": p.modality, **p.intensity()} for p in presets().values()])
             return
         table = Table()
         for name in ("preset", "what", "modality", "level", "width"):
@@ -570,7 +566,7 @@ def _app() -> Any:
         """What runs here, and how fast."""
         findings = _doctor()
         if as_json:
-            print(json.dumps(findings, indent=2))
+            _print_json(findings)
             return
         console = Console()
         console.print(f"unetseg {__version__}, Python {findings['python']}, {findings['platform']}, {counted(findings['cores'], 'core')}")
@@ -761,7 +757,7 @@ def _dataset_app() -> Any:
         gone = dataset.clean() if clean else []
         problems = dataset.check(hashes)
         if as_json:
-            print(json.dumps([{"case": p.case, "what": p.what, "cure": p.cure} for p in problems], indent=2))
+            _print_json([{"case": p.case, "what": p.what, "cure": p.cure} for p in problems])
         else:
             for problem in problems:
                 print(problem)

@@ -1,8 +1,8 @@
 """What is installed for the worker and the training, what an installation would fetch, and PyTorch's own environment.
 
 Looking (check, plan_folder, own_environment) imports none of the packages looked for. What takes long is a generator of
-Steps: processes that the panel runs over QProcess and everything else with run(). This file needs the standard library
-alone, so that any Python 3.10 runs it: python -m UNetSegmentationLib.environment plan | pip | verify | remove.
+Steps: processes that the panel runs over QProcess. This file needs the standard library alone, so that any Python 3.10 runs it:
+python -m UNetSegmentationLib.environment plan | pip | verify | remove.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import ssl
 import subprocess
 import sys
@@ -489,18 +488,14 @@ class Package:
 class Plan:
     """What an installation would fetch. complete: no package is missing from the list, as far as could be found out.
 
-    problem: why not all that was asked for can be fetched, "" where it can.
+    problem: why not all of it can be fetched as far as is known (of PyTorch, its index may be blocked alone), "" where it can; a wheel
+    folder may have it then.
     """
 
     packages: tuple[Package, ...] = ()
     complete: bool = True
     problem: str = ""
     variant: str = ""  # of PyTorch
-
-    @property
-    def offline(self) -> bool:
-        """It cannot be fetched as far as is known (of PyTorch, its index may be blocked alone), but could come from a wheel folder."""
-        return bool(self.problem)
 
     def __str__(self) -> str:
         """onnxruntime 1.32.0, flatbuffers 25.12.19 and numpy 2.4.6 (45 MB)"""
@@ -676,10 +671,8 @@ def _certificates() -> ssl.SSLContext:
     if not context.cert_store_stats()["x509_ca"]:  # Slicer's OpenSSL knows no folder of certificates
         import importlib
 
-        try:
+        with suppress(ImportError, OSError):
             context.load_verify_locations(importlib.import_module("certifi").where())
-        except (ImportError, OSError):
-            pass
     return context
 
 
@@ -785,56 +778,6 @@ def pip_failure(done: Done) -> str:
 
 
 Steps = Generator[Step, Done, Any]
-
-
-def run(steps: Steps, progress: Callable[[float | None, str], None] | None = None, environment: Mapping[str, str] | None = None) -> Any:
-    """Run steps to the end, here and now, and return their result. environment: for the processes (default: this one's)."""
-    from .worker.client import child_environment, working_folder
-
-    try:
-        step = next(steps)
-        while True:
-            if progress is not None:
-                progress(None, step.text)
-            variables = variables_of(step, child_environment(step.command[0], environment))
-            step = steps.send(_run(step, variables, working_folder(), progress))
-    except StopIteration as e:
-        return e.value
-    finally:
-        steps.close()
-
-
-def _run(step: Step, variables: Mapping[str, str], folder: Path, progress: Callable[[float | None, str], None] | None) -> Done:
-    with tempfile.TemporaryFile() as log:
-        try:
-            child = subprocess.Popen(
-                step.command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=dict(variables),
-                cwd=folder,
-                **child_options(),
-            )
-        except OSError as e:
-            return Done(None, "", e.strerror or str(e))
-        lines: list[str] = []
-        pid = child.pid
-        with child:
-            assert child.stdout is not None
-            try:
-                for data in child.stdout:
-                    lines.append(data.decode("utf-8", "replace"))
-                    pid = child_pid(lines[-1]) or pid
-                    if progress is not None and (note := pip_progress(lines[-1])) != (None, ""):
-                        progress(note[0], note[1] or step.text)
-            except BaseException:
-                child.kill()
-                if pid != child.pid:
-                    os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
-                raise
-        log.seek(0)
-        return Done(child.returncode, "".join(lines), log.read().decode("utf-8", "replace"))
 
 
 def variables_of(step: Step, environment: Mapping[str, str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +106,6 @@ def _tidy(newest: Path) -> None:
     for _, n, path in sorted(found):
         if (left <= FILES and size <= BYTES) or Path(path) == newest:
             break
-        try:
+        with suppress(OSError):
             os.unlink(path)
-        except OSError:
-            pass
         left, size = left - 1, size - n

@@ -8,6 +8,7 @@ safetensors header. Nothing is ever unpickled.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -162,11 +163,7 @@ class Card:
 
     @cached_property
     def labels(self) -> tuple[Label, ...]:
-        out = []
-        for i, item in enumerate(self.data["labels"]):
-            color = tuple(item.get("color", DEFAULT_COLORS[i % len(DEFAULT_COLORS)]))
-            out.append(Label(item["value"], item["name"], color, item.get("terminology", {})))  # type: ignore[arg-type]
-        return tuple(out)
+        return tuple(Label.from_json({"color": c, **item}) for c, item in zip(itertools.cycle(DEFAULT_COLORS), self.data["labels"]))
 
     @property
     def postprocess(self) -> dict[str, Any]:

@@ -745,7 +745,7 @@ def show_dots(scene: Any, positive: bool, points: Sequence[Sequence[float]]) -> 
     """
     node = _dots(scene, positive)
     if not points:
-        _remove_dots(node)
+        remove_nodes([node])
         return
     if node is None:
         name, color = _DOTS[positive]
@@ -780,18 +780,12 @@ def show_dots(scene: Any, positive: bool, points: Sequence[Sequence[float]]) -> 
 
 
 def remove_dots(scene: Any) -> None:
-    for positive in _DOTS:
-        _remove_dots(_dots(scene, positive))
+    remove_nodes(_dots(scene, positive) for positive in _DOTS)
 
 
 def _dots(scene: Any, positive: bool) -> Any:
     nodes = _nodes(scene, "vtkMRMLMarkupsFiducialNode")
     return next((n for n in nodes if n.GetAttribute(DOTS_ATTRIBUTE) == _DOTS[positive][0]), None)
-
-
-def _remove_dots(node: Any) -> None:
-    if node is not None and node.GetScene() is not None:
-        _remove_node(node)
 
 
 def write_clicked_steps(

@@ -287,11 +287,11 @@ def training_folder() -> Path:
     raise UserError("The training's code (unetseg_training) is not installed; install UNetSegmentation again.")
 
 
-def _launch(folder: Path, python: str, environment: Mapping[str, str] | None) -> None:
+def _launch(folder: Path, python: str) -> None:
     """Start the job's process, which is nobody's child in what matters: it has its own session and no pipe of ours."""
     from .worker.client import child_environment, working_folder
 
-    variables = child_environment(python, environment)
+    variables = child_environment(python)
     paths = [str(training_folder()), *filter(None, [variables.get("PYTHONPATH")])]
     variables["PYTHONPATH"] = os.pathsep.join(paths)
     command = [python, "-m", "unetseg_training", *escape_arguments([str(folder.absolute())])]
@@ -324,11 +324,11 @@ def start(
     dataset: str | Path,
     base: ModelPackage | str | Path | None = None,
     options: Options = Options(),
-    python: str | None = None,
+    python: str = sys.executable,
     folder: str | Path | None = None,
 ) -> Job:
-    """Begin a retraining and return at once. base: a package with its weights, None: from scratch. python: one that has what
-    training needs (default: PyTorch's own environment where that is ready, else this one), with its variables.
+    """Begin a retraining and return at once. base: a package with its weights, None: from scratch. python: one that has what training
+    needs.
 
     folder: of the job (default: a new one in the dataset's "retrain"). Raises UserError for what can be seen to fail now.
     """
@@ -456,12 +456,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:64].strip("-") or "my-model"
 
 
-def resume(
-    job: Job,
-    python: str | None = None,
-    finish: bool = False,
-    launch: bool = True,
-) -> Job:
+def resume(job: Job, python: str = sys.executable, finish: bool = False, launch: bool = True) -> Job:
     """Go on with a job that was stopped or lost, or that failed, where it was; returns at once. finish: train no further, but
     make a package of the best so far. launch False: the caller is the process that goes on.
     UserError where it runs, or has nothing to go on with."""
@@ -492,15 +487,9 @@ def resume(
             raise
 
 
-def _go(folder: Path, python: str | None) -> Job:
-    environment: dict[str, str] | None = None
-    if python is None:
-        from .environment import training_python
-
-        python, variables = training_python()
-        environment = {**os.environ, **variables}
+def _go(folder: Path, python: str) -> Job:
     update(folder, python=python)
-    _launch(folder, python, environment)
+    _launch(folder, python)
     return read(folder)
 
 
@@ -554,10 +543,8 @@ def signs_of_life(folder: Path) -> Iterator[None]:
 
     def beat() -> None:
         while not over.wait(BEAT_S):
-            try:
+            with suppress(OSError):  # a network folder may be gone for a while
                 (folder / BEAT).touch()
-            except OSError:
-                pass  # a network folder may be gone for a while
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

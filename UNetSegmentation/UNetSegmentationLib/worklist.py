@@ -696,10 +696,8 @@ class WorkList:
                 raise Unchanged
             del record["claim"]
 
-        try:
+        with suppress(UserError):  # the claim's time ends by itself
             self._commit(free)
-        except UserError:
-            pass  # the claim's time ends by itself
 
     def clean(self) -> None:
         """Remove what killed programs left: results that the list does not name and that are older than a day."""

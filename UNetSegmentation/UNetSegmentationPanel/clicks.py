@@ -153,16 +153,8 @@ class ClickController(VTKObservationMixin):
 
         It says more than what was clicked before: of that only stays what it does not contradict.
         """
-        image, first = mrml.image_from_volume(self.volumeNode), tuple(int(v) for v in start)
-
-        def agrees(prompt: Prompt) -> bool:
-            if prompt[0] != "point":
-                return False
-            at = tuple(math.floor(v + 0.5) - a for v, a in zip(image.point_to_index(prompt[1:4])[::-1], first))
-            inside = all(0 <= i < n for i, n in zip(at, mask.shape)) and bool(mask[at])
-            return inside == prompt[4]
-
-        self.prompts = [*filter(agrees, self.prompts), ("mask", mask, first)]
+        first = tuple(int(v) for v in start)
+        self.prompts = [*mrml.agreeing(self.prompts, mask, first, self.volumeNode), ("mask", mask, first)]
         self._tell()
 
     def undo(self) -> bool:

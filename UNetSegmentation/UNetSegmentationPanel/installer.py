@@ -19,7 +19,7 @@ import qt
 import slicer
 from slicer.i18n import tr as _
 from UNetSegmentationLib import environment
-from UNetSegmentationLib.environment import Done, OwnEnvironment, Plan, Step
+from UNetSegmentationLib.environment import Done, Plan, Step
 from UNetSegmentationLib.image import UserError
 from UNetSegmentationLib.worker.client import child_environment, find_python
 
@@ -122,7 +122,7 @@ def _plan(wanted: Sequence[str], ask: Callable[[str], bool], problem: str = "") 
         found = _lookUp(wanted)
         if found is None:
             return None
-        if not found.offline:
+        if not found.problem:
             setWheelFolder("")
             return found, ""
         problem = f"{problem} {found.problem}".strip()
@@ -350,14 +350,9 @@ def shutdown() -> None:
 # ------------------------------------------------------------------------------------------------------------------ PyTorch
 
 
-def torchEnvironment() -> OwnEnvironment:
-    """PyTorch's own environment, with its status, device and size; nothing is started for it."""
-    return environment.own_environment()
-
-
 def describeTorch() -> str:
     """One line about it for the panel."""
-    own = torchEnvironment()
+    own = environment.own_environment()
     if own.status == "ready":
         return _("PyTorch {version} on {device}, {size}").format(version=own.torch, device=own.device, size=environment.megabytes(own.size))
     if own.status == "broken":
@@ -369,59 +364,33 @@ def describeTorch() -> str:
     return _("Not installed")
 
 
-def planTorch(
-    onProgress: Callable[[float | None, str], Any],
-    onDone: Callable[[Plan], Any],
-    onError: Callable[[str], Any],
-    onCancelled: Callable[[], Any],
-) -> Job:
-    """Find out what createTorch() would fetch: onDone(plan), with str(plan) to ask about and plan.variant to go on with."""
-    return Job(environment.plan_torch_steps(find_python(), "auto", _torchWheels()), onProgress, onDone, onError, onCancelled)
+def planTorch(*answers: Any) -> Job:
+    """Find out what createTorch() would fetch: onDone(plan), with str(plan) to ask about and plan.variant to go on with. answers: as
+    of Job, here and below."""
+    return Job(environment.plan_torch_steps(find_python(), "auto", _torchWheels()), *answers)
 
 
-def createTorch(
-    onProgress: Callable[[float | None, str], Any],
-    onDone: Callable[[OwnEnvironment], Any],
-    onError: Callable[[str], Any],
-    onCancelled: Callable[[], Any],
-    variant: str = "auto",
-) -> Job:
+def createTorch(*answers: Any, variant: str = "auto", training: bool = False) -> Job:
     """Make PyTorch's own environment, with Slicer's Python; the worker is to be shut down before, and renewWorker() to follow."""
     python = find_python()
-    steps = environment.create_steps(python, variant, _torchWheels())
-    return Job(steps, onProgress, onDone, onError, onCancelled, cleanup=lambda: _removeHalfMade(python))
+    return Job(environment.create_steps(python, variant, _torchWheels(), training), *answers, cleanup=lambda: _removeHalfMade(python))
 
 
-def planTraining(
-    onProgress: Callable[[float | None, str], Any],
-    onDone: Callable[[Plan], Any],
-    onError: Callable[[str], Any],
-    onCancelled: Callable[[], Any],
-) -> Job:
+def planTraining(*answers: Any) -> Job:
     """Find out what installTraining() would fetch: PyTorch's own environment with all that training needs, or what that lacks of
     it. onDone(plan), with str(plan) to ask about."""
-    own = torchEnvironment()
+    own = environment.own_environment()
     if own.status == "ready":
-        steps: environment.Steps = environment.plan_training_steps(own, _torchWheels())
-    else:
-        steps = environment.plan_torch_steps(find_python(), "auto", _torchWheels(), training=True)
-    return Job(steps, onProgress, onDone, onError, onCancelled)
+        return Job(environment.plan_training_steps(own, _torchWheels()), *answers)
+    return Job(environment.plan_torch_steps(find_python(), "auto", _torchWheels(), training=True), *answers)
 
 
-def installTraining(
-    plan: Plan,
-    onProgress: Callable[[float | None, str], Any],
-    onDone: Callable[[OwnEnvironment], Any],
-    onError: Callable[[str], Any],
-    onCancelled: Callable[[], Any],
-) -> Job:
+def installTraining(plan: Plan, *answers: Any) -> Job:
     """Install what planTraining() found; renewWorker() is to follow."""
-    own = torchEnvironment()
+    own = environment.own_environment()
     if own.status == "ready":
-        return Job(environment.add_training_steps(own, _torchWheels()), onProgress, onDone, onError, onCancelled)
-    python = find_python()
-    steps = environment.create_steps(python, plan.variant or "auto", _torchWheels(), training=True)
-    return Job(steps, onProgress, onDone, onError, onCancelled, cleanup=lambda: _removeHalfMade(python))
+        return Job(environment.add_training_steps(own, _torchWheels()), *answers)
+    return createTorch(*answers, variant=plan.variant or "auto", training=True)
 
 
 def _torchWheels() -> str | None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,10 +144,8 @@ class ViewClicks:
         for interactor, view, tags in observed:
             for tag in tags:
                 interactor.RemoveObserver(tag)
-            try:
+            with suppress(ValueError):  # PythonQt's, of a view whose node has left the scene
                 view.unsetViewCursor()
-            except ValueError:  # PythonQt's, of a view whose node has left the scene
-                pass
 
     def _heard(self, interactor: Any, event: str, widget: Any, tags: list[int]) -> None:
         mode = slicer.mrmlScene.GetNodeByID("vtkMRMLInteractionNodeSingleton")
@@ -657,13 +656,6 @@ class NoduleTool(VTKObservationMixin):
             points[positive].append((-x, -y, z))
         for positive, wanted in points.items():
             mrml.show_dots(self.volume.GetScene(), positive, wanted)
-
-
-def former(volume: Any) -> Any:
-    """The segmentation that nodules of this volume were clicked into before, or None."""
-    from UNetSegmentationLib import mrml
-
-    return mrml.find_nodules(volume)
 
 
 def scanOf(segmentation: Any) -> Any:

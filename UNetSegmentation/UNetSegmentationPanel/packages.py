@@ -31,9 +31,11 @@ class TorchRow:
 
     def show(self, busy: bool = False) -> None:
         """busy: a run goes on, which needs what is installed."""
-        from .installer import describeTorch, torchEnvironment, torchExtension
+        from UNetSegmentationLib.environment import own_environment
 
-        ui, status = self.ui, torchEnvironment().status
+        from .installer import describeTorch, torchExtension
+
+        ui, status = self.ui, own_environment().status
         ready, self._through = status == "ready", status == "none" and torchExtension()
         version = self._slicersTorch() if not ready else ""
         there = _("PyTorch {version} in Slicer's Python").format(version=version) if version else describeTorch()
@@ -91,12 +93,14 @@ class TorchRow:
         self._onEnd(text)
 
     def _onClicked(self) -> None:
+        from UNetSegmentationLib.environment import own_environment
+
         from . import installer
 
         if self._job is not None:
             self._job.cancel()
             return
-        own = installer.torchEnvironment()
+        own = own_environment()
         if own.status == "none" and installer.torchExtension():
             self._installInSlicer()
         elif own.status == "busy":
@@ -153,7 +157,7 @@ class TorchRow:
         from . import installer
 
         # The job that is over is kept during the question, so that nobody else begins meanwhile.
-        if plan.offline:
+        if plan.problem:
             self._onFailed(plan.problem, offline=True)
             return
         question = _("Download and install {what}? It gets a folder of its own; nothing of Slicer's Python changes.").format(what=plan)
@@ -177,10 +181,12 @@ class TorchRow:
         self._say(text if fraction is None else f"{text} ({100 * fraction:.0f} %)")
 
     def _onEnd(self, text: str) -> None:
-        from .installer import renewWorker, torchEnvironment
+        from UNetSegmentationLib.environment import own_environment
+
+        from .installer import renewWorker
 
         renewWorker()
-        self._job, self._said, self._of = None, text, torchEnvironment().status
+        self._job, self._said, self._of = None, text, own_environment().status
         if not self._closed:
             self._changed()
 

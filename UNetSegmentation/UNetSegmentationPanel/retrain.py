@@ -405,7 +405,7 @@ class RetrainSection(VTKObservationMixin):
         from . import installer
 
         # The job that is over is kept during the question, so that nobody else begins meanwhile.
-        if plan.offline:
+        if plan.problem:
             self._onInstallFailed(plan.problem, offline=True)
             return
         question = _("To train, {what} must be downloaded and installed, in a folder of its own. Do it now?").format(what=plan)

@@ -311,11 +311,10 @@ class Comparison:
 
 def discard(found: Mapping[str, Any], folder: Path) -> None:
     """The arrays of an answer to "compare"."""
+    from UNetSegmentationLib.worker.protocol import remove_files
+
     for name in (found["image"]["file"], *found["masks"].values()):
-        try:
-            (folder / name).unlink(missing_ok=True)
-        except OSError:
-            pass  # Windows, while it is mapped: with its folder, in the end
+        remove_files(folder, name)
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -653,10 +654,8 @@ class ChildProcess:
         # Not another process, which has its id since it ended: Windows gives one again at once.
         pid, mark = self._workerPid, self._workerMark
         if pid is not None and self.launched and mark is not None and process_mark(pid) == mark:
-            try:
+            with suppress(OSError):
                 os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows: TerminateProcess
-            except OSError:
-                pass
 
     def _readOutput(self) -> None:
         data = self._process.readAllStandardOutput().data()

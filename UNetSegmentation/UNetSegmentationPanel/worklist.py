@@ -949,11 +949,10 @@ class WorkListSection:
 
 
 def _removeArrays(scan: dict[str, Any], folder: Path) -> None:
+    from UNetSegmentationLib.worker.protocol import remove_files
+
     for name in filter(None, [*(c["file"] for c in scan["channels"]), scan["mask"]]):
-        try:
-            (folder / name).unlink(missing_ok=True)
-        except OSError:
-            pass  # Windows, while it is mapped: with its folder, in the end
+        remove_files(folder, name)
 
 
 def _stamp(segmentation: Any) -> int:

@@ -16,6 +16,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -300,18 +301,14 @@ def find_cases(
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-class _named:
+@contextmanager
+def _named(case: Case) -> Iterator[None]:
     """Puts the case's name before a UserError raised inside."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, UserError):
-            same = kind if kind in (Mismatch, UnknownLabel) else UserError
-            raise same(f"Case {self.case.name}: {error}") from error
+    try:
+        yield
+    except UserError as e:
+        same = type(e) if type(e) in (Mismatch, UnknownLabel) else UserError
+        raise same(f"Case {case.name}: {e}") from e
 
 
 def stem(path: Path) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -209,13 +209,11 @@ def _tile(axes: Any, case_set: CaseSet, case: Case) -> None:
 # -------------------------------------------------------------------------------------------------------------- search
 
 
-def check(case_set: CaseSet, progress: Callable[[float, str], object] | None = None) -> Report:
+def check(case_set: CaseSet) -> Report:
     """Read every case and say what is wrong with it, with all of them, and with their splits."""
     findings: list[Finding] = []
     facts: list[Facts] = []
-    for i, case in enumerate(case_set.cases):
-        if progress:
-            progress(i / len(case_set.cases), case.name)
+    for case in case_set.cases:
         try:
             facts.append(_facts(case_set, case, findings))
         except UserError as e:
@@ -449,18 +447,16 @@ def run(
     only: Sequence[str] = (),
     foreground: bool = False,
     channels: Sequence[str] = (),
-    quiet: bool = False,
-    progress: Callable[[float, str], object] | None = None,
 ) -> int:
     """What `unetseg-train check` does: find the cases, print the table, write JSON and picture; the number of errors."""
     if picture and not str(picture).lower().endswith(".png"):
         raise UserError(f"{picture} would not be a PNG; end the picture's name in .png.")
-    report = check(find_cases(path, layout, patient=patient, only=only, foreground=foreground, channels=channels), progress)
+    report = check(find_cases(path, layout, patient=patient, only=only, foreground=foreground, channels=channels))
     if str(json_file) == "-":
         print(report.json())
-    elif json_file:
-        write_text(json_file, report.json())
-    if not quiet and str(json_file) != "-":
+    else:
+        if json_file:
+            write_text(json_file, report.json())
         print(report.table())
     if picture:
         report.picture(picture)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,10 +85,8 @@ def _memory() -> int:
     except (AttributeError, ValueError, OSError):
         return 8 << 30  # what a laptop has at least
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
+        with suppress(OSError, ValueError):
             total = min(total, int(Path(name).read_text()))
-        except (OSError, ValueError):
-            pass
     return total
 
 

@@ -8,6 +8,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -411,7 +412,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         if not target.segmentId:
             self._addSegment(target, not self._chosen().segmentId)  # another one may be selected by now
         modes = slicer.qSlicerSegmentEditorAbstractEffect
-        with Unmasked(editor):
+        with _unmasked(editor):
             for labelmap, mode in ((edit.removed, modes.ModificationModeRemove), (edit.added, modes.ModificationModeAdd)):
                 if labelmap is not None:
                     self.scriptedEffect.modifySegmentByLabelmap(target.segmentation, target.segmentId, labelmap, mode)
@@ -650,32 +651,21 @@ def _seen(target: Target) -> tuple[Any, ...]:
     from UNetSegmentationLib import mrml
 
     segment = target.segmentation.GetSegmentation().GetSegment(target.segmentId)
-    return _changed(segment), mrml.place_in(target.segmentation, target.volume), target.volume.GetImageData().GetDimensions()
+    return mrml.label_of(segment)[1:], mrml.place_in(target.segmentation, target.volume), target.volume.GetImageData().GetDimensions()
 
 
-def _changed(segment: Any) -> Any:
-    """Changes with the segment's voxels, or with those of its layer. VTK's times are unique in the application."""
-    labelmap = segment.GetRepresentation(slicer.vtkSegmentationConverter.GetBinaryLabelmapRepresentationName())
-    return (labelmap.GetMTime() if labelmap is not None else 0), segment.GetLabelValue()
-
-
-class Unmasked:
+@contextmanager
+def _unmasked(editor: Any) -> Generator[None, None, None]:
     """While its masking, which was heeded already, is off, the editor takes what it is given."""
-
-    def __init__(self, editor: Any) -> None:
-        self._editor = editor
-
-    def __enter__(self) -> None:
-        editor = self._editor
-        self._mode, self._range = editor.GetMaskMode(), editor.GetSourceVolumeIntensityMask()
-        self._was = editor.StartModify()
-        editor.SetMaskMode(slicer.vtkMRMLSegmentationNode.EditAllowedEverywhere)
-        editor.SetSourceVolumeIntensityMask(False)
-
-    def __exit__(self, *_unused: Any) -> None:
-        self._editor.SetMaskMode(self._mode)
-        self._editor.SetSourceVolumeIntensityMask(self._range)
-        self._editor.EndModify(self._was)
+    mode, ranged, was = editor.GetMaskMode(), editor.GetSourceVolumeIntensityMask(), editor.StartModify()
+    editor.SetMaskMode(slicer.vtkMRMLSegmentationNode.EditAllowedEverywhere)
+    editor.SetSourceVolumeIntensityMask(False)
+    try:
+        yield
+    finally:
+        editor.SetMaskMode(mode)
+        editor.SetSourceVolumeIntensityMask(ranged)
+        editor.EndModify(was)
 
 
 class Dots:

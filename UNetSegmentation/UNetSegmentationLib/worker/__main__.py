@@ -28,16 +28,16 @@ def main() -> int:
 
         activate()
         if desk:
-            from .desk import serve
+            from .desk import Desk as Program
         else:
-            from .server import serve
+            from .server import Server as Program  # type: ignore[assignment]
     except Exception as e:
         name = (getattr(e, "name", None) or "").split(".")[0]
         what = f"lacks the package {name}" if isinstance(e, ModuleNotFoundError) and name else f"cannot load the worker ({e})"
         text = f"The Python at {sys.executable} {what}; install the requirements again or choose another Python."
         os.write(sink, b"\n" + json.dumps({"event": "error", "id": None, "kind": "user", "error": text}).encode() + b"\n")
         return 1
-    return serve(source, sink, unescape_arguments(sys.argv[1:]))
+    return Program.serve(source, sink, unescape_arguments(sys.argv[1:]))
 
 
 if __name__ == "__main__":

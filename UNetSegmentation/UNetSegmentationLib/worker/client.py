@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -541,11 +542,9 @@ class WorkerClient:
         with self._calls:
             self._closed = True
             if self._process is not None:
-                try:
+                with suppress(OSError, ValueError, subprocess.TimeoutExpired):
                     self._process.stdin.write(dumps({"op": "shutdown"}))  # type: ignore[union-attr]
                     self._process.wait(1)
-                except (OSError, ValueError, subprocess.TimeoutExpired):
-                    pass
                 self._kill()
             remove_folder(self.folder)
 
@@ -592,20 +591,16 @@ class WorkerClient:
 
     def _write(self, data: bytes) -> None:
         assert self._process is not None and self._process.stdin is not None
-        try:
+        with suppress(OSError):  # it died: the end of its stdout follows whatever it still had to say
             while data:
                 data = data[self._process.stdin.write(data) or 0 :]
-        except OSError:
-            pass  # it died: the end of its stdout follows whatever it still had to say
 
     def _died(self) -> None:
         """The worker's pipe is closed: raise the sentence that says why."""
         process = self._process
         assert process is not None
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(1)
-        except subprocess.TimeoutExpired:
-            pass
         code = process.poll()
         launched = self.session.pid not in (None, process.pid)
         self._kill()
@@ -628,10 +623,8 @@ class WorkerClient:
                 process.kill()
             process.wait()
         assert process.stdin is not None
-        try:
+        with suppress(OSError):
             process.stdin.close()  # the other two are closed by the threads that read them
-        except OSError:
-            pass
         remove_files(self.folder, "result-*")
 
     def _call(

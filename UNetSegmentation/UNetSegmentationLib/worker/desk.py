@@ -16,11 +16,10 @@ unasked    {"event": "starting", "pid"}, {"event": "hello", "pid"}; {"event": "r
 from __future__ import annotations
 
 import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,25 +47,14 @@ from .protocol import (
     save_array,
     strings,
 )
-from .server import Program, _failure, private_folder
+from .server import Program, _failure
 
 _TOLD_S = 0.2
 _MOST_NAMES = 12
 _MOST_AWAY = 20  # scans that cannot be read here, before the person is told instead of looking further
 
 
-def serve(source: int, sink: int, arguments: Sequence[str]) -> int:
-    try:
-        folder, parent = private_folder(arguments[0]), int(arguments[1])
-    except (IndexError, ValueError, OSError) as e:
-        print(f"The work list's program is started by its client, with a folder and a process id: {e}", file=sys.stderr)
-        return 2
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shared terminal is the client's to answer
-    _Desk(source, sink, folder, parent).run()
-    return 0
-
-
-class _Desk(Program):
+class Desk(Program):
     def __init__(self, source: int, sink: int, folder: Path, parent: int) -> None:
         super().__init__(source, sink, folder, parent)
         self._me = Annotator.here(pid=parent)  # whose scans are free again when Slicer is gone
@@ -94,10 +82,8 @@ class _Desk(Program):
             if time.monotonic() - renewed > LEASE / 6:
                 renewed = time.monotonic()
                 for folder in list(self._lists):
-                    try:
+                    with suppress(UserError):  # the network folder may come back in time
                         WorkList.open(folder).renew(self._me)
-                    except UserError:
-                        pass  # the network folder may come back in time
         self._leave()
 
     def _answer(self, line: bytes | None) -> None:
@@ -188,10 +174,8 @@ class _Desk(Program):
         """A scan's voxels, channel by channel, what was found in it, and what a panel must know to show and to add it."""
         found = mask = None
         if scan.mask is not None:
-            try:
+            with suppress(UserError):  # lost or cut short: the scan alone can be corrected too
                 found = read_mask(scan.mask, image)
-            except UserError:
-                found = None  # lost or cut short: the scan alone can be corrected too
         channels = [self._channel(image, channel) for channel in image.channels]
         if found is not None and found[0].any():
             mask = self._mask(found[0])
@@ -267,7 +251,7 @@ class _Desk(Program):
         self._segmenter = _Segmenter(self, work.folder, models, options, former)
         return self._done(work, todo=todo)
 
-    _OPS: ClassVar[dict[str, Callable[[_Desk, dict[str, Any]], dict[str, Any]]]] = {
+    _OPS: ClassVar[dict[str, Callable[[Desk, dict[str, Any]], dict[str, Any]]]] = {
         "open": _open,
         "status": _open,
         "add": _add,
@@ -285,7 +269,7 @@ class _Segmenter:
     the former one, which holds a scan until it has read it or is through with a tile."""
 
     def __init__(
-        self, desk: _Desk, folder: Path, models: Sequence[ModelPackage], options: Options, former: _Segmenter | None = None
+        self, desk: Desk, folder: Path, models: Sequence[ModelPackage], options: Options, former: _Segmenter | None = None
     ) -> None:
         self._desk, self._folder, self._models, self._options, self._former = desk, folder, models, options, former
         self._free, self._halted = threading.Event(), False

@@ -184,10 +184,8 @@ def save_array(folder: Path, name: str, array: np.ndarray) -> Steps[str]:
                 yield
         move_file(part, path)
     except BaseException as e:
-        try:
+        with suppress(OSError):
             part.unlink(missing_ok=True)
-        except OSError:
-            pass
         if isinstance(e, OSError):
             raise UserError(f"The temporary folder {folder} cannot hold the volume ({e.strerror or e}); free some disk space.") from e
         raise
@@ -247,10 +245,8 @@ def remove_files(folder: Path, pattern: str = "*") -> None:
     """Delete arrays of the protocol, and nothing else that may lie there."""
     for path in list(folder.glob(pattern)):
         if _FILE.fullmatch(path.name.removesuffix(_PART)):
-            try:
+            with suppress(OSError):  # Windows, while it is mapped: with its folder, in the end
                 path.unlink(missing_ok=True)
-            except OSError:
-                pass
 
 
 def remove_folder(folder: Path) -> None:

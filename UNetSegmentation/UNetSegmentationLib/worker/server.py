@@ -69,19 +69,6 @@ _NO_MEMORY = "There was not enough memory; close other programs and try again (a
 Stamp = tuple[str, int, int]
 
 
-def serve(source: int, sink: int, arguments: Sequence[str]) -> int:
-    """Serve the client on the other end of two file descriptors until it goes; arguments: its folder and process id."""
-    try:
-        folder, parent = private_folder(arguments[0]), int(arguments[1])
-    except (IndexError, ValueError, OSError) as e:
-        print(f"The worker is started by its client, with a folder and a process id: {e}", file=sys.stderr)
-        return 2
-    faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shared terminal is the client's to answer
-    _Server(source, sink, folder, parent).run()
-    return 0
-
-
 def private_folder(name: str | Path) -> Path:
     """ValueError where it is not a folder of this user's alone that a client made."""
     folder = Path(name)
@@ -110,6 +97,22 @@ class Program:
         self._writing = threading.Lock()
         threading.Thread(target=_remove_abandoned, args=(folder.parent,), daemon=True).start()
 
+    @classmethod
+    def serve(cls, source: int, sink: int, arguments: Sequence[str]) -> int:
+        """Serve the client on the other end of two file descriptors until it goes; arguments: its folder and process id."""
+        try:
+            folder, parent = private_folder(arguments[0]), int(arguments[1])
+        except (IndexError, ValueError, OSError) as e:
+            print(f"The worker is started by its client, with a folder and a process id: {e}", file=sys.stderr)
+            return 2
+        faulthandler.enable()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shared terminal is the client's to answer
+        cls(source, sink, folder, parent).run()
+        return 0
+
+    def run(self) -> None:
+        raise NotImplementedError
+
     def _write(self, data: bytes) -> None:
         with self._writing:
             try:
@@ -131,7 +134,7 @@ class Program:
         os._exit(0)
 
 
-class _Server(Program):
+class Server(Program):
     def __init__(self, source: int, sink: int, folder: Path, parent: int) -> None:
         super().__init__(source, sink, folder, parent)
         self._launcher = os.getppid()  # the client, or what stands between it and this process
@@ -386,7 +389,7 @@ class _Server(Program):
         return {"event": "done", "summary": dataset.summary()}
 
     # What the main thread does: each takes the request's id and message, and returns the answer or raises.
-    _OPS: ClassVar[dict[str, Callable[[_Server, int, dict[str, Any]], dict[str, Any]]]] = {
+    _OPS: ClassVar[dict[str, Callable[[Server, int, dict[str, Any]], dict[str, Any]]]] = {
         "load_volume": _load_volume,
         "unload_volume": _unload_volume,
         "predict": _predict,
@@ -500,19 +503,14 @@ def _failure(error: Exception) -> dict[str, Any]:
     if any(isinstance(e, MemoryError) or OUT_OF_MEMORY.search(str(e)) for e in chain):
         text = str(error) if isinstance(error, UserError) and type(chain[-1]).__module__.startswith("torch") else _NO_MEMORY
         return {"event": "error", "kind": "memory", "error": text}
-    if not isinstance(error, (UserError, ProtocolError)) or isinstance(error.__cause__, ImportError):
+    expected = isinstance(error, (UserError, ProtocolError))
+    if not expected or isinstance(error.__cause__, ImportError):
         print("".join(traceback.format_exception(error))[-_MAX_TRACEBACK:], file=sys.stderr, flush=True)
-    if isinstance(error, Objection):
-        return {"event": "error", "kind": "user", "error": str(error), "objection": error.kind}
-    if isinstance(error, UserError):
-        return {"event": "error", "kind": "user", "error": str(error)}
-    if isinstance(error, ProtocolError):
-        return {"event": "error", "kind": "internal", "error": str(error)}
-    return {
-        "event": "error",
-        "kind": "internal",
-        "error": f"Something unexpected went wrong ({type(error).__name__}: {str(error)[:200]}); please report it with the log.",
-    }
+    text = str(error)
+    if not expected:
+        text = f"Something unexpected went wrong ({type(error).__name__}: {text[:200]}); please report it with the log."
+    told = {"event": "error", "kind": "user" if isinstance(error, UserError) else "internal", "error": text}
+    return told | ({"objection": error.kind} if isinstance(error, Objection) else {})
 
 
 def _watch_parent(pid: int) -> Callable[[], bool]:
