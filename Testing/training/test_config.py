@@ -71,7 +71,7 @@ def test_one_sentence_for_what_is_wrong(change, words):
 
 def test_files_that_are_no_configuration(tmp_path):
     for run in (tmp_path, tmp_path / "runn"):
-        with pytest.raises(UserError, match=f"make it with: unetseg-train plan DATA -o {re.escape(str(run))}\\."):
+        with pytest.raises(UserError, match=f"; unetseg-train plan DATA -o {re.escape(str(run))} makes it\\."):
             c.read(run)
     path = tmp_path / "config.yaml"
     for text, words in (

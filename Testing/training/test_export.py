@@ -164,8 +164,8 @@ def test_the_bundled_models_have_cards_that_can_be_read():
     for name in ("hippocampus-3d", "lung-nodule-2d", "lung-nodule-click"):
         text = markdown(find_model(name))
         assert "| label | Dice |" in text and "Not for diagnosis" in text and "None" not in text
-        place = "" if name == "hippocampus-3d" else "--at R,A,S"
-        assert all(word in text for word in (f"-m {find_model(name).path.name}", place, "-o MASK.nii.gz"))
+        assert all(word in text for word in (f"-m {find_model(name).path.name}", "--at R,A,S", "-o MASK.nii.gz"))
+        assert ("not for whole images" in text) == (name != "lung-nodule-click")
 
 
 def test_a_bundled_model_equals_pytorch_on_a_real_case(data, tmp_path):

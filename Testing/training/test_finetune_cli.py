@@ -15,6 +15,7 @@ from unetseg_training.cases import find_cases  # noqa: E402
 from unetseg_training.config import parse  # noqa: E402
 from unetseg_training.plan import plan  # noqa: E402
 from unetseg_training.train import train  # noqa: E402
+from UNetSegmentationLib import training  # noqa: E402
 from UNetSegmentationLib.dataset import Dataset  # noqa: E402
 from UNetSegmentationLib.engines.torch import load_network  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
@@ -162,6 +163,17 @@ def test_bad_input_is_a_sentence(command, base, tmp_path, words, told):
     data = balls(tmp_path / "new", 2, [BRIGHT], ["MR"])
     code, _, err = command("finetune", data, *(w.format(tmp=tmp_path, base=base, data=data) for w in words))
     assert code == 2 and told in err and err.strip().count("\n") <= 1
+
+
+def test_a_retraining_whose_cases_cannot_be_read_leaves_nothing(command, base, tmp_path):
+    scans = balls(tmp_path, 2, [BRIGHT], ["MR"]).parent / "plain" / "images"
+    before = sorted(scans.rglob("*"))
+    code, out, err = command("finetune", scans, "--from", base)
+    told = err.removeprefix("unetseg-train: ").strip()
+    assert code == 2 and "annotated cases" in told and told not in out and sorted(scans.rglob("*")) == before
+    other = training.create(scans).folder
+    training.end(other, "stopped", "Stopped.")
+    assert command("finetune", scans, "--from", base)[0] == 2 and [job.folder for job in training.jobs(scans)] == [other]
 
 
 # -------------------------------------------------------------------------------------------------- another task: the heart

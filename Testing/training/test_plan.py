@@ -219,6 +219,15 @@ def test_a_step_is_measured_here():
     assert 0 < _measured(net, 2, 1, 2, (32, 32), 2, "32", False) < 60
 
 
+def test_a_model_of_crops_that_goes_on_with_whole_scans_is_no_longer_one_of_crops():
+    """In a ROI it was shown only that, and was worse than its base."""
+    card = find_model("hippocampus-3d").card
+    names, base = tuple(label.name for label in card.labels), (card, UNetConfig.from_json(card.data["network"]))
+    crops, heads = (of(cases(labels=names, shape=(40, 50, n)), base=base) for n in (60, 100))
+    assert (crops.config.model.extent, heads.config.model.extent) == ("box", "content")
+    assert "model.extent" not in crops.reasons and "100 mm long" in heads.reasons["model.extent"]
+
+
 def test_fine_tuning_keeps_the_padding_of_its_base():
     card = find_model("hippocampus-3d").card
     network = UNetConfig.from_json(card.data["network"])

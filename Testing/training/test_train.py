@@ -113,7 +113,7 @@ def test_a_run_of_an_earlier_version_keeps_its_figures(config, tmp_path):
     """Its record does not name what came later."""
     job, old = Mock(record={"config": json.loads(config.model_dump_json())}), json.loads(config.model_dump_json())
     del old["model"]["extent"]
-    for said, kept in ((old, True), ({**old, "model": {**old["model"], "extent": "box"}}, False)):
+    for said, kept in ((old, True), ({**old, "model": {**old["model"], "roi_mm": 50}}, False)):
         (tmp_path / "metrics.json").write_text("{}")
         t._describe(job, tmp_path, {"config": said})
         assert (tmp_path / "metrics.json").exists() == kept
@@ -131,6 +131,25 @@ def test_a_case_is_made_of_what_the_model_will_be_shown(config):
     assert all(np.array_equal(got[k], alone[k]) for k in alone)
     assert p.compute(padded, wide, whole, "x")["values"].shape != alone["values"].shape and p.key(shown, "") != p.key(whole, "")
     assert shown.card()["extent"] == "content" and "extent" not in whole.card()
+
+
+def test_what_a_training_depends_on_is_not_changed_in_it(config, dataset, tmp_path):
+    def go_on(epochs=2, **model):
+        base = config.model_copy(update={"model": config.model.model_copy(update=model)})
+        return t.train(replace_fit(base, epochs=3, minutes=1e-6 if epochs == 1 else None), tmp_path / "run", cache=tmp_path / "cache")
+
+    go_on(1)
+    record = json.loads((tmp_path / "run" / t.RUN).read_text("utf-8"))
+    del record["config"]["model"]["extent"]  # of an earlier version
+    (tmp_path / "run" / t.RUN).write_text(json.dumps(record), "utf-8")
+    step = {"postprocess": {"largest_component": True}}
+    for change in ({"task": "click"}, {"extent": "content"}, step):
+        with pytest.raises(UserError, match=rf"trained with other settings \(model\.{next(iter(change))}\)"):
+            go_on(**change)
+    assert go_on(tta="flips").epoch >= 0
+    go_on(**step)  # ended, it is what is done with its masks
+    with pytest.raises(UserError, match=r"other settings \(model\.extent\)"):
+        go_on(extent="box")
 
 
 @pytest.mark.parametrize("spacing", [[1, 1, 1.5], [1.4, 1.3, 1.7]])
@@ -805,6 +824,20 @@ def test_minutes_are_minutes(config, tmp_path):
     for keeper.seconds in (119.0, 121.0):
         late.append(keeper.late())
     assert late == [False, True]
+
+
+def test_of_several_processes_one_says_when_time_is_up(config, tmp_path, monkeypatch):
+    """By their own clocks one had stopped, and the others waited for it without end."""
+    keeper, module = t.Keeper(tmp_path, replace_fit(config, minutes=1).fit), Mock()
+    module.model.parameters.return_value, module.average.state_dict.return_value = [], {}
+    module.job.validator, module.last_scores = None, {}
+    module.job.network.to_json.return_value = {}
+    for own, first in ((0, True), (1000, False)):
+        trainer = Mock(current_epoch=0, should_stop=False, callback_metrics={}, is_global_zero=False)
+        trainer.strategy.broadcast.return_value = first
+        keeper.seconds, keeper._since = own, time.monotonic()
+        keeper.on_train_epoch_end(trainer, module)
+        assert keeper.late() != first and trainer.should_stop == first
 
 
 def test_a_network_in_training_is_scored_as_it_will_be_used():

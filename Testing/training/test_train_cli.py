@@ -1,6 +1,7 @@
 """The command `unetseg-train`, from a dataset to a report, and one sentence with exit code 2 for bad input."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ torch = pytest.importorskip("torch")
 for name in ("typer", "rich", "monai", "pydantic", "lightning", "yaml"):
     pytest.importorskip(name)
 import lightning  # noqa: E402
-from test_train import emptied, environment, write_cases  # noqa: E402
+from test_train import ROOT, emptied, environment, write_cases  # noqa: E402
 from unetseg_training import cli, watch  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
 from unetseg_training.train import find, load_run  # noqa: E402
@@ -248,7 +249,8 @@ def test_two_devices_from_the_command_line(run):
     "words, told",
     [
         (("plan", "nowhere", "-o", "x"), "nowhere"),
-        (("fit", "nowhere"), "make it with: unetseg-train plan"),
+        (("fit", "nowhere"), "unetseg-train plan DATA -o nowhere"),
+        (("jobs", "nowhere"), "nowhere does not exist; check the name"),
         (("fit", "{run}", "--fold", "7"), "--fold must be 0 to 1, or all, not '7'"),
         (("fit", "{run}", "--seed", "one"), "--seed must be whole numbers"),
         (("fit", "{run}", "--resume", "--restart"), "exclude each other"),
@@ -265,6 +267,22 @@ def test_bad_input_is_one_sentence(command, run, monkeypatch, tmp_path, words, t
     code, _, err = command(*(w.format(run=run) for w in words))
     assert code == 2 and err.startswith("unetseg-train: ") and told in err and err.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("lacks", [("onnx", "scipy"), None])
+def test_what_is_not_installed_is_named_with_what_installs_it(command, monkeypatch, lacks):
+    """In an environment that has the command line, as `make demo` makes it."""
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]["train"]
+    lacks = lacks or {re.split(r"[\[>]", need)[0] for need in needs} - {"unet-segmentation", "tensorboard"}
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name.replace("yaml", "pyyaml") in lacks else name)
+    code, _, _ = command("fit", "RUN")
+    named, cure = code.split(" not installed; ")
+    assert {*lacks} <= {*named.removeprefix("unetseg-train: ").split(", ")}
+    pinned = "torch==2.13.0 " if "torch" in lacks else ""
+    assert cure == f'run, in a clone of the repository: {sys.executable} -m pip install {pinned}".[train]"'
+    code, out, err = command("finetune", "--help")
+    assert code == 0 and all(t in " ".join(out.split()) for t in ("without it, from scratch", "Default: quick; with -o, full")), err
 
 
 def test_a_file_that_cannot_be_opened_is_one_sentence(command, tmp_path):

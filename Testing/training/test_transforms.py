@@ -201,6 +201,20 @@ def test_a_slice_comes_with_its_neighbours_and_the_last_ones_repeat():
         assert cut(case, (z, 10, 10), config, (0, 0))["image"][:, 8, 8].tolist() == seen
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_beyond_the_edge_lies_what_predict_shows_there(dims):
+    """The mirror, of one target over two pixels only, and its labels."""
+    values = np.arange(5 * 6 * 7).reshape(5, 6, 7)
+    case = prepared(values, values % 3)
+    values = values if dims == 3 else values[2]
+    whole = [[4, 3, 2, 1, 0, 1, 2, 3, 4, 3, 2, 1], [3, 2, 1, 0, 1, 2, 3, 4, 5, 4, 3, 2], [2, 1, 0, 1, 2, 3, 4, 5, 6, 5, 4, 3]]
+    close = [[0, 1, 2, 1, 0, 1, 2, 3, 4, 3, 2, 3], [1, 2, 1, 0, 1, 2, 3, 4, 5, 4, 3, 4], [2, 1, 0, 1, 2, 3, 4, 5, 6, 5, 4, 5]]
+    for model, at in (({}, whole), ({"extent": "box"}, close), ({"roi_mm": 5}, close)):
+        config = configuration(dims, input={"patch": (8,) * dims, "padding": "reflect", "axis": "axial"}, model=model)
+        made, wanted = cut(case, (2, 3, 4), config, (2,) * dims), values[np.ix_(*at[-dims:])]
+        assert np.array_equal(made["image"][0], wanted) and np.array_equal(made["label"][0], wanted % 3)
+
+
 @pytest.mark.parametrize("axis, flips", [("axial", [0, 1]), ("coronal", [1]), ("sagittal", [1])])
 def test_flips_follow_the_plane(axis, flips):
     assert t.flip_axes(configuration(2, input={"axis": axis})) == flips  # of x and y

@@ -100,6 +100,14 @@ def test_a_run_tells_what_it_does(tmp_path, capsys, monkeypatch):
     assert "step 12  epoch 3  loss" in out and "Dice 0.600 (best 0.700 at step 8)" in out and "one 0.700, two 0.500" in out
 
 
+def test_the_loss_is_of_a_batch_whatever_is_accumulated(tmp_path):
+    first = []
+    for together in (1, 4):
+        train(Module(), [watch.Watch(tmp_path / str(together), ["one", "two"])], 1, accumulate_grad_batches=together)
+        first.append(next(line["loss"] for line in live.read(tmp_path / str(together) / "live.jsonl") if line["event"] == "validation"))
+    assert first[0] == pytest.approx(first[1], rel=0.25) and first[0] > 0
+
+
 def test_tensorboard_holds_loss_dice_rate_and_pictures(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed")
     monkeypatch.setattr(watch, "STEP_SECONDS", 0.0)

@@ -206,7 +206,7 @@ def test_clicks_too_far_apart_for_one_look_are_refused(session):
     s = session(array)
     s.add_point(at(s, 20, 30, 20))
     before = s.mask
-    with pytest.raises(UserError, match="too far apart for one lesion; begin the next one, or undo"):
+    with pytest.raises(UserError, match="too far from the others for one lesion and was not taken; begin the next lesion for it"):
         s.add_point(at(s, 20, 30, 180))
     assert np.array_equal(s.mask, before) and len(s.prompts) == 1
     assert s.add_point(at(s, 20, 30, 80)).found  # as far apart as in the largest masses
@@ -214,11 +214,32 @@ def test_clicks_too_far_apart_for_one_look_are_refused(session):
     for mask, place, positive in ((array[..., :100], (20, 30, 180), True), (np.ones(array.shape, np.uint8), (20, 30, 90), False)):
         s.set_mask(mask)
         before = s.mask
-        with pytest.raises(UserError, match="too large for one lesion; erase what is no part of it, begin the next one, or undo"):
+        with pytest.raises(UserError, match="This was not taken: .* too large for one lesion; erase what is no part of it, or begin"):
             s.add_point(at(s, *place), positive)
         with pytest.raises(UserError, match="too large for one lesion"):
             s.add_box(at(s, 10, 20, 150), at(s, 30, 40, 190))
         assert np.array_equal(s.mask, before) and before.any()
+
+
+def test_a_box_larger_than_the_furthest_look_is_refused(session):
+    s = session(np.zeros((40, 60, 200), np.float32))
+    with pytest.raises(UserError, match="The box is too large for one lesion; draw it closer"):
+        s.add_box(at(s, 0, 0, 0), at(s, 39, 59, 199))
+    assert not s.answer.found and s.undo() is not None
+
+
+def test_what_the_furthest_look_cuts_is_said_to_be_cut(session):
+    s = session(np.ones((40, 60, 400), np.float32))
+    assert not s.add_point(at(s, 20, 30, 200)).found
+    assert s.add_point(at(s, 20, 30, 202)).text.startswith(click.BEYOND) and s.prediction().warnings[0] == click.BEYOND
+    s.set_mask(ball((40, 60, 400), (20, 30, 200), 5, (1, 1, 1)))
+    assert not s.prediction().warnings
+
+
+def test_that_nothing_was_found_is_said_beside_what_is_missing(click_package):
+    s = ClickSession(Image(np.full((30, 60, 60), -900, np.float32)), click_package(second_opinion="nowhere-1.0.0"), Recording())
+    answer = s.add_point(at(s, 15, 30, 30))
+    assert answer.text.startswith("Nothing was found here") and "nowhere-1.0.0" in answer.text
 
 
 def test_a_network_that_gives_no_numbers_is_named(session):
@@ -324,7 +345,7 @@ def test_values_that_are_no_hu_are_said_to_be_the_reason(click_package):
             assert ("do not look like HU" in answer.text) == said
             # What a panel knows a doubt by, which asks for a second click.
             assert answer.text.startswith(DOUBTS) == (not answer.found) == (said and point == at(s, 30, 40, 40))
-        assert answer.found and answer.text == "".join(s.warnings)
+        assert answer.found and answer.text.endswith("".join(s.warnings))
         report = describe(s.image, s.mask)
         assert (report["texture"] is None) == (report["size_class"] is None) == said
 

@@ -186,6 +186,10 @@ def test_thick_slices_are_measured_in_their_own_plane(slices):
     keys = ("longest_mm", "perpendicular_mm", "mean_mm", "texture", "solid_mean_mm", "size_class")
     expected, found = ([describe(image, mask)[key] for key in keys] for image in (axial, coronal))
     assert found[2:] == expected[2:] and found[:2] == pytest.approx(expected[:2]) and found[3] == "part-solid" and found[2] > 20
+    turned = describe(
+        Image(values.transpose(1, 0, 2), (0.7, 5.0, 0.7), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1, 0, 0, 0, -1)), mask.transpose(1, 0, 2)
+    )
+    assert turned["note"] == describe(coronal, mask)["note"] and [turned[key] for key in keys][2:] == found[2:]
     across, along = describe(axial, mask), describe(coronal, mask)
     assert "axial" not in across["note"] and "own slices, which are not axial" in along["note"]
     along["mean_mm"], along["dense_mean_mm"] = 30.0, 15.0

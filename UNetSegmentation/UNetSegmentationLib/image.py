@@ -252,9 +252,12 @@ class Orientation:
         return (..., *(slice(None, None, -1 if self.flips[p] else 1) for p in (2, 1, 0)))
 
 
-def reorient(image: Image, acquired: bool = False) -> tuple[Image, Orientation]:
-    """The same image with its axes permuted and flipped to the nearest of LPS (a view, no interpolation); acquired: as it is."""
-    o = Orientation((0, 1, 2), (False, False, False)) if acquired else Orientation.of(image.direction)
+def reorient(image: Image, across: int | None = None) -> tuple[Image, Orientation]:
+    """The same image with its axes permuted and flipped to the nearest of LPS (a view, no interpolation); across: as it is, but with
+    this axis (0 is x) last."""
+    o = Orientation.of(image.direction)
+    if across is not None:
+        o = Orientation((*(a for a in range(3) if a != across), across), (False, False, False))
     d = np.reshape(image.direction, (3, 3))
     size = image.shape[::-1]
     corner = [0.0, 0.0, 0.0]
@@ -294,11 +297,21 @@ def content(channels: np.ndarray, within: Box) -> Box:
     return box
 
 
-def in_slices(image: Image) -> bool:
-    """Whether an image is one slice, or slices more than three times as thick as their pixels: these are seen and measured as they were
-    taken, for a section across them is a stack of steps. The same heart on 8 short-axis slices of 8 mm was 73.9 x 44.3 mm in the nearest
-    axial section, and is 40.7 x 37.6 in its own. Of 3 mm on 1 mm the last bits, which a file rounds, must not decide."""
-    return image.shape[0] == 1 or image.spacing[2] > 3.01 * max(image.spacing[:2])
+def slices_across(image: Image) -> int | None:
+    """The axis (0 is x) across which an image is one slice, or slices more than three times as thick as their pixels: these are seen and
+    measured as they were taken, for a section across them is a stack of steps. The same heart on 8 short-axis slices of 8 mm was 73.9 x
+    44.3 mm in the nearest axial section, and is 40.7 x 37.6 in its own. Of 3 mm on 1 mm the last bits, which a file rounds, must not
+    decide. It need not be the last: tools that turn the axes to the body's store coronal slices along y."""
+    if single := [a for a in (2, 0, 1) if image.shape[2 - a] == 1]:
+        return single[0]
+    thin, middle, thick = sorted(range(3), key=lambda a: image.spacing[a])
+    return thick if image.spacing[thick] > 3.01 * image.spacing[middle] else None
+
+
+def reorient_for(image: Image, acquired: bool) -> tuple[Image, Orientation]:
+    """reorient() as a model sees images; acquired: in their slices_across(), or where none are thick as the array has them."""
+    across = slices_across(image)
+    return reorient(image, (2 if across is None else across) if acquired else None)
 
 
 # ---------------------------------------------------------------------------------------------------------- resampling

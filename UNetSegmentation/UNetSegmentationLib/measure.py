@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .image import Box, Image, in_slices, reorient
+from .image import Box, Image, reorient, slices_across
 from .model import Label
 from .postprocess import components, largest_steps, slabs
 from .steps import Steps, complete
@@ -26,19 +26,19 @@ def measure(labels: Image, label_defs: Sequence[Label], image: Image | None = No
 
     labels: label map (z, y, x); image: where "mean_hu" and the like come from (its first channel, same grid).
     Keys: value, name, voxels, volume_mm3, volume_ml, center (LPS mm), longest_mm and perpendicular_mm (of the label's
-    largest component, in the axial section where it is longest; axial = across the axis nearest to head-foot, but of in_slices()
+    largest component, in the axial section where it is longest; axial = across the axis nearest to head-foot, but of slices_across()
     their own plane), longest_points and perpendicular_points (two LPS points each), mean_hu, std_hu, min_hu, max_hu (the
     image's own units). A label that is absent has 0 voxels and None for the rest.
     """
-    return complete(measure_steps(labels, label_defs, image, flat=in_slices(labels)))
+    return complete(measure_steps(labels, label_defs, image, across=slices_across(labels)))
 
 
 def measure_steps(
-    labels: Image, label_defs: Sequence[Label], image: Image | None = None, largest: int | None = None, flat: bool = False
+    labels: Image, label_defs: Sequence[Label], image: Image | None = None, largest: int | None = None, across: int | None = None
 ) -> Steps[list[dict[str, Any]]]:
     """measure() in pieces, for a panel, also of a part of an image. A label whose box has more voxels than `largest` gets no
-    diameters. flat: in the sections of the array, as for in_slices(), which a part of an image does not tell."""
-    canonical, orientation = reorient(labels, flat)
+    diameters. across: in the sections across this axis, as for slices_across(), which a part of an image does not tell."""
+    canonical, orientation = reorient(labels, across)
     values = orientation.canonical(image.channels)[0] if image is not None else None
     out = []
     for label in label_defs:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .image import Box, Image, Orientation, UserError, in_slices, length_unit, reorient
+from .image import Box, Image, Orientation, UserError, length_unit, reorient, slices_across
 from .intensity import has_hu
 from .measure import measure_steps
 from .model import Label
@@ -65,7 +65,7 @@ def describe(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0, 0), l
     mean_mm: the mean of the longest diameter of the axial section where it is longest and of the longest one across it there, both
     to 0.1 mm and so the mean (Lung-RADS: "measure both the long and short axis to one decimal point in mm, and report mean nodule
     diameter to one decimal point", halves upwards here; Fleischner: both axes on the same section; both also allow other planes,
-    which is done for in_slices() alone, in their own); texture: "solid", "part-solid" or "ground-glass"; solid_mean_mm and
+    which is done for slices_across() alone, in their own); texture: "solid", "part-solid" or "ground-glass"; solid_mean_mm and
     solid_volume_mm3: the same of the largest connected part above SOLID_HU (of a solid nodule the whole, of a ground-glass one 0);
     dense_mean_mm: of that part whatever the texture; side: "left", "right", or "" where the body's midline is not known or too near;
     size_class: size_class(); note: NOTE, and what else a reader must know of these figures.
@@ -87,17 +87,17 @@ def describe_steps(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0,
     part = image.crop(placed)
     if any(a == 0 or b == n for a, b, n in zip(placed.start, placed.stop, image.shape)):
         out["note"] += _CUT
-    labels, flat = part.like((mask[inside.slices] > 0).astype(np.uint8)), in_slices(image)
-    if flat and Orientation.of(image.direction).axes[2] != 2:
+    labels, across = part.like((mask[inside.slices] > 0).astype(np.uint8)), slices_across(image)
+    if across is not None and Orientation.of(image.direction).axes[2] != across:
         out["note"] += _PLANE
     yield
-    sizes = yield from _sizes_steps(labels, part, flat)
+    sizes = yield from _sizes_steps(labels, part, across)
     out.update({key: value for key, value in sizes.items() if key in out})
     out["side"] = _side(image, out["center"])
     if not (lung and length_unit(image) == "mm" and has_hu(image.channels)):
         return out
     yield
-    canonical, orientation = reorient(part, flat)
+    canonical, orientation = reorient(part, across)
     values, shape = canonical.channels[0], orientation.canonical(labels.array) > 0
     core = values[(yield from _core_steps(shape))]
     yield
@@ -106,7 +106,7 @@ def describe_steps(image: Image, mask: np.ndarray, start: Sequence[int] = (0, 0,
     volume, out["dense_mean_mm"] = float(count * np.prod(part.spacing)), 0.0
     if count:
         dense = part.like(np.ascontiguousarray(orientation.original(solid)).view(np.uint8))
-        out["dense_mean_mm"] = (yield from _sizes_steps(dense, flat=flat))["mean_mm"]
+        out["dense_mean_mm"] = (yield from _sizes_steps(dense, across=across))["mean_mm"]
     if share >= _SOLID_SHARE:
         out.update(texture="solid", solid_mean_mm=out["mean_mm"], solid_volume_mm3=out["volume_mm3"])
     elif share < _GLASS_SHARE and (6 * volume / math.pi) ** (1 / 3) < _SOLID_PART_MM:
@@ -134,8 +134,8 @@ def size_class(mean_mm: float, texture: str, solid_mean_mm: float) -> str:
     return "3" if mean_mm < 8 else "4A" if mean_mm < 15 else "4B"
 
 
-def _sizes_steps(labels: Image, image: Image | None = None, flat: bool = False) -> Steps[dict[str, Any]]:
-    (out,) = yield from measure_steps(labels, [_LABEL], image, flat=flat)
+def _sizes_steps(labels: Image, image: Image | None = None, across: int | None = None) -> Steps[dict[str, Any]]:
+    (out,) = yield from measure_steps(labels, [_LABEL], image, across=across)
     out["mean_mm"] = _half_up((_half_up(out["longest_mm"], 1) + _half_up(out["perpendicular_mm"], 1)) / 2, 1)
     return out
 

@@ -17,7 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from .files import UserError, atomic_path
-from .image import Box, Image, in_slices, is_placed, length_unit, reorient
+from .image import Box, Image, is_placed, length_unit, reorient, slices_across
 from .model import Label
 from .postprocess import voxel_counts
 
@@ -68,7 +68,7 @@ def save_picture(
     unit: str = "",
 ) -> None:
     """Write a PNG of about 1600 x 1600 pixels: axial, coronal and sagittal through the largest component, and a close-up
-    of the section that was measured (see in_slices()).
+    of the section that was measured (see slices_across()).
 
     window: (low, high) in the image's own units, whose name is `unit` ("HU" for CT). measures: a dictionary a label with
     value, volume_mm3, longest_mm, perpendicular_mm, longest_points, perpendicular_points (two LPS points in mm each) and
@@ -107,7 +107,8 @@ class _Sheet:
         self.figure = figure
         self.image, orientation = reorient(image)
         self.labels = orientation.canonical(prediction.labels.array)
-        self.sections = PLANES[2 - orientation.axes.index(2)] if in_slices(image) else AXIAL  # where measure() has measured
+        across = slices_across(image)
+        self.sections = AXIAL if across is None else PLANES[2 - orientation.axes.index(across)]  # where measure() has measured
         self.spacing = self.image.spacing[::-1]
         self.window = (float(window[0]), max(float(window[1]), float(window[0]) + 1e-6))
         self.unit = unit

@@ -6,13 +6,15 @@ that makes). Exit codes as of `unetseg`: 0 done, 1 the check found errors, 2 bad
 
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+from UNetSegmentationLib.environment import TORCH
 from UNetSegmentationLib.files import UserError, expand_arguments, user_path
 
 
@@ -21,9 +23,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a label's name that a Windows console cannot show must not end a training
-    names = ("torch", "lightning", "monai", "pydantic", "rich", "safetensors", "typer", "yaml")
-    if missing := [name.replace("yaml", "pyyaml") for name in names if find_spec(name) is None]:
-        sys.exit(f"unetseg-train: {', '.join(missing)} not installed; run: pip install {' '.join(missing)}")
+    # pyproject's [train] but for TensorBoard, without which all else goes.
+    names = ("torch", "jinja2", "lightning", "matplotlib", "monai", "onnx", "pydantic", "rich", "safetensors", "scipy", "typer", "yaml")
+    missing = [name.replace("yaml", "pyyaml") for name in names if find_spec(name) is None]
+    if missing and ("typer" in missing or "--help" not in sys.argv):
+        pinned = f"torch=={TORCH} " if "torch" in missing else ""  # another build of what is there may be gigabytes
+        cure = f'run, in a clone of the repository: {sys.executable} -m pip install {pinned}".[train]"'
+        sys.exit(f"unetseg-train: {', '.join(missing)} not installed; {cure}")
     try:
         _app()(expand_arguments(sys.argv[1:]))
     except UserError as e:
@@ -342,11 +348,15 @@ def _app() -> Any:
     @app.command()
     def finetune(
         data: Annotated[str, data_argument],
-        base: Annotated[str | None, typer.Option("--from", help="The model package to start from, by name or file.")] = None,
+        base: Annotated[
+            str | None, typer.Option("--from", help="The model package to start from, by name or file; without it, from scratch.")
+        ] = None,
         output: Annotated[
             Path | None, typer.Option("--output", "-o", help="A run's folder to make, as plan and fit do, instead of a retraining.")
         ] = None,
-        quick: Annotated[bool | None, typer.Option("--quick/--full", help="In about ten minutes, or in hours.")] = None,
+        quick: Annotated[
+            bool | None, typer.Option("--quick/--full", help="In about ten minutes, or in hours. Default: quick; with -o, full.")
+        ] = None,
         minutes: Annotated[float | None, typer.Option(help="Training time to plan for.", min=0.01)] = None,
         device: Annotated[str, typer.Option(help="auto, cpu, gpu or mps.")] = "auto",
         name: Annotated[str, typer.Option(help="Of the new model; else the base's.")] = "",
@@ -432,6 +442,8 @@ def _app() -> Any:
         """List the retrainings of a dataset, the newest first."""
         from UNetSegmentationLib import training
 
+        if not user_path(data).exists():
+            raise UserError(f"{data} does not exist; check the name.")
         found = [training.read(data)] if (data / training.JOB).is_file() else training.jobs(data)
         for job in found:
             print(f"{job.folder}\n    {job.state}: {job.text}" + (f"\n    {job.package}" if job.package else ""))
@@ -491,12 +503,26 @@ def _retrain(
     if detach:
         _follow(training.start(data, base, options, sys.executable, folder=folder), True)
     else:
-        _follow(training.create(data, base, options, folder), False)
+        job = training.create(data, base, options, folder)
+        try:
+            _follow(job, False)
+        except UserError as e:
+            from .retrain import CASES
+
+            if "resume it" not in str(e) and not (job.folder / CASES).exists():  # of no use: the cases cannot be trained on
+                shutil.rmtree(job.folder, ignore_errors=True)
+                with suppress(OSError):  # others are there
+                    (job.dataset / training.FOLDER).rmdir()
+            raise
 
 
 def _follow(job: Any, detached: bool) -> None:
     """Do a retraining here and now, unless it runs on its own."""
     from UNetSegmentationLib import training
+
+    def say(text: str) -> None:
+        if (now := training.read(job.folder)).running or now.package:  # else it is the error's
+            print(text, flush=True)
 
     if detached:
         listed = job.folder.parent == job.dataset / training.FOLDER
@@ -508,7 +534,7 @@ def _follow(job: Any, detached: bool) -> None:
         if not training.claim(job.folder):
             raise UserError(f"{job.folder} is being trained by another process; wait for it, or stop it.")
         print(job.folder)
-        run(job.folder, say=lambda text: print(text, flush=True))
+        run(job.folder, say)
     except KeyboardInterrupt:
         if training.read(job.folder).running:
             training.end(job.folder, "stopped", "Stopped; resume it to go on where it was.")

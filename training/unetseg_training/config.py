@@ -361,7 +361,7 @@ def read(path: str | Path) -> Config:
         path = path / "config.yaml"
     if not path.is_file():
         run = path.parent if path.suffix == ".yaml" else path
-        raise UserError(f"There is no {path}; make it with: unetseg-train plan DATA -o {run}.")
+        raise UserError(f"There is no {path}; unetseg-train plan DATA -o {run} makes it.")
     try:
         data = yaml.load(path.read_text("utf-8"), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as e:  # the last of 3000 brackets, the second of "!!int x"

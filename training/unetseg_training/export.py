@@ -317,7 +317,7 @@ def markdown(package: ModelPackage) -> str:
     lines = [f"# {_words(data.get('title') or card.name)}", "", f"`{card.name}` {card.version}. Not for diagnosis.", ""]
     automatic = data["task"] == "automatic"
     how = f"segment IMAGE{'…' * (len(data['channels']) > 1)}" if automatic else "click SCAN"
-    how += "" if automatic and not data.get("roi_mm") else " --at R,A,S"
+    how += "" if automatic and not data.get("roi_mm") and card.extent != "box" else " --at R,A,S"
     lines += ["## Intended use", "", _words(data.get("intended_use") or data.get("description") or "Not stated."), ""]
     lines += [
         f"- Input: {_words(', '.join(data['channels']))}, {card.dimensions}D, spacing {spacing} mm, intensities: {card.intensity['mode']}",
@@ -402,5 +402,7 @@ def _limits(data: dict[str, Any]) -> list[str]:
         out.append(f"Measured on {counted(cases, 'patient')} only: the intervals are wide, and rare findings were not seen.")
     if data.get("roi_mm"):
         out.append(f"Meant for a box of about {data['roi_mm']:g} mm about its target, not for whole images.")
+    elif data.get("extent") == "box":
+        out.append("Meant for a box about its target, not for whole images.")
     out.append(f"Other inputs than {', '.join(data['channels'])}, other scanners, ages and diseases than in its data: not measured.")
     return out

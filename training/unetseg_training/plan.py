@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from UNetSegmentationLib.files import UserError, counted, user_path, write_text
-from UNetSegmentationLib.image import in_slices, reorient
+from UNetSegmentationLib.image import reorient, slices_across
 from UNetSegmentationLib.inference.click import expects_lung
+from UNetSegmentationLib.inference.predict import crop_mm
 from UNetSegmentationLib.intensity import check_finite
 from UNetSegmentationLib.model import SLICE_AXIS
 from UNetSegmentationLib.postprocess import voxel_counts
@@ -150,9 +151,10 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         out.shapes.append(canonical.shape)
         out.single += [case.name] * (min(canonical.shape) < 2)
         out.spacings.append(tuple(float(s) for s in canonical.spacing[::-1]))  # type: ignore[arg-type]
-        if in_slices(image):
-            planes[orientation.axes.index(2)] += 1
-            taken.append((image.shape, tuple(float(s) for s in image.spacing[::-1])))
+        if (across := slices_across(image)) is not None:
+            planes[orientation.axes.index(across)] += 1
+            stack, _ = reorient(image, across)
+            taken.append((stack.shape, tuple(float(s) for s in stack.spacing[::-1])))
         out.counts.append(voxel_counts(truth, IGNORE + 1)[: n + 1].tolist())
         values = canonical.channels[0]
         if in_lung:
@@ -552,7 +554,11 @@ def plan(
         "fit": fit,
     }
     if base is not None:
-        settings["model"] |= inherited(base[0], case_set, settings["model"]["training_data"])
+        model = settings["model"]
+        model |= inherited(base[0], case_set, model["training_data"])
+        if model.get("extent") == "box" and (longest := max(physical)) > crop_mm(base[0]):
+            model["extent"] = "content"
+            why["model.extent"] = f"the median image is {longest:.0f} mm long, no box around one target as those of {base[0].name}"
     if clicked:
         from .clicks import IN_LUNG
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import save
 from UNetSegmentationLib.files import UserError, atomic_path, counted, write_text
-from UNetSegmentationLib.image import Box, Grid, Image, content, reorient, sample
+from UNetSegmentationLib.image import Box, Grid, Image, content, reorient_for, sample
 from UNetSegmentationLib.intensity import LEAST_HU, check_finite, expects_hu, floor_of, normaliser
 from UNetSegmentationLib.model import SLICE_AXIS
 from UNetSegmentationLib.postprocess import slabs, voxel_counts
@@ -119,6 +119,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "labels": len(config.labels),
         "channels": len(config.channels),
         **({"shares": True} if _has_shares(config) else {}),
+        **({"across": True} if data.axis == "acquired" else {}),
         **({"content": True} if config.model.extent != "image" else {}),
         **({"floor": LEAST_HU} if expects_hu(data.intensity) else {}),
     }
@@ -155,7 +156,7 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
     if config.model.extent != "image":  # as predict() shows it
         part = content(image.channels, Box.whole(image.shape))
         image, mask = image.crop(part), mask[part.slices]
-    canonical, orientation = reorient(image, config.input.axis == "acquired")
+    canonical, orientation = reorient_for(image, config.input.axis == "acquired")
     truth = orientation.canonical(mask)
     first = SLICE_AXIS[config.input.axis] if config.input.dimensions == 2 else 0
     order = [first, *(a for a in range(3) if a != first)]

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from UNetSegmentationLib.image import Box
+from UNetSegmentationLib.inference.predict import MIRROR_DEPTH
+from UNetSegmentationLib.inference.tiling import mirrored
 
 from . import transforms
 from .cases import IGNORE
@@ -35,24 +37,30 @@ class Source(Protocol):
 
 
 def cut(case: Prepared, centre: Sequence[int] | np.ndarray, config: Config, margin: Sequence[int]) -> dict[str, Any]:
-    """The patch about a voxel of a case, and `margin` voxels more on each side; 0 beyond the image. A patch keeps inside
-    the image where it can, and holds the whole of a smaller image."""
-    patch = config.input.patch
+    """The patch about a voxel of a case, and `margin` voxels more on each side. A patch keeps inside the image where it can, and holds
+    the whole of a smaller image. Beyond that is 0, or its mirror as predict() shows it."""
+    patch, model = config.input.patch, config.model
     flat = config.input.dimensions == 2
+    shape = case.shape[-len(patch) :]
     starts = []
-    for at, p, n in zip(centre[-len(patch) :], patch, case.shape[-len(patch) :]):
+    for at, p, n in zip(centre[-len(patch) :], patch, shape):
         low, high = sorted((0, n - p))
         starts.append(min(max(int(at) - p // 2, low), high))
     box = Box(tuple(s - m for s, m in zip(starts, margin)), tuple(s + p + m for s, p, m in zip(starts, patch, margin)))
-    inside = box & Box.whole(case.shape[-len(patch) :])
+    inside = box & Box.whole(shape)
     place: Any = inside.relative_to(box).slices
     there: Any = inside.slices
+    if config.input.padding == "reflect":
+        # Of one target only what is close, as predict() does where that would be shown twice: lung-nodule-2d, of 0.857 (Dice), had after
+        # 500 steps on 14 crops 0.853, with the whole mirror after 140 steps 0.811; with zeros 0.833.
+        depth = MIRROR_DEPTH if model.roi_mm or model.extent == "box" else 0
+        place, there = (), np.ix_(*(mirrored(a, b, n, depth) for a, b, n in zip(box.start, box.stop, shape)))
     k = config.input.context_slices if flat else 0
     image = np.zeros((len(case.values) * (2 * k + 1), *box.shape), np.float32)
     label = np.zeros((1, *box.shape), np.float32)
     if flat:
         planes = np.clip(np.arange(centre[0] - k, centre[0] + k + 1), 0, case.shape[0] - 1)
-        values = case.values[(slice(None), planes, *there)]
+        values = np.stack([case.values[(slice(None), z, *there)] for z in planes], 1)
         image[(slice(None), *place)] = values.reshape(-1, *values.shape[2:])
         label[(0, *place)] = case.labels[(int(centre[0]), *there)]
     else:

@@ -609,7 +609,7 @@ class Keeper(Checkpoint):
                 weights = {k: v.detach().cpu().contiguous() for k, v in module.average.state_dict().items()}
                 _write(self.folder / WEIGHTS, save_tensors(weights, {"network": json.dumps(module.job.network.to_json())}))
         trainer.save_checkpoint(self.folder / CHECKPOINT)
-        if self.late():
+        if trainer.strategy.broadcast(self.late()):  # by its own clock one process would stop while the others wait for it
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -659,13 +659,17 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
     if first:
         job.prepare()
     if going_on:
-        if first:
-            _check_identity(json.loads(_load_checkpoint(saved).get("identity", "{}")), job.identity, folder)
         done, minutes = _read_run(folder), job.fit.minutes
-        if first:
-            _describe(job, folder, done)
         # One that ended as its time was up goes on when it has more.
-        if done.get("finished") and not (done.get("late") and (not minutes or done["seconds"] < 60 * minutes)):
+        ended = bool(done.get("finished") and not (done.get("late") and (not minutes or done["seconds"] < 60 * minutes)))
+        if first:
+            before, now = json.loads(_load_checkpoint(saved).get("identity", "{}")), job.identity
+            old, new = (record.get("config", {}).get("model") for record in (done, job.record))
+            if old and new:
+                before, now = before | _made_by(old, ended), now | _made_by(new, ended)
+            _check_identity(before, now, folder)
+            _describe(job, folder, done)
+        if ended:
             dice = math.nan if done["dice"] is None else done["dice"]
             return Result(load_weights(folder, job.network), dice, done["dice_by_label"], done["best_epoch"], folder)
     keeper = Keeper(folder, job.fit)
@@ -784,6 +788,13 @@ def precision_here(fit: Fit) -> str:
 _FINETUNE = "unetseg-train finetune DATA --from MODEL -o {run} --resume"
 
 
+def _made_by(model: dict[str, Any], ended: bool) -> dict[str, Any]:
+    """What of "model", which else may be edited, a training depends on, as its record has it, lest checkpoints of earlier versions not go
+    on. Masks' last steps choose the best epoch and a click model's surroundings its lesions, but only until it has ended."""
+    kept = {"model.task": model.get("task", "automatic"), "model.extent": model.get("extent", "image") != "image"}
+    return kept | ({} if ended else {f"model.{k}": model.get(k) or None for k in ("postprocess", "surroundings")})
+
+
 def _check_identity(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     differ = sorted(k.rstrip(".") for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     if "start" in before and "start" not in now:
@@ -868,7 +879,7 @@ def _record(job: Job, folder: Path, trainer: L.Trainer, going_on: bool) -> None:
 def _describe(job: Job, folder: Path, done: dict[str, Any]) -> None:
     """What a package says of itself may be edited after the training; figures of another way from image to mask then go."""
     old, new = (record.get("config", {}).get("model") for record in (done, job.record))
-    if old and new and old != new and old.get("task", "automatic") == new["task"]:
+    if old and new and old != new:
         former = {"extent": "image", **old}
         if any(former.get(k) != new[k] for k in ("tta", "postprocess", "surroundings", "second_opinion", "roi_mm", "extent")):
             _remove(folder, "metrics.csv", "metrics.json")

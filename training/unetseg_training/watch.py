@@ -86,7 +86,8 @@ class Watch(Callback):
             return
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is not None:
-            self._losses.append(loss.detach() if hasattr(loss, "detach") else loss)
+            # Lightning divides it by what is accumulated: 0.427 of 1.707 with 4.
+            self._losses.append((loss.detach() if hasattr(loss, "detach") else loss) * trainer.accumulate_grad_batches)
         if trainer.global_step == self.step:
             return  # gradients are being accumulated
         now = time.monotonic()

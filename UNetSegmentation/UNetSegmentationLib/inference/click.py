@@ -22,7 +22,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from ..engines import Engine, choose_engine
-from ..image import Box, Grid, Image, UserError, check_geometry, crop_mask, reorient, resample_back, sample
+from ..image import Box, Grid, Image, UserError, check_geometry, crop_mask, reorient, resample_back, sample, slices_across
 from ..intensity import check_finite, floor_of, normaliser, warnings_for
 from ..measure import measure_steps
 from ..model import Card, ModelPackage, find_model
@@ -76,8 +76,10 @@ _NO_LUNG = "No lesion with lung around it was found here; if it is one, click a 
 _FAT = "What was found here is fat; if it is a lesion, click a second time on it, or draw a box around it."
 _ENDLESS = "Nothing that ends was found here; if it is a lesion, click a second time on it, or draw a box around it."
 _DENSE = "What was found here is bone or full of contrast medium; if it is a lesion, click a second time on it, or draw a box around it."
+_NO_HU = "Without HU what was found here may be anything; if it is a lesion, click a second time on it, or draw a box around it."
 # Of a first click, whose text begins so; the same click and a second one are believed.
-DOUBTS = (_NO_LUNG, _FAT, _DENSE, _ENDLESS)
+DOUBTS = (_NO_LUNG, _FAT, _DENSE, _ENDLESS, _NO_HU)
+BEYOND = "It is larger than what can be looked at and was cut there: its size is not true; click on what is no part of it."
 
 Index = Sequence[float]
 Point = tuple[float, float, float]
@@ -196,6 +198,7 @@ class ClickSession:
             )
         self.image, self.card = image, card
         self.warnings = tuple(warnings_for(card.intensity, image.channels))
+        self._no_hu = bool(self.warnings)
         self._canonical, self._orientation = reorient(image)
         choice = options.engine, options.device, options.precision, options.threads
         self._engine = engine or choose_engine(package, *choice)
@@ -247,16 +250,18 @@ class ClickSession:
             prompts = replace(prompts, positive=(*prompts.positive, index), negative=others)
             apart = np.ptp(prompts.positive, axis=0) / self._spacing(ZOOMS[-1])
             if (apart > np.array(self.card.data["patch"]) - 2).any():  # the furthest look would show neither
-                raise UserError("These clicks are too far apart for one lesion; begin the next one, or undo.")
+                raise UserError("This click is too far from the others for one lesion and was not taken; begin the next lesion for it.")
         else:
             prompts = replace(prompts, negative=(*prompts.negative, index))
         return self._ask(prompts, answer)
 
     def add_box(self, corner: Point, opposite: Point) -> Answer:
-        """Two opposite corners in LPS mm of a box about the lesion; it takes the place of an earlier box."""
+        """Two opposite corners in LPS mm of a box about the lesion, along the image's axes; it takes the place of an earlier box."""
         ends = np.array([self._index(corner, clip=True), self._index(opposite, clip=True)])
         if not (np.ptp(ends, axis=0) > 0).all():
             raise UserError("The box is flat or lies outside the image; draw it around the lesion.")
+        if (np.ptp(ends, axis=0) / self._spacing(ZOOMS[-1]) > np.array(self.card.data["patch"]) + 2).any():
+            raise UserError("The box is too large for one lesion; draw it closer around the lesion.")
         prompts, answer = self._history[-1]
         prompts = _noted(prompts, ("box", *corner, *opposite))
         first, last = (tuple(float(v) for v in e) for e in (ends.min(0), ends.max(0)))
@@ -357,7 +362,9 @@ class ClickSession:
         labels = self.image.like(self.mask * np.uint8(card.labels[0].value))
         name = f"{card.name}-{card.version}"
         engines = tuple(e.describe() for e in (self._engine, *([self._second.engine] if self._second is not None else [])))
-        return Prediction(labels, card.labels, name, self.answer.box, engines=engines, warnings=self.warnings, algorithm="SEMIAUTOMATIC")
+        answer = self.answer
+        warnings = (*([BEYOND] if answer.text.startswith(BEYOND) else []), *self.warnings)
+        return Prediction(labels, card.labels, name, answer.box, engines=engines, warnings=warnings, algorithm="SEMIAUTOMATIC")
 
     def measure(self) -> dict[str, Any]:
         """measure() of the mask; 0 voxels where there is none."""
@@ -365,7 +372,7 @@ class ClickSession:
         box = answer.box if answer.found else Box((0, 0, 0), (1, 1, 1))
         part = self.image.crop(box)
         labels = part.like((answer.mask if answer.found else np.zeros((1, 1, 1), np.uint8)) * np.uint8(self.card.labels[0].value))
-        return complete(measure_steps(labels, self.card.labels[:1], part))[0]
+        return complete(measure_steps(labels, self.card.labels[:1], part, across=slices_across(self.image)))[0]
 
     # ---------------------------------------------------------------------------------------------------------- running
 
@@ -395,7 +402,8 @@ class ClickSession:
             # That look would show a part. What it gave itself may end a little beyond it.
             if (reach > np.array(self.card.data["patch"]) + 2).any():
                 raise UserError(
-                    "What is marked and clicked on is too large for one lesion; erase what is no part of it, begin the next one, or undo."
+                    "This was not taken: what is marked and clicked on would be too large for one lesion; erase what is no part of it, "
+                    "or begin the next one."
                 )
         first = not before.found and prompts.box is None
         in_lung = first and expects_lung(self.card)
@@ -422,11 +430,13 @@ class ClickSession:
         other = self._other_tissue(answer) if in_lung and answer.found else ""
         endless = border > ENDLESS_SHARE
         if first and answer.found and len(prompts.positive) < 2 and (endless or not likely or other):
-            answer, text = replace(_EMPTY), _ENDLESS if endless else other or _NO_LUNG
+            # Of values that are no HU these doubts say little: what they call bone may be any tissue.
+            answer, text = replace(_EMPTY), _NO_HU if self._no_hu else _ENDLESS if endless else other or _NO_LUNG
+        elif endless and answer.found:
+            text = BEYOND
         elif not before.found and answer.found and not border:
             answer = self._closer(frame, prompts, answer, needed if in_lung else 0.0)
-        # Of values that are no HU the doubts above say little: what they call bone may be any tissue.
-        self._history.append((prompts, replace(answer, text=" ".join([*([text] if text in DOUBTS else []), *self.warnings]) or text)))
+        self._history.append((prompts, replace(answer, text=" ".join([*([text] if text else []), *self.warnings]))))
         return self.answer
 
     def _all_of(self, answer: Answer, prompts: _Prompts) -> Answer:
@@ -662,6 +672,17 @@ def _noted(prompts: _Prompts, prompt: Prompt) -> _Prompts:
 
 def _voxel(point: Index) -> tuple[int, ...]:
     return tuple(math.floor(p + 0.5) for p in point)
+
+
+def box_prompt(image: Image, voxels: Box) -> Prompt:
+    """The prompt of a box of the image's voxels, as far as it lies inside; UserError where it does not."""
+    voxels &= Box.whole(image.shape)
+    if voxels.empty:
+        raise UserError("The box lies outside the image; draw it around the lesion.")
+    # From the middle of the first voxel to that of the last one; of a single one, such as a thick slice, from edge to edge.
+    out = [0.5 * (n == 1) for n in voxels.shape]
+    ends = ([a - d for a, d in zip(voxels.start, out)], [b - 1 + d for b, d in zip(voxels.stop, out)])
+    return "box", *itertools.chain.from_iterable(image.index_to_point(end[::-1]) for end in ends)
 
 
 def second_opinion(card: Card) -> ModelPackage | None:

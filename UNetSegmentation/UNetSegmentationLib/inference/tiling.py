@@ -76,3 +76,12 @@ def rims(tiling: Tiling, corner: Sequence[int]) -> tuple[tuple[int, int], ...]:
         width = min(n // 8, max(0, n - step) // 2)
         out.append((width if at > starts[0] else 0, width if at < starts[-1] else 0))
     return tuple(out)
+
+
+def mirrored(start: int, stop: int, n: int, depth: int = 0) -> np.ndarray:
+    """Which of n pixels stand at start to stop - 1: beyond an edge those next to it, back and forth over `depth` (0: over all)."""
+    at = np.arange(start, stop)
+    depth = max(1, min(depth or n, n - 1))
+    away = np.maximum(-at, at - n + 1)
+    back = np.minimum(depth - np.abs(away % (2 * depth) - depth), n - 1)
+    return np.where(at < 0, back, np.where(at >= n, n - 1 - back, at))
