@@ -265,7 +265,12 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         node that both leave behind: a panel that is entered for each scan would update its widgets ever more often."""
         parameters, name = self._parameters, "SlicerParameterName"
         node, tags = parameters.parameterNode, []
-        parameters.AddObserver = lambda *of: tags.append(node.AddObserver(*of))
+
+        def add(*of: Any) -> int:
+            tags.append(node.AddObserver(*of))
+            return tags[-1]  # which a later Slicer may keep
+
+        parameters.AddObserver = add
         try:
             self._guiTag = parameters.connectParametersToGui({w.property(name): w for w in vars(self.ui).values() if w.property(name)})
         finally:
@@ -324,6 +329,10 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def _onNodeAboutToBeRemoved(self, caller: Any, event: Any, node: Any) -> None:
         self._leaving = node
+        if node is not None:  # a scene that is added later may give its ID to another patient's
+            gone = node.GetID()
+            kept = {of: value for of, value in self._choices.items() if of != gone}
+            self._choices = {of: ("" if a == gone else a, "" if b == gone else b, days) for of, (a, b, days) in kept.items()}
         # A node selector goes on to another node by itself: the next result would go into a segmentation that nobody chose, or come
         # from a channel that is another scan.
         if self._parameters is None or node is None:
@@ -389,7 +398,9 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             try:
                 if former is not None:
                     p.channels = []  # they may be another patient's
-                    if former.GetScene() is not None and former is not self._leaving:  # else that it is gone may be what is said
+                    if former.GetScene() is None or former is self._leaving:
+                        former = None  # that it is gone may be what is said
+                    else:
                         self.controller.clear()
                 if p.volume is not None:
                     self._leaveSegmentations(p, former)
@@ -523,8 +534,11 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         from UNetSegmentationLib import mrml
         from UNetSegmentationLib.files import UserError
 
+        node = self._parameters.resultSegmentation
+        if inputs.frames(node) > 1:
+            return _("The measures are of the frames as Apply left them; measure those that were corrected since with Segment Statistics.")
         try:
-            mrml.complete(mrml.remeasure_steps(self._parameters.resultSegmentation))
+            mrml.complete(mrml.remeasure_steps(node))
         except UserError as e:
             return str(e)
         return ""
@@ -544,8 +558,10 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         results.saveText(_("Export the measures"), f"{p.resultTable.GetName()}.csv", results.tableText(p.resultTable, ","))
 
     def onNextPlace(self) -> None:
-        self.walk.next()
-        self.ui.placeLabel.text = self.walk.text
+        p = self._parameters
+        if p is not None:
+            self.walk.next(inputs.resultVolume(p.resultSegmentation, p.resultTable))
+            self.ui.placeLabel.text = self.walk.text
 
     def onShowMap(self, shown: bool) -> None:
         if not self._updating and self._parameters is not None:
@@ -568,7 +584,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if former is not outcome.uncertainty and results.mapIsShown(former):  # its box is another map's from now on
             results.showMap(former, False)
             results.showMap(outcome.uncertainty, True)
-        of = inputs.referenceVolume(node)
+        of = inputs.resultVolume(node, outcome.table)
         with slicer.util.NodeModify(parameters):
             parameters.record = outcome.record
             parameters.resultSegmentation, parameters.resultTable = node, outcome.table
@@ -714,7 +730,7 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if not shown:
             return
         node, said = p.resultSegmentation, results.summary(data)
-        of = inputs.referenceVolume(node)
+        of = inputs.resultVolume(node, p.resultTable)
         if of is not None and p.volume is not None and of is not p.volume:
             said = _("Of '{name}', which is not the volume chosen above.").format(name=of.GetName()) + "\n" + said
         ui.summaryLabel.text = models.breakable(said)
@@ -820,13 +836,15 @@ class UNetSegmentationLogic(ScriptedLoadableModuleLogic):
         ...     slicer.util.saveNode(node, f"results/{path.stem}.seg.nrrd")
         ...     slicer.mrmlScene.Clear()
         """
-        from UNetSegmentationLib import Options, find_model, mrml, predict
+        from UNetSegmentationLib import Options, UserError, find_model, mrml, predict
         from UNetSegmentationLib.engines import ENGINES, installed
         from UNetSegmentationPanel.installer import workerPython
 
         volumes = list(volumeNode) if isinstance(volumeNode, (list, tuple)) else [volumeNode]
         packages = [find_model(name) for name in ([model] if isinstance(model, (str, Path)) else model)]
+        mrml.check_accepts(segmentationNode)  # before all is computed
         image = mrml.image_from_volumes(volumes)
+        scene, key = volumes[0].GetScene(), run.volumeKey(volumes)
         asked = {**inputs.regionOptions(roiNode, volumes[0]), **options}
         if asked.get("at") is not None:
             asked["at"] = mrml.carried(asked["at"], mrml.image_from_volume(volumes[0]), image)
@@ -840,7 +858,10 @@ class UNetSegmentationLogic(ScriptedLoadableModuleLogic):
                 prediction = client.predict(client.load_volume(image), packages, chosen, progress, cancelled)
         else:
             prediction = predict(image, packages, chosen, progress, cancelled)
-        undo = mrml.Undo(volumes[0].GetScene())
+        if any(node.GetScene() is not scene for node in volumes) or run.volumeKey(volumes) != key:
+            text = _("'{name}' was changed or removed during the run, so nothing was written; start again.")
+            raise UserError(text.format(name=volumes[0].GetName()))
+        undo = mrml.Undo(scene)
         undo.begin(segmentationNode)
         node = mrml.write_prediction(prediction, volumes[0], segmentationNode, replace)
         try:

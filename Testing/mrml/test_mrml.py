@@ -58,6 +58,7 @@ from UNetSegmentationLib.mrml import (  # noqa: E402
     jump_slices,
     measure_steps,
     new_volume_steps,
+    remeasure_steps,
     remove_nodes,
     roi_box,
     segment_mask,
@@ -510,6 +511,24 @@ def test_a_persons_segments_are_never_replaced(scene: Any, labels: np.ndarray) -
     assert np.array_equal(read_back(node, "lung", volume), np.roll(labels, 1, 0) == 2)
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_a_name_with_a_number_that_a_person_gave_is_his(scene: Any, labels: np.ndarray, tmp_path: Path, older: bool) -> None:
+    volume, moved = add_volume(np.zeros(SHAPE, np.int16)), np.roll(labels, 1, 0)
+    two = NODULE, Label(2, "ground | glass", (1, 2, 3), {})
+    node = write_prediction(predicted(volume, labels, two), volume)
+    nodule = node.GetSegmentation().GetSegment(segments(node)["nodule"])
+    nodule.SetName("nodule 1")
+    if older:
+        nodule.RemoveTag(MODEL_TAG + ".Name")
+    storage = slicer.vtkMRMLSegmentationStorageNode()
+    storage.SetFileName(str(tmp_path / "s.seg.nrrd"))
+    assert storage.WriteData(node) == 1
+    loaded = slicer.modules.segmentations.logic().LoadSegmentationFromFile(str(tmp_path / "s.seg.nrrd"), True, "loaded")
+    write_prediction(predicted(volume, moved, two), volume, loaded)
+    assert list(segments(loaded)) == ["nodule 1", "ground | glass", *([] if older else ["nodule"])]
+    assert np.array_equal(read_back(loaded, "nodule 1", volume), (moved if older else labels) == 1)
+
+
 def test_only_the_same_models_segments_are_replaced(scene: Any, labels: np.ndarray) -> None:
     volume = add_volume(np.zeros(SHAPE, np.int16))
     node = write_prediction(predicted(volume, labels), volume)
@@ -920,6 +939,29 @@ def test_measures_become_a_table_with_a_row_for_each_segment(scene: Any, labels:
     assert table.GetColumnName(4) == "Mean [HU]"
     assert np.isnan(table.GetTable().GetColumnByName("Mean [HU]").GetValue(0)), "measured without an image"
     assert write_measures([], node).GetNumberOfRows() == 0
+
+
+def test_measures_are_of_the_volume_that_was_segmented(scene: Any, labels: np.ndarray) -> None:
+    """Not of the one that the segmentation was begun on."""
+    first, second = (add_volume(np.full(SHAPE, value, np.int16), name=f"{value}") for value in (1, 7))
+    node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", "mine")
+    node.SetReferenceImageGeometryParameterFromVolumeNode(first)
+    add_segment(node, "mine", ball(SHAPE, (4, 5, 7), 2), first)
+    write_prediction(predicted(second, labels, (LUNG,)), second, node)
+    lung = segments(node)["lung"]
+    table = write_measures(complete(measure_steps(node, second, [lung])), node, second)
+    undo = Undo(scene)
+    undo.begin(node, [table])
+    write_measures([], node, first)
+    undo.commit([node, table])
+    undo.undo()
+    sheared = np.eye(4)
+    sheared[1, 2] = 0.3
+    first.SetIJKToRASMatrix(vtkMatrixFromArray(sheared))  # could not be measured in
+    draw(node, lung, np.uint8(labels == 2) * (np.arange(SHAPE[2]) < 7), second)
+    complete(remeasure_steps(node))
+    assert [table.GetCellText(0, column) for column in (0, 4)] == ["lung", "7"]
+    assert int(table.GetCellText(0, 8)) == read_back(node, "lung", second).sum()
 
 
 def test_a_picture_without_a_pixel_size_is_measured_in_pixels(scene: Any, labels: np.ndarray) -> None:

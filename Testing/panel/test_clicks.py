@@ -549,8 +549,28 @@ def test_a_mask_too_large_to_look_at_stays_as_it_is(panel: Any, models_folder: P
     p.settle()
     for at, ctrl in ((BALLS["right"][0], False), ((20, 40, 20), True)):
         p.click(at, ctrl=ctrl)
-        text = "What is marked and clicked on is too large for one lesion; erase what is no part of it, begin the next one, or undo."
-        assert p.ui.clickMessage.text == text and np.array_equal(p.mask("Nodule 1"), wide)
+        assert p.ui.clickMessage.text.startswith("This was not taken: what is marked") and np.array_equal(p.mask("Nodule 1"), wide)
+
+
+def test_what_the_furthest_look_cuts_is_said_to_be_cut_wherever_its_size_is(
+    panel: Any, models_folder: Path, make_package: Callable[..., Any], tmp_path: Path
+) -> None:
+    import slicer
+    from UNetSegmentationLib.inference.click import BEYOND
+
+    shutil.copy(make_package(**{**TOY, "patch": [32, 16, 16]}).path, models_folder)  # which sees 44 mm at most
+    p, array = panel(), np.full(SHAPE, -850, np.int16)
+    array[12:36, 34:62] = 30
+    p.settings.volume = scan()
+    slicer.util.updateVolumeFromArray(p.settings.volume, array)
+    p.gui.process_events()
+    p.arm()
+    for _ in range(2):  # the first one is doubted
+        p.click((24, 48, 48))
+    assert p.tool.text == BEYOND and p.ui.noduleNote.text.count(BEYOND) == exported(p, tmp_path)[0][-1].count(BEYOND) == 1
+    paint(p, "Nodule 1", truth("left"))  # whose size is true
+    p.settle()
+    assert BEYOND not in p.ui.noduleNote.text + exported(p, tmp_path)[0][-1]
 
 
 @pytest.mark.parametrize("suffix", [".mrb", ".seg.nrrd"])
@@ -628,6 +648,39 @@ def test_a_box_within_one_slice_is_a_box(panel: Any, k: int) -> None:
     p.settle()
     assert p.tool.text == "" and dice(p.mask("Nodule 1")[k], truth("left")[BALLS["left"][0][0]]) > 0.9
     assert np.array_equal(p.mask("Nodule 1"), by_python(p, prompts_of(p, "Nodule 1")))
+
+
+def test_a_box_in_a_turned_scan_is_the_command_lines_and_one_too_large_changes_nothing(
+    panel: Any, models_folder: Path, make_package: Callable[..., Any]
+) -> None:
+    import slicer
+    from UNetSegmentationLib.cli import parse_roi
+    from UNetSegmentationLib.inference.click import box_prompt
+    from UNetSegmentationLib.mrml import image_from_volume
+
+    shutil.copy(make_package(**{**TOY, "patch": [32, 16, 16]}).path, models_folder)  # which sees 44 mm at most
+    p = panel()
+    p.settings.volume = node = scan()
+    c = np.sqrt(0.5)
+    node.SetIJKToRASDirections(c, -c, 0, c, c, 0, 0, 0, 1)
+    p.gui.process_events()
+    p.arm()
+    roi = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
+    r, a, s = p.ras(BALLS["left"][0])
+    roi.SetCenterWorld((r, a, s))
+    roi.SetSizeWorld([20, 20, 20])
+    p.tool.box(roi)
+    p.settle()
+    image = image_from_volume(node)
+    same = box_prompt(image, parse_roi(f"{r - 10},{r + 10},{a - 10},{a + 10},{s - 10},{s + 10}", image))
+    (prompt,) = prompts_of(p, "Nodule 1")
+    assert prompt[0] == "box" and np.allclose(prompt[1:], same[1:]) and dice(p.mask("Nodule 1"), truth("left")) > 0.8
+    state = everything(p.node)
+    roi.SetSizeWorld([70, 70, 20])
+    p.tool.box(roi)
+    p.settle()
+    assert p.tool.text == "The box is too large for one lesion; draw it closer around the lesion."
+    assert everything(p.node) == state and len(p.tool._controller.prompts) == 1
 
 
 def test_a_key_arms_and_escape_disarms(panel: Any) -> None:

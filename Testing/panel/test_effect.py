@@ -14,7 +14,10 @@ import pytest
 from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.measure import dice
 
-TOO_LARGE = "What is marked and clicked on is too large for one lesion; erase what is no part of it, begin the next one, or undo."
+TOO_LARGE = (
+    "This was not taken: what is marked and clicked on would be too large for one lesion; "
+    "erase what is no part of it, or begin the next one."
+)
 ANSWER_S = 60.0  # on a machine that has other things to do
 NAME = "U-Net Click"
 MODULE = Path(__file__).resolve().parents[2] / "UNetSegmentation" / "SegmentEditorUNetClick" / "SegmentEditorUNetClick.py"
@@ -475,6 +478,24 @@ def test_a_mask_too_large_to_look_at_stays_as_it_is(editor: Callable[..., Editor
     assert e.effect.messageLabel.textFormat == e.effect.messageLabel.textFormat.PlainText  # a scan's name is no HTML
 
 
+def test_what_speaks_against_an_answer_is_said(editor: Callable[..., Editor]) -> None:
+    """Here: that the furthest look, of 163 voxels, cuts it, which its segment keeps for the panel's table."""
+    from UNetSegmentationLib.inference.click import BEYOND
+    from UNetSegmentationLib.mrml import CUT_TAG, DIGEST_TAG, segment_tag
+
+    array = np.zeros((14, 36, 240), np.int16)
+    array[2:12, 4:32] = 1
+    e = editor(scan(array=array))
+    for _ in range(2):  # the first one is doubted
+        e.click((6, 18, 120))
+    assert e.mask().any() and e.message == BEYOND
+    segment = e.segmentation.GetSegmentation().GetSegment(e.segment)
+    assert segment_tag(segment, CUT_TAG) == segment_tag(segment, DIGEST_TAG) != ""
+    e.effect.startAgain()
+    e.wait()
+    assert e.message == ""
+
+
 def test_clicks_that_the_brush_contradicts_are_forgotten(editor: Callable[..., Editor]) -> None:
     e = editor(scan())
     e.click(IN_A)
@@ -710,11 +731,11 @@ def test_start_again_empties_the_segment_in_one_step(editor: Callable[..., Edito
     e.click(IN_A)
     e.click(IN_B)
     saved = e.saved
-    monkeypatch.setattr(mrml, "segment_part_steps", looked)
-    e.effect.clearButton.click()
-    e.wait()
+    with monkeypatch.context() as patched:
+        patched.setattr(mrml, "segment_part_steps", looked)
+        e.effect.clearButton.click()
+        e.wait()
     assert kept and not any(kept)  # no emptied segment has clicks, not even while it is looked at in pieces
-    monkeypatch.undo()
     assert not e.mask().any() and e.saved == saved + 1 and not any(e.dots().values())
     assert not any(made())  # or what is brushed into it would be exported as a network's
     e.click(IN_C)
@@ -831,6 +852,56 @@ def test_another_model_is_chosen_and_a_missing_one_named(
     e.node.EndModify(was)
     assert e.node.GetAttribute(f"{NAME}.Model") == combo.itemData(combo.currentIndex) == "toy-click-1.0.0"
     assert e.effect.negativeButton.checked and not e.effect.positiveButton.checked
+
+
+def test_what_is_imported_or_removed_while_slicer_runs_is_heeded(
+    editor: Callable[..., Editor], toy: Any, models_folder: Path, make_package: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from UNetSegmentationLib.model import find_model
+    from UNetSegmentationPanel import models
+
+    monkeypatch.setattr("UNetSegmentationLib.inference.click.MODEL", "toy-click")
+    other = make_package(task="click", spacing=[1, 1, 1], patch=[16, 48, 48], name="toy-click", version="1.1.0")
+    e = editor(scan())
+    combo = e.effect.modelCombo
+
+    def listed() -> list[str]:
+        return [name for name in map(combo.itemData, range(combo.count)) if name.startswith("toy")]
+
+    def again() -> None:
+        e.widget.setActiveEffectByName("")
+        e.widget.setActiveEffectByName(NAME)
+        e.wait()
+
+    shutil.copy(other.path, models_folder)
+    again()
+    assert listed() == ["toy-click-1.0.0", "toy-click-1.1.0"] and e.effect._model().name == "toy-click-1.0.0"  # what was chosen stays
+    combo.setCurrentIndex(0)
+    e.wait()
+    assert e.effect._model().path == find_model("toy-click").path == models_folder / other.path.name
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "installedModels", lambda *_: pytest.fail("no package was changed"))
+        again()
+    combo.setCurrentIndex(combo.findData("toy-click-1.1.0"))
+    e.click(IN_A)
+    assert e.message == "" and np.array_equal(e.mask(), filled(A))
+    for package in (toy, other):
+        (models_folder / package.path.name).unlink()
+    e.click(IN_B)
+    assert e.message == "toy-click-1.1.0 is not installed here; import it or choose another model."
+    assert not listed() and combo.currentIndex == -1 and np.array_equal(e.mask(), filled(A))
+
+
+def test_an_effect_that_is_left_while_it_gets_ready_is_ready_the_next_time(editor: Callable[..., Editor]) -> None:
+    e = editor(scan(), active=False)
+    steps = e.effect._loadSteps()
+    while e.effect._controller is None:
+        next(steps)
+    steps.close()  # as deactivate() does
+    e.widget.setActiveEffectByName(NAME)
+    e.wait()
+    e.click(IN_A)
+    assert e.message == "" and np.array_equal(e.mask(), filled(A))
 
 
 def test_without_volume_or_segmentation_a_sentence_says_what_to_do(editor: Callable[..., Editor]) -> None:

@@ -382,6 +382,18 @@ def test_a_job_cancelled_at_once_never_starts(gui, installer):
     assert told.outcomes == [("cancelled",)]
 
 
+def test_nothing_of_a_job_is_left_to_pythons_end(gui, installer):
+    from UNetSegmentationPanel import shutdown
+    from UNetSegmentationPanel.worker import _living
+
+    told = Told()
+    jobs = [installer.Job((python_step("import time; time.sleep(60)") for _ in range(1)), *told.arguments) for _ in range(2)]
+    gui.wait(lambda: len(told.progress) == 2)
+    jobs[0].cancel()
+    shutdown()
+    assert not _living  # already now: when Slicer quits, no event loop comes back to it
+
+
 def test_shutdown_is_silent(gui, installer):
     told = Told()
 

@@ -974,6 +974,33 @@ def test_measures_bear_the_names_of_the_segments(panel: Any, install: Any) -> No
         assert rows == [(name, masks(segmentation, node)[name].sum())]
 
 
+def test_a_result_is_of_the_volume_that_was_segmented(panel: Any, install: Any, gui: Any) -> None:
+    import qt
+    import slicer
+
+    toy = install()
+    p = panel()
+    second = volume(name="T2")
+    first = volume(array_of(second) * 7, "T1")
+    segmentation = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "mine")
+    segmentation.SetReferenceImageGeometryParameterFromVolumeNode(first)
+    held = segmentation.GetSegmentation()
+    slicer.util.updateSegmentBinaryLabelmapFromArray(np.uint8(array_of(second) == 2), segmentation, held.AddEmptySegment(""), first)
+    p.settings.volume = second
+    p.ui.outputSelector.setCurrentNode(segmentation)
+    p.choose(toy)
+    p.run()
+    assert "not the volume chosen" not in p.ui.summaryLabel.text and p.settings.output is segmentation
+    half = masks(segmentation, second)["thing"] * (np.arange(24) > 10)
+    slicer.util.updateSegmentBinaryLabelmapFromArray(np.uint8(half), segmentation, held.GetSegmentIdBySegmentName("thing"), second)
+    p.ui.copyButton.click()
+    row = qt.QApplication.clipboard().text().splitlines()[1].split("\t")
+    assert [float(row[i]) for i in (4, 8)] == [1, half.sum()]  # T2's mean
+    p.settings.volume = first
+    gui.process_events()
+    assert p.ui.summaryLabel.text.startswith("Of 'T2', which is not the volume chosen above.\n")
+
+
 def test_uncertain_places_are_visited(panel: Any, install: Any) -> None:
     import slicer
 
@@ -997,6 +1024,18 @@ def test_uncertain_places_are_visited(panel: Any, install: Any) -> None:
         assert p.ui.placeLabel.text == expected
         seen.append([round(view.GetSliceToRAS().GetElement(i, 3)) for i in range(3)])
     assert seen[0] == seen[2] and 12 <= seen[0][0] < 20 and 3 <= seen[1][0] < 5
+    moved = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLinearTransformNode")
+    moved.SetMatrixTransformToParent(slicer.util.vtkMatrixFromArray(np.array([[1, 0, 0, 100], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])))
+    p.settings.volume.SetAndObserveTransformNodeID(moved.GetID())
+    data = json.loads(p.settings.record)
+    for place in data["places"] * 2:  # of an older scene: where they were
+        p.ui.nextPlaceButton.click()
+        assert round(view.GetSliceToRAS().GetElement(0, 3)) in (seen[0][0] + 100, seen[1][0] + 100)
+        place.pop("index", None)
+    p.settings.record = json.dumps(data)
+    p.gui.process_events()
+    p.ui.nextPlaceButton.click()
+    assert round(view.GetSliceToRAS().GetElement(0, 3)) == seen[0][0]
 
 
 def test_warnings_are_shown(panel: Any, install: Any) -> None:
@@ -1176,6 +1215,31 @@ def test_the_segmentation_is_removed_meanwhile(panel: Any, endless: str, install
     usable_again(p)
 
 
+@pytest.mark.parametrize("how", ["surfaces", "non-linear"])
+def test_an_output_that_takes_no_result_is_refused_before_all_is_computed(panel: Any, endless: str, how: str) -> None:
+    import slicer
+    from UNetSegmentationLib import UserError
+
+    from UNetSegmentation import UNetSegmentationLogic
+
+    p = panel()
+    node = volume()
+    output = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "contours")
+    output.GetSegmentation().AddEmptySegment("", "lesion")
+    if how == "surfaces":
+        output.GetSegmentation().SetSourceRepresentationName("Closed surface")
+    else:
+        output.SetAndObserveTransformNodeID(slicer.mrmlScene.AddNewNodeByClass("vtkMRMLGridTransformNode").GetID())
+    p.choose(endless)
+    p.ui.outputSelector.setCurrentNode(output)
+    p.apply()
+    p.finish("failed")
+    said: list[str] = []
+    with pytest.raises(UserError) as e:
+        UNetSegmentationLogic().process(node, endless, output, worker=True, cancelled=lambda: said.append("computed") or True)
+    assert "contours" in str(e.value) and p.controller.text == str(e.value) and not said
+
+
 def test_the_volume_changes_meanwhile(panel: Any, install: Any, gui: Any) -> None:
     toy = install()
     p = panel()
@@ -1336,7 +1400,7 @@ def sequence(frames: int = 3) -> Any:
     return browser, browser.GetProxyNode(data)
 
 
-def test_all_frames_of_a_sequence(panel: Any, install: Any, gui: Any) -> None:
+def test_all_frames_of_a_sequence(panel: Any, install: Any, gui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import slicer
 
     toy = install()
@@ -1358,9 +1422,43 @@ def test_all_frames_of_a_sequence(panel: Any, install: Any, gui: Any) -> None:
         assert masks(p.settings.output, node)["thing"].sum() == 25 * (i + 1)
     table = p.settings.resultTable.GetTable()
     assert [table.GetValue(r, 0).ToString() for r in range(3)] == [f"thing, frame {i}" for i in (1, 2, 3)]
+    said: list[str] = []
+    monkeypatch.setattr(slicer.util, "showStatusMessage", lambda text, *of: said.append(text))
+    p.ui.copyButton.click()
+    gui.dialogs.answer("")
+    p.ui.exportButton.click()
+    assert len(said) == 2 and all("as Apply left them" in text for text in said)
     p.ui.undoButton.click()
     gui.process_events()
     assert count("vtkMRMLSegmentationNode") == 0 and count("vtkMRMLSequenceNode") == 1
+
+
+@pytest.mark.parametrize("browsed", [False, True])
+def test_the_box_of_all_frames_is_one_but_where_the_browser_moves_it(panel: Any, install: Any, browsed: bool) -> None:
+    import slicer
+
+    toy = install()
+    p = panel()
+    browser, node = sequence()
+    p.settings.volume, p.settings.allFrames, p.settings.region = node, True, box((7, 7, 0), (6, 6, 4))
+    p.choose(toy)
+    if browsed:
+        boxes = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceNode", "boxes")
+        for i in range(3):
+            p.settings.region.SetSizeWorld((6, 6, 1 + 2 * i))
+            boxes.SetDataNodeAtValue(p.settings.region, str(i))
+        browser.AddSynchronizedSequenceNode(boxes)
+        browser.AddProxyNode(p.settings.region, boxes, False)
+    else:
+        p.controller.addListener(lambda: p.settings.region.SetSizeWorld((3, 3, 3)) if p.controller.fraction > 0.34 else None)
+    p.apply()
+    p.finish("done" if browsed else "failed")
+    if not browsed:
+        assert "'Box' was changed during the run" in p.controller.text and not count("vtkMRMLSegmentationNode")
+        return
+    for i in range(3):
+        browser.SetSelectedItemNumber(i)
+        assert masks(p.settings.output, node)["thing"].sum() == 25 * (i + 1)
 
 
 def test_measures_of_all_frames_are_of_what_the_masking_left_and_undo_keeps_tables_and_drawings(panel: Any, install: Any, gui: Any) -> None:
@@ -1468,6 +1566,29 @@ def test_the_volume_that_the_views_show_is_chosen_first(panel: Any, gui: Any) ->
     assert panel().settings.volume is today
 
 
+def test_what_was_chosen_for_a_removed_volume_is_not_anothers_that_gets_its_id(panel: Any, gui: Any) -> None:
+    import slicer
+
+    p = panel()
+    for away in (False, True):
+        first, second = volume(name="CT"), volume(name="MR")
+        p.settings.volume = first
+        p.settings.earlier = before = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "2024")
+        p.settings.volume = second
+        assert p.widget._choices[first.GetID()][1] == before.GetID()
+        if away:
+            gui.leave(p.widget)
+        slicer.mrmlScene.RemoveNode(before)
+        assert p.widget._choices[first.GetID()][1] == ""
+        slicer.mrmlScene.RemoveNode(first)
+        assert first.GetID() not in p.widget._choices
+        if away:
+            gui.open()
+        p.settings.volume = second
+        slicer.mrmlScene.RemoveNode(second)  # that is chosen
+        assert not p.widget._choices
+
+
 def test_another_volume_gets_another_segmentation(panel: Any, install: Any, gui: Any) -> None:
     toy = install()
     p = panel()
@@ -1564,6 +1685,26 @@ def test_logic_needs_no_panel(gui: Any, install: Any, make_package: Any) -> None
     assert scene_state() == state
 
 
+def test_the_logic_writes_into_no_scan_that_was_changed_or_removed_meanwhile(gui: Any, install: Any) -> None:
+    import slicer
+
+    gui.load()
+    from UNetSegmentationLib import UserError
+
+    from UNetSegmentation import UNetSegmentationLogic
+
+    install()
+    logic, (browser, node), alone = UNetSegmentationLogic(), sequence(), volume()
+    for scan, change in (
+        (node, lambda *_: browser.SetSelectedItemNumber(2)),
+        (alone, lambda *_: alone.GetScene() and slicer.mrmlScene.RemoveNode(alone)),
+        (node, lambda *_: slicer.mrmlScene.Clear(0)),
+    ):
+        with pytest.raises(UserError, match=f"'{scan.GetName()}' was changed or removed during the run"):
+            logic.process(scan, "toy", progress=change)
+        assert not count("vtkMRMLSegmentationNode")
+
+
 def test_the_logic_computes_where_the_panels_worker_does(gui: Any, install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gui.load()
     from UNetSegmentationLib import engines
@@ -1627,6 +1768,21 @@ def test_only_a_point_that_was_placed_is_a_target(gui: Any) -> None:
             with pytest.raises(UserError, match="Click on the target"):
                 regionOptions(points, None)
     assert regionOptions(points, None) == {"at": (-3.0, -2.0, 3.0)}
+
+
+def test_who_connects_the_widgets_gets_the_tag_of_his_observer(panel: Any, gui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, tags = panel(), []
+    kind = type(p.settings)
+    connect = kind.connectParametersToGui
+
+    def keeps(self: Any, widgets: Any) -> Any:
+        tags.append(self.AddObserver("ModifiedEvent", lambda *_: None))
+        return connect(self, widgets)
+
+    monkeypatch.setattr(kind, "connectParametersToGui", keeps)
+    gui.leave(p.widget)
+    gui.open()
+    assert tags[0] in p.widget._guiObservers
 
 
 def test_what_happens_while_another_module_is_open_changes_no_setting(panel: Any, install: Any, gui: Any) -> None:

@@ -120,6 +120,27 @@ def test_without_a_training_set_it_says_where_to_begin(panel: Any, gui: Any) -> 
     assert not p.ui.jobWidget.visible and not p.ui.outcomeWidget.visible
 
 
+def test_nothing_of_what_looks_is_left_to_pythons_end(panel: Any, gui: Any) -> None:
+    """Slicer may clean the widgets up before the module's own shutdown, or after it."""
+    import UNetSegmentationPanel
+    from UNetSegmentationPanel import retrain
+    from UNetSegmentationPanel.worker import _living
+
+    p = panel()
+    p.find()
+    looks = p.section._watch._process
+    assert looks in _living
+    gui.close(p.widget)
+    assert looks not in _living  # already now: when Slicer quits, no event loop comes back to it
+    watch, told = retrain.Watch(), []
+    watch.ask(told.append, find=str(p.folder))
+    gui.wait(lambda: told, WAIT_S)
+    looks = watch._process
+    watch.close()  # as where another folder is looked at, without a wait
+    UNetSegmentationPanel.shutdown()
+    assert looks not in _living
+
+
 def test_the_models_with_weights_are_offered_and_the_panels_is_chosen(panel: Any, tmp_path: Path, models_folder: Path) -> None:
     models_folder.mkdir()
     shutil.copy(toy(tmp_path).path, models_folder)  # has no weights

@@ -129,6 +129,8 @@ def shutdown() -> None:
     closeDataWorker()
     if f"{__name__}.installer" in sys.modules:
         sys.modules[f"{__name__}.installer"].shutdown()
+    if f"{__name__}.worker" in sys.modules:
+        sys.modules[f"{__name__}.worker"].waitForKilled()
 
 
 def warmUp() -> Iterator[None]:

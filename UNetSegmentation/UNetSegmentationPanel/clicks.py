@@ -22,8 +22,7 @@ import vtk
 from slicer.i18n import tr as _
 from slicer.util import VTKObservationMixin
 from UNetSegmentationLib import mrml
-from UNetSegmentationLib.image import Box, UserError
-from UNetSegmentationLib.inference.click import DOUBTS
+from UNetSegmentationLib.inference.click import DOUBTS, box_prompt
 from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.model import ModelPackage, find_model
 
@@ -146,7 +145,7 @@ class ClickController(VTKObservationMixin):
     def addRoi(self, roiNode: Any) -> None:
         """A box about the lesion, of a markups ROI, which may be turned: the smallest one of voxels that holds it counts.
         UserError for one that has no size or lies outside."""
-        self._addBox(mrml.roi_box(roiNode, self.volumeNode))
+        self._add(box_prompt(mrml.image_from_volume(self.volumeNode), mrml.roi_box(roiNode, self.volumeNode)))
 
     def setMask(self, mask: np.ndarray, start: Sequence[int] = (0, 0, 0)) -> None:
         """The next prompt goes on from this mask: (z, y, x) of 0 and 1 whose first voxel is the volume's voxel `start`.
@@ -186,15 +185,6 @@ class ClickController(VTKObservationMixin):
         if self.volumeNode is not None:
             self.prompts = [*self.prompts, prompt]
             self._ask(self.prompts)
-
-    def _addBox(self, box: Box) -> None:
-        if box.empty:
-            raise UserError(_("The box lies outside the volume; draw it around the lesion."))
-        image = mrml.image_from_volume(self.volumeNode)
-        # From the middle of the first voxel to that of the last one; of a single one, such as a thick slice, from edge to edge.
-        out = [0.5 * (n == 1) for n in box.shape]
-        ends = ([a - d for a, d in zip(box.start, out)], [b - 1 + d for b, d in zip(box.stop, out)])
-        self._add(("box", *itertools.chain.from_iterable(image.index_to_point(end[::-1]) for end in ends)))
 
     def _ask(self, prompts: Sequence[Prompt], warm: bool = False) -> None:
         self._asked = _Asked(next(self._numbers), list(prompts), warm)

@@ -21,6 +21,12 @@ def referenceVolume(segmentation: Any) -> Any:
     return None if segmentation is None else segmentation.GetNodeReference(segmentation.GetReferenceImageGeometryReferenceRole())
 
 
+def resultVolume(segmentation: Any, table: Any) -> Any:
+    """The volume that a result is of: that of its measures (mrml.VOLUME_ROLE), or else, as in older scenes, referenceVolume()."""
+    of = table.GetNodeReference("UNetSegmentation.Volume") if table is not None else None
+    return referenceVolume(segmentation) if of is None else of
+
+
 # -------------------------------------------------------------------------------------------------------------- widgets
 
 

@@ -232,7 +232,8 @@ def cardHtml(model: Model) -> str:
     if sees == "window":
         sees = _("window level {level:g}, width {width:g} HU").format(level=intensity["level"], width=intensity["width"])
     size = data.get("roi_mm")
-    made_for = _("a box of about {mm:g} mm around one target").format(mm=size) if size else _("whole volumes")
+    of_target = _("a box of about {mm:g} mm around one target").format(mm=size) if size else _("a box around one target")
+    made_for = of_target if size or card.extent == "box" else _("whole volumes")
     rows = [
         (_("Segments"), text(", ".join(label.name for label in card.labels))),
         (_("Input"), text(", ".join(data["channels"]))),

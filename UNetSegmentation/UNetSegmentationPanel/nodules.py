@@ -565,7 +565,7 @@ class NoduleTool(VTKObservationMixin):
 
     def _writeSteps(self, lesion: _Lesion, answer: Any, prompts: list[Any]) -> Generator[Any, None, None]:
         from UNetSegmentationLib import mrml
-        from UNetSegmentationLib.inference.click import expects_lung
+        from UNetSegmentationLib.inference.click import BEYOND, expects_lung
 
         unrecorded, self._unrecorded = self._unrecorded, False
         if lesion.segment and not lesion.there:
@@ -597,6 +597,8 @@ class NoduleTool(VTKObservationMixin):
             mrml.CLICK_MODEL_TAG: lesion.model.name,
             **mrml.algorithm_tags(lesion.model.name, "SEMIAUTOMATIC"),
         }
+        if answer.text.startswith(BEYOND):
+            tags[mrml.CUT_TAG] = digest
         if label.terminology_entry() and not lesion.there:  # later it is what a person says it is
             tags[slicer.vtkSegment.GetTerminologyEntryTagName()] = label.terminology_entry()
         measured = digest, volumeKey([lesion.volume])
@@ -693,7 +695,8 @@ def _count(node: Any) -> int:
 
 @dataclass
 class Row:
-    """A segment and what describe() says of it; measures None where it is empty, or not measured: unmeasured is the sentence why."""
+    """A segment and what describe() says of it; measures None where it is empty, or not measured: unmeasured is the sentence why.
+    note: what is to be known of its mask."""
 
     segment: str
     name: str
@@ -701,6 +704,15 @@ class Row:
     label: Any = field(default=None, repr=False)
     digest: str = ""
     unmeasured: str = ""
+    note: str = ""
+
+
+def _note(segment: Any, digest: str) -> str:
+    """What is to be known of a segment's mask, of this digest."""
+    from UNetSegmentationLib import mrml
+    from UNetSegmentationLib.inference.click import BEYOND
+
+    return f" {BEYOND}" if digest and mrml.segment_tag(segment, mrml.CUT_TAG) == digest else ""
 
 
 class NoduleList(VTKObservationMixin):
@@ -791,7 +803,7 @@ class NoduleList(VTKObservationMixin):
                 continue
             label, row = mrml.label_of(part), former.get(segment)
             if row is not None and row.label == (label, scan, inside):
-                rows.append(Row(segment, part.GetName(), row.measures, row.label, row.digest, row.unmeasured))
+                rows.append(Row(segment, part.GetName(), row.measures, row.label, row.digest, row.unmeasured, _note(part, row.digest)))
                 continue
             mask, start = yield from mrml.segment_part_steps(node, segment, volume)
             digest = mrml.mask_digest(mask, start)
@@ -807,7 +819,9 @@ class NoduleList(VTKObservationMixin):
                 why = _("Its voxels lie too far apart for a nodule, so it is not measured; erase those that are astray.")
             elif not mask.size and (yield from mrml.beyond_steps(node, [segment], volume)):
                 why = _("It lies outside its scan, so it is not measured; put both under the same transform.")
-            rows.append(Row(segment, part.GetName(), measures if mask.size else None, (label, scan, inside), digest, why))
+            rows.append(
+                Row(segment, part.GetName(), measures if mask.size else None, (label, scan, inside), digest, why, _note(part, digest))
+            )
             yield
         self.rows, self.ready, self.text, self.note = rows, usable, "", mrml.stretch_note(volume) if usable else ""
         self.size = "" if image is None or length_unit(image) == "mm" else "Area (px)" if image.shape[0] == 1 else "Volume (voxels)"
@@ -851,7 +865,7 @@ def growth(before: Sequence[Row], after: Sequence[Row], days: int, astray: bool 
             name = {"growth": _("growth"), "stable": _("stable"), "smaller": _("smaller")}.get(found["growth"], "-")
             out.cells[new[j].segment] = [old[i].name, f"{found['volume_change_percent']:+.0f}", time, name]
             out.texts[new[j].segment] = found["text"] if days else ""
-            out.notes[new[j].segment] = found["note"].removeprefix(nodule.NOTE)
+            out.notes[new[j].segment] = found["note"].removeprefix(nodule.NOTE) + (old[i].note and _(" Earlier:") + old[i].note)
     return out
 
 
@@ -1088,7 +1102,7 @@ class NoduleSection(VTKObservationMixin):
 
         grown = {segment: note + (self.earlier.note and _(" Earlier:") + self.earlier.note) for segment, note in self._growth.notes.items()}
         notes = [
-            (row, row.measures["note"].removeprefix(NOTE) + self.now.note + grown.get(row.segment, ""))
+            (row, row.measures["note"].removeprefix(NOTE) + row.note + self.now.note + grown.get(row.segment, ""))
             if row.measures
             else (row, row.unmeasured and f" {row.unmeasured}")
             for row in self.now.rows

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def record(prediction: Any, measures: Sequence[dict[str, Any]]) -> str:
         "seconds": prediction.seconds,
         "warnings": list(prediction.warnings),
         "found": sum(bool(m["voxels"]) for m in measures),
-        "places": [{"point": list(p["point"]), "peak": p["peak"], "volume_ml": p["volume_ml"]} for p in prediction.places or ()],
+        "places": [{key: p[key] for key in ("point", "index", "peak", "volume_ml")} for p in prediction.places or ()],
         "uncertainty": prediction.uncertainty is not None,
     }
     return json.dumps(data)
@@ -35,8 +36,9 @@ def readRecord(text: str) -> dict[str, Any]:
         if not isinstance(data, dict):
             return {}
         for place in data.get("places", ()):
-            x, y, z = (float(v) for v in place["point"])
-            place["point"] = (x, y, z)
+            for key in ("point", "index") if "index" in place else ("point",):  # older scenes have the point alone
+                x, y, z = (float(v) for v in place[key])
+                place[key] = (x, y, z)
         return data
     except (ValueError, TypeError, KeyError):
         return {}
@@ -158,13 +160,16 @@ class PlaceWalk:
         if list(places) != self.places:
             self.places, self._at = list(places), -1
 
-    def next(self) -> None:
-        """Centre the slice views on the next place."""
-        from UNetSegmentationLib import mrml
+    def next(self, volume: Any) -> None:
+        """Centre the slice views on the next place, where it lies in the volume now."""
+        from UNetSegmentationLib import UserError, mrml
 
         if self.places:
             self._at = (self._at + 1) % len(self.places)
-            mrml.jump_slices(slicer.mrmlScene, self.places[self._at]["point"])
+            point, index = (self.places[self._at].get(key) for key in ("point", "index"))
+            with suppress(UserError):  # it may have no voxels any more
+                point = point if index is None or volume is None else mrml.image_from_volume(volume).index_to_point(index)
+            mrml.jump_slices(slicer.mrmlScene, point)
 
     @property
     def text(self) -> str:

@@ -61,11 +61,14 @@ class Watch:
         self._waiting.append(answered)
         self._process.write(json.dumps(question).encode() + b"\n")
 
-    def close(self) -> None:
+    def close(self, seconds: float = 0.0) -> None:
+        """seconds: to wait at most for the process's end, which nobody hears of when Slicer quits."""
         process, self._process = self._process, None
         self._waiting.clear()
         if process is not None:
             process.kill()
+            if seconds:  # else this may be within one of the process's signals
+                process.wait(seconds)
 
     def _heard(self, data: bytes) -> None:
         *lines, self._line = (self._line + data).split(b"\n")
@@ -192,8 +195,8 @@ class RetrainSection(VTKObservationMixin):
         self._closed = True
         for timer in (self._timer, self._late, self._idle):
             timer.stop()
-        self._watch.close()
-        self._elsewhereWatch.close()
+        self._watch.close(1.0)
+        self._elsewhereWatch.close(1.0)
         self.removeObservers()
         self._leaveViews()
         self._pieces.clear()

@@ -235,6 +235,9 @@ class RunController(VTKObservationMixin):
     # ------------------------------------------------------------------------------------------------------------- steps
 
     def _run(self, request: Request) -> Generator[Any, None, Outcome]:
+        from UNetSegmentationLib import mrml
+
+        mrml.check_accepts(request.segmentation)  # before all is computed
         worker = self._worker()
         while worker.state == "busy":  # a cancelled run has not quite ended
             yield
@@ -246,9 +249,9 @@ class RunController(VTKObservationMixin):
 
     def _runFrames(self, worker: Any, request: Request) -> Generator[Any, None, Outcome]:
         """Every frame of the sequence; the scene changes only when all are done."""
-        from UNetSegmentationLib import mrml
+        from UNetSegmentationLib import UserError, mrml
 
-        volume, scene = request.volumes[0], request.volumes[0].GetScene()
+        volume, scene, region = request.volumes[0], request.volumes[0].GetScene(), request.region
         editor = _segmentEditor(scene, request.segmentation)
         output = mrml.SequenceOutput(volume, request.segmentation, request.replace, editor)
         predictions: list[Any] = []
@@ -257,6 +260,7 @@ class RunController(VTKObservationMixin):
             for frame in range(output.frames):
                 self._part = frame / output.frames, 1 / output.frames
                 output.show(frame)
+                place = inputs.regionOptions(region, volume)  # of each frame, as a browser may move the box too
                 yield
                 prediction = yield from self._predict(worker, request)
                 segments: dict[int, Any] = {}
@@ -267,6 +271,9 @@ class RunController(VTKObservationMixin):
                     found = yield from output.measure_steps(frame, segments)
                 for m in found:
                     measures.append({**m, "name": _("{name}, frame {i}").format(name=m["name"], i=frame + 1)})
+                if inputs.regionOptions(region, volume) != place:
+                    text = _("'{name}' was changed during the run, so nothing was written; apply again.")
+                    raise UserError(text.format(name=region.GetName()))
             target = request.segmentation
             self._history(scene).begin(target, [mrml.find_table(target) if target is not None else None])
             segmentation = output.finish()
@@ -324,7 +331,8 @@ class RunController(VTKObservationMixin):
             text = _("'{name}' was changed during the run, so nothing was written; apply again.")
             raise UserError(text.format(name=volumes[0].GetName()))
         if value.places:
-            value = replace(value, places=[{**p, "point": mrml.carried(p["point"], image, own)} for p in value.places])
+            at = [(p, image.point_to_index(p["point"])) for p in value.places]
+            value = replace(value, places=[{**p, "point": own.index_to_point(index), "index": index} for p, index in at])
         return value
 
     def _write(self, prediction: Any, request: Request) -> Generator[Any, None, Outcome]:
@@ -371,7 +379,7 @@ class RunController(VTKObservationMixin):
         from UNetSegmentationLib import mrml
 
         known = mrml.find_table(segmentation)
-        table = mrml.write_measures(measures, segmentation)
+        table = mrml.write_measures(measures, segmentation, request.volumes[0])
         written.append(None if table is known else table)
 
         def back() -> None:

@@ -581,6 +581,12 @@ class _Job:
 _living: set[ChildProcess] = set()
 
 
+def waitForKilled() -> None:
+    """Slicer quits: what was killed is to be over before Python's end."""
+    for process in [p for p in _living if p.killed]:
+        process.wait(1.0)
+
+
 class ChildProcess:
     """A process, started at once in the core's folder. onOutput(data), onLog(data) (of stderr) and onEnd(code, reason) are
     called from the event loop until kill(); code: negative for a signal, None where the process could not be started.
@@ -635,6 +641,10 @@ class ChildProcess:
         """A launcher, such as PythonSlicer, stands between: this process is not the worker."""
         return self.workerPid is not None and self.workerPid != self._pid
 
+    @property
+    def killed(self) -> bool:
+        return self._on is None
+
     def write(self, data: bytes) -> None:
         if self._process.state() != qt.QProcess.NotRunning:
             self._process.write(data)
@@ -647,7 +657,7 @@ class ChildProcess:
 
     def wait(self, seconds: float) -> None:
         self._process.waitForFinished(round(1000 * seconds))
-        if self._on is None and self._process.state() == qt.QProcess.NotRunning:
+        if self.killed and self._process.state() == qt.QProcess.NotRunning:
             self._over(None, "")
 
     def _killWorker(self) -> None:
