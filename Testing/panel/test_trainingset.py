@@ -449,7 +449,7 @@ def test_channels_go_in_by_name_whatever_their_order_in_the_model(
     for model, order in ("", (t2, t1)), ("owt-1.0.0", (t1, t2)), ("other-1.0.0", (t2, t1)), ("gone-1.0.0", (t2, t1)):
         choose("two", t2, t1)
         with monkeypatch.context() as patched:
-            patched.setattr(hands.widget.workList, "case", SimpleNamespace(volumes=[t2, t1], model=model))
+            patched.setattr(hands.widget.workList, "case", SimpleNamespace(volumes=[t2, t1], model=model, segmentation=None))
             assert section._volumes() == order
 
 
@@ -518,6 +518,34 @@ def test_a_code_groups_scans_and_belongs_to_its_scan(hands: Hands) -> None:
     hands.ui.setPatientEdit.textEdited.emit("P8")
     hands.add()
     assert sorted(e.patient for e in hands.dataset.entries.values()) == sorted(map(hands.dataset.patient, ("P7", "P8")))
+
+
+def test_what_was_typed_for_a_removed_scan_is_not_anothers_that_gets_its_id(hands: Hands, tmp_path: Path) -> None:
+    import slicer
+
+    hands.gui.close_scene()
+    hands.scan(7)
+    node = hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.gui.save_scene(tmp_path / "other.mrb")
+    hands.gui.close_scene()
+    scan = hands.scan(1)
+    mine = hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    segment = mine.GetSegmentation().GetNthSegmentID(0)
+    hands.section._choose(0, included=False)
+    hands.ui.setPatientEdit.text = "P7"
+    hands.ui.setPatientEdit.textEdited.emit("P7")
+    ids = scan.GetID(), mine.GetID()
+    assert (ids[1], segment) in hands.section._choices
+    for each in (mine, scan):
+        slicer.mrmlScene.RemoveNode(each)
+    hands.settle()
+    assert hands.ui.setPatientEdit.text == "" and hands.section._volume is None and not hands.section._choices
+    slicer.util.loadScene(str(tmp_path / "other.mrb"), {"clear": False})
+    hands.settle()
+    volume = hands.widget._parameters.volume
+    assert (volume.GetName(), volume.GetID(), node.GetID()) == ("Scan 7", *ids) and hands.ui.setPatientEdit.text == ""
+    hands.add()
+    assert hands.only.patient != hands.dataset.patient("P7")
 
 
 def test_frames_of_a_sequence_without_a_patient_are_one_patients(hands: Hands) -> None:

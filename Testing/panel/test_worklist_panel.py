@@ -191,7 +191,8 @@ class Set:
 
     folder, summary, annotator = "", None, ""
 
-    def __init__(self) -> None:
+    def __init__(self, hands: Hands) -> None:
+        self.segmentation = lambda: hands.case.segmentation
         self.asked: list[dict[str, Any]] = []
         self.answer: tuple[str | None, str] = ("case-1", "")
 
@@ -222,7 +223,7 @@ def opened(panel, scans, tmp_path) -> Callable[..., Hands]:
 
     def open_(segment: bool = False) -> Hands:
         hands = panel()
-        hands.widget.trainingSet = Set()
+        hands.widget.trainingSet = Set(hands)
         hands.choose(tmp_path / "list")
         hands.add(scans, 3)
         if segment:
@@ -307,6 +308,64 @@ def test_what_is_corrected_while_a_case_is_added_stays_at_hand(opened, tmp_path)
     hands.widget.trainingSet.addCurrent = add
     hands.press("doneScanButton")
     hands.wait(lambda: hands.case.name != name)
+
+
+def test_done_adds_the_scans_segmentation_whatever_the_segment_editor_shows(panel, gui, scans, tmp_path, monkeypatch):
+    import slicer
+    from mrml_scenes import add_segment
+    from UNetSegmentationLib.dataset import Dataset
+
+    hands, asked = panel(), []
+    training = hands.widget.trainingSet
+    training.setFolder(str(tmp_path / "set"))
+    hands.choose(tmp_path / "set")
+    hands.add(scans, 3)
+    hands.segment()
+
+    def measured() -> Any:
+        """Another segmentation of the scan at hand, in the Segment Editor."""
+        hands.press("editScanButton")
+        scratch = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Scratch")
+        scratch.SetReferenceImageGeometryParameterFromVolumeNode(hands.case.volumes[0])
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[1:4, 1:4, 1:4] = 1
+        add_segment(scratch, "thing", mask, hands.case.volumes[0])
+        slicer.mrmlScene.GetSingletonNode("SegmentEditor", "vtkMRMLSegmentEditorNode").SetAndObserveSegmentationNode(scratch)
+        gui.process_events()
+        return scratch
+
+    monkeypatch.setattr(slicer.util, "selectModule", lambda _name: None)
+    monkeypatch.setattr(slicer.util, "confirmYesNoDisplay", lambda text, **_k: asked.append(text) or len(asked) > 1)
+    first = hands.next()
+    measured()
+    hands.paint(3)
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.case is not None and hands.case.name != first)
+    (entry,) = Dataset.open(tmp_path / "set").entries.values()
+    assert entry.changes["thing"]["added"] == 16 and not asked
+
+    # Where a person chose the other one, what was corrected is not lost without a question.
+    second, scratch = hands.case.name, measured()
+    training.root.collapsed = False
+    training.ui.setSegmentationSelector.setCurrentNode(scratch)
+    hands.paint(3)
+    hands.press("doneScanButton")
+    assert len(asked) == 1 and "would be lost" in asked[0] and hands.case.name == second and not hands.section.busy
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.case is not None and hands.case.name != second)
+    assert sorted(e.record["voxels_by_label"]["thing"] for e in Dataset.open(tmp_path / "set").entries.values())[0] == 27
+
+
+def test_that_another_did_it_too_is_still_to_be_read_beside_the_next_scan(opened, tmp_path):
+    from UNetSegmentationLib.worklist import Annotator, WorkList
+
+    hands = opened()
+    for button in ("doneScanButton", "skipScanButton"):
+        name = hands.case.name if hands.case is not None else hands.next()
+        WorkList.open(tmp_path / "list").done(name, Annotator("bert", "Bert"), "case-9")
+        hands.press(button)
+        hands.wait(lambda: hands.case is not None and hands.case.name != name)  # noqa: B023
+        assert f"{name} was already done by Bert" in hands.ui.listMessageLabel.text.replace("\u200b", "")
 
 
 def test_the_segment_editor_opens_on_the_scan(opened, monkeypatch):
@@ -784,7 +843,7 @@ def test_opening_a_large_scan_does_not_hold_the_event_loop(panel, gui, tmp_path)
     from UNetSegmentationLib.image import Image, write_image
 
     hands = panel()
-    hands.widget.trainingSet = Set()
+    hands.widget.trainingSet = Set(hands)
     write_image(Image((made(1.0, 24, (120, 256, 256)) * 1000).astype(np.int16)), tmp_path / "scans" / "big.nrrd")
     hands.choose(tmp_path / "list")
     hands.add(tmp_path / "scans", 1)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from UNetSegmentationLib import cli, files
 from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.files import expand_arguments
 from UNetSegmentationLib.image import Box, Image, UserError, read_image, write_image
-from UNetSegmentationLib.inference.click import ClickSession
+from UNetSegmentationLib.inference.click import BEYOND, ClickSession
 from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.model import SUFFIX, ModelPackage, find_model, write_package
 from UNetSegmentationLib.nodule import COLUMNS, NOTE, describe, row
@@ -120,6 +121,32 @@ def test_without_a_name_the_result_lies_in_the_current_folder_under_the_scans_na
     code, out, err = unetseg("segment", here.scan, "-m", here.model)
     assert code == 0 and here.left() == ["current/scan.seg.nrrd"] and "wrote scan.seg.nrrd" in err and out == ""
     assert "0.691" in err  # 480 voxels in ml
+
+
+def test_without_a_name_nothing_is_replaced(here, unetseg, monkeypatch):
+    """Slicer gives a corrected mask this very name."""
+    for name in ("predict", "ClickSession"):
+        monkeypatch.setattr(cli, name, lambda *a, **k: pytest.fail("it computes"))
+    (here.current / "scan.seg.nrrd").write_text("by hand")
+    click = here.package(task="click", spacing=[1, 1, 1], patch=[16, 24, 24]).path
+    for command in (("segment", here.scan, "-m", here.model), ("click", here.scan, "-m", click, "--at=0,0,0")):
+        one_sentence(unetseg(*command), "scan.seg.nrrd is there already; name the result with -o.")
+    assert (here.current / "scan.seg.nrrd").read_text() == "by hand" and here.left() == ["current/scan.seg.nrrd"]
+
+
+def test_a_whole_scan_for_a_model_of_one_target_is_warned_of_once_and_before_it_is_computed(here, unetseg, monkeypatch):
+    compute = cli.predict
+
+    def predict(*arguments):
+        print("it computes", file=sys.stderr)
+        return compute(*arguments)
+
+    monkeypatch.setattr(cli, "predict", predict)
+    model = here.package(roi_mm=10).path  # the scan is 40 mm
+    code, out, err = unetseg("segment", here.scan, "-m", model, "-o", here.out / "a.nrrd", "--json", "-", "-q")
+    (warning,) = json.loads(out)["warnings"]
+    assert code == 0 and "not for a whole scan; give a box or a point" in warning
+    assert err.splitlines() == [f"warning: {warning}", "it computes"]
 
 
 def test_quiet_says_nothing_and_json_goes_to_standard_output(here, unetseg):
@@ -790,6 +817,19 @@ def test_names_that_standard_output_cannot_hold_are_escaped(here, pack):
     assert result.returncode == 0 and "\\u7d50\\u7bc0" in result.stdout, result.stderr
 
 
+def test_the_names_that_other_commands_take_are_listed_whole(here, unetseg, tmp_path):
+    """In the 80 columns of a pipe."""
+    name = "a-scan-of-" + "0123456789" * 5
+    scan = here.scan.rename(tmp_path / f"{name}.nrrd")
+    mask = here.write((here.image.array > 0.5).astype(np.uint8), "mask.nrrd")
+    label = ("--label", "1=a structure of a long name", "--name", name)
+    assert unetseg("dataset", "add", here.out / "set", scan, "-m", mask, *label)[0] == 0
+    assert unetseg("worklist", "make", here.out / "list", scan, "--later")[0] == 0
+    for part, folder in (("dataset", "set"), ("worklist", "list")):
+        code, out, err = unetseg(part, "list", here.out / folder)
+        assert code == 0 and "".join(line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")) == name, out + err
+
+
 @pytest.mark.parametrize("label", ["1=", "x=a", "-1=a", "\u00b2=a"])
 def test_a_label_that_is_none_is_refused(here, unetseg, label):
     mask = here.write((here.image.array > 0.5).astype(np.uint8), "mask.nrrd")
@@ -926,6 +966,29 @@ def test_click_tells_the_nodules_size(clicked, tmp_path, unetseg):
     assert err == ""
 
 
+def test_a_click_box_holds_all_its_corners_in_a_turned_scan(clicked, tmp_path, unetseg):
+    """Of 45 degrees two opposite ones lie along a line of voxels, and the box between them is flat."""
+    _, package, array = clicked
+    c = math.sqrt(0.5)
+    image = Image(array, direction=(c, -c, 0, c, c, 0, 0, 0, 1))
+    write_image(image, tmp_path / "turned.nrrd")
+    x, y, z = image.index_to_point((12.5, 12.5, 5.5))
+    for box in (f"{-x - 5},{-x + 5},{-y - 5},{-y + 5},{z - 3},{z + 90}", "ijk:8,17,8,17,4,9"):
+        code, _, err = unetseg("click", tmp_path / "turned.nrrd", f"--box={box}", "-m", package, "-o", tmp_path / "o.nrrd", "-q")
+        assert code == 0, err
+        labels = read_image(tmp_path / "o.nrrd").array
+        assert labels[:, :, :20].sum() == 144 and not labels[:, :, 20:].any()
+
+
+def test_what_the_furthest_look_cuts_is_said_to_be_cut_wherever_its_size_is(clicked, tmp_path, unetseg):
+    _, package, _ = clicked
+    write_image(Image(np.ones((40, 60, 200), np.float32)), tmp_path / "wide.nrrd")
+    at = ("--at=-100,-30,20", "--at=-101,-30,20", "-m", package, "-o", tmp_path / "o.nrrd")
+    code, out, err = unetseg("click", tmp_path / "wide.nrrd", *at, "--json=-", "--csv", tmp_path / "o.csv")
+    assert code == 0, err
+    assert json.loads(out)["nodule"]["note"].endswith(BEYOND) and BEYOND in (tmp_path / "o.csv").read_text("utf-8-sig")
+
+
 def test_click_gives_what_a_session_gives_on_a_real_scan(data, tmp_path, unetseg):
     image = read_image(data / "chest_ct" / "LIDC-IDRI-0001_ct.nii.gz").crop(Box((30, 220, 220), (50, 300, 300)))
     write_image(image, tmp_path / "scan.nii.gz")
@@ -948,7 +1011,8 @@ def test_click_gives_what_a_session_gives_on_a_real_scan(data, tmp_path, unetseg
         (("--at=-2,-2,2",), "Nothing was found here"),
         (("--at=-200,-2,2",), "outside the image"),
         (("--at=-12,-12,6", "--not=1,2"), "--not must be 3 numbers"),
-        (("--box=0,-10,0,-10,0,0",), "flat"),
+        (("--box=0,-10,0,-10,0,0",), "--box 0,-10,0,-10,0,0 has no size; give R0,R1"),
+        (("--box=900,910,0,10,0,9",), "The box lies outside the image"),
     ],
 )
 def test_click_refuses_in_one_sentence_and_writes_nothing(clicked, tmp_path, unetseg, options, sentence):

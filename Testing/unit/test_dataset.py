@@ -522,6 +522,16 @@ def test_a_removed_case_that_is_added_again_keeps_its_history_and_its_split(data
     assert dataset.restore(entry.name, 1).version == 3 and entry.label.exists() and again.label.exists()
 
 
+def test_another_scan_under_a_removed_cases_name_is_not_that_patients(dataset):
+    entry = dataset.add(scan(0), outline(), name="one", patient="Bob", split="test")
+    dataset.remove("one")
+    with pytest.raises(module.Objection, match="The case one, which was removed, has another image; choose another name") as e:
+        dataset.add(scan(1), outline(), name="one")
+    assert e.value.kind == "image"
+    other = dataset.add(scan(1), outline(), name="one", allow=["image"])
+    assert (other.version, other.split) == (2, "") and other.patient != entry.patient
+
+
 def test_a_case_that_is_brought_back_is_where_its_patients_others_are_meanwhile(dataset):
     entry = dataset.add(scan(0), outline(), patient="P", split="train")
     dataset.remove(entry.name)
@@ -1222,6 +1232,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert run("split", folder, "--fractions", "1,0,0")[1].startswith("train: 1 case")
     listed = json.loads(run("list", folder, "--json")[1])
     assert listed[0]["split"] == "train" and listed[0]["version"] == 1 and "Jane" not in str(listed)
+    monkeypatch.setenv("COLUMNS", "120")  # in 80 the name is folded
     assert listed[0]["name"] in run("list", folder)[1]
     assert run("export", folder, tmp_path / "out", "--as", "monai")[0] == 0 and (tmp_path / "out" / "datalist.json").is_file()
     assert run("check", folder)[:2] == (0, "1 case, 0 problems\n")

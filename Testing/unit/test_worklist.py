@@ -16,10 +16,11 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from UNetSegmentationLib import worklist as module
 from UNetSegmentationLib.dataset import Dataset, read_mask
 from UNetSegmentationLib.files import UserError
-from UNetSegmentationLib.image import Image, read_image, write_image
+from UNetSegmentationLib.image import Image, SeveralSeries, read_image, write_image
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
 from UNetSegmentationLib.model import Label, find_model
 from UNetSegmentationLib.worker import desk as module_desk
@@ -281,6 +282,59 @@ def test_a_bad_scan_is_a_sentence_and_stops_nobody(work, make_package, scans):
     write_image(ball(), scans / "s2.nii.gz")
     assert work.choose_models([package]) == 1  # tried again
     assert segment_all(work, package)[0].status == "segmented"
+
+
+def test_a_scan_that_was_still_being_copied_comes_back_where_it_is_added_again(work, scans):
+    work.fail("s2", "s2.nii.gz is cut short or damaged; copy or export it again.")
+    assert work.add([scans / "s1.nii.gz"]) == [] and work.add([scans]) == ["s2"]
+    assert (work.scan("s2").status, work.scan("s2").error) == ("waiting", "") and work.add([scans]) == []
+
+
+def two_series(folder, n):
+    """DICOM: the series 1.n.1 and 1.n.2."""
+    folder.mkdir()
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for uid in (f"1.{n}.1", f"1.{n}.2"):
+        for z, part in enumerate((ball().array * 100).astype(np.int16)):
+            image = sitk.GetImageFromArray(part[None])
+            tags = {"0008|0018": f"{uid}.{z}", "0008|0060": "CT", "0020|000d": "1.2.3", "0020|000e": uid, "0020|0013": str(z)}
+            for key, value in {**tags, "0020|0032": f"0\\0\\{z}"}.items():
+                image.SetMetaData(key, value)
+            writer.SetFileName(str(folder / f"{uid}.{z}.dcm"))
+            writer.Execute(image)
+    return folder
+
+
+def test_folders_of_several_series_as_channels_become_a_scan_for_each_pair(tmp_path, make_package):
+    for n in (7, 8):
+        two_series(tmp_path / f"f{n}", n)
+    (tmp_path / "l.csv").write_text("f7,f8\n")
+    work, package = WorkList.gather(tmp_path / "list", [tmp_path / "l.csv"])[0], make_package(channels=["T1", "T2"])
+    work.choose_models([package])
+    for _ in range(7):  # three splits and four scans
+        work.segment([package], ANNA, ONNX)
+    assert work.counts()["segmented"] == len(work.scans) == 4
+    assert {s.series for s in work.scans.values()} == {f"1.7.{a},1.8.{b}" for a in (1, 2) for b in (1, 2)}
+
+
+def test_a_folder_that_a_person_opened_meanwhile_is_not_split_twice(tmp_path, make_package, monkeypatch):
+    package, work = make_package(), WorkList.gather(tmp_path / "list", [two_series(tmp_path / "f7", 7)])[0]
+    work.choose_models([package])
+
+    def slowly(files, series=None):  # meanwhile a person presses Next
+        monkeypatch.setattr(module, "read_image", read_image)
+        hers = WorkList.open(work.folder)
+        name = hers.next(ANNA).name
+        with pytest.raises(SeveralSeries) as e:
+            read_image(files)
+        hers.split(name, list(e.value.series))
+        hers.next(ANNA)
+        return read_image(files, series)
+
+    monkeypatch.setattr(module, "read_image", slowly)
+    work.segment([package], BERT, ONNX)
+    assert [(s.series, s.status, s.by) for s in work.refresh().scans.values()] == [("1.7.1", "taken", "Anna"), ("1.7.2", "waiting", "")]
 
 
 def test_another_model_segments_what_is_left_to_correct_again(work, make_package):
@@ -836,6 +890,39 @@ def test_the_command_line_makes_gives_and_takes(scans, make_package, tmp_path, u
     assert rows["s1"]["status"] == "done" and rows["s1"]["case"] == entry.name and rows["s0"]["status"] == "segmented"
     code, out, _ = run("list", folder)
     assert code == 0 and "1 done" in out
+
+
+def test_the_command_line_segments_and_names_each_series_of_a_folder(tmp_path, make_package, unetseg):
+    folder, one, other = two_series(tmp_path / "f7", 7), tmp_path / "one", tmp_path / "other"
+    options = "-m", make_package().path, "--device", "cpu", "--engine", "onnx"
+    code, _, err = unetseg("worklist", "make", one, folder, *options)
+    assert code == 0 and "1 of 2: f7, value" in err and "2 of 2: f7-2, value" in err and "2 scans: 2 segmented" in err
+    code, _, err = unetseg("worklist", "make", other, folder)
+    Dataset.create(other, "Set", [Label(1, "Thing", (1, 2, 3), {})], ["CT"])
+    image = read_image(folder, "1.7.2")
+    write_image(image.like((image.array > 50).astype(np.uint8)), tmp_path / "m.nii.gz")
+    code, _, err = unetseg("worklist", "done", other, "f7", "-m", tmp_path / "m.nii.gz")
+    assert code == 2 and "f7 holds several series, each a scan of its own now" in err
+    assert [s.series for s in WorkList.open(other).scans.values()] == ["1.7.1", "1.7.2"]
+    assert unetseg("worklist", "done", other, "f7-2", "-m", tmp_path / "m.nii.gz")[0] == 0
+    assert WorkList.open(other).scan("f7-2").status == "done"
+
+
+def test_the_command_line_adds_channels_by_their_names(tmp_path, make_package, unetseg, models_folder):
+    package, one, other = make_package(channels=["T2", "T1"]), ball(0.5), ball(2.0)
+    for i, image in enumerate((one, other)):
+        write_image(image, tmp_path / "s" / f"x_000{i}.nii.gz")
+    write_image(one.like((one.array > 0.5).astype(np.uint8)), tmp_path / "m.nii.gz")
+    unetseg("worklist", "make", tmp_path / "list", tmp_path / "s", "-m", package.path, "--device", "cpu", "--engine", "onnx")
+    dataset = Dataset.create(tmp_path / "set", "Set", [Label(1, "Thing", (1, 2, 3), {})], ["t1", "T2"])
+    done = "worklist", "done", tmp_path / "list", "x", "-m", tmp_path / "m.nii.gz", "--dataset", dataset.folder
+    code, _, err = unetseg(*done)
+    assert code == 2 and "The channels of x are in the order of toy-1.0.0, which cannot be read here; import that model" in err
+    shutil.copytree(package.path.parent, models_folder)
+    code, _, err = unetseg(*done)
+    assert code == 0, err
+    (entry,) = dataset.refresh().entries.values()
+    assert np.array_equal(read_image(entry.images[0]).array, other.array) and np.array_equal(read_image(entry.images[1]).array, one.array)
 
 
 # ----------------------------------------------------------------------------------------------------------------- desk

@@ -28,6 +28,7 @@ from .image import (
     Image,
     SeveralSeries,
     UserError,
+    from_picture,
     length_unit,
     list_series,
     of_channels,
@@ -36,9 +37,9 @@ from .image import (
     write_image,
 )
 from .inference.augment import TTA, views
+from .inference.click import BEYOND, ClickSession, Prompt, box_prompt, expects_lung
 from .inference.click import MODEL as CLICK_MODEL
-from .inference.click import ClickSession, Prompt, expects_lung
-from .inference.predict import Options, Prediction, predict
+from .inference.predict import Options, Prediction, predict, too_much
 from .intensity import display_range, expects_hu, parse_window, presets
 from .measure import dice, measure
 from .model import SUFFIX, Card, Label, ModelPackage, find_model, model_files, user_models_folder, write_package
@@ -89,19 +90,19 @@ def parse_point(text: str, option: str = "--at") -> tuple[float, float, float]:
     return -r, -a, s
 
 
-def parse_roi(text: str, image: Image) -> Box:
+def parse_roi(text: str, image: Image, option: str = "--roi") -> Box:
     """ "R0,R1,A0,A1,S0,S1" in mm RAS, or "ijk:i0,i1,j0,j1,k0,k1" in voxels (last one included), to an index box."""
     if text.startswith("ijk:"):
-        voxels = _numbers(text[4:], 6, "--roi ijk:")
+        voxels = _numbers(text[4:], 6, f"{option} ijk:")
         i0, i1, j0, j1, k0, k1 = (int(v) for v in voxels)
         if voxels != [i0, i1, j0, j1, k0, k1]:
-            raise UserError(f"--roi {text} must be whole numbers; voxels are counted from 0.")
+            raise UserError(f"{option} {text} must be whole numbers; voxels are counted from 0.")
         if i0 > i1 or j0 > j1 or k0 > k1:
-            raise UserError(f"--roi {text} has no size; give ijk:i0,i1,j0,j1,k0,k1 with the smaller number of each pair first.")
+            raise UserError(f"{option} {text} has no size; give ijk:i0,i1,j0,j1,k0,k1 with the smaller number of each pair first.")
         return Box((k0, j0, i0), (k1 + 1, j1 + 1, i1 + 1))
-    r0, r1, a0, a1, s0, s1 = _numbers(text, 6, "--roi")
+    r0, r1, a0, a1, s0, s1 = _numbers(text, 6, option)
     if r0 >= r1 or a0 >= a1 or s0 >= s1:
-        raise UserError(f"--roi {text} has no size; give R0,R1,A0,A1,S0,S1 with the smaller number of each pair first.")
+        raise UserError(f"{option} {text} has no size; give R0,R1,A0,A1,S0,S1 with the smaller number of each pair first.")
     return image.box_around_points([(-r, -a, s) for r in (r0, r1) for a in (a0, a1) for s in (s0, s1)])
 
 
@@ -111,6 +112,14 @@ def _stem(path: Path) -> str:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name
+
+
+def _targets(output: Sequence[Path], images: Sequence[Path]) -> Sequence[Path]:
+    """Where the result goes. Without a name of a person's nothing is replaced: it may be a mask that was corrected in Slicer."""
+    target = Path(f"{_stem(images[0])}.seg.nrrd")
+    if not output and target.exists():
+        raise UserError(f"{target} is there already; name the result with -o.")
+    return output or [target]
 
 
 # ------------------------------------------------------------------------------------------------------------- segment
@@ -333,8 +342,10 @@ def _write(
     quiet: bool,
     nodule: dict[str, Any] | None = None,
     csv_file: Path | None = None,
+    said: Sequence[str] = (),
 ) -> None:
-    """Everything that a command leaves behind. shown: the picture's window. nodule: describe() of what was clicked on."""
+    """Everything that a command leaves behind. shown: the picture's window. nodule: describe() of what was clicked on. said: the warnings
+    that were printed before."""
     from .output import write_segmentation
 
     report = _report(image, prediction, truth)
@@ -368,7 +379,8 @@ def _write(
         text = csv_text([cells], ("Scan", "R (mm)", "A (mm)", "S (mm)", *COLUMNS), [nodule["note"]])
         _write_text(csv_file, text.rstrip("\n"), "utf-8-sig")  # the mark by which spreadsheets know UTF-8
     for warning in report["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
+        if warning not in said:
+            print(f"warning: {warning}", file=sys.stderr)
     if not quiet:
         (_print_report if nodule is None else _print_nodule)(report)
         for path in [*targets, *maps, *([picture] if picture else [])]:
@@ -389,7 +401,7 @@ def _app() -> Any:
     for name, part in parts.items():
         app.add_typer(part, name=name)
 
-    without = "Default: the image's name with .seg.nrrd, in the current folder."
+    without = "Replaces what is there. Default: the image's name with .seg.nrrd, in the current folder, if that is not there yet."
 
     def version(value: bool) -> None:
         if value:
@@ -431,7 +443,7 @@ def _app() -> Any:
     ) -> None:
         """Segment an image and write the result."""
         packages = [find_model(m) for m in model]
-        targets = output or [Path(f"{_stem(images[0])}.seg.nrrd")]
+        targets = _targets(output, images)
         maps = [p for p in (uncertainty, probabilities) if p]
         _check_names(targets, maps, picture, report_file, read=[*images, reference])
         shown = parse_window(display) if display else _display(packages[0].card)
@@ -454,17 +466,22 @@ def _app() -> Any:
                 probabilities=probabilities is not None,
                 postprocess=postprocess,
             )
+            said = too_much(image, packages, options)  # at once: hippocampus-3d takes 458 s for the whole of a chest CT
+            for warning in said:
+                print(f"warning: {warning}", file=sys.stderr)
             prediction = predict(image, packages, options, progress)
         values = ((uncertainty, prediction.uncertainty), (probabilities, prediction.probabilities))
         maps_written = {p: m for p, m in values if p and m}
-        _write(image, prediction, truth, packages[0].card, targets, maps_written, picture, shown, report_file, quiet)
+        _write(image, prediction, truth, packages[0].card, targets, maps_written, picture, shown, report_file, quiet, said=said)
 
     @app.command()
     def click(
         images: Annotated[list[Path], typer.Argument(help="A CT scan: an image file or a DICOM folder.")],
         at: Annotated[list[str], typer.Option(help="R,A,S in mm of a click on the nodule; may be repeated.")] = [],  # noqa: B006
         not_: Annotated[list[str], typer.Option("--not", help="R,A,S in mm of a click on what is not part of it; may be repeated.")] = [],  # noqa: B006
-        box: Annotated[str | None, typer.Option(help="A box about it: R0,R1,A0,A1,S0,S1 in mm RAS.")] = None,
+        box: Annotated[
+            str | None, typer.Option(help="A box about it: R0,R1,A0,A1,S0,S1 in mm RAS, or ijk:i0,i1,j0,j1,k0,k1 in voxels.")
+        ] = None,
         model: Annotated[str, typer.Option("--model", "-m", help="A click model's name or .unet.zip file.")] = CLICK_MODEL,
         output: Annotated[
             list[Path],
@@ -482,24 +499,24 @@ def _app() -> Any:
     ) -> None:
         """Outline the one nodule that is clicked on, and say its size: first --box, then all --at in their order, then all --not."""
         package = find_model(model)
-        targets = output or [Path(f"{_stem(images[0])}.seg.nrrd")]
+        targets = _targets(output, images)
         _check_names(targets, [], picture, report_file, csv_file, read=[*images, reference])
-        prompts: list[Prompt] = []
-        if box is not None:
-            r0, r1, a0, a1, s0, s1 = _numbers(box, 6, "--box")
-            prompts.append(("box", -r0, -a0, s0, -r1, -a1, s1))
-        prompts += [("point", *parse_point(text), True) for text in at]
+        prompts: list[Prompt] = [("point", *parse_point(text), True) for text in at]
         prompts += [("point", *parse_point(text, "--not"), False) for text in not_]
         if not at and box is None:
             raise UserError("Nothing was clicked on; give --at R,A,S or --box.")
         with _cancellable():
             image = _read(images, series)
             truth = _check_fit(image, targets, reference, package.card.labels)
+            if box is not None:
+                prompts.insert(0, box_prompt(image, parse_roi(box, image, "--box")))
             session = ClickSession(image, package, options=Options(engine=engine, device=device, threads=threads))
             answer = session.replay(prompts)
             if not answer.found:
                 raise UserError(answer.text)
             nodule = describe(image, answer.mask, answer.box.start, expects_lung(package.card))
+            if answer.text.startswith(BEYOND):
+                nodule["note"] += f" {BEYOND}"
         prediction = replace(session.prediction(), seconds=sum(session.seconds.values()))
         _write(image, prediction, truth, package.card, targets, {}, picture, _display(package.card), report_file, quiet, nodule, csv_file)
 
@@ -737,7 +754,7 @@ def _dataset_app() -> Any:
             return
         table = Table(title=escape(f"{dataset.name}: {', '.join(d.name for d in dataset.labels)}"))
         for column in ("case", "patient", "split", "version", "size", "voxels", "changed"):
-            table.add_column(column, no_wrap=column in ("case", "patient"))
+            table.add_column(column, overflow="fold")
         for e in entries:
             marked = ", ".join(f"{k} {v}" for k, v in e.record["voxels_by_label"].items())
             changed = ", ".join(f"{k} +{c['added']} -{c['removed']}" for k, c in e.changes.items())
@@ -817,7 +834,7 @@ def _worklist_app() -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    from .dataset import INDEX, OBJECTIONS, Dataset, read_mask, read_model_mask
+    from .dataset import INDEX, OBJECTIONS, Dataset, plain_name, read_mask, read_model_mask
     from .worklist import Annotator, Scan, WorkList, check_models
 
     app = typer.Typer(help="Correct many scans one by one, those first where it helps most.", no_args_is_help=True)
@@ -835,6 +852,18 @@ def _worklist_app() -> Any:
     def summary(work: WorkList) -> str:
         counts = work.counts()
         return f"{counted(sum(counts.values()), 'scan')}: " + (", ".join(f"{n} {status}" for status, n in counts.items() if n) or "none")
+
+    def in_order(image: Image, scan: Scan, channels: Sequence[str]) -> Image:
+        """The dataset's channels by their names, as the panel adds them: a scan's files are in its model's order."""
+        try:
+            card = find_model(scan.model.split("+")[0]).card
+        except UserError as e:
+            text = f"The channels of {scan.name} are in the order of {scan.model}, which cannot be read here; import that model in Slicer, "
+            raise UserError(text + "or add the scan by unetseg dataset add, with its files in the dataset's order.") from e
+        rows, names = (list(map(plain_name, some)) for some in (card.data["channels"], channels))
+        if len(rows) != image.n_channels or len({*rows}) < len(rows) or not {*names} <= {*rows}:
+            return image
+        return image.like(image.channels[[rows.index(name) for name in names]])
 
     @app.command()
     def make(
@@ -870,14 +899,19 @@ def _worklist_app() -> Any:
             me = Annotator.here(pid=os.getpid())
             options = Options(tta=tta, engine=engine, device=device)
             with _cancellable("; what is segmented is kept, and the same command goes on with the others"):
-                for i in range(0 if later else todo if limit is None else min(limit, todo)):
+                n = 0
+                while not later and n != limit:
                     with _progress(not quiet and sys.stderr.isatty()) as progress:
                         scan = work.segment(models, me, options, progress, engines=engines)
                     if scan is None:
                         break
+                    if not (scan.scores or scan.error):  # a folder of several series, each a scan of its own now
+                        todo = n + work.unsegmented - len(work.away)
+                        continue
+                    n += 1
                     if not quiet:
-                        value = f"value {scan.scores['value']:.3f}" if scan.scores and not scan.error else scan.error or scan.status
-                        print(f"{i + 1} of {todo}: {scan.name}, {value}", file=sys.stderr)
+                        value = f"value {scan.scores['value']:.3f}" if scan.scores and not scan.error else scan.error
+                        print(f"{n} of {todo}: {scan.name}, {value}", file=sys.stderr)
         work.clean()
         if not quiet:
             print(summary(work.refresh()), file=sys.stderr)
@@ -892,7 +926,7 @@ def _worklist_app() -> Any:
             return
         table = Table(title=escape(summary(work)))
         for column in ("scan", "status", "value", "entropy", "disagreement", "note"):
-            table.add_column(column, no_wrap=column == "scan")
+            table.add_column(column, overflow="fold")
         for s in scans:
             numbers = [f"{s.scores[k]:.3f}" if s.scores else "-" for k in ("value", "entropy", "disagreement")]
             hours = f"for {s.until / 3600:.1f} h" if s.until else ""
@@ -937,7 +971,14 @@ def _worklist_app() -> Any:
             target = Dataset.open(dataset or folder) if dataset or (folder / INDEX).exists() else None
             if target is None:
                 raise UserError(f"{folder} holds no dataset; give --dataset with the dataset's folder (unetseg dataset add makes one).")
-            image = read_image(found.files, found.series)
+            try:
+                image = read_image(found.files, found.series)
+            except SeveralSeries as e:
+                work.split(scan, list(e.series))
+                text = f"{scan} holds several series, each a scan of its own now; look which is yours with: unetseg worklist list --json, "
+                raise UserError(text + "then give that one's name.") from e
+            if found.model and image.n_channels > 1 and not from_picture(image):
+                image = in_order(image, found, target.channels)
             array, named = read_mask(mask, image)
             its, own = read_model_mask(found.mask, image, named, target.labels) if found.mask else (named, None)
             model = found.model if found.mask else ""

@@ -869,11 +869,12 @@ class Dataset:
 
     def _check_twin(self, data: dict[str, Any], key: str, digest: str, allow: Collection[str]) -> None:
         for name, case in data["cases"].items():
-            same = case["versions"][-1]["voxels"] == digest
-            if same and name != key:
+            if name != key and case["versions"][-1]["voxels"] == digest:
                 raise UserError(f"This image is already there as {name}; add it under that name to update it, or remove {name} first.")
-            if not same and name == key and "image" not in allow:
-                raise Objection(f"The case {key} has another image; choose another name, or allow its image to be replaced.", "image")
+        former = data["cases"].get(key) or data.get("removed", {}).get(key)
+        if former and former["versions"][-1]["voxels"] != digest and "image" not in allow:
+            which = key if key in data["cases"] else f"{key}, which was removed,"
+            raise Objection(f"The case {which} has another image; choose another name, or allow its image to be replaced.", "image")
         if key not in data["cases"]:
             if RESERVED.match(key):
                 raise UserError(f"{key!r} cannot name a case: Windows makes no folder of that name; choose another.")
@@ -967,6 +968,8 @@ class Dataset:
         if case is None:  # one that was removed goes on with its history, and stays in its split
             case = data.get("removed", {}).pop(key, None) or {"patient": person, "split": "", "versions": []}
             data["cases"][key] = case
+            if case["patient"] != person and all(v["voxels"] != record["voxels"] for v in case["versions"]):
+                case |= {"patient": person, "split": ""}  # another scan in its place, by default another patient's
         if named or self._is_nobodys(case):
             case["patient"] = person
         kin = _kin(data, key)

@@ -399,7 +399,8 @@ class WorkList:
     # ---------------------------------------------------------------------------------------------------------- change
 
     def add(self, sources: Iterable[str | Path]) -> list[str]:
-        """Add scans, as find_scans() finds them, that are not there yet; returns the new ones' names. left_out: what it could not add."""
+        """Add scans, as find_scans() finds them, that are not there yet or failed, perhaps as they were still being copied; returns their
+        names. left_out: what it could not add."""
         self.left_out = []
         found = find_scans(sources, self.folder / RESULTS, self.left_out)
 
@@ -408,7 +409,10 @@ class WorkList:
 
         def enter(data: dict[str, Any]) -> list[str]:
             there = {key(r["files"]) for r in data["scans"].values()}
-            new = []
+            wanted = set(map(key, found))
+            new = [name for name, r in data["scans"].items() if r["status"] == "failed" and key(r["files"]) in wanted]
+            for name in new:
+                _try_again(data["scans"][name])
             for files in found:
                 if key(files) in there:
                     continue
@@ -439,8 +443,7 @@ class WorkList:
             data["models"] = names
             for record in data["scans"].values():
                 if record["status"] == "failed":
-                    record["status"] = "segmented" if record.get("mask") else "waiting"
-                    record.pop("error", None)
+                    _try_again(record)
             return sum(_to_segment(data, record) for record in data["scans"].values())
 
         return self._commit(choose)
@@ -541,14 +544,15 @@ class WorkList:
                 raise Unchanged
             record.pop("claim", None)
             if me is None:
-                record["status"] = "segmented" if record.get("mask") else "waiting"
-                record.pop("error", None)
+                _try_again(record)
 
         self._commit(free)
 
     def split(self, name: str, series: Sequence[str]) -> None:
-        """A scan whose folder turned out to hold several series becomes a scan for each."""
-        self._commit(lambda data: _split(data, name, series))
+        """A scan whose folder turned out to hold several series, as it was last seen here, becomes a scan for each; nothing where another
+        did that meanwhile."""
+        former = self.scan(name).series
+        self._commit(lambda data: _split(data, name, former, series))
 
     def _record(self, data: dict[str, Any], name: str) -> dict[str, Any]:
         if name not in data["scans"]:
@@ -628,10 +632,12 @@ class WorkList:
 
         def enter(data: dict[str, Any]) -> list[str]:
             record = self._record(data, name)
+            if record.get("series") != scan.series:  # another has split it meanwhile
+                return [result["mask"]] if "mask" in result else []
             if (record.get("claim") or {}).get("for") == "segment":
                 del record["claim"]
             if series:
-                _split(data, name, series)
+                _split(data, name, scan.series, series)
                 return []
             failed = result.get("status") == "failed"
             if "claim" in record and _lives(record["claim"], self._now()) and (record.get("mask") or failed):
@@ -717,11 +723,20 @@ class _NotWritten(UserError):
     """The list's disk takes no result, which is no scan's fault."""
 
 
-def _split(data: dict[str, Any], name: str, series: Sequence[str]) -> None:
-    record = data["scans"].pop(name, None)
-    for uid in series if record else ():
-        new = _free_name(name, data["scans"])
-        data["scans"][new] = {"files": record["files"], "series": uid, "status": "waiting"}
+def _split(data: dict[str, Any], name: str, former: str | None, series: Sequence[str]) -> None:
+    """former: the series that was read, as read_image() takes it: of several folders one may be chosen already."""
+    record = data["scans"].get(name)
+    if record is None or record.get("series") != former:
+        return
+    del data["scans"][name]
+    for uid in series:
+        uids = ",".join(filter(None, (former, uid)))
+        data["scans"][_free_name(name, data["scans"])] = {"files": record["files"], "series": uids, "status": "waiting"}
+
+
+def _try_again(record: dict[str, Any]) -> None:
+    record["status"] = "segmented" if record.get("mask") else "waiting"
+    record.pop("error", None)
 
 
 def _stem(path: Path) -> str:

@@ -329,7 +329,8 @@ class TrainingSetSection(VTKObservationMixin):
         return given[: max(1, len(names))]
 
     def segmentation(self) -> Any:
-        """The one that a person chose for the volume, or the one that was worked on: in the Segment Editor, by a run or clicks."""
+        """The one that a person chose for the volume, or the work list's, or the one that was worked on: in the Segment Editor, by a run
+        or clicks."""
         p = self.panel._parameters
         volume = p.volume if p is not None else None
         if volume is None or volume.GetScene() is None:
@@ -339,9 +340,11 @@ class TrainingSetSection(VTKObservationMixin):
             if node is None or node.GetScene() is volume.GetScene():
                 return node
         scene = volume.GetScene()
-        editor = scene.GetSingletonNode("SegmentEditor", "vtkMRMLSegmentEditorNode")
+        editor, case = scene.GetSingletonNode("SegmentEditor", "vtkMRMLSegmentEditorNode"), self.panel.workList.case
         everywhere = list(slicer.util.getNodesByClass("vtkMRMLSegmentationNode", scene))[::-1]
-        first = [editor.GetSegmentationNode() if editor is not None else None, p.output, p.nodules]
+        # The editor may show another of the scan at hand, such as one that only measured something.
+        ours = case.segmentation if case is not None and volume is case.volumes[0] else None
+        first = [ours, editor.GetSegmentationNode() if editor is not None else None, p.output, p.nodules]
         return next((node for node in (*first, *everywhere) if node is not None and inputs.referenceVolume(node) is volume), None)
 
     def _known(self) -> list[Any]:
@@ -437,6 +440,12 @@ class TrainingSetSection(VTKObservationMixin):
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def _onNodeAboutToBeRemoved(self, caller: Any, event: Any, node: Any) -> None:
         selector = self.ui.setSegmentationSelector
+        if node is not None:  # a scene that is added later may give its ID to another patient's
+            self._patients.pop(node.GetID(), None)
+            self._choices = {key: value for key, value in self._choices.items() if key[0] != node.GetID()}
+        if node is not None and node is self._volume:
+            self._volume, self.ui.setPatientEdit.text = None, ""
+            self._said = self._said if self.busy else ""
         if node is not None and node in (self._picked or ()):
             self._picked = None
         if node is not None and node is selector.currentNode():

@@ -601,7 +601,7 @@ class WorkListSection:
             case.over = True
             if case.folder != folder:  # of the same list the desk has given it back
                 self._give(case)
-        self.text = " ".join(answer.get("notes", ()))
+        self.text = " ".join(filter(None, [self.text, *answer.get("notes", ())]))  # after what _onMarked() has to say
         if scan is None:
             self.case = None
             self.text = " ".join(filter(None, [self.text, _("Nothing is left to do in this list.")]))
@@ -727,6 +727,10 @@ class WorkListSection:
                 with slicer.util.NodeModify(p):
                     p.volume, p.channels = case.volumes[0], case.volumes[1:]
             p.output = case.segmentation
+        if self.panel.trainingSet.segmentation() is not case.segmentation:  # a person chose another for this volume
+            if not self._mayLeave():
+                return
+            case.stamp = _stamp(case.segmentation)
         self.text, self.busy = "", _("Adding {name} to the training set…").format(name=case.name)
 
         def added(name: str | None, text: str) -> None:
@@ -759,9 +763,10 @@ class WorkListSection:
             return {"onDone": onDone}
 
         stamp = _stamp(case.segmentation)  # of what is added, not of what is corrected meanwhile
+        own = self.panel.trainingSet.segmentation() is case.segmentation
 
         def added(name: str | None, text: str) -> None:
-            if name is not None and self.case is case:
+            if name is not None and self.case is case and own:
                 case.stamp = stamp
             onDone(name, text)
 
