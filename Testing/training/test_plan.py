@@ -102,6 +102,14 @@ def test_mirrors_that_would_make_a_label_wrong_are_left_out(names, flips):
     assert of(cases(labels=names)).config.input.flip_axes == flips
 
 
+@pytest.mark.parametrize("name, flips", [("Upper lung", []), ("Anterior", []), ("left lung", ["y"]), ("a", ["x", "y"])])
+def test_of_slices_as_they_were_taken_only_x_is_known(name, flips):
+    """Chest radiographs in which "Upper lung" barred z, which a picture lacks, were mirrored upside down."""
+    made = of(cases(shape=(1, 64, 64), labels=(name, "b")))
+    assert made.config.input.axis == "acquired" and made.config.input.flip_axes == flips
+    assert ("may be any of a slice's own" in made.reasons["input.flip_axes"]) == (not flips)
+
+
 def test_ct_is_known_by_its_name_and_by_its_values():
     for case_set in (cases(channels=("CT",)), cases(low=-1000.0)):
         intensity = of(case_set).config.input.intensity

@@ -26,7 +26,7 @@ from UNetSegmentationLib import training  # noqa: E402
 from UNetSegmentationLib.dataset import Dataset  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image, read_image, write_image  # noqa: E402
-from UNetSegmentationLib.model import Label, ModelPackage, write_package  # noqa: E402
+from UNetSegmentationLib.model import Label, ModelPackage, find_model, write_package  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig, build  # noqa: E402
 from UNetSegmentationLib.training import Options  # noqa: E402
 
@@ -176,6 +176,7 @@ def test_the_command_makes_a_package_with_before_and_after(dataset, base, models
     code, _, err = command("promote", job.folder, "use")
     assert code == 2 and "worse than toy-1.0.0; keep both" in err
     assert command("promote", job.folder, "use", "--worse")[0] == 0 and (models_folder / "toy-1.1.0.unet.zip").is_file()
+    assert f"finished, used: {job.text}" in command("jobs", dataset)[1]
 
 
 def test_the_detached_process_is_killed_and_goes_on_exactly(dataset, base, monkeypatch):
@@ -516,6 +517,21 @@ def test_a_label_that_no_case_marks_is_left_out_and_told(tmp_path, base, more, n
     assert np.array_equal(np.unique(read_image(next((job.folder / "check").glob("*_truth.nii.gz"))).array), range(3 + len(more)))
 
 
+def test_a_label_that_no_held_out_case_marks_is_not_measured(tmp_path, base):
+    """On the card and in the mean it had a Dice of 1.000."""
+    made = Dataset.create(tmp_path / "set", "set", LABELS, ["MR"])
+    add_cases(made, 3)
+    add_cases(made, 2, values=(3.0,), first=3)
+    made._commit(lambda data: [c.update(split="validation" if n > "case2" else "train") for n, c in data["cases"].items()] and None)
+    job = finished(created(made.folder, base, epochs=1))
+    assert job.state == "finished", job.text
+    result, card = job.result, ModelPackage.read(job.package).card.data
+    assert list(result["labels"]) == list(card["metrics"]["dice"]) == ["Bright"]
+    assert result["mean"]["dice"] == result["labels"]["Bright"]["dice"]
+    assert result["note"].endswith("In no held-out case, so not measured: Dark.")
+    assert {(w["case"], w["dice_after"]) for w in result["worst"]} == {(r["case"], r["dice_after"]) for r in result["rows"]}
+
+
 def test_a_device_that_is_not_there_is_told(dataset, base, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     job = training.create(dataset, base, Options(device="gpu"))
@@ -619,7 +635,7 @@ def test_large_boxes_are_cut():
 def test_worst_cases_are_written_where_windows_leaves_those_of_before(tmp_path, monkeypatch):
     monkeypatch.setattr(retrain.shutil, "rmtree", lambda folder, ignore_errors: None)  # another program holds one
     for _ in range(2):
-        worst = [(0.5, {"case": "c"}, {"image": Image(np.ones((2, 3, 4), np.uint8))})]
+        worst = [({"case": "c"}, {"image": Image(np.ones((2, 3, 4), np.uint8))})]
         (entry,) = retrain._written(tmp_path / "check", worst)
     assert read_image(tmp_path / entry["files"]["image"]).shape == (2, 3, 4)
 
@@ -710,6 +726,25 @@ def test_a_label_that_only_held_out_cases_mark_is_left_out(tmp_path):
     job = training.create(made.folder)
     cases, facts = retrain._cases(job.folder, job)
     assert [label.name for label in cases.labels] == ["Bright"] and facts["unmarked"] == ["Dark"]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_so_it_is_in_the_datasets_of_other_programs(tmp_path, alone):
+    """Where no retraining began: who is held out is fixed, and the training refuses a label that no case shows it."""
+    names = [f"case{i}" for i in range(8)]
+    held = {c.name for c in retrain._dealt([case(name) for name in names]) if c.split == "validation"}
+    for name in names:
+        mask = np.zeros((8, 8, 8), np.uint8)
+        mask[1:3], mask[5:7] = not (alone and name in held), 2 * (name in held)
+        write_image(Image(mask.astype(np.float32)), tmp_path / "set" / "images" / f"{name}.nii.gz")
+        write_image(Image(mask), tmp_path / "set" / "labels" / f"{name}.nii.gz")
+    job = training.create(tmp_path / "set")
+    made, facts = retrain._cases(job.folder, job)
+    assert [label.name for label in made.labels] == ["label 1"] and facts["unmarked"] == ["label 2"]
+    assert any(made.marked(c) for c in made.cases if c.split == "validation")
+    (tmp_path / "click").mkdir()  # which makes one of all labels
+    made, facts = retrain._cases(tmp_path / "click", job, find_model("lung-nodule-click"))
+    assert len(made.labels) == 2 and "unmarked" not in facts
 
 
 def test_stopped_before_it_began_it_can_be_resumed(dataset, base, command, monkeypatch):

@@ -15,7 +15,7 @@ for name in ("typer", "rich", "monai", "pydantic", "lightning", "yaml"):
     pytest.importorskip(name)
 import lightning  # noqa: E402
 from test_train import ROOT, emptied, environment, write_cases  # noqa: E402
-from unetseg_training import cli, watch  # noqa: E402
+from unetseg_training import cli, metrics, watch  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
 from unetseg_training.train import find, load_run  # noqa: E402
 from UNetSegmentationLib.dataset import Dataset  # noqa: E402
@@ -214,6 +214,16 @@ def test_figures_of_other_weights_are_not_put_on_the_card(command, run, tmp_path
         assert code == 0 and ("of other weights than these" in err) == restarted, err
         (path,) = (tmp_path / str(restarted)).glob("*.unet.zip")
         assert bool(ModelPackage.read(path).card.data.get("metrics")) != restarted
+
+
+def test_a_label_that_no_scored_case_marks_is_not_measured(command, run, monkeypatch):
+    evaluate, ghost = metrics.evaluate, {"label": "Ghost", "state": "absent", "dice": 1.0}
+    monkeypatch.setattr(metrics, "evaluate", lambda *words, **how: [x for r in evaluate(*words, **how) for x in (r, r | ghost)])
+    assert command("fit", run, "--quiet")[0] == 0
+    code, out, err = command("evaluate", run / "fold0-seed0")
+    assert code == 0 and "In no case that was scored, so not measured: Ghost.\n" in out, err
+    facts = json.loads((run / "fold0-seed0" / "metrics.json").read_text("utf-8"))["summary"]
+    assert [facts["dice"]] == [own["dice"] for own in facts["labels"].values()]
 
 
 def test_what_the_package_says_may_be_edited_after_the_training(command, run):

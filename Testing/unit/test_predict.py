@@ -224,9 +224,15 @@ def test_acquired_slices_are_seen_as_they_are_stored(make_package, slices):
         for direction in ((1, 0, 0, 0, 1, 0, 0, 0, 1), (0, 0, 1, 1, 0, 0, 0, -1, 0), _orthogonal(short_axis))
     ]
     assert got[0].labels.array.any() and all(p.tiles == slices and np.array_equal(p.labels.array, got[0].labels.array) for p in got)
-    turned = Image(np.ascontiguousarray(values.transpose(1, 0, 2)), (1.4, 10.0, 1.4), (0, 0, 0), (1, 0, 0, 0, 0, 1, 0, -1, 0))
-    stored = predict(turned, [model], engines=[FakeEngine(rows_only)]).labels.array
-    assert np.array_equal(stored.transpose(1, 0, 2), got[0].labels.array)
+    # As tools that turn the axes to the body's store them.
+    for direction in ((1, 0, 0, 0, 0, 1, 0, -1, 0), _orthogonal(short_axis)):
+        for axes in ("LPS", "RAS", "SAR"):
+            stored = from_sitk(sitk.DICOMOrient(to_sitk(Image(values, (1.4, 1.4, 10.0), (0, 0, 0), direction)), axes))
+            back = to_sitk(predict(stored, [model], engines=[FakeEngine(rows_only)]).labels)
+            same = sitk.Resample(
+                back, to_sitk(Image(values, (1.4, 1.4, 10.0), (0, 0, 0), direction)), sitk.Transform(), sitk.sitkNearestNeighbor
+            )
+            assert np.array_equal(sitk.GetArrayFromImage(same), got[0].labels.array)
     other = make_package(kind="identity", activation="sigmoid", dimensions=2, axis="axial", patch=[32, 32], divisor=[8, 8])
     with pytest.raises(UserError, match="do not look at the same slices"):
         predict(Image(values), [model, other])

@@ -179,6 +179,10 @@ def test_a_killed_job_is_lost_and_resumed(dataset):
     training.update(job.folder, kept=False)
     with pytest.raises(UserError, match="No epoch of this training was finished"):
         training.resume(lost, sys.executable, finish=True)
+    assert "resume it to begin again" in training.read(job.folder).text
+    (job.folder / "best.safetensors").touch()  # it was killed between that and its next word
+    lost = training.read(job.folder)
+    assert lost.kept and "resume it to go on where it was" in lost.text
     back = wait(training.resume(lost, sys.executable), lambda j: j.state == "training")
     assert back.pid not in (job.pid, os.getpid())
     training.stop(back)
@@ -496,6 +500,8 @@ def test_used_it_takes_its_parents_place(finished, make_package, models_folder):
     assert [p.name for p in models_folder.glob("*.unet.zip")] == ["toy-1.1.0.unet.zip"]
     aside = ModelPackage.read(models_folder / "former" / "toy-1.0.0.unet.zip")
     assert aside.card.data == parent.card.data
+    with pytest.raises(UserError, match="is used in place of toy-1.0.0 already; to have both, move that one back if it lies in .*former"):
+        training.promote(finished, "keep")
     assert training.read(finished.folder).decided == "use" and ModelPackage.read(path).card.origin == "Fine-tuned from toy 1.0.0."
 
 

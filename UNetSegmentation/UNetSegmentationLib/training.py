@@ -246,6 +246,8 @@ def _job(folder: Path, data: Mapping[str, Any]) -> Job:
         job.options = Options(**{k: v for k, v in data.get("options", {}).items() if k in {f.name for f in fields(Options)}})
         package = data.get("package")
         job.package = folder / package if package and is_inner(package) and (folder / package).is_file() else None
+        # The process may be killed just after it wrote them, and say so no more.
+        job.kept = job.kept or (folder / "best.safetensors").is_file()
         job.started = float(job.started)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{folder / JOB} is damaged ({type(e).__name__}: {e}); remove its folder, or put the file back.") from e
@@ -571,7 +573,7 @@ def promote(job: Job, how: str) -> Path | None:
     if job.running:
         raise UserError("This retraining is still running; wait for its end, or stop it.")
     if how == "discard":
-        update(job.folder, decided=how, package=None, kept=False)
+        update(job.folder, decided=how, package=None)
         _clear(job.folder)
         return None
     if job.package is None:
@@ -582,6 +584,9 @@ def promote(job: Job, how: str) -> Path | None:
     parent = job.base.rpartition("-")
     card = dict(package.card.data)
     former: Path | None = None
+    if how == "keep" and job.decided == "use" and package.card.name == parent[0]:
+        aside = models / FORMER
+        raise UserError(f"It is used in place of {job.base} already; to have both, move that one back if it lies in {aside}.")
     if how == "use":
         if package.card.name == parent[0]:
             former = next((p for p in models.glob(PACKAGES) if named(p) == (parent[0], parent[2])), None)

@@ -299,8 +299,10 @@ def _app() -> Any:
         told = f"unetseg-train evaluate {own_name(folder)}" + (f" --data {own_name(data)}" if data else "")
         where = own_name(data) if data else f"the held-out cases of {own_name(folder)}"
         where = f"lesions in {where}, after one click" if clicked else where
-        facts = metrics.summary(rows, held_out=where, command=told, weights=weights)
+        facts = metrics.summary(metrics.measured(rows), held_out=where, command=told, weights=weights)
         print(metrics.table(facts))
+        if absent := {r["label"]: 0 for r in rows if r["label"] not in facts["labels"]}:
+            print(f"In no case that was scored, so not measured: {', '.join(absent)}.")
         metrics.write(folder, rows, facts)
         print(f"wrote {report.write(folder)}")
 
@@ -445,8 +447,10 @@ def _app() -> Any:
         if not user_path(data).exists():
             raise UserError(f"{data} does not exist; check the name.")
         found = [training.read(data)] if (data / training.JOB).is_file() else training.jobs(data)
+        fates = {"use": ", used", "keep": ", kept", "discard": ", discarded"}
         for job in found:
-            print(f"{job.folder}\n    {job.state}: {job.text}" + (f"\n    {job.package}" if job.package else ""))
+            state = job.state + fates.get(job.decided, "")
+            print(f"{job.folder}\n    {state}: {job.text}" + (f"\n    {job.package}" if job.package else ""))
         if not found:
             print("no retraining yet; begin one with: unetseg-train finetune DATA --from MODEL")
 

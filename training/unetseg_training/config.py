@@ -75,7 +75,7 @@ class LabelEntry(_Strict):
 
 class Input(_Strict):
     dimensions: Literal[2, 3] = _f(3, "2: slice by slice; 3: volumes.")
-    axis: Literal["axial", "coronal", "sagittal", "acquired"] = _f("axial", "2D: the plane of the slices; acquired: as they are stored.")
+    axis: Literal["axial", "coronal", "sagittal", "acquired"] = _f("axial", "2D: the plane of the slices; acquired: as they were taken.")
     context_slices: int = _f(0, "2D: neighbouring slices on each side, as further channels.", ge=0, le=16)
     spacing: tuple[Spacing | None, Spacing | None, Spacing | None] = _f(
         (None, None, None), "mm along x, y, z that images are resampled to; null keeps an axis."

@@ -318,6 +318,13 @@ def summary(rows: Sequence[Row], **facts: Any) -> dict[str, Any]:
     return out | ({"fpr": list(FPR)} if out["roc"] else {}) | facts
 
 
+def measured(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the labels that the truth of some case holds, or all where none does: of another label a model that finds nothing
+    had a Dice of 1.000, on its card and in its mean."""
+    seen = {r["label"] for r in rows if r["state"] in ("found", "missed")}
+    return [r for r in rows if r["label"] in seen] or list(rows)
+
+
 def difference(before: Sequence[Row], after: Sequence[Row], key: str = "dice") -> dict[str, Any]:
     """The mean change of a figure from one model to another on the same cases, with its interval: {"mean", "low", "high", ...}."""
     old = {(r["case"], r["label"]): r.get(key) for r in before}

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 from UNetSegmentationLib import training
-from UNetSegmentationLib.dataset import Dataset, Entry, map_values, translated
+from UNetSegmentationLib.dataset import Dataset, translated
 from UNetSegmentationLib.engines import make_engine
 from UNetSegmentationLib.files import UserError, counted, write_text
-from UNetSegmentationLib.image import Box, Image, read_image, write_image
+from UNetSegmentationLib.image import Box, Image, write_image
 from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import SUFFIX, Card, Label, ModelPackage, label_key, model_files, read_card, write_package
 from UNetSegmentationLib.networks import UNetConfig
@@ -174,7 +174,6 @@ def _work(folder: Path, told: _Told) -> tuple[str, str]:
         case_set, facts = _thawed(folder, job, finish=True)
         stopped = True
     told.stoppable = False
-    training.update(folder, kept=True)
     told("Checking the new model on held-out cases", now=True, state="checking", fraction=0.85, seconds_left=told.after)
     result = _checked(folder, job, base, case_set, facts, told, stopped)
     training.update(folder, package=result["package"], verdict=result["verdict"])
@@ -203,8 +202,8 @@ def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) ->
         return read
 
     case_set = ordered()
-    if case_set.layout == "unetseg":
-        dataset = Dataset.open(path)
+    dataset = Dataset.open(path) if case_set.layout == "unetseg" else None
+    if dataset is not None:
         people = {e.patient for e in dataset.entries.values()}
         if len(people) > 1 and any(not e.split for e in dataset.entries.values()):
             dataset.split((1 - HELD_OUT, HELD_OUT, 0))
@@ -221,14 +220,16 @@ def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) ->
     if parts != {"train", "validation"}:
         cases = _dealt(cases)
     cases = _with_marks(cases, case_set)
-    if case_set.layout == "unetseg":
-        # A first case brings all labels of its model, of which a person may mark some only.
-        entries = dataset.entries
-        found = set[str]().union(*(_marks(entries[c.name], dataset.labels) for c in cases if c.split == "train" and c.name in entries))
-        marked = [label.name for label in case_set.labels if label.name in found]
-        if marked:
-            facts["unmarked"] = [label.name for label in case_set.labels if label.name not in marked]
-            case_set = ordered(marked)
+    if base is None or base.card.data["task"] != "click":  # which makes one of all labels
+        # A first case brings all labels of its model, of which a person may mark some only; a rare one may be in held-out cases alone.
+        found: set[str] = set()
+        for c in cases:
+            if c.split != "validation" and len(found) < len(case_set.labels):
+                found |= _marks(c, case_set, dataset)
+        facts["unmarked"] = [label.name for label in case_set.labels if label.name not in found]
+        if found and facts["unmarked"]:
+            case_set = ordered([label.name for label in case_set.labels if label.name in found])
+            cases = _with_marks(cases, case_set)
     if base is not None and same_labels(base.card, case_set) and not any(c.reader in NAMED for c in case_set.cases):
         case_set = replay_set(case_set, [label.name for label in base.card.labels], case_set.channels)
     tests = [c for c in case_set.annotated if c.split == "test"]
@@ -238,13 +239,15 @@ def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) ->
     return case_set, facts
 
 
-def _marks(entry: Entry, labels: Sequence[Label]) -> set[str]:
-    """The names of the labels that a case marks: as they were counted, or, where one was renamed since, as its mask holds them."""
-    counts = entry.record.get("voxels_by_label", {})
-    if counts and counts.keys() <= {label.name for label in labels}:
+def _marks(case: Case, case_set: CaseSet, dataset: Dataset | None) -> set[str]:
+    """The names of the labels that a case marks: as they were counted, or, where nobody did or one was renamed since, as its mask holds
+    them."""
+    entry = dataset.entries.get(case.name) if dataset is not None else None
+    counts = entry.record.get("voxels_by_label", {}) if entry is not None else {}
+    if counts and counts.keys() <= {label.name for label in case_set.labels}:
         return {name for name, count in counts.items() if count}
-    held = map_values(read_image(entry.label).array)
-    return {label.name for label in labels if label.value in held}
+    held = np.unique(case_set.load(case)[1])
+    return {label.name for label in case_set.labels if label.value in held}
 
 
 def _freeze(folder: Path, job: training.Job, case_set: CaseSet, facts: dict[str, Any]) -> None:
@@ -399,7 +402,6 @@ class Steer(Callback):
         self.told, self.minutes = told, config.fit.minutes
         self.began = self.first = self.before = 0.0
         self.best: float | None = None
-        self.kept = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.began, self.first = time.monotonic(), trainer.global_step
@@ -418,9 +420,6 @@ class Steer(Callback):
         if self.minutes:
             rest = 60 * self.minutes - self.before - spent
             part, left = max(part, 1 - max(0.0, rest) / (60 * self.minutes)), min(left, max(0.0, rest))
-        if not self.kept and (self.told.folder / WEIGHTS).is_file():
-            self.kept = True
-            self.told(now=True, kept=True)
         text = f"Training, epoch {trainer.current_epoch + 1}"
         text += f", best Dice so far {self.best:.3f}" if self.best is not None else ""
         self.told(text, fraction=0.06 + 0.79 * min(1.0, part), seconds_left=round(left + self.told.after, 1), dice=self.best)
@@ -476,13 +475,15 @@ def _checked(
     notes = [] if tested else ["The best epoch was chosen on these very cases, which flatters it a little; mark cases as test."]
     if unmarked:
         notes.append(f"Marked in no case that was learnt from, so the new model does not know it: {', '.join(unmarked)}.")
+    if absent := [label.name for label in case_set.labels if label.name not in compared["labels"]]:
+        notes.append(f"In no held-out case, so not measured: {', '.join(absent)}.")
     new = [name for name, own in compared["labels"].items() if not own["dice"]["before"]]
     if new and compared["mean"]["dice"]["before"]:
         notes.append(f"New, so compared with nothing: {', '.join(new)}.")
     where = f"{'test' if tested else 'validation'} cases of {facts['name']}"
     if config.model.task == "click":
         where = f"lesions in the {where}, after one click"
-    summary = metrics.summary(scored, held_out=where, command="unetseg-train finetune")
+    summary = metrics.summary(metrics.measured(scored), held_out=where, command="unetseg-train finetune")
     card = {k: v for k, v in draft.card.data.items() if k != "files"} | {"metrics": compact(summary)}
     path = folder / f"{config.model.name}-{config.model.version}{SUFFIX}"
     package = write_package(path, card, draft.onnx, draft.safetensors)
@@ -522,7 +523,7 @@ def compare(
 
     Figures are means with bootstrap intervals by patient; volume errors count without their sign. folder: gets the worst
     cases' image and masks, these in the new model's values, cut to what is marked. "before" is null where the base gives none of
-    the labels, or cannot run; means over labels are of those that both models give.
+    the labels, or cannot run; labels that no case marks are left out, and means over labels are of those that both models give.
     Models of clicks are clicked at in each lesion, at the same first place, and judged after clicks.JUDGED: "cases" and "rows"
     are then lesions.
     """
@@ -530,8 +531,14 @@ def compare(
     engines = {id(p): make_engine(p, "onnx", "cpu", "fp32", 0) for p in (base, new) if p is not None}
     seconds = {id(p): clicks.second_engine(p.card) for p in (base, new) if p is not None and clicked}
     rows: dict[str, list[metrics.Row]] = {"before": [], "after": []}
-    worst: list[tuple[float, dict[str, Any], dict[str, Image]]] = []
+    worst: list[tuple[float, str, dict[str, Image]]] = []
     problem = ""
+
+    def dice(case: str) -> dict[str, float]:
+        both = _compared(rows)
+        found = {k: [r["dice"] for r in rs if r["case"] == case and r["label"] in both] for k, rs in rows.items() if rs}
+        return {k: float(np.mean(v)) for k, v in found.items()}
+
     if base is not None and not clicked and not _shared(base, case_set):
         problem = f"{base.card.name} gives none of these labels"
         base = None
@@ -564,15 +571,15 @@ def compare(
                     problem = f"{package.card.name} cannot run on these cases ({e})"
                     rows["before"].clear()
                     base = None
-            both = _compared(rows)
-            found = {k: [r["dice"] for r in rs if r["case"] == item.name and r["label"] in both] for k, rs in rows.items() if rs}
-            dice = {k: float(np.mean(v)) for k, v in found.items()}
-            entry = {"case": item.name, "dice_before": _round(dice.get("before")), "dice_after": _round(dice["after"])}
-            if folder is not None and (len(worst) < WORST or dice["after"] < worst[-1][0]):
-                worst = sorted([*worst, (dice["after"], entry, _cut(item.image, masks))], key=lambda w: w[0])[:WORST]
+            after = dice(item.name)["after"]
+            if folder is not None and (len(worst) < WORST or after < worst[-1][0]):
+                worst = sorted([*worst, (after, item.name, _cut(item.image, masks))], key=lambda w: w[0])[:WORST]
     if not rows["after"]:
         raise UserError(clicks.NO_LESION)
-    names = [label.name for label in case_set.labels]
+    scored = rows["after"]
+    seen_labels = {r["label"] for r in metrics.measured(scored)}
+    rows = {k: [r for r in rs if r["label"] in seen_labels] for k, rs in rows.items()}
+    names = [label.name for label in case_set.labels if label.name in seen_labels]
     out: dict[str, Any] = {"cases": len({r["case"] for r in rows["after"]}), "patients": len({r["patient"] for r in rows["after"]})}
     out |= {"task": new.card.data["task"]}
     figures = (*FIGURES, *([THREE_CLICKS] if clicked else []))
@@ -588,8 +595,9 @@ def compare(
         values = {b.value: a.value for a, b in _shared(new, case_set)}
         for _, _, images in worst:
             images |= {k: i.like(translated(i.array, values, np.uint16)) for k, i in images.items() if k != "image"}
-    out["worst"] = _written(folder, worst) if folder is not None else []
-    return out | {"scored": rows["after"]}
+    shown = [({"case": c, **{f"dice_{k}": _round(dice(c).get(k)) for k in rows}}, images) for _, c, images in worst]
+    out["worst"] = _written(folder, shown) if folder is not None else []
+    return out | {"scored": scored}
 
 
 def _compared(rows: dict[str, list[metrics.Row]]) -> set[str]:
@@ -722,11 +730,11 @@ def _cut(image: Image, masks: dict[str, np.ndarray]) -> dict[str, Image]:
     return out | {key: plain.like(mask.astype(np.uint8)).crop(box) for key, mask in masks.items()}
 
 
-def _written(folder: Path, worst: Sequence[tuple[float, dict[str, Any], dict[str, Image]]]) -> list[dict[str, Any]]:
+def _written(folder: Path, worst: Sequence[tuple[dict[str, Any], dict[str, Image]]]) -> list[dict[str, Any]]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)  # where a program holds one of its files, Windows leaves it
     out = []
-    for _, entry, images in worst:
+    for entry, images in worst:
         files = {key: f"{folder.name}/{file_name(entry['case'])}_{key}.nii.gz" for key in images}
         for key, image in images.items():
             write_image(Image(np.ascontiguousarray(image.array), image.spacing, image.origin, image.direction), folder.parent / files[key])
