@@ -17,7 +17,7 @@ from UNetSegmentationLib import cli, files
 from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.files import expand_arguments
 from UNetSegmentationLib.image import Box, Image, UserError, read_image, write_image
-from UNetSegmentationLib.inference.click import BEYOND, ClickSession
+from UNetSegmentationLib.inference.click import BEYOND, ClickSession, box_prompt
 from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.model import SUFFIX, ModelPackage, find_model, write_package
 from UNetSegmentationLib.nodule import COLUMNS, NOTE, describe, row
@@ -978,6 +978,7 @@ def test_a_click_box_holds_all_its_corners_in_a_turned_scan(clicked, tmp_path, u
         assert code == 0, err
         labels = read_image(tmp_path / "o.nrrd").array
         assert labels[:, :, :20].sum() == 144 and not labels[:, :, 20:].any()
+    assert box_prompt(Image(array), Box((5, 8, 8), (6, 18, 18)))[1:] == (8, 8, 4.5, 17, 17, 5.5)  # one slice from edge to edge
 
 
 def test_what_the_furthest_look_cuts_is_said_to_be_cut_wherever_its_size_is(clicked, tmp_path, unetseg):

@@ -343,6 +343,7 @@ def test_values_that_are_no_hu_are_said_to_be_the_reason(click_package):
         for point in (at(s, 30, 40, 40), at(s, 30, 40, 42)):  # taken for contrast medium at first, then believed
             answer = s.add_point(point)
             assert ("do not look like HU" in answer.text) == said
+            assert answer.text.startswith("Without HU") == (not answer.found)
             # What a panel knows a doubt by, which asks for a second click.
             assert answer.text.startswith(DOUBTS) == (not answer.found) == (said and point == at(s, 30, 40, 40))
         assert answer.found and answer.text.endswith("".join(s.warnings))

@@ -530,6 +530,9 @@ def test_another_scan_under_a_removed_cases_name_is_not_that_patients(dataset):
     assert e.value.kind == "image"
     other = dataset.add(scan(1), outline(), name="one", allow=["image"])
     assert (other.version, other.split) == (2, "") and other.patient != entry.patient
+    dataset.remove("one")
+    again = dataset.add(scan(0), outline(), name="one", allow=["image"])  # as an older version of it is
+    assert again.version == 3 and again.patient != other.patient
 
 
 def test_a_case_that_is_brought_back_is_where_its_patients_others_are_meanwhile(dataset):

@@ -855,13 +855,8 @@ def _worklist_app() -> Any:
 
     def in_order(image: Image, scan: Scan, channels: Sequence[str]) -> Image:
         """The dataset's channels by their names, as the panel adds them: a scan's files are in its model's order."""
-        try:
-            card = find_model(scan.model.split("+")[0]).card
-        except UserError as e:
-            text = f"The channels of {scan.name} are in the order of {scan.model}, which cannot be read here; import that model in Slicer, "
-            raise UserError(text + "or add the scan by unetseg dataset add, with its files in the dataset's order.") from e
-        rows, names = (list(map(plain_name, some)) for some in (card.data["channels"], channels))
-        if len(rows) != image.n_channels or len({*rows}) < len(rows) or not {*names} <= {*rows}:
+        rows, names = (list(map(plain_name, some)) for some in (scan.channels, channels))
+        if len(rows) != image.n_channels or any(len({*some}) < len(some) for some in (rows, names)) or not {*names} <= {*rows}:
             return image
         return image.like(image.channels[[rows.index(name) for name in names]])
 
@@ -977,7 +972,7 @@ def _worklist_app() -> Any:
                 work.split(scan, list(e.series))
                 text = f"{scan} holds several series, each a scan of its own now; look which is yours with: unetseg worklist list --json, "
                 raise UserError(text + "then give that one's name.") from e
-            if found.model and image.n_channels > 1 and not from_picture(image):
+            if not from_picture(image):
                 image = in_order(image, found, target.channels)
             array, named = read_mask(mask, image)
             its, own = read_model_mask(found.mask, image, named, target.labels) if found.mask else (named, None)

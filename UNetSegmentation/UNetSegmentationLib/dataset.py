@@ -968,7 +968,7 @@ class Dataset:
         if case is None:  # one that was removed goes on with its history, and stays in its split
             case = data.get("removed", {}).pop(key, None) or {"patient": person, "split": "", "versions": []}
             data["cases"][key] = case
-            if case["patient"] != person and all(v["voxels"] != record["voxels"] for v in case["versions"]):
+            if case["patient"] != person and case["versions"] and case["versions"][-1]["voxels"] != record["voxels"]:
                 case |= {"patient": person, "split": ""}  # another scan in its place, by default another patient's
         if named or self._is_nobodys(case):
             case["patient"] = person

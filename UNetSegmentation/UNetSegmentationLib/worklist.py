@@ -72,7 +72,8 @@ _PARTS = 3  # of each axis, in the description's coarse pictures
 class Scan:
     """One scan of a list. listed: an image file or DICOM folder, several for several channels; series: the UID where a folder
     holds several. status: of STATUSES; by: who has it, or did it, where he gave a name; until: seconds from now for which it is
-    taken. mask: what `model` found in it. error: why it failed, one sentence. case: its name in the dataset."""
+    taken. mask: what `model` found in it, of which its files are the `channels`. error: why it failed, one sentence. case: its name in
+    the dataset."""
 
     name: str
     listed: tuple[Path, ...]
@@ -85,6 +86,7 @@ class Scan:
     scores: dict[str, float] | None = None
     error: str = ""
     case: str = ""
+    channels: tuple[str, ...] = ()
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -387,6 +389,7 @@ class WorkList:
             record.get("scores"),
             record.get("error", ""),
             record.get("case", ""),
+            tuple(record.get("channels", ())),
         )
 
     def _now(self) -> float:
@@ -685,8 +688,8 @@ class WorkList:
             raise _NotWritten(text + "your rights, and segment again: what was found in the others is kept.") from e
         labels = [label.to_json() for label in prediction.label_defs]
         numbers = [float(f"{v:.4g}") for v in embedding]
-        model = prediction.model_name
-        return {"status": "segmented", "mask": str(mask), "model": model, "scores": scores, "embedding": numbers}, labels
+        record = {"status": "segmented", "mask": str(mask), "model": prediction.model_name, "channels": models[0].card.data["channels"]}
+        return {**record, "scores": scores, "embedding": numbers}, labels
 
     def _is_named(self, mask: str) -> bool:
         """Whether the list names a result; so as long as it cannot be read, for clean() removes what is not named."""

@@ -133,7 +133,14 @@ def predict(
     ticker = _Ticker(progress, cancelled)
     card = models[0].card
     for mirrors in ((0,), (0, MIRROR_DEPTH)):
-        groups = [[_Stream(canonical, m.card, e, target, roll, options, ticker, n) for n in mirrors] for m, e in zip(models, engines)]
+        groups = [
+            [
+                _Stream(canonical, m.card, e, target, roll, options, ticker, n)
+                for n in mirrors
+                if not n or m.card.data.get("padding") == "reflect"
+            ]
+            for m, e in zip(models, engines)
+        ]
         streams = [s for group in groups for s in group]
         ticker.total, ticker.done = sum(s.work for s in streams), 0
         result = _Result(canonical.shape, card, options, split=sum(len(group[0].views) for group in groups) > 1)

@@ -103,7 +103,7 @@ class Program:
         try:
             folder, parent = private_folder(arguments[0]), int(arguments[1])
         except (IndexError, ValueError, OSError) as e:
-            print(f"The worker is started by its client, with a folder and a process id: {e}", file=sys.stderr)
+            print(f"This program is started by its client, with a folder and a process id: {e}", file=sys.stderr)
             return 2
         faulthandler.enable()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shared terminal is the client's to answer
