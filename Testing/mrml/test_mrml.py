@@ -858,7 +858,9 @@ def test_a_loaded_scenes_map_and_table_are_found(scene: Any, labels: np.ndarray)
     volume = add_volume(np.zeros(SHAPE, np.int16))
     node = write_prediction(predicted(volume, labels), volume)
     write_scalar_map(image_from_volume(volume).like(np.ones(SHAPE, np.float32)), volume, "m", "uncertainty")
-    write_measures(measure(predicted(volume, labels).labels, (NODULE, LUNG)), node)
+    table = write_measures(measure(predicted(volume, labels).labels, (NODULE, LUNG)), node)
+    names = "UNetSegmentation.Volume", "UNetSegmentation.Measured"
+    kept = [table.GetAttribute(name) for name in names]
     scene.SetSaveToXMLString(1)
     scene.Commit()
     xml = scene.GetSceneXMLString()
@@ -870,7 +872,8 @@ def test_a_loaded_scenes_map_and_table_are_found(scene: Any, labels: np.ndarray)
     scene.SetLoadFromXMLString(0)
     volume = slicer.util.getNode("CT")
     assert find_map(volume, "uncertainty") is slicer.util.getNode("m")
-    assert find_table(slicer.util.getNode("CT segmentation")) is slicer.util.getNode("CT segmentation measures")
+    assert find_table(slicer.util.getNode("CT segmentation")) is (table := slicer.util.getNode("CT segmentation measures"))
+    assert [table.GetAttribute(name) for name in names] == kept and kept[1].count('"') == 4
 
 
 def test_a_persons_copy_of_a_map_or_table_is_his(scene: Any, labels: np.ndarray) -> None:
@@ -962,6 +965,33 @@ def test_measures_are_of_the_volume_that_was_segmented(scene: Any, labels: np.nd
     complete(remeasure_steps(node))
     assert [table.GetCellText(0, column) for column in (0, 4)] == ["lung", "7"]
     assert int(table.GetCellText(0, 8)) == read_back(node, "lung", second).sum()
+    remove_nodes([second])
+    complete(remeasure_steps(node))  # nothing was changed
+    draw(node, lung, np.uint8(labels == 2), first)
+    with pytest.raises(UserError, match="their volume is not in the scene any more"):
+        complete(remeasure_steps(node))
+    assert table.GetCellText(0, 4) == "7"
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_only_what_the_table_is_of_is_measured_anew(scene: Any, labels: np.ndarray, older: bool) -> None:
+    """Another model's segments were measured in another volume; what a person renames or empties stays a row's."""
+    volume = add_volume(np.zeros(SHAPE, np.int16))
+    node = write_prediction(predicted(volume, labels, (LUNG,), "lung-1.0.0"), volume)
+    if not older:
+        write_prediction(predicted(volume, labels, (NODULE,), "nodule-1.0.0"), volume, node)
+    name = "lung" if older else "nodule"
+    segment, value = segments(node)[name], 2 if older else 1
+    table = write_measures(complete(measure_steps(node, volume, [segment])), node, volume)
+    if older:
+        for kept in ("UNetSegmentation.Volume", "UNetSegmentation.Measured"):
+            table.SetAttribute(kept, None)
+    for i, part in enumerate((2, 0, 3)):
+        node.GetSegmentation().GetSegment(segment).SetName(f"{name} {i}")
+        draw(node, segment, np.uint8(labels == value) * (np.arange(SHAPE[0]) < 2 + part)[:, None, None], volume)
+        complete(remeasure_steps(node))
+        rows = [(table.GetCellText(r, 0), int(table.GetCellText(r, 8))) for r in range(table.GetNumberOfRows())]
+        assert rows == ([(f"{name} {i}", read_back(node, f"{name} {i}", volume).sum())] if part else [])
 
 
 def test_a_picture_without_a_pixel_size_is_measured_in_pixels(scene: Any, labels: np.ndarray) -> None:

@@ -568,7 +568,18 @@ def test_what_the_furthest_look_cuts_is_said_to_be_cut_wherever_its_size_is(
     for _ in range(2):  # the first one is doubted
         p.click((24, 48, 48))
     assert p.tool.text == BEYOND and p.ui.noduleNote.text.count(BEYOND) == exported(p, tmp_path)[0][-1].count(BEYOND) == 1
-    paint(p, "Nodule 1", truth("left"))  # whose size is true
+    mask = p.mask("Nodule 1").copy()
+    mask[tuple(np.argwhere(mask).mean(0).astype(int))] = 0  # which makes its size no truer, nor does a crop of the scan
+    paint(p, "Nodule 1", mask)
+    p.settle()
+    assert p.ui.noduleNote.text.count(BEYOND) == exported(p, tmp_path)[0][-1].count(BEYOND) == 1
+    volume, first = p.settings.volume, p.ras((4, 0, 0))
+    slicer.util.updateVolumeFromArray(volume, array[4:].copy())
+    volume.SetOrigin(first)
+    p.gui.process_events()
+    p.settle()
+    assert p.ui.noduleNote.text.count(BEYOND) == exported(p, tmp_path)[0][-1].count(BEYOND) == 1
+    paint(p, "Nodule 1", truth("left")[4:])  # whose size is true
     p.settle()
     assert BEYOND not in p.ui.noduleNote.text + exported(p, tmp_path)[0][-1]
 

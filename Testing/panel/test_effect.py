@@ -481,7 +481,8 @@ def test_a_mask_too_large_to_look_at_stays_as_it_is(editor: Callable[..., Editor
 def test_what_speaks_against_an_answer_is_said(editor: Callable[..., Editor]) -> None:
     """Here: that the furthest look, of 163 voxels, cuts it, which its segment keeps for the panel's table."""
     from UNetSegmentationLib.inference.click import BEYOND
-    from UNetSegmentationLib.mrml import CUT_TAG, DIGEST_TAG, segment_tag
+    from UNetSegmentationLib.mrml import CUT_TAG, segment_part_steps, segment_tag, size_text
+    from UNetSegmentationLib.steps import complete
 
     array = np.zeros((14, 36, 240), np.int16)
     array[2:12, 4:32] = 1
@@ -490,10 +491,11 @@ def test_what_speaks_against_an_answer_is_said(editor: Callable[..., Editor]) ->
         e.click((6, 18, 120))
     assert e.mask().any() and e.message == BEYOND
     segment = e.segmentation.GetSegmentation().GetSegment(e.segment)
-    assert segment_tag(segment, CUT_TAG) == segment_tag(segment, DIGEST_TAG) != ""
+    mask, _ = complete(segment_part_steps(e.segmentation, e.segment, e.volume))
+    assert segment_tag(segment, CUT_TAG) == size_text(mask)
     e.effect.startAgain()
     e.wait()
-    assert e.message == ""
+    assert e.message == segment_tag(segment, CUT_TAG) == ""
 
 
 def test_clicks_that_the_brush_contradicts_are_forgotten(editor: Callable[..., Editor]) -> None:

@@ -267,6 +267,22 @@ def test_what_the_training_set_refuses_stays_open(opened):
     assert hands.widget.trainingSet.asked[1]["model_mask"] is None
 
 
+def test_after_a_refusal_of_another_segmentation_corrections_are_asked_about_again(opened, monkeypatch):
+    import slicer
+
+    hands, asked = opened(segment=True), []
+    monkeypatch.setattr(slicer.util, "confirmYesNoDisplay", lambda text, **_k: asked.append(text) or len(asked) == 1)
+    name = hands.next()
+    hands.paint(3)
+    hands.widget.trainingSet.segmentation = lambda: None
+    hands.widget.trainingSet.answer = None, "Say which label 'x' is."
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.section.text)
+    assert len(asked) == 1 and hands.case.name == name
+    hands.press("nextScanButton")
+    assert len(asked) == 2 and hands.case.name == name and not hands.section.busy
+
+
 def test_corrections_are_not_lost_without_asking(opened, monkeypatch):
     import slicer
 

@@ -22,9 +22,10 @@ def referenceVolume(segmentation: Any) -> Any:
 
 
 def resultVolume(segmentation: Any, table: Any) -> Any:
-    """The volume that a result is of: that of its measures (mrml.VOLUME_ROLE), or else, as in older scenes, referenceVolume()."""
-    of = table.GetNodeReference("UNetSegmentation.Volume") if table is not None else None
-    return referenceVolume(segmentation) if of is None else of
+    """The volume that a result is of: that of its measures, None where it is gone, or else, as in older scenes, referenceVolume()."""
+    role = "UNetSegmentation.Volume"  # mrml.VOLUME_ROLE
+    known = table is not None and table.GetAttribute(role) is not None
+    return table.GetNodeReference(role) if known else referenceVolume(segmentation)
 
 
 # -------------------------------------------------------------------------------------------------------------- widgets

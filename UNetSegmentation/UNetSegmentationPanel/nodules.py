@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import qt
@@ -598,7 +598,7 @@ class NoduleTool(VTKObservationMixin):
             **mrml.algorithm_tags(lesion.model.name, "SEMIAUTOMATIC"),
         }
         if answer.text.startswith(BEYOND):
-            tags[mrml.CUT_TAG] = digest
+            tags[mrml.CUT_TAG] = mrml.size_text(answer.mask)
         if label.terminology_entry() and not lesion.there:  # later it is what a person says it is
             tags[slicer.vtkSegment.GetTerminologyEntryTagName()] = label.terminology_entry()
         measured = digest, volumeKey([lesion.volume])
@@ -696,7 +696,7 @@ def _count(node: Any) -> int:
 @dataclass
 class Row:
     """A segment and what describe() says of it; measures None where it is empty, or not measured: unmeasured is the sentence why.
-    note: what is to be known of its mask."""
+    note: what is to be known of its mask, of this mrml.size_text()."""
 
     segment: str
     name: str
@@ -705,14 +705,15 @@ class Row:
     digest: str = ""
     unmeasured: str = ""
     note: str = ""
+    size: str = ""
 
 
-def _note(segment: Any, digest: str) -> str:
-    """What is to be known of a segment's mask, of this digest."""
+def _note(segment: Any, size: str) -> str:
+    """What is to be known of a segment's mask, of this mrml.size_text()."""
     from UNetSegmentationLib import mrml
     from UNetSegmentationLib.inference.click import BEYOND
 
-    return f" {BEYOND}" if digest and mrml.segment_tag(segment, mrml.CUT_TAG) == digest else ""
+    return f" {BEYOND}" if size and mrml.segment_tag(segment, mrml.CUT_TAG) == size else ""
 
 
 class NoduleList(VTKObservationMixin):
@@ -803,10 +804,10 @@ class NoduleList(VTKObservationMixin):
                 continue
             label, row = mrml.label_of(part), former.get(segment)
             if row is not None and row.label == (label, scan, inside):
-                rows.append(Row(segment, part.GetName(), row.measures, row.label, row.digest, row.unmeasured, _note(part, row.digest)))
+                rows.append(replace(row, name=part.GetName(), note=_note(part, row.size)))
                 continue
             mask, start = yield from mrml.segment_part_steps(node, segment, volume)
-            digest = mrml.mask_digest(mask, start)
+            digest, size = mrml.mask_digest(mask, start), mrml.size_text(mask)
             measures = row.measures if row is not None and row.digest == digest and row.label[1] == scan else None
             measures = measures or self._known.get((digest, scan))
             if measures is None and 0 < mask.size <= LARGEST_VOXELS:
@@ -819,9 +820,8 @@ class NoduleList(VTKObservationMixin):
                 why = _("Its voxels lie too far apart for a nodule, so it is not measured; erase those that are astray.")
             elif not mask.size and (yield from mrml.beyond_steps(node, [segment], volume)):
                 why = _("It lies outside its scan, so it is not measured; put both under the same transform.")
-            rows.append(
-                Row(segment, part.GetName(), measures if mask.size else None, (label, scan, inside), digest, why, _note(part, digest))
-            )
+            measures = measures if mask.size else None
+            rows.append(Row(segment, part.GetName(), measures, (label, scan, inside), digest, why, _note(part, size), size))
             yield
         self.rows, self.ready, self.text, self.note = rows, usable, "", mrml.stretch_note(volume) if usable else ""
         self.size = "" if image is None or length_unit(image) == "mm" else "Area (px)" if image.shape[0] == 1 else "Volume (voxels)"

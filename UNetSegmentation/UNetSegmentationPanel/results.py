@@ -23,7 +23,7 @@ def record(prediction: Any, measures: Sequence[dict[str, Any]]) -> str:
         "seconds": prediction.seconds,
         "warnings": list(prediction.warnings),
         "found": sum(bool(m["voxels"]) for m in measures),
-        "places": [{key: p[key] for key in ("point", "index", "peak", "volume_ml")} for p in prediction.places or ()],
+        "places": [{key: p[key] for key in ("point", "prompt", "peak", "volume_ml")} for p in prediction.places or ()],
         "uncertainty": prediction.uncertainty is not None,
     }
     return json.dumps(data)
@@ -36,9 +36,8 @@ def readRecord(text: str) -> dict[str, Any]:
         if not isinstance(data, dict):
             return {}
         for place in data.get("places", ()):
-            for key in ("point", "index") if "index" in place else ("point",):  # older scenes have the point alone
-                x, y, z = (float(v) for v in place[key])
-                place[key] = (x, y, z)
+            x, y, z = (float(v) for v in place["point"])
+            place["point"] = (x, y, z)
         return data
     except (ValueError, TypeError, KeyError):
         return {}
@@ -166,10 +165,10 @@ class PlaceWalk:
 
         if self.places:
             self._at = (self._at + 1) % len(self.places)
-            point, index = (self.places[self._at].get(key) for key in ("point", "index"))
-            with suppress(UserError):  # it may have no voxels any more
-                point = point if index is None or volume is None else mrml.image_from_volume(volume).index_to_point(index)
-            mrml.jump_slices(slicer.mrmlScene, point)
+            place, prompts = self.places[self._at], []
+            with suppress(UserError):  # its transform may be none that the core takes
+                prompts = mrml.prompts_from_text(str(place.get("prompt", "")), volume) if volume is not None else []
+            mrml.jump_slices(slicer.mrmlScene, next((p[1:4] for p in prompts if p[0] == "point"), place["point"]))
 
     @property
     def text(self) -> str:

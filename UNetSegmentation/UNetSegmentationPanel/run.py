@@ -331,8 +331,9 @@ class RunController(VTKObservationMixin):
             text = _("'{name}' was changed during the run, so nothing was written; apply again.")
             raise UserError(text.format(name=volumes[0].GetName()))
         if value.places:
-            at = [(p, image.point_to_index(p["point"])) for p in value.places]
-            value = replace(value, places=[{**p, "point": own.index_to_point(index), "index": index} for p, index in at])
+            at = [own.index_to_point(image.point_to_index(p["point"])) for p in value.places]
+            texts = [mrml.prompts_text([("point", *point, True)], volumes[0]) for point in at]
+            value = replace(value, places=[{**p, "point": x, "prompt": text} for p, x, text in zip(value.places, at, texts)])
         return value
 
     def _write(self, prediction: Any, request: Request) -> Generator[Any, None, Outcome]:

@@ -727,10 +727,10 @@ class WorkListSection:
                 with slicer.util.NodeModify(p):
                     p.volume, p.channels = case.volumes[0], case.volumes[1:]
             p.output = case.segmentation
-        if self.panel.trainingSet.segmentation() is not case.segmentation:  # a person chose another for this volume
-            if not self._mayLeave():
-                return
-            case.stamp = _stamp(case.segmentation)
+        other = self.panel.trainingSet.segmentation() is not case.segmentation  # a person chose another for this volume
+        if other and not self._mayLeave():
+            return
+        agreed = _stamp(case.segmentation)
         self.text, self.busy = "", _("Adding {name} to the training set…").format(name=case.name)
 
         def added(name: str | None, text: str) -> None:
@@ -745,6 +745,8 @@ class WorkListSection:
             if name is None:
                 self._failed(text)
                 return
+            if other:  # not before it is in: what was corrected would be lost after a refusal
+                case.stamp = agreed
             self.busy, self._answer = _("Marking {name} as done…").format(name=case.name), "awaited"
             self._ask("done", lambda answer: self._onMarked(answer, case), **marked)
             self.show()

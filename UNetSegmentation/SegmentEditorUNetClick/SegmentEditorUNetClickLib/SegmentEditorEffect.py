@@ -429,8 +429,10 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         text, model = (mrml.prompts_text(prompts, target.volume), target.model.name) if prompts else ("", "none")
         tags = {mrml.PROMPTS_TAG: text, mrml.DIGEST_TAG: digest, mrml.CLICK_MODEL_TAG: model}
         if said.startswith(BEYOND):
-            tags[mrml.CUT_TAG] = digest
+            left, _first = yield from mrml.segment_part_steps(target.segmentation, target.segmentId, target.volume)
+            tags[mrml.CUT_TAG] = mrml.size_text(left)
         made = mrml.algorithm_tags(model, "SEMIAUTOMATIC")
+        segment.RemoveTag(mrml.CUT_TAG)
         if prompts:
             for tag, value in {**tags, **made}.items():
                 segment.SetTag(tag, value)
