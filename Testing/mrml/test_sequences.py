@@ -32,13 +32,16 @@ from mrml_scenes import (  # noqa: E402
     snapshot,
 )
 from UNetSegmentationLib.image import UserError  # noqa: E402
+from UNetSegmentationLib.measure import measure  # noqa: E402
 from UNetSegmentationLib.mrml import (  # noqa: E402
     SequenceOutput,
     Undo,
     complete,
     image_from_volume,
+    remeasure_steps,
     segment_mask,
     sequence_frames,
+    write_measures,
     write_prediction,
 )
 
@@ -140,6 +143,16 @@ def test_corrections_stay_with_their_frame(scene: Any, volume: Any, labels: np.n
     output.browser.SetSelectedItemNumber(0)
     assert np.array_equal(read_back(node, "nodule", volume), drawn)
     assert np.array_equal(read_back(node, "mine", volume), drawn)
+
+
+def test_the_measures_of_all_frames_outlive_their_browser(scene: Any, volume: Any, labels: np.ndarray) -> None:
+    output = run(volume, labels)
+    node = output.finish()
+    rows = [{**m, "name": f"{m['name']}, frame 1"} for m in measure(predicted(volume, labels).labels, (NODULE, LUNG))]
+    table = write_measures(rows, node, volume)
+    scene.RemoveNode(output.browser)
+    complete(remeasure_steps(node))
+    assert [table.GetCellText(i, 0) for i in range(table.GetNumberOfRows())] == ["nodule, frame 1", "lung, frame 1"]
 
 
 @pytest.mark.parametrize("replace", [True, False])

@@ -736,15 +736,17 @@ def test_so_it_is_in_the_datasets_of_other_programs(tmp_path, alone):
     for name in names:
         mask = np.zeros((8, 8, 8), np.uint8)
         mask[1:3], mask[5:7] = not (alone and name in held), 2 * (name in held)
+        if alone and name == min({*names} - held):  # it will be held out, as no other marks what is left
+            mask[3:5] = 3
         write_image(Image(mask.astype(np.float32)), tmp_path / "set" / "images" / f"{name}.nii.gz")
         write_image(Image(mask), tmp_path / "set" / "labels" / f"{name}.nii.gz")
     job = training.create(tmp_path / "set")
     made, facts = retrain._cases(job.folder, job)
-    assert [label.name for label in made.labels] == ["label 1"] and facts["unmarked"] == ["label 2"]
+    assert [label.name for label in made.labels] == ["label 1"] and facts["unmarked"] == ["label 2", "label 3"][: 1 + alone]
     assert any(made.marked(c) for c in made.cases if c.split == "validation")
     (tmp_path / "click").mkdir()  # which makes one of all labels
     made, facts = retrain._cases(tmp_path / "click", job, find_model("lung-nodule-click"))
-    assert len(made.labels) == 2 and "unmarked" not in facts
+    assert len(made.labels) == 2 + alone and "unmarked" not in facts
 
 
 def test_stopped_before_it_began_it_can_be_resumed(dataset, base, command, monkeypatch):

@@ -306,14 +306,20 @@ def slices_across(image: Image) -> int | None:
     slices as coronal stacks, LPS and RAS: Dice 0.88 and 0.41 as stored, 0.95 as reorient() has them."""
     if single := [a for a in (2, 0, 1) if image.shape[2 - a] == 1]:
         return single[0]
-    thin, middle, thick = sorted(range(3), key=lambda a: image.spacing[a])
-    return thick if image.spacing[thick] > 3.01 * image.spacing[middle] else None
+    return _thick(image, 3.01)
+
+
+def _thick(image: Image, times: float) -> int | None:
+    """The axis along which voxels are more than so many times as long as along both others."""
+    _, middle, thick = sorted(range(3), key=lambda a: image.spacing[a])
+    return thick if image.spacing[thick] > times * image.spacing[middle] else None
 
 
 def reorient_for(image: Image, acquired: bool) -> tuple[Image, Orientation]:
-    """reorient() as a model sees images; acquired: in their slices_across(), or where none are thick across the array's last axis."""
-    across = slices_across(image)
-    return reorient(image, (2 if across is None else across) if acquired else None)
+    """reorient() as a model sees images; acquired: in their slices_across(), or else across the axis along which voxels are the longest,
+    or where none is the array's last one."""
+    across = next((a for a in (slices_across(image), _thick(image, 1.2)) if a is not None), 2)
+    return reorient(image, across if acquired else None)
 
 
 # ---------------------------------------------------------------------------------------------------------- resampling

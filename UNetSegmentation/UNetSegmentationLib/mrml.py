@@ -2016,6 +2016,8 @@ def remeasure_steps(segmentation_node: Any) -> Steps[None]:
     rows = [(table.GetCellText(i, 0), int(table.GetCellText(i, 8))) for i in range(table.GetNumberOfRows())]
     named = {name for name, _ in rows}
     kept = table.GetAttribute(_MEASURED_ATTRIBUTE)
+    if kept == "[]":  # of all frames of a sequence that is none any more, or nothing was found
+        return
     if kept is None:  # an older scene's: one that was improved by clicks is no model's any more, and still a row
         own = [i for i, s in segments.items() if s.GetName() in named or (segment_tag(s, MODEL_TAG) and not segment_tag(s, PROMPTS_TAG))]
     else:

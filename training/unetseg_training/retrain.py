@@ -222,14 +222,17 @@ def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) ->
     cases = _with_marks(cases, case_set)
     if base is None or base.card.data["task"] != "click":  # which makes one of all labels
         # A first case brings all labels of its model, of which a person may mark some only; a rare one may be in held-out cases alone.
-        found: set[str] = set()
-        for c in cases:
-            if c.split != "validation" and len(found) < len(case_set.labels):
-                found |= _marks(c, case_set, dataset)
-        facts["unmarked"] = [label.name for label in case_set.labels if label.name not in found]
-        if found and facts["unmarked"]:
+        names = [label.name for label in case_set.labels]
+        while True:
+            found: set[str] = set()
+            for c in cases:
+                if c.split != "validation" and len(found) < len(case_set.labels):
+                    found |= _marks(c, case_set, dataset)
+            if not found or len(found) == len(case_set.labels):
+                break
             case_set = ordered([label.name for label in case_set.labels if label.name in found])
-            cases = _with_marks(cases, case_set)
+            cases = _with_marks(cases, case_set)  # which may take the one that marks another
+        facts["unmarked"] = [name for name in names if name not in found]
     if base is not None and same_labels(base.card, case_set) and not any(c.reader in NAMED for c in case_set.cases):
         case_set = replay_set(case_set, [label.name for label in base.card.labels], case_set.channels)
     tests = [c for c in case_set.annotated if c.split == "test"]
@@ -579,6 +582,8 @@ def compare(
     scored = rows["after"]
     seen_labels = {r["label"] for r in metrics.measured(scored)}
     rows = {k: [r for r in rs if r["label"] in seen_labels] for k, rs in rows.items()}
+    if base is not None and not rows["before"]:
+        problem = f"{base.card.name} gives none of the labels that these cases mark"
     names = [label.name for label in case_set.labels if label.name in seen_labels]
     out: dict[str, Any] = {"cases": len({r["case"] for r in rows["after"]}), "patients": len({r["patient"] for r in rows["after"]})}
     out |= {"task": new.card.data["task"]}
