@@ -158,6 +158,11 @@ class Card:
         return str(self.data.get("extent", "image"))
 
     @property
+    def of_target(self) -> bool:
+        """Whether it is made for a box around one target, not for whole images."""
+        return bool(self.data.get("roi_mm")) or self.extent == "box"
+
+    @property
     def activation(self) -> str:
         return self.data["activation"]
 

@@ -233,7 +233,7 @@ def cardHtml(model: Model) -> str:
         sees = _("window level {level:g}, width {width:g} HU").format(level=intensity["level"], width=intensity["width"])
     size = data.get("roi_mm")
     of_target = _("a box of about {mm:g} mm around one target").format(mm=size) if size else _("a box around one target")
-    made_for = of_target if size or card.extent == "box" else _("whole volumes")
+    made_for = of_target if card.of_target else _("whole volumes")
     rows = [
         (_("Segments"), text(", ".join(label.name for label in card.labels))),
         (_("Input"), text(", ".join(data["channels"]))),

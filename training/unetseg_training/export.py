@@ -317,7 +317,7 @@ def markdown(package: ModelPackage) -> str:
     lines = [f"# {_words(data.get('title') or card.name)}", "", f"`{card.name}` {card.version}. Not for diagnosis.", ""]
     automatic = data["task"] == "automatic"
     how = f"segment IMAGE{'…' * (len(data['channels']) > 1)}" if automatic else "click SCAN"
-    how += "" if automatic and not data.get("roi_mm") and card.extent != "box" else " --at R,A,S"
+    how += "" if automatic and not card.of_target else " --at R,A,S"
     lines += ["## Intended use", "", _words(data.get("intended_use") or data.get("description") or "Not stated."), ""]
     lines += [
         f"- Input: {_words(', '.join(data['channels']))}, {card.dimensions}D, spacing {spacing} mm, intensities: {card.intensity['mode']}",

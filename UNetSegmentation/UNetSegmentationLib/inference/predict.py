@@ -237,7 +237,7 @@ def too_much(image: Image, models: Sequence[ModelPackage], options: Options) -> 
     """What is to be said of a whole scan for a model of one target."""
     if options.roi is not None or options.at is not None:
         return []
-    sizes = {m.card.name: crop_mm(m.card) for m in models if _of_target(m.card)}
+    sizes = {m.card.name: crop_mm(m.card) for m in models if m.card.of_target}
     longest = max(n * s for n, s in zip(image.shape[::-1], image.spacing))
     which = ", ".join(name for name, mm in sizes.items() if longest > mm)
     return [f"{which} is made for a box around one target, not for a whole scan; give a box or a point."] if which else []
@@ -246,10 +246,6 @@ def too_much(image: Image, models: Sequence[ModelPackage], options: Options) -> 
 def crop_mm(card: Card) -> float:
     """How long an image may be to be a box around one target."""
     return 1.5 * float(card.data["roi_mm"]) if card.data.get("roi_mm") else _CROP_MM
-
-
-def _of_target(card: Card) -> bool:
-    return bool(card.data.get("roi_mm")) or card.extent == "box"
 
 
 def _shown(image: Image, models: Sequence[ModelPackage], options: Options, roi: Box) -> Box:
@@ -427,7 +423,7 @@ class _Stream:
     def mirrors(self, labels: np.ndarray) -> bool:
         """Whether the network was shown its one target, of which these are the labels (z, y, x), or what should have been that, again in
         the mirror about the image."""
-        if self.mirror or self.card.data.get("padding") != "reflect" or not _of_target(self.card):
+        if self.mirror or self.card.data.get("padding") != "reflect" or not self.card.of_target:
             return False
         short = [a for a in range(3) if self.grid.shape[a] < self.tiling.shape[a]]
         found = Box.around(labels)
