@@ -11,6 +11,7 @@ from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
 from UNetSegmentationLib.inference.second import SecondOpinion
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.nodule import describe
+from UNetSegmentationLib.postprocess import components
 
 OBLIQUE = tuple(float(v) for v in np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))[0].ravel())
 
@@ -199,6 +200,24 @@ def test_of_clicks_beside_one_another_the_last_holds(session):
     s.undo()
     s.add_point(at(s, 10, 20, 24), positive=False)
     assert s.mask[10, 20, 24] == 0 and s.mask[10, 20, 20] == 1
+
+
+def test_what_a_negative_click_takes_away_leaves_no_specks(session):
+    array = ball((60, 120, 120), (30, 60, 60), 30, (1, 1, 1))
+    s = session(np.float32(0.6) * array)
+    s.add_point(at(s, 30, 60, 60))
+    s.add_point(at(s, 30, 60, 84))
+    assert s.add_point(at(s, 30, 60, 82), positive=False).zoom >= 2.25
+    assert len(components(s.mask > 0, corners=True)[1]) == 2 and s.mask.sum() > 0.7 * array.sum()  # what is around it, and it
+    assert not s.mask[30, 60, 82]
+
+
+def test_a_click_on_the_images_far_face_is_on_its_last_voxel(session):
+    s = session(ball((20, 40, 40), (10, 20, 38), 5, (3, 3, 3)), spacing=(3.0, 3.0, 3.0))
+    s.add_point(at(s, 10, 20, 38))
+    assert s.mask[10, 20, 39]
+    s.add_point(at(s, 10, 20, 39.5), positive=False)
+    assert not s.mask[10, 20, 39] and s.mask[10, 20, 38]
 
 
 def test_clicks_too_far_apart_for_one_look_are_refused(session):
@@ -668,6 +687,19 @@ def test_what_a_mask_makes_needless_is_run_only_when_the_mask_is_undone(noisy):
     with pytest.raises(UserError, match="outside the image"):
         fresh.replay([*prompts[:2], ("point", 1e4, 0.0, 0.0, True), *prompts[2:]])
     assert np.array_equal(fresh.mask, one_by_one(new(), prompts[:2]))
+
+
+def test_undo_goes_back_to_before_what_cannot_be_followed_and_a_mask_made_needless(session):
+    s = session(ball((40, 60, 200), (20, 30, 20), 5, (1, 1, 1)))
+    first, far = ("point", *at(s, 20, 30, 20), True), ("box", *at(s, 10, 20, 150), *at(s, 30, 40, 190))
+    s.replay([first])
+    before = s.mask
+    with pytest.raises(UserError, match="too large for one lesion"):
+        s.replay([first, far])
+    s.replay([first, far, ("mask", np.ones((3, 3, 3), np.uint8), (20, 30, 100))])
+    assert s.mask.sum() == 27
+    s.undo()
+    assert before.any() and np.array_equal(s.mask, before)
 
 
 def test_a_prompt_that_cannot_be_followed_leaves_those_before_it(noisy):

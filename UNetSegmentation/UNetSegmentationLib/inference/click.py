@@ -14,6 +14,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,8 @@ class ClickSession:
         """Back to before the last prompt or set_mask(); at the beginning, nothing."""
         if len(self._history) > 1:
             self._history.pop()
+        with suppress(UserError):  # what a mask made needless may hold a prompt that cannot be followed: back to before that
+            self._catch_up()
         return self.answer
 
     def clear(self) -> None:
@@ -383,11 +386,11 @@ class ClickSession:
         # other: 1e-12 mm less, as after a transform there and back, gave lung1's nodule another mask (Dice 0.994) after three clicks.
         x, y, z = (round(v, 6) for v in self._canonical.point_to_index(point))
         index = z, y, x
-        if clip:
-            index = tuple(min(max(v, 0.0), n - 1.0) for v, n in zip(index, self._canonical.shape))  # type: ignore[assignment]
-        elif any(not -0.5 <= v <= n - 0.5 for v, n in zip(index, self._canonical.shape)):
+        if not clip and any(not -0.5 <= v <= n - 0.5 for v, n in zip(index, self._canonical.shape)):
             raise UserError("The point lies outside the image; click inside it.")
-        return index
+        # The image's far face is no voxel's, as _voxel() has it.
+        low, beyond = (0.0, 1.0) if clip else (-0.5, 0.500001)
+        return tuple(min(max(v, low), n - beyond) for v, n in zip(index, self._canonical.shape))  # type: ignore[return-value]
 
     def _ask(self, prompts: _Prompts, before: Answer) -> Answer:
         if self._noting:
@@ -592,8 +595,12 @@ class ClickSession:
         for points, part in ((prompts.positive if corrects else (), True), (prompts.negative, False)):
             for point in points:
                 at = tuple(p - a for p, a in zip(_voxel(point), target.start))
-                if all(0 <= i < n for i, n in zip(at, target.shape)):
-                    native[at] = part
+                if not all(0 <= i < n for i, n in zip(at, target.shape)):
+                    continue
+                # What a later negative click took away about an earlier positive one does not stay as specks.
+                if part and negative_last and not native[tuple(slice(max(0, i - 1), i + 2) for i in at)].any():
+                    continue
+                native[at] = part
         found = Box.around(native)
         if found is None:
             return replace(_EMPTY, zoom=zoom), 0.0, 0.0
