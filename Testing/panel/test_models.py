@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,3 +19,17 @@ def test_a_card_says_what_its_model_is_made_for(gui: Any, make_package: Callable
 
     package = make_package(**card)
     assert f">{made_for}<" in models.cardHtml(models.Model(package.path, True, package.card))
+
+
+def test_an_import_leaves_another_models_file_of_its_name(gui: Any, make_package: Callable[..., Any], models_folder: Path) -> None:
+    from UNetSegmentationPanel import models
+
+    models_folder.mkdir()
+    other, asked = models_folder / "mine-1.0.0.unet.zip", []
+    shutil.copy(make_package(name="other").path, other)
+    mine = make_package(name="mine").path
+    for _ in range(2):
+        model = models.importPackage(mine, lambda name: not asked.append(name))
+        assert model is not None and model.path.name == "mine-1.0.0-2.unet.zip"
+    assert asked == ["mine-1.0.0"]  # the second time
+    assert {m.name: m.path for m in models.installedModels() if m.imported} == {"mine-1.0.0": model.path, "other-1.0.0": other}

@@ -1449,6 +1449,30 @@ def test_all_frames_of_a_sequence(panel: Any, install: Any, gui: Any, monkeypatc
     assert count("vtkMRMLSegmentationNode") == 0 and count("vtkMRMLSequenceNode") == 1
 
 
+def test_all_frames_need_one_browser_for_all_channels(panel: Any, install: Any) -> None:
+    import slicer
+
+    toy = install(channels=["T1", "FLAIR"])
+    p = panel()
+    (browser, first), (own, second) = sequence(), sequence()
+    second.SetName("cine FLAIR")
+    p.settings.volume, p.settings.channels, p.settings.allFrames = first, [second], True
+    p.choose(toy)
+    p.apply()
+    p.finish("failed")
+    assert "'cine FLAIR' is of another sequence browser" in p.controller.text and not count("vtkMRMLSegmentationNode")
+    frames = own.GetSequenceNode(second)
+    slicer.mrmlScene.RemoveNode(own)
+    browser.AddSynchronizedSequenceNode(frames)
+    browser.AddProxyNode(second, frames, False)
+    p.run()
+    for i in range(3):
+        browser.SetSelectedItemNumber(i)
+        assert masks(p.settings.output, first)["thing"].sum() == 25 * (i + 1)  # the toy looks at the last channel
+    p.settings.output, p.settings.channels = None, [volume(array_of(second) * 0 + 1, "single")]
+    p.run()  # one scan for all frames
+
+
 @pytest.mark.parametrize("browsed", [False, True])
 def test_the_box_of_all_frames_is_one_but_where_the_browser_moves_it(panel: Any, install: Any, browsed: bool) -> None:
     import slicer

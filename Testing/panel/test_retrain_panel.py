@@ -421,6 +421,28 @@ def test_a_segmentation_goes_on_while_what_training_needs_is_installed(panel: An
     assert UNetSegmentationPanel.panelWorker() is worker and not worker._closed and worker.python == "python-of-torch"
 
 
+def test_what_is_trained_is_what_was_shown_when_train_was_pressed(panel: Any, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for what it needs, and installing that, takes minutes."""
+    from UNetSegmentationPanel.retrain import RetrainSection
+
+    launched(monkeypatch)
+    p = panel(dataset)
+    found: list[Any] = []
+    monkeypatch.setattr(RetrainSection, "_withPython", lambda self, ready, missing: found.append(ready))
+    combos = p.ui.startCombo, p.ui.lengthCombo, p.ui.trainDeviceCombo
+    for i in (0, 1):
+        for combo in combos:
+            combo.setCurrentIndex(i and combo.count - 1)
+            combo.activated.emit(combo.currentIndex)
+        if not i:
+            base = Path(p.ui.startCombo.itemData(0)).name.removesuffix(".unet.zip")
+            p.gui.click(p.ui.trainButton)
+    assert p.ui.startCombo.itemData(p.ui.startCombo.currentIndex) == ""
+    found[0]("python", {})
+    job = p.section.job
+    assert (job.base, job.options.quick, job.options.device) == (base, True, "auto")
+
+
 def test_pytorch_stays_as_it_is_while_a_training_needs_it_and_the_other_way_round(
     panel: Any, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -462,6 +484,7 @@ def test_pytorch_stays_as_it_is_while_a_training_needs_it_and_the_other_way_roun
     retraining.make_job(tmp_path / "cases", host="another computer")
     p.find()
     assert p.section.jobs[0].running and button.enabled  # it has a PyTorch of its own
+    assert p.ui.trainButton.enabled  # and may train at the same time
 
 
 # ----------------------------------------------------------------------------------------------------------- finding again
@@ -494,6 +517,21 @@ def test_a_folder_that_is_gone_for_a_while_is_a_sentence_and_followed_again(pane
     retraining.change(folder, fraction=0.5)
     p.look()
     assert p.section.root.text == "Retrain: 50 %" and "Training" in p.ui.jobMessage.text
+
+
+def test_one_that_is_over_is_looked_at_again_where_it_could_not_be_read(
+    panel: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from UNetSegmentationPanel import retrain
+
+    folder = finished(tmp_path)
+    p = panel()
+    monkeypatch.setattr(retrain, "_AWAY_MS", 50)
+    (tmp_path / "cases").rename(tmp_path / "gone")
+    p.look()
+    assert str(folder) in p.ui.jobMessage.text
+    (tmp_path / "gone").rename(tmp_path / "cases")
+    p.gui.wait(lambda: p.ui.jobMessage.text == "Finished.", WAIT_S)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a named pipe stands for a drive that hangs: who opens it waits")
@@ -539,6 +577,25 @@ def test_of_several_trainings_the_one_that_runs_is_found_again(panel: Any, tmp_p
     retraining.make_job(tmp_path / "cases", title="new", state="failed", text="No space; free some.", pid=None)
     p = panel()
     assert p.section.job.name == "old" and p.ui.stopTrainingButton.visible and p.section.root.text == "Retrain: 35 %"
+
+
+def test_none_is_resumed_beside_the_one_that_runs(panel: Any, tmp_path: Path) -> None:
+    running = retraining.make_job(tmp_path / "cases", title="new")
+    retraining.make_job(tmp_path / "cases", "20260101-010101-old", title="old", state="stopped", kept=True, started=1.0)
+    p = panel()
+    combo, buttons = p.ui.jobCombo, (p.ui.resumeTrainingButton, p.ui.finishTrainingButton)
+
+    def choose(i: int) -> None:
+        combo.setCurrentIndex(i)
+        combo.activated.emit(i)
+        p.look()
+
+    choose(1)
+    assert all(b.visible and not b.enabled for b in buttons) and "wait for its end, or stop it" in p.ui.trainMessage.text
+    retraining.change(running, state="failed", pid=None)
+    choose(0)
+    choose(1)
+    assert all(b.visible and b.enabled for b in buttons) and p.ui.trainButton.enabled
 
 
 # ---------------------------------------------------------------------------------------------------------------- curves
@@ -798,6 +855,27 @@ def test_use_it_takes_the_parents_place_and_is_chosen(panel: Any, tmp_path: Path
     assert [m.name for m in p.widget.modelList.selected] == ["toy-1.1.0"]
     assert p.section.job.decided == "use" and not p.ui.decideWidget.visible and "in place of toy-1.0.0" in p.ui.jobMessage.text
     assert p.section.root.text == "Retrain" and (folder / "toy-1.1.0.unet.zip").exists()
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_used_it_takes_the_volumes_by_their_channels_names(panel: Any, tmp_path: Path, models_folder: Path, away: bool) -> None:
+    """away: while another module is open."""
+    import slicer
+
+    models_folder.mkdir()
+    shutil.copy(toy(tmp_path, name="former", channels=["T1", "T2", "FLAIR"]).path, models_folder)
+    folder = retraining.make_job(tmp_path / "cases", pid=None, launched=0.0)
+    retraining.make_result(folder, toy(tmp_path, channels=["T1", "FLAIR", "T2"]).path)
+    p = panel()
+    t1, t2, flair = (slicer.util.addVolumeFromArray(np.zeros((6, 8, 8), np.float32), name=n) for n in ("T1", "T2", "FLAIR"))
+    settings = p.widget._parameters
+    settings.volume, settings.models, settings.channels = t1, ["former-1.1.0"], [t2, flair]
+    p.gui.process_events()
+    p.gui.click(p.ui.useButton)
+    if away:
+        p.gui.leave(p.widget)
+    p.done()
+    assert list(settings.models) == ["toy-1.1.0"] and list(settings.channels) == [flair, t2]
 
 
 def test_a_model_of_clicks_is_judged_after_one_click_and_chosen_for_clicks(panel: Any, tmp_path: Path, models_folder: Path) -> None:

@@ -795,6 +795,21 @@ def test_a_folder_that_does_not_answer_is_given_up(hands: Hands) -> None:
     assert hands.ui.setStatusLabel.text.startswith("Empty")
 
 
+@POSIX
+def test_a_worker_that_starts_slowly_is_no_folder_that_is_silent(hands: Hands, tmp_path: Path) -> None:
+    from UNetSegmentationLib.worker.client import find_python
+
+    panel, slow = sys.modules["UNetSegmentationPanel"], tmp_path / "slow"
+    slow.write_text(f'#!/bin/sh\nsleep 4\nexec "{find_python()}" "$@"\n')
+    slow.chmod(0o755)
+    panel.closeDataWorker()
+    panel.dataWorker().renew(str(slow), dict(os.environ))
+    hands.section._late.setInterval(3000)
+    hands.section.refresh()
+    hands.settle()
+    assert hands.ui.setStatusLabel.text.startswith("Empty")
+
+
 # ------------------------------------------------------------------------------------------------- for the other sections
 
 

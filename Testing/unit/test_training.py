@@ -199,6 +199,18 @@ def test_on_another_computer_only_silence_tells(dataset):
     assert training.read(job.folder).state == "lost"
 
 
+def test_none_is_resumed_beside_another_of_its_dataset(dataset):
+    job = training.create(dataset)
+    training.update(job.folder, state="stopped", kept=True)
+    other = training.create(dataset)
+    for finish in (False, True):
+        with pytest.raises(UserError, match=r"running already \(my-set\)"):
+            training.resume(job, finish=finish, launch=False)
+    assert training.read(job.folder).state == "stopped" and not (job.folder / training.STOP).exists()
+    training.update(other.folder, state="stopped")
+    assert training.resume(job, launch=False).running
+
+
 @pytest.mark.parametrize("late", [-3600, 3600])
 def test_the_clocks_of_two_computers_may_differ(dataset, monkeypatch, late):
     job = training.create(dataset)

@@ -359,9 +359,7 @@ def create(
     name = options.name or (package.card.name if package else slug(dataset.name))
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):
         raise UserError(f"{name!r} cannot name a model; use lower-case letters, digits and dashes.")
-    for other in jobs(dataset):
-        if other.running_here:
-            raise UserError(f"A retraining of this dataset is running already ({other.name}); wait for its end, or stop it.")
+    _check_alone(dataset)
     now = time.time()
     try:
         place = _new_folder(dataset, name, now) if folder is None else user_path(folder).absolute()
@@ -434,6 +432,13 @@ def _check_dataset(dataset: Path) -> dict[str, Any] | None:
     return opened.summary()
 
 
+def _check_alone(dataset: Path) -> None:
+    """Two at once would share one computer's memory."""
+    for other in jobs(dataset):
+        if other.running_here:
+            raise UserError(f"A retraining of this dataset is running already ({other.name}); wait for its end, or stop it.")
+
+
 def _check_base(package: ModelPackage) -> None:
     card = package.card
     if package.safetensors is None or "network" not in card.data:
@@ -461,7 +466,7 @@ def slug(text: str) -> str:
 def resume(job: Job, python: str = sys.executable, finish: bool = False, launch: bool = True) -> Job:
     """Go on with a job that was stopped or lost, or that failed, where it was; returns at once. finish: train no further, but
     make a package of the best so far. launch False: the caller is the process that goes on.
-    UserError where it runs, or has nothing to go on with."""
+    UserError where it runs, or another of its dataset does on this computer, or it has nothing to go on with."""
     from .dataset import FolderLock
 
     with FolderLock(job.folder):  # two Slicers may find it lost at the same time
@@ -472,6 +477,7 @@ def resume(job: Job, python: str = sys.executable, finish: bool = False, launch:
             raise UserError("This retraining is finished; start a new one to train further.")
         if finish and not now.kept:
             raise UserError("No epoch of this training was finished, so there is nothing to make a model of; resume it.")
+        _check_alone(now.dataset)
         if link := next((path for path in job.folder.rglob("*") if path.is_symlink()), None):
             raise UserError(f"{link} is a link, which no training makes, and what it writes would go elsewhere; remove it, then resume.")
         if finish:

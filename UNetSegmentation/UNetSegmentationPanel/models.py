@@ -135,9 +135,11 @@ def importPackage(path: str | Path, replace: Callable[[str], bool]) -> Model | N
         raise UserError(f"{name} comes with UNetSegmentation already; give yours another name or version.")
     if path.resolve() in [p.resolve() for p in there]:
         return Model(path, True, card)
-    target = user_models_folder() / (name + SUFFIX)
-    if (there or target.exists()) and not replace(name):
+    if there and not replace(name):
         return None
+    # A file of that name may hold another model, as after somebody renamed it.
+    targets = (user_models_folder() / f"{name}{more}{SUFFIX}" for more in ("", *(f"-{i}" for i in range(2, 1000))))
+    target = next(t for t in targets if not t.exists() or any(t.samefile(p) for p in there))
     with atomic_path(target) as temporary:
         shutil.copyfile(path, temporary)
         try:

@@ -112,7 +112,8 @@ class RetrainSection(VTKObservationMixin):
         self._lookedElsewhere = 0.0  # s
         self._ready = self._closed = self._entered = self._updating = False
         self._base: str | None = None  # the path that the person chose; None: the one that fits best
-        self._of = self._asked = ""  # the training set that this choice is for, and the one that Train was pressed for
+        self._of = ""  # the training set that this choice is for
+        self._asked: list[str] = []  # what Train was pressed for; the installation that may come first takes minutes
         self._said = ""  # what went wrong with the last thing the person asked for
         self._install: Any = None  # an installer's Job
         self._task: Any = None  # likewise, of what this module asks for
@@ -223,7 +224,10 @@ class RetrainSection(VTKObservationMixin):
         if self._install is not None:
             self._install.cancel()
         elif not self._problem():
-            self._asked = self._folder
+            combos = self.ui.startCombo, self.ui.lengthCombo, self.ui.trainDeviceCombo
+            base, length, device = (combo.itemData(combo.currentIndex) for combo in combos)
+            options = {"quick": length == "quick", "device": device or "auto"}
+            self._asked = ["start", self._folder, base or "", json.dumps(options)]
             self._withPython(self._begin, self._plan)
 
     def onStop(self) -> None:
@@ -335,7 +339,7 @@ class RetrainSection(VTKObservationMixin):
         """Why Train cannot be pressed, as one sentence; "" where it can."""
         if not self._folder:
             return _("Choose or make a training set above, and add corrected cases to it.")
-        if any(job.running for job in self.jobs):
+        if self._trains():
             return _("A training is running; wait for its end, or stop it.")
         if wait := self._torchWorks():
             return wait
@@ -344,6 +348,10 @@ class RetrainSection(VTKObservationMixin):
             return _("The training set needs cases of at least two patients, one to learn from and one to be checked on.")
         model = self._start()
         return self._misfit(model) if model is not None else ""
+
+    def _trains(self) -> bool:
+        """Whether a training of the set runs on this computer; another's keeps nobody here from training."""
+        return any(job.running_here for job in self.jobs)
 
     def _torchWorks(self) -> str:
         """One sentence while the panel's row installs or removes PyTorch, which a training would need; "" otherwise."""
@@ -469,17 +477,13 @@ class RetrainSection(VTKObservationMixin):
         self._ask(_("Looking for what the training needs …"), ["python"], found)
 
     def _begin(self, python: str, variables: dict[str, str]) -> None:
-        ui = self.ui
-        if self._asked != self._folder:
+        if self._asked[1] != self._folder:
             self._say(_("Another training set was chosen meanwhile, so nothing was started; press Train again."))
             return
         if wait := self._torchWorks():
             self._say(wait)
             return
-        base = ui.startCombo.itemData(ui.startCombo.currentIndex)
-        device = ui.trainDeviceCombo.itemData(ui.trainDeviceCombo.currentIndex) or "auto"
-        options = {"quick": ui.lengthCombo.itemData(ui.lengthCombo.currentIndex) == "quick", "device": device}
-        self._ask(_("Starting …"), ["start", self._folder, base or "", json.dumps(options)], self._began, python, variables)
+        self._ask(_("Starting …"), self._asked, self._began, python, variables)
 
     def _began(self, answer: dict[str, Any]) -> None:
         from UNetSegmentationLib import training
@@ -524,10 +528,16 @@ class RetrainSection(VTKObservationMixin):
         if path is not None:
             panel.modelList.read()
             panel.nodules.read()
-            automatic = any(m.path == path and m.card is not None for m in panel.modelList.models)
+            model = next((m for m in panel.modelList.models if m.path == path and m.card is not None), None)
             names = {m.path: m.name for m in (*panel.modelList.models, *panel.nodules.models)}
             name = names.get(path, path.name.removesuffix(SUFFIX))
-            panel._keepChoice("models" if automatic else "clickModel", [name] if automatic else name)
+            if model is None:
+                panel._keepChoice("clickModel", name)
+            else:
+                p = panel._parameters or panel.logic.getParameterNode()  # as _keepChoice() does
+                with slicer.util.NodeModify(p):
+                    p.channels = panel.channelRows.carried(model.card.data["channels"], (p.volume, *p.channels))
+                    p.models = [name]
             self._base = str(path)
             slicer.util.showStatusMessage(_("{name} is in the list of models, and chosen.").format(name=name), 5000)
         self._take(training.decode(answer["job"]))
@@ -661,7 +671,7 @@ class RetrainSection(VTKObservationMixin):
         self._showJob(trouble)
         if more:
             self._poll(0)
-        elif job.running:
+        elif job.running or trouble:
             self._poll(_POLL_MS if self._entered and not trouble else _AWAY_MS)
 
     # --------------------------------------------------------------------------------------------------------- the views
@@ -804,8 +814,10 @@ class RetrainSection(VTKObservationMixin):
         ui.installBar.visible = installing
         ui.trainButton.text = _("Cancel") if installing else _("Train")
         ui.trainButton.enabled = installing or not problem and self._task is None
-        for each in (ui.decideWidget, ui.resumeTrainingButton, ui.finishTrainingButton, ui.dropTrainingButton):
+        for each in (ui.decideWidget, ui.dropTrainingButton):
             each.enabled = self._task is None
+        for button in (ui.resumeTrainingButton, ui.finishTrainingButton):
+            button.enabled = self._task is None and not self._trains()
         tip = _("Make a new model in the background; this one and the training set stay as they are.")
         ui.trainButton.toolTip = plainTip(problem or tip)
         self.panel.torchRow.hold(self._needsTorch())

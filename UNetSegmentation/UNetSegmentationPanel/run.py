@@ -254,6 +254,13 @@ class RunController(VTKObservationMixin):
         volume, scene, region = request.volumes[0], request.volumes[0].GetScene(), request.region
         editor = _segmentEditor(scene, request.segmentation)
         output = mrml.SequenceOutput(volume, request.segmentation, request.replace, editor)
+        for other in request.volumes[1:]:
+            if inputs.frames(other) > 1 and output.browser.GetSequenceNode(other) is None:
+                text = _(
+                    "'{other}' is of another sequence browser, so it would stay on one frame while '{volume}' is stepped through all; "
+                    "add its sequence to the browser of '{volume}' (module Sequences), or segment frame by frame."
+                )
+                raise UserError(text.format(other=other.GetName(), volume=volume.GetName()))
         predictions: list[Any] = []
         measures: list[dict[str, Any]] = []
         try:

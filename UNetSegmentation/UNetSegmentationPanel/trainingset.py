@@ -628,6 +628,7 @@ class TrainingSetSection(VTKObservationMixin):
             dataWorker().cancel(self._reading)
         folder, self._changing = self.folder, action != "show"
         self._idle.stop()
+        self._late.stop()
 
         def done(text: str = "", summary: Any = None) -> None:
             if self._reading is not job:
@@ -653,8 +654,8 @@ class TrainingSetSection(VTKObservationMixin):
             onCancelled=lambda: done(silent(folder)),
             case=case,
             version=version,
+            onSent=lambda: self._late.start() if self._reading is job else None,  # the worker's own start may take longer
         )
-        self._late.start()
         self._show()
 
     def _onLate(self) -> None:

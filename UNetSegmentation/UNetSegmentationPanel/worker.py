@@ -186,10 +186,12 @@ class PanelWorker:
         onCancelled: Callable[[], Any] = lambda: None,
         case: str = "",
         version: int | None = None,
+        onSent: Callable[[], Any] = lambda: None,
     ) -> Any:
-        """Show or change a dataset folder: see Session.dataset(). Returns at once, with what cancel() takes."""
+        """Show or change a dataset folder: see Session.dataset(). Returns at once, with what cancel() takes. onSent: called when a
+        worker that has started is asked, from where on only the folder can keep it waiting."""
         job = self._data(_ignore, onResult, onError, onCancelled)
-        job.steps = self._datasetSteps(job, folder, action, case, version)
+        job.steps = self._datasetSteps(job, folder, action, case, version, onSent)
         self._take(job)
         return job
 
@@ -336,9 +338,12 @@ class PanelWorker:
         number, line = yield from self._session.add_case(volume, mask, start, case)
         return (yield from self._answerSteps(job, number, line))
 
-    def _datasetSteps(self, job: _Job, folder: str, action: str, case: str, version: int | None) -> Generator[Any, None, dict[str, Any]]:
+    def _datasetSteps(
+        self, job: _Job, folder: str, action: str, case: str, version: int | None, onSent: Callable[[], Any]
+    ) -> Generator[Any, None, dict[str, Any]]:
         self._launch()
         yield from self._greetedSteps(job)
+        _call(onSent)
         assert self._session is not None
         return (yield from self._answerSteps(job, *self._session.dataset(folder, action, case, version)))
 
