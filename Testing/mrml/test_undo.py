@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -308,6 +309,27 @@ def test_one_step_for_each_action_latest_first(scene: Any, volume: Any, labels: 
         undo.undo()
         assert fingerprint(scene) == prints.pop()
     assert not prints
+
+
+def test_the_segment_editors_undo_takes_back_a_prediction_alone(
+    scene: Any, volume: Any, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, other = (rich(scene, volume, labels) for _ in range(2))
+    history = slicer.vtkSegmentationHistory()
+    history.SetSegmentation(node.GetSegmentation())
+    editor = SimpleNamespace(segmentationNode=lambda: node, saveStateForUndo=history.SaveState)
+    monkeypatch.setattr(slicer.modules, "SegmentEditorWidget", SimpleNamespace(editor=editor), raising=False)
+    mine = segments(node)["beside"]
+    history.SaveState()
+    draw(node, mine, ball(SHAPE, (3, 3, 3), 2), volume)
+    drawn = segment_mask(node, mine, volume)
+    write_prediction(predicted(volume, labels), volume, other)
+    assert history.GetNumberOfStates() == 1  # that is of another segmentation
+    names = set(segments(node))
+    write_prediction(predicted(volume, labels), volume, node, replace=False)
+    assert set(segments(node)) > names and history.GetNumberOfStates() == 2
+    assert history.RestorePreviousState()
+    assert set(segments(node)) == names and np.array_equal(segment_mask(node, mine, volume), drawn)
 
 
 def test_steps_beyond_the_limit_are_forgotten(scene: Any, volume: Any, labels: np.ndarray) -> None:

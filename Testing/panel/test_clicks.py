@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -538,6 +539,98 @@ def test_a_corrected_mask_is_what_the_next_click_goes_on_from(panel: Any) -> Non
     p.gui.click(p.ui.undoClickButton)
     p.settle()
     assert np.array_equal(p.mask("Nodule 1"), mine)
+
+
+def test_an_emptied_nodule_is_clicked_as_a_new_one(panel: Any) -> None:
+    p = panel()
+    p.settings.volume = fat("left")
+    p.gui.process_events()
+    p.arm()
+    at = BALLS["left"][0]
+    for _ in range(2):
+        p.click(at)
+    full = p.mask("Nodule 1")
+    paint(p, "Nodule 1", 0 * full)
+    p.settle()
+    p.click(at, ctrl=True)
+    assert p.tool.text == "Click on the nodule first, then on what is not part of it."
+    p.click(at)
+    assert "is fat" in p.tool.text
+    p.click(at)
+    assert p.tool.text == "" and list(p.segments()) == ["Nodule 1"] and np.array_equal(p.mask("Nodule 1"), full)
+    assert [prompt[0] for prompt in prompts_of(p, "Nodule 1")] == ["point", "point"]
+
+
+def test_the_segment_editors_undo_and_the_panels_take_back_one_action_each(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import slicer
+    from standins import effects
+
+    effects.install()
+    p = begun(panel, "left")
+    editor = slicer.qMRMLSegmentEditorWidget()
+    editor.setMRMLScene(slicer.mrmlScene)
+    editor.setMRMLSegmentEditorNode(slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentEditorNode"))
+    editor.setSegmentationNode(p.node)
+    monkeypatch.setattr(slicer.modules, "SegmentEditorWidget", SimpleNamespace(editor=editor), raising=False)
+    clicked, brushed = p.mask("Nodule 1"), corrected()
+
+    def there() -> list[tuple[str, int]]:
+        p.settle()
+        return [(name, int(p.mask(name).sum())) for name in sorted(p.segments())]
+
+    editor.saveStateForUndo()
+    paint(p, "Nodule 1", brushed)
+    one = there()
+    p.gui.click(p.ui.nextNoduleButton)
+    p.click(BALLS["right"][0])
+    two = there()
+    assert len(two) == 2 and two[:1] == one and np.array_equal(p.mask("Nodule 1"), brushed)
+    editor.undo()
+    assert there() == one
+    editor.redo()
+    assert there() == two
+    p.gui.click(p.ui.undoClickButton)
+    assert there() == one
+    editor.undo()  # what the panel took back
+    assert there() == two
+    editor.undo()
+    editor.undo()
+    assert there() == [("Nodule 1", int(clicked.sum()))] and np.array_equal(p.mask("Nodule 1"), clicked)
+    p.click(BALLS["right"][0])
+    assert there() == [("Nodule 1", int(clicked.sum())), two[1]]
+    editor._delete()
+
+
+def test_undo_is_of_the_frame_that_is_shown(panel: Any) -> None:
+    import slicer
+
+    scene, scans, drawn = slicer.mrmlScene, *(slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceNode", name) for name in ("4D", "drawn"))
+    frame = scan("frame")
+    for value in "01":
+        scans.SetDataNodeAtValue(frame, value)
+        drawn.SetDataNodeAtValue(slicer.vtkMRMLSegmentationNode(), value)
+    scene.RemoveNode(frame)
+    browser = scene.AddNewNodeByClass("vtkMRMLSequenceBrowserNode")
+    browser.SetAndObserveMasterSequenceNodeID(scans.GetID())
+    browser.AddSynchronizedSequenceNode(drawn)
+    browser.SetSaveChanges(drawn, True)
+    p = panel()
+    p.settings.volume, p.settings.nodules = (browser.GetProxyNode(of) for of in (scans, drawn))
+    p.node.CreateDefaultDisplayNodes()
+    p.gui.process_events()
+    p.arm()
+    p.click(BALLS["left"][0])
+    assert p.ui.undoClickButton.enabled
+    browser.SetSelectedItemNumber(1)
+    p.settle()
+    assert not p.ui.undoClickButton.enabled
+    p.tool.undo()
+    browser.SetSelectedItemNumber(0)
+    p.settle()
+    assert list(p.segments()) == ["Nodule 1"] and p.ui.undoClickButton.enabled
+    p.gui.click(p.ui.undoClickButton)
+    p.settle()
+    assert not p.segments()
 
 
 def test_a_mask_too_large_to_look_at_stays_as_it_is(panel: Any, models_folder: Path, make_package: Callable[..., Any]) -> None:
@@ -1469,6 +1562,25 @@ def test_nodules_of_another_scan_are_neither_clicked_nor_measured_there(panel: A
     p.settle()
     p.click(BALLS["right"][0])  # of whom they are, nobody knows any more
     assert len(p.segments()) == 2
+
+
+def test_clicks_of_a_segment_that_is_copied_to_the_next_study_stay_where_it_lies(panel: Any) -> None:
+    import slicer
+
+    p = begun(panel, "left")
+    at, node = p.ras(BALLS["left"][0]), scan("Next")
+    slicer.util.updateVolumeFromArray(node, np.roll(made_scan(), (-15, -4), (0, 2)))
+    node.SetOrigin(4 * SPACING[0], 0, 15 * SPACING[2])  # the same patient, the table elsewhere
+    copy = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "copy")
+    copy.CreateDefaultDisplayNodes()
+    copy.SetReferenceImageGeometryParameterFromVolumeNode(node)
+    copy.GetSegmentation().CopySegmentFromSegmentation(p.node.GetSegmentation(), p.segments()["Nodule 1"])
+    p.settings.volume, p.settings.nodules = node, copy
+    p.settle()
+    assert np.allclose(dots(True), [at], atol=0.8)
+    node.SetOrigin(50, 60, 70)  # of another one nobody knows where it went
+    p.tool.showDots()
+    assert np.allclose(dots(True), [at], atol=0.8)
 
 
 def test_nodules_are_clicked_on_in_a_copy_of_their_scan(panel: Any) -> None:

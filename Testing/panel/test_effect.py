@@ -190,7 +190,7 @@ class Editor:
         from UNetSegmentationLib.mrml import _grid_in, oriented_labelmap
 
         logic = self.widget._logic
-        self.widget._saveStateForUndo()
+        self.widget.saveStateForUndo()
         labelmap = oriented_labelmap(mask.astype(np.uint8), (0, 0, 0), _grid_in(self.segmentation, self.volume))
         logic.ModifySegmentByLabelmap(self.segmentation, segment or self.segment, labelmap, getattr(logic, mode), True, True)
         self.gui.process_events()
@@ -569,7 +569,7 @@ def test_two_lesions_quickly_one_after_the_other(editor: Callable[..., Editor]) 
     e.event("KeyPressEvent", (0, 0), key="n")
     e.click(IN_B, wait=False)
     e.wait()
-    assert e.names() == ["Thing 1", "Thing 2"] and e.segment != first
+    assert e.names() == ["thing 1", "thing 2"] and e.segment != first
     assert np.array_equal(e.mask(first), filled(A, C)) and np.array_equal(e.mask(), filled(B))
 
 
@@ -700,18 +700,18 @@ def test_a_scan_that_was_hardened_is_gone_on_with(editor: Callable[..., Editor],
 def test_without_a_segment_the_first_click_makes_one(editor: Callable[..., Editor]) -> None:
     e = editor(scan(), segment=False)
     e.click(IN_A)
-    assert e.names() == ["Thing 1"] and np.array_equal(e.mask(), filled(A)) and e.saved == 1
+    assert e.names() == ["thing 1"] and np.array_equal(e.mask(), filled(A)) and e.saved == 1
     e.click(IN_B)
-    assert e.names() == ["Thing 1"] and np.array_equal(e.mask(), filled(A, B))
+    assert e.names() == ["thing 1"] and np.array_equal(e.mask(), filled(A, B))
     e.press("n")
-    assert e.names() == ["Thing 1", "Thing 2"] and not e.mask().any() and "next lesion" in e.message
+    assert e.names() == ["thing 1", "thing 2"] and not e.mask().any() and "next lesion" in e.message
     e.click(IN_C)
     assert np.array_equal(e.mask(), filled(C)) and e.message == ""
     for _ in range(4):
         e.widget.undo()
     assert e.names() == []
     e.click(IN_C)
-    assert e.names() == ["Thing 1"] and np.array_equal(e.mask(), filled(C))
+    assert e.names() == ["thing 1"] and np.array_equal(e.mask(), filled(C))
 
 
 def test_start_again_empties_the_segment_in_one_step(editor: Callable[..., Editor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1043,6 +1043,43 @@ def test_another_frame_of_a_sequence_shows_its_own_dots(editor: Callable[..., Ed
     e.gui.wait(lambda: not any(e.dots().values()))
 
 
+@pytest.mark.parametrize("bent", ["volume", "segmentation"])
+def test_no_dots_where_nobody_knows_where_they_are(editor: Callable[..., Editor], bent: str) -> None:
+    import slicer
+    import vtk
+
+    e = editor(scan("straight"))
+    e.click(IN_C)
+    transform, spline = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTransformNode"), vtk.vtkThinPlateSplineTransform()
+    points = vtk.vtkPoints()
+    for place in ((0, 0, 0), (50, 0, 0), (0, 50, 0), (0, 0, 50)):
+        points.InsertNextPoint(place)
+    spline.SetSourceLandmarks(points)
+    spline.SetTargetLandmarks(points)
+    spline.SetBasisToR()
+    transform.SetAndObserveTransformToParent(spline)
+    getattr(e, bent).SetAndObserveTransformNodeID(transform.GetID())
+    e.gui.wait(lambda: not any(e.dots().values()))
+    assert e.message == ""
+    getattr(e, bent).SetAndObserveTransformNodeID(None)
+    e.gui.wait(lambda: len(e.dots()["green"]) == 1)
+
+
+def test_lesions_are_told_from_each_other_and_a_removed_ones_name_is_not_given_again(editor: Callable[..., Editor]) -> None:
+    from UNetSegmentationPanel.nodules import COLORS
+
+    e = editor(scan(), segment=False)
+    for index in (IN_A, IN_B):
+        e.click(index)
+        e.press("n")
+    held = e.segmentation.GetSegmentation()
+    colors = [tuple(round(255 * c) for c in held.GetNthSegment(i).GetColor()) for i in range(3)]
+    assert e.names() == ["thing 1", "thing 2", "thing 3"] and colors == list(COLORS[:3])
+    held.RemoveSegment(held.GetNthSegmentID(0))
+    e.press("n")
+    assert e.names() == ["thing 2", "thing 3", "thing 4"]
+
+
 def test_no_dots_where_the_segmentation_is_not_shown(editor: Callable[..., Editor]) -> None:
     import slicer
 
@@ -1177,7 +1214,7 @@ def test_a_segment_finer_than_the_scan_is_emptied_between_its_voxels_too(editor:
     held.SetConversionParameter("Reference image geometry", slicer.vtkSegmentationConverter.SerializeImageGeometry(whole))
     z, y, x = np.indices([2 * n for n in SHAPE])
     brushed = ((z - 12) ** 2 + (y - 20) ** 2 + (x - 20) ** 2 <= 9.3**2).astype(np.uint8)
-    e.widget._saveStateForUndo()
+    e.widget.saveStateForUndo()
     logic = e.widget._logic
     logic.ModifySegmentByLabelmap(
         e.segmentation, e.segment, oriented_labelmap(brushed, (0, 0, 0), fine), logic.ModificationModeSet, True, True
@@ -1195,3 +1232,21 @@ def test_a_segment_finer_than_the_scan_is_emptied_between_its_voxels_too(editor:
     assert count() == 0
     e.click(IN_A)
     assert count() == 8 * filled(A).sum()
+
+
+def test_a_lesion_between_the_voxels_of_a_coarser_segmentation_is_said(editor: Any) -> None:
+    import slicer
+    from UNetSegmentationLib.mrml import _grid_in, oriented_labelmap
+
+    array = blocks()
+    array[11:13, 31:33, 19:21] = 1
+    e = editor(scan("straight", array))
+    coarse = np.diag([4, 4, 4, 1.0])
+    coarse[:3, 3] = 1.5
+    whole = oriented_labelmap(np.zeros([-(-n // 4) for n in SHAPE], np.uint8), (0, 0, 0), _grid_in(e.segmentation, e.volume) @ coarse)
+    text = slicer.vtkSegmentationConverter.SerializeImageGeometry(whole)
+    e.segmentation.GetSegmentation().SetConversionParameter("Reference image geometry", text)
+    e.click((11, 31, 19))
+    assert "too coarse for this lesion" in e.message and e.saved == 0 and not e.mask().any()
+    e.click(IN_A)
+    assert e.message == "" and e.mask().any()

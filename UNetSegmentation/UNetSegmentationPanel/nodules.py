@@ -212,6 +212,7 @@ class _Step:
     lesion: _Lesion
     text: str  # of the prompts before it, as the segment held them
     made: bool  # the segmentation was made by this step, or one before it
+    held: Any  # its vtkSegmentation: of a sequence each frame has another one
 
 
 class NoduleTool(VTKObservationMixin):
@@ -349,13 +350,16 @@ class NoduleTool(VTKObservationMixin):
     @property
     def canUndo(self) -> bool:
         self._steps = [s for s in self._steps if s.undo.can_undo]
-        return bool(self._own) or self.doubted or bool(self._mine and any(p[0] != "mask" for p in self._controller.prompts))
+        lesion = self._lesion
+        asked = self._mine and lesion is not None and (lesion.there or not lesion.segment)
+        return bool(self._own) or self.doubted or bool(asked and any(p[0] != "mask" for p in self._controller.prompts))
 
     @property
     def _own(self) -> list[_Step]:
         """The steps of the nodule at hand; all where none is."""
         at = self._lesion if self.segment else None
-        return [s for s in self._steps if at is None or (s.lesion.node, s.lesion.segment) == (at.node, at.segment)]
+        steps = [s for s in self._steps if s.lesion.node is None or s.lesion.node.GetSegmentation() is s.held]  # of the frame that is shown
+        return [s for s in steps if at is None or (s.lesion.node, s.lesion.segment) == (at.node, at.segment)]
 
     def undo(self) -> None:
         """Take the last prompt back, of the nodule at hand or else of all; the segment is exactly as it was before it. What a person
@@ -527,7 +531,12 @@ class NoduleTool(VTKObservationMixin):
             if unread or not self._isAsWritten(lesion):
                 mask, start = yield from mrml.segment_part_steps(lesion.node, lesion.segment, lesion.volume)
                 lesion.asked = label, mrml.mask_digest(mask, start)
-                if unread or lesion.asked[1] != written:
+                if not mask.size:  # emptied: as a new one
+                    self._resume(lesion, [])
+                    if not positive:
+                        self._say(_("Click on the nodule first, then on what is not part of it."))
+                        return
+                elif unread or lesion.asked[1] != written:
                     controller.setMask(mask, start)
         if controller is self._controller and self._mine:
             self.text = ""
@@ -565,7 +574,7 @@ class NoduleTool(VTKObservationMixin):
 
     def _writeSteps(self, lesion: _Lesion, answer: Any, prompts: list[Any]) -> Generator[Any, None, None]:
         from UNetSegmentationLib import mrml
-        from UNetSegmentationLib.inference.click import BEYOND, expects_lung
+        from UNetSegmentationLib.inference.click import BEYOND
 
         unrecorded, self._unrecorded = self._unrecorded, False
         if lesion.segment and not lesion.there:
@@ -587,9 +596,7 @@ class NoduleTool(VTKObservationMixin):
         scene, label = lesion.volume.GetScene(), lesion.model.card.labels[0]
         before = lesion.held
         node = lesion.node if lesion.node is not None and lesion.node.GetScene() is scene else self.segmentation
-        names = [] if node is None else [node.GetSegmentation().GetNthSegment(i).GetName() for i in range(_count(node))]
-        word = _("Nodule") if expects_lung(lesion.model.card) else label.name
-        number = 1 + max((int(m[1]) for m in (re.fullmatch(re.escape(word) + r" (\d+)", n) for n in names) if m), default=0)
+        name, color = nextName(node, lesion.model.card)
         digest = mrml.mask_digest(answer.mask, answer.box.start)
         tags = {
             mrml.PROMPTS_TAG: mrml.prompts_text(prompts, lesion.volume),
@@ -611,8 +618,8 @@ class NoduleTool(VTKObservationMixin):
             lesion.volume,
             node,
             lesion.segment,
-            name=f"{word} {number}",
-            color=COLORS[(number - 1) % len(COLORS)],
+            name=name,
+            color=color,
             tags=tags,
         )
         undo.commit([written])
@@ -626,7 +633,7 @@ class NoduleTool(VTKObservationMixin):
             self.measured[measured] = answer.measures
         if not unrecorded:
             made = node is None or any(s.made for s in self._steps if s.lesion.node is node)
-            self._steps.append(_Step(undo, lesion, before, made))
+            self._steps.append(_Step(undo, lesion, before, made, written.GetSegmentation()))
         if written is not self.segmentation:
             self._keep(written)
         self.showDots()
@@ -658,6 +665,17 @@ class NoduleTool(VTKObservationMixin):
             points[positive].append((-x, -y, z))
         for positive, wanted in points.items():
             mrml.show_dots(self.volume.GetScene(), positive, wanted)
+
+
+def nextName(segmentation: Any, card: Any) -> tuple[str, tuple[int, int, int]]:
+    """The name and the colour (0..255) of the next lesion that a model finds: beyond the highest number there is, as what was said of
+    one that was removed is not true of it, and told from its neighbours, which the model's one colour would not be."""
+    from UNetSegmentationLib.inference.click import expects_lung
+
+    word = _("Nodule") if expects_lung(card) else card.labels[0].name
+    names = [] if segmentation is None else [segmentation.GetSegmentation().GetNthSegment(i).GetName() for i in range(_count(segmentation))]
+    number = 1 + max((int(m[1]) for m in (re.fullmatch(re.escape(word) + r" (\d+)", n) for n in names) if m), default=0)
+    return f"{word} {number}", COLORS[(number - 1) % len(COLORS)]
 
 
 def scanOf(segmentation: Any) -> Any:

@@ -207,7 +207,7 @@ class qSlicerSegmentEditorScriptedEffect(qSlicerSegmentEditorAbstractEffect):
     # --- editing
 
     def saveStateForUndo(self) -> None:
-        self._editor._saveStateForUndo()
+        self._editor.saveStateForUndo()
 
     def modifySegmentByLabelmap(
         self, segmentationNode: Any, segmentID: str, modifierLabelmap: Any, modificationMode: int, *more: Any
@@ -442,7 +442,7 @@ class qMRMLSegmentEditorWidget(mrmlwidgets.qMRMLWidget):
     def redo(self) -> None:
         self._logic.Redo()
 
-    def _saveStateForUndo(self) -> None:
+    def saveStateForUndo(self) -> None:
         self._saved += 1
         if not self._logic.SaveStateForUndo():
             raise RuntimeError("the state was not saved")

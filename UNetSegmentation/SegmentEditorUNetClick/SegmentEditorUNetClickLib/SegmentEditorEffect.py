@@ -457,19 +457,19 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
             raise Refusal(_("The segment was changed meanwhile, so nothing was written; click again."))
 
     def _drawSteps(self) -> Steps:
-        """The dots: the clicks of the selected segment, and those that have no answer yet."""
+        """The dots: the clicks of the selected segment, and those that have no answer yet; none where nobody knows where they are now, as
+        under a non-linear transform, which the next click says."""
         self._stale = False
         if self._controller is None or not self.scriptedEffect.active():  # without it Slicer's effect may be deleted
             return
         try:
             target = self._chosen()
-        except Refusal:
-            self._dots.show([])
-            return
-        if self._controller.busy and target.same(self._target):
-            prompts = self._controller.prompts
-        else:
-            prompts, _mask = yield from self._stateSteps(target)
+            if self._controller.busy and target.same(self._target):
+                prompts = self._controller.prompts
+            else:
+                prompts, _mask = yield from self._stateSteps(target)
+        except Exception:
+            prompts = []
         self._dots.show([((-p[1], -p[2], p[3]), p[4]) for p in prompts if p[0] == "point"])
 
     def _stateSteps(self, target: Target) -> Steps:
@@ -535,10 +535,11 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
 
     def _addSegment(self, target: Target, select: bool = True) -> None:
         """A new segment for the target, named after what the model finds, and selected."""
-        label, segmentation = (target.model or self._model()).card.labels[0], target.segmentation.GetSegmentation()
-        names = {segmentation.GetNthSegment(i).GetName() for i in range(segmentation.GetNumberOfSegments())}
-        name = next(n for n in (f"{label.name.capitalize()} {i}" for i in itertools.count(1)) if n not in names)
-        target.segmentId = segmentation.AddEmptySegment("", name, [c / 255 for c in label.color])
+        from UNetSegmentationPanel.nodules import nextName
+
+        card, segmentation = (target.model or self._model()).card, target.segmentation.GetSegmentation()
+        label, (name, color) = card.labels[0], nextName(target.segmentation, card)
+        target.segmentId = segmentation.AddEmptySegment("", name, [c / 255 for c in color])
         segment = segmentation.GetSegment(target.segmentId)
         if label.terminology_entry():
             segment.SetTag(segment.GetTerminologyEntryTagName(), label.terminology_entry())
@@ -604,7 +605,8 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         if node is not None:
             of = slicer.vtkSegmentation
             # Of the node, which passes them on: of a sequence each frame has another vtkSegmentation.
-            for event in (of.SegmentModified, of.SegmentRemoved, of.SourceRepresentationModified, node.SegmentationChangedEvent):
+            events = of.SegmentModified, of.SegmentRemoved, of.SourceRepresentationModified
+            for event in (*events, node.SegmentationChangedEvent, node.TransformModifiedEvent):
                 self.addObserver(node, event, self._onChange)
 
     def _onEditor(self, caller: Any, event: Any) -> None:
