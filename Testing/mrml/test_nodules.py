@@ -251,33 +251,37 @@ def test_prompts_stay_with_the_voxels_of_a_scan_that_is_moved_and_hardened(scene
 
 def test_prompts_of_earlier_versions_and_on_another_grid_are_known_by_their_place(scene: Any) -> None:
     """The first versions kept them in mm alone. Slicer's loader mirrors left-handed files, and a crop has other indices."""
-    node = volume("left-handed")
-    text = mrml.prompts_text(PROMPTS, node)
+    node, grid = volume("left-handed"), geometry(GRIDS["left-handed"])
+    at = [("point", *(grid @ (*index, 1))[:3], index[0] == 4) for index in ((4, 4, 2), (5, 3, 2), (6, 4, 3))]
+    prompts = [at[0], *PROMPTS[1:3], at[1]]
+    text = mrml.prompts_text(prompts, node)
     old = json.dumps(json.loads(text)[1:])
-    mirror = geometry(GRIDS["left-handed"]) @ np.diag([1, 1, -1, 1]) + np.zeros((4, 4))
-    mirror[:, 3] = geometry(GRIDS["left-handed"]) @ (0, 0, SHAPE[0] - 1, 1)
-    assert same(mrml.prompts_from_text(old, node), PROMPTS)
+    mirror = grid @ np.diag([1, 1, -1, 1]) + np.zeros((4, 4))
+    mirror[:, 3] = grid @ (0, 0, SHAPE[0] - 1, 1)
+    assert same(mrml.prompts_from_text(old, node), prompts)
     # A mask has its place among the voxels: a crop's, of which only a part may be left, and mirrored ones.
     start, part = (8 - 3, 4, 5), PROMPTS[2][1][..., :1]
     assert same(
         mrml.prompts_from_text(text, add_volume(np.zeros(SHAPE, np.int16), mirror)),
-        [*PROMPTS[:2], ("mask", PROMPTS[2][1], start), PROMPTS[3]],
+        [*prompts[:2], ("mask", PROMPTS[2][1], start), at[1]],
     )
     for shape, first, mask in (
         ((8, 9, 9), (1, 2, 4), ("mask", PROMPTS[2][1], (2, 2, 1))),
         ((5, 6, 6), (2, 3, 0), ("mask", part, (1, 1, 5))),
     ):
-        crop = geometry(GRIDS["left-handed"])
+        crop = grid.copy()
         crop[:, 3] = crop @ (*first[::-1], 1)
-        assert same(mrml.prompts_from_text(text, add_volume(np.zeros(shape, np.int16), crop)), [*PROMPTS[:2], mask, PROMPTS[3]])
+        assert same(mrml.prompts_from_text(text, add_volume(np.zeros(shape, np.int16), crop)), [*prompts[:2], mask, at[1]])
+    # Of a click beside the crop nothing can be run.
+    assert mrml.prompts_from_text(mrml.prompts_text([at[0], at[2]], node), add_volume(np.zeros(shape, np.int16), crop)) == []
     for shape, spacing in (((3, 6, 7), (0.7, 1.1, 2.3)), ((18, 11, 13), (0.7, 1.1, 1.15))):  # left out, resampled
         other = add_volume(np.zeros(shape, np.int16), geometry(GRIDS["left-handed"], spacing))
         assert mrml.prompts_from_text(text, other) == []
-        assert same(mrml.prompts_from_text(mrml.prompts_text(PROMPTS[:2], node), other), PROMPTS[:2])
+        assert same(mrml.prompts_from_text(mrml.prompts_text(prompts[:2], node), other), prompts[:2])
     move = np.eye(4)
     move[:3, 3] = 5, 6, 7
     node.SetAndObserveTransformNodeID(add_transform(move).GetID())
-    assert np.allclose(mrml.prompts_from_text(old, node)[0][1:4], (1.5 - 5, -2.25 - 6, 1 / 3 + 7))
+    assert np.allclose(mrml.prompts_from_text(old, node)[0][1:4], np.add(at[0][1:4], (-5, -6, 7)))
     assert mrml.prompts_from_text(text.replace("[", "[null,", 2), node) == []
 
 

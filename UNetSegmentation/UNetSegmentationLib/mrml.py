@@ -549,8 +549,8 @@ def prompts_text(prompts: Sequence[Prompt], volume_node: Any) -> str:
 
 
 def prompts_from_text(text: str, volume_node: Any) -> list[Prompt]:
-    """The inverse of prompts_text(), where the volume is now; an empty list for a text that is none, or one with a mask that has no
-    place on the volume's voxels."""
+    """The inverse of prompts_text(), where the volume is now; an empty list for a text that is none, or one with a mask or a click that
+    has no place on the volume's voxels, as on a crop."""
     now, then = _grid_of(volume_node), None
     try:
         items = json.loads(text) if text else []
@@ -573,6 +573,10 @@ def prompts_from_text(text: str, volume_node: Any) -> list[Prompt]:
             matrix = matrix @ here @ np.linalg.inv(there)
         else:
             prompts = _regridded(prompts, np.linalg.inv(here) @ there, volume_node.GetImageData().GetDimensions()[::-1])
+            own = np.linalg.inv(here) @ np.diag([-1, -1, 1, 1])
+            places = [own @ (*p[1:4], 1) for p in prompts if p[0] == "point"]
+            if any((at[:3] < -0.5).any() or (at[:3] > np.array(now[16:]) - 0.5).any() for at in places):
+                return []
     return _moved(prompts, matrix)
 
 
