@@ -182,6 +182,21 @@ def test_the_figures_of_a_fold_take_the_place_of_its_former_ones(tmp_path, monke
     assert text == ["fold,set,case,Lung", "nodule", "1,crop,c1,0.8", "3,crop,c3,0.7"]
 
 
+def test_a_run_without_its_curve_replaces_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["release", "lung-nodule-2d", str(tmp_path), "--output", str(tmp_path / "models")])
+    monkeypatch.setattr(release, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(release, "load_weights", lambda run, network: build(network))
+    monkeypatch.setattr(release, "export", lambda model, card, path, drive: find_model("lung-nodule-2d"))
+    monkeypatch.setattr(release, "score", lambda package: [{"set": "crop", "case": "c", "Lung nodule": 0.8}])
+    with pytest.raises(FileNotFoundError, match="curve.csv"):
+        release.main()
+    assert not list(tmp_path.iterdir())
+    release.write_rows(tmp_path / "a.csv", [{"a": 1}])
+    with pytest.raises(ValueError, match="fields not in"):
+        release.write_rows(tmp_path / "a.csv", [{"a": 2}, {"b": 3}])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"] and (tmp_path / "a.csv").read_text().split() == ["a", "1"]
+
+
 def test_bundled_figures_are_those_of_the_results():
     for path in sorted((RESOURCES / "models").glob("*.unet.zip")):
         card = find_model(path).card

@@ -385,6 +385,11 @@ def test_luna16_gives_balls(tmp_path):
     _, mask = found.load(found.cases[0])
     z, y, x = np.indices(SHAPE)
     assert np.array_equal(mask, ((x - 4) * 0.8) ** 2 + ((y - 6) * 0.8) ** 2 + ((z - 2) * 2.0) ** 2 <= 2.1**2) and mask.sum() > 20
+    (tmp_path / "annotations.csv").write_text("\n".join(rows) + "\n,,,,\n")
+    assert len(find_cases(tmp_path).annotated) == 1
+    (tmp_path / "annotations.csv").write_text("\n\n".join(rows[:2]) + "\n1.2.4,1,2,,5\n")
+    with pytest.raises(UserError, match=r"annotations.csv, 1\.2\.4,1,2,,5: not a number"):
+        find_cases(tmp_path)
     (tmp_path / "annotations.csv").write_text(rows[0] + "\n1.2.3,900,0,0,5\n")
     broken = find_cases(tmp_path)
     with pytest.raises(UserError, match=r"Case 1\.2\.3: an annotation at 900, 0, 0 lies outside"):
@@ -416,6 +421,10 @@ def test_folders_of_slices_with_a_mask_each(tmp_path):
         dicom(tmp_path / "images" / name, i, f"1.2.840.{i + 1}", f"P{i}")
         put(mask_of(i), tmp_path / "labels" / f"{name}.nii.gz")
     exact(find_cases(tmp_path), count=2)
+    for name in (".ipynb_checkpoints", "@eaDir"):
+        (tmp_path / "images" / name).mkdir()
+        (tmp_path / "images" / name / "a.json").write_text("{}")
+    assert not any("have no mask" in note for note in find_cases(tmp_path).notes)
 
 
 def ring(x0, y0, x1, y1):
@@ -472,6 +481,18 @@ def test_rtstruct_gives_the_published_mask_voxel_for_voxel(data, tmp_path):
         bad.load(bad.cases[0])
     with pytest.raises(UserError, match="There is no label heart; the cases have GTV-1"):
         find_cases(folder, only=["heart"])
+
+
+@pytest.mark.parametrize("kept", [153, 1000, 40000])
+def test_a_structure_set_that_is_cut_short_is_named(data, tmp_path, kept):
+    shutil.copytree(data / "lung_gtv_dicom_rtstruct" / "pat_3", tmp_path / "case")
+    whole = find_cases(tmp_path)
+    file = tmp_path / "case" / "DCM_RS_00046.dcm"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(UserError, match="DCM_RS_00046.dcm is cut short or damaged .*export it again"):
+        find_cases(tmp_path)
+    with pytest.raises(UserError, match="DCM_RS_00046.dcm .*cut short or damaged"):
+        whole.load(whole.cases[0])
 
 
 def test_contours_with_holes_and_of_other_slices(data, tmp_path):
@@ -852,6 +873,25 @@ def test_masks_of_0_and_1_beside_masks_of_0_and_255_are_of_one_label(tmp_path):
     assert np.array_equal(one.load(one.cases[2])[1][0], soft > 0)
 
 
+def test_soft_edges_of_few_greys_are_no_labels(tmp_path):
+    disc = np.hypot(*(np.indices((80, 96)) - 40)) < 25
+    soft = (disc.reshape(40, 2, 48, 2).mean((1, 3)) * 255).astype(np.uint8)
+    assert {64 - 1, 127, 191, 255} <= set(np.unique(soft))
+
+    def save(mask):
+        for folder, picture in (("images", soft), ("masks", mask)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            sitk.WriteImage(sitk.GetImageFromArray(picture), str(tmp_path / folder / "a.png"))
+
+    save(soft)
+    with pytest.raises(UserError, match=r"a\.png has 5 grey values; save it as 0 and 255, or use --foreground"):
+        find_cases(tmp_path)
+    assert len(find_cases(tmp_path, foreground=True).labels) == 1
+    soft[2:6, 2:6] = 63
+    save(soft)
+    assert len(find_cases(tmp_path).labels) == 4  # where a grey fills a place it is one
+
+
 def test_instances_become_one_label(tmp_path, monkeypatch):
     monkeypatch.setattr("unetseg_training.cases.SCANNED", 3)
     rng = np.random.default_rng(0)
@@ -1075,12 +1115,29 @@ def test_patients_of_names_and_of_a_pattern(pairs):
         b"case, patient\na, X\nb , X\nc, Y\n",
         b"\xef\xbb\xbfcase;patient\na;X\nb;X\nc;Y\n",
         "case,patient,clinic\na,X,Köln\nb,X,\nc,Y,\n".encode("cp1252"),
+        "case\tpatient\r\na\tX\r\nb\tX\r\nc\tY\r\n\t\r\n".encode("utf-16"),
         b"file\tpatient\r\nimages\\a.nii.gz\tX\r\nimages\\b.nii.gz\tX\r\nimages\\c.nii.gz\tY\r\n",
     ],
 )
 def test_a_table_of_patients_as_spreadsheets_save_it(pairs, rows):
     (pairs / "patients.csv").write_bytes(rows)
     assert [c.patient for c in find_cases(pairs).cases] == ["X", "X", "Y"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252", "utf-16"])
+def test_names_and_splits_as_windows_saves_them(pairs, encoding):
+    (pairs / "labels.txt").write_text('1 255 0 0 1 1 1 "Tumör"\n2 0 255 0 1 1 1 "Leber"\n', encoding)
+    assert [label.name for label in find_cases(pairs).labels] == ["Tumör", "Leber"]
+    for part in ("images", "labels"):
+        (pairs / part).rename(pairs / f"{part}Tr")
+    for name in NAMES:
+        (pairs / "imagesTr" / f"{name}.nii.gz").rename(pairs / "imagesTr" / f"{name}_0000.nii.gz")
+    about = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "Tumör": 1, "Leber": 2}, "numTraining": 3}
+    (pairs / "dataset.json").write_text(json.dumps(about, ensure_ascii=False), encoding)
+    (pairs / "splits_final.json").write_text(json.dumps([{"train": ["a", "b"], "val": ["c"]}]), encoding)
+    found = find_cases(pairs)
+    assert found.layout == "nnunet" and [label.name for label in found.labels] == ["Tumör", "Leber"]
+    assert [c.split for c in found.cases] == ["train", "train", "validation"]
 
 
 def test_a_table_without_patients_is_told(pairs):

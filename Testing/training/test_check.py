@@ -1,6 +1,7 @@
 """The check finds each kind of mistake, names its case and the cure, and says nothing of sound data."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from unetseg_training import check as module
 from unetseg_training.cases import find_cases
 from unetseg_training.check import check, run
+from unetseg_training.plan import plan
 from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Image, read_image, write_image
 
@@ -226,6 +228,38 @@ def test_the_table_json_and_picture(folder, tmp_path, capsys, monkeypatch):
 def test_no_picture_of_sound_cases(folder, tmp_path):
     assert not check(find_cases(folder)).picture(tmp_path / "a.png") and not (tmp_path / "a.png").exists()
     assert module.LEVELS[0] == "error"
+
+
+def test_pictures_with_and_without_a_pixel_size_are_an_error(tmp_path):
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    for i, suffix in enumerate((".tif", ".tif", ".png")):
+        picture = np.random.default_rng(i).integers(0, 200, (1, 20, 18)).astype(np.uint8)
+        size = (0.0025, 0.0025, 1.0) if suffix == ".tif" else (1.0, 1.0, 1.0)
+        for part, array in (("images", picture), ("labels", (picture > 100).astype(np.uint8))):
+            write_image(Image(array, size), tmp_path / part / f"c{i}{suffix}")
+    mixed = r"1 of 3 images have no pixel size \(c2\) and count as 1 mm, that of the others is 0.0025 mm; save all as TIFF"
+    errors = check(find_cases(tmp_path)).errors
+    assert len(errors) == 1 and re.match(mixed, str(errors[0]))
+    with pytest.raises(UserError, match=mixed):
+        plan(find_cases(tmp_path), tmp_path, measure=False)
+    for part in ("images", "labels"):
+        (tmp_path / part / "c2.png").unlink()
+    assert not check(find_cases(tmp_path)).errors
+
+
+@pytest.mark.parametrize("instances", [True, False])
+def test_numbered_instances_are_suspected(folder, instances):
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        mask = np.zeros(SHAPE, np.uint8)
+        for k in range(6 + i % 3):
+            width = rng.integers(2, 5) if instances else 1 + k % 4
+            mask[1 : 2 + width, 2 * k + 2 : 2 * k + 3 + (not instances and k > 3), 2 : 3 + width] = k + 1
+        put(folder, f"c{i}", mask=scan(i).like(mask))
+    assert (("", "instances") in found(folder)) == instances
+    assert any("learn them as one with --foreground" in n for n in plan(find_cases(folder), folder, measure=False).notes) == instances
+    assert ("", "instances") not in found(folder, foreground=True)
 
 
 def test_real_data(data, tmp_path):

@@ -114,6 +114,13 @@ def test_a_plan_with_a_base_says_how_to_fine_tune(command, base, tmp_path):
     assert code == 0 and out.splitlines()[-1] == f"next: unetseg-train finetune {data} --from {base} -o {tmp_path / 'run'} --resume", err
 
 
+def test_labels_can_be_learnt_as_one(command, base, tmp_path):
+    data = balls(tmp_path / "new", 3, [BRIGHT, DARK], ["MR"])
+    code, _, err = command("finetune", data, "--from", base, "-o", tmp_path / "run", "--quick", "--foreground", "--freeze", "head")
+    assert code == 2 and "no layer 'head' to freeze" in err, err
+    assert "foreground: true" in (tmp_path / "run" / "config.yaml").read_text("utf-8")
+
+
 def test_test_cases_of_the_base_show_what_was_forgotten(command, base, tmp_path):
     data = balls(tmp_path / "new", 3, [BRIGHT], ["MR"])
     old = balls(tmp_path / "old", 3, [BRIGHT], ["MR"], split=("validation", "train", "test"))
@@ -155,6 +162,7 @@ def test_a_fine_tuning_goes_on_with_its_own_dataset(command, base, tmp_path, mon
         (("--from", "{base}", "-o", "{tmp}/x", "--fold", "all"), "one fold with one seed at a time"),
         (("--from", "{base}", "--replay", "{data}"), "go with -o RUN"),
         (("--from", "{base}", "--fold", "1"), "go with -o RUN"),
+        (("--from", "{base}", "--foreground"), "go with -o RUN"),
         (("--from", "{base}", "-o", "{tmp}/x", "--device", "cpu"), "do not go with -o RUN"),
         (("--from", "{base}", "-o", "{tmp}/x", "--quick", "--freeze", "head"), "no layer 'head' to freeze"),
     ],

@@ -2,6 +2,7 @@
 
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -308,6 +309,16 @@ def test_pictures_of_which_a_base_would_see_a_voxel_are_refused():
     with pytest.raises(UserError, match=r"spacing of lung-nodule-2d \(0.6 x 0.6 mm\) the median image has 1 x 1 voxels.* at least 8"):
         of(case_set, base=base)
     assert of(cases(shape=(1, 300, 300), spacing=(0.6,) * 3, spot=40), base=base)
+
+
+def test_pictures_without_a_pixel_size_are_refused_for_a_base_of_micrometres():
+    made = of(cases(shape=(1, 300, 300), labels=("a",), spot=40, channels=("image",)), quick=True).config
+    case_set = cases(shape=(1, 300, 300), labels=("a",), spot=40, channels=("image",))
+    read = case_set.load
+    case_set.load = lambda case: (replace(read(case)[0], source=Path("a.png")), read(case)[1])
+    with pytest.raises(UserError, match="Case case0 has no pixel size, which my-data needs"):
+        of(case_set, base=(Card({**made.card(), "spacing": [0.0025, 0.0025, None]}), made.unet()))
+    assert of(case_set, base=(Card(made.card()), made.unet()))
 
 
 def test_a_dataset_named_from_within_has_its_name(tmp_path, monkeypatch):

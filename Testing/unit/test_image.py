@@ -683,6 +683,21 @@ def test_a_truncated_slice_is_noticed_by_its_length(slices, tmp_path, syntax):
             _check_complete(tmp_path / "a.dcm", reader)
 
 
+@pytest.mark.parametrize("kept", [0, 100, 140, 300, 1500, -1000])
+def test_a_lost_slice_at_the_end_of_a_series_is_named(slices, tmp_path, data, kept):
+    """GDCM leaves it out, and its neighbours are as evenly spaced as before."""
+    folder = copied(slices, tmp_path / "scan")
+    structures = (data / "lung_gtv_dicom_rtstruct" / "pat_3" / "DCM_RS_00046.dcm").read_bytes()
+    for name, content in (("structures.dcm", structures), ("of old.dcm", structures[structures.index(b"\x08\0\x16\0") - 12 :])):
+        (folder / name).write_bytes(content)
+    (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + b"\2\0\2\0UI\x16\0" + b"1.2.840.10008.1.3.10")
+    (folder / "._000.dcm").write_bytes(b"macOS")
+    last = Path(read_image(folder).dicom_files[-1])
+    last.write_bytes(last.read_bytes()[:kept])
+    with pytest.raises(UserError, match=rf"{last.name} cannot be read \(empty, cut short or damaged"):
+        read_image(folder)
+
+
 def test_a_slice_that_lies_there_twice_is_noticed(slices, tmp_path):
     folder = copied(slices, tmp_path / "scan")
     shutil.copy(folder / "003.dcm", folder / "again.dcm")

@@ -175,6 +175,17 @@ def test_two_dimensional_picture(make_package):
             predict(across, [model])
 
 
+def test_a_picture_without_a_pixel_size_is_not_seen_by_a_model_of_micrometres(make_package):
+    picture = Image(noise((1, 45, 70)))
+    made = {"dimensions": 2, "patch": [32, 32], "divisor": [8, 8]}
+    model = make_package(**made, spacing=[0.0025, 0.0025, None])
+    with pytest.raises(UserError, match=r"has no pixel size, which toy needs, as its own pixels are 0.0025 mm; save the picture as TIFF"):
+        predict(picture, [model])
+    assert predict(replace(picture, spacing=(0.0025, 0.0025, 1.0)), [model]).labels.array.any()
+    for spacing in (None, 0.5, 2.3):  # of pictures without one, also made coarser, and of slices that somebody saved as PNG
+        assert predict(picture, [make_package(**made, spacing=[spacing, spacing, None])]).labels.array.any()
+
+
 # -------------------------------------------------------------------------------------------------------------- tiling
 
 

@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,18 @@ from typing import Any, TypeVar
 import numpy as np
 from UNetSegmentationLib.dataset import INDEX, Dataset, Mismatch, check_turn, distinct, map_values, plain_name, read_segments, segment_masks
 from UNetSegmentationLib.files import UserError, user_path
-from UNetSegmentationLib.image import NO_SCAN, PICTURE_SUFFIXES, Image, is_grey, of_channels, on_print, print_spacing, read_image
+from UNetSegmentationLib.image import (
+    NO_SCAN,
+    PICTURE_SUFFIXES,
+    Image,
+    from_picture,
+    is_grey,
+    length_unit,
+    of_channels,
+    on_print,
+    print_spacing,
+    read_image,
+)
 from UNetSegmentationLib.model import DEFAULT_COLORS, Label
 from UNetSegmentationLib.postprocess import voxel_counts
 
@@ -338,12 +350,28 @@ def _labels(names: Iterable[str]) -> tuple[Label, ...]:
 
 
 def _check_greys(cases: CaseSet) -> None:
-    if len(cases.labels) <= GREYS or not all(UNNAMED.fullmatch(label.name) for label in cases.labels):
+    """Refuse pictures' masks with soft edges: many greys, or, where they are few (a mask made half as large has 64, 128 and 192), none
+    but white that fills 3 x 3 pixels anywhere. A single one may be a class of thin lines."""
+    few = len(cases.labels) <= GREYS
+    if (few and (len(cases.labels) < 3 or 255 not in cases.values)) or not all(UNNAMED.fullmatch(label.name) for label in cases.labels):
         return
     pictures = [c.label for c in cases.annotated if c.label and _is_picture(c.label)]
-    for path, n in _some(pictures, SCANNED, lambda path: (path, _found_values(path).shape[2])):
-        if n > GREYS:
-            raise UserError(f"{path} has {n} grey values; save it as 0 and 255, or use --foreground to take all but 0 as one label.")
+    found = _some(pictures, SCANNED, lambda path: (path, *_greys(path)))
+    soft = few and not any(flat for _, _, flat in found)
+    if path_n := next(((path, n) for path, n, _ in found if n > (3 if soft else GREYS)), None):
+        path, n = path_n
+        raise UserError(f"{path} has {n} grey values; save it as 0 and 255, or use --foreground to take all but 0 as one label.")
+
+
+def _greys(path: Path) -> tuple[int, bool]:
+    """How many values a mask has, and whether one between 0 and 255 fills 3 x 3 pixels."""
+    array = _mask_map(path).array[0]
+    middle = array[1:-1, 1:-1]
+    rows, columns = middle.shape
+    flat = (middle > 0) & (middle < 255)
+    for y, x in np.ndindex(3, 3):
+        flat &= array[y : y + rows, x : x + columns] == middle
+    return len({0, *map_values(array)}), bool(flat.any())
 
 
 def _check_jpegs(cases: CaseSet, foreground: bool) -> None:
@@ -372,6 +400,43 @@ def _second_grey(path: Path) -> int:
     second = int((near * others * (counts > 0)).argmax())
     peak = near[second] > max(20, 2 * beside[second], 2 * beside[second + 50])
     return min(first, second) if peak and counts[others].sum() > 0.01 * counts[40:].sum() else 0
+
+
+def numbered_instances(labels: Sequence[Label], counts: Sequence[Sequence[int]]) -> str:
+    """What is wrong and what to do where masks seem to hold numbered instances, and no classes. counts: of each case the voxels of 0, 1,
+    2, ... They have no names, are not as many in each case, and differ in size by chance: between HeLa cells' numbers the variance of the
+    log sizes was 2.5 times that within them (1.0 where cells are not tracked)."""
+    present = [sum(n > 0 for n in own[1:]) for own in counts]
+    if len(labels) < 5 or len(set(present)) < 2 or not all(UNNAMED.fullmatch(label.name) for label in labels):
+        return ""
+    sizes = [np.log(own) for k in range(1, len(labels) + 1) if (own := [case[k] for case in counts if case[k]])]
+    every = np.concatenate(sizes)
+    within = sum(((own - own.mean()) ** 2).sum() for own in sizes)
+    between = ((every - every.mean()) ** 2).sum() - within
+    if between * (len(every) - len(sizes)) > 5 * within * max(1, len(sizes) - 1):
+        return ""
+    return (
+        f"the {len(labels)} labels have no names, and differ in number and size from case to case as numbered instances do; learn them as "
+        "one with --foreground, or name them if they are classes"
+    )
+
+
+def mixed_pixel_sizes(found: Sequence[tuple[str, bool, Sequence[float]]]) -> str:
+    """What is wrong and what to do where some pictures have a pixel size and others have none, and count as 1 mm. found: of each case its
+    name, whether it has none, and its spacing (x, y, z) in mm."""
+    bare = [name for name, unsized, _ in found if unsized]
+    sizes = [min(spacing[:2]) for _, unsized, spacing in found if not unsized]
+    if not bare or not sizes or 0.5 <= np.median(sizes) <= 2:  # of slices of 0.9 mm and their PNGs a network makes little
+        return ""
+    return (
+        f"{len(bare)} of {len(found)} images have no pixel size ({', '.join(bare[:3])}{', ...' * (len(bare) > 3)}) and count as 1 mm, that "
+        f"of the others is {np.median(sizes):.3g} mm; save all as TIFF with their pixel size, or all without one"
+    )
+
+
+def is_unsized(image: Image) -> bool:
+    """Whether it is a picture without a pixel size."""
+    return from_picture(image) and length_unit(image) == "px"
 
 
 def _numbered(names: dict[int, str]) -> tuple[tuple[Label, ...], dict[int, int]]:
@@ -484,26 +549,35 @@ def _table_of_patients(folder: Path, cases: list[Case], notes: list[str]) -> lis
     return None
 
 
-def _rows(table: Path) -> list[dict[str, str]]:
-    """The rows of a table as people save it: in many countries with semicolons and not in UTF-8, its heads in any case."""
-    data = table.read_bytes()
+def _read_text(path: Path) -> str:
+    """A text as people save it: Windows' programs write UTF-8 with a mark, UTF-16 ("Unicode text" of Excel) or the country's code page."""
     try:
-        text = data.decode("utf-8-sig")
+        data = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}); check your rights and the disk.") from e
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace")
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = data.decode("cp1252", "replace")
+        return data.decode("cp1252", "replace")
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    """The rows of a table as people save it: in many countries with semicolons, its heads in any case, and empty lines at its end."""
+    text = _read_text(table)
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    heads, *rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row] or [[]]
+    cells = ([cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    heads, *rows = [row for row in cells if any(row)] or [[]]
     heads = [head.casefold() for head in heads]
     return [dict.fromkeys(heads, "") | dict(zip(heads, row)) for row in rows]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        data = json.loads(path.read_text("utf-8-sig"))
+        data = json.loads(_read_text(path))
     except ValueError as e:
         raise UserError(f"{path} is not JSON ({e}); correct it.") from e
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror or e}); check your rights and the disk.") from e
     return data if isinstance(data, dict) else None
 
 
@@ -512,7 +586,7 @@ def _label_names(folder: Path) -> tuple[dict[int, str], dict[int, str]]:
     if (folder / "labels.json").is_file():
         return _by_value(_read_json(folder / "labels.json") or {}), {}
     if (folder / "labels.txt").is_file():
-        lines = re.findall(r'^\s*(\d+)\s.*"(.*)"\s*$', (folder / "labels.txt").read_text("utf-8", "replace"), re.MULTILINE)
+        lines = re.findall(r'^\s*(\d+)\s.*"(.*)"\s*$', _read_text(folder / "labels.txt"), re.MULTILINE)
         return {}, {int(v): n for v, n in lines if int(v)}
     return {}, {}
 
@@ -628,8 +702,9 @@ def _picture_channels(cases: Sequence[Case], notes: list[str]) -> tuple[str, ...
 
 
 def _scans(folder: Path) -> list[Path]:
-    """Image files, and subfolders that hold a DICOM series each."""
-    return _files(folder) + sorted(p for p in folder.iterdir() if p.is_dir() and any(q.is_file() for q in p.iterdir()))
+    """Image files, and subfolders that hold a DICOM series each. Jupyter leaves .ipynb_checkpoints, a Synology @eaDir, macOS __MACOSX."""
+    places = (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "@", "__")))
+    return _files(folder) + sorted(p for p in places if any(q.is_file() for q in p.iterdir()))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -749,11 +824,9 @@ def _check_gaps(mask: np.ndarray, name: str, file: Path) -> None:
 
 def _read_contours(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
     """An RTSTRUCT: the voxels whose centres lie inside a contour of their slice."""
-    import pydicom
-
     assert case.label
     file = case.label
-    dataset = pydicom.dcmread(file)
+    dataset = _dicom(file)
     names = {r.ROINumber: str(r.ROIName) for r in dataset.StructureSetROISequence}
     inverse = np.linalg.inv(image.matrix)
 
@@ -788,10 +861,8 @@ def _read_contours(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
 
 def _read_dicom_seg(cases: CaseSet, case: Case, image: Image) -> np.ndarray:
     """A DICOM SEG on its scan's grid, frame by frame by position."""
-    import pydicom
-
     assert case.label
-    dataset = pydicom.dcmread(case.label)
+    dataset = _dicom(case.label)
     names = {s.SegmentNumber: str(s.SegmentLabel) for s in dataset.SegmentSequence}
     frames = dataset.pixel_array.reshape(-1, dataset.Rows, dataset.Columns)
     limit = 0.5 * float(dataset.get("MaximumFractionalValue", 1)) if dataset.SegmentationType == "FRACTIONAL" else 0.5
@@ -1000,14 +1071,14 @@ def _nnunet(folder: Path, data: dict[str, Any]) -> CaseSet:
 def _split(folder: Path, cases: list[Case], notes: list[str]) -> list[Case]:
     """Train and validation as splits_final.json has them, if it is one split of all and no list of folds, as nnU-Net's own five are."""
     file = folder / "splits_final.json"
+    if not file.exists():
+        return cases
     try:
-        (fold,) = json.loads(file.read_text("utf-8"))
+        (fold,) = json.loads(_read_text(file))
         split = {**dict.fromkeys(fold["train"], "train"), **dict.fromkeys(fold["val"], "validation")}
         if Counter([*fold["train"], *fold["val"]]) != Counter(c.name for c in cases if c.split != "test"):
             raise ValueError
-    except FileNotFoundError:
-        return cases
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, ValueError, KeyError, TypeError):
         notes.append(f"{file.name} is not one split of these cases, and not taken over: patients are dealt into folds anew (data.folds).")
         return cases
     return [replace(c, split=split.get(c.name, c.split)) for c in cases]
@@ -1138,11 +1209,11 @@ def _find_luna16(path: Path) -> CaseSet | None:
     if not rows or any(c not in rows[0] for c in columns):
         return None
     balls: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    for i, row in enumerate(rows, 2):
+    for row in rows:
         try:
             balls[row["seriesuid"]].append(tuple(float(row[c]) for c in columns[1:]))
-        except (TypeError, ValueError) as e:
-            raise UserError(f"{table}, line {i}: not a number ({e}); correct it.") from e
+        except ValueError as e:
+            raise UserError(f"{table}, {','.join(row.values())}: not a number ({e}); correct it.") from e
     scans = [f for f in sorted(table.parent.rglob("*.mhd")) if "seg-lungs-LUNA16" not in f.parts]  # masks of lungs, with the scans' names
     cases = [Case(uid, uid, (f,), None, "spheres", extra=tuple(balls[uid])) for f in scans if (uid := stem(f)) in balls]
     if not cases:
@@ -1290,10 +1361,17 @@ def _by_channel(files: Sequence[Path], masks: Sequence[Path]) -> dict[str, tuple
     return out
 
 
-def _headers(path: Path) -> list[tuple[Path, Any]]:
-    """The DICOM headers below a folder, without their pixels."""
+def _dicom(file: Path, **how: Any) -> Any:
     import pydicom
 
+    try:
+        return pydicom.dcmread(file, **how)
+    except Exception as e:  # an RTSTRUCT that was cut anywhere gave OSError and struct.error, other damage gives others
+        raise UserError(f"{file} is cut short or damaged ({e}); export it again, or take it out of the folder.") from e
+
+
+def _headers(path: Path) -> list[tuple[Path, Any]]:
+    """The DICOM headers below a folder, without their pixels."""
     other = (*SUFFIXES, ".json", ".csv", ".xml", ".txt")
     tags = ["Modality", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID", "SOPInstanceUID"]
     out = []
@@ -1302,7 +1380,7 @@ def _headers(path: Path) -> list[tuple[Path, Any]]:
             f.seek(128)
             if f.read(4) != b"DICM":
                 continue
-        out.append((file, pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)))
+        out.append((file, _dicom(file, stop_before_pixels=True, specific_tags=tags)))
     return out
 
 
@@ -1344,9 +1422,7 @@ def _dicom_name(path: Path, folder: Path, uid: str, taken: set[str]) -> str:
 def _find_dicom(path: Path) -> CaseSet | None:
     if path.is_file():
         return None
-    try:
-        import pydicom
-    except ImportError:
+    if find_spec("pydicom") is None:
         return None
     series, annotations = _series(path)
     if not annotations:
@@ -1355,10 +1431,7 @@ def _find_dicom(path: Path) -> CaseSet | None:
     undrawn: dict[str, str] = {}
     cases, taken, modalities = [], set[str](), []
     for file, header in annotations:
-        try:
-            full = pydicom.dcmread(file, stop_before_pixels=True)
-        except (pydicom.errors.InvalidDicomError, OSError, ValueError, KeyError) as e:
-            raise UserError(f"{file} is damaged ({e}); export it again.") from e
+        full = _dicom(file, stop_before_pixels=True)
         uid = _referenced(full, series)
         if uid is None:
             raise UserError(f"{file} belongs to no image series in {path}; put its scan beside it.")

@@ -18,7 +18,7 @@ from UNetSegmentationLib.files import UserError, atomic_path, counted, write_tex
 from UNetSegmentationLib.image import Box
 from UNetSegmentationLib.postprocess import components, voxel_counts
 
-from .cases import IGNORE, Case, CaseSet, Mismatch, UnknownLabel, find_cases
+from .cases import IGNORE, Case, CaseSet, Mismatch, UnknownLabel, find_cases, is_unsized, mixed_pixel_sizes, numbered_instances
 
 LEVELS = ("error", "warning", "note")
 # Robust deviations (1.4826 MAD) from the cases' median beyond which a number is odd; for fewer cases nothing is said.
@@ -58,6 +58,7 @@ class Facts:
     moments: tuple[Any, ...]
     mask: str
     voxels: list[int]
+    unsized: bool
     numbers: dict[str, float] = field(default_factory=dict)
 
 
@@ -275,7 +276,7 @@ def _facts(case_set: CaseSet, case: Case, findings: list[Finding]) -> Facts:
         digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array))
         digests.append(digest.hexdigest())
-    return Facts(case, size, image.spacing, digests[0], moments, digests[1], voxels, numbers)
+    return Facts(case, size, image.spacing, digests[0], moments, digests[1], voxels, is_unsized(image), numbers)
 
 
 def _offset(f: Facts) -> Finding:
@@ -295,6 +296,12 @@ def _of_all(case_set: CaseSet, facts: Sequence[Facts]) -> list[Finding]:
     if known and np.median([f.size for f in known], 0).min() >= 2:  # plan() then wants volumes
         cure = "replace it by its whole volume, or leave it out"
         out += [Finding(f.case.name, "slice", "warning", "it is a single slice among volumes", cure) for f in known if min(f.size) < 2]
+    mixed = mixed_pixel_sizes([(f.case.name, f.unsized, f.spacing) for f in facts])
+    instances = numbered_instances(case_set.labels, [f.voxels for f in known])
+    for kind, level, told in (("spacing", "error", mixed), ("instances", "warning", instances)):
+        if told:
+            text, _, cure = told.rpartition("; ")
+            out.append(Finding("", kind, level, text, cure))
     bare = len(case_set.cases) - len(case_set.annotated)
     if bare:
         cure = "annotate them or leave them; they are not trained on"

@@ -371,6 +371,7 @@ def _app() -> Any:
         seed: Annotated[str, typer.Option(help="With -o: the seed.")] = "0",
         resume: Annotated[bool, typer.Option("--resume", help="With -o: go on where it was stopped or killed.")] = False,
         layout: Annotated[str | None, layout_option] = None,
+        foreground: Annotated[bool, typer.Option("--foreground", help="With -o: learn all labels as one.")] = False,
     ) -> None:
         """Fine-tune a model on other cases, labels, channels or spacing.
 
@@ -378,8 +379,9 @@ def _app() -> Any:
         keeps the best so far.
         """
         if output is None:
-            if freeze or replay or resume or layout or (fold, seed) != ("0", "0"):
-                raise UserError("--freeze, --replay, --fold, --seed, --resume and --layout go with -o RUN; give it, or leave them out.")
+            if freeze or replay or resume or layout or foreground or (fold, seed) != ("0", "0"):
+                names = "--freeze, --replay, --fold, --seed, --resume, --layout and --foreground"
+                raise UserError(f"{names} go with -o RUN; give it, or leave them out.")
             _retrain(data, base, quick is not False, minutes, device, name, job, detach)
             return
         if name or job or detach or device != "auto":
@@ -402,7 +404,7 @@ def _app() -> Any:
         if begun and not resume:
             raise UserError(f"{output} holds a fine-tuning already; add --resume to go on with it, or choose another folder.")
         if not begun:
-            _plan(data, output, bool(quick), minutes, {"layout": layout}, base, False)
+            _plan(data, output, bool(quick), minutes, {"layout": layout, "foreground": foreground}, base, False)
         config = _read(output)
         planned, named = (user_path(path).resolve() for path in (os.path.expandvars(config.data.path), data))
         pairs = ((planned, named), (named, planned))  # a dataset is its folder or the index file in that

@@ -24,14 +24,14 @@ import numpy as np
 from UNetSegmentationLib.files import UserError, counted, user_path, write_text
 from UNetSegmentationLib.image import reorient, slices_across
 from UNetSegmentationLib.inference.click import expects_lung
-from UNetSegmentationLib.inference.predict import crop_mm
+from UNetSegmentationLib.inference.predict import check_pixel_size, crop_mm
 from UNetSegmentationLib.intensity import check_finite
 from UNetSegmentationLib.model import SLICE_AXIS
 from UNetSegmentationLib.postprocess import voxel_counts
 from UNetSegmentationLib.training import misfit, slug
 
 from . import config as config_file
-from .cases import IGNORE, evenly
+from .cases import IGNORE, evenly, is_unsized, mixed_pixel_sizes, numbered_instances
 from .config import Config, Fit
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class Fingerprint:
     intensity: of label voxels over all cases, first channel: low (0.5 %), high (99.5 %), mean, std; zeros: share of voxels
     that are exactly 0; hu: whether the values look like HU; read: cases looked at, of `cases`. in_lung: of the labels' connected
     components, how many have lung around them, and how many there are; None where that was not asked for. single: names of
-    the cases that are one slice. acquired: of single or thick slices, shapes and spacings as they were taken; mixed: they lie nearest
+    the cases that are one slice. pixels: of each case its name, whether it is a picture without a pixel size, and its spacing (x, y, z).
+    acquired: of single or thick slices, shapes and spacings as they were taken; mixed: they lie nearest
     to other planes of the body from case to case.
     """
 
@@ -113,6 +114,7 @@ class Fingerprint:
     hu: bool = False
     in_lung: tuple[int, int] | None = None
     single: list[str] = field(default_factory=list)
+    pixels: list[tuple[str, bool, Any]] = field(default_factory=list)
     acquired: list[tuple[Any, Any]] = field(default_factory=list)
     mixed: bool = False
 
@@ -150,6 +152,7 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         judged = truth != IGNORE
         out.shapes.append(canonical.shape)
         out.single += [case.name] * (min(canonical.shape) < 2)
+        out.pixels.append((case.name, is_unsized(image), image.spacing))
         out.spacings.append(tuple(float(s) for s in canonical.spacing[::-1]))  # type: ignore[arg-type]
         if (across := slices_across(image)) is not None:
             planes[orientation.axes.index(across)] += 1
@@ -281,6 +284,10 @@ def plan(
             f"({', '.join(case_set.channels)}); make a dataset of one of them."
         )
     f = found or fingerprint(case_set, progress, in_lung=clicked is not None and expects_lung(clicked))
+    if mixed := mixed_pixel_sizes(f.pixels):
+        raise UserError(f"{mixed}.")
+    if base is not None and (bare := next((name for name, unsized, _ in f.pixels if unsized), None)):
+        check_pixel_size(f"Case {bare}", base[0])
     as_taken = bool(f.acquired) and (f.mixed if base is None else base[0].acquired)
     if as_taken:
         f = replace(f, shapes=[shape for shape, _ in f.acquired], spacings=[spacing for _, spacing in f.acquired])
@@ -570,9 +577,11 @@ def plan(
         settings["model"] |= {"task": "click", "surroundings": "lung" if lung else "any"}
         why["model.task"] = text
         why["model.surroundings"] = f"{inside} of the {count} lesions have lung around them" if f.in_lung else text
+    told = numbered_instances(case_set.labels, f.counts)
+    notes = (*case_set.notes, *([f"{told[0].upper()}{told[1:]}."] if told else ()))
     settings["data"]["folds"] = settings["data"].get("folds") or max(2, min(5, f.patients))
     seconds = total * second + spent * epochs
-    return Plan(config_file.parse(settings, "the plan"), why, f, machine, tuple(case_set.notes), seconds, one_case)
+    return Plan(config_file.parse(settings, "the plan"), why, f, machine, notes, seconds, one_case)
 
 
 def same_labels(card: Card, case_set: CaseSet) -> bool:

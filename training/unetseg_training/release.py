@@ -28,7 +28,7 @@ import matplotlib
 import numpy as np
 from UNetSegmentationLib.engines import Engine
 from UNetSegmentationLib.engines.torch import load_network
-from UNetSegmentationLib.files import UserError
+from UNetSegmentationLib.files import UserError, atomic_path, write_text
 from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.inference.predict import Options, predict
@@ -177,8 +177,7 @@ def score_fold(name: str, run: Path, fold: int) -> None:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as f:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -217,6 +216,9 @@ def main() -> None:
     average = f"--average {options.average}" if options.average else ""
     command = " ".join(map(str, filter(None, ("python -m unetseg_training.release", options.name, options.run, average))))
 
+    if options.run:  # before anything is replaced
+        with open(options.run / "curve.csv", newline="", encoding="utf-8") as f:
+            curve = list(csv.DictReader(f))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         if options.run:
@@ -236,11 +238,9 @@ def main() -> None:
     results = RESULTS / options.name
     write_rows(results / "held_out.csv", rows)
     if options.run:
-        with open(options.run / "curve.csv", newline="", encoding="utf-8") as f:
-            curve = list(csv.DictReader(f))
         shutil.copyfile(options.run / "curve.csv", results / "curve.csv")
         plot(curve, results / "curve.png")
-    (results / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
+    write_text(results / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     print(json.dumps(metrics, indent=2))
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB; scored in {time.monotonic() - began:.0f} s")
 
