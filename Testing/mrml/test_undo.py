@@ -38,6 +38,7 @@ from UNetSegmentationLib.mrml import (  # noqa: E402
     find_table,
     image_from_volume,
     segment_mask,
+    write_clicked_steps,
     write_map_steps,
     write_measures,
     write_prediction,
@@ -330,6 +331,41 @@ def test_the_segment_editors_undo_takes_back_a_prediction_alone(
     assert set(segments(node)) > names and history.GetNumberOfStates() == 2
     assert history.RestorePreviousState()
     assert set(segments(node)) == names and np.array_equal(segment_mask(node, mine, volume), drawn)
+
+
+@pytest.mark.parametrize("clicked", [False, True])
+def test_the_segment_editors_undo_takes_back_a_stroke_on_what_was_written_last(
+    scene: Any, volume: Any, monkeypatch: pytest.MonkeyPatch, clicked: bool
+) -> None:
+    """A saved state takes data that are older than the one before for the same, which written ones were, and those that came back."""
+    node, undo = scene.AddNewNodeByClass("vtkMRMLSegmentationNode"), Undo(scene)
+    history = slicer.vtkSegmentationHistory()
+    history.SetSegmentation(node.GetSegmentation())
+    editor = SimpleNamespace(segmentationNode=lambda: node, saveStateForUndo=history.SaveState)
+    monkeypatch.setattr(slicer.modules, "SegmentEditorWidget", SimpleNamespace(editor=editor), raising=False)
+    first, second = (ball(SHAPE, (4, 5, 6), radius) for radius in (2, 4))
+
+    def write(mask: np.ndarray) -> None:
+        undo.begin(node)
+        if clicked:
+            complete(write_clicked_steps(mask, (0, 0, 0), volume, node, next(iter(segments(node).values()), None)))
+        else:
+            write_prediction(predicted(volume, mask), volume, node)
+        undo.commit()
+
+    def drawn_and_taken_back() -> np.ndarray:
+        mine = next(iter(segments(node).values()))
+        history.SaveState()
+        draw(node, mine, np.ones(SHAPE, np.uint8), volume)
+        assert segment_mask(node, mine, volume).all() and history.RestorePreviousState()
+        return segment_mask(node, mine, volume)
+
+    write(first)
+    write(second)
+    assert np.array_equal(drawn_and_taken_back(), second)
+    write(first)
+    undo.undo()
+    assert np.array_equal(drawn_and_taken_back(), second)
 
 
 def test_steps_beyond_the_limit_are_forgotten(scene: Any, volume: Any, labels: np.ndarray) -> None:

@@ -460,7 +460,8 @@ def write_prediction_steps(
             name = scene.GenerateUniqueName(f"{volume_node.GetName()} segmentation")
             node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", name)
             _place_beside(node, volume_node)
-        _dress(node, volume_node if fresh else None)
+        new = [data for item in plan.written for data in (item.labelmap, *item.derived.values())]
+        _dress(node, volume_node if fresh else None, [*new, *plan.relaid.values()])
         check = _still_there(volume_node, node)
         for _ in _carry_out(plan, node.GetSegmentation(), prediction, segments):
             yield
@@ -864,7 +865,7 @@ def write_clicked_steps(
         if node is None:
             node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", scene.GenerateUniqueName(f"{volume_node.GetName()} nodules"))
             _place_beside(node, volume_node)
-        _dress(node, volume_node if fresh else None)
+        _dress(node, volume_node if fresh else None, [labelmap, *derived.values(), *relaid.values()])
         segmentation = node.GetSegmentation()
         for other, copy in relaid.items():
             segmentation.GetSegment(other).AddRepresentation(_LABELMAP, copy)
@@ -1767,7 +1768,8 @@ class Undo:
         for state in action.states:
             if self._has(state.node):
                 if action.revert is None:  # which took the frame that was shown back too
-                    _save_for_editor(state.node)
+                    former = state.former.values()
+                    _save_for_editor(state.node, [s.GetRepresentation(name) for s in former for name in _representations(s)])
                     state.restore()
                 # In a sequence it shows other frames too, and what a person drew there.
                 if state.created and not state.segmentation.GetNumberOfSegments() and sequence_frames(state.node) is None:
@@ -2358,18 +2360,25 @@ def _color_node(scene: Any, kind: str) -> Any:
     return node
 
 
-def _save_for_editor(segmentation_node: Any) -> None:
+def _save_for_editor(segmentation_node: Any, coming: Iterable[Any] = ()) -> None:
     """Before its segments change: the Segment Editor's Undo restores all segments as they were last saved, so all that was written since
-    would go with a person's last stroke. Its module, if it was ever opened, has this widget; asking it for one would make it."""
+    would go with a person's last stroke. Its module, if it was ever opened, has this widget; asking it for one would make it.
+
+    coming: what they change to. Data older than a saved state are what that has a copy of, says vtkSegmentation::CopySegment."""
     editor = getattr(getattr(slicer.modules, "SegmentEditorWidget", None), "editor", None)
     if editor is not None and editor.segmentationNode() is segmentation_node:
         editor.saveStateForUndo()
+    segmentation = segmentation_node.GetSegmentation()
+    there = [s.GetRepresentation(name) for s in map(segmentation.GetSegment, _ids(segmentation)) for name in _representations(s)]
+    for data in coming:
+        if not any(data is other for other in there):  # whose surface would go
+            data.Modified()
 
 
-def _dress(segmentation_node: Any, volume_node: Any) -> None:
+def _dress(segmentation_node: Any, volume_node: Any, coming: Iterable[Any]) -> None:
     """Before segments are written: the Segment Editor's state, a display, and for a segmentation without segments the transform and the
-    geometry of its volume (None: it keeps its own)."""
-    _save_for_editor(segmentation_node)
+    geometry of its volume (None: it keeps its own). coming: see _save_for_editor()."""
+    _save_for_editor(segmentation_node, coming)
     if segmentation_node.GetDisplayNode() is None:
         segmentation_node.CreateDefaultDisplayNodes()
     if volume_node is not None:
