@@ -283,10 +283,10 @@ def test_what_was_drawn_on_one_thin_slice_is_seen_from_far_away(session):
 def test_a_voxel_that_is_no_number_is_said_wherever_it_lies(click_package, mode):
     array = ball((30, 40, 40), (15, 20, 20), 5, (1, 1, 1))
     array[0, 0, 0] = np.nan
-    with pytest.raises(UserError, match="has 1 voxels that are NaN"):
+    with pytest.raises(UserError, match="^The image has 1 voxels that are NaN"):
         ClickSession(Image(array), click_package(intensity=mode), Recording()).add_point((20.0, 20.0, 15.0))
     array[0, 0, 0], array[15, 24, 26] = 0, np.nan
-    with pytest.raises(UserError, match="has 1 voxels that are NaN"):  # and not as many as it spread to
+    with pytest.raises(UserError, match="^The image has 1 voxels that are NaN"):  # and not as many as it spread to
         ClickSession(Image(array, (0.7, 0.7, 0.7)), click_package(), Recording()).add_point((14.0, 14.0, 10.5))
 
 
@@ -944,7 +944,7 @@ def test_a_mask_at_the_patchs_first_voxels_is_whole_where_the_image_ends_there(s
     assert s.add_point(at(s, 8, 30, 30)).zoom == 1 and np.array_equal(s.mask, array)
 
 
-@pytest.mark.parametrize("kind", ["whole", "moved", "small", "elsewhere", "endless", "fat"])
+@pytest.mark.parametrize("kind", ["whole", "moved", "small", "elsewhere", "endless", "fat", "buried", "boxed"])
 def test_what_a_part_hangs_together_with_is_taken_only_where_it_may_be_a_mass(click_package, monkeypatch, kind):
     """From near the network sees a lesion of its own, from the furthest look what it hangs together with."""
     shape = (100, 150, 170)
@@ -954,6 +954,8 @@ def test_what_a_part_hangs_together_with_is_taken_only_where_it_may_be_a_mass(cl
     if kind == "elsewhere":
         mass &= ball(shape, (50, 75, 106), 14, (1, 1, 1)) == 0
     values = np.where(part, 400, np.where(mass, -90 if kind == "fat" else 50, -900)).astype(np.float32)
+    if kind == "buried":  # in what is no lung, but for the part
+        values[..., :102][values[..., :102] == -900] = -480
     looks, run = [], ClickSession._run
     monkeypatch.setattr(ClickSession, "_run", lambda self, frame, *rest, **more: looks.append(frame[1]) or run(self, frame, *rest, **more))
 
@@ -962,7 +964,7 @@ def test_what_a_part_hangs_together_with_is_taken_only_where_it_may_be_a_mass(cl
         return np.where(far if looks[-1] == ZOOMS[-1] else batch[:, 0] > 0.7, 1.0, 0.0)
 
     s = ClickSession(Image(values), click_package(intensity=CT_WINDOW), Recording(answer))
-    s.add_point(at(s, 50, 75, 106))
+    s.add_box(at(s, 45, 68, 100), at(s, 55, 82, 112)) if kind == "boxed" else s.add_point(at(s, 50, 75, 106))
     assert dice(s.mask, (mass | part) if kind in ("whole", "moved") else part) > 0.8
 
 
@@ -997,7 +999,8 @@ def test_a_second_opinion_lies_where_the_patch_asks_for_it(make_package, spacing
 
 def test_which_models_may_be_a_second_opinion_and_which_expect_lung(click_package, make_package, monkeypatch):
     two = [{"value": 1, "name": "a"}, {"value": 2, "name": "b"}]
-    for card in ({"axis": "coronal"}, {"intensity": {"mode": "zscore"}}, {"channels": ["T1", "T2"]}, {"labels": two}):
+    volume = {"dimensions": 3, "spacing": [1, 1, 1], "patch": [16, 32, 32], "divisor": [4, 8, 8]}
+    for card in ({"axis": "coronal"}, volume, {"intensity": {"mode": "zscore"}}, {"channels": ["T1", "T2"]}, {"labels": two}):
         monkeypatch.setattr(click, "find_model", lambda name, card=card: slice_package(make_package, **card))
         with pytest.raises(UserError, match="is no model of axial slices with one label and fixed intensities"):
             click.second_opinion(click_package(second_opinion="slices-1.0.0").card)
@@ -1016,3 +1019,144 @@ def test_the_mask_has_the_cards_value(click_package):
     s = ClickSession(Image(array), click_package(labels=[{"value": 3, "name": "thing"}]), Recording())
     s.add_point((30.0, 30.0, 15.0))
     assert np.array_equal(s.prediction().labels.array, 3 * array) and s.measure()["voxels"] == array.sum()
+
+
+def test_a_click_after_an_undone_mask_sees_what_was_before_the_mask(noisy):
+    session, prompts, new = noisy
+    session.replay(prompts[:4])  # runs nothing, for the mask decides
+    session.replay(wanted := [*prompts[:3], prompts[4]])
+    assert np.array_equal(session.mask, one_by_one(new(), wanted))
+
+
+def test_two_clicks_as_far_apart_as_one_look_shows_are_both_followed(session):
+    s = session(np.zeros((40, 60, 120), np.float32))  # the network sees nothing at all
+    s.add_point(at(s, 20, 30, 20))
+    s.add_point(at(s, 20, 30, 94.7))  # whose voxel lies beyond the patch's last nodes
+    assert s.mask[20, 30, 20] and s.mask[20, 30, 95]
+
+
+def test_what_lies_between_the_images_voxels_alone_is_nothing(click_package):
+    def speck(batch):
+        out = np.zeros_like(batch[:, 0])
+        out[:, 8, 12, 13] = 1
+        return out
+
+    s = ClickSession(Image(np.zeros((20, 40, 40), np.float32), (2, 2, 2)), click_package(), Recording(speck))
+    assert s.add_point(at(s, 10, 20, 20)).text.startswith("Nothing was found here") and not s.mask.any()
+
+
+def test_answers_that_share_no_voxel_do_not_agree():
+    one, beside, across = (click.Answer(Box((0, 0, a), (1, 1, b)), np.ones((1, 1, b - a), np.uint8)) for a, b in ((0, 4), (6, 20), (3, 5)))
+    assert click._agreement(one, beside) == click._agreement(beside, one) == 0 and click._agreement(one, across) == pytest.approx(2 / 6)
+
+
+def test_a_mask_of_nothing_is_none_and_can_be_undone(session):
+    array = ball((20, 40, 40), (10, 20, 20), 4, (1, 1, 1))
+    s = session(array)
+    s.add_point(at(s, 10, 20, 20))
+    s.set_mask(np.zeros(array.shape, np.uint8))
+    assert not s.answer.found and not s.mask.any() and s.measure()["voxels"] == 0
+    assert s.undo().found and np.array_equal(s.mask, array)
+
+
+def test_warming_runs_both_networks_and_stops_at_nothing(click_package, make_package):
+    image = Image(np.ones((30, 60, 60), np.float32), (1, 1, 1), (0, 0, 0))
+    s, second = seconded(click_package, make_package, image)
+    s.warm()
+    assert len(s._engine.batches) == 1 and second.batches and s.prompts == []
+    s._engine = Recording(lambda batch: np.full_like(batch[:, 0], np.nan))
+    s.warm()  # what is wrong, a click will say
+    assert not s.answer.found
+
+
+def test_a_box_that_reaches_beyond_the_image_ends_with_it(session):
+    array = ball((20, 40, 40), (4, 20, 20), 5, (1, 1, 1))
+    s = session(array)
+    assert s.add_box(at(s, -6, 14, 14), at(s, 10, 26, 26)).found and np.array_equal(s.mask, array)
+    with pytest.raises(UserError, match="flat or lies outside the image"):
+        s.add_box(at(s, -9, 14, 14), at(s, -2, 26, 26))
+
+
+def test_an_infinite_value_that_leaves_no_scale_is_said(click_package):
+    array = ball((30, 40, 40), (15, 20, 20), 5, (1, 1, 1))
+    array[0, 0, 0] = np.inf  # far from the click, and among the highest percent
+    with pytest.raises(UserError, match="^The image has 1 voxels that are NaN or infinite"):
+        ClickSession(Image(array), click_package(intensity={"mode": "percentile", "low": 1, "high": 99.9985}), Recording())
+
+
+def test_a_second_opinion_is_shown_as_many_mm_as_it_was_trained_on(click_package, make_package):
+    image = Image(1 + ball((30, 200, 200), (15, 100, 100), 4, (0.5, 0.5, 1)), (0.5, 0.5, 1.0), (0, 0, 0))
+    first, second = Recording(lambda batch: batch[:, 0] - 1), Recording(lambda batch: batch[:, 0] - 1)
+    package = slice_package(make_package, spacing=[1, 1, None])
+    ClickSession(image, click_package(second_opinion="slices-1.0.0"), first, second=(package, second)).add_point((50.0, 50.0, 15.0))
+    assert second.batches and all(batch.all() for batch in second.batches)  # no padding, for the image goes on
+
+
+def test_a_negative_click_is_heeded_about_it_whatever_comes_after(session):
+    array = ball((20, 40, 40), (10, 20, 20), 6, (1, 1, 1))
+    s = session(array)
+    s.add_point(at(s, 10, 20, 20))
+    s.add_point(at(s, 10, 20, 25), positive=False)
+    s.add_point(at(s, 10, 20, 16))
+    assert not s.mask[10, 20, 25:].any() and s.mask[10, 20, 14:24].all()
+
+
+def test_a_box_about_what_goes_on_beyond_the_furthest_look_is_cut_and_said_to_be(session):
+    s = session(np.ones((40, 60, 400), np.float32))
+    assert s.add_box(at(s, 10, 20, 190), at(s, 30, 40, 210)).text == click.BEYOND and s.mask.any()
+
+
+@pytest.mark.parametrize("radius, zoom", [(3, ZOOMS[0]), (5, ZOOMS[-1])])  # seen whole from so near that the lung is not, or not
+def test_a_closer_look_is_asked_for_lung_where_it_shows_what_lies_around(click_package, monkeypatch, radius, zoom):
+    monkeypatch.setattr(click, "lung_around", lambda values, mask, spacing: float(spacing.min() > 1.6))
+    values = np.full((120, 160, 160), -900, np.float32)
+    values[40:80, 40:120, 40:120] = 0  # the first look is from further away
+    values[ball(values.shape, (60, 80, 80), radius, (1, 1, 1)) > 0] = 500
+    s = ClickSession(Image(values), click_package(intensity=CT_WINDOW), Recording(lambda batch: np.where(batch[:, 0] > 0.8, 1.0, 0.0)))
+    assert s.add_point(at(s, 60, 80, 80)).zoom == zoom
+
+
+def test_what_is_not_found_or_refused_is_looked_at_once_and_by_one_model(click_package, make_package):
+    for hu, text in ((-900, "Nothing was found"), (-90, "What was found here is fat")):
+        values = np.full((60, 80, 80), -900, np.float32)
+        values[ball(values.shape, (30, 40, 40), 5, (1, 1, 1)) > 0] = hu
+        first, second = Recording(), Recording()
+        package = click_package(intensity=CT_WINDOW, second_opinion="slices-1.0.0")
+        s = ClickSession(Image(values), package, first, second=(slice_package(make_package, intensity=CT_WINDOW), second))
+        assert s.add_point(at(s, 30, 40, 40)).text.startswith(text) and len(first.batches) == 1 and not second.batches
+
+
+def test_a_closer_look_has_its_second_opinion(click_package, make_package):
+    ours, theirs = (ball((30, 60, 60), (15, 30, 30), r, (1, 1, 1)) for r in (2, 2.5))
+    image = Image(ours + 0.2 * (theirs - ours), (1, 1, 1), (0, 0, 0))
+    s, _ = seconded(click_package, make_package, image, lambda batch: (batch[:, 0] > 0.1).astype(np.float32))
+    assert s.add_point(at(s, 15, 30, 30)).zoom == ZOOMS[0] and np.array_equal(s.mask, theirs)
+
+
+@pytest.mark.parametrize("thick, radius, every", [(1, 8, 2), (1, 6, 1), (2, 10, 1), (0.5, 5, 2), (0.5, 8, 4)])
+def test_of_thin_slices_and_long_lesions_some_slices_are_left_out(click_package, make_package, thick, radius, every):
+    spacing, shape = (1, 1, thick), (int(60 / thick), 80, 80)
+    image = Image(ball(shape, (shape[0] // 2, 40, 40), radius, spacing), spacing, (0, 0, 0))
+    s, _ = seconded(click_package, make_package, image)
+    s.add_point(at(s, shape[0] // 2, 40, 40))
+    assert {k for k, _ in s._second._known} == {every}
+
+
+def test_a_second_opinion_is_asked_of_pixels_and_of_a_depth_that_it_knows():
+    for mm, slices, fits in ((1.25, 20, True), (1.26, 20, False), (1, 3, True), (1, 2, False)):  # slices of 0.6 mm
+        assert SecondOpinion.fits(Image(np.zeros((slices, 8, 8), np.float32), (1, mm, 0.6))) == fits
+
+
+def test_the_first_click_stays_inside_whatever_a_negative_one_makes_of_it(session):
+    s = session(ball((20, 40, 40), (10, 20, 20), 4, (1, 1, 1)))
+    s._engine = Recording(lambda batch: batch[:, 0] * (batch[:, 2].max() < 0.5))  # nothing more, once something is no part of it
+    s.add_point(at(s, 10, 20, 20))
+    s.add_point(at(s, 10, 20, 28), positive=False)
+    assert s.mask[10, 20, 20] and not s.mask[10, 20, 28]
+
+
+def test_a_model_is_taken_by_its_file(click_package):
+    package = click_package(name="other")
+    assert ClickSession(Image(np.zeros((20, 40, 40), np.float32)), str(package.path)).card.name == "other"
+    with pytest.raises(UserError, match="scalar volume"):
+        ClickSession(Image(np.zeros((2, 20, 40, 40), np.float32)), package.path)

@@ -615,8 +615,9 @@ def test_several_series_are_listed_and_read_by_uid(slices, tmp_path):
     (first,) = set(error.value.series) - {"1.2.3.4"}
     assert read_image(tmp_path / "scan", "1.2.3.4").shape[0] == 5 and not (read_image(tmp_path / "scan", "1.2.3.4").array + 1000).any()
     assert read_image(tmp_path / "scan", first).shape[0] == 8
-    with pytest.raises(UserError, match="holds no series 9.9"):
-        read_image(tmp_path / "scan", "9.9")
+    for paths in (tmp_path / "scan", [tmp_path / "scan"]):
+        with pytest.raises(UserError, match="holds no series 9.9"):
+            read_image(paths, "9.9")
     # As channels: of a folder with one series it is that, and each of the others wants to be told.
     one = copied(slices, tmp_path / "one")
     assert read_image([tmp_path / "scan", one], first).n_channels == 2 == read_image([one, tmp_path / "scan"], first).n_channels

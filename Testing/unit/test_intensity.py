@@ -270,3 +270,16 @@ def test_values_that_are_no_numbers_are_refused(bad):
 def test_what_has_no_anatomy_is_warned_of_and_looked_at_nevertheless():
     assert len(warnings_for({"mode": "window", "level": 40, "width": 400}, np.full((1, 4, 4, 4), -2000, np.int16))) == 1
     assert display_range(FOREGROUND, np.arange(1000.0).reshape(1, 10, 10, 10)) == pytest.approx((5, 994), abs=1)
+
+
+def test_of_few_planes_all_are_looked_at():
+    values = np.zeros((1, 2, 1000, 1000), np.int16)
+    values[0, 1] = -900
+    assert has_hu(values) and normaliser({"mode": "percentile", "low": 0, "high": 100}, values).low == -900
+
+
+def test_without_nonzero_zeros_count():
+    values = np.zeros((1, 4, 4, 4), np.float32)
+    values[:, :2] = 10
+    n = normaliser({"mode": "zscore"}, values)
+    assert (n.shift, n.scale) == (5, 5)

@@ -582,3 +582,10 @@ def test_every_section_that_may_be_the_widest_is_looked_at_and_no_other_one_take
     labels[1, np.arange(100) // 20 + 30, range(100)] = 1
     out = one(Image(labels))  # 100.08 against 100.02 mm
     assert out["perpendicular_mm"] < 8 and all(p[2] == 1 for p in out["longest_points"] + out["perpendicular_points"])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("near, far", [(3, 8), (7, 2)])
+def test_of_two_the_one_nearer_to_the_middle_of_the_focus_stays(axis, near, far):
+    one, other = (mask((11, 11, 11), tuple(at if a == axis else 5 for a in range(3))) for at in (near, far))
+    assert np.array_equal(cleaned(one + other, {"largest_component": True}, focus=Box((0, 0, 0), (11, 11, 11))), one)

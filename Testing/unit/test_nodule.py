@@ -558,6 +558,7 @@ def test_a_row_and_its_csv():
     assert (
         cells[1] == f"{found['volume_mm3']:.0f}" and cells[2] == f"{found['mean_mm']:.1f}" and cells[6] == f"{found['solid_mean_mm']:.1f}"
     )
+    assert cells[8] == found["size_class"] and row({**found, "side": "left"})[0] == "left"
     assert row({**found, "mean_hu": -0.3})[7] == "0" and row({**found, "mean_hu": -0.6})[7] == "-1"
     text = csv_text([["a, b", *cells], ["c", *cells]], ["Nodule", *COLUMNS])
     heading, *lines = csv.reader(text.splitlines())
@@ -625,8 +626,8 @@ def test_a_grain_of_chalk_is_not_most_of_it():
 
 def test_a_body_cut_on_one_side_has_no_midline():
     image = body()
-    for box, x in ((Box((0, 0, 0), (5, 210, 100)), -70), (Box((0, 0, 110), (5, 210, 210)), 70)):
-        assert side_at(image.crop(box), x) == ""
+    for box, places in ((Box((0, 0, 0), (5, 210, 100)), (-70, -120)), (Box((0, 0, 110), (5, 210, 210)), (70, 120))):
+        assert [side_at(image.crop(box), x) for x in places] == ["", ""]
 
 
 def test_a_follow_up_says_what_shrinks_and_nothing_of_exactly_1_5_mm():
@@ -643,3 +644,19 @@ def test_exactly_a_quarter_less_is_smaller():
     assert follow_up(nodule(400.0), nodule(300.0, 7.5), 90)["growth"] == "smaller"
     assert follow_up(nodule(400.0), nodule(305.0, 7.5), 90)["growth"] == "stable"
     assert follow_up(nodule(), nodule(450.0, 9.8), 366)["doubling_days"] == pytest.approx(366 * math.log(2) / math.log(1.5))
+
+
+def test_two_nodules_have_no_partner_in_common():
+    before, after = ([nodule(center=(x, 0.0, 0.0)) for x in xs] for xs in ((0.0, 3.0), (1.0,)))
+    assert match(before, after) == [(0, 0), (1, None)] and match(after, before) == [(0, 0), (None, 1)]
+
+
+def test_a_follow_up_says_what_shrank_and_compares_nothing_with_nothing():
+    assert ": smaller (by 25 % or more)" in (text := follow_up(nodule(), nodule(200.0, 7.1), 90)["text"]) and "significant" not in text
+    glass = nodule(texture="ground-glass", solid=0.0)
+    assert follow_up(glass, glass, 90)["solid_change_mm"] is None and "Solid part" not in follow_up(glass, glass, 90)["text"]
+    assert "growth (BTS 2015: 25 % or more)" in follow_up(nodule(400.0), nodule(500.0), 90)["text"]  # of exactly that
+    part, same = (nodule(texture="part-solid", solid=mm) for mm in (3.1, 3.08))
+    assert "Solid part +0.0 mm" in follow_up(part, same, 90)["text"]
+    with pytest.raises(UserError, match="in both studies"):
+        follow_up({"voxels": 0}, nodule(), 30)

@@ -312,6 +312,7 @@ def test_dicom_seg_says_what_it_is(series, tmp_path):
     for key in ("PatientID", "PatientName", "StudyInstanceUID", "FrameOfReferenceUID", "StudyDate"):
         assert seg[key].value == source[key].value
     assert seg.SeriesInstanceUID != source.SeriesInstanceUID
+    assert seg.SeriesNumber == source.SeriesNumber + 1000
     nodule, scar = seg.SegmentSequence
     assert [s.SegmentNumber for s in (nodule, scar)] == [1, 2]
     assert [s.SegmentLabel for s in (nodule, scar)] == ["nodule", SCAR.name]
@@ -434,3 +435,4 @@ def test_dicom_seg_of_a_series_without_number_and_of_a_modifier_without_region(s
     alone = replace(NODULE, terminology={k: v for k, v in NODULE.terminology.items() if k != "region"})
     write_segmentation(replace(p, label_defs=(alone, *DEFS[1:])), tmp_path / "out" / "x.dcm", image)
     assert "AnatomicRegionSequence" not in pydicom.dcmread(tmp_path / "out" / "x.dcm").SegmentSequence[0]
+    assert pydicom.dcmread(tmp_path / "out" / "x.dcm").SeriesNumber == 1000

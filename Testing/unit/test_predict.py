@@ -514,6 +514,9 @@ def test_the_input_is_left_alone(make_package):
         (Image(np.zeros((8, 8, 8), np.float32)), Options(roi=Box((9, 0, 0), (12, 8, 8))), "outside the image"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(roi=Box((2, 2, 2), (2, 8, 8))), "ROI is empty"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(at=(99.0, 0.0, 0.0)), "point lies outside"),
+        (Image(np.zeros((8, 8, 8), np.float32)), Options(at=(1.0, math.nan, 1.0)), "three numbers in mm"),
+        (Image(np.zeros((8, 8, 8), np.float32)), Options(roi=Box((0, 0), (8, 8))), "ROI is empty"),
+        (Image(np.zeros((8, 8, 8), np.float32)), Options(at=(1.0, 1.0, 1.0), roi=Box((9, 0, 0), (12, 8, 8))), "ROI lies outside the image"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(overlap=1.0), "overlap"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(batch=0), "batch must be 1 or more"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(intensity={"mode": "window", "level": 40}), "intensity lacks width"),
@@ -543,6 +546,8 @@ def test_an_ensemble_warns_for_each_of_its_models(make_package):
     assert predict(image, [plain]).warnings == ()
     (note,) = predict(image, [plain, ct, ct]).warnings
     assert "do not look like HU" in note
+    (note,) = predict(image, [plain], Options(intensity=ct.card.intensity)).warnings
+    assert "do not look like HU" in note and predict(image, [ct], Options(intensity={"mode": "none"})).warnings == ()
 
 
 def test_models_that_do_not_belong_together_are_refused(make_package):
@@ -695,3 +700,39 @@ def test_views_know_the_pixels_aspect_and_flip_no_channels(make_package, monkeyp
 
 def test_entropy_of_several_labels_is_the_largest():
     assert entropy(np.array([[0.5, 0.999]]), "sigmoid") == pytest.approx([1.0])
+
+
+def test_no_model_and_models_of_different_activations_are_refused(make_package):
+    image = Image(noise((16, 16, 16)))
+    with pytest.raises(UserError, match="No model was chosen"):
+        predict(image, [])
+    with pytest.raises(UserError, match="different activations"):
+        predict(image, [make_package("identity", activation=a) for a in ("softmax", "sigmoid")])
+
+
+def test_a_model_whose_images_end_in_zeros_looks_once(make_package):
+    """Only what is mirrored beyond the image's edge may be seen once more, mirrored otherwise."""
+    engine = FakeEngine(lambda batch: np.concatenate([0 * batch, batch - 0.5], 1))
+    predict(Image(noise((12, 12, 12))), [make_package(roi_mm=50)], engines=[engine])
+    assert len(engine.shapes) == 1
+
+
+def test_a_target_in_an_image_larger_than_the_patch_is_looked_at_once(make_package):
+    array = np.zeros((1, 64, 64), np.float32)
+    array[0, 2:10, 2:10] = 1  # near the end of the image, which is no end of a patch's
+    engine = FakeEngine(lambda b: logit(np.concatenate([1 - b, b], 1)))
+    card = dict(dimensions=2, patch=[48, 48], spacing=[None] * 3, padding="reflect", roi_mm=20)
+    got = predict(Image(array), [make_package(**card)], Options(batch=1), engines=[engine])
+    assert np.array_equal(got.labels.array, array) and len(engine.shapes) == got.tiles
+    empty = predict(Image(0 * array[:, :12, :12]), [make_package(**card)], Options(batch=1), engines=[engine])
+    assert not empty.labels.array.any() and len(engine.shapes) == got.tiles + 3  # where nothing was found, once more in both ways
+
+
+@pytest.mark.parametrize("extent", ["box", "content"])
+def test_what_a_point_or_an_roi_shows_is_as_the_card_says(make_package, extent):
+    values = noise((30, 40, 40))
+    values[:8] += 5
+    model = make_package("identity", activation="sigmoid", intensity={"mode": "zscore"}, extent=extent, roi_mm=10)
+    found = predict(image := Image(values), [model], Options(at=(19.0, 19.0, 14.0)))
+    by_box, whole = (predict(image, [model], options).labels.array[found.roi.slices] for options in (Options(roi=found.roi), Options()))
+    assert np.array_equal(found.labels.array[found.roi.slices], by_box) and np.array_equal(by_box, whole) == (extent == "content")

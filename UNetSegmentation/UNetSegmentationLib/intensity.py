@@ -142,7 +142,7 @@ def normaliser(intensity: dict[str, Any], channels: np.ndarray) -> Normaliser:
             raise UserError(f"The model asks for the unknown intensity mode {mode!r}; a newer version of UNetSegmentation may know it.")
     low_, high_, shift, scale = (np.array(v, np.float32) for v in zip(*rows))
     # A constant channel carries nothing: it becomes 0 instead of a division by zero.
-    return Normaliser(low_, high_, shift, np.where(scale > 1e-12, scale, 1).astype(np.float32))
+    return Normaliser(low_, high_, shift, np.where(scale <= 1e-12, 1, scale).astype(np.float32))
 
 
 def _thin(channel: np.ndarray) -> np.ndarray:

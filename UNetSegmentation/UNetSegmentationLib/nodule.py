@@ -231,7 +231,7 @@ def follow_up(before: dict[str, Any], after: dict[str, Any], days: float) -> dic
         # by 15 and 30 HU more alone; so 1 and 3 do.
         solid = round(after["dense_mean_mm"] - before["dense_mean_mm"], 1) or 0.0
         grew = solid > _GROWN_MM
-        new = grew and not before["solid_mean_mm"]
+        new = not before["solid_mean_mm"]
     text, said = f"Volume {percent:+.0f} % in {days:.0f} days", []
     if percent >= 25:
         assert doubling is not None
@@ -319,7 +319,7 @@ def match(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], lim
             # shift took a true pair apart in 13.5 % of cases, and 1 % with their closeness.
             if len(found) > least and (near := closeness(found, shift)) > close:
                 best, close = found, near
-    if not best and len(old) == len(new) == 1 and not across.any() and math.dist(olds[0, :2], news[0, :2]) <= _ACROSS_MM:
+    if len(old) == len(new) == 1 and not across.any() and math.dist(olds[0, :2], news[0, :2]) <= _ACROSS_MM:
         best = {old[0]: new[0]}
     return [*((i, best.get(i)) for i in range(len(before))), *((None, j) for j in range(len(after)) if j not in best.values())]
 

@@ -170,7 +170,7 @@ def _dicom_seg(prediction: Prediction, found: tuple[Label, ...], sources: list[A
     algorithm = hd.AlgorithmIdentificationSequence(
         prediction.model_name[:64],
         codes.DCM.ArtificialIntelligence,
-        (version if name else __version__)[:64],
+        version if name else __version__,
     )
     numbers = np.zeros(int(max(prediction.labels.array.max(), *(d.value for d in found))) + 1, np.min_scalar_type(len(found)))
     segments = []

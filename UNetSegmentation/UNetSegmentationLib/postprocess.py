@@ -139,7 +139,7 @@ def clean(
                     some[0] = 0
                     np.add.at(counts, root[first : first + len(some)], some)
             keep = (counts > 0) & (counts * float(np.prod(spacing)) >= rules.get("min_volume_mm3", 0))
-            if rules.get("largest_component") and keep.any():
+            if rules.get("largest_component"):
                 score = counts if focus is None else _central_mass(maps, root, focus.relative_to(box))
                 keep &= np.arange(len(counts)) == np.argmax(np.where(keep, score, -1))
             keep = keep[root]

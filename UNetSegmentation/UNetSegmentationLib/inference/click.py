@@ -640,8 +640,6 @@ class ClickSession:
 
     def _sampled(self, answer: Answer, grid: Grid) -> np.ndarray | None:
         """The former mask on the patch."""
-        if not answer.found:
-            return None
         last = [(n - 1) * s + o for n, s, o in zip(grid.shape, grid.scale, grid.offset)]
         region = Box(tuple(math.floor(o) - 2 for o in grid.offset), tuple(math.ceil(v) + 3 for v in last))
         canvas = np.zeros(region.shape, np.float32)
@@ -699,7 +697,7 @@ def second_opinion(card: Card) -> ModelPackage | None:
         return None
     package = find_model(name)
     of = package.card
-    fits = of.data["task"] == "automatic" and of.dimensions == 2 and not of.slice_axis
+    fits = of.dimensions == 2 and not of.slice_axis
     # It sees parts of the image only, which have another mean.
     fits = fits and len(of.data["channels"]) == 1 and of.outputs == 2 and of.intensity["mode"] not in ("zscore", "percentile")
     if not fits:

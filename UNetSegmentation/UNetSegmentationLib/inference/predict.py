@@ -121,7 +121,7 @@ def predict(
     notes += too_much(image, models, options)
     part = _shown(image, models, options, roi)
     if part.shape != image.shape:
-        boxed = None if options.roi is None and options.at is None else (roi & part).relative_to(part)
+        boxed = None if options.roi is None else (roi & part).relative_to(part)
         found = predict(image.crop(part), models, replace(options, roi=boxed), progress, cancelled, engines)
         whole = _placed(found, part, image, roi if models[0].card.activation == "softmax" else None)
         return replace(whole, roi=roi, warnings=tuple(dict.fromkeys(notes)), seconds=time.perf_counter() - began)
@@ -129,7 +129,7 @@ def predict(
     target = orientation.canonical_box(roi, image.shape)
     engines = engines or [choose_engine(m, options.engine, options.device, options.precision, options.threads) for m in models]
     axes = {m.card.slice_axis for m in models if m.card.dimensions == 2}
-    roll = axes.pop() if len(axes) == 1 and all(m.card.dimensions == 2 for m in models) else 0
+    roll = axes.pop() if len(axes) == 1 else 0
     ticker = _Ticker(progress, cancelled)
     card = models[0].card
     for mirrors in ((0,), (0, MIRROR_DEPTH)):
@@ -269,7 +269,7 @@ def _shown(image: Image, models: Sequence[ModelPackage], options: Options, roi: 
     extents = {m.card.extent for m in models}
     if "image" in extents:
         return whole
-    if extents == {"box"} and (options.roi is not None or options.at is not None):
+    if extents == {"box"}:
         part = _crop(image, models[0].card, roi)
     part = content(image.channels, part)
     at = Box(*(tuple(math.floor(v + a) for v in image.point_to_index(options.at)[::-1]) for a in (0.5, 1.5))) if options.at else roi
@@ -437,7 +437,7 @@ class _Stream:
     def mirrors(self, labels: np.ndarray) -> bool:
         """Whether the network was shown its one target, of which these are the labels (z, y, x), or what should have been that, again in
         the mirror about the image."""
-        if self.mirror or self.card.data.get("padding") != "reflect" or not self.card.of_target:
+        if self.card.data.get("padding") != "reflect" or not self.card.of_target:
             return False
         short = [a for a in range(3) if self.grid.shape[a] < self.tiling.shape[a]]
         found = Box.around(labels)

@@ -52,7 +52,7 @@ class SecondOpinion:
         """Log-odds of the label on a patch `grid` over the image; NaN further than some mm from `box` (z, y, x), in which a lesion
         was found."""
         mm = self._image.spacing[::-1]
-        twice = box.shape[0] * mm[0] >= _LONG_MM and 2 * self._every * mm[0] <= 2 * _SLICE_MM
+        twice = box.shape[0] * mm[0] >= _LONG_MM and self._every * mm[0] <= _SLICE_MM
         k = self._every * (1 + twice)
         near = box.grown([math.ceil(margin / s) for margin, s in zip(_MARGIN, mm)]) & Box.whole(self._image.shape)
         place, first = self._place(near), near.start[0] // k // _SLICES * _SLICES

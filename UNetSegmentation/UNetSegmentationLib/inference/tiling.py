@@ -49,7 +49,7 @@ def compute_box(need: Box, lattice_shape: Sequence[int], patch: Sequence[int], d
     margin along an axis where `need` fits into a patch, so that a box about one target has that in the middle of one: three nodules in
     50 mm boxes of a whole CT lay at the corners of four patches, none of which found any. (Larger boxes keep it: at their rims and seams
     nodules were lost.)"""
-    margin = [0 if p == 1 or (centred and b - a <= p) else p // 4 for p, a, b in zip(patch, need.start, need.stop)]
+    margin = [0 if centred and b - a <= p else p // 4 for p, a, b in zip(patch, need.start, need.stop)]
     wide = need.grown(margin) & Box.whole(lattice_shape)
     return Box(tuple(a // d * d for a, d in zip(wide.start, divisor)), wide.stop)
 
