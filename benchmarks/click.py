@@ -37,7 +37,7 @@ from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.model import ModelPackage, find_model
 from UNetSegmentationLib.worker.client import WorkerClient
 from UNetSegmentationLib.worker.protocol import WorkerAnswer
-from worker import Panel  # benchmarks/worker.py
+from worker import Panel, timed  # benchmarks/worker.py
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (300, 512, 512)
@@ -184,19 +184,11 @@ def first_clicks(image: Image, model: ModelPackage, options: Options, prompts: P
     out = {}
     for warm in (True, False):
         with WorkerClient() as client:
-            began = time.perf_counter()
-            client.start()
-            out["start"] = time.perf_counter() - began
-            began = time.perf_counter()
-            volume = client.load_volume(image)
-            out["send_volume"] = time.perf_counter() - began
+            _, out["start"] = timed(client.start)
+            volume, out["send_volume"] = timed(client.load_volume, image)
             if warm:
-                began = time.perf_counter()
-                client.click(volume, model, options)
-                out["warm_up"] = time.perf_counter() - began
-            began = time.perf_counter()
-            client.click(volume, model, options, "first", prompts, measures=True)
-            out["warm" if warm else "cold"] = time.perf_counter() - began
+                _, out["warm_up"] = timed(client.click, volume, model, options)
+            _, out["warm" if warm else "cold"] = timed(client.click, volume, model, options, "first", prompts, measures=True)
     return {name: round(value, 3) for name, value in out.items()}
 
 

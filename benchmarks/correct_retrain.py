@@ -135,9 +135,7 @@ class Walk:
         cases = find_cases(data)
         base = (parent.card, UNetConfig.from_json(parent.card.data["network"])) if parent else None
         config = self.config(plan(cases, data, quick=True, measure=False, base=base).config, steps, version)
-        start = None
-        if parent:
-            start = finetune.start_of(parent, config).state
+        start = finetune.start_of(parent, config).state if parent else None
         result = train(config, folder / "run", cases, fold=None, start=start, cache=self.work / "cache")
         run = json.loads((folder / "run" / RUN).read_text("utf-8"))
         items = metrics.case_items(cases, [c for c in cases.annotated if c.split == "validation"][:2])
@@ -214,11 +212,7 @@ class Walk:
     def round(self, name: str, seed: int, place: str, i: int, n: int, corrected: Sequence[str], package: ModelPackage) -> dict[str, Any]:
         """What was corrected, how long the fine-tuning took, and the score after it."""
         folder, data = self.work / place / f"{n:03d}", self.work / place / "dataset"
-
-        def choose() -> dict[str, Any]:
-            return {"cases": self.choose(name, seed, n, corrected, package) if name != "none" else []}
-
-        chosen = self.step(f"{place}/{n:03d}/chosen", choose)["cases"]
+        chosen = self.step(f"{place}/{n:03d}/chosen", lambda: {"cases": self.choose(name, seed, n, corrected, package)})["cases"]
         added = self.step(f"{place}/{n:03d}/added", lambda: self.correct(data, chosen, package))
 
         def make() -> dict[str, Any]:
@@ -231,6 +225,8 @@ class Walk:
 
     def choose(self, name: str, seed: int, n: int, corrected: Sequence[str], package: ModelPackage) -> list[str]:
         """The next scans, up to `n` corrected ones in all."""
+        if name == "none":
+            return []
         names = [c.name for c in self.pool]
         if name == "random":
             return [names[i] for i in np.random.default_rng((SEED, seed)).permutation(len(names))][len(corrected) : n]

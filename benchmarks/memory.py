@@ -44,41 +44,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ct, out = Path(folder, "ct.nrrd"), Path(folder, "out.seg.nrrd")
         make_ct(ct, shape)
-        command = [
-            "-m",
-            "UNetSegmentationLib",
-            "segment",
-            str(ct),
-            "--model",
-            options.model,
-            "-o",
-            str(out),
-            "--overlap",
-            "0",
-            "--tta",
-            "none",
-            "-q",
-        ]
+        words = ["segment", str(ct), "--model", options.model, "-o", str(out), "--overlap", "0", "--tta", "none", "-q"]
         began = time.monotonic()
-        child = subprocess.Popen([sys.executable, *command], cwd=ROOT / "UNetSegmentation")
+        child = subprocess.Popen([sys.executable, "-m", "UNetSegmentationLib", *words], cwd=ROOT / "UNetSegmentation")
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.monotonic() - began
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     volume = 4 * shape[0] * shape[1] * shape[2]
     bound = 3 * volume + 1e9
-    print(
-        json.dumps(
-            {
-                "model": options.model,
-                "shape": shape,
-                "peak_gb": round(peak / 1e9, 2),
-                "float32_volume_gb": round(volume / 1e9, 2),
-                "bound_gb": round(bound / 1e9, 2),
-                "peak_to_bound": round(peak / bound, 2),
-                "seconds": round(seconds),
-            }
-        )
-    )
+    gigabytes = {"peak_gb": peak, "float32_volume_gb": volume, "bound_gb": bound}
+    report = {"model": options.model, "shape": shape, **{name: round(size / 1e9, 2) for name, size in gigabytes.items()}}
+    print(json.dumps({**report, "peak_to_bound": round(peak / bound, 2), "seconds": round(seconds)}))
     sys.exit(status != 0 or peak > bound)
 
 

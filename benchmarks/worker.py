@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,16 +32,20 @@ from UNetSegmentationLib.engines import choose_engine
 from UNetSegmentationLib.image import Image
 from UNetSegmentationLib.inference.predict import Options, Prediction, predict
 from UNetSegmentationLib.measure import uncertain_places
-from UNetSegmentationLib.model import ModelPackage, find_model, write_package
+from UNetSegmentationLib.model import ModelPackage, find_model
 from UNetSegmentationLib.worker.client import WorkerClient
 from UNetSegmentationLib.worker.protocol import WorkerPrediction
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (128, 256, 256)
+T = TypeVar("T")
 
 
-def small_network(path: Path) -> ModelPackage:
-    from onnx import TensorProto, helper, numpy_helper
+def small_network(folder: Path) -> ModelPackage:
+    sys.path.insert(0, str(ROOT / "Testing"))
+    from conftest import make_card
+    from onnx import helper
+    from workers import onnx_package
 
     rng = np.random.default_rng(0)
     weights = {"a": rng.normal(0, 0.2, (8, 1, 3, 3, 3)), "b": rng.normal(0, 0.5, (2, 8, 1, 1, 1))}
@@ -50,27 +54,14 @@ def small_network(path: Path) -> ModelPackage:
         helper.make_node("Relu", ["x"], ["y"]),
         helper.make_node("Conv", ["y", "b"], ["logits"]),
     ]
-    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", c, "D", "H", "W"]) for n, c in (("image", 1), ("logits", 2))]
-    initial = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
-    graph = helper.make_graph(nodes, "small", ends[:1], ends[1:], initial)
-    card = {
-        "format": 1,
-        "name": "small",
-        "version": "1.0.0",
-        "task": "automatic",
-        "dimensions": 3,
-        "channels": ["CT"],
-        "spacing": [None] * 3,
-        "patch": [64] * 3,
-        "divisor": [4] * 3,
-        "intensity": {"mode": "zscore"},
-        "labels": [{"value": 1, "name": "thing"}],
-        "activation": "softmax",
-        "licence": "Apache-2.0",
-    }
-    return write_package(
-        path, card, helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
-    )
+    constants = {name: values.astype(np.float32) for name, values in weights.items()}
+    return onnx_package(folder, make_card, nodes, constants, "small", patch=[64] * 3, intensity={"mode": "zscore"})
+
+
+def timed(act: Callable[..., T], *arguments: Any, **how: Any) -> tuple[T, float]:
+    """What it returns, and the seconds that it took."""
+    began = time.perf_counter()
+    return act(*arguments, **how), time.perf_counter() - began
 
 
 class Panel:
@@ -131,13 +122,9 @@ def main() -> None:
     options = Options(threads=arguments.threads, overlap=arguments.overlap, uncertainty=True, tta="none", device="cpu", engine="onnx")
     panel = Panel() if importlib.util.find_spec("PySide6") else None
     with tempfile.TemporaryDirectory() as folder, WorkerClient() as client:
-        model = find_model(arguments.model) if arguments.model else small_network(Path(folder, "small-1.0.0.unet.zip"))
-        began = time.perf_counter()
-        client.start()
-        start = time.perf_counter() - began
-        began = time.perf_counter()
-        volume = client.load_volume(image)
-        load = time.perf_counter() - began
+        model = find_model(arguments.model) if arguments.model else small_network(Path(folder))
+        _, start = timed(client.start)
+        volume, load = timed(client.load_volume, image)
         engines = [choose_engine(model, options.engine, options.device, options.precision, options.threads)]
 
         def direct() -> Prediction:
@@ -153,9 +140,7 @@ def main() -> None:
         same = all(np.array_equal(results[0], other) for other in results[1:])
         for _ in range(arguments.runs):
             for name, way in ways.items():
-                began = time.perf_counter()
-                way()
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(timed(way)[1])
             if panel is not None:
                 panel.idle(seconds["panel"][-1])
         if panel is not None:

@@ -1064,13 +1064,14 @@ def test_the_build_of_pytorch_suits_the_machine(system, gpus, variant):
 
 @pytest.mark.parametrize("variant", ["cpu", "cu126", "cu130", "macos"])
 def test_pytorch_is_never_asked_for_without_version_and_build(variant, tmp_path):
-    step = environment._pip_step("python", tmp_path, environment.own_requirements(variant), environment._index(variant), None, "25.0", None)
+    wanted, index = environment.own_requirements(variant), environment._index(variant)
+    step = next(environment._pip_steps("python", tmp_path, wanted, index, None, "25.0", None, "PyTorch"))
     (torch,) = [a for a in step.command if a.startswith("torch")]
     assert torch == f"torch=={environment.TORCH}" + ("" if variant == "macos" else f"+{variant}")
     index = [a for a in step.command if a.startswith("https:")]
     assert index == ([] if variant == "macos" else [f"https://download.pytorch.org/whl/{variant}"])
     assert "--target" in step.command and "raw" in step.command
-    assert "off" in environment._pip_step("python", tmp_path, [], [], None, "23.2.1", None).command
+    assert "off" in next(environment._pip_steps("python", tmp_path, [], [], None, "23.2.1", None, "PyTorch")).command
 
 
 def test_paths_that_are_too_long_for_windows(monkeypatch):
@@ -1159,7 +1160,7 @@ def test_the_build_of_pytorch_at_the_edges(gpus, variant):
 
 
 def test_a_persons_own_settings_of_pip_lead_nowhere_else(tmp_path):
-    step = environment._pip_step("python", tmp_path, [], [], tmp_path, "25.0", None)
+    step = next(environment._pip_steps("python", tmp_path, [], [], tmp_path, "25.0", None, "PyTorch"))
     expected = {"PIP_USER": "0", "PIP_TARGET": None, "PIP_PREFIX": None, "PIP_FIND_LINKS": None, "PIP_EXTRA_INDEX_URL": None}
     assert expected.items() <= step.variables.items()
     assert "--no-cache-dir" in step.command and step.command[step.command.index("--only-binary") + 1] == ":all:"

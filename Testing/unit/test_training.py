@@ -502,10 +502,16 @@ def finished(dataset, make_package):
     return package_of(job, make_package, version="1.1.0", title="A toy", lineage={"parent": {"name": "toy", "version": "1.0.0"}})
 
 
-def test_used_it_takes_its_parents_place(finished, make_package, models_folder):
+@pytest.fixture
+def parent(make_package, models_folder):
+    """toy 1.0.0, imported."""
+    package = make_package()
     models_folder.mkdir()
-    parent = make_package()
-    (models_folder / parent.path.name).write_bytes(parent.path.read_bytes())
+    (models_folder / package.path.name).write_bytes(package.path.read_bytes())
+    return package
+
+
+def test_used_it_takes_its_parents_place(finished, parent, models_folder):
     assert find_model("toy").card.version == "1.0.0"
     path = training.promote(finished, "use")
     assert path == models_folder / "toy-1.1.0.unet.zip" and find_model("toy").card.version == "1.1.0"
@@ -517,10 +523,7 @@ def test_used_it_takes_its_parents_place(finished, make_package, models_folder):
     assert training.read(finished.folder).decided == "use" and ModelPackage.read(path).card.origin == "Fine-tuned from toy 1.0.0."
 
 
-def test_kept_it_gets_a_name_of_its_own(finished, make_package, models_folder):
-    models_folder.mkdir()
-    parent = make_package()
-    (models_folder / parent.path.name).write_bytes(parent.path.read_bytes())
+def test_kept_it_gets_a_name_of_its_own(finished, parent, make_package, models_folder):
     left = models_folder / ".unetseg-1a2b3c4d-t-1.1.0.unet.zip"  # of a killed process
     left.write_bytes(finished.package.read_bytes())
     path = training.promote(finished, "keep")
@@ -531,11 +534,7 @@ def test_kept_it_gets_a_name_of_its_own(finished, make_package, models_folder):
     assert training.promote(finished, "keep").name == "toy-my-set-2-1.1.0.unet.zip"
 
 
-def test_used_again_after_a_kill_it_is_there_once(finished, make_package, models_folder, monkeypatch):
-    models_folder.mkdir()
-    parent = make_package()
-    (models_folder / parent.path.name).write_bytes(parent.path.read_bytes())
-
+def test_used_again_after_a_kill_it_is_there_once(finished, parent, models_folder, monkeypatch):
     def killed(*arguments):
         raise KeyboardInterrupt
 
@@ -598,10 +597,7 @@ def test_discarding_ends_well_where_windows_holds_a_file(finished, monkeypatch):
     assert training.read(finished.folder).decided == "discard" and not list(finished.folder.glob("*.unet.zip"))
 
 
-def test_a_parent_that_a_virus_scanner_reads_is_put_aside_a_moment_later(finished, make_package, models_folder, busy_file, monkeypatch):
-    models_folder.mkdir()
-    parent = make_package()
-    (models_folder / parent.path.name).write_bytes(parent.path.read_bytes())
+def test_a_parent_that_a_virus_scanner_reads_is_put_aside_a_moment_later(finished, parent, models_folder, busy_file, monkeypatch):
     write = training.write_package
 
     def written(*arguments):

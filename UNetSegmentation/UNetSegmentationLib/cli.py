@@ -42,7 +42,7 @@ from .inference.click import MODEL as CLICK_MODEL
 from .inference.predict import Options, Prediction, predict, too_much
 from .intensity import display_range, expects_hu, parse_window, presets
 from .measure import dice, measure
-from .model import SUFFIX, Card, Label, ModelPackage, find_model, model_files, user_models_folder, write_package
+from .model import DEFAULT_COLORS, SUFFIX, Card, Label, ModelPackage, find_model, model_files, user_models_folder, write_package
 from .nodule import COLUMNS, csv_text, describe
 from .nodule import row as nodule_row
 from .picture import save_picture
@@ -250,9 +250,8 @@ def _report(image: Image, prediction: Prediction, truth: Image | None) -> dict[s
         for item in measures:
             # A reference with one label counts for a model with one label, whatever its value.
             alone = len(measures) == 1 and len(np.unique(truth.array[truth.array > 0])) < 2
-            item["dice"] = round(
-                dice(prediction.labels.array == item["value"], truth.array > 0 if alone else truth.array == item["value"]), 4
-            )
+            true = truth.array > 0 if alone else truth.array == item["value"]
+            item["dice"] = round(dice(prediction.labels.array == item["value"], true), 4)
     return report
 
 
@@ -562,16 +561,12 @@ def _app() -> Any:
         for name in ("preset", "what", "modality", "level", "width"):
             table.add_column(name, justify="right" if name in ("level", "width") else "left")
         for p in presets().values():
-            ends = p.percentiles
-            table.add_row(
-                p.name, p.label, p.modality, f"{ends[0]:g} %" if ends else f"{p.level:g}", f"{ends[1]:g} %" if ends else f"{p.width:g}"
-            )
+            ends = [f"{v:g} %" for v in p.percentiles] if p.percentiles else [f"{p.level:g}", f"{p.width:g}"]
+            table.add_row(p.name, p.label, p.modality, *ends)
         Console().print(table)
 
     @app.command()
-    def sample(
-        folder: Annotated[Path | None, typer.Option(help="Where to keep it; default: the user's data folder.")] = None,
-    ) -> None:
+    def sample(folder: Annotated[Path | None, typer.Option(help="Where to keep it; default: the user's data folder.")] = None) -> None:
         """Fetch two real chest CT with nodule labels (from the source distribution of pyradiomics 3.0.1, 34 MB)."""
         from .sample import fetch_sample
 
@@ -664,7 +659,6 @@ def _dataset_app() -> Any:
     from rich.table import Table
 
     from .dataset import EXPORTS, INDEX, OBJECTIONS, SPLITS, Dataset, modality, read_mask, read_model_mask
-    from .model import DEFAULT_COLORS, Label
 
     app = typer.Typer(help="Collect annotated cases to train from, in one folder.", no_args_is_help=True)
     Folder = Annotated[Path, typer.Argument(help="The dataset's folder.")]

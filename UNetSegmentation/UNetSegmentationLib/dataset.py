@@ -88,6 +88,7 @@ BEYOND = 0.51
 # Seconds after which a lock is nobody's (it is held for one write of the index), or, if its process is gone from this
 # computer, is so at once (but for one of another container with the same name); and how long to wait for one.
 STALE, DEAD, PATIENCE = 60.0, 2.0, 90.0
+MODALITY = "0008|0060"  # DICOM's tag
 # Seconds after which files that no index names are rubbish and not another's case in the making.
 RUBBISH = 24 * 3600.0
 
@@ -610,18 +611,9 @@ class Dataset:
 
     def _entry(self, name: str, case: dict[str, Any], version: int | None = None) -> Entry:
         record = next(v for v in reversed(case["versions"]) if version in (None, v["version"]))
-        files = [self.folder / f for f in record["images"]]
-        model = record.get("model")
-        return Entry(
-            name,
-            case["patient"],
-            case.get("split", ""),
-            record["version"],
-            tuple(files),
-            self.folder / record["label"],
-            self.folder / model if model else None,
-            record,
-        )
+        images, label = tuple(self.folder / f for f in record["images"]), self.folder / record["label"]
+        model = self.folder / record["model"] if record.get("model") else None
+        return Entry(name, case["patient"], case.get("split", ""), record["version"], images, label, model, record)
 
     def versions(self, name: str) -> list[Entry]:
         """All versions of a case, the oldest first."""
@@ -750,7 +742,7 @@ class Dataset:
         record: dict[str, Any] = {
             "version": 0,
             "voxels": digest,
-            "modality": _modality(image) if modality is None else modality,
+            "modality": dicom_tag(image, MODALITY) if modality is None else modality,
             "geometry": {
                 "size": list(image.shape[::-1]),
                 "spacing": [float(v) for v in image.spacing],
@@ -1106,13 +1098,8 @@ class Dataset:
             if len(s - {""}) > 1
         ]
         if orphans := self._orphans(RUBBISH):
-            out.append(
-                Problem(
-                    "",
-                    f"{len(orphans)} files or folders belong to no case (a writer was stopped)",
-                    "unetseg dataset check --clean removes them",
-                )
-            )
+            what = f"{len(orphans)} files or folders belong to no case (a writer was stopped)"
+            out.append(Problem("", what, "unetseg dataset check --clean removes them"))
         return out
 
     def _orphans(self, age: float) -> list[Path]:
@@ -1353,12 +1340,7 @@ def _check_index(data: dict[str, Any]) -> None:
             raise ValueError(f"the case {name!r}")
         case["patient"] + case.get("split", "")
         for version in case["versions"]:
-            for file in [
-                *version["images"],
-                version["label"],
-                *([version["model"]] if version.get("model") else []),
-                *version["files"],
-            ]:
+            for file in [*version["images"], version["label"], *([version["model"]] if version.get("model") else []), *version["files"]]:
                 parts = PurePosixPath(file).parts
                 if parts[0] != CASES or len(parts) != 4 or not is_inner(file):
                     raise ValueError(f"the file {file!r}")
@@ -1449,10 +1431,7 @@ def _sha256(path: Path) -> str:
 
 def modality(image: Image) -> str:
     """CT, MR, ... of an image that was read from DICOM files; "" of others."""
-    return dicom_tag(image, "0008|0060")
-
-
-_modality = modality  # add() has an argument of that name
+    return dicom_tag(image, MODALITY)
 
 
 def dicom_tag(image: Image, key: str) -> str:

@@ -54,15 +54,7 @@ TORCH_INDEX = "https://download.pytorch.org/whl/"
 # What the worker and the training need in an environment of their own, beside PyTorch; pyproject.toml gives the reasons.
 OWN_REQUIREMENTS = ("numpy>=1.26", "SimpleITK>=2.3", "onnxruntime>=1.17", "onnx>=1.16", "safetensors>=0.4.3")
 # What training needs beside those. The command line's typer and rich, and TensorBoard, are for those who install with pip.
-TRAINING_REQUIREMENTS = (
-    "lightning>=2.4",
-    "monai>=1.4",
-    "scipy>=1.11",
-    "pydantic>=2.6",
-    "pyyaml>=6.0",
-    "matplotlib>=3.8",
-    "jinja2>=3.1",
-)
+TRAINING_REQUIREMENTS = ("lightning>=2.4", "monai>=1.4", "scipy>=1.11", "pydantic>=2.6", "pyyaml>=6.0", "matplotlib>=3.8", "jinja2>=3.1")
 # Older ones run what a checkpoint hides (CVE-2025-32434, CVE-2026-24747), and who trains on a shared folder may find another's there.
 TRAINING_TORCH = "torch>=2.10"
 # Of disk while it is made: the wheels and what is unpacked from them. 2.13.0+cpu on Linux: 0.2 and 0.8 GB.
@@ -846,24 +838,12 @@ def own_environment(folder: Path | None = None) -> OwnEnvironment:
         reason = f"its Python {python} is gone"
     elif os.path.normcase(python) == os.path.normcase(sys.executable) and marker.get("version") != list(sys.version_info[:2]):
         reason = "it was made for another version of Python"
-    size = marker.get("size", 0)
-    return OwnEnvironment(
-        folder,
-        "broken" if reason else "ready",
-        reason,
-        python,
-        str(marker.get("torch", "")),
-        str(marker.get("device", "")),
-        size if isinstance(size, int) else 0,
-    )
+    status, size = "broken" if reason else "ready", marker.get("size", 0)
+    torch, device = (str(marker.get(key, "")) for key in ("torch", "device"))
+    return OwnEnvironment(folder, status, reason, python, torch, device, size if isinstance(size, int) else 0)
 
 
-def create_steps(
-    python: str,
-    variant: str = "auto",
-    wheel_folder: str | Path | None = None,
-    training: bool = False,
-) -> Steps:
+def create_steps(python: str, variant: str = "auto", wheel_folder: str | Path | None = None, training: bool = False) -> Steps:
     """Make the environment, anew where there is a broken one; the result is an OwnEnvironment.
 
     python: the Python (>= 3.10, with pip) that fills and runs it. variant: "auto", "cpu", "cu126" or "cu130". wheel_folder:
@@ -886,14 +866,8 @@ def create_steps(
     marker: dict[str, Any] = {"made_by": "UNetSegmentation", "python": python, "version": probe["version"][:2]}
     _write_marker(folder, {**marker, "state": "making", "makers": [_this_process()]})
     try:
-        if temporary is not None:
-            temporary.mkdir(exist_ok=True)
         wanted = own_requirements(variant, wheel_folder is not None, training)
-        done = yield _pip_step(python, folder, wanted, _index(variant), wheel_folder, probe["pip"], temporary)
-        if done.code != 0:
-            raise UserError(f"PyTorch was not installed: {pip_failure(done)}")
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)  # empty but after a failure
+        yield from _pip_steps(python, folder, wanted, _index(variant), wheel_folder, probe["pip"], temporary, "PyTorch")
         answer = yield from _tried(python, folder, training)
         _write_marker(folder, {**marker, "state": "ready", "variant": variant, **answer})
     except Exception as e:
@@ -1015,14 +989,8 @@ def add_training_steps(own: OwnEnvironment, wheel_folder: str | Path | None = No
         if plan.problem or not plan.packages or any(not p.version for p in plan.packages):
             raise UserError(plan.problem or "It was not found out what training needs; try again, or choose a folder of wheels.")
         temporary = _temporary(own.folder, sys.platform)
-        if temporary is not None:
-            temporary.mkdir(exist_ok=True)
         wanted = ["--upgrade", "--no-deps", *(f"{p.name}=={p.version}" for p in plan.packages)]
-        done = yield _pip_step(own.python, own.folder, wanted, (), wheel_folder, probe["pip"], temporary, "installing what training needs")
-        if done.code != 0:
-            raise UserError(f"What training needs was not installed: {pip_failure(done)}")
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        yield from _pip_steps(own.python, own.folder, wanted, (), wheel_folder, probe["pip"], temporary, "what training needs")
     answer = yield from _tried(own.python, own.folder, True)
     _write_marker(own.folder, {**(_read_marker(own.folder) or {}), **answer})
     return own_environment(own.folder)
@@ -1097,7 +1065,7 @@ def _index(variant: str) -> list[str]:
     return [] if variant == "macos" else ["--extra-index-url", TORCH_INDEX + variant]
 
 
-def _pip_step(
+def _pip_steps(
     python: str,
     folder: Path,
     wanted: Sequence[str],
@@ -1105,8 +1073,8 @@ def _pip_step(
     wheels: str | Path | None,
     pip: str,
     temporary: Path | None,
-    text: str = "installing PyTorch",
-) -> Step:
+    what: str,
+) -> Generator[Step, Done, None]:
     bar = "raw" if _key(pip) >= _key("24.1") else "off"
     # No cache: what is fetched would stay on the disk a second time, where no removal finds it.
     options = ["--target", str(_packages(folder)), "--only-binary", ":all:", "--no-cache-dir", "--no-input", "--progress-bar", bar]
@@ -1116,8 +1084,13 @@ def _pip_step(
     if wheels is not None:
         variables |= {"PIP_FIND_LINKS": None, "PIP_EXTRA_INDEX_URL": None}
     if temporary is not None:
+        temporary.mkdir(exist_ok=True)
         variables |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
-    return Step(text, _child(python, "pip", "install", *options, *wanted), variables)
+    done = yield Step(f"installing {what}", _child(python, "pip", "install", *options, *wanted), variables)
+    if done.code != 0:
+        raise UserError(f"{what[0].upper()}{what[1:]} was not installed: {pip_failure(done)}")
+    if temporary is not None:
+        shutil.rmtree(temporary, ignore_errors=True)  # empty but after a failure
 
 
 def _packages(folder: Path) -> Path:

@@ -73,17 +73,8 @@ class Label:
         def code(key: str) -> str:
             return "^".join(self.terminology.get(key, ("", "", "")))
 
-        return "~".join(
-            (
-                "Segmentation category and type - DICOM master list",
-                code("category"),
-                code("type"),
-                code("type_modifier"),
-                "Anatomic codes - DICOM master list",
-                code("region"),
-                code("region_modifier"),
-            )
-        )
+        kind = ("Segmentation category and type - DICOM master list", *map(code, ("category", "type", "type_modifier")))
+        return "~".join((*kind, "Anatomic codes - DICOM master list", code("region"), code("region_modifier")))
 
 
 # Distinct on grey CT and MR, colour-blind safe (Okabe and Ito), for labels whose card names no colour.
@@ -599,12 +590,16 @@ def _read_zip(path: Path) -> dict[str, bytes]:
         return out
 
 
+def listed(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """What a card's "files" says of the package's."""
+    return {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
+
+
 def write_package(path: str | Path, card: dict[str, Any], onnx: bytes, safetensors: bytes | None = None) -> ModelPackage:
     """Fill in sizes and hashes, write the package, and read it back before it takes its name. The same input gives
     the same bytes."""
     files = {ONNX: onnx} | ({SAFETENSORS: safetensors} if safetensors else {})
-    listed = {n: {"sha256": hashlib.sha256(b).hexdigest(), "size": len(b)} for n, b in files.items()}
-    text = json.dumps({**_without_cases(card), "files": listed}, indent=2, ensure_ascii=False)
+    text = json.dumps({**_without_cases(card), "files": listed(files)}, indent=2, ensure_ascii=False)
     with atomic_path(path) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as z:
             for name, content in [(CARD, text.encode("utf-8", "surrogatepass")), *files.items()]:

@@ -96,13 +96,7 @@ class _Sheet:
     """One picture in the making."""
 
     def __init__(
-        self,
-        figure: Any,
-        image: Image,
-        prediction: Prediction,
-        window: Window,
-        measures: list[dict[str, Any]],
-        unit: str,
+        self, figure: Any, image: Image, prediction: Prediction, window: Window, measures: list[dict[str, Any]], unit: str
     ) -> None:
         self.figure = figure
         self.image, orientation = reorient(image)
@@ -199,10 +193,7 @@ class _Sheet:
             self._crosshair(axes, plane)
         elif self.target.label:
             self._callipers(axes, plane, at[plane.axis])
-        if self.placed:
-            self._marks(axes, plane)
-            self._caption(axes, plane, at[plane.axis], plane.name)
-        self._scale_bar(axes)
+        self._legend(axes, plane, at[plane.axis], plane.name)
 
     def _close_up(self, axes: Any) -> None:
         if self.target.label is None:
@@ -222,10 +213,7 @@ class _Sheet:
         # Lighter than in the other panels: here the lesion's own texture matters.
         self._slice(axes, plane, index, fill=0.1, line=1.3)
         self._callipers(axes, plane, index)
-        if self.placed:
-            self._marks(axes, plane)
-            self._caption(axes, plane, index, f"Close-up, {plane.name.lower()}")
-        self._scale_bar(axes)
+        self._legend(axes, plane, index, f"Close-up, {plane.name.lower()}")
 
     def _frame(self, axes: Any, plane: _Plane, middle: tuple[float, float], width: float, height: float) -> None:
         """Limits in mm that show at least width x height around the middle (x, y) at the true aspect, moved so that no
@@ -315,6 +303,12 @@ class _Sheet:
             va = "center" if abs(v) < 0.5 else "bottom" if (sign * v > 0) == plane.up else "top"
             x, y = np.clip(at, 0.1, 0.9)
             self._text(axes, x, y, f"{size:.1f} {self.length}", size=9, color=color, ha=ha, va=va)
+
+    def _legend(self, axes: Any, plane: _Plane, index: int, name: str) -> None:
+        if self.placed:
+            self._marks(axes, plane)
+            self._caption(axes, plane, index, name)
+        self._scale_bar(axes)
 
     def _marks(self, axes: Any, plane: _Plane) -> None:
         d = np.reshape(self.image.direction, (3, 3))

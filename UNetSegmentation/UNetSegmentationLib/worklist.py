@@ -949,18 +949,11 @@ def _steps(shape: Sequence[int], most: int) -> list[int]:
 
 
 def _widened(mask: np.ndarray, by: int) -> np.ndarray:
-    """Grown by so many voxels along every axis that has more than one (a box)."""
-    out = mask
+    """Grown by so many voxels along every axis (a box)."""
     for axis, n in enumerate(mask.shape):
-        if n > 1:
-            wide = out.copy()
-            for d in range(1, min(by, n - 1) + 1):
-                ahead, behind = [slice(None)] * mask.ndim, [slice(None)] * mask.ndim
-                ahead[axis], behind[axis] = slice(d, None), slice(None, -d)
-                wide[tuple(ahead)] |= out[tuple(behind)]
-                wide[tuple(behind)] |= out[tuple(ahead)]
-            out = wide
-    return out
+        framed = np.pad(mask, [(by, by) if a == axis else (0, 0) for a in range(mask.ndim)])
+        mask = np.logical_or.reduce([framed.take(range(d, d + n), axis) for d in range(2 * by + 1)])
+    return mask
 
 
 def _coarse(values: np.ndarray) -> list[float]:

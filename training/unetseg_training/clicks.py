@@ -132,12 +132,17 @@ AnyScan = TypeVar("AnyScan", bound=Scan)
 
 def _near(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """A Scan's depth, -inf from some 4 mm outside: all that first clicks need, where most of a scan is far away."""
-    box = Box.around(mask)
-    assert box is not None
-    box = box.grown([math.ceil(4 / s) for s in spacing]) & Box.whole(mask.shape)
+    box = tight(mask).grown([math.ceil(4 / s) for s in spacing]) & Box.whole(mask.shape)
     out = np.full(mask.shape, -np.inf, np.float32)
     out[box.slices] = -distance(mask[box.slices], spacing)
     return out
+
+
+def tight(mask: np.ndarray) -> Box:
+    """The box around a mask that is not empty."""
+    box = Box.around(mask)
+    assert box is not None
+    return box
 
 
 def diameter(mask: np.ndarray, spacing: np.ndarray) -> float:
@@ -330,8 +335,7 @@ class Sampler:
             steps = voxel * zoom / scan.spacing * ([-1 if mirrored else 1, 1, 1])
             if rng.random() < 0.6:  # about the lesion, as soon as it was found
                 assert scan.mask is not None
-                box = Box.around(scan.mask)
-                assert box is not None
+                box = tight(scan.mask)
                 jitter = ((np.array(box.start) + box.stop - 1) / 2 - anchor) / steps
             jitter = np.rint(jitter)
             cutter = Cutter.of_session(self.look, anchor + jitter * steps, zoom, mirrored)
@@ -359,8 +363,7 @@ class Sampler:
         inside = label >= 0.5
         sample = Sample(self._scanner(values, rng), label, known, [tuple(float(v) for v in click)], [], None, None, 0)
         if rng.random() < 0.15:
-            box = Box.around(inside)
-            assert box is not None
+            box = tight(inside)
             grow = rng.uniform(-1, 2.5, 6)
             first = tuple(float(a - g) for a, g in zip(box.start, grow[:3]))
             sample.box = first, tuple(float(b - 1 + g) for b, g in zip(box.stop, grow[3:]))
@@ -421,8 +424,7 @@ def correction(
     if rng is not None and rng.random() < 0.3:
         spots = np.argwhere(error)
         return tuple(float(v) for v in spots[rng.integers(len(spots))]), positive
-    box = Box.around(error)
-    assert box is not None
+    box = tight(error)
     depth = distance(np.pad(error[box.slices], 1), spacing)[1:-1, 1:-1, 1:-1]
     return tuple(float(v) + a for v, a in zip(np.unravel_index(depth.argmin(), depth.shape), box.start)), positive
 
@@ -493,8 +495,7 @@ def lesions(labels: np.ndarray, spacing: Sequence[float]) -> Iterator[tuple[int,
         labelled, counts = components(labels[box.slices] == value, corners=True)
         for i in range(1, len(counts)):
             if counts[i] * math.prod(spacing) >= LEAST_MM3:
-                inside = Box.around(labelled == i)
-                assert inside is not None
+                inside = tight(labelled == i)
                 yield value, inside.shifted(box.start), labelled[inside.slices] == i
 
 
@@ -662,8 +663,7 @@ def play(session: ClickSession, truth: np.ndarray, first: Sequence[int], count: 
     """A lesion from its first click, a voxel (z, y, x), on; each next one lies deepest in the largest connected error, as a
     person would place it. truth: (z, y, x) on the image's grid, not 0 in the lesion."""
     session.clear()
-    lesion = Box.around(truth)
-    assert lesion is not None
+    lesion = tight(truth)
     spacing = np.array(session.image.spacing[::-1])
     click: tuple[Sequence[int], bool] | None = (first, True)
     for _ in range(count):
@@ -684,8 +684,7 @@ def play(session: ClickSession, truth: np.ndarray, first: Sequence[int], count: 
 
 def first_click(truth: np.ndarray, name: str) -> tuple[int, ...]:
     """A voxel (z, y, x) anywhere in the lesion, by its name the same each time."""
-    box = Box.around(truth)
-    assert box is not None
+    box = tight(truth)
     spots = np.argwhere(truth[box.slices])
     spot = spots[np.random.default_rng(zlib.crc32(name.encode())).integers(len(spots))]
     return tuple(int(v) + a for v, a in zip(spot, box.start))
@@ -787,8 +786,7 @@ class HeldOut(train.HeldOut):
         found = list(by_lesion(item))
         whole = Box.whole(item.truth.shape)
         for lesion in found[:: math.ceil(len(found) / self.PER_CASE) or 1]:
-            box = Box.around(lesion.truth)
-            assert box is not None
+            box = tight(lesion.truth)
             if self.config.input.intensity["mode"] in ("zscore", "percentile"):  # these need the whole image
                 box = whole
             box = box.grown([math.ceil(self.AROUND_MM / s) for s in item.image.spacing[::-1]]) & whole

@@ -286,12 +286,7 @@ class Config(_Strict):
         }
         if model.extent != "image":
             card["extent"] = model.extent
-        if model.display:
-            card["display"] = model.display
-        if model.surroundings:
-            card["surroundings"] = model.surroundings
-        if model.second_opinion:
-            card["second_opinion"] = model.second_opinion
+        card |= {key: value for key in ("display", "surroundings", "second_opinion") if (value := getattr(model, key))}
         if data.dimensions == 2:
             card |= {"axis": data.axis, "context_slices": data.context_slices}
         return json.loads(json.dumps(card))  # tuples become lists, as in a card that was read

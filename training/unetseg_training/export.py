@@ -29,10 +29,11 @@ from torch import nn
 from UNetSegmentationLib.engines import Engine, make_engine
 from UNetSegmentationLib.files import UserError, counted, write_text
 from UNetSegmentationLib.inference.predict import Options, predict
-from UNetSegmentationLib.model import ONNX, SAFETENSORS, SUFFIX, ModelPackage, check_card, write_package
+from UNetSegmentationLib.model import ONNX, SAFETENSORS, SUFFIX, ModelPackage, check_card, listed, write_package
 from UNetSegmentationLib.networks import UNet
 
 from . import clicks
+from .metrics import text as figure
 from .report import dataset_hash
 
 TOLERANCE = 1e-4  # of a logit
@@ -178,21 +179,11 @@ def export(
     path: Path,
     drive: Callable[[ModelPackage, Engine], object],
     quiet: bool = False,
+    finish: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda card, parity: card,
 ) -> ModelPackage:
     """Write the package, unless ONNX and PyTorch differ by more than TOLERANCE in a logit (of the largest, where that is above
-    1) while drive(package, engine) runs it on real cases through the deployed path. The model keeps the rounded weights. Raises
-    UserError; what stood at `path` is then untouched."""
-    return _export(model, card, Path(path), drive, lambda card, parity: card, quiet)
-
-
-def _export(
-    model: UNet,
-    card: dict[str, Any],
-    path: Path,
-    drive: Callable[[ModelPackage, Engine], object],
-    finish: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
-    quiet: bool,
-) -> ModelPackage:
+    1) while drive(package, engine) runs it on real cases through the deployed path. The model keeps the rounded weights.
+    finish(card, parity): the card to write. Raises UserError; what stood at `path` is then untouched."""
     state = _rounded(model.state_dict())
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     weights = save(state)
@@ -200,7 +191,7 @@ def _export(
     example = torch.zeros(1, config.in_channels, *(2 * d for d in config.divisor))
     card = {**card, "network": config.to_json()}
     graph = _describe(to_onnx(copy.deepcopy(model).cpu(), example), card)
-    draft = _draft(path, card, graph, weights)
+    draft = ModelPackage(path, check_card({**card, "files": listed({ONNX: graph, SAFETENSORS: weights})}), graph, weights)
     pair = _Compared(make_engine(draft, "onnx", "cpu", "fp32", 0), make_engine(draft, "torch", "cpu", "fp32", 0))
     drive(draft, pair)
     if not pair.batches:
@@ -215,13 +206,6 @@ def _export(
     if not quiet:
         print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, ONNX and PyTorch differ by {pair.worst:.1g} at most")
     return package
-
-
-def _draft(path: Path, card: dict[str, Any], graph: bytes, weights: bytes) -> ModelPackage:
-    """The package as it would be read, in memory."""
-    files = {ONNX: graph, SAFETENSORS: weights}
-    listed = {n: {"sha256": hashlib.sha256(b).hexdigest(), "size": len(b)} for n, b in files.items()}
-    return ModelPackage(path, check_card({**card, "files": listed}), graph, weights)
 
 
 def export_run(
@@ -260,7 +244,7 @@ def export_run(
         extra = {"lineage": {**(lineage or {}), "parity": {**parity, "cases": driven}}}
         return {**card, **extra, **({"metrics": compact(metrics)} if metrics else {})}
 
-    package = _export(model, card, path, drive, finish, quiet)
+    package = export(model, card, path, drive, quiet, finish)
     write_text(card_path(package), markdown(package))
     return package
 
@@ -340,11 +324,7 @@ def markdown(package: ModelPackage) -> str:
     for key, text in (("parent", "SHA-256 of the package that it was fine-tuned from"), ("dataset", "SHA-256 of the training data")):
         if isinstance(origin.get(key), dict) and "sha256" in origin[key]:
             lines.append(f"- {text}: {_words(origin[key]['sha256'])}")
-    known = {
-        "seed": "seed",
-        "fold": "fold held out",
-        "git_revision": "program's revision",
-    }
+    known = {"seed": "seed", "fold": "fold held out", "git_revision": "program's revision"}
     lines += [f"- {text}: {_words(origin[key])}" for key, text in known.items() if key in origin]
     if "versions" in origin:
         lines.append("- made with: " + ", ".join(f"{_words(k)} {_words(v)}" for k, v in origin["versions"].items()))
@@ -373,7 +353,7 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
     columns = [k for k in headings if any(k in own for own in per.values())]
     out = ["| label | " + " | ".join(headings[k] for k in columns) + " |", "|---|" + "---|" * len(columns)]
     for name, own in per.items():
-        out.append(f"| {_words(name)} | " + " | ".join(_interval(own.get(k)) for k in columns) + " |")
+        out.append(f"| {_words(name)} | " + " | ".join(figure(own.get(k)) for k in columns) + " |")
     where = f"On {counted(metrics['cases'], 'case')}" if "cases" in metrics else "On cases"
     where += f" of {counted(metrics['patients'], 'patient')}" if "patients" in metrics else ""
     where += f" ({_words(metrics['held_out'])})" if "held_out" in metrics else " (held out)"
@@ -386,12 +366,6 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
     ]
     out += [f"Cases in which a label was missed or found where there is none: {'; '.join(missed)}."] if missed else []
     return out + ([f"Command: `{metrics['command']}`"] if "command" in metrics else [])
-
-
-def _interval(figure: dict[str, Any] | None) -> str:
-    if figure is None:
-        return "–"
-    return f"{figure['mean']:.3f}" + (f" ({figure['low']:.3f} to {figure['high']:.3f})" if figure.get("low") is not None else "")
 
 
 def _limits(data: dict[str, Any]) -> list[str]:

@@ -74,16 +74,13 @@ class LiveFile:
 
     def _thin(self) -> None:
         for event in ("step", "validation"):
-            while self._total() > self.limit // 2 and sum(line["event"] == event for line in self.lines) > 2:
+            while sum(map(len, map(_encoded, self.lines))) > self.limit // 2 and sum(line["event"] == event for line in self.lines) > 2:
                 past = [i for i, line in enumerate(self.lines) if line["event"] == event][:-1]
                 drop = set(past[1::2])
                 self.lines = [line for i, line in enumerate(self.lines) if i not in drop]
                 if len(past) < 2:
                     break
         self._rewrite()
-
-    def _total(self) -> int:
-        return sum(len(_encoded(line)) for line in self.lines)
 
     def _rewrite(self) -> None:
         data = b"".join(map(_encoded, self.lines))

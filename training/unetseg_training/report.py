@@ -429,8 +429,7 @@ def write(folder: str | Path) -> Path:
         for part, cases in (run.get("data") or {}).items()
         if isinstance(cases, dict)
     }
-    ends = [line for line in lines if line["event"] == "end"]
-    checks = [line for line in lines if line["event"] == "validation"]
+    last = {line["event"]: line for line in lines}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     html = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         name=", ".join(filter(None, (config.get("model", {}).get("name"), folder.resolve().name))),
@@ -451,8 +450,8 @@ def write(folder: str | Path) -> Path:
             (p.stem.removeprefix("example-"), png) for p in sorted(pictures.glob("example-*.png")) if (png := _png(pictures, p.name))
         ],
         finetune=_json(folder / "finetune.json"),
-        last=checks[-1] if checks else None,
-        end=ends[-1] if ends else None,
+        last=last.get("validation"),
+        end=last.get("end"),
         plan=plan.read_text("utf-8") if plan.is_file() and not plan.is_symlink() else "",
         settings=_flat(config),
         environment=_flat({k: v for k, v in run.items() if k != "config"} | ({"data": data} if data else {})),

@@ -662,20 +662,17 @@ def _figures(rows: dict[str, list[metrics.Row]], figure: str, names: Sequence[st
         patients = {r["case"]: r["patient"] for r in found}
         return [{"case": c, "label": "", "patient": patients[c], figure: float(np.mean(v))} for c, v in cases.items()]
 
-    def told(mean: dict[str, Any]) -> dict[str, Any]:
-        return {k: mean[k] for k in ("mean", "low", "high", "cases")}
+    def mean(own: list[metrics.Row]) -> dict[str, Any] | None:
+        values = [r[figure] for r in own]
+        low, high = metrics.interval(values, [r["patient"] for r in own]) or (None, None)
+        return {"mean": _round(np.mean(values)), "low": _round(low), "high": _round(high), "cases": len(values)} if values else None
 
     before, after = of("before"), of("after")
-    out: dict[str, Any] = {}
-    for key, own in (("before", before), ("after", after)):
-        values = [r[figure] for r in own]
-        bounds = metrics.interval(values, [r["patient"] for r in own]) if values else None
-        low, high = bounds or (None, None)
-        mean = {"mean": _round(float(np.mean(values))) if values else None, "low": _round(low), "high": _round(high), "cases": len(values)}
-        out[key] = mean if values else None
-    both = {r["case"] for r in before} & {r["case"] for r in after}
-    out["change"] = told(metrics.difference(before, after, figure)) if both else None
-    return out
+    change = None
+    if {r["case"] for r in before} & {r["case"] for r in after}:
+        difference = metrics.difference(before, after, figure)
+        change = {k: difference[k] for k in ("mean", "low", "high", "cases")}
+    return {"before": mean(before), "after": mean(after), "change": change}
 
 
 def verdict(facts: dict[str, Any], problem: str = "") -> tuple[str, str]:

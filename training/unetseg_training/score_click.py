@@ -114,25 +114,17 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     return out
 
 
-def table(rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, float]]]:
+def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Summaries of all, and by diameter, texture and attachment."""
-    for kind in ("crop", "cube"):
-        part = [r for r in rows if r["set"] == kind]
-        if part:
-            yield f"all {kind}s", summary(part)
-    rows = [r for r in rows if r["set"] == "crop"]
+    crops = [r for r in rows if r["set"] == "crop"]
+    parts = {"all crops": crops, "all cubes": [r for r in rows if r["set"] == "cube"]}
     for low, high in ((0, 6), (6, 10), (10, 20), (20, 40)):
-        part = [r for r in rows if low <= r["diameter_mm"] < high]
-        if part:
-            yield f"{low}-{high} mm", summary(part)
+        parts[f"{low}-{high} mm"] = [r for r in crops if low <= r["diameter_mm"] < high]
     for name, values in (("ground glass", ("1", "2")), ("part-solid", ("3",)), ("solid", ("4", "5"))):
-        part = [r for r in rows if r["texture"] in values]
-        if part:
-            yield name, summary(part)
+        parts[name] = [r for r in crops if r["texture"] in values]
     for name, flag in (("free", 0), ("attached", 1)):
-        part = [r for r in rows if r["attached"] == flag]
-        if part:
-            yield name, summary(part)
+        parts[name] = [r for r in crops if r["attached"] == flag]
+    return {name: summary(part) for name, part in parts.items() if part}
 
 
 def main() -> None:
@@ -142,7 +134,7 @@ def main() -> None:
     options = parser.parse_args()
     package = find_model(options.package)
     rows = list(held_out(package, options.limit))
-    for name, figures in table(rows):
+    for name, figures in table(rows).items():
         print(f"{name:14}", figures)
     print("median seconds a click:", np.median([r["seconds"] for r in rows]))
     for name, image, truth in whole_scans():

@@ -723,7 +723,7 @@ def _trainer(job: Job, folder: Path, callbacks: Sequence[Callback]) -> L.Trainer
             devices=devices,
             num_nodes=nodes,
             strategy=strategy,
-            precision=_precision(fit),  # type: ignore[arg-type]
+            precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[precision_here(fit)],  # type: ignore[arg-type]
             max_epochs=fit.epochs,
             check_val_every_n_epoch=fit.validate_every,
             accumulate_grad_batches=fit.accumulate,
@@ -767,10 +767,6 @@ def _topology(fit: Fit) -> tuple[int, int]:
         nodes = int(os.environ.get("SLURM_NNODES", "1"))
         return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
     return fit.devices, fit.nodes
-
-
-def _precision(fit: Fit) -> str:
-    return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[precision_here(fit)]
 
 
 def precision_here(fit: Fit) -> str:

@@ -62,7 +62,8 @@ class Watch(Callback):
         self.total = int(total) if 0 < total < float("inf") else None
         self.live = LiveFile(self.folder / "live.jsonl", step)
         before = [line for line in self.live.lines if line["event"] == "validation" and line.get("dice") is not None]
-        self.best: dict[str, Any] | None = max((_point(line) for line in before), key=lambda p: p["dice"], default=None)
+        points = ({"dice": line["dice"], "step": line["step"]} for line in before)
+        self.best: dict[str, Any] | None = max(points, key=lambda p: p["dice"], default=None)
         self.step, self._pictured, self._pictures = step, 0.0, []  # type: ignore[var-annotated]
         self._losses: list[Any] = []  # tensors: reading each one's value would make a GPU wait at every step
         self._since: list[float] = []
@@ -199,10 +200,6 @@ class Watch(Callback):
 
                 pixels = np.asarray(Picture.open(io.BytesIO(png)).convert("RGB"))
                 self._board.add_image(f"examples/{name}", pixels, step, dataformats="HWC")
-
-
-def _point(line: Line) -> dict[str, Any]:
-    return {"dice": line["dice"], "step": line["step"]}
 
 
 def _writer(folder: Path, step: int) -> Any:

@@ -116,7 +116,7 @@ def choose_engine(package: ModelPackage, engine: str = "auto", device: str = "au
         if where == "gpu" and getattr(made, "fell_back", False):  # its libraries (CUDA, cuDNN) are missing, say
             notes.append("ONNX Runtime's GPU provider cannot be used; see which CUDA and cuDNN, or which driver, its version needs")
             continue
-        return _noted(made, notes)
+        return _Noted(made, notes) if notes else made  # type: ignore[return-value]
     # Every package has an ONNX network: why that does not load says more than that there are no weights for PyTorch.
     raise UserError(failed.get("onnx") or notes[-1])
 
@@ -151,7 +151,3 @@ class _Noted:
 
     def describe(self) -> str:
         return f"{self._engine.describe()} ({'; '.join(self._notes)})"
-
-
-def _noted(engine: Engine, notes: list[str]) -> Engine:
-    return _Noted(engine, notes) if notes else engine  # type: ignore[return-value]

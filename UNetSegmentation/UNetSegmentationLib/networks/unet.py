@@ -7,6 +7,7 @@ deep supervision); He et al., "Identity mappings", ECCV 2016 (residual blocks).
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -68,10 +69,7 @@ class UNetConfig:
     @property
     def divisor(self) -> tuple[int, ...]:
         """The input's size must be a multiple of this along each axis, in array order."""
-        total = [1] * self.dimensions
-        for stride in self.strides:
-            total = [a * b for a, b in zip(total, stride)]
-        return tuple(total)
+        return tuple(map(math.prod, zip((1,) * self.dimensions, *self.strides)))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

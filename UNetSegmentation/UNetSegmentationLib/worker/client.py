@@ -64,7 +64,6 @@ START_S = 120.0  # a cold disk and a virus scanner can take most of a minute ove
 LOG_BYTES = 64 << 10  # of what the worker writes on stderr, the last are kept
 _POLL_S = 0.03
 
-
 _EVENTS = ("starting", "hello", "progress", "done", "result", "click", "cancelled", "error")
 _T = TypeVar("_T")
 _NT_NO_MEMORY = (0xC0000017, 0xC000012D)  # STATUS_NO_MEMORY, STATUS_COMMITMENT_LIMIT
@@ -628,11 +627,7 @@ class WorkerClient:
         remove_files(self.folder, "result-*")
 
     def _call(
-        self,
-        number: int | None,
-        data: bytes,
-        progress: Progress | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        self, number: int | None, data: bytes, progress: Progress | None = None, cancelled: Callable[[], bool] | None = None
     ) -> Event:
         """Send a request and return its answer; number None waits for the hello. Leaves no worker behind that is still
         busy with it: whatever interrupts the wait, a progress() that raises included, kills it."""

@@ -26,27 +26,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..dataset import dicom_tag, modality, read_mask, storable
+from ..dataset import completed, dicom_tag, modality, read_mask, storable
 from ..engines import choose_engine
 from ..files import UserError
 from ..image import Image, SeveralSeries, read_image
 from ..inference.predict import Cancelled, Options
 from ..measure import worst_place
-from ..model import Label, ModelPackage
+from ..model import ModelPackage
 from ..steps import complete
 from ..worklist import LEASE, Annotator, Scan, WorkList, left_alone
-from .protocol import (
-    Lines,
-    ProtocolError,
-    decode_options,
-    dumps,
-    encode_image,
-    get,
-    load_array,
-    loads,
-    save_array,
-    strings,
-)
+from .protocol import Lines, ProtocolError, decode_options, dumps, encode_image, get, load_array, loads, save_array, strings
 from .server import Program, _failure
 
 _TOLD_S = 0.2
@@ -179,18 +168,12 @@ class Desk(Program):
         channels = [self._channel(image, channel) for channel in image.channels]
         if found is not None and found[0].any():
             mask = self._mask(found[0])
-        labels = {d.name: d for d in work.labels(scan.model)} if scan.model else {}
-        listed = list(found[1]) if found is not None else []
-        named = {d.name for d in listed}
-        top = max((d.value for d in listed), default=0)
-        listed += [
-            Label(top + i, d.name, d.color, d.terminology) for i, d in enumerate((d for n, d in labels.items() if n not in named), 1)
-        ]
+        labels = completed(found[1] if found is not None else (), work.labels(scan.model))
         return {
             "name": scan.name,
             "channels": channels,
             "mask": mask,
-            "labels": [label.to_json() for label in listed],
+            "labels": [label.to_json() for label in labels],
             "maskFile": str(scan.mask) if scan.mask is not None and found is not None else "",
             "model": scan.model,
             "value": (scan.scores or {}).get("value"),

@@ -679,14 +679,11 @@ def _decode_measures(items: Any) -> list[dict[str, Any]] | None:
     """measure()'s dictionaries; JSON has made lists of its points."""
     if items is None:
         return None
-    _dictionaries(items, "measures")
-    out = []
-    for item in items:
-        item = dict(item)
+    out = [dict(item) for item in _dictionaries(items, "measures")]
+    for item in out:
         if item.get("center") is not None:
             item["center"] = numbers(item, "center", 3)
         for key in ("longest_points", "perpendicular_points"):
             if item.get(key) is not None:
                 item[key] = [numbers({key: point}, key, 3) for point in get(item, key, list)]
-        out.append(item)
     return out

@@ -240,9 +240,8 @@ class Server(Program):
         self._write(line)
 
     def _load_volume(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
-        volume = get(request, "volume", int)
-        self._drop_sessions(volume)
-        self._volumes.pop(volume, None)  # also where it cannot be read: it no longer lies where it was
+        self._unload_volume(number, request)  # also where it cannot be read: it no longer lies where it was
+        volume = request["volume"]
         self._unread[volume] = request
         self._volumes[volume] = decode_image(request, self._folder)
         del self._unread[volume]
