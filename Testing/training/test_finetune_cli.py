@@ -163,6 +163,7 @@ def test_a_fine_tuning_goes_on_with_its_own_dataset(command, base, tmp_path, mon
         (("--from", "{base}", "--replay", "{data}"), "go with -o RUN"),
         (("--from", "{base}", "--fold", "1"), "go with -o RUN"),
         (("--from", "{base}", "--foreground"), "go with -o RUN"),
+        (("--from", "{base}", "--share", "0.5"), "--share goes with --replay"),
         (("--from", "{base}", "-o", "{tmp}/x", "--device", "cpu"), "do not go with -o RUN"),
         (("--from", "{base}", "-o", "{tmp}/x", "--quick", "--freeze", "head"), "no layer 'head' to freeze"),
     ],

@@ -417,7 +417,9 @@ def _app() -> Any:
         model: Annotated[list[str], typer.Option("--model", "-m", help="A model's name or .unet.zip file; several are averaged.")],
         output: Annotated[
             list[Path],
-            typer.Option("--output", "-o", help=f".seg.nrrd, .nii.gz, .nrrd, .mha, .dcm (DICOM SEG), .png; may be repeated. {without}"),
+            typer.Option(
+                "--output", "-o", help=f".seg.nrrd, .nii(.gz), .nrrd, .mha, .dcm (DICOM SEG), .png, .tif; may be repeated. {without}"
+            ),
         ] = [],  # noqa: B006 - typer copies it
         roi: Annotated[
             str | None, typer.Option(help="Only this box: R0,R1,A0,A1,S0,S1 in mm RAS, or ijk:i0,i1,j0,j1,k0,k1 in voxels.")
@@ -484,7 +486,7 @@ def _app() -> Any:
         model: Annotated[str, typer.Option("--model", "-m", help="A click model's name or .unet.zip file.")] = CLICK_MODEL,
         output: Annotated[
             list[Path],
-            typer.Option("--output", "-o", help=f".seg.nrrd, .nii.gz, .nrrd, .mha, .dcm (DICOM SEG); may be repeated. {without}"),
+            typer.Option("--output", "-o", help=f".seg.nrrd, .nii(.gz), .nrrd, .mha, .dcm (DICOM SEG); may be repeated. {without}"),
         ] = [],  # noqa: B006
         engine: Annotated[str, typer.Option(help=f"auto, {', '.join(ENGINES)}.")] = "auto",
         device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}.")] = "auto",
@@ -540,7 +542,7 @@ def _app() -> Any:
                 names = dict.fromkeys((*(label.name for label in card.labels), *numbers))
                 table.add_row(
                     f"{card.name} {card.version}",
-                    f"{card.data['task']}, {card.dimensions}D",
+                    f"{card.data['task']}, {'2.5' if card.context else card.dimensions}D",
                     f"{path.stat().st_size / 1e6:.1f} MB",
                     escape("\n".join(f"{name} {numbers[name]:.3f}" if name in numbers else name for name in names)),
                 )
@@ -691,7 +693,7 @@ def _dataset_app() -> Any:
         allow: Annotated[list[str], typer.Option(help=f"Accept what is refused otherwise: {', '.join(OBJECTIONS)}.")] = [],  # noqa: B006
         series: Annotated[str | None, typer.Option(help="The series' UID, where a DICOM folder holds several.")] = None,
     ) -> None:
-        """Add a case, or a new version of one; creates the dataset where there is none. Only voxels, geometry and modality leave."""
+        """Add a case, or a new version of one; creates the dataset where there is none. Only voxels, geometry and modality are copied."""
         with _cancellable():
             image = _read(images, series)
             array, named = read_mask(mask, image)
@@ -784,7 +786,7 @@ def _dataset_app() -> Any:
         seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
         again: Annotated[bool, typer.Option("--again", help="Also deal anew what is dealt already.")] = False,
     ) -> None:
-        """Deal the patients into train, validation and test; who is dealt stays where he is."""
+        """Deal the patients into train, validation and test; patients already dealt keep their part."""
         for part, names in Dataset.open(folder).split(_numbers(fractions, 3, "--fractions"), seed, again).items():
             print(f"{part}: {counted(len(names), 'case')}")
 
@@ -979,7 +981,7 @@ def _worklist_app() -> Any:
 
     @app.command()
     def skip(folder: Folder, scan: Name, by: By = "") -> None:
-        """Nobody is to correct this scan."""
+        """Take this scan off the list for everybody."""
         work = WorkList.open(folder)
         print(work.skip(scan, Annotator.here(by)) or summary(work))
 

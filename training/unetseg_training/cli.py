@@ -351,7 +351,8 @@ def _app() -> Any:
     def finetune(
         data: Annotated[str, data_argument],
         base: Annotated[
-            str | None, typer.Option("--from", help="The model package to start from, by name or file; without it, from scratch.")
+            str | None,
+            typer.Option("--from", help="The model package to start from, by name or file; without it, from scratch (not with -o)."),
         ] = None,
         output: Annotated[
             Path | None, typer.Option("--output", "-o", help="A run's folder to make, as plan and fit do, instead of a retraining.")
@@ -360,24 +361,28 @@ def _app() -> Any:
             bool | None, typer.Option("--quick/--full", help="In about ten minutes, or in hours. Default: quick; with -o, full.")
         ] = None,
         minutes: Annotated[float | None, typer.Option(help="Training time to plan for.", min=0.01)] = None,
-        device: Annotated[str, typer.Option(help="auto, cpu, gpu or mps.")] = "auto",
-        name: Annotated[str, typer.Option(help="Of the new model; else the base's.")] = "",
-        job: Annotated[Path | None, typer.Option(help="The retraining's folder; else a new one in DATA/retrain.")] = None,
-        detach: Annotated[bool, typer.Option("--detach", help="Begin it and return; see jobs, stop, resume, promote.")] = False,
+        device: Annotated[str, typer.Option(help="Without -o: auto, cpu, gpu or mps.")] = "auto",
+        name: Annotated[str, typer.Option(help="Without -o: of the new model; else the base's.")] = "",
+        job: Annotated[Path | None, typer.Option(help="Without -o: the retraining's folder; else a new one in DATA/retrain.")] = None,
+        detach: Annotated[bool, typer.Option("--detach", help="Without -o: begin it and return; see jobs, stop, resume, promote.")] = False,
         freeze: Annotated[list[str] | None, typer.Option(help="With -o: layers to keep, e.g. encoder; several times.")] = None,
         replay: Annotated[str | None, typer.Option(help="With -o: the base model's own dataset, to train on as well.")] = None,
-        share: Annotated[float, typer.Option(help="With -o: part of the patches that come from it.", min=0, max=1)] = 0.25,
+        share: Annotated[
+            float | None, typer.Option(help="With --replay: part of the patches that come from it; default 0.25.", min=0, max=1)
+        ] = None,
         fold: Annotated[str, typer.Option(help="With -o: the fold, 0, 1, ..., or split (the dataset's own).")] = "0",
         seed: Annotated[str, typer.Option(help="With -o: the seed.")] = "0",
         resume: Annotated[bool, typer.Option("--resume", help="With -o: go on where it was stopped or killed.")] = False,
-        layout: Annotated[str | None, layout_option] = None,
+        layout: Annotated[str | None, typer.Option(help="With -o: the dataset's layout, where it is not recognised.")] = None,
         foreground: Annotated[bool, typer.Option("--foreground", help="With -o: learn all labels as one.")] = False,
     ) -> None:
         """Fine-tune a model on other cases, labels, channels or spacing.
 
         It trains, scores the new model and its base on held-out cases, says whether it got better, and makes a package. Ctrl-C
-        keeps the best so far.
+        keeps the best so far. With -o it trains only; evaluate and export do the rest.
         """
+        if share is not None and not replay:
+            raise UserError("--share goes with --replay; give that, or leave it out.")
         if output is None:
             if freeze or replay or resume or layout or foreground or (fold, seed) != ("0", "0"):
                 names = "--freeze, --replay, --fold, --seed, --resume, --layout and --foreground"
@@ -416,7 +421,8 @@ def _app() -> Any:
         if not (facts_file := leaf(output, folds[0], seeds[0]) / tuning.FACTS).exists():  # it may be stopped, and exported then
             tuning.write(facts_file.parent, start, package, frozen)
         old = find_cases(Path(replay)) if replay else None
-        again = (tuning.replay_set(old, [label.name for label in config.labels], config.channels), share) if old else None
+        part = 0.25 if share is None else share
+        again = (tuning.replay_set(old, [label.name for label in config.labels], config.channels), part) if old else None
         (result,) = fit_run(
             output,
             folds,

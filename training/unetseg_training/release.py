@@ -206,7 +206,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?", help="the folder that the training wrote; without it the bundled weights are scored")
     parser.add_argument("--average", metavar="PACKAGE", help="what the run went on from: the mean of its weights and the run's")
     parser.add_argument("--fold", type=int, choices=range(5), help="which the run held out, where it is not the bundled model's")
-    parser.add_argument("--output", type=Path, default=RESOURCES / "models")
+    parser.add_argument(
+        "--output", type=Path, default=RESOURCES / "models", help="the package's folder; default: it replaces the bundled one"
+    )
     options = parser.parse_args()
     if options.fold is not None:
         if not options.run or options.average or options.name == "lung-nodule-click":

@@ -61,7 +61,8 @@ def held_out(package: ModelPackage, limit: int | None = None) -> Iterator[dict[s
 
 
 def whole_scans() -> Iterator[tuple[str, Image, np.ndarray]]:
-    """Scans that nothing was trained on, each with one lesion's truth. The pyradiomics sample where it is on this machine."""
+    """Scans that no click model was trained on, each with one lesion's truth (the second opinion knows LIDC-IDRI-0001's nodule). The
+    pyradiomics sample where it is on this machine."""
     folder = data_folder() / "chest_ct"
     yield "LIDC-IDRI-0001", read_image(folder / "LIDC-IDRI-0001_ct.nii.gz"), read_image(folder / "LIDC-IDRI-0001_nodule.nii.gz").array > 0
     tumour = read_image(folder / "LUNG1-001_lungL1_lungR2_cord3_gtv4.nii.gz").array == 4
