@@ -394,7 +394,10 @@ def sample(channels: np.ndarray, grid: Grid, box: Box, interpolator: str = "line
         stop[longest] = start[longest] = middle
         halves = (Box(box.start, tuple(stop)), Box(tuple(start), box.stop))
         return np.concatenate([sample(channels, grid, half, interpolator, floor) for half in halves], longest + 1)
-    values = channels[(slice(None), *need.slices)].astype(np.float32)
+    values = channels[(slice(None), *need.slices)]
+    if values.dtype == bool and not values.any():  # of 100 labels each lies in a small part of a scan
+        return np.zeros((len(values), *box.shape), np.float32)
+    values = values.astype(np.float32)
     if floor > -math.inf:
         np.maximum(values, floor, out=values)
     for axis in sorted(range(3), key=lambda a: box.shape[a] / need.shape[a]):

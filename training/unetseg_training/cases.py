@@ -686,16 +686,22 @@ def _named_values(
 
 def _picture_channels(cases: Sequence[Case], notes: list[str]) -> tuple[str, ...]:
     """The channels of single-file images, by some of them."""
-    images = _some([c.images[0] for c in cases], 6, read_image)
-    n = images[0].n_channels
+
+    def seen(path: Path) -> tuple[int, bool, bool]:  # and not the images, of which six CTs are 1 to 4 GB
+        image = read_image(path)
+        hu = image.array.dtype.kind == "i" and bool(-3100 <= image.array.min() < -200)
+        return image.n_channels, not is_grey(image.channels), hu
+
+    found = _some([c.images[0] for c in cases], 6, seen)
+    n = found[0][0]
     if _is_picture(cases[0].images[0]) and n in (2, 3, 4):
-        colour = n > 2 and any(not is_grey(image.channels) for image in images)
+        colour = n > 2 and any(coloured for _, coloured, _ in found)
         if not colour:
             notes.append("The pictures are grey, stored in colour; one channel is read.")
         return ("red", "green", "blue") if colour else ("image",)
     if n > 1:
         return tuple(f"channel {i}" for i in range(n))
-    if all(image.array.dtype.kind == "i" and -3100 <= image.array.min() < -200 for image in images):
+    if all(hu for _, _, hu in found):
         notes.append("The images are taken as CT in HU, by their values.")
         return ("CT",)
     return ("image",)
