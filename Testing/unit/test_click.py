@@ -212,6 +212,35 @@ def test_what_a_negative_click_takes_away_leaves_no_specks(session):
     assert not s.mask[30, 60, 82]
 
 
+def test_a_positive_click_holds_against_an_earlier_negative_one_whatever_follows(session):
+    s = session(np.float32(0.6) * ball((60, 120, 120), (30, 60, 60), 30, (1, 1, 1)))
+    for x, y, positive in ((60, 60, True), (82, 60, False), (84, 60, True)):
+        s.add_point(at(s, 30, y, x), positive)
+    before = s.mask[29:32, 59:62, 83:86].sum()
+    s.add_point(at(s, 30, 40, 60), positive=False)  # far from these
+    assert before > 9 and s.mask[29:32, 59:62, 83:86].sum() == before and s.mask[30, 60, 84] and not s.mask[30, 60, 82]
+
+
+@pytest.mark.parametrize(
+    "value, pad, told", [(-1024, (0, 12, 12), True), (-3024, (6, 0, 0), True), (0, (6, 12, 0), True), (-850, (6, 12, 12), False)]
+)
+def test_what_pads_a_ct_is_no_part_of_it(click_package, value, pad, told):
+    """As at the image's end its last voxels go on; a phantom's even lung is lung."""
+    shape = (16, 30, 30)
+    lung = np.random.default_rng(0).normal(-850, 20, shape).astype(np.float32)
+    array = np.where(ball(shape, (8, 15, 15), 4, (1, 1, 1)) > 0, 30, lung).astype(np.float32)
+    card = {"intensity": {"mode": "window", "level": -400, "width": 1000}, "spacing": [1.5, 1.5, 1.5]}
+    whole = ClickSession(Image(np.pad(array, [(n, n) for n in pad], constant_values=value), (1, 1, 1)), click_package(**card))
+    place = tuple(n + v for n, v in zip(pad, (8, 15, 15)))
+    mask = whole.add_point(at(whole, *place)).mask
+    assert mask.any() and (whole._scanned.shape == shape) == told
+    inner = whole.mask[tuple(slice(n, n + m) for n, m in zip(pad, shape))]
+    assert dice(inner, array == 30) > 0.8 and inner.sum() == whole.mask.sum()
+    if told:
+        whole.clear()
+        assert not whole.add_point(at(whole, *(0 if n else v for n, v in zip(pad, place)))).found  # on what pads it
+
+
 def test_a_click_on_the_images_far_face_is_on_its_last_voxel(session):
     s = session(ball((20, 40, 40), (10, 20, 38), 5, (3, 3, 3)), spacing=(3.0, 3.0, 3.0))
     s.add_point(at(s, 10, 20, 38))

@@ -23,7 +23,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from ..engines import Engine, choose_engine
-from ..image import Box, Grid, Image, UserError, check_geometry, crop_mask, reorient, resample_back, sample, slices_across
+from ..image import Box, Grid, Image, UserError, check_geometry, content, crop_mask, reorient, resample_back, sample, slices_across
 from ..intensity import check_finite, floor_of, normaliser, warnings_for
 from ..measure import measure_steps
 from ..model import Card, ModelPackage, find_model
@@ -137,10 +137,17 @@ _LATER = replace(_EMPTY)  # stands for an answer that a mask which follows makes
 class _Prompts:
     """Indices (z, y, x) of the canonical image."""
 
-    positive: tuple[Point, ...] = ()
-    negative: tuple[Point, ...] = ()
+    points: tuple[tuple[Point, bool], ...] = ()  # in order, and whether positive
     box: tuple[Point, Point] | None = None
     made: tuple[tuple[Any, ...], ...] = ()  # all of them in order, as _comparable() has them
+
+    @property
+    def positive(self) -> tuple[Point, ...]:
+        return tuple(p for p, positive in self.points if positive)
+
+    @property
+    def negative(self) -> tuple[Point, ...]:
+        return tuple(p for p, positive in self.points if not positive)
 
 
 def check_prompt(prompt: Prompt) -> Prompt:
@@ -201,6 +208,7 @@ class ClickSession:
         self.warnings = tuple(warnings_for(card.intensity, image.channels))
         self._no_hu = bool(self.warnings)
         self._canonical, self._orientation = reorient(image)
+        self._scanned = _scanned(self._canonical.channels)
         choice = options.engine, options.device, options.precision, options.threads
         self._engine = engine or choose_engine(package, *choice)
         self._second: SecondOpinion | None = None
@@ -231,7 +239,7 @@ class ClickSession:
     def warm(self) -> None:
         """Run once at the image's middle, so that the first click has nothing left to load."""
         middle = tuple((n - 1) / 2 for n in self._canonical.shape)
-        prompts = _Prompts(positive=(middle,))  # type: ignore[arg-type]
+        prompts = _Prompts(((middle, True),))  # type: ignore[arg-type]
         try:
             self._run(self._frame(prompts, _EMPTY), prompts, _EMPTY)
             if self._second is not None:
@@ -247,13 +255,13 @@ class ClickSession:
         index = self._index(point)
         prompts = _noted(prompts, ("point", *point, positive))
         if positive:
-            others = tuple(p for p in prompts.negative if _voxel(p) != _voxel(index))
-            prompts = replace(prompts, positive=(*prompts.positive, index), negative=others)
+            others = (p for p in prompts.points if p[1] or _voxel(p[0]) != _voxel(index))
+            prompts = replace(prompts, points=(*others, (index, True)))
             apart = np.ptp(prompts.positive, axis=0) / self._spacing(ZOOMS[-1])
             if (apart > np.array(self.card.data["patch"]) - 2).any():  # the furthest look would show neither
                 raise UserError("This click is too far from the others for one lesion and was not taken; begin the next lesion for it.")
         else:
-            prompts = replace(prompts, negative=(*prompts.negative, index))
+            prompts = replace(prompts, points=(*prompts.points, (index, False)))
         return self._ask(prompts, answer)
 
     def add_box(self, corner: Point, opposite: Point) -> Answer:
@@ -352,12 +360,7 @@ class ClickSession:
     @property
     def prompts(self) -> list[tuple[Point, bool]]:
         """The clicks so far: LPS mm, and whether positive."""
-        found = self._history[-1][0]
-        return [
-            (self._canonical.index_to_point(p[::-1]), kind)
-            for group, kind in ((found.positive, True), (found.negative, False))
-            for p in group
-        ]
+        return [(self._canonical.index_to_point(point[::-1]), positive) for point, positive in self._history[-1][0].points]
 
     def prediction(self) -> Prediction:
         """The mask as what predict() gives."""
@@ -507,7 +510,7 @@ class ClickSession:
         in a mass or in the heart, and the model was taught to tell only from further away."""
         for zoom in (z for z in ZOOMS if z >= zoom):
             half = np.array(self.card.data["patch"]) / 2 * self._spacing(zoom)
-            low, high = (np.clip(np.round(centre + way * half).astype(int), 0, self._canonical.shape) for way in (-1, 1))
+            low, high = (np.clip(np.round(centre + way * half).astype(int), self._scanned.start, self._scanned.stop) for way in (-1, 1))
             part = self._canonical.channels[0][tuple(slice(a, max(a + 1, b), max(1, (b - a) // 20)) for a, b in zip(low, high))]
             if np.mean(part > SOFT_TISSUE_HU) <= SOFT_SHARE:
                 break
@@ -544,7 +547,11 @@ class ClickSession:
             offset = np.where(beyond & (scale < 1), offset + np.round((centre - voxel) / scale) * scale, offset)
         grid = Grid(size, tuple(scale), tuple(offset))
         whole = Box.whole(size)
-        values = sample(self._canonical.channels, grid, whole, floor=floor_of(self.card.intensity))
+        if self._of_patch(whole, grid).empty:
+            return replace(_EMPTY, zoom=zoom), 0.0, 0.0
+        start, scanned = self._scanned.start, self._canonical.channels[self._scanned.trailing]
+        on_scanned = replace(grid, offset=tuple(o - a for o, a in zip(grid.offset, start)))
+        values = sample(scanned, on_scanned, whole, floor=floor_of(self.card.intensity))
         if not np.isfinite(values).all():
             check_finite(self._canonical.channels, str(self.image.source or "The image"))
 
@@ -572,15 +579,12 @@ class ClickSession:
             margin = np.minimum(averaged, margin) if negative else averaged
         self._lap("network")
         # Of those that lie close together the last holds.
-        negative_last = bool(prompts.made) and prompts.made[-1][0] == "point" and not prompts.made[-1][4]
-        if not negative_last:
-            _heed(margin, negative, -1.0)
-        if corrects:
-            _heed(margin, positive, 1.0)
-            for point in on_patch([_voxel(p) for p in prompts.positive]):
-                _heed_between(margin, point)
-        if negative_last:
-            _heed(margin, negative, -1.0)
+        for point, wanted in prompts.points:
+            if not wanted:
+                _heed(margin, on_patch([point]), -1.0)
+            elif corrects:
+                _heed(margin, on_patch([point]), 1.0)
+                _heed_between(margin, *on_patch([_voxel(point)]))
         probability = 1 / (1 + np.exp(-margin))
 
         mask = probability > 0.5
@@ -592,13 +596,14 @@ class ClickSession:
         probability[mask & ~kept] = 0
         target = self._of_patch(inside.grown((1, 1, 1)) & whole, grid)
         native = resample_back(probability[None], whole, grid, target)[0] > 0.5
-        for points, part in ((prompts.positive if corrects else (), True), (prompts.negative, False)):
-            for point in points:
+        for part in (True, False):
+            for i, (point, wanted) in enumerate(prompts.points):
                 at = tuple(p - a for p, a in zip(_voxel(point), target.start))
-                if not all(0 <= i < n for i, n in zip(at, target.shape)):
+                if wanted != part or (wanted and not corrects) or not all(0 <= v < n for v, n in zip(at, target.shape)):
                     continue
                 # What a later negative click took away about an earlier positive one does not stay as specks.
-                if part and negative_last and not native[tuple(slice(max(0, i - 1), i + 2) for i in at)].any():
+                undone = part and not all(later for _, later in prompts.points[i:])
+                if undone and not native[tuple(slice(max(0, v - 1), v + 2) for v in at)].any():
                     continue
                 native[at] = part
         found = Box.around(native)
@@ -614,7 +619,7 @@ class ClickSession:
         """The image's voxels in a part of a patch."""
         low = [math.floor(a * s + o) for a, s, o in zip(box.start, grid.scale, grid.offset)]
         high = [math.ceil((b - 1) * s + o) + 1 for b, s, o in zip(box.stop, grid.scale, grid.offset)]
-        return Box(tuple(low), tuple(high)) & Box.whole(self._canonical.shape)
+        return Box(tuple(low), tuple(high)) & self._scanned
 
     def _averaged(self, margin: np.ndarray, grid: Grid, kept: np.ndarray, share: float) -> np.ndarray:
         """The mean of the patch's log-odds and of the second opinion's where that agrees on what is kept, as they are elsewhere."""
@@ -656,7 +661,7 @@ class ClickSession:
         """The mask's voxels on those faces of the patch beyond which the image goes on, by its volume to 2/3; 0 for a few."""
         voxels = 0
         for axis in range(3):
-            for end, n in ((0, -0.5), (grid.shape[axis] - 1, self._canonical.shape[axis] - 0.5)):
+            for end, n in ((0, self._scanned.start[axis] - 0.5), (grid.shape[axis] - 1, self._scanned.stop[axis] - 0.5)):
                 at = end * grid.scale[axis] + grid.offset[axis]
                 more = at - grid.scale[axis] > n if end == 0 else at + grid.scale[axis] < n
                 cut = int(np.count_nonzero(kept.take(end, axis))) if more else 0
@@ -669,6 +674,19 @@ def fitting(extent: Sequence[float], patch: Sequence[int], least: float) -> floa
     # 4 voxels on each side, for the mask to grow and the network to see where the lesion ends.
     room = np.array(patch) - 8
     return next((z for z in ZOOMS if z >= least and (np.array(extent) / z <= room).all()), ZOOMS[-1])
+
+
+def _scanned(channels: np.ndarray) -> Box:
+    """A CT (c, z, y, x) without the planes of one value that pad it. 16 crops have a Dice of 0.859 and so padded with -1024 or -3024, with
+    ten slices of 0 above and below 0.840 (as lung or tissue of the image: 0.822, 0.755 and 0.455). A phantom's even lung is what is
+    around a lesion, and without any lung there is no telling."""
+    whole = Box.whole(channels.shape[1:])
+    box = content(channels, whole)
+    corners = channels[0][np.ix_(*((0, n - 1) for n in whole.shape))]
+    kept = [np.array([a == 0, b == n]) for a, b, n in zip(box.start, box.stop, whole.shape)]
+    lost = corners[~(kept[0][:, None, None] & kept[1][:, None] & kept[2])]
+    even = ((lost > OUTSIDE_HU) & (lost < LUNG_HU)).any()
+    return whole if even or channels[0][box.slices].min() >= LUNG_HU else box
 
 
 def _noted(prompts: _Prompts, prompt: Prompt) -> _Prompts:
