@@ -31,6 +31,7 @@ from mrml_scenes import (
     tag,
 )
 from UNetSegmentationLib import UserError, mrml
+from UNetSegmentationLib.image import Box
 from UNetSegmentationLib.mrml import complete, write_clicked_steps, write_prediction
 
 GRIDS = {"plain": np.eye(3), "oblique": rotation(), "left-handed": rotation() @ np.diag([1, 1, -1])}
@@ -440,3 +441,17 @@ def test_the_days_between_two_studies_are_those_of_their_dates(scene: Any) -> No
         for study, date in zip(studies, (then, now)):
             hierarchy.SetItemAttribute(study, words.GetDICOMStudyDateAttributeName(), date)
         assert mrml.days_between(one, other) == days
+
+
+def test_of_one_layer_only_the_planes_with_wanted_segments_are_read_and_all_of_those(scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = volume()
+    masks = {"low": ball(SHAPE, (2, 4, 5), 1), "high": ball(SHAPE, (7, 6, 8), 1), "other": ball(SHAPE, (5, 3, 3), 1)}
+    out, _ = complete(write_clicked_steps(masks["low"], (0, 0, 0), node, name="low"))
+    for name in ("high", "other"):
+        add_segment(out, name, masks[name], node)
+    out.GetSegmentation().CollapseBinaryLabelmaps(False)
+    monkeypatch.setattr(mrml, "slabs", lambda shape, *_: [slice(z, z + 1) for z in range(shape[0])])
+    ids = segments(out)
+    for names in (["low"], ["high"], ["low", "high"], ["high", "other"]):
+        held = complete(mrml._held_steps(out.GetSegmentation(), [ids[n] for n in names], Box.whole(SHAPE), mrml._grid_in(out, node)))
+        assert np.array_equal(held, sum(masks[n] for n in names) > 0)

@@ -37,6 +37,7 @@ from UNetSegmentationLib.mrml import (  # noqa: E402
     find_map,
     find_table,
     image_from_volume,
+    remove_segment,
     segment_mask,
     write_clicked_steps,
     write_map_steps,
@@ -331,6 +332,19 @@ def test_the_segment_editors_undo_takes_back_a_prediction_alone(
     assert set(segments(node)) > names and history.GetNumberOfStates() == 2
     assert history.RestorePreviousState()
     assert set(segments(node)) == names and np.array_equal(segment_mask(node, mine, volume), drawn)
+
+
+def test_the_segment_editors_undo_brings_a_removed_segment_back(
+    scene: Any, volume: Any, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = rich(scene, volume, labels)
+    history = slicer.vtkSegmentationHistory()
+    history.SetSegmentation(node.GetSegmentation())
+    editor = SimpleNamespace(segmentationNode=lambda: node, saveStateForUndo=history.SaveState)
+    monkeypatch.setattr(slicer.modules, "SegmentEditorWidget", SimpleNamespace(editor=editor), raising=False)
+    names = list(segments(node))
+    remove_segment(node, segments(node)[names[0]])
+    assert list(segments(node)) == names[1:] and history.RestorePreviousState() and sorted(segments(node)) == sorted(names)
 
 
 @pytest.mark.parametrize("clicked", [False, True])

@@ -1997,3 +1997,29 @@ def test_closing_the_panel_leaves_the_segments_alone(panel: Any) -> None:
     interactor.RemoveObserver(tag)
     assert heard
     assert sys.modules["UNetSegmentationPanel"].clickController().owner is None
+
+
+def test_a_nodule_that_reaches_beyond_a_cropped_scan_is_left_as_it_is(panel: Any) -> None:
+    """Written on the crop it would lose what lies beside it, and one wholly beside it would be taken for an emptied one."""
+    import slicer
+
+    p = begun(panel, "left")
+    node, segment, whole = p.node, p.segments()["Nodule 1"], p.mask("Nodule 1")
+    for first in (32, 44):
+        matrix = np.diag([*SPACING, 1.0])
+        matrix[0, 3] = first * SPACING[0]
+        crop = slicer.util.addVolumeFromArray(made_scan()[:, :, first:], matrix, f"crop {first}")
+        crop.CreateDefaultDisplayNodes()
+        node.SetReferenceImageGeometryParameterFromVolumeNode(crop)
+        p.settings.volume, p.settings.nodules = crop, node
+        p.gui.process_events()
+        slicer.app.layoutManager().sliceWidget("Red").mrmlSliceCompositeNode().SetBackgroundVolumeID(crop.GetID())
+        p.settle()
+        p.tool.select(segment)
+        z, y, x = BALLS["left" if first == 32 else "right"][0]
+        p.click((z, y, max(x, 36) - first))
+        assert "reaches beyond 'crop" in p.tool.text
+    node.SetReferenceImageGeometryParameterFromVolumeNode(slicer.mrmlScene.GetFirstNodeByName("CT"))
+    from UNetSegmentationLib.mrml import segment_mask
+
+    assert np.array_equal(segment_mask(node, segment, slicer.mrmlScene.GetFirstNodeByName("CT")), whole)

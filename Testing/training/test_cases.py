@@ -884,12 +884,17 @@ def test_soft_edges_of_few_greys_are_no_labels(tmp_path):
             sitk.WriteImage(sitk.GetImageFromArray(picture), str(tmp_path / folder / "a.png"))
 
     save(soft)
-    with pytest.raises(UserError, match=r"a\.png has 5 grey values; save it as 0 and 255, or use --foreground"):
+    with pytest.raises(UserError, match=r"a\.png has 5 grey values; save it as 0 and 255, .* classes, name them in labels\.json"):
         find_cases(tmp_path)
     assert len(find_cases(tmp_path, foreground=True).labels) == 1
     soft[2:6, 2:6] = 63
     save(soft)
     assert len(find_cases(tmp_path).labels) == 4  # where a grey fills a place it is one
+    dots = np.zeros_like(soft)
+    for k, value in enumerate((64, 128, 192, 255)):
+        dots[10 * k : 10 * k + 2, 2::5] = value
+    save(dots)
+    assert len(find_cases(tmp_path).labels) == 4  # or where they lie apart
 
 
 def test_instances_become_one_label(tmp_path, monkeypatch):
@@ -1124,7 +1129,7 @@ def test_a_table_of_patients_as_spreadsheets_save_it(pairs, rows):
     assert [c.patient for c in find_cases(pairs).cases] == ["X", "X", "Y"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_names_and_splits_as_windows_saves_them(pairs, encoding):
     (pairs / "labels.txt").write_text('1 255 0 0 1 1 1 "Tumör"\n2 0 255 0 1 1 1 "Leber"\n', encoding)
     assert [label.name for label in find_cases(pairs).labels] == ["Tumör", "Leber"]
@@ -1138,6 +1143,16 @@ def test_names_and_splits_as_windows_saves_them(pairs, encoding):
     found = find_cases(pairs)
     assert found.layout == "nnunet" and [label.name for label in found.labels] == ["Tumör", "Leber"]
     assert [c.split for c in found.cases] == ["train", "train", "validation"]
+
+
+@pytest.mark.parametrize("encoding", ["cp1250", "cp1252", "cp932"])
+def test_names_in_a_code_page_are_refused(pairs, encoding):
+    """Nothing says in which: Wątroba in Polish became W¹troba."""
+    name = "肝臓" if encoding == "cp932" else "Tumör"
+    for file, text in (("labels.txt", f'1 255 0 0 1 1 1 "{name}"\n'), ("labels.json", f'{{"{name}": 1}}')):
+        (pairs / file).write_text(text, encoding)
+        with pytest.raises(UserError, match=f"{file} is not in UTF-8, so that its names cannot be read; save it as UTF-8"):
+            find_cases(pairs)
 
 
 def test_a_table_without_patients_is_told(pairs):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from unetseg_training import check as module
-from unetseg_training.cases import find_cases
+from unetseg_training.cases import find_cases, numbered_instances
 from unetseg_training.check import check, run
 from unetseg_training.plan import plan
 from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Image, read_image, write_image
+from UNetSegmentationLib.model import Label
 
 SHAPE = (6, 20, 18)
 
@@ -230,12 +231,13 @@ def test_no_picture_of_sound_cases(folder, tmp_path):
     assert module.LEVELS[0] == "error"
 
 
-def test_pictures_with_and_without_a_pixel_size_are_an_error(tmp_path):
+@pytest.mark.parametrize("suffixes", [(".tif", ".tif", ".png"), (".nii.gz",) * 3])  # the latter as our own training sets have them
+def test_pictures_with_and_without_a_pixel_size_are_an_error(tmp_path, suffixes):
     for part in ("images", "labels"):
         (tmp_path / part).mkdir()
-    for i, suffix in enumerate((".tif", ".tif", ".png")):
+    for i, suffix in enumerate(suffixes):
         picture = np.random.default_rng(i).integers(0, 200, (1, 20, 18)).astype(np.uint8)
-        size = (0.0025, 0.0025, 1.0) if suffix == ".tif" else (1.0, 1.0, 1.0)
+        size = (0.0025, 0.0025, 1.0) if i < 2 else (1.0, 1.0, 1.0)
         for part, array in (("images", picture), ("labels", (picture > 100).astype(np.uint8))):
             write_image(Image(array, size), tmp_path / part / f"c{i}{suffix}")
     mixed = r"1 of 3 images have no pixel size \(c2\) and count as 1 mm, that of the others is 0.0025 mm; save all as TIFF"
@@ -244,7 +246,7 @@ def test_pictures_with_and_without_a_pixel_size_are_an_error(tmp_path):
     with pytest.raises(UserError, match=mixed):
         plan(find_cases(tmp_path), tmp_path, measure=False)
     for part in ("images", "labels"):
-        (tmp_path / part / "c2.png").unlink()
+        (tmp_path / part / f"c2{suffixes[2]}").unlink()
     assert not check(find_cases(tmp_path)).errors
 
 
@@ -258,8 +260,32 @@ def test_numbered_instances_are_suspected(folder, instances):
             mask[1 : 2 + width, 2 * k + 2 : 2 * k + 3 + (not instances and k > 3), 2 : 3 + width] = k + 1
         put(folder, f"c{i}", mask=scan(i).like(mask))
     assert (("", "instances") in found(folder)) == instances
-    assert any("learn them as one with --foreground" in n for n in plan(find_cases(folder), folder, measure=False).notes) == instances
+    notes = plan(find_cases(folder), folder, measure=False).notes
+    assert any("learn instances as one label with --foreground" in note for note in notes) == instances
     assert ("", "instances") not in found(folder, foreground=True)
+
+
+def test_structures_of_small_and_large_bodies_and_of_crops_are_no_instances(folder, monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = [Label(i, f"label {i}", (1, 1, 1), {}) for i in range(1, 25)]
+
+    def told(sizes, by_person, crop=24):
+        cases = np.array([[0, *sizes * np.exp(rng.normal(0, by_person) + rng.normal(0, 0.1, 24))] for _ in range(20)])
+        for i, case in enumerate(cases):
+            start = rng.integers(0, 25 - crop)
+            case[1 + np.r_[0:start, start + crop - i % 2 : 24]] = 0
+            case[np.flatnonzero(case)[[0, -1]]] *= rng.uniform(0.1, 1, 2) if crop < 24 else 1
+        return numbered_instances(labels, cases)
+
+    muscles, spine = np.tile([300, 280, 250, 320, 260, 300], 4), np.geomspace(5e3, 47e3, 24)
+    assert not told(muscles, 0.4) and not told(spine, 0.2, crop=8)
+    assert "name them in labels.json if they are classes, or learn" in told(np.ones(24), 0.2)
+    given = []
+    for place in ("check", "plan"):
+        monkeypatch.setattr(f"unetseg_training.{place}.numbered_instances", lambda _, sizes: given.append(sizes) or "")
+    check(find_cases(folder))
+    plan(find_cases(folder), folder, measure=False)
+    assert len(given) == 2 and all(np.allclose(np.array(sizes)[:, 2], 18 * 0.8 * 0.8 * 2) for sizes in given)  # mm3
 
 
 def test_real_data(data, tmp_path):
@@ -268,6 +294,8 @@ def test_real_data(data, tmp_path):
     cubes = find_cases(data / "lidc_nodule_cubes")
     cubes = check(cubes.subset(cubes.cases[:40]))
     assert not cubes.errors
+    cells = [np.bincount(read_image(p).array.ravel(), minlength=14) for p in (data / "dic_hela" / "01_GT").glob("*.tif")]
+    assert numbered_instances([Label(i, f"label {i}", (1, 1, 1), {}) for i in range(1, 14)], cells)
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     source = data / "msd_hippocampus"

@@ -684,18 +684,39 @@ def test_a_truncated_slice_is_noticed_by_its_length(slices, tmp_path, syntax):
             _check_complete(tmp_path / "a.dcm", reader)
 
 
-@pytest.mark.parametrize("kept", [0, 100, 140, 300, 1500, -1000])
+@pytest.mark.parametrize("kept", [0, 100, 140, 180, 300, 1500, -1000])
 def test_a_lost_slice_at_the_end_of_a_series_is_named(slices, tmp_path, data, kept):
     """GDCM leaves it out, and its neighbours are as evenly spaced as before."""
     folder = copied(slices, tmp_path / "scan")
     structures = (data / "lung_gtv_dicom_rtstruct" / "pat_3" / "DCM_RS_00046.dcm").read_bytes()
     for name, content in (("structures.dcm", structures), ("of old.dcm", structures[structures.index(b"\x08\0\x16\0") - 12 :])):
         (folder / name).write_bytes(content)
-    (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + b"\2\0\2\0UI\x16\0" + b"1.2.840.10008.1.3.10")
+    (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + b"\2\0\2\0UI\x16\0" + b"1.2.840.10008.1.3.10\0\0")
     (folder / "._000.dcm").write_bytes(b"macOS")
     last = Path(read_image(folder).dicom_files[-1])
     last.write_bytes(last.read_bytes()[:kept])
     with pytest.raises(UserError, match=rf"{last.name} cannot be read \(empty, cut short or damaged"):
+        read_image(folder)
+
+
+def test_what_is_no_slice_of_the_wanted_series_may_lie_beside_it(slices, tmp_path):
+    """Of its SOP class too: segmentations, screen shots of reports, an object without pixels, and a cut slice of another series."""
+    folder = copied(slices, tmp_path / "scan")
+    uid = next(iter(list_series(folder)))
+
+    def other(i, dataset):
+        dataset.SeriesInstanceUID, dataset.Modality = f"1.2.3.{400 + i}", ("SEG", "SR", "KO", "CT", "CT")[i]
+        if i == 3:
+            del dataset.PixelData
+
+    for file in sorted(copied(slices[:5], tmp_path / "others", other).iterdir()):
+        shutil.copy(file, folder / f"other {file.name}")
+    assert read_image(folder, uid).shape[0] == 8
+    cut, content = folder / "other 004.dcm", (folder / "other 004.dcm").read_bytes()
+    cut.write_bytes(content[:-1000])
+    assert read_image(folder).shape[0] == 8
+    cut.write_bytes(content[: content.index(b"1.2.3.404") + 7])  # the name of its series is cut too
+    with pytest.raises(UserError, match=r"other 004.dcm cannot be read \(empty, cut short or damaged"):
         read_image(folder)
 
 

@@ -13,7 +13,7 @@ import mmap
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -572,7 +572,7 @@ def _read_series(folder: Path, wanted: str | None, among: bool) -> Image:
             raise SeveralSeries(folder, {u: text for u, (text, _) in series.items()})
         uid = next(iter(series))
     files = series[uid][1]
-    _check_left_out(Path(files[0]).parent, [own for _, own in series.values()])
+    _check_left_out(uid, series)
     slices = [information(file) for file in files]
     sizes = [" x ".join(map(str, s.GetSize()[:2])) for s in slices]
     most = mode(sizes)
@@ -593,28 +593,32 @@ def _read_series(folder: Path, wanted: str | None, among: bool) -> Image:
     return _with_thickness(image, slices[0])
 
 
-def _check_left_out(folder: Path, series: Iterable[Sequence[str]]) -> None:
-    """Refuse a slice that GDCM left out, as it does without a word with what is empty or cut short, wherever: of 46 slices the 8 lowest
-    were so, and 38 were read. A file in none of the series is one by its SOP class, which structures, reports and a DICOMDIR do not
-    have, or, where its beginning is lost, by its name. Only such files are looked into."""
-    here = [files for files in series if Path(files[0]).parent == folder]
-    names = {Path(file).name for files in here for file in files}
-    left = sorted(p for p in folder.iterdir() if p.name not in names and not p.name.startswith(".") and p.is_file())
-    classes = {_sop_class(Path(files[0])) for files in here if left}
-    kinds = {_kind(name) for name in names if left}
+def _check_left_out(uid: str, series: dict[str, tuple[str, list[str]]]) -> None:
+    """Refuse a slice of a series that GDCM left out, as it does without a word with what is empty or cut short, wherever: of 46 slices the
+    8 lowest were so, and 38 were read. A file in none of the series is one by its SOP class, which structures, reports and a DICOMDIR do
+    not have, or, where its beginning is lost, by its name; but if it names its series, only one of this one. Only such files are looked
+    into."""
+    own = [Path(file) for file in series[uid][1]]
+    known = {Path(file) for _, files in series.values() for file in files}
+    left = sorted(p for p in own[0].parent.iterdir() if p not in known and not p.name.startswith(".") and p.is_file())
+    kinds = {_kind(p.name) for p in own if left}
     for path in left:
-        own = _sop_class(path)
-        if own in classes if own else is_dicom(path) or _kind(path.name) in kinds:
+        classes, named = _uids(path, _SOP_CLASS), _uids(path, _SERIES)
+        alike = classes[0] in _uids(own[0], _SOP_CLASS)[:1] if classes else is_dicom(path) or _kind(path.name) in kinds
+        if alike and (not named or uid.encode() in named):
             text = "cannot be read (empty, cut short or damaged), and may be a slice of the DICOM series beside it"
             raise UserError(f"{path} {text}; copy or export it again, or take it out of the folder.")
 
 
-def _sop_class(path: Path) -> bytes:
-    """As it stands before the data set or, in a file that begins with that, in it; empty where there is none."""
+# The SOP class stands before the data set or, in a file that begins with that, in it.
+_SOP_CLASS, _SERIES = rb"(?:\x02\0\x02\0|\x08\0\x16\0)", rb"\x20\0\x0e\0"
+
+
+def _uids(path: Path, tag: bytes) -> list[bytes]:
+    """A tag's values in a file's beginning, also in sequences, but for one that is cut."""
     with suppress(OSError), path.open("rb") as f:
-        if found := re.search(rb"(?:\x02\0\x02\0|\x08\0\x16\0)(?:UI..|..\0\0)([\d.]{6,})", f.read(1024), re.DOTALL):
-            return found[1]
-    return b""
+        return re.findall(tag + rb"(?:UI..|..\0\0)([\d.]{6,})(?![\d.]|\Z)", f.read(1 << 16), re.DOTALL)
+    return []
 
 
 def _kind(name: str) -> str:

@@ -951,8 +951,13 @@ def _steps(shape: Sequence[int], most: int) -> list[int]:
 def _widened(mask: np.ndarray, by: int) -> np.ndarray:
     """Grown by so many voxels along every axis (a box)."""
     for axis, n in enumerate(mask.shape):
-        framed = np.pad(mask, [(by, by) if a == axis else (0, 0) for a in range(mask.ndim)])
-        mask = np.logical_or.reduce([framed.take(range(d, d + n), axis) for d in range(2 * by + 1)])
+        wide = mask.copy()
+        for d in range(1, min(by, n - 1) + 1):
+            ahead, behind = [slice(None)] * mask.ndim, [slice(None)] * mask.ndim
+            ahead[axis], behind[axis] = slice(d, None), slice(None, -d)
+            wide[tuple(ahead)] |= mask[tuple(behind)]
+            wide[tuple(behind)] |= mask[tuple(ahead)]
+        mask = wide
     return mask
 
 

@@ -511,6 +511,7 @@ class NoduleTool(VTKObservationMixin):
 
     def _promptSteps(self, prompt: Callable[[Any], None], positive: bool) -> Generator[Any, None, None]:
         from UNetSegmentationLib import mrml
+        from UNetSegmentationLib.dataset import BEYOND
 
         if self.volume is None or self.model is None:
             return
@@ -525,6 +526,10 @@ class NoduleTool(VTKObservationMixin):
             self._say(_("Click on the nodule first, then on what is not part of it."))
             return
         if lesion.there and not controller.busy:
+            if (yield from mrml.beyond_steps(lesion.node, [lesion.segment], lesion.volume)) > BEYOND:
+                text = _("'{segment}' reaches beyond '{volume}', which would cut it; click on it in the scan that it was made in.")
+                self._say(text.format(segment=lesion.part().GetName(), volume=lesion.volume.GetName()))
+                return
             label, written = mrml.label_of(lesion.part()), mrml.segment_tag(lesion.part(), mrml.DIGEST_TAG)
             lesion.asked = label, written
             unread = not controller.prompts  # of what it came from nothing can be read any more
@@ -674,7 +679,7 @@ def nextName(segmentation: Any, card: Any) -> tuple[str, tuple[int, int, int]]:
 
     word = _("Nodule") if expects_lung(card) else card.labels[0].name
     names = [] if segmentation is None else [segmentation.GetSegmentation().GetNthSegment(i).GetName() for i in range(_count(segmentation))]
-    number = 1 + max((int(m[1]) for m in (re.fullmatch(re.escape(word) + r" (\d+)", n) for n in names) if m), default=0)
+    number = 1 + max((int(m[1]) for m in (re.fullmatch(re.escape(word) + r" (\d+)", n, re.I) for n in names) if m), default=0)
     return f"{word} {number}", COLORS[(number - 1) % len(COLORS)]
 
 

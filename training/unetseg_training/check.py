@@ -297,7 +297,7 @@ def _of_all(case_set: CaseSet, facts: Sequence[Facts]) -> list[Finding]:
         cure = "replace it by its whole volume, or leave it out"
         out += [Finding(f.case.name, "slice", "warning", "it is a single slice among volumes", cure) for f in known if min(f.size) < 2]
     mixed = mixed_pixel_sizes([(f.case.name, f.unsized, f.spacing) for f in facts])
-    instances = numbered_instances(case_set.labels, [f.voxels for f in known])
+    instances = numbered_instances(case_set.labels, [[n * math.prod(f.spacing) for n in f.voxels] for f in known])
     for kind, level, told in (("spacing", "error", mixed), ("instances", "warning", instances)):
         if told:
             text, _, cure = told.rpartition("; ")
