@@ -2,13 +2,15 @@
 
     .venv/bin/python benchmarks/robustness.py
 
-prints one table in Markdown; each row is a mean over the same cases as its model's first row. The data is found through UNETSEG_DATA.
+prints one table in Markdown; each row is a mean over the same cases as its model's first row, but for crops of which
+some would lack a part of their target. The data is found through UNETSEG_DATA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -19,7 +21,10 @@ from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import find_model
 
-Changed = Iterator[tuple[str, Image, Box | None]]
+# What it is, the image with its true geometry, a ROI, and the image as the model gets it, where that is another.
+Changed = Iterator[tuple[Any, ...]]
+
+PIXEL_MM = 1.3  # of the ventricles' slices, whose pictures do not carry it
 
 
 def padded(image: Image, width: tuple[int, int, int], **how: object) -> tuple[Image, Box]:
@@ -35,6 +40,20 @@ def hot(image: Image, n: int, factor: float) -> Image:
     return image.like(values)
 
 
+def tilted(image: Image) -> Image:
+    """On a grid turned about the image's middle, 6 voxels larger on each side."""
+    source, spacing = to_sitk(image.like(image.array.astype(np.float32))), np.array(image.spacing)
+    turn = np.radians(10)
+    rotation = np.array([[np.cos(turn), 0, np.sin(turn)], [0, 1, 0], [-np.sin(turn), 0, np.cos(turn)]])
+    direction, size = np.reshape(image.direction, (3, 3)) @ rotation, np.array(source.GetSize()) + 12
+    middle = image.index_to_point([(n - 1) / 2 for n in source.GetSize()])
+    grid = sitk.Image([int(n) for n in size], sitk.sitkFloat32)
+    grid.SetSpacing(image.spacing)
+    grid.SetDirection(direction.ravel().tolist())
+    grid.SetOrigin((middle - direction @ ((size - 1) / 2 * spacing)).tolist())
+    return from_sitk(sitk.Resample(source, grid, sitk.Transform(), sitk.sitkBSpline, 0.0))
+
+
 def hippocampus(image: Image, truth: np.ndarray, roi: Box) -> Changed:
     yield "as it is", image, None
     yield "zeros around it, 8 voxels", padded(image, (8, 8, 8))[0], None
@@ -45,6 +64,13 @@ def hippocampus(image: Image, truth: np.ndarray, roi: Box) -> Changed:
     )
     yield "a ROI in what is 20 mm larger on each side (mirrored)", *padded(image, (20, 20, 20), mode="reflect")
     yield "a ROI that fits closely", image, Box.around(truth)
+    close = Box.around(truth)
+    assert close is not None
+    yield "the file ends with the hippocampus", image.crop(close), None
+    yield "4 voxels less on each side", image.crop(Box.whole(image.shape).grown((-4, -4, -4)) | close), None
+    near = sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(sitk.GetImageFromArray(truth.astype(np.uint8)), False, False, False)) <= 10
+    yield "zeros from 10 voxels beside it on", image.like(np.where(near, image.array, 0)), None
+    yield "turned by 10 degrees, zeros in the corners", tilted(image), None
     yield "five voxels of ten times the maximum", hot(image, 5, 10), None
     yield "axes turned (PIR)", from_sitk(sitk.DICOMOrient(to_sitk(image), "PIR")), None
     yield "values times 1000", image.like(image.array.astype(np.float32) * 1000), None
@@ -56,6 +82,16 @@ def ventricle(image: Image, truth: np.ndarray, roi: Box) -> Changed:
     yield "zeros around it, 128 pixels", padded(image, (0, 128, 128))[0], None
     yield "255 around it, 128 pixels", padded(image, (0, 128, 128), constant_values=255)[0], None
     yield "five pixels of twenty times the maximum", hot(image, 5, 20), None
+    for n in (128, 160, 192, 320, 512):
+        other = resample(image, (max(image.shape) / n, max(image.shape) / n, None))
+        mm = PIXEL_MM * max(image.shape) / n
+        yield f"{n} pixels across, of known size", other, None, Image(other.array, (mm, mm, 8.0))
+        yield f"{n} pixels across, a picture", other, None, Image(other.array)
+    middle = np.argwhere(truth).mean(0).round().astype(int)
+    for n in (128, 96, 64):
+        box = Box((0, *(middle[1:] - n // 2).tolist()), (1, *(middle[1:] + n // 2).tolist()))
+        if (Box.around(truth) & box) == Box.around(truth):  # type: ignore[operator]
+            yield f"cropped to {n} pixels about the heart", image.crop(box & Box.whole(truth.shape)), None
 
 
 def nodule(image: Image, truth: np.ndarray, roi: Box) -> Changed:
@@ -73,12 +109,13 @@ def main() -> None:
         found: dict[str, list[list[float]]] = {}
         crops = [case for case in cases(name) if case[0] == "crop"][step // 2 :: step]
         for _, _, image, truth, roi in crops:
-            for what, other, box in changed(image, truth, roi):
-                got = to_sitk(predict(other, [package], Options(roi=box), engines=[engine]).labels)
+            for what, other, box, *seen in changed(image, truth, roi):
+                result = predict(seen[0] if seen else other, [package], Options(roi=box), engines=[engine])
+                got = to_sitk(other.like(result.labels.array))
                 back = sitk.GetArrayFromImage(sitk.Resample(got, to_sitk(image), sitk.Transform(), sitk.sitkNearestNeighbor))
                 found.setdefault(what, []).append([dice(back == d.value, truth == d.value) for d in labels])
         for what, rows in found.items():
-            print(f"| `{name}` | {len(crops)} | {what} | {' and '.join(f'{v:.3f}' for v in np.mean(rows, 0))} |", flush=True)
+            print(f"| `{name}` | {len(rows)} | {what} | {' and '.join(f'{v:.3f}' for v in np.mean(rows, 0))} |", flush=True)
 
 
 if __name__ == "__main__":

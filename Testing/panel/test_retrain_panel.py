@@ -1039,7 +1039,7 @@ def test_another_training_set_is_another_task_and_the_first_is_found_again(
 
     p.choose(hearts)
     assert p.section.job is None and not p.ui.jobWidget.visible and p.section.root.text == "Retrain" and p.ui.trainButton.enabled
-    assert p.start == "left-ventricle-2d-1.0.2"  # though the panel's model is another, which does not fit
+    assert p.start == "left-ventricle-2d-1.0.3"  # though the panel's model is another, which does not fit
     assert p.ui.trainMessage.text == "3 cases of 3 patients. Labels: Left ventricle cavity."
     p.start_from("hippocampus-3d-1.2.2")
     said = "The cases are single slices and hippocampus-3d is a 3D model; start from a 2D model, or from scratch."

@@ -43,6 +43,7 @@ def test_what_is_written_is_read_back_and_explains_itself(tmp_path):
         ({"input": {"patch": [63, 64, 64]}}, r"multiples of the network's down-sampling \[8, 8, 8\]"),
         ({"input": {"patch": [64, 64]}}, "input.patch needs 3 numbers for 3D, not 2"),
         ({"input": {"context_slices": 1}}, "belong to 2D"),
+        ({"input": {"field_px": 256}}, "belong to 2D"),
         ({"input": {"spacing": [1, 2, "x"]}}, "input.spacing.2 is 'x'"),
         ({"input": {"intensity": {"mode": "window"}}}, "input.intensity lacks level, width"),
         ({"network": {"strides": [[2, 2]]}}, "4 levels need 3 strides"),

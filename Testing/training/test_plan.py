@@ -16,6 +16,7 @@ from unetseg_training import config as c  # noqa: E402
 from unetseg_training import plan as module  # noqa: E402
 from unetseg_training.cases import IGNORE  # noqa: E402
 from unetseg_training.plan import Fingerprint, Machine, fingerprint, plan  # noqa: E402
+from unetseg_training.prepare import compute, key  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image  # noqa: E402
 from UNetSegmentationLib.model import Card, Label, find_model  # noqa: E402
@@ -244,6 +245,28 @@ def test_fine_tuning_keeps_the_padding_of_its_base():
     for padding in ("zero", "reflect"):
         made = of(cases(labels=names), base=(Card({**card.data, "padding": padding}), network)).config
         assert made.input.padding == padding
+
+
+def test_fine_tuning_shows_pixels_of_the_size_that_its_base_was_trained_on():
+    """Slices of 128 pixels of 2.6 mm were trained on as they are, and the base had seen none such."""
+    card = find_model("left-ventricle-2d").card
+    base = card, UNetConfig.from_json(card.data["network"])
+    made = [
+        of(cases(labels=("Left ventricle cavity",), shape=(1, n, n), spacing=(s, s, 8.0)), base=base).config
+        for n, s in ((128, 2.6), (512, 0.65))
+    ]
+    for config, n, s in zip(made, (128, 512), (2.6, 0.65)):
+        image = Image(np.random.default_rng(0).normal(100, 20, (1, n, n)).astype(np.float32), (s, s, 8.0))
+        seen = compute(image, np.ones(image.shape, np.uint8), config, "x")
+        assert seen["labels"].shape == (1, 256, 256) and np.allclose(seen["spacing"], (8, 1.3, 1.3))
+        new = config.card()
+        assert (new["spacing"], new["pixel_mm"], new["field_px"]) == ([None] * 3, 1.3, 256)
+        other = config.model_copy(update={"input": config.input.model_copy(update={"pixel_mm": None})})
+        assert key(config, "") != key(other, "")
+    cells = cases(labels=("cell",), shape=(1, 512, 512), spacing=(0.0005, 0.0005, 1.0))
+    assert "pixel_mm" not in of(cells, base=base).config.card()  # else they were refused, as too coarse
+    (small, large) = (m.fit.steps for m in made)
+    assert abs(small - large) <= 1  # a case is validated in the same time
 
 
 def test_a_small_gpu_in_a_large_machine_gets_what_it_holds():

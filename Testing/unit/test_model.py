@@ -384,6 +384,7 @@ def test_a_full_card_is_valid():
         ({"spacing": [1e300, 1, 1]}, "must be at most 100"),  # it was an OverflowError when the model ran
         ({"axis": "axial"}, "belong to 2D models"),
         ({"context_slices": 1}, "belong to 2D models"),
+        ({"pixel_mm": 1.3}, "belong to 2D models"),
         ({"labels": [{"value": 1, "name": "a"}, {"value": 1, "name": "b"}]}, "share one value"),
         ({"labels": [{"value": 1, "name": "a"}, {"value": 2, "name": "A "}]}, "share one name"),  # by which --reference finds them
         ({"version": "1" * 40 + ".0.0"}, "card.version has 44 characters"),  # of a file's name

@@ -118,7 +118,7 @@ class Card:
 
     @property
     def spacing(self) -> tuple[float | None, ...]:
-        """(x, y, z) mm, LPS order; None keeps the image's."""
+        """(x, y, z) mm, LPS order; None keeps the image's, but for what pixel_mm and field_px say (see the schema)."""
         return tuple(self.data["spacing"])
 
     @property
@@ -321,8 +321,8 @@ def check_card(data: Any) -> Card:
             raise wrong(f"card.{key} needs {card.dimensions} numbers")
     if any(p % d for p, d in zip(card.patch, card.divisor)):
         raise wrong(f"card.patch {data['patch']} is not a multiple of card.divisor {data['divisor']}")
-    if card.dimensions == 3 and (card.context or "axis" in data):
-        raise wrong("axis and context_slices belong to 2D models")
+    if card.dimensions == 3 and (card.context or {"axis", "pixel_mm", "field_px"} & data.keys()):
+        raise wrong("axis, context_slices, pixel_mm and field_px belong to 2D models")
     for key, labels in (("value", {label.value for label in card.labels}), ("name", {label.key for label in card.labels})):
         if len(labels) != len(card.labels):
             raise wrong(f"two labels share one {key}")
@@ -656,7 +656,7 @@ def named(path: Path) -> tuple[str, str]:
         card = read_card(path)
     except UserError:
         text = path.name.removesuffix(SUFFIX)
-        parts = _NAMED.fullmatch(text)
+        parts = re.fullmatch(_NAMED.pattern + "(?:-[0-9]+)?", text)  # so is called what was imported beside another's file of its name
         return (parts[1], parts[2]) if parts else (text, "0.0.0")
     return card.name, card.version
 

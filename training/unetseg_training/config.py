@@ -80,6 +80,13 @@ class Input(_Strict):
     spacing: tuple[Spacing | None, Spacing | None, Spacing | None] = _f(
         (None, None, None), "mm along x, y, z that images are resampled to; null keeps an axis."
     )
+    pixel_mm: float | None = _f(None, "2D, with null above: mm of a slice's pixels, where an image knows its own.", ge=1e-4, le=100)
+    field_px: int | None = _f(
+        None,
+        "2D, likewise: pixels along the longer side, where an image does not and is no crop (0.85 of the patch).",
+        ge=16,
+        le=4096,
+    )
     patch: tuple[int, ...] = _f((64, 64, 64), "Voxels that the network sees at once, array order: (z,) y, x.")
     intensity: dict[str, Any] = _f({"mode": "zscore"}, "Normalisation: none, window, zscore, percentile, ct-foreground.")
     padding: Literal["zero", "reflect"] = _f("zero", "What lies beyond an image's edge, after normalisation.")
@@ -230,8 +237,8 @@ class Config(_Strict):
             raise ValueError(error)
         if self.model.task == "click" and (n != 3 or len(self.channels) != 1 or None in self.input.spacing):
             raise ValueError("a click model (model.task) is 3D, sees one image and has a spacing along each axis")
-        if n == 3 and (self.input.context_slices or self.input.axis != "axial"):
-            raise ValueError("input.axis and input.context_slices belong to 2D")
+        if n == 3 and (self.input.context_slices or self.input.axis != "axial" or self.input.pixel_mm or self.input.field_px):
+            raise ValueError("input.axis, input.context_slices, input.pixel_mm and input.field_px belong to 2D")
         divisor = self.unet().divisor
         if any(p < 1 or p % d for p, d in zip(self.input.patch, divisor)):
             raise ValueError(f"input.patch {list(self.input.patch)} must be multiples of the network's down-sampling {list(divisor)}")
@@ -287,6 +294,7 @@ class Config(_Strict):
         if model.extent != "image":
             card["extent"] = model.extent
         card |= {key: value for key in ("display", "surroundings", "second_opinion") if (value := getattr(model, key))}
+        card |= {key: value for key in ("pixel_mm", "field_px") if (value := getattr(data, key))}
         if data.dimensions == 2:
             card |= {"axis": data.axis, "context_slices": data.context_slices}
         return json.loads(json.dumps(card))  # tuples become lists, as in a card that was read

@@ -297,7 +297,8 @@ def markdown(package: ModelPackage) -> str:
     """A package's card for people, from what the package itself says: so both cannot disagree."""
     card, data = package.card, package.card.data
     metrics, origin = data.get("metrics", {}), data.get("lineage", {})
-    spacing = " x ".join("the image's own" if v is None else f"{v:g}" for v in card.spacing)
+    own = f"{data['pixel_mm']:g} (where the image knows its own)" if "pixel_mm" in data else "the image's own"
+    spacing = " x ".join((own if i < 2 else "the image's own") if v is None else f"{v:g}" for i, v in enumerate(card.spacing))
     lines = [f"# {_words(data.get('title') or card.name)}", "", f"`{card.name}` {card.version}. Not for diagnosis.", ""]
     automatic = data["task"] == "automatic"
     how = f"segment IMAGE{'…' * (len(data['channels']) > 1)}" if automatic else "click SCAN"

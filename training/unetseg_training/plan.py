@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from UNetSegmentationLib.files import UserError, counted, user_path, write_text
-from UNetSegmentationLib.image import reorient, slices_across
+from UNetSegmentationLib.image import Image, reorient, slices_across
 from UNetSegmentationLib.inference.click import expects_lung
-from UNetSegmentationLib.inference.predict import check_pixel_size, crop_mm
+from UNetSegmentationLib.inference.predict import check_pixel_size, crop_mm, spacing_for
 from UNetSegmentationLib.intensity import check_finite
-from UNetSegmentationLib.model import SLICE_AXIS
+from UNetSegmentationLib.model import SLICE_AXIS, Card
 from UNetSegmentationLib.postprocess import voxel_counts
 from UNetSegmentationLib.training import misfit, slug
 
@@ -35,7 +35,6 @@ from .cases import IGNORE, evenly, is_unsized, mixed_pixel_sizes, numbered_insta
 from .config import Config, Fit
 
 if TYPE_CHECKING:
-    from UNetSegmentationLib.model import Card
     from UNetSegmentationLib.networks import UNetConfig
 
     from .cases import CaseSet
@@ -393,6 +392,7 @@ def plan(
         why["network.deep_supervision"] = "coarse levels learn sooner, for a few percent of time"
 
     old: dict[str, Any] = {}
+    pixels: dict[str, Any] = {}
     if base is not None:
         card, unet = base
         if unet.padding != "same":
@@ -405,8 +405,15 @@ def plan(
         why |= dict.fromkeys(("input.dimensions", "input.spacing", "input.patch", "network.channels"), text)
         why.pop("network.strides", None)
         why.pop("network.deep_supervision", None)
-        kept = [card.spacing[2 - a] or f.median_spacing[a] for a in axes]
-        shapes = np.array([[n[a] * v[a] / k for a, k in zip(axes, kept)] for n, v in zip(f.shapes, f.spacings)])
+        # Of something else the pixels may be of any size: of microscopy in pixels of 1.3 mm nothing would be left.
+        pixels = {k: card.data.get(k) if same_labels(card, case_set) else None for k in ("pixel_mm", "field_px")}
+        wanted_of = [
+            spacing_for(Card({**card.data, **pixels}), Image(np.broadcast_to(np.uint8(0), n), v[::-1]))
+            for n, v in zip(f.shapes, f.spacings)
+        ]
+        seen = np.array([[w[2 - a] or v[a] for a in axes] for w, v in zip(wanted_of, f.spacings)])
+        shapes = np.array([[n[a] * v[a] for a in axes] for n, v in zip(f.shapes, f.spacings)]) / seen
+        kept = np.median(seen, 0)
         size = np.median(shapes, 0)
         if sorted(size)[-2] < 8:  # of a volume the slices may be few
             raise UserError(
@@ -555,6 +562,7 @@ def plan(
             "axis": "axial" if dims == 3 else axis,
             "context_slices": context,
             "spacing": chosen,
+            **pixels,
             "patch": patch,
             "intensity": intensity,
             "padding": base[0].data.get("padding", "zero") if base else "zero",
@@ -577,7 +585,7 @@ def plan(
         settings["model"] |= {"task": "click", "surroundings": "lung" if lung else "any"}
         why["model.task"] = text
         why["model.surroundings"] = f"{inside} of the {count} lesions have lung around them" if f.in_lung else text
-    told = numbered_instances(case_set.labels, f.counts)
+    told = numbered_instances(case_set.labels, np.array(f.counts) * np.prod(f.spacings, 1)[:, None])
     notes = (*case_set.notes, *([f"{told[0].upper()}{told[1:]}."] if told else ()))
     settings["data"]["folds"] = settings["data"].get("folds") or max(2, min(5, f.patients))
     seconds = total * second + spent * epochs

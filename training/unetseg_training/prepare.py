@@ -23,8 +23,9 @@ import numpy as np
 from safetensors.numpy import save
 from UNetSegmentationLib.files import UserError, atomic_path, counted, write_text
 from UNetSegmentationLib.image import Box, Grid, Image, content, reorient_for, sample
+from UNetSegmentationLib.inference.predict import spacing_for
 from UNetSegmentationLib.intensity import LEAST_HU, check_finite, expects_hu, floor_of, normaliser
-from UNetSegmentationLib.model import SLICE_AXIS
+from UNetSegmentationLib.model import SLICE_AXIS, Card
 from UNetSegmentationLib.postprocess import slabs, voxel_counts
 
 from .cases import IGNORE, file_name, files
@@ -118,6 +119,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "intensity": data.intensity,
         "labels": len(config.labels),
         "channels": len(config.channels),
+        **({k: v for k in ("pixel_mm", "field_px", "patch") if (v := getattr(data, k))} if data.pixel_mm or data.field_px else {}),
         **({"shares": True} if _has_shares(config) else {}),
         **({"across": True} if data.axis == "acquired" else {}),
         **({"content": True} if config.model.extent != "image" else {}),
@@ -162,7 +164,7 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
     order = [first, *(a for a in range(3) if a != first)]
     channels = canonical.channels.transpose([0, *(a + 1 for a in order)])
     truth = truth.transpose(order)
-    spacing, wanted = canonical.spacing[::-1], config.input.spacing[::-1]
+    spacing, wanted = canonical.spacing[::-1], spacing_for(Card(config.card()), canonical)[::-1]
     frame = Image(channels, tuple(spacing[a] for a in order)[::-1])  # type: ignore[arg-type]
     grid = Grid.over(frame, tuple(wanted[a] for a in order)[::-1])
     parts = [Box((z.start, 0, 0), (z.stop, *grid.shape[1:])) for z in slabs(grid.shape, _PART)]
