@@ -786,10 +786,9 @@ def test_what_is_masked_out_of_a_crop_goes_on_as_what_lies_beside_it(make_packag
         assert shown[..., :6][away[..., :6]].min() > shown[..., 10:][away[..., 10:]].max()
 
 
-@pytest.mark.parametrize("extent, n", [("box", 12), ("content", 10)])
-def test_a_crop_that_ends_close_goes_on_for_a_part_of_the_patch(make_package, extent, n):
+@pytest.mark.parametrize("extent, shape, n", [("box", (10, 16, 10), 14), ("content", (10, 16, 10), 10), ("box", (10, 16, 16), 10)])
+def test_a_crop_that_ends_close_goes_on_for_a_part_of_the_patch(make_package, extent, shape, n):
     seen = []
     engine = FakeEngine(lambda batch: seen.append(batch) or np.concatenate([0 * batch, batch], 1))
-    values = noise((10, 16, 16))
-    got = predict(Image(values), [make_package(extent=extent, patch=[16] * 3)], engines=[engine])
-    assert got.labels.shape == values.shape and (seen[0][0, 0] != 0).any((1, 2)).sum() == n
+    got = predict(Image(noise(shape)), [make_package(extent=extent, patch=[16] * 3)], engines=[engine])
+    assert got.labels.shape == shape and (seen[0][0, 0] != 0).any((1, 2)).sum() == n
