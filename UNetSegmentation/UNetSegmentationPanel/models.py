@@ -228,7 +228,8 @@ def cardHtml(model: Model) -> str:
         measured += "<br>" + text((_("on 1 case") if metrics["cases"] == 1 else _("on {n} cases")).format(n=metrics["cases"]))
     if metrics.get("held_out"):
         measured += "<br>" + text(metrics["held_out"])
-    spacing = " × ".join("–" if v is None else f"{v:g}" for v in card.spacing)
+    own = data.get("pixel_mm")
+    spacing = " × ".join("–" if v is None else f"{v:g}" for v in (*(v or own for v in card.spacing[:2]), card.spacing[2]))
     intensity = card.intensity
     sees = intensity["mode"]
     if sees == "window":
