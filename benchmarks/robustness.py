@@ -88,7 +88,7 @@ def ventricle(image: Image, truth: np.ndarray, roi: Box) -> Changed:
         yield f"{n} pixels across, of known size", other, None, Image(other.array, (mm, mm, 8.0))
         yield f"{n} pixels across, a picture", other, None, Image(other.array)
     middle = np.argwhere(truth).mean(0).round().astype(int)
-    for n in (128, 96, 64):
+    for n in (140, 128, 96, 64):
         box = Box((0, *(middle[1:] - n // 2).tolist()), (1, *(middle[1:] + n // 2).tolist()))
         if (Box.around(truth) & box) == Box.around(truth):  # type: ignore[operator]
             yield f"cropped to {n} pixels about the heart", image.crop(box & Box.whole(truth.shape)), None

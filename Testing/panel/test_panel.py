@@ -424,7 +424,7 @@ def test_an_imported_model_of_clicks_is_there_at_once(panel: Any, make_package: 
     p.ui.importButton.click()
     assert "clicks-1.0.0 is imported" in p.ui.modelMessage.text and p.ui.modelMessage.visible
     assert "clicks-1.0.0" in p.offered(p.ui.clickModelCombo) and p.settings.models == ["lung-nodule-2d-1.2.1"]
-    p.choose("hippocampus-3d-1.2.2")
+    p.choose("hippocampus-3d-1.2.3")
     assert not p.ui.modelMessage.visible
 
 
@@ -512,7 +512,7 @@ def test_presets_are_offered_for_the_models_they_fit(panel: Any, install: Any) -
     assert {"lung", "bone", "custom"} <= set(p.offered(p.ui.presetCombo))
     assert "mr-percentile" not in p.offered(p.ui.presetCombo)
     assert (p.ui.levelSpinBox.value, p.ui.widthSpinBox.value) == (-300, 1400)
-    p.choose("hippocampus-3d-1.2.2")  # z-score: any window would be wrong
+    p.choose("hippocampus-3d-1.2.3")  # z-score: any window would be wrong
     assert not p.ui.presetCombo.visible and not p.ui.levelSpinBox.visible
 
 
@@ -635,7 +635,7 @@ def test_several_channels_have_a_selector_each(panel: Any, install: Any, tmp_pat
     p.gui.save_scene(tmp_path / "scene.mrb")
     p.gui.load_scene(tmp_path / "scene.mrb")  # its nodes come into the selectors when it is all there
     assert selector.currentNode().GetName() == "CT" and p.settings.volume.GetName() == "second" and p.ui.applyButton.enabled
-    p.choose("hippocampus-3d-1.2.2")
+    p.choose("hippocampus-3d-1.2.3")
     assert p.ui.volumeLabel.text == "Volume:" and not selector.visible
 
 

@@ -147,11 +147,11 @@ def test_the_models_with_weights_are_offered_and_the_panels_is_chosen(panel: Any
     p = panel()
     combo = p.ui.startCombo
     names = [Path(str(combo.itemData(i))).name for i in range(combo.count)]
-    assert names[-1] == "" and "hippocampus-3d-1.2.2.unet.zip" in names and not {n for n in names if n.startswith("toy")}
+    assert names[-1] == "" and "hippocampus-3d-1.2.3.unet.zip" in names and not {n for n in names if n.startswith("toy")}
     assert names[-2].startswith("lung-nodule-click-")
-    p.widget._parameters.models = ["hippocampus-3d-1.2.2"]
+    p.widget._parameters.models = ["hippocampus-3d-1.2.3"]
     p.gui.process_events()
-    assert Path(combo.itemData(combo.currentIndex)).name == "hippocampus-3d-1.2.2.unet.zip"
+    assert Path(combo.itemData(combo.currentIndex)).name == "hippocampus-3d-1.2.3.unet.zip"
     combo.setCurrentIndex(combo.count - 1)  # the person's own choice stays
     combo.activated.emit(combo.count - 1)
     p.section.update()
@@ -1032,16 +1032,16 @@ def test_another_training_set_is_another_task_and_the_first_is_found_again(
     running = retraining.make_job(hippocampi)
     seen = launched(monkeypatch)
     p = panel(hippocampi)
-    p.widget._parameters.models = ["hippocampus-3d-1.2.2"]
+    p.widget._parameters.models = ["hippocampus-3d-1.2.3"]
     p = Tasks(p)
-    assert p.start == "hippocampus-3d-1.2.2" and p.section.job.folder == running and p.section.root.text == "Retrain: 35 %"
+    assert p.start == "hippocampus-3d-1.2.3" and p.section.job.folder == running and p.section.root.text == "Retrain: 35 %"
     p.start_from("")  # for these cases; others begin with what fits them
 
     p.choose(hearts)
     assert p.section.job is None and not p.ui.jobWidget.visible and p.section.root.text == "Retrain" and p.ui.trainButton.enabled
     assert p.start == "left-ventricle-2d-1.0.3"  # though the panel's model is another, which does not fit
     assert p.ui.trainMessage.text == "3 cases of 3 patients. Labels: Left ventricle cavity."
-    p.start_from("hippocampus-3d-1.2.2")
+    p.start_from("hippocampus-3d-1.2.3")
     said = "The cases are single slices and hippocampus-3d is a 3D model; start from a 2D model, or from scratch."
     assert p.ui.trainMessage.text == said and not p.ui.trainButton.enabled
     p.start_from("lung-nodule-2d-1.2.1")
@@ -1053,7 +1053,7 @@ def test_another_training_set_is_another_task_and_the_first_is_found_again(
     retraining.change(running, fraction=0.5)
     p.choose(hippocampi)
     assert [job.folder for job in p.section.jobs] == [running] and p.section.root.text == "Retrain: 50 %"
-    assert p.start == "hippocampus-3d-1.2.2"
+    assert p.start == "hippocampus-3d-1.2.3"
     p.choose(hearts)
     assert [job.folder for job in p.section.jobs] == [heart] and p.section.job.running and p.ui.stopTrainingButton.visible
 

@@ -130,6 +130,12 @@ def test_a_case_is_made_of_what_the_model_will_be_shown(config):
     alone, got = p.compute(image, mask, shown, "x"), p.compute(padded, wide, shown, "x")
     assert all(np.array_equal(got[k], alone[k]) for k in alone)
     assert p.compute(padded, wide, whole, "x")["values"].shape != alone["values"].shape and p.key(shown, "") != p.key(whole, "")
+    away = np.linalg.norm(np.indices(image.shape).T / np.array(image.shape), axis=-1).T > 1
+    masked = image.like(np.where(away, 0, image.array))
+    near = shown.model_copy(update={"model": shown.model.model_copy(update={"surround": "nearest"})})
+    assert near.card()["surround"] == "nearest" and p.key(shown, "") != p.key(near, "")
+    as_it_is, filled = (p.compute(masked, mask, config, "x")["values"] for config in (shown, near))
+    assert (as_it_is == as_it_is.min()).mean() > 5 * (filled == filled.min()).mean()
     assert shown.card()["extent"] == "content" and "extent" not in whole.card()
 
 

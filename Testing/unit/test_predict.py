@@ -585,6 +585,7 @@ def test_what_lies_beyond_an_image_is_as_the_card_says(make_package, padding):
         (64, {"origin": (0.5, 0.0, 0.0)}, 1.3),  # of 1 mm, in a place
         (24, {"spacing": (0.7, 0.65, 8.0)}, 1.3),
         (64, {}, 2.0),  # a picture
+        (64, {"spacing": (1.0, 1.0, 8.0)}, 2.0),  # DICOM without a pixel size knows how thick its slice is
         (64, {"origin": (3.0, 8.0, 0.0)}, 2.0),  # what is not black of one
         (32, {}, 1.0),
         (28, {}, 0.875),
@@ -770,8 +771,8 @@ def test_what_a_point_or_an_roi_shows_is_as_the_card_says(make_package, extent):
     assert np.array_equal(found.labels.array[found.roi.slices], by_box) and np.array_equal(by_box, whole) == (extent == "content")
 
 
-@pytest.mark.parametrize("extent, mode, filled", [("box", "zscore", True), ("content", "zscore", False), ("box", "none", False)])
-def test_what_is_masked_out_of_a_crop_goes_on_as_what_lies_beside_it(make_package, extent, mode, filled):
+@pytest.mark.parametrize("filled", [True, False])
+def test_what_is_masked_out_of_a_crop_goes_on_as_what_lies_beside_it(make_package, filled):
     rng = np.random.default_rng(0)
     array = rng.normal(10, 1, (16, 16, 16)).astype(np.float32)
     array[:, :, :8] += 20
@@ -779,16 +780,22 @@ def test_what_is_masked_out_of_a_crop_goes_on_as_what_lies_beside_it(make_packag
     masked = np.where(away, 0, array)
     seen = []
     engine = FakeEngine(lambda batch: seen.append(batch) or np.concatenate([0 * batch, batch], 1))
-    predict(Image(masked), [make_package(intensity={"mode": mode}, extent=extent, patch=[16] * 3)], engines=[engine])
+    card = dict(intensity={"mode": "zscore"}, extent="box", patch=[16] * 3) | ({"surround": "nearest"} if filled else {})
+    predict(Image(masked), [make_package(**card)], engines=[engine])
     shown, one = seen[0][0, 0], seen[0][0, 0][masked == 0]
     assert (np.ptp(one) > 0) == filled
     if filled:  # the bright half is beside what was masked out of it
-        assert shown[..., :6][away[..., :6]].min() > shown[..., 10:][away[..., 10:]].max()
+        assert np.median(shown[..., :6][away[..., :6]]) > 0 > np.median(shown[..., 10:][away[..., 10:]])
+        dark = np.maximum(array, 10)  # clipped tissue is as common on the faces, and no surroundings
+        predict(Image(dark), [make_package(**card)], engines=[engine])
+        assert (seen[1] == seen[1].min()).mean() == (dark == 10).mean()
 
 
-@pytest.mark.parametrize("extent, shape, n", [("box", (10, 16, 10), 14), ("content", (10, 16, 10), 10), ("box", (10, 16, 16), 10)])
-def test_a_crop_that_ends_close_goes_on_for_a_part_of_the_patch(make_package, extent, shape, n):
+@pytest.mark.parametrize(
+    "card, shape, n", [({"surround": "nearest"}, (10, 16, 10), 14), ({}, (10, 16, 10), 10), ({"surround": "nearest"}, (10, 16, 16), 10)]
+)
+def test_a_crop_that_ends_close_goes_on_for_a_part_of_the_patch(make_package, card, shape, n):
     seen = []
     engine = FakeEngine(lambda batch: seen.append(batch) or np.concatenate([0 * batch, batch], 1))
-    got = predict(Image(noise(shape)), [make_package(extent=extent, patch=[16] * 3)], engines=[engine])
+    got = predict(Image(noise(shape)), [make_package(**card, extent="box", patch=[16] * 3)], engines=[engine])
     assert got.labels.shape == shape and (seen[0][0, 0] != 0).any((1, 2)).sum() == n

@@ -205,6 +205,9 @@ class Model(_Strict):
         pattern=r"^[a-z0-9-]+-[0-9]+\.[0-9]+\.[0-9]+$",
     )
     tta: Literal["none", "flips", "rotations", "full"] = _f("none", "Test-time augmentation when it is used.")
+    surround: Literal["nearest"] | None = _f(
+        None, "Of crops, to be set before a training: surroundings of one value are shown as the nearest other voxels; null: as they are."
+    )
     extent: Literal["image", "content", "box"] = _f(
         "image",
         "What it is shown, to be set before a training: content: no outer planes of one value; box: of an image with a ROI only that.",
@@ -293,7 +296,7 @@ class Config(_Strict):
         }
         if model.extent != "image":
             card["extent"] = model.extent
-        card |= {key: value for key in ("display", "surroundings", "second_opinion") if (value := getattr(model, key))}
+        card |= {key: value for key in ("display", "surround", "surroundings", "second_opinion") if (value := getattr(model, key))}
         card |= {key: value for key in ("pixel_mm", "field_px") if (value := getattr(data, key))}
         if data.dimensions == 2:
             card |= {"axis": data.axis, "context_slices": data.context_slices}

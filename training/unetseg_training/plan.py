@@ -576,6 +576,7 @@ def plan(
         model |= inherited(base[0], case_set, model["training_data"])
         if model.get("extent") == "box" and (longest := max(physical)) > crop_mm(base[0]):
             model["extent"] = "content"
+            model.pop("surround", None)
             why["model.extent"] = f"the median image is {longest:.0f} mm long, no box around one target as those of {base[0].name}"
     if clicked:
         from .clicks import IN_LUNG
@@ -607,7 +608,11 @@ def inherited(card: Card, case_set: CaseSet, learned: list[str]) -> dict[str, An
     """What a model that goes on from another says as that one does: its licence, what it was trained on besides, and, where its
     labels are the same, what it is for and how it is used."""
     out = {"licence": card.data["licence"], "training_data": [*card.data.get("training_data", ()), *learned]}
-    kept = ("description", "tta", "extent", "roi_mm", "display", "postprocess", "second_opinion") if same_labels(card, case_set) else ()
+    kept = (
+        ("description", "tta", "extent", "surround", "roi_mm", "display", "postprocess", "second_opinion")
+        if same_labels(card, case_set)
+        else ()
+    )
     return out | {k: card.data[k] for k in kept if k in card.data}
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save
 from UNetSegmentationLib.files import UserError, atomic_path, counted, write_text
 from UNetSegmentationLib.image import Box, Grid, Image, content, reorient_for, sample
-from UNetSegmentationLib.inference.predict import spacing_for
+from UNetSegmentationLib.inference.predict import spacing_for, without_surround
 from UNetSegmentationLib.intensity import LEAST_HU, check_finite, expects_hu, floor_of, normaliser
 from UNetSegmentationLib.model import SLICE_AXIS, Card
 from UNetSegmentationLib.postprocess import slabs, voxel_counts
@@ -123,6 +123,7 @@ def _settings(config: Config) -> dict[str, Any]:
         **({"shares": True} if _has_shares(config) else {}),
         **({"across": True} if data.axis == "acquired" else {}),
         **({"content": True} if config.model.extent != "image" else {}),
+        **({"surround": True} if config.model.surround else {}),
         **({"floor": LEAST_HU} if expects_hu(data.intensity) else {}),
     }
 
@@ -158,13 +159,14 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
     if config.model.extent != "image":  # as predict() shows it
         part = content(image.channels, Box.whole(image.shape))
         image, mask = image.crop(part), mask[part.slices]
+    image = without_surround(image, card := Card(config.card()))
     canonical, orientation = reorient_for(image, config.input.axis == "acquired")
     truth = orientation.canonical(mask)
     first = SLICE_AXIS[config.input.axis] if config.input.dimensions == 2 else 0
     order = [first, *(a for a in range(3) if a != first)]
     channels = canonical.channels.transpose([0, *(a + 1 for a in order)])
     truth = truth.transpose(order)
-    spacing, wanted = canonical.spacing[::-1], spacing_for(Card(config.card()), canonical)[::-1]
+    spacing, wanted = canonical.spacing[::-1], spacing_for(card, canonical)[::-1]
     frame = Image(channels, tuple(spacing[a] for a in order)[::-1])  # type: ignore[arg-type]
     grid = Grid.over(frame, tuple(wanted[a] for a in order)[::-1])
     parts = [Box((z.start, 0, 0), (z.stop, *grid.shape[1:])) for z in slabs(grid.shape, _PART)]

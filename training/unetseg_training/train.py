@@ -788,6 +788,7 @@ def _made_by(model: dict[str, Any], ended: bool) -> dict[str, Any]:
     """What of "model", which else may be edited, a training depends on, as its record has it, lest checkpoints of earlier versions not go
     on. Masks' last steps choose the best epoch and a click model's surroundings its lesions, but only until it has ended."""
     kept = {"model.task": model.get("task", "automatic"), "model.extent": model.get("extent", "image") != "image"}
+    kept["model.surround"] = model.get("surround")
     return kept | ({} if ended else {f"model.{k}": model.get(k) or None for k in ("postprocess", "surroundings")})
 
 
@@ -877,7 +878,7 @@ def _describe(job: Job, folder: Path, done: dict[str, Any]) -> None:
     old, new = (record.get("config", {}).get("model") for record in (done, job.record))
     if old and new and old != new:
         former = {"extent": "image", **old}
-        if any(former.get(k) != new[k] for k in ("tta", "postprocess", "surroundings", "second_opinion", "roi_mm", "extent")):
+        if any(former.get(k) != new[k] for k in ("tta", "postprocess", "surroundings", "second_opinion", "roi_mm", "extent", "surround")):
             _remove(folder, "metrics.csv", "metrics.json")
         _write_run(folder, {**done, "config": {**done["config"], "model": new}})
 
