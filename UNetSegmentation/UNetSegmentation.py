@@ -440,13 +440,18 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """Into the scene's settings, also while another module is open."""
         (self._parameters or self.logic.getParameterNode()).setValue(name, value)
 
+    def _keepModels(self, first: Any, names: list[str]) -> None:
+        """Likewise models, by their names, with each channel's volume as the card of the first one (None: none) takes them."""
+        p = self._parameters or self.logic.getParameterNode()
+        with slicer.util.NodeModify(p):  # in between, the former models would be chosen again
+            if first is not None:
+                p.channels = self.channelRows.carried(first.data["channels"], (p.volume, *p.channels))
+            p.models = names
+
     def _onModels(self) -> None:
-        p, chosen = self._parameters, self.modelList.selected
-        if p is not None:
-            with slicer.util.NodeModify(p):  # in between, the former models would be chosen again
-                if chosen:
-                    p.channels = self.channelRows.carried(chosen[0].card.data["channels"], (p.volume, *p.channels))
-                p.models = [*(m.name for m in chosen), *self.modelList.missing]
+        chosen = self.modelList.selected
+        if self._parameters is not None:
+            self._keepModels(chosen[0].card if chosen else None, [*(m.name for m in chosen), *self.modelList.missing])
             self._update()
 
     def _onChannels(self) -> None:

@@ -63,9 +63,8 @@ def hippocampus(image: Image, truth: np.ndarray, roi: Box) -> Changed:
         None,
     )
     yield "a ROI in what is 20 mm larger on each side (mirrored)", *padded(image, (20, 20, 20), mode="reflect")
-    yield "a ROI that fits closely", image, Box.around(truth)
-    close = Box.around(truth)
-    assert close is not None
+    close = Box.of(truth)
+    yield "a ROI that fits closely", image, close
     yield "the file ends with the hippocampus", image.crop(close), None
     yield "4 voxels less on each side", image.crop(Box.whole(image.shape).grown((-4, -4, -4)) | close), None
     near = sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(sitk.GetImageFromArray(truth.astype(np.uint8)), False, False, False)) <= 10
@@ -87,17 +86,17 @@ def ventricle(image: Image, truth: np.ndarray, roi: Box) -> Changed:
         mm = PIXEL_MM * max(image.shape) / n
         yield f"{n} pixels across, of known size", other, None, Image(other.array, (mm, mm, 8.0))
         yield f"{n} pixels across, a picture", other, None, Image(other.array)
-    middle = np.argwhere(truth).mean(0).round().astype(int)
+    heart, middle = Box.of(truth), np.argwhere(truth).mean(0).round().astype(int)
     for n in (140, 128, 96, 64):
         box = Box((0, *(middle[1:] - n // 2).tolist()), (1, *(middle[1:] + n // 2).tolist()))
-        if (Box.around(truth) & box) == Box.around(truth):  # type: ignore[operator]
+        if (heart & box) == heart:
             yield f"cropped to {n} pixels about the heart", image.crop(box & Box.whole(truth.shape)), None
 
 
 def nodule(image: Image, truth: np.ndarray, roi: Box) -> Changed:
     yield "a ROI in a crop with more around it", image, roi
     for n in (2, 4, 6, 8, 10, 12, 16):
-        yield f"cropped {n} pixels beside the nodule", image.crop(Box.around(truth).grown((1, n, n)) & Box.whole(truth.shape)), None  # type: ignore[union-attr]
+        yield f"cropped {n} pixels beside the nodule", image.crop(Box.of(truth).grown((1, n, n)) & Box.whole(truth.shape)), None
 
 
 def main() -> None:

@@ -111,6 +111,13 @@ class Box:
             stop.append(int(hit[-1]) + 1)
         return cls(tuple(start), tuple(stop))
 
+    @classmethod
+    def of(cls, mask: np.ndarray) -> Box:
+        """around() of a mask that is not empty."""
+        box = cls.around(mask)
+        assert box is not None
+        return box
+
 
 def crop_mask(mask: np.ndarray, start: Sequence[int]) -> tuple[np.ndarray, tuple[int, ...]]:
     """The part of a mask that is not 0 (bool; empty where all is 0) and where its first voxel lies."""

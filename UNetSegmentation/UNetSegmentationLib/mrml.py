@@ -573,9 +573,9 @@ def prompts_from_text(text: str, volume_node: Any) -> list[Prompt]:
         if same and np.linalg.det(here) * np.linalg.det(there) > 0:
             matrix = matrix @ here @ np.linalg.inv(there)
         else:
-            prompts = _regridded(prompts, np.linalg.inv(here) @ there, volume_node.GetImageData().GetDimensions()[::-1])
-            own = np.linalg.inv(here) @ np.diag([-1, -1, 1, 1])
-            places = [own @ (*p[1:4], 1) for p in prompts if p[0] == "point"]
+            index = np.linalg.inv(here)
+            prompts = _regridded(prompts, index @ there, volume_node.GetImageData().GetDimensions()[::-1])
+            places = [index @ _LPS @ (*p[1:4], 1) for p in prompts if p[0] == "point"]
             if any((at[:3] < -0.5).any() or (at[:3] > np.array(now[16:]) - 0.5).any() for at in places):
                 return []
     return _moved(prompts, matrix)

@@ -132,8 +132,7 @@ class _Sheet:
         sizes = np.bincount(components.ravel())
         sizes[0] = 0
         component = components == int(sizes.argmax())
-        inner = Box.around(component)
-        assert inner is not None
+        inner = Box.of(component)
         component = component[inner.slices]
         label = next(d for d in self.defs if d.value == part[inner.slices][component][0])
         at = _middle(component, self.spacing)

@@ -534,10 +534,7 @@ class RetrainSection(VTKObservationMixin):
             if model is None:
                 panel._keepChoice("clickModel", name)
             else:
-                p = panel._parameters or panel.logic.getParameterNode()  # as _keepChoice() does
-                with slicer.util.NodeModify(p):
-                    p.channels = panel.channelRows.carried(model.card.data["channels"], (p.volume, *p.channels))
-                    p.models = [name]
+                panel._keepModels(model.card, [name])
             self._base = str(path)
             slicer.util.showStatusMessage(_("{name} is in the list of models, and chosen.").format(name=name), 5000)
         self._take(training.decode(answer["job"]))

@@ -31,7 +31,6 @@ from UNetSegmentationLib.image import (
     PICTURE_SUFFIXES,
     Image,
     is_grey,
-    length_unit,
     of_channels,
     on_print,
     print_spacing,
@@ -442,11 +441,6 @@ def mixed_pixel_sizes(found: Sequence[tuple[str, bool, Sequence[float]]]) -> str
         f"{len(bare)} of {len(found)} images have no pixel size ({', '.join(bare[:3])}{', ...' * (len(bare) > 3)}) and count as 1 mm, that "
         f"of the others is {np.median(sizes):.3g} mm; save all as TIFF with their pixel size, or all without one"
     )
-
-
-def is_unsized(image: Image) -> bool:
-    """Whether it is a picture without a pixel size, also as a training set keeps it (image_0000.nii.gz)."""
-    return length_unit(image) == "px"
 
 
 def _numbered(names: dict[int, str]) -> tuple[tuple[Label, ...], dict[int, int]]:

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from UNetSegmentationLib.files import UserError, atomic_path, counted, write_text
-from UNetSegmentationLib.image import Box
+from UNetSegmentationLib.image import Box, length_unit
 from UNetSegmentationLib.postprocess import components, voxel_counts
 
-from .cases import IGNORE, Case, CaseSet, Mismatch, UnknownLabel, find_cases, is_unsized, mixed_pixel_sizes, numbered_instances
+from .cases import IGNORE, Case, CaseSet, Mismatch, UnknownLabel, find_cases, mixed_pixel_sizes, numbered_instances
 
 LEVELS = ("error", "warning", "note")
 # Robust deviations (1.4826 MAD) from the cases' median beyond which a number is odd; for fewer cases nothing is said.
@@ -276,7 +276,7 @@ def _facts(case_set: CaseSet, case: Case, findings: list[Finding]) -> Facts:
         digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array))
         digests.append(digest.hexdigest())
-    return Facts(case, size, image.spacing, digests[0], moments, digests[1], voxels, is_unsized(image), numbers)
+    return Facts(case, size, image.spacing, digests[0], moments, digests[1], voxels, length_unit(image) == "px", numbers)
 
 
 def _offset(f: Facts) -> Finding:

@@ -132,17 +132,10 @@ AnyScan = TypeVar("AnyScan", bound=Scan)
 
 def _near(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """A Scan's depth, -inf from some 4 mm outside: all that first clicks need, where most of a scan is far away."""
-    box = tight(mask).grown([math.ceil(4 / s) for s in spacing]) & Box.whole(mask.shape)
+    box = Box.of(mask).grown([math.ceil(4 / s) for s in spacing]) & Box.whole(mask.shape)
     out = np.full(mask.shape, -np.inf, np.float32)
     out[box.slices] = -distance(mask[box.slices], spacing)
     return out
-
-
-def tight(mask: np.ndarray) -> Box:
-    """The box around a mask that is not empty."""
-    box = Box.around(mask)
-    assert box is not None
-    return box
 
 
 def diameter(mask: np.ndarray, spacing: np.ndarray) -> float:
@@ -335,7 +328,7 @@ class Sampler:
             steps = voxel * zoom / scan.spacing * ([-1 if mirrored else 1, 1, 1])
             if rng.random() < 0.6:  # about the lesion, as soon as it was found
                 assert scan.mask is not None
-                box = tight(scan.mask)
+                box = Box.of(scan.mask)
                 jitter = ((np.array(box.start) + box.stop - 1) / 2 - anchor) / steps
             jitter = np.rint(jitter)
             cutter = Cutter.of_session(self.look, anchor + jitter * steps, zoom, mirrored)
@@ -363,7 +356,7 @@ class Sampler:
         inside = label >= 0.5
         sample = Sample(self._scanner(values, rng), label, known, [tuple(float(v) for v in click)], [], None, None, 0)
         if rng.random() < 0.15:
-            box = tight(inside)
+            box = Box.of(inside)
             grow = rng.uniform(-1, 2.5, 6)
             first = tuple(float(a - g) for a, g in zip(box.start, grow[:3]))
             sample.box = first, tuple(float(b - 1 + g) for b, g in zip(box.stop, grow[3:]))
@@ -424,7 +417,7 @@ def correction(
     if rng is not None and rng.random() < 0.3:
         spots = np.argwhere(error)
         return tuple(float(v) for v in spots[rng.integers(len(spots))]), positive
-    box = tight(error)
+    box = Box.of(error)
     depth = distance(np.pad(error[box.slices], 1), spacing)[1:-1, 1:-1, 1:-1]
     return tuple(float(v) + a for v, a in zip(np.unravel_index(depth.argmin(), depth.shape), box.start)), positive
 
@@ -495,7 +488,7 @@ def lesions(labels: np.ndarray, spacing: Sequence[float]) -> Iterator[tuple[int,
         labelled, counts = components(labels[box.slices] == value, corners=True)
         for i in range(1, len(counts)):
             if counts[i] * math.prod(spacing) >= LEAST_MM3:
-                inside = tight(labelled == i)
+                inside = Box.of(labelled == i)
                 yield value, inside.shifted(box.start), labelled[inside.slices] == i
 
 
@@ -663,7 +656,7 @@ def play(session: ClickSession, truth: np.ndarray, first: Sequence[int], count: 
     """A lesion from its first click, a voxel (z, y, x), on; each next one lies deepest in the largest connected error, as a
     person would place it. truth: (z, y, x) on the image's grid, not 0 in the lesion."""
     session.clear()
-    lesion = tight(truth)
+    lesion = Box.of(truth)
     spacing = np.array(session.image.spacing[::-1])
     click: tuple[Sequence[int], bool] | None = (first, True)
     for _ in range(count):
@@ -684,7 +677,7 @@ def play(session: ClickSession, truth: np.ndarray, first: Sequence[int], count: 
 
 def first_click(truth: np.ndarray, name: str) -> tuple[int, ...]:
     """A voxel (z, y, x) anywhere in the lesion, by its name the same each time."""
-    box = tight(truth)
+    box = Box.of(truth)
     spots = np.argwhere(truth[box.slices])
     spot = spots[np.random.default_rng(zlib.crc32(name.encode())).integers(len(spots))]
     return tuple(int(v) + a for v, a in zip(spot, box.start))
@@ -786,7 +779,7 @@ class HeldOut(train.HeldOut):
         found = list(by_lesion(item))
         whole = Box.whole(item.truth.shape)
         for lesion in found[:: math.ceil(len(found) / self.PER_CASE) or 1]:
-            box = tight(lesion.truth)
+            box = Box.of(lesion.truth)
             if self.config.input.intensity["mode"] in ("zscore", "percentile"):  # these need the whole image
                 box = whole
             box = box.grown([math.ceil(self.AROUND_MM / s) for s in item.image.spacing[::-1]]) & whole

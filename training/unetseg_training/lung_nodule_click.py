@@ -18,7 +18,7 @@ import numpy as np
 import SimpleITK as sitk
 from torch import Tensor
 from UNetSegmentationLib.files import counted
-from UNetSegmentationLib.image import read_image, reorient
+from UNetSegmentationLib.image import Box, read_image, reorient
 from UNetSegmentationLib.inference.click import ZOOMS, distance, fitting
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import find_model
@@ -26,7 +26,7 @@ from UNetSegmentationLib.networks import UNet, UNetConfig
 
 from . import clicks, finetune
 from .cases import Case
-from .clicks import Cutter, Look, Rounds, Sample, blurred, coarser, correction, deep_in_tissue, thick, tight, turned
+from .clicks import Cutter, Look, Rounds, Sample, blurred, coarser, correction, deep_in_tissue, thick, turned
 from .config import Fit
 from .lidc import data_folder, nodules, part, textures
 from .train import Job, LiveEngine, run
@@ -318,7 +318,7 @@ def patch(scan: Scan, rng: np.random.Generator) -> Sample:
 def session_zoom(scan: Scan, closest: bool) -> float:
     """Of the look in which a session sees the whole nodule: the closest, or its first."""
     assert scan.mask is not None
-    return fitting(np.array(tight(scan.mask).shape) * scan.spacing / LOOK.voxel, LOOK.patch, ZOOMS[0] if closest else 1.0)
+    return fitting(np.array(Box.of(scan.mask).shape) * scan.spacing / LOOK.voxel, LOOK.patch, ZOOMS[0] if closest else 1.0)
 
 
 def job(fit: Fit, start: dict[str, Tensor] | None = None) -> Job:

@@ -143,8 +143,7 @@ def _surfaces(found: np.ndarray, true: np.ndarray, spacing: Sequence[float], tol
         same = not found.any() and not true.any()
         distance = 0.0 if same else None
         return {"hausdorff_mm": distance, "hausdorff95_mm": distance, "surface_dice": float(same), "tolerance_mm": tolerance_mm}
-    box = Box.around(found | true)
-    assert box is not None
+    box = Box.of(found | true)
     mm = list(spacing[::-1])
     thin = [a for a in range(3) if found.shape[a] == 1][:1]  # one slice has an outline, and no surface
     pair = [torch.from_numpy(np.ascontiguousarray(m[box.slices].squeeze(tuple(thin))))[None, None].float() for m in (found, true)]

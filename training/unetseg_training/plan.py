@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from UNetSegmentationLib.files import UserError, counted, user_path, write_text
-from UNetSegmentationLib.image import Image, reorient, slices_across
+from UNetSegmentationLib.image import Image, length_unit, reorient, slices_across
 from UNetSegmentationLib.inference.click import expects_lung
 from UNetSegmentationLib.inference.predict import check_pixel_size, crop_mm, spacing_for
 from UNetSegmentationLib.intensity import check_finite
@@ -31,7 +31,7 @@ from UNetSegmentationLib.postprocess import voxel_counts
 from UNetSegmentationLib.training import misfit, slug
 
 from . import config as config_file
-from .cases import IGNORE, evenly, is_unsized, mixed_pixel_sizes, numbered_instances
+from .cases import IGNORE, evenly, mixed_pixel_sizes, numbered_instances
 from .config import Config, Fit
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         judged = truth != IGNORE
         out.shapes.append(canonical.shape)
         out.single += [case.name] * (min(canonical.shape) < 2)
-        out.pixels.append((case.name, is_unsized(image), image.spacing))
+        out.pixels.append((case.name, length_unit(image) == "px", image.spacing))
         out.spacings.append(tuple(float(s) for s in canonical.spacing[::-1]))  # type: ignore[arg-type]
         if (across := slices_across(image)) is not None:
             planes[orientation.axes.index(across)] += 1

@@ -152,8 +152,7 @@ def _target(maps: Sequence[np.ndarray], spacing: Sequence[float]) -> tuple[int, 
     """The voxel of the truth, or else of the prediction, that lies nearest to its middle; without either, the image's middle."""
     for mask in maps:
         if mask.any():
-            box = Box.around(mask)
-            assert box is not None
+            box = Box.of(mask)
             part = mask[box.slices] > 0  # the indices of an organ's voxels would take gigabytes
             far = np.zeros((1, 1, 1), np.float32)
             for axis, mm in enumerate(spacing):
