@@ -134,7 +134,7 @@ def test_without_a_name_nothing_is_replaced(here, unetseg, monkeypatch):
     assert (here.current / "scan.seg.nrrd").read_text() == "by hand" and here.left() == ["current/scan.seg.nrrd"]
 
 
-def test_a_whole_scan_for_a_model_of_one_target_is_warned_of_once_and_before_it_is_computed(here, unetseg, monkeypatch):
+def test_what_is_known_before_it_is_computed_is_said_then_and_once(here, unetseg, monkeypatch):
     compute = cli.predict
 
     def predict(*arguments):
@@ -142,11 +142,12 @@ def test_a_whole_scan_for_a_model_of_one_target_is_warned_of_once_and_before_it_
         return compute(*arguments)
 
     monkeypatch.setattr(cli, "predict", predict)
-    model = here.package(roi_mm=10).path  # the scan is 40 mm
+    model = here.package(roi_mm=10, intensity=WINDOW).path  # the scan is 40 mm, and from 0 to 1
     code, out, err = unetseg("segment", here.scan, "-m", model, "-o", here.out / "a.nrrd", "--json", "-", "-q")
-    (warning,) = json.loads(out)["warnings"]
-    assert code == 0 and "not for a whole scan; give a box or a point" in warning
-    assert err.splitlines() == [f"warning: {warning}", "it computes"]
+    no_hu, whole = json.loads(out)["warnings"]
+    assert code == 0 and "do not look like HU" in no_hu and "not for a whole scan; give a box or a point" in whole
+    assert err.splitlines() == [f"warning: {no_hu}", f"warning: {whole}", "it computes"]
+    one_sentence(unetseg("segment", here.scan, "-m", model, "-o", here.out / "a.nrrd", "--at", "999,0,0"), "point lies outside the image")
 
 
 def test_quiet_says_nothing_and_json_goes_to_standard_output(here, unetseg):
@@ -277,6 +278,7 @@ def test_a_persons_window_replaces_the_models(here, unetseg):
 def test_nothing_found_is_a_result(here, unetseg):
     code, out, err = unetseg("segment", here.write(scene() * 0.1), "-m", here.model, "-o", here.out / "a.seg.nrrd", "--json", "-")
     assert code == 0 and json.loads(out)["labels"][0]["longest_mm"] is None and not read_image(here.out / "a.seg.nrrd").array.any(), err
+    assert json.loads(out)["warnings"] == ["Nothing was found; try another ROI or model."] and err.count("Nothing was found") == 1
 
 
 def test_a_folder_gives_the_result_its_name(tmp_path, monkeypatch):
@@ -291,7 +293,8 @@ def test_nothing_found_is_a_result_that_dicom_cannot_hold(here, unetseg, data):
     folder = data / "chest_ct_dicom_LungDx-A0002"
     model = here.package(intensity={"mode": "window", "level": 9000, "width": 100}).path
     code, out, err = unetseg("segment", folder, "-m", model, "-o", here.out / "a.dcm", "-o", here.out / "a.nrrd", "--json", "-", "-q")
-    assert code == 0 and "there is no" in json.loads(out)["warnings"][-1] and here.left() == ["out/a.nrrd"], err
+    (warning,) = json.loads(out)["warnings"]
+    assert code == 0 and "found, so there is no" in warning and here.left() == ["out/a.nrrd"] and err == f"warning: {warning}\n"
 
 
 def test_names_in_brackets_are_shown_as_they_are(here, unetseg, tmp_path):
@@ -324,6 +327,31 @@ def test_a_dicom_folder_with_two_series(here, unetseg, data, tmp_path):
     code, _, err = unetseg(*arguments, "--series", "1.2.3.4")
     assert code == 0 and err == ""
     assert np.array_equal(read_image(here.out / "a.nrrd").array, read_image(folder, "1.2.3.4").array > -300)
+
+
+def test_a_series_of_what_is_no_folder_is_refused(here, unetseg):
+    click = here.package(task="click", spacing=[1, 1, 1], patch=[16, 24, 24]).path
+    out = ("-o", here.out / "a.nrrd", "--series", "1.2")
+    mask = ("--mask", here.scan, "--series", "1.2")
+    for command in (
+        ("segment", here.scan, "-m", here.model, *out),
+        ("click", here.scan, "-m", click, "--at=0,0,0", *out),
+        ("dataset", "add", here.out / "set", here.scan, *mask),
+    ):
+        one_sentence(unetseg(*command), f"--series is of a DICOM folder, and {here.scan} is a file; name the folder")
+    one_sentence(unetseg("segment", here.out / "none.nrrd", "-m", here.model, *out), "none.nrrd does not exist")
+    assert here.left() == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows takes the home from elsewhere")
+def test_results_in_the_persons_folder_lie_there(here, unetseg, monkeypatch):
+    """Shells expand ~ only at the beginning of a word, not in --output=~/x."""
+    monkeypatch.setenv("HOME", str(here.out))
+    source = f"~/{os.path.relpath(here.scan, here.out)}"
+    one_sentence(unetseg("segment", here.scan, "-m", here.model, f"--output={source}"), "is what is read")
+    names = ["--output=~/a.nrrd", "--json=~/b/a.json", "--uncertainty=~/u.nrrd"]
+    code, _, err = unetseg("segment", here.scan, "-m", here.model, *names, "-q")
+    assert code == 0 and here.left() == ["out/a.nrrd", "out/b", "out/b/a.json", "out/u.nrrd"], err
 
 
 def test_dicom_seg_of_a_multi_frame_file_is_refused_before_anything_is_computed(here, unetseg, data, tmp_path, monkeypatch):
@@ -625,6 +653,8 @@ BAD_NAMES = {
     "a picture of a volume": (["-o", "{out}/a.nrrd", "-o", "{out}/a.png"], "20 slices"),
     "DICOM of what is none": (["-o", "{out}/a.nrrd", "-o", "{out}/a.dcm"], "DICOM series"),
     "uncertainty as a picture": (["-o", "{out}/a.nrrd", "--uncertainty", "{out}/u.png"], "not the name of a volume"),
+    "uncertainty as a segmentation": (["-o", "{out}/a.nrrd", "--uncertainty", "{out}/u.Seg.nrrd"], ", and not in .seg.nrrd"),
+    "probabilities as a segmentation": (["-o", "{out}/a.nrrd", "--probabilities", "{out}/p.seg.nrrd"], "not the name of a volume"),
     "uncertainty in two files": (["-o", "{out}/a.nrrd", "--uncertainty", "{out}/u.mhd"], "not the name of a volume"),
     "probabilities without suffix": (["-o", "{out}/a.nrrd", "--probabilities", "{out}/p"], "not the name of a volume"),
     "uncertainty below a file": (["-o", "{out}/a.nrrd", "--uncertainty", "{scan}/u.nrrd"], "cannot be written"),
@@ -893,6 +923,26 @@ def test_pack_refuses_bad_input(here, unetseg, toy_card, tmp_path, card, network
     result = unetseg("model", "pack", tmp_path / "net.onnx", "--card", tmp_path / "card.json", "-o", here.out / f"a{SUFFIX}")
     one_sentence(result, sentence)
     assert here.left() == []
+
+
+def test_pack_makes_a_package_of_a_bare_network_that_segments(here, unetseg, toy_card, toy_onnx, tmp_path):
+    card = toy_card(labels=[{"value": 1, "name": "one"}, {"value": 2, "name": "two"}])
+    network = tmp_path / "My net.onnx"
+    network.write_bytes(toy_onnx("threshold", card))
+    one_sentence(unetseg("segment", here.scan, "-m", network), "unetseg model pack My net.onnx --labels A,B --intensity PRESET -o")
+    target = here.out / f"net{SUFFIX}"
+    pack = ["model", "pack", network, "-o", target]
+    one_sentence(unetseg(*pack, "--labels", "one", "--intensity", "lung"), "finds 2 labels beside the background")
+    for options in ([], ["--labels", "one,two"], ["--intensity", "lung"], ["--card", network, "--labels", "one,two", "--axis", "axial"]):
+        one_sentence(unetseg(*pack, *options), "Give either --card, or --labels and --intensity")
+    assert here.left() == []
+    assert unetseg(*pack, "--labels", "one,two", "--intensity=0.5,1", "--spacing", "1,1,2") == (0, f"wrote {target}\n", "")
+    made = ModelPackage.read(target).card
+    assert (made.name, made.spacing, made.intensity) == ("my-net", (1, 1, 2), {"mode": "window", "level": 0.5, "width": 1})
+    code, _, err = unetseg("segment", here.scan, "-m", target, "-o", here.out / "a.nrrd", "-q")
+    assert code == 0, err
+    assert unetseg("model", "verify", target)[0] == 0
+    assert "--labels liver,tumour" in " ".join(unetseg("model", "pack", "--help")[1].replace("│", " ").split())
 
 
 def test_pack_does_not_overwrite_what_it_reads(unetseg, toy_card, toy_onnx, tmp_path):

@@ -628,6 +628,28 @@ def test_several_series_are_listed_and_read_by_uid(slices, tmp_path):
     assert read_image([tmp_path / "scan", tmp_path / "two"], f"{first},9.1").n_channels == 2
 
 
+def test_a_series_without_a_uid_is_one_of_several_and_chosen_by_its_first_file(slices, tmp_path):
+    def bare(i, dataset):
+        del dataset.SeriesInstanceUID
+
+    folder, one = copied(slices, tmp_path / "scan"), copied(slices[:5], tmp_path / "one", bare)
+    assert read_image(one).shape[0] == 5
+    for file in one.iterdir():  # in one folder with the other
+        shutil.copy(file, folder / f"bare, {file.name}")
+    with pytest.raises(SeveralSeries, match="2 image series; choose one by its UID or, without one, its first file") as error:
+        read_image(folder)
+    keys = {text.rpartition(", ")[2]: key for key, text in error.value.series.items()}
+    assert keys["5 images"] in {f"bare_ {file.name}" for file in one.iterdir()}
+    for n in (5, 8):
+        image = read_image(folder, keys[f"{n} images"])
+        assert image.shape[0] == n and {Path(file).name.startswith("bare") for file in image.dicom_files} == {n == 5}
+    copied(slices, tmp_path / "two" / "a", bare), copied(slices[:5], tmp_path / "two" / "b", bare)
+    with pytest.raises(SeveralSeries, match=r"2 image series; .* a/\d+.dcm \(CT.*, 8 images\); b/\d+.dcm \(CT.*, 5 images\)") as error:
+        read_image(tmp_path / "two")
+    assert [read_image(tmp_path / "two", key).shape[0] for key in error.value.series] == [8, 5]
+    assert read_image([tmp_path / "two", folder], ",".join((list(error.value.series)[1], keys["5 images"]))).n_channels == 2
+
+
 def test_other_files_beside_a_series_are_ignored(slices, tmp_path, data, capfd):
     folder = copied(slices, tmp_path / "scan")
     (folder / "notes.txt").write_text("remember")
@@ -1265,6 +1287,45 @@ def test_check_writable_leaves_no_trace(tmp_path):
         with pytest.raises(UserError, match="cannot be written"):
             check_writable(path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows takes the home from elsewhere")
+def test_a_result_in_the_persons_folder_lies_there(tmp_path, monkeypatch):
+    """As --output=~/x: shells expand ~ only at the beginning of a word."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    check_writable("~/new/a.txt")
+    files.write_text("~/new/a.txt", "text")
+    assert (tmp_path / "home" / "new" / "a.txt").read_text() == "text" and os.listdir(tmp_path) == ["home"]
+
+
+def test_a_file_that_another_program_holds_is_refused_before_and_said_after(tmp_path, monkeypatch):
+    """As Excel holds a table on Windows: nobody else may open it for writing, nor replace it."""
+    (tmp_path / "a.csv").write_text("old")
+    was = (tmp_path / "a.csv").stat()
+    check_writable(tmp_path / "a.csv")
+    assert (tmp_path / "a.csv").read_text() == "old" and (tmp_path / "a.csv").stat().st_mtime_ns == was.st_mtime_ns
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        check_writable(tmp_path / "pipe")
+
+    def held(method):
+        own = getattr(Path, method)
+
+        def refuse(self, *arguments, **more):
+            if (tmp_path / "a.csv") in (self, *arguments):
+                raise PermissionError(13, "Permission denied")
+            return own(self, *arguments, **more)
+
+        monkeypatch.setattr(Path, method, refuse)
+
+    held("open"), held("replace")
+    for write in (check_writable, lambda path: files.write_text(path, "new")):
+        with pytest.raises(UserError, match="a.csv cannot be written, as it may be open in another program; close it there"):
+            write(tmp_path / "a.csv")
+    monkeypatch.undo()
+    assert (tmp_path / "a.csv").read_text() == "old" and not list(tmp_path.glob(".unetseg*"))
 
 
 def test_a_folder_that_windows_lets_nobody_write_to_is_refused_at_once(tmp_path, monkeypatch):

@@ -517,6 +517,7 @@ def test_the_input_is_left_alone(make_package):
         (Image(np.zeros((8, 8, 8), np.float32)), Options(at=(1.0, math.nan, 1.0)), "three numbers in mm"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(roi=Box((0, 0), (8, 8))), "ROI is empty"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(at=(1.0, 1.0, 1.0), roi=Box((9, 0, 0), (12, 8, 8))), "ROI lies outside the image"),
+        (Image(np.zeros((8, 8, 8), np.float32)), Options(at=(6.6, 1.0, 1.0), roi=Box((0, 0, 0), (8, 8, 7))), "point lies outside the ROI"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(overlap=1.0), "overlap"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(batch=0), "batch must be 1 or more"),
         (Image(np.zeros((8, 8, 8), np.float32)), Options(intensity={"mode": "window", "level": 40}), "intensity lacks width"),
@@ -667,6 +668,8 @@ def test_a_model_of_crops_sees_an_roi_as_one(make_package):
     assert np.array_equal(predict(Image(values), [model], Options(roi=tight)).labels.array[tight.slices], wanted)
     point = Image(values).index_to_point((19, 19, 14))
     assert np.array_equal(predict(Image(values), [model], Options(roi=box, at=point)).labels.array, got.labels.array)
+    face = Image(values).index_to_point([v - 0.5 for v in box.start[::-1]])
+    assert predict(Image(values), [model], Options(roi=box, at=face)).roi == box
     assert not predict(Image(values), [model]).warnings
     assert "not for a whole scan; give a box" in predict(Image(values, (3.0, 3.0, 3.0)), [model]).warnings[0]
 

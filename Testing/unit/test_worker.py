@@ -1108,6 +1108,12 @@ def test_a_volume_whose_file_was_cleared_away_is_written_again(client, image, ma
     os.kill(client.pid, signal.SIGTERM)
     until(lambda: client.pid is None, "the end of the worker")
     assert_same(before, client.predict(volume, [model]))
+    (client.folder / f"volume-{volume}.npy").unlink()
+    os.kill(client.pid, signal.SIGTERM)
+    until(lambda: client.pid is None, "the end of the worker")
+    with pytest.raises(UserError, match="The system has tidied away the temporary copy of this volume; load it again"):
+        client.predict(volume, [model])
+    assert_same(before, client.predict(client.load_volume(image), [model]))
 
 
 # ------------------------------------------------------------------------------------------------- without any process

@@ -153,6 +153,11 @@ def test_scans_are_found_below_a_folder_and_in_lists(tmp_path):
         "a-label.nrrd",
         "seg/a.nrrd",
         ".hidden/x.nrrd",
+        "$RECYCLE.BIN/S-1-5-21/$RAB12CD.nrrd",  # deleted scans of Windows' drives and of network storage
+        "#recycle/old.nii.gz",
+        "#12/c.nrrd",  # but not a patient
+        "@eaDir/b.nii.gz",
+        "System Volume Information/x.nrrd",
         "n.txt",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +167,8 @@ def test_scans_are_found_below_a_folder_and_in_lists(tmp_path):
     dicom.mkdir(parents=True)
     (dicom / "IM1").write_bytes(b"\0" * 128 + b"DICM")
     below = [["/".join(f.relative_to(folder).parts) for f in files] for files in find_scans([folder])]
-    assert below == [["a.nrrd"], ["b.nii.gz"], ["labelled.nii.gz"], ["deep/mr_0000.nii.gz", "deep/mr_0001.nii.gz"], ["series/1"]]
+    several = ["deep/mr_0000.nii.gz", "deep/mr_0001.nii.gz"]
+    assert below == [["a.nrrd"], ["b.nii.gz"], ["labelled.nii.gz"], ["#12/c.nrrd"], several, ["series/1"]]
     listed = folder / "list.csv"
     listed.write_text("# mine\na.nrrd\n\n deep/mr_0000.nii.gz, deep/mr_0001.nii.gz\n", "utf-8")
     assert find_scans([listed]) == [(folder / "a.nrrd",), (folder / "deep/mr_0000.nii.gz", folder / "deep/mr_0001.nii.gz")]
@@ -172,6 +178,22 @@ def test_scans_are_found_below_a_folder_and_in_lists(tmp_path):
         find_scans([listed])
     with pytest.raises(UserError, match="does not exist; check the name"):
         find_scans([tmp_path / "nothing"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_as_excel_saves_them(tmp_path, encoding):
+    for name in ("ä.nrrd", "b.nrrd", "one;two.nrrd"):
+        (tmp_path / name).write_text("x")
+    listed = tmp_path / "list.csv"
+    listed.write_text("ä.nrrd;b.nrrd\n;;\n,,\nb.nrrd;\none;two.nrrd\nä.nrrd,b.nrrd\n", encoding)
+    a, b, odd = (tmp_path / name for name in ("ä.nrrd", "b.nrrd", "one;two.nrrd"))
+    assert find_scans([listed]) == [(a, b), (b,), (odd,)]
+    listed.write_text("ä.nrrd;gone.nrrd\n", encoding)
+    with pytest.raises(UserError, match="line 1: .*gone.nrrd does not exist; correct the line"):
+        find_scans([listed])
+    listed.write_bytes("ä.nrrd\n".encode("cp1252"))
+    with pytest.raises(UserError, match="save it as UTF-8 text"):
+        find_scans([listed])
 
 
 def test_a_scan_by_another_way_is_no_other_scan(tmp_path):

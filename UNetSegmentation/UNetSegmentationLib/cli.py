@@ -39,10 +39,22 @@ from .image import (
 from .inference.augment import TTA, views
 from .inference.click import BEYOND, ClickSession, Prompt, box_prompt, expects_lung
 from .inference.click import MODEL as CLICK_MODEL
-from .inference.predict import Options, Prediction, predict, too_much
+from .inference.predict import Options, Prediction, foreseen, predict
 from .intensity import display_range, expects_hu, parse_window, presets
 from .measure import dice, measure
-from .model import DEFAULT_COLORS, SUFFIX, Card, Label, ModelPackage, find_model, model_files, user_models_folder, write_package
+from .model import (
+    DEFAULT_COLORS,
+    SLICE_AXIS,
+    SUFFIX,
+    Card,
+    Label,
+    ModelPackage,
+    bare_card,
+    find_model,
+    model_files,
+    user_models_folder,
+    write_package,
+)
 from .nodule import COLUMNS, csv_text, describe
 from .nodule import row as nodule_row
 from .picture import save_picture
@@ -153,6 +165,8 @@ def _cancellable(left: str = "; nothing was written") -> Iterator[None]:
 
 def _read(images: Sequence[Path], series: str | None) -> Image:
     """Read; where a folder holds several series and a person sits there, ask which."""
+    if series is not None and all(user_path(p).is_file() for p in images):
+        raise UserError(f"--series is of a DICOM folder, and {images[0]} is a file; name the folder, or leave --series out.")
     while True:  # a folder after the other
         try:
             return read_image(list(images), series)
@@ -186,7 +200,7 @@ def _check_names(
 
     if sum(str(p) == "-" for p in texts) > 1:
         raise UserError("Only one of --json and --csv can go to standard output; give the other a file name.")
-    everything = [p for p in (*targets, *maps, picture, *texts) if p and str(p) != "-"]
+    everything = [user_path(p) for p in (*targets, *maps, picture, *texts) if p and str(p) != "-"]
     sources = [user_path(p) for p in read if p]
     for path in everything:
         check_writable(path)
@@ -200,8 +214,8 @@ def _check_names(
     for path in targets:
         check_suffix(path)
     for path in maps:
-        if not path.name.lower().endswith(VOLUME_SUFFIXES):
-            raise UserError(f"{path} is not the name of a volume; end it in {', '.join(VOLUME_SUFFIXES)}.")
+        if not path.name.lower().endswith(VOLUME_SUFFIXES) or path.name.lower().endswith(".seg.nrrd"):  # as which Slicer would load it
+            raise UserError(f"{path} is not the name of a volume; end it in {', '.join(VOLUME_SUFFIXES)}, and not in .seg.nrrd.")
     if picture and picture.suffix.lower() != ".png":
         raise UserError(f"{picture} would not be a PNG; end the picture's name in .png.")
 
@@ -350,11 +364,11 @@ def _write(
     report = _report(image, prediction, truth)
     if nodule is not None:
         report["nodule"] = nodule
-    dicom = [path for path in targets if path.suffix.lower() == ".dcm"]
-    if dicom and not prediction.labels.array.any() and (len(dicom) < len(targets) or report_file):
-        # Nothing found is a result, which only a DICOM SEG cannot hold.
-        targets = [path for path in targets if path not in dicom]
-        report["warnings"].append(f"Nothing was found, so there is no {dicom[0]}.")
+    if not prediction.labels.array.any():
+        dicom, gone = [path for path in targets if path.suffix.lower() == ".dcm"], ""
+        if dicom and (len(dicom) < len(targets) or report_file):  # nothing found is a result, which only a DICOM SEG cannot hold
+            targets, gone = [path for path in targets if path not in dicom], f", so there is no {dicom[0]}"
+        report["warnings"].append(f"Nothing was found{gone}; try another ROI or model.")
     # DICOM first: it asks most of the input, and where it fails nothing else should have been written.
     for path in sorted(targets, key=lambda p: p.suffix.lower() != ".dcm"):
         write_segmentation(prediction, path, image)
@@ -467,7 +481,7 @@ def _app() -> Any:
                 probabilities=probabilities is not None,
                 postprocess=postprocess,
             )
-            said = too_much(image, packages, options)  # at once: hippocampus-3d takes 458 s for the whole of a chest CT
+            said = foreseen(image, packages, options)  # at once: hippocampus-3d takes 458 s for the whole of a chest CT
             for warning in said:
                 print(f"warning: {warning}", file=sys.stderr)
             prediction = predict(image, packages, options, progress)
@@ -481,7 +495,8 @@ def _app() -> Any:
         at: Annotated[list[str], typer.Option(help="R,A,S in mm of a click on the nodule; may be repeated.")] = [],  # noqa: B006
         not_: Annotated[list[str], typer.Option("--not", help="R,A,S in mm of a click on what is not part of it; may be repeated.")] = [],  # noqa: B006
         box: Annotated[
-            str | None, typer.Option(help="A box about it: R0,R1,A0,A1,S0,S1 in mm RAS, or ijk:i0,i1,j0,j1,k0,k1 in voxels.")
+            str | None,
+            typer.Option(help="A box that fits closely around it: R0,R1,A0,A1,S0,S1 in mm RAS, or ijk:i0,i1,j0,j1,k0,k1 in voxels."),
         ] = None,
         model: Annotated[str, typer.Option("--model", "-m", help="A click model's name or .unet.zip file.")] = CLICK_MODEL,
         output: Annotated[
@@ -627,23 +642,38 @@ def _app() -> Any:
     @model_app.command()
     def pack(
         network: Annotated[Path, typer.Argument(help="The .onnx file.")],
-        card: Annotated[Path, typer.Option(help="The card as JSON; sizes and hashes are filled in.")],
         output: Annotated[Path, typer.Option("--output", "-o", help="The .unet.zip to write.")],
+        card: Annotated[Path | None, typer.Option(help="The card as JSON; sizes and hashes are filled in.")] = None,
+        labels: Annotated[str, typer.Option(help="Without a card: A,B, in the order of the outputs after the background.")] = "",
+        intensity: Annotated[
+            str, typer.Option(help="Without a card: what it was trained to see; a window preset, LEVEL,WIDTH in HU, zscore or percentile.")
+        ] = "",
+        spacing: Annotated[
+            str, typer.Option(help="Without a card: X,Y,Z in mm, X,Y of a 2D network's slices. Default: images as they are.")
+        ] = "",
+        axis: Annotated[str, typer.Option(help=f"Without a card, 2D: {', '.join(SLICE_AXIS)}. Default: axial.")] = "",
         safetensors: Annotated[Path | None, typer.Option(help="Weights to fine-tune from.")] = None,
     ) -> None:
-        """Make a package from an ONNX file and a card."""
+        """Make a package from an ONNX file and a card, or what a card would say: unetseg model pack net.onnx --labels liver,tumour
+        --intensity abdomen --spacing 0.8,0.8,2.5 -o net.unet.zip"""
         if not str(output).endswith(SUFFIX):
             raise UserError(f"{output} would be no package; end its name in {SUFFIX}.")
-        for path in (network, card, *([safetensors] if safetensors else [])):
+        if bool(card) == bool(labels and intensity) or card and (labels or intensity or spacing or axis):
+            raise UserError("Give either --card, or --labels and --intensity (and --spacing and --axis).")
+        for path in filter(None, (network, card, safetensors)):
             if not path.is_file():
                 raise UserError(f"{path} does not exist; check the name.")
-        try:
-            data = json.loads(card.read_bytes())  # also in UTF-16, as PowerShell's > writes it, and with Notepad's mark
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{card} is not JSON ({e}); correct it.") from e
-        if not isinstance(data, dict):
-            raise UserError(f"{card} must hold a JSON object.")
-        made = write_package(output, data, network.read_bytes(), safetensors.read_bytes() if safetensors else None)
+        onnx = network.read_bytes()
+        if card:
+            try:
+                data = json.loads(card.read_bytes())  # also in UTF-16, as PowerShell's > writes it, and with Notepad's mark
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{card} is not JSON ({e}); correct it.") from e
+            if not isinstance(data, dict):
+                raise UserError(f"{card} must hold a JSON object.")
+        else:
+            data = bare_card(network.stem, onnx, labels, intensity, spacing, axis)
+        made = write_package(output, data, onnx, safetensors.read_bytes() if safetensors else None)
         print(f"wrote {made.path}")
 
     for part in (app, *parts.values()):

@@ -223,12 +223,13 @@ def unescape_arguments(arguments: Iterable[str]) -> list[str]:
 def _target(path: str | Path) -> Path:
     """What a name stands for: as other programs do, we write to the file that a link leads to and leave the link. But one that another
     made, as in a shared folder, gives way where it leads to what is not his: it may be a file that only we may write to."""
+    path = user_path(path)
     if not os.path.islink(path):
-        return Path(path)
+        return path
     real = Path(os.path.realpath(path))
     at, maker = real if real.exists() else real.parent, os.lstat(path).st_uid
     mine = os.name == "nt" or maker == os.geteuid() or (at.exists() and maker == at.stat().st_uid)
-    return real if mine else Path(path)
+    return real if mine else path
 
 
 def _new_beside(target: Path) -> Path:
@@ -242,6 +243,10 @@ def _new_beside(target: Path) -> Path:
     path = target.absolute().parent / f".unetseg-{os.urandom(4).hex()}-{target.name.lower()[-16:]}"
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     return path
+
+
+# As Excel holds a table on Windows: nobody else may write to it, nor put another in its place.
+_HELD = "cannot be written, as it may be open in another program; close it there, or check your rights"
 
 
 def check_writable(path: str | Path) -> None:
@@ -260,6 +265,11 @@ def check_writable(path: str | Path) -> None:
         bad = True
     if bad:
         raise UserError(f"{path} cannot be written; choose a file name in a folder that you may write to.")
+    try:
+        if target.is_file():  # not a pipe or a device
+            target.open("r+b").close()  # changes nothing
+    except OSError as e:
+        raise UserError(f"{path} {_HELD}.") from e
 
 
 def check_text(path: str | Path) -> None:
@@ -310,7 +320,9 @@ def atomic_path(path: str | Path, patience: float = 1.0) -> Iterator[Path]:
             temporary.chmod(target.stat().st_mode & 0o777 | 0o200 if target.exists() else 0o666 & ~_UMASK)
         move_file(temporary, target, patience)
     except OSError as e:
-        raise UserError(f"{path} cannot be written ({e.strerror or e}); check the disk's space and your rights.") from e
+        held = isinstance(e, PermissionError) and os.path.isfile(target)
+        why = _HELD if held else f"cannot be written ({e.strerror or e}); check the disk's space and your rights"
+        raise UserError(f"{path} {why}.") from e
     finally:
         with suppress(OSError):  # a share that is lost, or what Windows holds: what is raised already says it
             remove_file(temporary, patience)

@@ -47,12 +47,12 @@ if sys.platform == "win32":
 
 
 class SeveralSeries(UserError):
-    """A DICOM folder holds more than one image series; `series` maps the UID to a description."""
+    """A DICOM folder holds more than one image series; `series` maps the key of list_series() to a description."""
 
     def __init__(self, folder: Path, series: dict[str, str]) -> None:
         self.series = series
         listing = "; ".join(f"{uid} ({text})" for uid, text in series.items())
-        super().__init__(f"{folder} holds {len(series)} image series; choose one by its UID: {listing}.")
+        super().__init__(f"{folder} holds {len(series)} image series; choose one by its UID or, without one, its first file: {listing}.")
 
 
 @dataclass(frozen=True)
@@ -519,7 +519,8 @@ def from_sitk(source: sitk.Image, path: Path | None = None, dicom_files: Sequenc
 
 
 def list_series(folder: Path) -> dict[str, tuple[str, list[str]]]:
-    """The image series of a DICOM folder and its subfolders: UID -> (description, files in slice order)."""
+    """The image series of a DICOM folder and its subfolders: UID -> (description, files in slice order). The key of one without a UID is
+    its first file, seen from the folder, with _ for commas, which stand between keys."""
     found: dict[str, tuple[str, list[str]]] = {}
     for place in [folder, *sorted(p for p in folder.rglob("*") if p.is_dir())]:
         check_text(place)
@@ -536,10 +537,11 @@ def list_series(folder: Path) -> dict[str, tuple[str, list[str]]]:
             tags = [_tag(reader, t) for t in ("0008|0060", "0008|103e", "0020|0011")]
             if tags[0] in NO_SCAN:
                 continue
-            if uid in found:
-                raise UserError(f"{folder} holds series {uid} in more than one subfolder; choose the one with all of its slices.")
+            key = uid or Path(files[0]).relative_to(folder).as_posix().replace(",", "_")
+            if key in found:
+                raise UserError(f"{folder} holds series {key} in more than one subfolder; choose the one with all of its slices.")
             text = " ".join(t for t in (tags[0], tags[1], f"no. {tags[2]}" if tags[2] else "") if t)
-            found[uid] = (f"{text}, {len(files)} images", files)
+            found[key] = (f"{text}, {len(files)} images", files)
     return found
 
 

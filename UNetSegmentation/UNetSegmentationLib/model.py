@@ -301,11 +301,11 @@ def _without_cases(card: dict[str, Any]) -> dict[str, Any]:
     return {**card, "lineage": {**lineage, "parity": {**parity, "cases": len(parity["cases"])}}}
 
 
-def check_card(data: Any) -> Card:
-    """A Card from JSON, or UserError with the first thing that is wrong."""
+def check_card(data: Any, cure: str = "ask its author for a corrected package") -> Card:
+    """A Card from JSON, or UserError with the first thing that is wrong and its cure."""
 
     def wrong(text: str) -> UserError:
-        return UserError(f"The model's card is not valid: {text}; ask its author for a corrected package.")
+        return UserError(f"The model's card is not valid: {text}; {cure}.")
 
     # Also where the schema asks for nothing: an integer of any length passes there, and then no float can be made of it.
     for leaf in _leaves(data):
@@ -449,19 +449,22 @@ def check_onnx(data: bytes) -> None:
         raise UserError("The ONNX model is empty or not an ONNX file; download or export it again.")
 
 
-def check_ports(data: bytes, card: Card) -> None:
-    """Refuse an ONNX model whose declared input or output is not what its card says, for no engine to stumble over.
+_Port = tuple[int, list[int | None] | None]
 
-    What the model leaves open (most axes' lengths, often the channels too; by a name, 0 or -1) shows when it runs. So does an
-    output's size: an exporter may write its example's, and no engine minds.
-    """
-    ports: dict[int, dict[str, tuple[int, list[int | None] | None]]] = {11: {}, 12: {}}
-    weights = set()
+
+def _ports(data: bytes) -> tuple[_Port, _Port, str]:
+    """The one input and the first output, as (element type, the axes' lengths), and the operator that gives the latter. None for what
+    the model leaves open (by a name, 0 or -1)."""
+    ports: dict[int, dict[str, _Port]] = {11: {}, 12: {}}
+    weights, makers = set(), {}
     try:
         for graph in (v for k, v in _fields(memoryview(data)) if k == 7):
             for kind, value in _fields(graph):
                 if kind == 5:
                     weights |= {str(v, "utf-8") for k, v in _fields(value) if k == 8}
+                elif kind == 1:
+                    entries = dict(_fields(value))
+                    makers[str(entries.get(2, b""), "utf-8")] = str(entries.get(4, b""), "utf-8")
                 elif kind in ports:
                     entries = dict(_fields(value))
                     tensor = dict(_fields(dict(_fields(entries.get(2, b""))).get(1, b"")))
@@ -471,13 +474,21 @@ def check_ports(data: bytes, card: Card) -> None:
     except (ValueError, TypeError) as e:
         raise UserError("The ONNX model is damaged or not an ONNX file; download or export it again.") from e
     inputs = {name: port for name, port in ports[11].items() if name not in weights}
-    rank = card.dimensions + 2
     if len(inputs) != 1 or not ports[12]:
         raise UserError(f"The ONNX model takes {len(inputs)} inputs and gives {len(ports[12])} outputs; export it with one of each.")
-    for (element, axes), does, channels in (
-        (next(iter(inputs.values())), "takes", card.inputs),
-        (next(iter(ports[12].values())), "gives", card.outputs),
-    ):
+    name, port = next(iter(ports[12].items()))
+    return next(iter(inputs.values())), port, makers.get(name, "")
+
+
+def check_ports(data: bytes, card: Card) -> None:
+    """Refuse an ONNX model whose declared input or output is not what its card says, for no engine to stumble over.
+
+    What the model leaves open (most axes' lengths, often the channels too) shows when it runs. So does an output's size: an
+    exporter may write its example's, and no engine minds.
+    """
+    rank = card.dimensions + 2
+    taken, given, _ = _ports(data)
+    for (element, axes), does, channels in ((taken, "takes", card.inputs), (given, "gives", card.outputs)):
         if element not in (0, 1) or (axes is not None and len(axes) != rank):
             raise UserError(f"The ONNX model {does} no float32 tensor of {rank} axes, as its card says; export it again.")
         if axes is not None and axes[1] not in (None, channels):
@@ -486,6 +497,100 @@ def check_ports(data: bytes, card: Card) -> None:
         if does == "takes" and axes is not None and any(n not in (None, p) for n, p in zip(axes[2:], patch)):
             size, wanted = (" x ".join(str(n or "any") for n in shape) for shape in (axes[2:], patch))
             raise UserError(f"The ONNX model takes patches of {size} but its card says {wanted}; export it again, with open axes.")
+
+
+def read_network(data: bytes) -> tuple[int, list[int | None], int, str]:
+    """Of an ONNX model without a card: the number of channels that it takes, the lengths of an image's axes (rows, columns; in 3D
+    slices first; None: open), how many labels it finds, and their activation: "sigmoid" of one output, else "softmax" with the
+    background. UserError where the file does not say, or is refused by check_onnx()."""
+    check_onnx(data)
+    (taken, size), (given, out), last = _ports(data)
+    if (
+        not {taken, given} <= {0, 1}
+        or size is None
+        or out is None
+        or not 4 <= len(size) == len(out) <= 5
+        or size[1] is None
+        or out[1] is None
+        or size[1] > card_schema()["properties"]["channels"]["maxItems"]  # an axis of the image, where channels come last
+    ):
+        raise UserError(
+            "The ONNX model must take and give float32 with the axes batch, channels (in a fixed number), slices if it is 3D, rows "
+            "and columns; export it so."
+        )
+    if last in ("Softmax", "Sigmoid"):  # a second sigmoid would put every voxel above 0.5
+        raise UserError(f"The ONNX model ends in a {last}, which is applied to what a model gives; export it without that.")
+    return size[1], size[2:], max(1, out[1] - 1), "sigmoid" if out[1] == 1 else "softmax"
+
+
+# Where the file leaves an image's axes open: a usual patch of 2D and of 3D networks, which five poolings halve.
+_USUAL_PATCH = {2: 256, 3: 96}
+
+
+def bare_card(name: str, onnx: bytes, labels: str, intensity: str, spacing: str = "", axis: str = "") -> dict[str, Any]:
+    """A card for write_package() of a network that came without one, from its file and what only a person knows.
+
+    name: what the model is to be called, such as its file's stem. labels: "A,B", in the order of the outputs after the
+    background. intensity: a window preset's name, "LEVEL,WIDTH" in HU, "zscore" or "percentile" (the 1st to the 99th).
+    spacing: "X,Y,Z" in mm (LPS), in 2D "X,Y", along the columns and the rows of a slice; "" leaves images as they are. axis: of
+    a 2D network's slices, one of SLICE_AXIS; "" is axial. UserError with one sentence for a network or an answer that will not do.
+    """
+    from .intensity import expects_hu, parse_window, presets  # which loads NumPy: a list of models needs none
+
+    channels, size, count, activation = read_network(onnx)
+    dimensions = len(size)
+    names = [n for n in map(str.strip, labels.split(",")) if n]
+    if len(names) != count:
+        raise UserError(
+            f"The network finds {counted(count, 'label')} beside the background, not the {len(names)} that are named; "
+            "name each, in the order of its outputs."
+        )
+    entries = {n: p.intensity() for n, p in presets().items()}
+    entries |= {"zscore": {"mode": "zscore"}, "percentile": entries["mr-percentile"]}
+    try:
+        seen = entries[intensity] if intensity in entries else parse_window(intensity)
+    except UserError:
+        known = ", ".join(entries)
+        raise UserError(f"The intensity {intensity!r} is none of {known}, nor LEVEL,WIDTH in HU; name one of these.") from None
+    sizes: list[float | None] = [None] * dimensions
+    if spacing.strip():
+        try:
+            sizes = [float(v) for v in spacing.split(",")]
+        except ValueError:
+            sizes = []
+    if len(sizes) != dimensions:
+        raise UserError(
+            f"The voxel size of a {dimensions}D network is {'X,Y,Z'[: 2 * dimensions - 1]} in mm, not {spacing!r}; "
+            "correct it, or leave it out for images as they are."
+        )
+    if axis and (dimensions == 3 or axis not in SLICE_AXIS):
+        raise UserError(f"The slices of a 2D network are {', '.join(SLICE_AXIS)}, and a 3D one has none; {axis!r} does not fit this one.")
+    if dimensions == 2:
+        axis = axis or "axial"
+        sizes.insert(2 - SLICE_AXIS[axis], None)
+    patch = [n or _USUAL_PATCH[dimensions] for n in size]
+    kind = "CT" if expects_hu(seen) else "Image"
+    card = {
+        "format": 1,
+        "name": re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")[:64] or "model",
+        "version": "1.0.0",
+        "task": "automatic",
+        "dimensions": dimensions,
+        **({"axis": axis} if axis else {}),
+        "channels": [kind] if channels == 1 else [f"{kind} {i + 1}" for i in range(channels)],
+        "spacing": sizes,
+        "patch": patch,
+        "divisor": [math.gcd(n, 32) for n in patch],
+        # A patch may be larger than the image: hippocampus-3d, bare, found 0.60 to 0.74 (Dice) of 4 crops of about 37 x 50 x 35 that
+        # zeros filled to 96 x 96 x 96, and finds 0.87 to 0.90 so; in patches of 48 x 48 x 48 it finds 0.91 and 0.90 (means).
+        "padding": "reflect",
+        "intensity": seen,
+        "labels": [{"value": i, "name": n} for i, n in enumerate(names, 1)],
+        "activation": activation,
+        "licence": "not stated",
+    }
+    check_card({**card, "files": listed({ONNX: onnx})}, "correct the answers")
+    return card
 
 
 def check_safetensors(data: bytes) -> None:
@@ -528,8 +633,8 @@ class ModelPackage:
         if not os.path.isfile(path):  # False, too, for a name that is too long
             raise UserError(f"There is no model package {path}; check the name.")
         if path.suffix.lower() == ".onnx":
-            made = f"unetseg model pack {path.name} --card CARD.json -o {path.stem}.unet.zip"
-            raise UserError(f"{path} is a network without its card; make a package of both: {made}")
+            made = f"unetseg model pack {path.name} --labels A,B --intensity PRESET -o {path.stem}{SUFFIX}"
+            raise UserError(f"{path} is a network without its card; make a package of it by '{made}', or by Import… in Slicer.")
         try:
             files = _read_zip(path)
         except MemoryError as e:

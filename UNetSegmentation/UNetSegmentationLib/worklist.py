@@ -55,6 +55,8 @@ STATUSES = ("waiting", "segmented", "taken", "done", "skipped", "failed")
 LEASE, LONG_LEASE = 30 * 60.0, 12 * 3600.0
 # What lies beside scans and is none.
 _NO_SCAN = re.compile(r"(^|[-_.])(seg|segmentation|label|labels|mask|masks)([-_.]|$)", re.I)
+# Folders: also what was deleted on Windows' drives ($RECYCLE.BIN) and network storage (@Recycle, #recycle; but #12 may be a patient).
+_HIDDEN = re.compile(r"[.$@]|#(recycle|snapshot)$|System Volume Information$", re.I)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of _free_name()
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
 _GONE = (None, errno.ENOENT, errno.ENOTDIR)  # of a file that is gone for everybody
@@ -138,10 +140,10 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
     """The scans that files, folders and lists name, each as the files of its channels.
 
     A folder: all images (.nii.gz, .nii, .nrrd, .mha) and DICOM folders below it, sorted by name; files whose name says mask, label
-    or seg are none, nor is what a training set keeps, and X_0000, X_0001, ... are the channels of X. A .txt or .csv: a scan on each
-    line, its channels separated by commas or tabs. apart: a folder to leave out (the list's own). left_out: gets a sentence on each
-    scan in a folder whose name no list can hold; None: that is a UserError too, as is what is not there, or one such scan that was
-    named itself.
+    or seg are none, nor is what a training set keeps or a recycle bin, and X_0000, X_0001, ... are the channels of X. A .txt or .csv:
+    a scan on each line, its channels separated by commas, tabs or, where no file has that name, semicolons. apart: a folder to leave
+    out (the list's own). left_out: gets a sentence on each scan in a folder whose name no list can hold; None: that is a UserError
+    too, as is what is not there, or one such scan that was named itself.
     """
     out: dict[tuple[Path, ...], None] = {}
     for source in sources:
@@ -150,16 +152,21 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
             raise UserError(f"{path} does not exist; check the name.")
         if path.is_file() and path.suffix.lower() in (".txt", ".csv"):
             try:
-                lines = path.read_text("utf-8-sig").splitlines()
+                text = path.read_bytes()
+                lines = text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").splitlines()
             except (OSError, UnicodeDecodeError) as e:
                 raise UserError(f"{path} cannot be read as a list of scans; save it as UTF-8 text with one scan on each line.") from e
             for number, line in enumerate(lines, 1):
                 if line.strip() and not line.lstrip().startswith("#"):
-                    files = tuple(_plain(path.parent / part.strip().strip('"')) for part in re.split(r"[,\t]", line) if part.strip())
-                    for file in files:
-                        if not file.exists():
-                            raise UserError(f"{path}, line {number}: {file} does not exist; correct the line or remove it.")
-                    out[files] = None
+                    files, excels = (
+                        tuple(_plain(path.parent / part.strip().strip('"')) for part in re.split(separator, line) if part.strip())
+                        for separator in (r"[,\t]", ";")  # a name may hold the second, which Excel writes where numbers have commas
+                    )
+                    missing = next((file for file in files if not file.exists()), None)
+                    if missing and not all(file.exists() for file in excels):
+                        raise UserError(f"{path}, line {number}: {missing} does not exist; correct the line or remove it.")
+                    if found := excels if missing else files:  # neither, where Excel left an empty row
+                        out[found] = None
         elif path.is_dir():
             for files in _below(path, apart and _plain(apart)):
                 try:
@@ -195,7 +202,7 @@ def _present(path: Path) -> Path:
 def _below(folder: Path, apart: Path | None) -> Iterator[tuple[Path, ...]]:
     with reached(folder):
         for place, folders, files in os.walk(folder):
-            folders[:] = sorted(f for f in folders if not f.startswith(".") and not _NO_SCAN.search(f) and Path(place, f) != apart)
+            folders[:] = sorted(f for f in folders if not _HIDDEN.match(f) and not _NO_SCAN.search(f) and Path(place, f) != apart)
             if INDEX in files and SALT in files:
                 folders[:] = [f for f in folders if f not in (CASES, RETRAININGS)]
             groups: dict[str, dict[Path, str]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -151,6 +152,76 @@ def importPackage(path: str | Path, replace: Callable[[str], bool]) -> Model | N
             if not file.samefile(target):  # under other letters it may be: macOS' disks do not tell them apart
                 file.unlink()
     return Model(target, True, card)
+
+
+def importNetwork(path: str | Path, replace: Callable[[str], bool]) -> Model | None:
+    """importPackage() of a bare .onnx and the answers to three questions; None, too, where these are not answered."""
+    from UNetSegmentationLib.files import UserError
+    from UNetSegmentationLib.model import SUFFIX, write_package
+
+    path = Path(path)
+    try:
+        network = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}); check its name and your rights.") from e
+    card = askCard(path, network)
+    if card is None:
+        return None
+    with slicer.util.WaitCursor(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return importPackage(write_package(Path(folder) / f"{path.stem}{SUFFIX}", card, network).path, replace)
+
+
+def askCard(path: Path, network: bytes) -> dict[str, Any] | None:
+    """The card of a bare .onnx, by a person who knows what the file does not say; None where they cancel."""
+    from UNetSegmentationLib.files import UserError
+    from UNetSegmentationLib.intensity import presets
+    from UNetSegmentationLib.model import SLICE_AXIS, bare_card, read_network
+
+    _channels, size, count, _activation = read_network(network)
+    dialog = qt.QDialog(slicer.util.mainWindow())
+    dialog.windowTitle = _("Import {file}").format(file=path.name)
+    form = qt.QFormLayout(dialog)
+    labels, intensity, spacing, axis, note = qt.QLineEdit(), qt.QComboBox(), qt.QLineEdit(), qt.QComboBox(), qt.QLabel()
+    labels.name, intensity.name, spacing.name, axis.name, note.name = "labels", "intensity", "spacing", "axis", "note"
+    labels.placeholderText = ", ".join("ABCDEFGH"[:count])
+    labels.toolTip = _("In the order of the network's outputs after the background, with commas between them")
+    form.addRow(_("Its {n} segments:").format(n=count) if count > 1 else _("Its segment:"), labels)
+    for preset in presets().values():
+        shown = f"{preset.label} ({preset.level:g}, {preset.width:g})" if preset.percentiles is None else preset.label
+        intensity.addItem(shown, preset.name)
+    intensity.addItem(_("Mean 0, standard deviation 1"), "zscore")
+    intensity.currentIndex = -1  # a wrong one gives wrong segments without a word
+    form.addRow(_("Images normalised by:"), intensity)
+    spacing.placeholderText = _("empty: images as they are")
+    form.addRow(_("Its pixels in mm (X,Y):") if len(size) == 2 else _("Its voxels in mm (X,Y,Z):"), spacing)
+    if len(size) == 2:
+        for name in SLICE_AXIS:
+            axis.addItem(name, name)
+        form.addRow(_("Its slices:"), axis)
+    note.wordWrap, note.textFormat = True, qt.Qt.PlainText
+    form.addRow(note)
+    buttons = qt.QDialogButtonBox()
+    buttons.setStandardButtons(qt.QDialogButtonBox.Ok | qt.QDialogButtonBox.Cancel)
+    form.addRow(buttons)
+
+    def update(*_unused: Any) -> None:
+        buttons.button(qt.QDialogButtonBox.Ok).enabled = bool(labels.text.strip()) and intensity.currentIndex >= 0
+
+    labels.connect("textChanged(QString)", update)
+    intensity.connect("currentIndexChanged(int)", update)
+    buttons.connect("accepted()", dialog, "accept()")
+    buttons.connect("rejected()", dialog, "reject()")
+    update()
+    try:
+        while dialog.exec_() == qt.QDialog.Accepted:
+            try:
+                chosen = intensity.itemData(intensity.currentIndex)
+                return bare_card(path.stem, network, labels.text, chosen, spacing.text, axis.currentText)
+            except UserError as e:
+                note.text = breakable(str(e))
+        return None
+    finally:
+        dialog.deleteLater()  # its parent would keep it
 
 
 # ---------------------------------------------------------------------------------------------------------------- words
@@ -341,7 +412,7 @@ class ModelList:
         qt.QDesktopServices.openUrl(qt.QUrl.fromLocalFile(str(folder)))
 
     def _onImport(self, *_unused: Any) -> None:
-        title, filters = _("Import a model"), _("Model packages (*.unet.zip *.zip)")
+        title, filters = _("Import a model"), _("Models (*.unet.zip *.zip *.onnx)")
         path = qt.QFileDialog.getOpenFileName(slicer.util.mainWindow(), title, "", filters)
         if path:
             self.importFile(path)
@@ -359,8 +430,11 @@ class ModelList:
                 qt.QApplication.restoreOverrideCursor()
 
         try:
-            with slicer.util.WaitCursor():
-                model = importPackage(path, replace)
+            if str(path).lower().endswith(".onnx"):
+                model = importNetwork(path, replace)
+            else:
+                with slicer.util.WaitCursor():
+                    model = importPackage(path, replace)
         except UserError as e:
             self.note = str(e)
             self._show()

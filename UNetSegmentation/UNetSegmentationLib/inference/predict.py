@@ -138,18 +138,13 @@ def predict(
     input that the models cannot take; nothing is ever half done.
     """
     began = time.perf_counter()
-    if models:
-        image = of_channels(image, len(models[0].card.data["channels"]))
-    _check_input(image, models, options)
-    roi, focus = _region(image, models[0].card, options)
-    notes = [note for m in models for note in warnings_for(options.intensity or m.card.intensity, image.channels)]
-    notes += too_much(image, models, options)
+    image, roi, focus, notes = _begin(image, models, options)
     part = _shown(image, models, options, roi)
     if part.shape != image.shape:
         boxed = None if options.roi is None else (roi & part).relative_to(part)
         found = predict(image.crop(part), models, replace(options, roi=boxed), progress, cancelled, engines)
         whole = _placed(found, part, image, roi if models[0].card.activation == "softmax" else None)
-        return replace(whole, roi=roi, warnings=tuple(dict.fromkeys(notes)), seconds=time.perf_counter() - began)
+        return replace(whole, roi=roi, warnings=notes, seconds=time.perf_counter() - began)
     canonical, orientation = reorient_for(image, models[0].card.acquired)
     target = orientation.canonical_box(roi, image.shape)
     engines = engines or [choose_engine(m, options.engine, options.device, options.precision, options.threads) for m in models]
@@ -199,13 +194,29 @@ def predict(
         mutual_information=back(result.mutual_information),
         probabilities=back(result.probabilities),
         engines=tuple(e.describe() for e in engines),
-        warnings=tuple(dict.fromkeys(notes)),
+        warnings=notes,
         seconds=time.perf_counter() - began,
         tiles=ticker.done,
     )
 
 
+def foreseen(image: Image, models: Sequence[ModelPackage], options: Options = Options()) -> tuple[str, ...]:
+    """What predict() will warn of, before anything is computed; raises its UserErrors for this input."""
+    return _begin(image, models, options)[-1]
+
+
 # --------------------------------------------------------------------------------------------------------------- checks
+
+
+def _begin(image: Image, models: Sequence[ModelPackage], options: Options) -> tuple[Image, Box, Box | None, tuple[str, ...]]:
+    """The image as the models take it, _region(), and what is to be said."""
+    if models:
+        image = of_channels(image, len(models[0].card.data["channels"]))
+    _check_input(image, models, options)
+    roi, focus = _region(image, models[0].card, options)
+    notes = [note for m in models for note in warnings_for(options.intensity or m.card.intensity, image.channels)]
+    notes += _too_much(image, models, options)
+    return image, roi, focus, tuple(dict.fromkeys(notes))
 
 
 def _check_input(image: Image, models: Sequence[ModelPackage], options: Options) -> None:
@@ -290,7 +301,7 @@ def check_together(models: Sequence[ModelPackage]) -> None:
             raise UserError(f"{names} do not look at the same slices, so they cannot be averaged.")
 
 
-def too_much(image: Image, models: Sequence[ModelPackage], options: Options) -> list[str]:
+def _too_much(image: Image, models: Sequence[ModelPackage], options: Options) -> list[str]:
     """What is to be said of a whole scan for a model of one target."""
     if options.roi is not None or options.at is not None:
         return []
@@ -407,6 +418,9 @@ def _region(image: Image, card: Card, options: Options) -> tuple[Box, Box | None
         clipped = (around if box is None else box) & whole
         if clipped.empty:
             raise UserError("The ROI lies outside the image; move it onto the image.")
+        # 1e-4 voxel as in box_around_points(): a point on the ROI's face is inside.
+        if any(not a - 0.5001 <= v <= b - 0.4999 for v, a, b in zip(index, clipped.start, clipped.stop)):
+            raise UserError("The point lies outside the ROI; choose a point inside, or leave one of them out.")
         return clipped, around
     if box is None:
         return whole, None

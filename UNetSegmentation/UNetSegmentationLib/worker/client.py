@@ -338,6 +338,8 @@ class Session:
         fields = {"volume": volume, **fields}
         if len(dumps(fields)) > MAX_LINE - 1000:  # refused before the volume is announced
             raise UserError("The mask is too ragged to be sent; smooth it, or correct a smaller one.")
+        if volume not in self._known and not (self.folder / self._volumes[volume][0]["file"]).exists():  # see place_volume()
+            raise UserError("The system has tidied away the temporary copy of this volume; load it again.")
         before = b"" if volume in self._known else self.load(volume)[1]
         number, line = self.request(op, **fields)
         self._images[number] = self._volumes[volume][1]
