@@ -165,24 +165,58 @@ def test_the_mean_with_the_start_is_that_of_every_weight():
     torch.manual_seed(0)
     model = build(config)
     own = {key: value.clone() for key, value in model.state_dict().items()}
-    for key, value in release.averaged(model, start).state_dict().items():
+    card = release.card_of("hippocampus-3d")
+    for key, value in release.averaged(model, card, start).state_dict().items():
         assert torch.allclose(value, (own[key] + old[key]) / 2) and not torch.allclose(value, old[key])
     with pytest.raises(UserError, match="another network"):
-        release.averaged(build(replace(config, channels=(8, 16, 32, 48))), start)
+        release.averaged(build(replace(config, channels=(8, 16, 32, 48))), card, start)
+    for other, told in (
+        ({"labels": card["labels"][::-1]}, "do not give the same labels"),
+        ({"spacing": [1, 1, 1.5]}, r"was trained with another spacing \(\[1.0, 1.0, 1.0\]\) than the run \(\[1, 1, 1.5\]\)"),
+        ({"pixel_mm": 1.3}, "another pixel_mm"),
+        ({"intensity": {"mode": "none"}}, "another intensity"),
+    ):
+        with pytest.raises(UserError, match=told):
+            release.averaged(model, {**card, **other}, start)
+
+
+@pytest.mark.parametrize("name", release.NAMES[:3])
+def test_a_recipes_card_can_be_averaged_with_its_package(name):
+    start = find_model(name)
+    release.averaged(load_network(start), release.card_of(name), start)
+
+
+def test_a_run_that_knows_whom_it_would_be_scored_on_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("UNETSEG_DATA", str(data))
+    monkeypatch.setattr("sys.argv", ["release", "hippocampus-3d", str(tmp_path)])
+    (tmp_path / "curve.csv").write_text("step,loss\n1,1\n")
+    ((_, case_set, held_out),) = release.held_out("hippocampus-3d")
+    others = [c.name for c in case_set.annotated if c not in held_out]
+    for trained, fold, told in (
+        ([*others, held_out[3].name], 0, rf"trained on patients .* of fold 0 of 5 \({held_out[3].name}\)"),
+        (others, 2, "held out fold 2 and would be scored on fold 0; train fold 0"),
+        (others, None, "held out the dataset's own part"),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps({"fold": fold, "data": {"train": dict.fromkeys(trained, "")}}))
+        with pytest.raises(UserError, match=told):
+            release.main()
+    with pytest.raises(UserError, match="would be scored on fold 3"):
+        release.score_fold("hippocampus-3d", tmp_path, 3, tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"fold": 0, "data": {"train": dict.fromkeys(others, "")}}))
+    release.check_run("hippocampus-3d", tmp_path)
 
 
 def test_the_figures_of_a_fold_take_the_place_of_its_former_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(release, "RESULTS", tmp_path)
     monkeypatch.setattr(release, "load_weights", lambda run, network: build(network))
     for fold, dice in ((3, 0.5), (1, 0.8), (3, 0.7)):
         row = {"set": "crop", "case": f"c{fold}", "seconds": 1.0, "Lung nodule": dice}
         monkeypatch.setattr(release, "score", lambda package, engine, number, row=row: [row])
-        release.score_fold("lung-nodule-2d", tmp_path, fold)
+        release.score_fold("lung-nodule-2d", tmp_path, fold, tmp_path)
     text = (tmp_path / "lung-nodule-2d" / "folds.csv").read_text().split()
     assert text == ["fold,set,case,Lung", "nodule", "1,crop,c1,0.8", "3,crop,c3,0.7"]
 
 
-def test_a_run_without_its_curve_replaces_nothing(tmp_path, monkeypatch):
+def test_a_run_without_its_curve_replaces_nothing_and_one_released_elsewhere_no_figures(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["release", "lung-nodule-2d", str(tmp_path), "--output", str(tmp_path / "models")])
     monkeypatch.setattr(release, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(release, "load_weights", lambda run, network: build(network))
@@ -195,6 +229,12 @@ def test_a_run_without_its_curve_replaces_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="fields not in"):
         release.write_rows(tmp_path / "a.csv", [{"a": 2}, {"b": 3}])
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"] and (tmp_path / "a.csv").read_text().split() == ["a", "1"]
+    (tmp_path / "curve.csv").write_text("step,loss,dice crops\n1,0.5,0.8\n")
+    release.main()
+    card = find_model("lung-nodule-2d").card
+    figures = {f"{card.name}/{name}" for name in ("held_out.csv", "metrics.json", "curve.csv", "curve.png")}
+    made = {p.relative_to(tmp_path / "models").as_posix() for p in (tmp_path / "models").rglob("*") if p.is_file()}
+    assert made == {f"{card.name}-{card.version}.unet.zip", *figures} and not (tmp_path / "results").exists()
 
 
 def test_bundled_figures_are_those_of_the_results():

@@ -208,6 +208,9 @@ def test_monai_datalist(tmp_path):
             ("p", "train"),
             ("p", "validation"),
         ]
+    for names in (["organ", "tumour"], ["Background", "organ", "tumour"]):
+        (tmp_path / "list.json").write_text(json.dumps({"training": items, "labels": names}))
+        assert [(d.value, d.name) for d in find_cases(tmp_path).labels] == [(1, "organ"), (2, "tumour")]
     (tmp_path / "list.json").write_text(
         json.dumps({"training": [{**e, "fold": i % 2, "label": [e["label"]]} for i, e in enumerate(items)]})
     )
@@ -375,6 +378,9 @@ def test_luna16_gives_balls(tmp_path):
     (tmp_path / "annotations.csv").write_text("\n".join(rows) + "\n")
     found = find_cases(tmp_path)
     assert found.layout == "luna16" and len(found.annotated) == 1 and any("1 annotated scans are not here" in n for n in found.notes)
+    (tmp_path / "subset0" / "._1.2.3.mhd").write_bytes(b"\0\5\x16\7")  # of macOS, on a USB stick
+    assert found.notes == find_cases(tmp_path).notes
+    (tmp_path / "subset0" / "._1.2.3.mhd").unlink()
     (tmp_path / "seg-lungs-LUNA16").mkdir()  # the challenge's lungs have the scans' names
     for file in (tmp_path / "subset0").iterdir():
         shutil.copy(file, tmp_path / "seg-lungs-LUNA16")

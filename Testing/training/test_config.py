@@ -88,6 +88,16 @@ def test_files_that_are_no_configuration(tmp_path):
             c.read(path)
 
 
+def test_a_configuration_as_editors_save_it(tmp_path):
+    text = c.to_yaml(c.parse({**BASE, "model": {**BASE.get("model", {}), "title": "Läsion"}}))
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "config.yaml").write_text(text, encoding)
+        assert c.read(tmp_path).model.title == "Läsion"
+    (tmp_path / "config.yaml").write_text(text, "cp1252")
+    with pytest.raises(UserError, match="config.yaml is not in UTF-8; save it as UTF-8"):
+        c.read(tmp_path)
+
+
 def test_a_title_may_be_a_date_or_look_like_one(tmp_path):
     for title in ("2026-11-23", "2026-13-45"):
         c.write(c.parse(BASE), tmp_path / "config.yaml")

@@ -192,6 +192,25 @@ def test_fine_tuning_keeps_the_input_and_levels_of_its_base():
     assert made.input.intensity == card.intensity and made.fit.learning_rate < 1e-3
 
 
+def test_a_label_of_the_base_keeps_its_colour_and_codes_and_its_task_its_mirrors():
+    """Folders' labels, in their own order, have neither: the hippocampus' colours had changed places. Of its labels' names alone a model of
+    it may also be mirrored along z."""
+    card = find_model("hippocampus-3d").card
+    base = (card, UNetConfig.from_json(card.data["network"]))
+    made = of(cases(labels=("posterior hippocampus", "Anterior hippocampus")), base=base)
+    kept = {label.key: (label.color, label.terminology) for label in card.labels}
+    assert [label.name for label in made.config.labels] == ["posterior hippocampus", "Anterior hippocampus"]
+    assert {label.name.lower(): (label.color, label.terminology) for label in made.config.labels} == kept
+    assert made.config.input.flip_axes == card.data["flip_axes"] == ["x"]
+    assert made.reasons["input.flip_axes"] == "that of hippocampus-3d, which it is fine-tuned from"
+    other = cases(labels=("Anterior hippocampus", "Tail"))
+    codes = {"category": ["SCT", "1", "Structure"], "type": ["SCT", "2", "Own"]}
+    other.labels = (replace(other.labels[0], terminology=codes), other.labels[1])
+    made = of(other, base=base).config
+    assert [(label.color, label.terminology) for label in made.labels] == [((1, 2, 3), codes), ((1, 2, 3), None)]
+    assert made.input.flip_axes == ["x", "z"]
+
+
 def test_a_large_case_is_counted_plane_by_plane():
     """np.bincount takes eight bytes a voxel."""
     image = Image(np.ones((40, 96, 96), np.int16), direction=(-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0))
@@ -227,6 +246,30 @@ def test_a_step_is_measured_here():
 
     net = {"channels": (4, 8), "strides": ((2, 2),), "kernels": ((3, 3), (3, 3))}
     assert 0 < _measured(net, 2, 1, 2, (32, 32), 2, "32", False) < 60
+
+
+def test_a_step_of_apples_gpu_is_over_when_it_has_computed_it(monkeypatch):
+    """Its kernels only begin when they are called, so that a step of 2 s was measured as 0.003 s."""
+    import torch
+
+    waited, zeros = [], torch.zeros
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_where: self)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **more: zeros(*shape, **more))
+    net = {"channels": (4, 8), "strides": ((2, 2),), "kernels": ((3, 3), (3, 3))}
+    assert module._measured(net, 2, 1, 2, (32, 32), 2, "32", True) and len(waited) == 4
+
+
+def test_where_apples_gpu_computes_nonsense_the_cpu_is_planned_for(monkeypatch):
+    fault, laptop = "PyTorch 9 gives wrong values on this computer's mps", replace(LAPTOP, gpu="Apple GPU", gpu_memory=8 << 30)
+    seen = []
+    monkeypatch.setattr("unetseg_training.train.mps_fault", lambda network: seen.append(network) or fault)
+    for quick in (True, False):
+        made, cpu = of(cases(), laptop, quick=quick), of(cases(), quick=quick)
+        assert made.config == cpu.config and made.machine == LAPTOP
+        assert made.notes == ("said so", f"{fault}, so this is for the CPU.")
+    monkeypatch.setattr("unetseg_training.train.mps_fault", lambda network: "")
+    assert of(cases(), laptop).config.unet() == seen[-1]  # what is looked at is what would be trained
 
 
 def test_a_model_of_crops_that_goes_on_with_whole_scans_is_no_longer_one_of_crops():

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -279,6 +280,23 @@ def test_a_full_disk_is_a_sentence_and_nothing_is_lost(dataset, base, monkeypatc
     assert job.state == "finished" and same(weights(job), through(dataset, base))
 
 
+def test_a_disk_that_is_full_before_the_first_checkpoint_promises_nothing(dataset, base, monkeypatch):
+    """The best weights, which are written before it, are there, but nothing goes on from them."""
+    brought = os.fsync
+
+    def full(handle):
+        if (made.folder / WEIGHTS).is_file():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        brought(handle)
+
+    made = created(dataset, base)
+    with monkeypatch.context() as m:
+        At(m, 2, lambda told: m.setattr(os, "fsync", full))
+        job = finished(made)
+    assert (job.folder / WEIGHTS).is_file() and not (job.folder / CHECKPOINT).exists()
+    assert job.state == "failed" and job.text.endswith("No whole epoch is kept: resume it then, and it begins anew.")
+
+
 @pytest.mark.parametrize("count, told", [(1, "has 1 annotated case to learn from"), (3, "has cases of one patient only (3)")])
 def test_too_few_cases_are_told(tmp_path, count, told):
     for i in range(count):
@@ -517,8 +535,9 @@ def test_a_label_that_no_case_marks_is_left_out_and_told(tmp_path, base, more, n
     assert np.array_equal(np.unique(read_image(next((job.folder / "check").glob("*_truth.nii.gz"))).array), range(3 + len(more)))
 
 
-def test_a_label_that_no_held_out_case_marks_is_not_measured(tmp_path, base):
-    """On the card and in the mean it had a Dice of 1.000."""
+def test_what_was_not_measured_and_a_gpu_that_was_not_used_are_told(tmp_path, base, monkeypatch):
+    """On the card and in the mean a label that no held-out case marks had a Dice of 1.000."""
+    monkeypatch.setattr("unetseg_training.train.mps_fault", lambda network: "PyTorch 9 gives wrong values on this computer's mps")
     made = Dataset.create(tmp_path / "set", "set", LABELS, ["MR"])
     add_cases(made, 3)
     add_cases(made, 2, values=(3.0,), first=3)
@@ -528,7 +547,7 @@ def test_a_label_that_no_held_out_case_marks_is_not_measured(tmp_path, base):
     result, card = job.result, ModelPackage.read(job.package).card.data
     assert list(result["labels"]) == list(card["metrics"]["dice"]) == ["Bright"]
     assert result["mean"]["dice"] == result["labels"]["Bright"]["dice"]
-    assert result["note"].endswith("In no held-out case, so not measured: Dark.")
+    assert result["note"].endswith("computer's mps, so the CPU trains. In no held-out case, so not measured: Dark.")
     assert {(w["case"], w["dice_after"]) for w in result["worst"]} == {(r["case"], r["dice_after"]) for r in result["rows"]}
 
 
@@ -657,13 +676,12 @@ def test_a_device_and_the_minutes_that_were_asked_for_are_planned_with(dataset, 
     assert retrain._configured(job.folder, job, base, cases, facts, retrain._Told(job.folder, None)).fit.accelerator == "gpu"
 
 
-def test_what_its_base_did_not_mirror_is_not_mirrored(dataset, base):
-    """The plan itself would, along all axes: nothing in the labels' names speaks of sides."""
+def test_what_its_base_did_not_mirror_is_not_mirrored(dataset, base, monkeypatch):
+    """A plan without a base would, along all axes: nothing in the labels' names speaks of sides."""
+    monkeypatch.setattr(retrain, "make_plan", partial(retrain.make_plan, measure=False))
     job = training.create(dataset, base)
     cases, facts = retrain._cases(job.folder, job, base)
-    data = {"model": {"training_data": [""]}, "input": {"flip_axes": ["x", "y", "z"]}}
-    retrain._named(job, base, cases, facts, data)
-    assert data["input"]["flip_axes"] == list(base.card.data.get("flip_axes", ()))
+    assert retrain._configured(job.folder, job, base, cases, facts, retrain._Told(job.folder, None)).input.flip_axes == []
 
 
 def test_a_label_of_the_base_alone_takes_no_place_of_another(tmp_path, make_package):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -10,8 +11,9 @@ import sys
 import time
 import tracemalloc
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -703,7 +705,7 @@ def test_the_schedule_warms_up_and_falls_as_a_cosine():
 
 
 def test_auto_precision_and_devices(monkeypatch):
-    assert t.precision_here(c.Fit(precision="16")) == "16" and t.precision_here(c.Fit(accelerator="cpu")) in ("32", "bf16")
+    assert t.precision_here(c.Fit(precision="bf16")) == "bf16" and t.precision_here(c.Fit(accelerator="cpu")) in ("32", "bf16")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert t._topology(c.Fit()) == (4, 2)
@@ -816,6 +818,70 @@ def test_the_precision_is_the_devices(config, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         found |= {(a, capability[0]): t.precision_here(replace_fit(config, precision="auto", accelerator=a).fit) for a in ("auto", "cpu")}
     assert found["auto", 7] == "16" and found["auto", 8] == "bf16" and found["cpu", 7] == found["cpu", 8] != "16"
+    assert t.precision_here(replace_fit(config, precision="16", accelerator="auto").fit) == "16"
+
+
+@pytest.mark.parametrize(("fast", "precision"), [(False, "32"), (True, "bf16")])
+def test_16_bits_are_on_a_cpu_what_auto_is_and_that_is_said(config, tmp_path, monkeypatch, capsys, fast, precision):
+    """Lightning takes bf16, also where that is emulated, and says it in its own words only."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast, raising=False)
+    t.run(t.make_job(replace_fit(config, precision="16", epochs=1, steps=1), tmp_path / "cache"), tmp_path / "run")
+    run = json.loads((tmp_path / "run" / t.RUN).read_text("utf-8"))
+    assert run["precision"].startswith(precision) and run["note"] == f"fit.precision 16 is for a GPU, so this CPU trains with {precision}."
+    assert capsys.readouterr().err.count(run["note"]) == 1
+
+
+def apple(monkeypatch, convolve):
+    """Apple's GPU, by the CPU: convolve(own, x, weights, bias) is its 3D convolution."""
+    module_to, tensor_to = torch.nn.Module.to, torch.Tensor.to
+
+    def to(self, *where, **how):
+        if where != ("mps",):
+            return module_to(self, *where, **how)
+        for layer in self.modules():
+            if isinstance(layer, torch.nn.Conv3d):
+                layer._conv_forward = partial(convolve, layer._conv_forward)
+        return self
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *where, **how: x if where == ("mps",) else tensor_to(x, *where, **how))
+
+
+def lacks(own, x, weights, bias):
+    raise NotImplementedError("Conv3D is only supported on MPS for macOS 13.2\nand more")
+
+
+@pytest.mark.parametrize(
+    ("convolve", "words"),
+    [
+        (lambda own, x, w, b: own(x, w, b), ""),
+        (lambda own, x, w, b: own(x, w * 1.001, b), ""),  # rounding
+        (lambda own, x, w, b: own(x, w.flip(0), b), "gives wrong values"),
+        (lambda own, x, w, b: own(x, 2 * w.detach() - w, b), "gives wrong values"),  # and right ones, but wrong gradients
+        (lambda own, x, w, b: own(x, w, b) * float("nan"), "gives wrong values"),
+        (lacks, r"cannot train this network \(Conv3D is only supported on MPS for macOS 13.2\)"),
+    ],
+    ids=["right", "rounded", "values", "gradients", "nan", "lacks"],
+)
+def test_a_network_is_not_trained_on_apples_gpu_where_that_computes_nonsense(config, tmp_path, monkeypatch, capsys, convolve, words):
+    """PyTorch's issue 197114: the training itself told a Dice of 0.9 of weights that were worth nothing anywhere else."""
+    apple(monkeypatch, convolve)
+    made = [t.make_job(replace_fit(config, accelerator=a), tmp_path / "cache") for a in ("auto", "mps", "gpu", "cpu")]
+    if not words:
+        state = torch.get_rng_state()
+        assert [t._accelerator(job) for job in made] == ["auto", "mps", "gpu", "cpu"]
+        assert torch.equal(state, torch.get_rng_state())  # the same training as without the look
+    else:
+        said = f"PyTorch {re.escape(torch.__version__)} {words} on this computer's mps"
+        for job in made[1:3]:
+            with pytest.raises(UserError, match=f"{said}; train on the CPU"):
+                t.run(job, tmp_path / "run")
+        t.run(made[0], tmp_path / "run")
+        run = json.loads((tmp_path / "run" / t.RUN).read_text("utf-8"))
+        assert run["device"] == "cpu" and run["finished"] and re.fullmatch(f"{said}, so the CPU trains.", run["note"])
+        assert run["note"] in capsys.readouterr().err
+        assert t._accelerator(made[3]) == "cpu"
 
 
 def test_what_is_in_no_part_is_trained_on(config):
@@ -830,6 +896,34 @@ def test_minutes_are_minutes(config, tmp_path):
     for keeper.seconds in (119.0, 121.0):
         late.append(keeper.late())
     assert late == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("batch", "case", "slept", "counted"),
+    [
+        (2, 20, 7200, 18 * 2 + 20 + 60 + 20),  # a laptop closed for two hours in the second epoch
+        (200, 200, 0, 60 + 120 + 16 * 200 + 60 + 120 + 200),  # a slow machine
+        (200, 200, 7200, 60 + 120 + 16 * 200 + 60 + 120 + 200),
+    ],
+)
+def test_time_asleep_is_none_of_training(config, tmp_path, monkeypatch, batch, case, slept, counted):
+    """On Windows time.monotonic() goes on meanwhile."""
+    clock = [1000.0]
+    monkeypatch.setattr(t, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    keeper, module = t.Keeper(tmp_path, replace_fit(config, minutes=13.5).fit), Mock()
+    module.model.parameters.return_value, module.last_scores = [], {}
+    trainer = Mock(current_epoch=0, callback_metrics={}, is_global_zero=False)
+    for epoch in range(3):
+        keeper.on_train_epoch_start(trainer, module)
+        for step in range(6):
+            clock[0] += batch
+            keeper.on_train_batch_end(trainer, module, None, None, step)
+        if epoch == 1:
+            clock[0] += slept
+        clock[0] += case
+        keeper.on_validation_batch_end(trainer, module, None, None, 0)
+        keeper.on_train_epoch_end(trainer, module)
+    assert keeper.seconds == counted
 
 
 def test_of_several_processes_one_says_when_time_is_up(config, tmp_path, monkeypatch):

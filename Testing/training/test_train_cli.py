@@ -71,6 +71,30 @@ def test_plan_writes_a_configuration_that_fit_takes(command, dataset, tmp_path):
     assert code == 2 and "holds a plan already" in err and err.count("\n") == 1
 
 
+def test_one_case_is_refused_before_it_is_planned_for(command, tmp_path, monkeypatch):
+    write_cases(tmp_path / "data", 1, 1)
+    monkeypatch.setattr("unetseg_training.plan.plan", lambda *a, **k: pytest.fail("it measures"))
+    code, out, err = command("plan", tmp_path / "data", "-o", tmp_path / "run")
+    assert code == 2 and "holds one annotated case only (case0); a model needs at least two" in err and err.count("\n") == 1 and not out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows takes the home from elsewhere")
+def test_a_run_in_the_persons_folder_lies_there(command, run, tmp_path, monkeypatch):
+    """Shells expand ~ only at the beginning of a word, not in --output=~/run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    data = c.read(run).data.path
+    code, _, err = command("plan", data, "--output=~/run")
+    assert code == 2 and f"{run} holds a plan already" in err
+    code, _, err = command("fit", "~/run", "--fold", "7")
+    assert "--fold must be 0 to 1" in err and not (tmp_path / "~").exists()
+    package = ("finetune", data, "--from", "left-ventricle-2d", "--output=~/run")
+    assert f"{run} holds a fine-tuning already" in command(*package)[2]
+    code, _, err = command("report", "~/nothing")
+    assert str(tmp_path / "nothing") in err
+
+
 def test_a_channel_can_be_chosen(command, tmp_path):
     data = tmp_path / "data"
     write_cases(data, 2, 1)

@@ -151,6 +151,17 @@ def test_a_resumed_run_goes_on_from_its_step(tmp_path, monkeypatch):
         assert [r["step"] for r in csv.DictReader(f)] == ["4", "8", "12"]
 
 
+def test_the_loss_since_the_last_validation_is_kept_with_the_checkpoint(tmp_path, monkeypatch):
+    """Of a run that is validated every second epoch and was stopped after the first."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(Module(), watch.callbacks(whole), 2, check_val_every_n_epoch=2)
+    train(Module(), watch.callbacks(parts), 1, check_val_every_n_epoch=2).save_checkpoint(tmp_path / "c.ckpt")
+    train(Module(), watch.callbacks(parts), 2, tmp_path / "c.ckpt", check_val_every_n_epoch=2)
+    (one,), (other,) = ([line for line in live.read(f / "live.jsonl") if line["event"] == "validation"] for f in (whole, parts))
+    assert one["step"] == other["step"] == 8 and one["loss"] == other["loss"]
+
+
 def test_a_failure_and_a_stop_are_told(tmp_path):
     with pytest.raises(RuntimeError):
         train(Module(fails_at=5), watch.callbacks(tmp_path))

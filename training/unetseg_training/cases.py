@@ -1180,6 +1180,8 @@ def _find_monai(path: Path) -> CaseSet | None:
             if not mask.exists():
                 raise UserError(f"{file} names {mask}, which does not exist; the list's paths must be relative to its folder.")
         names = data.get("labels")
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):  # by place, with the background or without
+            names = dict(enumerate(names, int(plain_name("".join(names[:1])) != "background")))
         known = _by_value(names) if isinstance(names, dict) else {}
         labels, values = _labels_of(cases, *((known, {}) if known else _label_names(file.parent)), notes)
         channels = _channels_of(cases, notes, data.get("modality") or data.get("channel_names"))
@@ -1227,7 +1229,8 @@ def _find_luna16(path: Path) -> CaseSet | None:
             balls[row["seriesuid"]].append(tuple(float(row[c]) for c in columns[1:]))
         except ValueError as e:
             raise UserError(f"{table}, {','.join(row.values())}: not a number ({e}); correct it.") from e
-    scans = [f for f in sorted(table.parent.rglob("*.mhd")) if "seg-lungs-LUNA16" not in f.parts]  # masks of lungs, with the scans' names
+    # Without what macOS keeps beside files on a USB stick, and the masks of lungs, which have the scans' names.
+    scans = [f for f in sorted(table.parent.rglob("*.mhd")) if f.name[:2] != "._" and "seg-lungs-LUNA16" not in f.parts]
     cases = [Case(uid, uid, (f,), None, "spheres", extra=tuple(balls[uid])) for f in scans if (uid := stem(f)) in balls]
     if not cases:
         raise UserError(f"{table} names no .mhd file that lies in {table.parent}; put the scans (subset0, ...) beside it.")

@@ -162,6 +162,11 @@ def fit_run(
     return results
 
 
+def _expanded(path: Path | None) -> Path | None:
+    """The argument with the person's folder for ~, which shells leave in --output=~/run."""
+    return path and user_path(path)
+
+
 def _read(run: Path) -> Any:
     from .config import read
 
@@ -181,8 +186,8 @@ def _app() -> Any:
         pretty_exceptions_enable=False,
     )
     data_argument = typer.Argument(help="The dataset: a folder or its index file, in any of the layouts.", show_default=False)
-    run_argument = typer.Argument(help="The run's folder, with config.yaml.", show_default=False)
-    leaf_argument = typer.Argument(help="The folder of a fold, such as RUN/fold0-seed0.", show_default=False)
+    run_argument = typer.Argument(help="The run's folder, with config.yaml.", show_default=False, callback=_expanded)
+    leaf_argument = typer.Argument(help="The folder of a fold, such as RUN/fold0-seed0.", show_default=False, callback=_expanded)
     layout_option = typer.Option(help="The dataset's layout, where it is not recognised.")
     patient_option = typer.Option(help="Regular expression whose first group is the patient in a case's name.")
     only_option = typer.Option(help="A label to learn, others are left out; may be given several times.")
@@ -213,7 +218,7 @@ def _app() -> Any:
     @app.command()
     def plan(
         data: Annotated[str, data_argument],
-        output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder to make.")],
+        output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder to make.", callback=_expanded)],
         quick: Annotated[bool, typer.Option("--quick", help="A first model in about ten minutes.")] = False,
         minutes: Annotated[float | None, typer.Option(help="Training time to plan for.", min=0.1)] = None,
         layout: Annotated[str | None, layout_option] = None,
@@ -316,7 +321,9 @@ def _app() -> Any:
     @app.command()
     def export(
         folder: Annotated[Path, leaf_argument],
-        output: Annotated[Path | None, typer.Option("--output", "-o", help="The .unet.zip to write, or a folder for it.")] = None,
+        output: Annotated[
+            Path | None, typer.Option("--output", "-o", help="The .unet.zip to write, or a folder for it.", callback=_expanded)
+        ] = None,
         base: Annotated[
             str | None, typer.Option(help="The package that it was fine-tuned from, for its lineage. Default: as finetune noted.")
         ] = None,
@@ -355,14 +362,17 @@ def _app() -> Any:
             typer.Option("--from", help="The model package to start from, by name or file; without it, from scratch (not with -o)."),
         ] = None,
         output: Annotated[
-            Path | None, typer.Option("--output", "-o", help="A run's folder to make, as plan and fit do, instead of a retraining.")
+            Path | None,
+            typer.Option("--output", "-o", help="A run's folder to make, as plan and fit do, instead of a retraining.", callback=_expanded),
         ] = None,
         quick: Annotated[
             bool | None, typer.Option("--quick/--full", help="In about ten minutes, or in hours. Default: quick; with -o, full.")
         ] = None,
         minutes: Annotated[float | None, typer.Option(help="Training time to plan for.", min=0.01)] = None,
         device: Annotated[str, typer.Option(help="Without -o: auto, cpu, gpu or mps.")] = "auto",
-        name: Annotated[str, typer.Option(help="Without -o: of the new model; else the base's.")] = "",
+        name: Annotated[
+            str, typer.Option(help="Without -o: of the new model; else the base's, or the dataset's where the labels are others.")
+        ] = "",
         job: Annotated[Path | None, typer.Option(help="Without -o: the retraining's folder; else a new one in DATA/retrain.")] = None,
         detach: Annotated[bool, typer.Option("--detach", help="Without -o: begin it and return; see jobs, stop, resume, promote.")] = False,
         freeze: Annotated[list[str] | None, typer.Option(help="With -o: layers to keep, e.g. encoder; several times.")] = None,
@@ -601,6 +611,7 @@ def _plan(
 
     from .cases import find_cases
     from .plan import plan as make_plan
+    from .train import learnable
 
     if (output / "config.yaml").exists() and not overwrite:
         raise UserError(f"{output} holds a plan already; add --overwrite to replace it, or choose another folder.")
@@ -612,6 +623,7 @@ def _plan(
             raise UserError(f"{base} does not describe its network, so it cannot be trained on; choose a package with PyTorch weights.")
         old = card, UNetConfig.from_json(card.data["network"])
     case_set = find_cases(Path(data), **how)
+    learnable(case_set.annotated, data)
     with _bar("reading the cases") as progress:
         made = make_plan(case_set, data, quick=quick, minutes=minutes, data=how, base=old, progress=progress)
     made.write(output)

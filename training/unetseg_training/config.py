@@ -369,8 +369,10 @@ def read(path: str | Path) -> Config:
         run = path.parent if path.suffix == ".yaml" else path
         raise UserError(f"There is no {path}; unetseg-train plan DATA -o {run} makes it.")
     try:
-        data = yaml.load(path.read_text("utf-8"), _Loader)
+        data = yaml.load(path.read_bytes(), _Loader)  # in UTF-8, or UTF-16 with its mark
     except (yaml.YAMLError, ValueError, RecursionError) as e:  # the last of 3000 brackets, the second of "!!int x"
+        if isinstance(e, yaml.reader.ReaderError) and e.encoding != "unicode":
+            raise UserError(f"{path} is not in UTF-8; save it as UTF-8.") from e
         place = getattr(e, "problem_mark", None)
         where = f" (line {place.line + 1}: {getattr(e, 'problem', '')})" if place else ""
         raise UserError(f"{path} is not valid YAML{where}; correct it.") from e

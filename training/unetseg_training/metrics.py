@@ -377,7 +377,7 @@ def write(folder: str | Path, rows: Sequence[Row], facts: dict[str, Any], name: 
     except UserError as e:
         if not isinstance(e.__cause__, PermissionError):
             raise
-        print(f"{folder / name}.csv is open in another program and stays as it was; {name}.json has the figures.", file=sys.stderr)
+        print(f"{e} {name}.json has the same figures.", file=sys.stderr)
 
 
 def _rounded(value: Any) -> Any:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from UNetSegmentationLib.image import Image, length_unit, reorient, slices_acros
 from UNetSegmentationLib.inference.click import expects_lung
 from UNetSegmentationLib.inference.predict import check_pixel_size, crop_mm, spacing_for
 from UNetSegmentationLib.intensity import check_finite
-from UNetSegmentationLib.model import SLICE_AXIS, Card
+from UNetSegmentationLib.model import SLICE_AXIS, Card, Label
 from UNetSegmentationLib.postprocess import voxel_counts
 from UNetSegmentationLib.training import misfit, slug
 
@@ -274,6 +275,7 @@ def plan(
     from, whose input and levels then hold.
     """
     machine = machine or Machine.here()
+    again = partial(plan, case_set, path, quick=quick, minutes=minutes, measure=measure, data=data, base=base)
     if base is not None and (problem := misfit(base[0], None)):
         raise UserError(problem)
     clicked = base[0] if base is not None and base[0].data["task"] == "click" else None
@@ -282,7 +284,7 @@ def plan(
             f"{clicked.name} is clicked on in one image, and each case has {len(case_set.channels)} "
             f"({', '.join(case_set.channels)}); make a dataset of one of them."
         )
-    f = found or fingerprint(case_set, progress, in_lung=clicked is not None and expects_lung(clicked))
+    found = f = found or fingerprint(case_set, progress, in_lung=clicked is not None and expects_lung(clicked))
     if mixed := mixed_pixel_sizes(f.pixels):
         raise UserError(f"{mixed}.")
     if base is not None and (bare := next((name for name, unsized, _ in f.pixels if unsized), None)):
@@ -458,10 +460,15 @@ def plan(
     # turned upside down, had a Dice of 0.453 after 5 epochs, else 1.000.
     if axis == "acquired" and (f.mixed and barred or set(barred) - {"x"}):
         barred, where_wrong = list("xyz"), "along an axis of the body, which may be any of a slice's own"
+    former = base[0] if base is not None and same_task(base[0], case_set) else None
+    if former is not None:
+        barred = sorted(set("xyz") - set(former.data.get("flip_axes", ())))
     usable = {2 - a for a in axes}  # 0: x
     flips = [a for i, a in enumerate("xyz") if i in usable and a not in barred]
-    why["input.flip_axes"] = "a mirrored image is as good an example" + (
-        f", but the labels' names would be wrong {where_wrong}" if barred else ""
+    why["input.flip_axes"] = (
+        text
+        if former is not None
+        else "a mirrored image is as good an example" + (f", but the labels' names would be wrong {where_wrong}" if barred else "")
     )
 
     # Steps.
@@ -487,6 +494,9 @@ def plan(
     net: dict[str, Any] = {k: old[k] for k in ("norm", "activation", "residual", "down") if k in old}
     net |= {"channels": channels, "strides": strides, "kernels": kernels, "deep_supervision": supervise, "checkpointing": checkpointing}
     n_in, n_out = (5, 2) if clicked else (len(names) * (2 * context + 1), len(label_names) + 1)
+    if gpu and (fault := _mps_fault(net, dims, n_in, n_out)):  # the training would take the CPU
+        made = again(machine=replace(machine, gpu="", gpu_memory=0), found=found)
+        return replace(made, notes=(*made.notes, f"{fault}, so this is for the CPU."))
     second = None
     if measure:
         second = _measured(net, dims, n_in, n_out, patch, batch, precision, gpu)
@@ -555,7 +565,7 @@ def plan(
             "training_data": [f"{folder}: {counted(f.cases, 'case')} of {counted(f.patients, 'patient')}, less those held out"],
         },
         "data": {"path": str(user_path(path).absolute()), "layout": case_set.layout, **(data or {})},
-        "labels": [_label(label) for label in case_set.labels],
+        "labels": [_label(label, base[0] if base else None) for label in case_set.labels],
         "channels": names,
         "input": {
             "dimensions": dims,
@@ -616,8 +626,10 @@ def inherited(card: Card, case_set: CaseSet, learned: list[str]) -> dict[str, An
     return out | {k: card.data[k] for k in kept if k in card.data}
 
 
-def _label(label: Any) -> dict[str, Any]:
-    return {"name": label.name, "color": list(label.color) if label.color else None, "terminology": label.terminology or None}
+def _label(label: Label, base: Card | None) -> dict[str, Any]:
+    """With its base's colour and codes where it has no codes of its own: file names and most tables of labels know neither."""
+    of = label if label.terminology or base is None else next((own for own in base.labels if own.key == label.key), label)
+    return {"name": label.name, "color": list(of.color) if of.color else None, "terminology": of.terminology or None}
 
 
 def _span(seconds: float) -> str:
@@ -686,6 +698,14 @@ def _precision_here(fit: Fit) -> str:
     return precision_here(fit)
 
 
+def _mps_fault(net: dict[str, Any], dims: int, n_in: int, n_out: int) -> str:
+    from UNetSegmentationLib.networks import UNetConfig
+
+    from .train import mps_fault
+
+    return mps_fault(UNetConfig(dims, n_in, n_out, **net))
+
+
 def _measured(
     net: dict[str, Any], dims: int, n_in: int, n_out: int, patch: Sequence[int], batch: int, precision: str, gpu: bool
 ) -> float | None:
@@ -698,8 +718,8 @@ def _measured(
     dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision)
 
     def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if gpu:
+            getattr(torch, device.type).synchronize()
 
     try:
         with torch.random.fork_rng():

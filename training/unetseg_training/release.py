@@ -6,7 +6,8 @@
     python -m unetseg_training.release NAME RUN --average NAME-VERSION                the mean of the run's weights and its start's
     python -m unetseg_training.release NAME RUN --fold K                              the figures of another fold's run; no package
 
-The package goes to the core's resources/models; the curve and the score of every held-out case to training/results.
+The package goes to the core's resources/models; the curve and the score of every held-out case to training/results; with
+--output FOLDER all to FOLDER, the latter in a folder of the model's name.
 A model that is trained anew gets the next major version: what a user retrains from it counts the minor one up
 (training.next_version), and theirs must not meet ours under one name.
 """
@@ -31,17 +32,18 @@ from UNetSegmentationLib.engines.torch import load_network
 from UNetSegmentationLib.files import UserError, atomic_path, write_text
 from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.click import ClickSession
-from UNetSegmentationLib.inference.predict import Options, predict
+from UNetSegmentationLib.inference.predict import Options, check_together, predict
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import RESOURCES, SUFFIX, Card, ModelPackage, find_model, write_package
 from UNetSegmentationLib.networks import UNet, UNetConfig
 
 from . import lung_nodule_2d, lung_nodule_click, score_click
+from .cases import Case, CaseSet
 from .config import read
 from .export import export
 from .lidc import nodules, part
 from .report import label_text
-from .train import LiveEngine, find, live_package, load_weights
+from .train import RUN, LiveEngine, find, live_package, load_weights
 from .train import held_out as held_out_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -82,19 +84,37 @@ def card_of(name: str) -> dict[str, Any]:
     return {**CLICK_CARD, "network": lung_nodule_click.CONFIG.to_json()}
 
 
+def held_out(name: str, fold: int = FOLD) -> list[tuple[str, CaseSet, list[Case]]]:
+    """(set, all of its cases, those of the held-out fold)."""
+    if name.startswith("lung-nodule"):
+        return [(kind, case_set, part(case_set, True, fold)) for kind, case_set in zip(("crop", "cube"), nodules()[:2])]
+    config = read(RECIPES / f"{name}.yaml")
+    case_set = find(config)
+    return [("crop", case_set, held_out_of(case_set.annotated, config, fold)[1])]
+
+
 def cases(name: str, fold: int = FOLD) -> Iterator[tuple[str, str, Image, np.ndarray, Box]]:
     """(set, case, image, label map, what the model is given of it) of the held-out fold."""
-    if name.startswith("lung-nodule"):
-        for kind, case_set in zip(("crop", "cube"), nodules()[:2]):
-            for case in part(case_set, True, fold):
-                image, truth = case_set.load(case)
-                yield kind, case.name, image, truth, lung_nodule_2d.region(case, truth, kind == "cube")
-    else:
-        config = read(RECIPES / f"{name}.yaml")
-        case_set = find(config)
-        for case in held_out_of(case_set.annotated, config, fold)[1]:
+    for kind, case_set, own in held_out(name, fold):
+        for case in own:
             image, truth = case_set.load(case)
-            yield "crop", case.name, image, truth, Box.whole(truth.shape)
+            yield kind, case.name, image, truth, lung_nodule_2d.region(case, truth, kind == "cube")
+
+
+def check_run(name: str, run: Path, fold: int = FOLD) -> None:
+    """UserError for a run whose run.json tells that it held out another fold, or was trained on patients of this one."""
+    record = json.loads((run / RUN).read_text("utf-8")) if (run / RUN).is_file() else {}
+    if record.get("fold", fold) != fold:
+        its = "the dataset's own part" if record["fold"] is None else f"fold {record['fold']}"
+        raise UserError(f"{run} held out {its} and would be scored on fold {fold}; train fold {fold}, or name its own fold with --fold.")
+    if trained := {case for cases_ in record.get("data", {}).values() for case in cases_}:
+        for _, case_set, own in held_out(name, fold):
+            patients = {case.patient for case in own}
+            if known := [c.name for c in case_set.annotated if c.patient in patients and c.name in trained]:
+                raise UserError(
+                    f"{run} was trained on patients that it would be scored on, those of fold {fold} of 5 ({known[0]}); train with the "
+                    f"folds of the recipe {name}.yaml, fold {fold}."
+                )
 
 
 def drive(package: ModelPackage, engine: Engine) -> None:
@@ -123,9 +143,17 @@ def score(package: ModelPackage, engine: Engine | None = None, fold: int = FOLD)
     return rows
 
 
-def averaged(model: UNet, start: ModelPackage) -> UNet:
-    """A model with the mean of its weights and of those that it went on from (Wortsman et al., Robust fine-tuning of zero-shot
-    models, CVPR 2022): a fine-tuning's last steps move a held-out Dice by chance about as much as by what was learnt."""
+def averaged(model: UNet, card: dict[str, Any], start: ModelPackage) -> UNet:
+    """A model (card: its own) with the mean of its weights and of those that it went on from (Wortsman et al., Robust fine-tuning of
+    zero-shot models, CVPR 2022): a fine-tuning's last steps move a held-out Dice by chance about as much as by what was learnt. UserError
+    for a start that gives other labels, or sees images otherwise."""
+    check_together([live_package(card), start])
+    for key in ("spacing", "pixel_mm", "intensity"):
+        if card.get(key) != start.card.data.get(key):
+            raise UserError(
+                f"{start.path.name} was trained with another {key} ({start.card.data.get(key)}) than the run ({card.get(key)}); name the "
+                "package that the run went on from."
+            )
     old, own = load_network(start).state_dict(), model.state_dict()
     if {key: value.shape for key, value in old.items()} != {key: value.shape for key, value in own.items()}:
         raise UserError(f"{start.path.name} has another network than the run; name the package that the run went on from.")
@@ -135,17 +163,17 @@ def averaged(model: UNet, start: ModelPackage) -> UNet:
 
 def summary(rows: list[dict[str, Any]], labels: list[str], command: str) -> dict[str, Any]:
     """The card's "metrics"."""
-    held_out = "fold 0 of 5, split by patient, not trained on"
+    fold = "fold 0 of 5, split by patient, not trained on"
     if "dice_1" in rows[0]:
         groups = dict(score_click.table(rows))
         whole = groups["all crops"]
-        return {"dice": {labels[0]: whole["dice_1"]}, "cases": whole["cases"], "held_out": held_out, "command": command, "clicks": groups}
+        return {"dice": {labels[0]: whole["dice_1"]}, "cases": whole["cases"], "held_out": fold, "command": command, "clicks": groups}
     main = [r for r in rows if r["set"] == "crop"]
     out: dict[str, Any] = {
         "dice": {n: round(float(np.mean([r[n] for r in main])), 4) for n in labels},
         "dice_10th_percentile": {n: round(float(np.percentile([r[n] for r in main], 10)), 4) for n in labels},
         "cases": len(main),
-        "held_out": held_out,
+        "held_out": fold,
         "command": command,
     }
     cubes = [r for r in rows if r["set"] == "cube"]
@@ -155,11 +183,12 @@ def summary(rows: list[dict[str, Any]], labels: list[str], command: str) -> dict
     return out
 
 
-def score_fold(name: str, run: Path, fold: int) -> None:
-    """The rows of a fold's run take their place in folds.csv beside the other folds'."""
+def score_fold(name: str, run: Path, fold: int, results: Path) -> None:
+    """The rows of a fold's run take their place in results/name/folds.csv beside the other folds'."""
+    check_run(name, run, fold)
     package = live_package(card_of(name))
     rows = score(package, LiveEngine(load_weights(run, UNetConfig.from_json(package.card.data["network"]))), fold)
-    path = RESULTS / name / "folds.csv"
+    path = results / name / "folds.csv"
     before = []
     if path.exists():
         with open(path, newline="", encoding="utf-8") as f:
@@ -207,13 +236,14 @@ def main() -> None:
     parser.add_argument("--average", metavar="PACKAGE", help="what the run went on from: the mean of its weights and the run's")
     parser.add_argument("--fold", type=int, choices=range(5), help="which the run held out, where it is not the bundled model's")
     parser.add_argument(
-        "--output", type=Path, default=RESOURCES / "models", help="the package's folder; default: it replaces the bundled one"
+        "--output", type=Path, help="a folder for the package and, under NAME, its figures; default: they replace the bundled ones"
     )
     options = parser.parse_args()
+    results = options.output or RESULTS
     if options.fold is not None:
         if not options.run or options.average or options.name == "lung-nodule-click":
             parser.error("--fold goes with a run of another model than lung-nodule-click, and not with --average")
-        return score_fold(options.name, options.run, options.fold)
+        return score_fold(options.name, options.run, options.fold, results)
     card = card_of(options.name)
     average = f"--average {options.average}" if options.average else ""
     command = " ".join(map(str, filter(None, ("python -m unetseg_training.release", options.name, options.run, average))))
@@ -221,12 +251,13 @@ def main() -> None:
     if options.run:  # before anything is replaced
         with open(options.run / "curve.csv", newline="", encoding="utf-8") as f:
             curve = list(csv.DictReader(f))
+        check_run(options.name, options.run)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         if options.run:
             model = load_weights(options.run, UNetConfig.from_json(card["network"]))
             if options.average:
-                model = averaged(model, find_model(options.average))
+                model = averaged(model, card, find_model(options.average))
             draft = export(model, card, Path(folder) / f"draft{SUFFIX}", drive)
         else:
             draft = find_model(options.name)
@@ -234,10 +265,9 @@ def main() -> None:
         rows = score(draft)
         metrics = summary(rows, [label.name for label in draft.card.labels], command)
         final = {**{k: v for k, v in draft.card.data.items() if k != "files"}, **card, "metrics": metrics}
-        options.output.mkdir(parents=True, exist_ok=True)
-        target = options.output / f"{card['name']}-{card['version']}{SUFFIX}"
+        target = (options.output or RESOURCES / "models") / f"{card['name']}-{card['version']}{SUFFIX}"
         write_package(target, final, draft.onnx, draft.safetensors)
-    results = RESULTS / options.name
+    results /= options.name
     write_rows(results / "held_out.csv", rows)
     if options.run:
         shutil.copyfile(options.run / "curve.csv", results / "curve.csv")

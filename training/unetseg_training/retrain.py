@@ -39,7 +39,7 @@ from .export import card_path, compact, export_run, lineage, markdown
 from .finetune import replay_set, start_of
 from .plan import Machine, same_labels, same_task
 from .plan import plan as make_plan
-from .train import RUN, WEIGHTS, Callback, load_run, train
+from .train import CHECKPOINT, RUN, WEIGHTS, Callback, load_run, train
 
 CASES, CHECK = "cases.json", "check"
 QUICK_MINUTES = 5.0  # of training, so that ten are enough for all of it
@@ -93,8 +93,11 @@ def run(folder: str | Path, say: Callable[[str], None] | None = None) -> int:
 def _sentence(text: str, folder: Path) -> str:
     """A sentence of the training, for somebody who reads it in a panel."""
     text = text.replace("--restart", "a new retraining")
-    disk = " cannot be written (" in text
-    return f"{text} What is trained so far is kept: resume it then." if disk and (folder / WEIGHTS).is_file() else text
+    if " cannot be written (" not in text:
+        return text
+    whole = (folder / CHECKPOINT).is_file()  # which of each epoch is written after the weights
+    kept = "What is trained so far is kept: resume it then." if whole else "No whole epoch is kept: resume it then, and it begins anew."
+    return f"{text} {kept}"
 
 
 class _Told:
@@ -370,7 +373,6 @@ def _named(job: training.Job, base: ModelPackage | None, case_set: CaseSet, fact
         same = same_task(base.card, case_set)
         if same:
             out["title"] = base.card.data.get("title") or base.card.name
-            data["input"]["flip_axes"] = list(base.card.data.get("flip_axes", ()))
         elif not job.options.name:
             # Under its base's name it would take that one's place in every list, and segment something else, or other images.
             name = training.slug(facts["name"])
@@ -476,6 +478,8 @@ def _checked(
     scored = compared.pop("scored")
     tested = cases[0].split == "test"
     notes = [] if tested else ["The best epoch was chosen on these very cases, which flatters it a little; mark cases as test."]
+    if record.get("note"):
+        notes.append(record["note"])
     if unmarked:
         notes.append(f"Marked in no case that was learnt from, so the new model does not know it: {', '.join(unmarked)}.")
     if absent := [label.name for label in case_set.labels if label.name not in compared["labels"]]:

@@ -77,7 +77,8 @@ def whole_scans() -> Iterator[tuple[str, Image, np.ndarray]]:
 
 # Where nothing is to be found, by HU (from, below), and how many places of each are tried.
 NOWHERE = {"lung": (-1000.0, -700.0), "soft tissue": (0.0, 90.0), "bone": (250.0, 2000.0), "fat": (-130.0, -60.0)}
-PLACES = 15
+PLACES = 40
+FIRSTS = 16  # random first clicks in a lesion of a whole scan: a mass gives very different ones
 
 
 def nowhere(image: Image, truth: np.ndarray, package: ModelPackage) -> Iterator[tuple[str, list[float]]]:
@@ -143,11 +144,15 @@ def main() -> None:
         inside = np.argwhere(truth)
         rng = np.random.default_rng(1)
         middle = inside[((inside - inside.mean(0)) ** 2).sum(1).argmin()]
-        firsts = [middle, *(inside[rng.integers(len(inside))] for _ in range(4))]
-        played = [play(session, truth, tuple(int(v) for v in first)) for first in firsts]
-        print(f"{name}: Dice after 1 to {CLICKS} clicks, first click in the middle and at four random places:")
-        for scores, seconds in played:
-            print("   ", " ".join(f"{s:.3f}" for s in scores), f" {max(seconds):.2f} s at most")
+        scores, seconds = play(session, truth, tuple(int(v) for v in middle))
+        print(f"{name}: Dice after 1 to {CLICKS} clicks, first click in the middle:")
+        print("   ", " ".join(f"{s:.3f}" for s in scores), f" {max(seconds):.2f} s at most")
+        firsts = inside[rng.integers(len(inside), size=FIRSTS)]
+        after = np.array([play(session, truth, tuple(int(v) for v in first), 2)[0] for first in firsts])
+        for n, dices in enumerate(after.T, 1):
+            quartiles = " ".join(f"{q:.3f}" for q in np.percentile(dices, (25, 50, 75)))
+            missed = np.count_nonzero(dices < 0.3)
+            print(f"    click {n} of {FIRSTS} places in it: mean {dices.mean():.3f}, quartiles {quartiles}, {missed} below 0.3")
         for tissue, ml in nowhere(image, truth, package):
             print(f"    a click on {tissue}: found {np.count_nonzero(ml)} of {len(ml)}, at most {max(ml):.1f} ml")
 

@@ -38,6 +38,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from UNetSegmentationLib.engines.torch import same_values
 from UNetSegmentationLib.files import OUT_OF_MEMORY, UserError, atomic_path, remove_file, user_path
 from UNetSegmentationLib.image import Image
 from UNetSegmentationLib.inference.predict import Options, predict
@@ -187,20 +188,26 @@ class Result:
     folder: Path
 
 
+def learnable(cases: Sequence[Case], source: object) -> list[Case]:
+    """Those of the annotated cases that are not for testing; UserError where they are too few to train on. source: the dataset's name."""
+    named = [c for c in cases if c.split != "test"]
+    if not named:
+        raise UserError(f"{source} holds no annotated cases; add images with their masks, or check the folder's name.")
+    if len(named) == 1:
+        raise UserError(
+            f"{source} holds one annotated case only ({named[0].name}); a model needs at least two, one to learn from and one to be "
+            "checked on: annotate another."
+        )
+    return named
+
+
 def held_out(
     cases: Sequence[Case], config: Config, fold: int | None, marked: Callable[[Case], bool] | None = None
 ) -> tuple[list[Case], list[Case]]:
     """Training and validation cases. fold: of the patient-wise folds, for which marked is as of folds(); None: the dataset's own
     split. Test cases are in neither."""
-    named = [c for c in cases if c.split != "test"]
     what = config.data.path
-    if not named:
-        raise UserError(f"{what} holds no annotated cases; add images with their masks, or check the folder's name.")
-    if len(named) == 1:
-        raise UserError(
-            f"{what} holds one annotated case only ({named[0].name}); a model needs at least two, one to learn from and one to be "
-            "checked on: annotate another."
-        )
+    named = learnable(cases, what)
     if fold is None:
         train = [c for c in named if c.split in ("", "train")]
         check = [c for c in named if c.split == "validation"]
@@ -413,6 +420,14 @@ def _workers(fit: Fit, device: torch.device) -> int:
     return 0 if device.type == "cpu" else min(8, max(1, (os.cpu_count() or 2) - 1))
 
 
+def _made(network: UNetConfig) -> UNet:
+    """With random weights, in the layout that it is trained in."""
+    model = build(network)
+    if network.dimensions == 2:  # 0.88 of a CPU's time of a step with lung-nodule-2d; in 3D nothing is gained
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
 class Training(L.LightningModule):
     """The network, the average of its weights, and a step. `network` is a name of Lightning's own, so it is `model`."""
 
@@ -420,9 +435,7 @@ class Training(L.LightningModule):
         super().__init__()
         self.job = job
         torch.manual_seed(job.seed)
-        self.model = build(job.network)
-        if job.network.dimensions == 2:  # 0.88 of a CPU's time of a step with lung-nodule-2d; in 3D nothing is gained
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = _made(job.network)
         if job.start is not None:
             self.model.load_state_dict(job.start)
         if job.freeze:
@@ -579,10 +592,24 @@ class Keeper(Checkpoint):
         super().__init__()
         self.folder, self.fit = folder, fit
         self.best, self.epoch, self.labels = -math.inf, -1, dict[str, float]()
-        self.seconds, self._since = 0.0, 0.0
+        self.seconds, self._since, self._last = 0.0, 0.0, dict[str, float]()
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
         self._since = self._since or time.monotonic()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._count("batch")
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        self._count("case")
+
+    def _count(self, what: str) -> None:
+        """Add the time since the last call. On Windows time.monotonic() goes on while a laptop sleeps, so of a time that is longer than a
+        minute no more counts than twice what the last of its kind did: a sleep costs that, and on a slow machine batches of 10 minutes
+        count whole from the fifth on."""
+        now = time.monotonic()
+        self._last[what] = min(now - self._since, max(60.0, 2 * self._last.get(what, 0.0)))
+        self.seconds, self._since = self.seconds + self._last[what], now
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         # A run that was killed between its last checkpoint and its end would train an epoch more than one that was not.
@@ -597,8 +624,7 @@ class Keeper(Checkpoint):
                 f"The weights are no numbers after epoch {trainer.current_epoch + 1}; lower fit.learning_rate or set fit.precision to 32, "
                 f"and train again{_kept(trainer)}."
             )
-        now = time.monotonic()
-        self.seconds, self._since = self.seconds + now - self._since, now
+        self._count("epoch")
         dice = trainer.callback_metrics.get("dice")
         validated = module.job.validator is not None and (trainer.current_epoch + 1) % self.fit.validate_every == 0
         value = float(dice) if dice is not None and validated else -math.inf
@@ -710,7 +736,10 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
 
 
 def _trainer(job: Job, folder: Path, callbacks: Sequence[Callback]) -> L.Trainer:
-    fit = job.fit
+    fit = job.fit.model_copy(update={"accelerator": _accelerator(job)})
+    precision = precision_here(fit)
+    if fit.precision not in ("auto", precision):
+        _note(job, f"fit.precision {fit.precision} is for a GPU, so this CPU trains with {precision}.")
     devices, nodes = _topology(fit)
     strategy: Any = fit.strategy if devices * nodes == 1 or fit.strategy != "auto" else "ddp"
     if strategy == "ddp" and sys.platform == "win32":
@@ -723,7 +752,7 @@ def _trainer(job: Job, folder: Path, callbacks: Sequence[Callback]) -> L.Trainer
             devices=devices,
             num_nodes=nodes,
             strategy=strategy,
-            precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[precision_here(fit)],  # type: ignore[arg-type]
+            precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[precision],  # type: ignore[arg-type]
             max_epochs=fit.epochs,
             check_val_every_n_epoch=fit.validate_every,
             accumulate_grad_batches=fit.accumulate,
@@ -748,6 +777,49 @@ def _trainer(job: Job, folder: Path, callbacks: Sequence[Callback]) -> L.Trainer
         ) from e
 
 
+def _accelerator(job: Job) -> str:
+    """fit.accelerator; "cpu" where "auto" would be a GPU of Apple's that computes wrong values, which is said, also in run.json."""
+    asked = job.fit.accelerator
+    if asked == "cpu" or not (fault := mps_fault(job.network)):
+        return asked
+    if asked != "auto":
+        raise UserError(f"{fault}; train on the CPU (fit.accelerator: cpu), or install another version of PyTorch.")
+    _note(job, f"{fault}, so the CPU trains.")
+    return "cpu"
+
+
+def _note(job: Job, text: str) -> None:
+    """Say it now, and in run.json."""
+    job.record["note"] = " ".join(filter(None, (job.record.get("note"), text)))
+    print(text, file=sys.stderr)
+
+
+def mps_fault(network: UNetConfig) -> str:
+    """Why Apple's GPU cannot train this network, half a sentence; "" where its values and gradients are those of the CPU, or PyTorch has
+    no such GPU."""
+    if torch.cuda.is_available() or not torch.backends.mps.is_available():
+        return ""
+
+    def learn(device: str) -> tuple[np.ndarray, np.ndarray]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = _made(network)
+            x = torch.rand(1, network.in_channels, *(2 * d for d in network.divisor))
+        output = model.to(device)(x.to(device))
+        first = output[0] if isinstance(output, list) else output
+        first.square().mean().backward()
+        gradient = next(p.grad for p in model.parameters() if p.grad is not None)  # of the first layer: through all others
+        return first.detach().cpu().numpy(), gradient.cpu().numpy()
+
+    try:
+        if all(map(same_values, learn("mps"), learn("cpu"))):
+            return ""
+        what = "gives wrong values"
+    except (RuntimeError, ValueError) as e:  # NotImplementedError is one
+        what = f"cannot train this network ({(str(e).splitlines() or [type(e).__name__])[0][:200]})"
+    return f"PyTorch {torch.__version__} {what} on this computer's mps"
+
+
 def is_first() -> bool:
     """Whether this process leads: those that Lightning starts are told only their machine and their place on it."""
     told = {k: int(os.environ.get(k) or 0) for k in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")}
@@ -770,12 +842,13 @@ def _topology(fit: Fit) -> tuple[int, int]:
 
 
 def precision_here(fit: Fit) -> str:
-    """ "32", "bf16" or "16": what "auto" is on this machine."""
-    if fit.precision != "auto":
+    """ "32", "bf16" or "16": what "auto" is on this machine, and "16" on its CPU, where Lightning would take bf16 whatever that costs."""
+    cuda, mps = (fit.accelerator != "cpu" and kind.is_available() for kind in (torch.cuda, torch.backends.mps))
+    if fit.precision != "auto" and (fit.precision != "16" or cuda or mps):
         return fit.precision
-    if fit.accelerator != "cpu" and torch.cuda.is_available():
+    if cuda:
         return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "16"
-    if fit.accelerator in ("auto", "mps") and torch.backends.mps.is_available():
+    if mps:
         return "32"
     # avx512_bf16 or AMX multiply bf16 at twice the speed and more; elsewhere it is emulated, and slower than float32.
     return "bf16" if bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()) else "32"

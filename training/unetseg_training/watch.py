@@ -51,6 +51,8 @@ class Watch(Callback):
         self.live: LiveFile | None = None
         self._bar: _Bar | None = None
         self._board: Any = None
+        self._losses: list[Any] = []  # tensors: reading each one's value would make a GPU wait at every step
+        self._since: list[float] = []
 
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
 
@@ -65,8 +67,6 @@ class Watch(Callback):
         points = ({"dice": line["dice"], "step": line["step"]} for line in before)
         self.best: dict[str, Any] | None = max(points, key=lambda p: p["dice"], default=None)
         self.step, self._pictured, self._pictures = step, 0.0, []  # type: ignore[var-annotated]
-        self._losses: list[Any] = []  # tensors: reading each one's value would make a GPU wait at every step
-        self._since: list[float] = []
         self._marks = deque([(time.monotonic(), step)], RECENT)
         self._spans: deque[float] = deque(maxlen=RECENT)
         self._last, self._written, self._fresh = time.monotonic(), time.monotonic(), True
@@ -134,6 +134,13 @@ class Watch(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         early = self.live is not None and self.total is not None and trainer.global_step < self.total
         self._end(trainer, "finished", "before all planned steps, by early stopping or the time that was allowed" if early else "")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses since the last validation, which may be some epochs ago."""
+        return {"since": [*self._since, *map(float, self._losses)]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._since = state["since"]
 
     # ------------------------------------------------------------------------------------------------------------- lines
 
