@@ -162,8 +162,6 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._updating = self._closed = False
         self._volume: Any = None  # that was chosen last
         self._earlier: Any = None  # the earlier study that was last compared with
-        # By volume ID, what was chosen for it: the nodules', the earlier study's segmentation and the days.
-        self._choices: dict[str, tuple[str, str, int]] = {}
         self._leaving: Any = None  # that is just being removed from the scene
         self._region: Any = None  # that is observed
         self._empty: Any = None  # the chosen volume as long as it has no voxels
@@ -307,7 +305,6 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _onSceneStartClose(self, caller: Any, event: Any) -> None:
         self.setParameterNode(None)
-        self._choices = {}
         for table in (self.ui.segmentsTable, self.ui.show3DButton):
             table.setSegmentationNode(None)
         self.ui.measuresTable.setMRMLTableNode(None)
@@ -329,10 +326,6 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def _onNodeAboutToBeRemoved(self, caller: Any, event: Any, node: Any) -> None:
         self._leaving = node
-        if node is not None:  # a scene that is added later may give its ID to another patient's
-            gone = node.GetID()
-            kept = {of: value for of, value in self._choices.items() if of != gone}
-            self._choices = {of: ("" if a == gone else a, "" if b == gone else b, days) for of, (a, b, days) in kept.items()}
         # A node selector goes on to another node by itself: the next result would go into a segmentation that nobody chose, or come
         # from a channel that is another scan.
         if self._parameters is None or node is None:
@@ -398,12 +391,10 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             try:
                 if former is not None:
                     p.channels = []  # they may be another patient's
-                    if former.GetScene() is None or former is self._leaving:
-                        former = None  # that it is gone may be what is said
-                    else:
+                    if former.GetScene() is not None and former is not self._leaving:  # that it is gone may be what is said
                         self.controller.clear()
                 if p.volume is not None:
-                    self._leaveSegmentations(p, former)
+                    self._leaveSegmentations(p)
             finally:
                 self._updating = False
             self._earlier = None  # that was of the former volume
@@ -414,27 +405,22 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._adopt()
         self._update()
 
-    def _leaveSegmentations(self, p: Any, former: Any) -> None:
+    def _leaveSegmentations(self, p: Any) -> None:
         """The segmentations of the former volume are not the place for this one's, nor is its earlier study this one's, who may be
         another patient; both are come back to with the volume."""
-        if former is not None:
-            ids = [node.GetID() if node is not None else "" for node in (p.nodules, p.earlier)]
-            self._choices[former.GetID()] = ids[0], ids[1], p.days if ids[1] else 0
-        clicked, earlier, p.days = self._choices.pop(p.volume.GetID(), ("", "", 0))
+        clicked, p.earlier, p.days = nodules.keptChoice(p.volume)
         for name in ("output", "nodules"):
             node = p.getValue(name)
             of = inputs.referenceVolume(node)
             # One with segments but without a volume may be of a volume that was removed.
             if node is not None and of is not p.volume and (of is not None or node.GetSegmentation().GetNumberOfSegments()):
                 p.setValue(name, None)
-        node = slicer.mrmlScene.GetNodeByID(clicked) if clicked else None
-        if node is not None and p.nodules is None and nodules.scanOf(node) in (None, p.volume):
-            p.nodules = node
+        if clicked is not None and p.nodules is None and nodules.scanOf(clicked) in (None, p.volume):
+            p.nodules = clicked
         if p.nodules is None and self._warm:
             from UNetSegmentationLib import mrml
 
             p.nodules = mrml.find_nodules(p.volume)
-        p.earlier = slicer.mrmlScene.GetNodeByID(earlier) if earlier else None
 
     def _keepChoice(self, name: str, value: Any) -> None:
         """Into the scene's settings, also while another module is open."""
@@ -667,6 +653,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if p is None or self._updating or self._closed:
             return
         self._observeInput()
+        if p.volume is not None and p.volume is self._volume:  # else the settings are still another one's
+            nodules.keepChoice(p.volume, p.nodules, p.earlier, p.days)
         self._updating = True
         try:
             self._updateInput(p)

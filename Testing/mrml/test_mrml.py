@@ -44,6 +44,7 @@ from UNetSegmentationLib.image import Box, Image, UserError, from_sitk, length_u
 from UNetSegmentationLib.measure import measure  # noqa: E402
 from UNetSegmentationLib.model import Label  # noqa: E402
 from UNetSegmentationLib.mrml import (  # noqa: E402
+    KEPT_TAG,
     MODEL_TAG,
     PRINT_ATTRIBUTE,
     Undo,
@@ -62,6 +63,7 @@ from UNetSegmentationLib.mrml import (  # noqa: E402
     remove_nodes,
     roi_box,
     segment_mask,
+    stretch_note,
     write_clicked_steps,
     write_map_steps,
     write_measures,
@@ -262,6 +264,14 @@ def test_uneven_scale_along_the_axes_is_only_another_spacing(scene: Any) -> None
     volume = add_volume(np.zeros(SHAPE, np.int16))
     volume.SetAndObserveTransformNodeID(add_transform(np.diag([2.0, 1, 3, 1])).GetID())
     assert image_from_volume(volume).spacing == pytest.approx((2, 1, 3))
+
+
+@pytest.mark.parametrize("scale, said", [((1, 1, 1), ""), ((1, 1, 1.05), "+5.0 %"), ((1, 1, 0.8), "-20.0 %")])
+def test_a_scan_that_its_transform_stretches_says_by_how_much(scene: Any, scale: tuple[float, ...], said: str) -> None:
+    volume = add_volume(np.zeros(SHAPE, np.int16))
+    volume.SetAndObserveTransformNodeID(add_transform(np.diag([*scale, 1.0])).GetID())
+    note = stretch_note(volume)
+    assert f"stretches it by {said}:" in note if said else note == ""
 
 
 def test_a_volume_without_voxels_is_refused(scene: Any) -> None:
@@ -473,6 +483,8 @@ def test_replacing_keeps_the_segment_and_what_a_person_changed_on_it(scene: Any,
     status.SetSegmentStatus(node.GetSegmentation().GetSegment(before["lung"]), status.Completed)
     node.GetSegmentation().GetSegment(before["lung"]).SetColor(1, 0, 0)
     nodule, entry = node.GetSegmentation().GetSegment(before["nodule"]), "TerminologyEntry"
+    status.SetSegmentStatus(nodule, status.NotStarted)
+    nodule.SetTag(KEPT_TAG, "0" * 32 + ":1")  # of a former answer: the training set would learn what this one does not say
     node.GetDisplayNode().SetSegmentOpacity(before["lung"], 0.3)
 
     moved = np.roll(labels, 2, 2)
@@ -482,6 +494,7 @@ def test_replacing_keeps_the_segment_and_what_a_person_changed_on_it(scene: Any,
     assert np.array_equal(read_back(node, "lung", volume), moved == LUNG.value)
     assert lung.GetColor() == (1, 0, 0) and status.GetSegmentStatus(lung) == status.Completed
     assert tag(lung, MODEL_TAG) == "lung-2d-1.1.0"
+    assert status.GetSegmentStatus(nodule) == status.InProgress and not nodule.HasTag(KEPT_TAG)
     other = Label(1, "nodule", NODULE.color, {**TISSUE, "type": ["SCT", "4147007", "Mass"]})
     write_prediction(predicted(volume, labels, (other, LUNG)), volume, node)
     assert "^Mass~" in tag(nodule, entry)
@@ -1176,3 +1189,6 @@ def test_of_several_scans_that_a_segmentation_fits_none_is_its_own(scene: Any) -
     mask[3:5, 4:7, 6:9] = 1
     add_segment(node, "x", mask, one)
     assert find_scan(node) is None and find_scan(node, other) is one
+    remove_nodes([other])
+    write_scalar_map(image_from_volume(one).like(np.zeros((8, 9, 10), np.float32)), one, "map", "uncertainty")
+    assert find_scan(node) is one  # a result is no scan

@@ -106,10 +106,12 @@ def test_a_volume_knows_its_frames(scene: Any, volume: Any) -> None:
 
 def test_every_frame_has_its_own_segments(scene: Any, volume: Any, labels: np.ndarray) -> None:
     before = snapshot(scene)
+    browser, _count = sequence_frames(volume)
+    browser.SetPlaybackActive(True)  # would go on to another frame while one is read
     output = run(volume, labels)
     assert snapshot(scene) == before, "nothing is in the scene until finish()"
     node = output.finish()
-    browser = output.browser
+    assert output.browser is browser and not browser.GetPlaybackActive()
     assert browser.GetSelectedItemNumber() == 1, "the frame that was shown at first"
     for frame in each(browser):
         assert image_from_volume(volume).array[0, 0, 0] == frame

@@ -650,6 +650,7 @@ def test_what_the_furthest_look_cuts_is_said_to_be_cut_wherever_its_size_is(
 ) -> None:
     import slicer
     from UNetSegmentationLib.inference.click import BEYOND
+    from UNetSegmentationLib.mrml import CUT_TAG, size_text
 
     shutil.copy(make_package(**{**TOY, "patch": [32, 16, 16]}).path, models_folder)  # which sees 44 mm at most
     p, array = panel(), np.full(SHAPE, -850, np.int16)
@@ -675,6 +676,12 @@ def test_what_the_furthest_look_cuts_is_said_to_be_cut_wherever_its_size_is(
     paint(p, "Nodule 1", truth("left")[4:])  # whose size is true
     p.settle()
     assert BEYOND not in p.ui.noduleNote.text + exported(p, tmp_path)[0][-1]
+    old = truth("left")[4:]
+    _before, earlier = last_year(p, Old=old)
+    size = size_text(old[np.ix_(*(np.unique(i) for i in old.nonzero()))])
+    earlier.GetSegmentation().GetNthSegment(0).SetTag(CUT_TAG, size)
+    p.settle()
+    assert f"Earlier: {BEYOND}" in exported(p, tmp_path)[0][-1]
 
 
 @pytest.mark.parametrize("suffix", [".mrb", ".seg.nrrd"])
@@ -808,12 +815,13 @@ def test_drags_and_shift_stay_slicers(panel: Any) -> None:
     heard: list[str] = []
     interactor = slicer.app.layoutManager().sliceWidget("Red").sliceView().interactor()
     tags = [interactor.AddObserver(e, lambda c, e: heard.append(e)) for e in ("LeftButtonPressEvent", "LeftButtonReleaseEvent")]
-    for shift, ctrl, to in ((1, 0, 100), (0, 1, 140)):
+    for shift, ctrl, alt, to in ((0, 0, 1, 100), (1, 0, 0, 100), (0, 1, 0, 140)):
+        interactor.SetAltKey(alt)
         interactor.SetEventInformation(100, 100, ctrl, shift)
         interactor.InvokeEvent("LeftButtonPressEvent")
         interactor.SetEventInformation(to, 100, ctrl, shift)
         interactor.InvokeEvent("LeftButtonReleaseEvent")
-    assert len(heard) == 4 and p.node is None and not p.tool.busy
+    assert len(heard) == 6 and p.node is None and not p.tool.busy
     window = vtk.vtkRenderWindow()
     window.SetDPI(144)  # as Slicer's views have it where a pixel of Qt's is two of the screen's
     interactor.SetInteractorStyle(None)
@@ -824,7 +832,7 @@ def test_drags_and_shift_stay_slicers(panel: Any) -> None:
             interactor.InvokeEvent("LeftButtonPressEvent")
             interactor.SetEventInformation(to, 100, 0, 0)
             interactor.InvokeEvent("LeftButtonReleaseEvent")
-            assert len(heard) == 4 and p.tool.busy == busy
+            assert len(heard) == 6 and p.tool.busy == busy
     finally:
         interactor.SetRenderWindow(None)
     p.settle()
@@ -847,6 +855,10 @@ def test_a_tool_of_slicers_keeps_its_clicks(panel: Any) -> None:
         assert list(p.segments()) == ["Nodule 1"]
         p.tool.undo()
         p.settle()
+    p.tool.disarm()
+    interaction.SetCurrentInteractionMode(interaction.Place)  # left on, as Slicer's persistent placing is
+    p.gui.click(p.ui.clickButton)
+    assert interaction.GetCurrentInteractionMode() == interaction.ViewTransform
 
 
 def test_the_press_says_whose_a_click_is_and_what_it_means(panel: Any) -> None:
@@ -1697,6 +1709,44 @@ def last_year(p: Any, **masks: np.ndarray) -> tuple[Any, Any]:
     return before, earlier
 
 
+@pytest.mark.parametrize("how", [".mrb", ".mrml", "added"])
+def test_what_was_chosen_for_each_scan_comes_back_with_the_scene(panel: Any, tmp_path: Path, how: str) -> None:
+    import slicer
+    from UNetSegmentationLib.mrml import NODULES_ROLE, find_table
+
+    p = begun(panel, "left")
+    volume, chosen, path = p.settings.volume, p.node, tmp_path / ("scene" + (how if how != "added" else ".mrb"))
+    p.settings.nodules = None
+    p.gui.process_events()
+    p.click(BALLS["right"][0])  # into a second one
+    p.settings.nodules = chosen
+    small = truth("left")
+    small[25:] = False
+    last_year(p, L1=small)
+    p.ui.daysSpinBox.value = 90
+    p.settle()
+    storable = [n for kind in ("vtkMRMLScalarVolumeNode", "vtkMRMLSegmentationNode") for n in slicer.util.getNodesByClass(kind)]
+    assert all(slicer.util.saveNode(n, str(tmp_path / f"{n.GetID()}.{'seg.' * n.IsA('vtkMRMLSegmentationNode')}nrrd")) for n in storable)
+    p.ui.daysSpinBox.value = 123
+    p.settle()
+    assert not volume.GetModifiedSinceRead()  # or Save would write the scan again
+    table = p.table()
+    p.settings.volume = scan("Another patient's")
+    p.settle()
+    assert p.settings.earlier is None and p.settings.days == 0 and p.node is None
+    slicer.util.saveNode(p.settings.volume, str(tmp_path / "another.nrrd"))
+    p.gui.save_scene(path)
+    if how == "added":
+        p.gui.close_scene()
+        p.settings.volume = scan("Mine")  # with the ID of the one that comes
+    slicer.util.loadScene(str(path), {"clear": how != "added"})
+    p.settle()
+    p.settings.volume = slicer.util.getNode("CT")
+    p.settle()
+    assert [n.GetName() for n in (p.node, p.settings.earlier)] == ["CT nodules", "Last year"] and p.settings.days == 123
+    assert p.table() == table and find_table(p.node, NODULES_ROLE).GetNumberOfColumns() == len(table[0]) == 14
+
+
 @pytest.mark.parametrize("study", ["this", "the earlier one"])
 def test_a_scan_that_was_moved_without_its_segments_is_said(panel: Any, tmp_path: Path, study: str) -> None:
     """A registration moves the scan alone."""
@@ -1877,12 +1927,33 @@ def test_what_happens_while_a_click_runs_breaks_nothing(panel: Any, what: str) -
 
 
 @POSIX
+def test_a_scan_that_moves_while_it_is_made_ready_for_clicks_is_no_news(panel: Any) -> None:
+    from mrml_scenes import add_transform
+
+    p = begun(panel, "left")
+    p.tool.disarm()
+    p.settings.volume = scan("second")
+    p.settle()
+    controller = p.tool._controller
+    with p.unanswered():
+        p.gui.click(p.ui.clickButton)
+        p.gui.wait(lambda: controller._asked is not None, RUN_S)
+        moved = np.eye(4)
+        moved[0, 3] = 5
+        p.settings.volume.SetAndObserveTransformNodeID(add_transform(moved).GetID())
+    p.gui.wait(lambda: controller._asked is None, RUN_S)
+    assert p.ui.clickMessage.text == "Click on the nodule in a slice view."
+    p.click(BALLS["left"][0])
+    assert dice(p.mask("Nodule 1"), truth("left")) > 0.8
+
+
 def test_a_row_that_is_chosen_while_a_click_runs_is_refused(panel: Any) -> None:
     p = begun(panel, "left", "right")
     one, two = (p.segments()[name] for name in ("Nodule 1", "Nodule 2"))
     with p.unanswered():
         p.click(VESSEL, ctrl=True, wait=False)
         p.gui.wait(lambda: not p.tool._pieces.busy, RUN_S)
+        assert not p.ui.nextNoduleButton.enabled
         p.ui.noduleTable.setCurrentCell(0, 0)
         p.gui.process_events()
         assert "not answered yet" in p.ui.clickMessage.text and p.tool.segment == two

@@ -30,7 +30,9 @@ IN_A, IN_B, IN_C, ALSO_IN_C, NOWHERE = (6, 10, 10), (6, 25, 10), (7, 12, 28), (7
 @pytest.fixture
 def toy(models_folder: Path, make_package: Callable[..., Any]) -> Any:
     """A click model whose network is a threshold at 0.5, among the imported ones."""
-    package = make_package(task="click", spacing=[1, 1, 1], patch=[16, 48, 48], name="toy-click")
+    tissue = {"category": ["SCT", "49755003", "Morphologically Altered Structure"], "type": ["SCT", "27925004", "Nodule"]}
+    labels = [{"value": 1, "name": "thing", "terminology": tissue}]
+    package = make_package(task="click", spacing=[1, 1, 1], patch=[16, 48, 48], name="toy-click", labels=labels)
     models_folder.mkdir(exist_ok=True)
     shutil.copy(package.path, models_folder)
     return package
@@ -53,9 +55,6 @@ def editor(gui: Any, toy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     yield make
     for each in opened:
         each.close()
-    import qt
-
-    assert qt.QApplication.overrideCursor() is None
 
 
 def blocks() -> np.ndarray:
@@ -698,9 +697,12 @@ def test_a_scan_that_was_hardened_is_gone_on_with(editor: Callable[..., Editor],
 
 
 def test_without_a_segment_the_first_click_makes_one(editor: Callable[..., Editor]) -> None:
+    from mrml_scenes import tag
+
     e = editor(scan(), segment=False)
     e.click(IN_A)
     assert e.names() == ["thing 1"] and np.array_equal(e.mask(), filled(A)) and e.saved == 1
+    assert "^Nodule~" in tag(e.segmentation.GetSegmentation().GetSegment(e.segment), "TerminologyEntry")
     e.click(IN_B)
     assert e.names() == ["thing 1"] and np.array_equal(e.mask(), filled(A, B))
     e.press("n")
@@ -975,7 +977,9 @@ def test_what_goes_while_a_click_is_on_its_way(editor: Callable[..., Editor], wh
     held = e.segmentation.GetSegmentation()
     e.click(IN_A, wait=False)
     e.gui.wait(lambda: e.effect._controller.busy)
-    assert qt.QApplication.overrideCursor() is not None
+    assert e.effect.messageLabel.text == "Looking …"
+    # Slicer's dialogs put back those of all the application, also one that is over by then.
+    assert qt.QApplication.overrideCursor() is None
     if what == "deactivated":
         e.widget.setActiveEffectByName("")
     elif what == "scene":
@@ -986,7 +990,7 @@ def test_what_goes_while_a_click_is_on_its_way(editor: Callable[..., Editor], wh
         slicer.mrmlScene.RemoveNode(getattr(e, what))
     e.gui.wait(lambda: not e.effect.busy, ANSWER_S)
     e.gui.process_events()
-    assert qt.QApplication.overrideCursor() is None
+    assert what == "closed" or e.effect.messageLabel.text != "Looking …"
     for i in range(held.GetNumberOfSegments()):
         assert held.GetNthSegment(i).GetRepresentation("Binary labelmap").IsEmpty()
     if what == "deactivated":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gc
 import json
@@ -512,8 +513,9 @@ def test_presets_are_offered_for_the_models_they_fit(panel: Any, install: Any) -
     assert {"lung", "bone", "custom"} <= set(p.offered(p.ui.presetCombo))
     assert "mr-percentile" not in p.offered(p.ui.presetCombo)
     assert (p.ui.levelSpinBox.value, p.ui.widthSpinBox.value) == (-300, 1400)
+    p.pick(p.ui.presetCombo, "bone")
     p.choose("hippocampus-3d-1.2.3")  # z-score: any window would be wrong
-    assert not p.ui.presetCombo.visible and not p.ui.levelSpinBox.visible
+    assert not p.ui.presetCombo.visible and not p.ui.levelSpinBox.visible and p.settings.preset == ""
 
 
 def test_a_preset_is_seen_by_person_and_model(panel: Any, install: Any) -> None:
@@ -597,12 +599,25 @@ def test_a_box_outside_the_volume_is_one_sentence(panel: Any, install: Any) -> N
     p.apply()
     p.finish("failed")
     assert "lies outside" in p.ui.messageLabel.text and p.ui.messageFrame.visible and p.ui.tryAgainButton.visible
+    assert p.ui.messageIcon.pixmap.toImage() == p.ui.warningIcon.pixmap.toImage()
     assert scene_state() == state and not p.gui.dialogs.shown
     p.settings.region = None
     p.gui.process_events()
     p.ui.tryAgainButton.click()
     p.finish()
     assert not p.ui.messageFrame.visible
+
+
+def test_a_removed_box_is_not_replaced_by_another(panel: Any, gui: Any) -> None:
+    import slicer
+
+    p = panel()
+    volume()
+    p.settings.region, _other = box(), box()
+    gui.process_events()
+    slicer.mrmlScene.RemoveNode(p.settings.region)
+    gui.process_events()
+    assert p.settings.region is None and p.ui.regionSelector.currentNode() is None
 
 
 # -------------------------------------------------------------------------------------------------------------- channels
@@ -712,7 +727,7 @@ def test_who_scrolls_the_panel_changes_nothing(panel: Any, install: Any, make_pa
 def test_a_labelmap_is_no_scan(panel: Any, install: Any, gui: Any) -> None:
     import slicer
 
-    install()
+    toy = install(channels=["T1", "FLAIR"])
     label = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLabelMapVolumeNode", "label")
     slicer.util.updateVolumeFromArray(label, np.ones((4, 4, 4), np.uint8))
     p = panel()
@@ -722,6 +737,10 @@ def test_a_labelmap_is_no_scan(panel: Any, install: Any, gui: Any) -> None:
     gui.leave(p.widget)
     gui.open()
     assert p.settings.volume is ct and p.ui.volumeSelector.currentNode() is ct
+    p.choose(toy)
+    ((_label, selector),) = p.widget.channelRows._rows
+    selector.setCurrentNode(label)
+    assert selector.currentNode() is None
 
 
 # ------------------------------------------------------------------------------------------------------------------ run
@@ -758,6 +777,8 @@ def test_what_is_copied_is_of_the_segments_as_they_were_corrected(panel: Any, in
     slicer.util.updateSegmentBinaryLabelmapFromArray(np.uint8(half), p.settings.output, held.GetSegmentIdBySegmentName("two"), node)
     now = copied()
     assert now[1] == rows[1] and int(now[2][-1]) == half.sum() and now[2][2] == "nan"
+    monkeypatch.setattr(qt.QLocale, "system", lambda: qt.QLocale("de_DE"))  # where 5.7 is a date
+    assert copied()[1:] == [[now[1][0], *(cell.replace(".", ",") for cell in now[1][1:])], [cell.replace(".", ",") for cell in now[2]]]
     held.RemoveSegment(held.GetSegmentIdBySegmentName("one"))
     assert [row[0] for row in copied()] == ["Segment", "two"]
 
@@ -791,6 +812,7 @@ def test_apply_writes_segments_measures_and_map_and_undo_takes_them_back(panel: 
     p.ui.exportButton.click()
     with open(path, encoding="utf-8-sig", newline="") as f:
         assert list(csv.reader(f)) == rows
+    assert path.read_bytes().startswith(codecs.BOM_UTF8)  # by which spreadsheets know UTF-8
     path.write_text("mine")
     p.gui.dialogs.answer(str(tmp_path / "measures"), False)
     p.ui.exportButton.click()
@@ -1034,6 +1056,9 @@ def test_uncertain_places_are_visited(panel: Any, install: Any) -> None:
         assert p.ui.placeLabel.text == expected
         seen.append([round(view.GetSliceToRAS().GetElement(i, 3)) for i in range(3)])
     assert seen[0] == seen[2] and 12 <= seen[0][0] < 20 and 3 <= seen[1][0] < 5
+    p.ui.uncertaintyCheckBox.click()  # any setting: the walk goes on where it was
+    p.gui.process_events()
+    assert p.ui.placeLabel.text == "1 of 2"
     moved = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLinearTransformNode")
     moved.SetMatrixTransformToParent(slicer.util.vtkMatrixFromArray(np.array([[1, 0, 0, 100], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])))
     p.settings.volume.SetAndObserveTransformNodeID(moved.GetID())
@@ -1200,8 +1225,7 @@ def test_shortcuts(panel: Any, install: Any, endless: str, gui: Any) -> None:
     assert p.controller.running
     QTest.keyClick(p.ui.modelList, qt.Qt.Key_Escape)
     assert p.controller.phase == "cancelled"
-    keys = [s.key.toString() for s in p.widget._shortcuts]
-    assert "Ctrl+Z" not in keys
+    assert {s.key.toString() for s in p.widget._shortcuts} == {"Ctrl+Return", "Ctrl+Enter", "Esc"}  # Ctrl+Z is Slicer's
 
 
 def test_the_volume_is_removed_meanwhile(going: Panel, gui: Any) -> None:
@@ -1419,9 +1443,10 @@ def sequence(frames: int = 3) -> Any:
 def test_all_frames_of_a_sequence(panel: Any, install: Any, gui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import slicer
 
-    toy = install()
+    toy = install(intensity=HU)
     p = panel()
     browser, node = sequence()
+    slicer.util.arrayFromVolume(browser.GetMasterSequenceNode().GetNthDataNode(0))[-1] = -1000  # air: that frame alone looks like HU
     p.settings.volume = node
     p.choose(toy)
     assert p.ui.allFramesCheckBox.visible
@@ -1432,6 +1457,7 @@ def test_all_frames_of_a_sequence(panel: Any, install: Any, gui: Any, monkeypatc
     p.ui.inputSection.collapsed = True  # the box cannot be seen any more, and is checked nevertheless
     p.run()
     assert browser.GetSelectedItemNumber() == 1
+    assert p.ui.warningFrame.visible and "do not look like HU" in p.ui.warningLabel.text
     for i in range(3):
         browser.SetSelectedItemNumber(i)
         slicer.modules.sequences.logic().UpdateProxyNodesFromSequences(browser)
@@ -1606,7 +1632,7 @@ def test_the_volume_that_the_views_show_is_chosen_first(panel: Any, gui: Any) ->
     assert panel().settings.volume is today
 
 
-def test_what_was_chosen_for_a_removed_volume_is_not_anothers_that_gets_its_id(panel: Any, gui: Any) -> None:
+def test_the_days_to_an_earlier_study_go_with_it(panel: Any, gui: Any) -> None:
     import slicer
 
     p = panel()
@@ -1614,19 +1640,16 @@ def test_what_was_chosen_for_a_removed_volume_is_not_anothers_that_gets_its_id(p
         first, second = volume(name="CT"), volume(name="MR")
         p.settings.volume = first
         p.settings.earlier = before = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "2024")
+        p.settings.days = 90
         p.settings.volume = second
-        assert p.widget._choices[first.GetID()][1] == before.GetID()
+        assert p.settings.earlier is None and p.settings.days == 0
         if away:
             gui.leave(p.widget)
         slicer.mrmlScene.RemoveNode(before)
-        assert p.widget._choices[first.GetID()][1] == ""
-        slicer.mrmlScene.RemoveNode(first)
-        assert first.GetID() not in p.widget._choices
         if away:
             gui.open()
-        p.settings.volume = second
-        slicer.mrmlScene.RemoveNode(second)  # that is chosen
-        assert not p.widget._choices
+        p.settings.volume = first
+        assert p.settings.earlier is None and p.settings.days == 0
 
 
 def test_another_volume_gets_another_segmentation(panel: Any, install: Any, gui: Any) -> None:
@@ -1859,6 +1882,7 @@ def test_the_self_test_passes_here_too(gui: Any) -> None:
 
     UNetSegmentationTest().runTest()
     assert gui.dialogs.texts("delay")[-1] == "Test passed"
+    assert not sys.modules["UNetSegmentation"].loadSample()[1].GetDisplayNode().GetVisibility()  # the reader's answer is not given away
     assert gui.reload() is not shown and shown._closed  # which it says of the panel that is seen
 
 

@@ -243,7 +243,7 @@ class ClickController(VTKObservationMixin):
         if self._asked is None or asked.number > self._asked.number:
             return
         try:
-            same = volumeKey([self.volumeNode]) == key
+            same = asked.warm or volumeKey([self.volumeNode]) == key  # nobody clicked, and the next click sends it anew
         except Exception:  # it has no voxels any more, or lies under a transform that the core refuses
             same = False
         if not same:

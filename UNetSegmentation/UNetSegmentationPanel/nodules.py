@@ -33,6 +33,8 @@ LARGEST_VOXELS = 16 << 20
 _SHOWN_ROWS = 8  # of the table without scrolling
 _BUDGET_S = 0.01
 _SETTLE_MS = 200  # after the last stroke of a brush
+# Node references and an attribute of a volume: what was last chosen for it.
+_CHOSEN_ROLE, _EARLIER_ROLE, _DAYS_ATTRIBUTE = "UNetSegmentation.ChosenNodules", "UNetSegmentation.EarlierStudy", "UNetSegmentation.Days"
 
 
 class Pieces:
@@ -690,6 +692,21 @@ def scanOf(segmentation: Any) -> Any:
 
     there = segmentation is not None and segmentation.GetScene() is not None and _count(segmentation)
     return (_reference(segmentation) or mrml.find_scan(segmentation)) if there else None
+
+
+def keepChoice(volume: Any, segmentation: Any, earlier: Any, days: int) -> None:
+    """Let the scene keep what is chosen for a volume: the segmentations of its nodules and of its earlier study (None: none), and how
+    many days before that was (0: as the studies are dated)."""
+    for role, node in ((_CHOSEN_ROLE, segmentation), (_EARLIER_ROLE, earlier)):
+        volume.SetNodeReferenceID(role, node.GetID() if node is not None else None)
+    volume.SetAttribute(_DAYS_ATTRIBUTE, str(days) if days and earlier is not None else None)
+
+
+def keptChoice(volume: Any) -> tuple[Any, Any, int]:
+    """What keepChoice() was given; of a volume that nothing was chosen for (None, None, 0)."""
+    earlier = volume.GetNodeReference(_EARLIER_ROLE)
+    days = volume.GetAttribute(_DAYS_ATTRIBUTE) if earlier is not None else None  # it may have been removed meanwhile
+    return volume.GetNodeReference(_CHOSEN_ROLE), earlier, int(days or 0)
 
 
 def _reference(segmentation: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import qt
 import slicer
 from slicer.i18n import tr as _
+
+_DECIMAL = re.compile(r"^([+-]?\d+)\.(\d+(?:e[+-]\d+)?)$")
 
 
 def record(prediction: Any, measures: Sequence[dict[str, Any]]) -> str:
@@ -62,14 +65,18 @@ def tableText(tableNode: Any, separator: str) -> str:
 
 
 def rowsText(rows: Sequence[Sequence[str]], separator: str) -> str:
-    """The first row holds the titles."""
+    """The first row holds the titles. Behind tabs numbers have this computer's decimal comma, where that is one: what is pasted there a
+    spreadsheet reads so, and makes dates of 5.7."""
     from UNetSegmentationLib.nodule import cell
 
     out = io.StringIO()
     writer = csv.writer(out, delimiter=separator, lineterminator="\n")
     writer.writerow(rows[0])
+    # PythonQt gives decimalPoint() as a number.
+    comma = separator == "\t" and "," in qt.QLocale.system().toString(0.5)
     for row in rows[1:]:
-        writer.writerow([cell(text) for text in row])
+        cells = [cell(text) for text in row]
+        writer.writerow([_DECIMAL.sub(r"\1,\2", text) for text in cells] if comma else cells)
     return out.getvalue()
 
 

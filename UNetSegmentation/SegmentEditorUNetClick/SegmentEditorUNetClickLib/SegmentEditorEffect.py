@@ -58,7 +58,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
     them back, and beside them a digest of its voxels: once a brush has changed those, they are what the next click starts from.
 
     Everything happens in steps, one action after the other, and the event loop is not held. message: the sentence below the
-    options.
+    options; while an answer is awaited and there is none, that is said there.
     """
 
     def __init__(self, scriptedEffect: Any) -> None:
@@ -75,7 +75,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self._models: list[Any] = []
         self._stamps: list[Any] = []  # of all packages, when the models were read
         self._tasks: deque[Steps] = deque()
-        self._working = self._timed = self._waiting = self._stale = False
+        self._working = self._timed = self._stale = False
         self._blocked = False  # the first of the tasks waits for the worker
         self._made = False  # the options' widgets are there
         self._target: Target | None = None  # what was clicked at last
@@ -194,7 +194,6 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         if self._controller is not None:
             self._controller.end()
         self._target, self._pressed, self._swallow = None, None, False
-        self._showBusy()
 
     def cleanup(self) -> None:
         """The editor goes; nothing may hold the effect, which PythonQt would then not delete."""
@@ -290,7 +289,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self._say(_here(text))
 
     def onChanged(self) -> None:
-        self._showBusy()
+        self._showMessage()
         self._redraw()
 
     # ------------------------------------------------------------------------------------------------------------- tasks
@@ -311,7 +310,6 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         finally:
             self._working = False
         self._blocked = waiting
-        self._showBusy()
         if self._tasks and not self._timed:
             self._timed = True
             qt.QTimer.singleShot(WAIT_MS if waiting else 0, self._onTimer)
@@ -623,21 +621,17 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
             self._stale = True
             qt.QTimer.singleShot(0, lambda: self._do(self._drawSteps()))
 
-    def _showBusy(self) -> None:
-        waiting = self._controller is not None and self._controller.busy
-        if waiting != self._waiting:
-            self._waiting = waiting
-            if waiting:
-                qt.QApplication.setOverrideCursor(qt.QCursor(qt.Qt.BusyCursor))
-            else:
-                qt.QApplication.restoreOverrideCursor()
-
     def _say(self, text: str) -> None:
         self.message = text
+        self._showMessage()
+
+    def _showMessage(self) -> None:
+        """No cursor shows an answer that is awaited: Slicer's dialogs put back those of all the application, also one that is over."""
+        text = self.message
         if self._made and self._controller is not None:  # then the panel's files are there
             from UNetSegmentationPanel.models import breakable
 
-            text = breakable(text)
+            text = breakable(text or (_("Looking …") if self._controller.busy else ""))
         if self._made:
             self.messageLabel.text = text
 
