@@ -185,9 +185,30 @@ def test_a_click_on_the_next_thick_slice_lies_on_the_patch(click_package):
     assert s.mask[6, 30, 27] and s.mask[7, 30, 20]
     s.clear()
     s._engine = engine = Recording()
-    s.add_box(at(s, 6, 26, 16), at(s, 7, 34, 24))
-    box = engine.batches[0][0, 3].any((1, 2))
+    s.add_box(at(s, 6, 28, 18), at(s, 7, 32, 22))
+    box = next(b[0, 3].any((1, 2)) for b in engine.batches if b[0, 3].any())  # a click in its middle was tried before
     assert box.any() and not box[0] and not box[-1]
+
+
+def test_a_box_that_is_drawn_loosely_does_as_a_click_in_its_middle(session):
+    """As the trained model does, this one fills whatever box it gets."""
+    lesion = ball((30, 60, 60), (15, 20, 20), 4, (1, 1, 1))
+    other = ball((30, 60, 60), (15, 20, 29), 2, (1, 1, 1))
+    s = session(lesion + other)
+    s._engine = Recording(lambda batch: np.where(batch[:, 3].any((1, 2, 3), keepdims=True), batch[:, 3], batch[:, 0]))
+    s.add_box(at(s, 9, 14, 14), at(s, 21, 26, 26))
+    assert np.array_equal(s.mask, lesion) and s.prompts == []
+    s.add_point(at(s, 15, 20, 29))  # what was found stays
+    assert np.array_equal(s.mask, lesion + other)
+    s.undo()
+    s.add_box(at(s, 9, 14, 14), at(s, 21, 26, 26))  # the second one is meant
+    assert s.mask.sum() > 4 * lesion.sum()
+    s.clear()
+    s.add_box(at(s, 11, 16, 16), at(s, 19, 24, 24))  # fits
+    assert lesion.sum() < s.mask.sum() and not s.mask[:10].any()
+    s.clear()
+    s.add_box(at(s, 4, 16, 16), at(s, 18, 44, 44))  # what lies in its middle is nothing
+    assert s.mask.sum() > 4 * lesion.sum()
 
 
 def test_of_clicks_beside_one_another_the_last_holds(session):
