@@ -126,6 +126,10 @@ def test_one_scan_is_not_told_of_as_several(panel, scans, tmp_path):
     hands.choose(tmp_path / "list")
     hands.add(scans, 1)
     assert hands.ui.listMessageLabel.text == "1 scan was added."
+    scans.rename(tmp_path / "moved")
+    hands.gui.dialogs.answer(str(tmp_path / "moved"))
+    hands.press("addFolderButton")
+    hands.wait(lambda: hands.ui.listMessageLabel.text == "0 scans were added. 1 scan was found again in another place.")
 
 
 def test_scans_are_segmented_opened_where_it_helps_most_and_added(panel, gui, scans, tmp_path):
@@ -171,7 +175,7 @@ def test_scans_are_segmented_opened_where_it_helps_most_and_added(panel, gui, sc
     assert not any(name.startswith("s1") for name in volumes())  # what is done has left the scene
     assert not list(hands.section.desk.folder.glob("*.npy"))
 
-    # Added by the training set's own button, the next scan is as well known, and it stays open.
+    # Added by the training set's own button, the next scan is as well known and done, and it stays open.
     name = hands.case.name
     hands.paint(3)
     section = hands.widget.trainingSet
@@ -181,9 +185,26 @@ def test_scans_are_segmented_opened_where_it_helps_most_and_added(panel, gui, sc
     gui.wait(lambda: not section.busy, RUN_S)
     (entry,) = [e for e in Dataset.open(tmp_path / "set").entries.values() if e.name != entry.name]
     assert entry.changes["thing"]["added"] == 16 and entry.record["model_name"] == "toy-1.0.0"
-    assert work.scan(name).status == "taken" and hands.case.name == name
+    hands.wait(lambda: work.refresh().scan(name).status == "done")
+    assert work.scan(name).case == entry.name and hands.case.name == name
+    hands.wait(lambda: f"'{name}' is marked as done." in hands.ui.listMessageLabel.text)
+    assert hands.ui.listStatusLabel.text == "2 of 3 scans done."
     hands.press("nextScanButton")  # without a question: nothing would be lost
     hands.wait(lambda: hands.case is not None and hands.case.name != name)
+
+    # Given back by somebody, it comes with the model's mask, which replaces the correction where the person says so.
+    hands.press("skipScanButton")
+    hands.wait(lambda: hands.case is None)
+    work.back(name)
+    hands.section._onRefresh()
+    hands.wait(lambda: hands.ui.nextScanButton.enabled)
+    assert hands.next() == name
+    for answer, version in ((False, 1), (True, 2)):
+        gui.dialogs.answer(answer)
+        hands.press("doneScanButton")
+        hands.wait(lambda: "would replace the correction" in hands.section.text or hands.case is None)
+        assert "would replace the correction" in gui.dialogs.texts("message")[-1]
+        assert Dataset.open(tmp_path / "set").entries[entry.name].version == version
 
 
 class Set:
@@ -443,6 +464,36 @@ def test_in_the_segment_editor_a_strip_goes_on_to_the_next_scan(opened, gui, mon
     hands.wait(lambda: hands.section.text)
     assert opened_modules[-1] == "UNetSegmentation" and not strip.shown  # where the sentence is to be read
     gui.close(hands.widget)
+
+
+def test_a_scan_that_was_added_is_done_and_may_be_corrected_further(opened, gui, tmp_path):
+    from UNetSegmentationLib.worklist import Annotator, WorkList
+
+    hands = opened(segment=True)
+    name, work = hands.next(), WorkList.open(tmp_path / "list")
+    own, other = hands.case.segmentation, object()
+    section = hands.widget.trainingSet
+    add = lambda: section.addCurrent(**hands.section.known(hands.case.volumes[0]))  # noqa: E731  as its button
+    section.segmentation = lambda: other  # such as one that only measured something
+    add()
+    gui.process_events()
+    section.answer, section.segmentation = (None, "The mask is empty; mark something."), lambda: own
+    add()
+    gui.process_events()
+    hands.section._onRefresh()
+    hands.wait(lambda: not hands.section.desk.waiting)
+    assert work.refresh().scan(name).status == "taken"
+    section.answer = "case-1", ""
+    add()
+    hands.wait(lambda: hands.case.over)
+    assert (work.refresh().scan(name).status, work.scan(name).case) == ("done", "case-1") and hands.case.name == name
+    taken = work.next(Annotator("bert", "Bert"))
+    hands.section._onRefresh()
+    hands.wait(lambda: hands.ui.listStatusLabel.text == "1 of 3 scans done, 1 with other annotators.")
+    hands.paint(2)
+    hands.press("doneScanButton")
+    hands.wait(lambda: hands.case.name != name)
+    assert len(section.asked) == 4 and hands.case.name not in (name, taken.name)
 
 
 def test_a_closed_scene_gives_the_scan_back(opened, gui, tmp_path):

@@ -344,6 +344,28 @@ def test_what_may_be_allowed_says_so(dataset):
         dataset._commit(lambda data: dataset._enter(data, "x", record, "p-1", False, None, (), [edge]))
 
 
+def test_a_correction_is_not_replaced_by_the_models_mask_unasked(dataset, monkeypatch):
+    found, corrected = outline(), outline()
+    corrected[1, 2, 2] = 0
+    assert dataset.add(scan(0), found, model_mask=found).version == 1
+    other = outline(1)
+    assert dataset.add(scan(0), other, model_mask=other).version == 2  # in the place of another model's, which nobody corrected
+    assert dataset.add(scan(0), corrected, model_mask=found).version == 3
+    with pytest.raises(module.Objection, match=r"correction that case-\w+ holds \(version 3\); correct it, or allow an uncorrected") as e:
+        dataset.add(scan(0), found, model_mask=found)
+    assert e.value.kind == "uncorrected" and not dataset.check() and len(list(dataset.folder.glob("cases/*/*"))) == 3
+    assert dataset.add(scan(0), corrected, model_mask=corrected).version == 4  # a model that finds the same
+    assert dataset.add(scan(0), found).version == 5  # nobody says that it is a model's
+    assert dataset.add(scan(0), corrected, model_mask=corrected, allow=["uncorrected"]).version == 6
+
+    # One that another adds meanwhile is not replaced unseen either.
+    second, enter = Dataset.open(dataset.folder), Dataset._commit
+    monkeypatch.setattr(Dataset, "_commit", lambda self, change: dataset.add(scan(0), found) and enter(second, change))
+    monkeypatch.setattr(dataset, "_commit", lambda change: enter(dataset, change), raising=False)
+    with pytest.raises(module.Objection, match="version 7"):
+        second.add(scan(0), corrected, model_mask=corrected)
+
+
 def test_a_case_can_be_stopped_between_its_files(dataset):
     before, told = state(dataset), []
 
@@ -928,6 +950,19 @@ def test_windows_tells_that_a_process_is_gone_without_ending_it(monkeypatch):
     assert not module.process_is_gone({"host": "elsewhere", "pid": 1})
 
 
+def test_a_lock_of_another_computer_of_the_same_name_is_not_a_dead_ones(dataset, monkeypatch):
+    def at(computer):
+        for each in (files, module):
+            monkeypatch.setattr(each, "this_computer", lambda: computer, raising=False)
+
+    at("0a" * 16)
+    with module.FolderLock(dataset.folder) as lock:
+        owner = json.loads(lock.path.read_text()) | {"pid": 1 << 22}
+    assert module.process_is_gone(owner) and module.process_is_gone(owner | {"host": socket.gethostname()})  # of an earlier version
+    at("0b" * 16)
+    assert not module.process_is_gone(owner) and owner["name"] == socket.gethostname()  # by which a person knows it
+
+
 def test_a_share_that_is_lost_while_a_file_is_written_is_a_sentence(tmp_path, monkeypatch):
     def lost(self, *_unused, **_how):
         raise OSError(5, "Input/output error")
@@ -1203,7 +1238,7 @@ def test_a_models_mask_is_matched_by_the_names_of_its_labels(tmp_path, monkeypat
     # The organ was deleted, so that the tumour is the first segment of the file.
     mine = segmented("mine.seg.nrrd", (outline(2) == 2).astype(np.uint8), replace(tumour, value=1))
     Dataset.create(tmp_path / "set", "Set", [organ, tumour], ["CT"])
-    for mask, removed in ((mine, 108), (found, 0)):
+    for mask, removed in ((found, 0), (mine, 108)):
         code, out, said = unetseg(monkeypatch, capsys, "add", tmp_path / "set", tmp_path / "a.nii.gz", "-m", mask, "--model-mask", found)
         assert code == 0, said
         assert f"organ: 0 voxels added, {removed} removed" in out and "tumour: 0 voxels added, 0 removed" in out

@@ -17,6 +17,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from UNetSegmentationLib import files
 from UNetSegmentationLib import worklist as module
 from UNetSegmentationLib.dataset import Dataset, read_mask
 from UNetSegmentationLib.files import UserError
@@ -188,6 +189,11 @@ def test_lists_as_excel_saves_them(tmp_path, encoding):
     listed.write_text("ä.nrrd;b.nrrd\n;;\n,,\nb.nrrd;\none;two.nrrd\nä.nrrd,b.nrrd\n", encoding)
     a, b, odd = (tmp_path / name for name in ("ä.nrrd", "b.nrrd", "one;two.nrrd"))
     assert find_scans([listed]) == [(a, b), (b,), (odd,)]
+    long = [tmp_path / (f"1.2.840.{n}" * 8 + ".nrrd") for n in range(4)]  # together they are too long for a name
+    for path in long:
+        path.write_text("x")
+    listed.write_text(";".join(path.name for path in long) + "\n", encoding)
+    assert find_scans([listed]) == [tuple(long)]
     listed.write_text("ä.nrrd;gone.nrrd\n", encoding)
     with pytest.raises(UserError, match="line 1: .*gone.nrrd does not exist; correct the line"):
         find_scans([listed])
@@ -218,6 +224,16 @@ def test_numbered_scans_are_no_channels(tmp_path):
     several = ["mr_0000.nii.gz", "mr_0001.nii.gz"]
     assert names == [["ct_0001.nii.gz"], ["ct_0002.nii.gz"], several, ["pet_0000.nii.gz"], ["x.nii"], ["x.nrrd"]]
     assert WorkList.gather(tmp_path / "list", [scans])[1] == ["ct_0001", "ct_0002", "mr", "pet", "x", "x-2"]
+
+
+def test_pictures_are_scans_where_nothing_else_is(tmp_path):
+    scans = tmp_path / "scans"
+    for name in ("b.PNG", "p/x.tiff", "p/x_mask.png", "a_0000.jpg", "a_0001.jpg", "masks/b.png", "notes.txt"):
+        (scans / name).parent.mkdir(parents=True, exist_ok=True)
+        (scans / name).write_text(name)
+    assert WorkList.gather(tmp_path / "list", [scans])[1] == ["a", "b", "x"]
+    (scans / "p" / "ct.nii.gz").write_text("x")  # of which the pictures may be
+    assert find_scans([scans]) == [(scans / "p" / "ct.nii.gz",)]
 
 
 def test_what_a_training_set_keeps_is_no_scan(tmp_path):
@@ -810,6 +826,34 @@ def test_a_list_and_its_scans_may_move_together(work, tmp_path):
     assert moved.add([tmp_path / "elsewhere" / "scans"]) == []
 
 
+def test_scans_that_were_moved_stay_what_they_are(work, scans, tmp_path):
+    assert work.add([two_series(tmp_path / "f7", 7)]) == ["f7"]
+    work.split("f7", ["1.7.1", "1.7.2"])
+    work.done("s0", ANNA, "case-1")
+    work.fail("s1", "It was being moved.")
+    for name in ("scans", "f7"):
+        (tmp_path / "new" / name).mkdir(parents=True)
+        (tmp_path / name).rename(tmp_path / "new" / name)
+    added = work.add([tmp_path / "new"])
+    assert added == ["s1"] and sorted(work.moved) == ["f7", "f7-2", "s0", "s1", "s2", "s3"] and len(work.scans) == 6
+    found = work.scan("s0")
+    assert (found.status, found.case, found.files) == ("done", "case-1", (tmp_path / "new" / "scans" / "s0.nii.gz",))
+    assert [s.series for s in work.scans.values() if s.files == (tmp_path / "new" / "f7",)] == ["1.7.1", "1.7.2"]
+    shutil.copytree(tmp_path / "new", tmp_path / "copy")  # what is still there has not moved
+    assert len(work.add([tmp_path / "copy"])) == 5 and not work.moved and work.add([tmp_path / "copy"]) == []
+
+
+def test_another_patients_scan_of_the_same_name_is_not_the_one_that_is_gone(tmp_path):
+    for name, edge in (("A", 0.2), ("B", 2.0)):
+        write_image(ball(edge), tmp_path / name / "ct.nii")  # uncompressed, so of the same size
+    work = WorkList.gather(tmp_path / "list", [tmp_path / "A"])[0]
+    work.done("ct", ANNA, "case-1")
+    shutil.move(tmp_path / "A", tmp_path / "archive")
+    assert work.add([tmp_path / "B"]) == ["ct-2"] and not work.moved
+    shutil.copytree(tmp_path / "archive", tmp_path / "again")
+    assert len(work.add([tmp_path / "archive", tmp_path / "again"])) == 2 and not work.moved  # which of the two it is nobody can say
+
+
 @pytest.mark.parametrize("top", ["Z:\\", "\\\\nas\\study\\"])
 def test_a_list_at_the_top_of_a_drive_or_share_may_have_another_letter_elsewhere(monkeypatch, top):
     monkeypatch.setattr(module, "Path", PureWindowsPath)
@@ -917,6 +961,18 @@ def test_the_command_line_makes_gives_and_takes(scans, make_package, tmp_path, u
     assert rows["s1"]["status"] == "done" and rows["s1"]["case"] == entry.name and rows["s0"]["status"] == "segmented"
     code, out, _ = run("list", folder)
     assert code == 0 and "1 done" in out
+
+
+def test_a_list_whose_own_model_was_replaced_says_what_to_give(scans, make_package, tmp_path, unetseg):
+    package, folder = make_package(), tmp_path / "list"
+    options = "-m", package.path, "--limit", 1, "--device", "cpu", "--engine", "onnx"
+    assert unetseg("worklist", "make", folder, scans / "s0.nii.gz", *options)[0] == 0
+    code, _, err = unetseg("worklist", "make", folder, scans)
+    assert code == 2 and "The list's own model is gone" in err and "with -m, or only add the scans with --later." in err
+    assert "toy-1.0.0" in err and len(WorkList.open(folder).scans) == 1
+    scans.rename(tmp_path / "moved")
+    code, _, err = unetseg("worklist", "make", folder, tmp_path / "moved", "--later")
+    assert code == 0 and "3 scans added, 1 scan found again in another place" in err
 
 
 def test_the_command_line_segments_and_names_each_series_of_a_folder(tmp_path, make_package, unetseg):
@@ -1033,6 +1089,17 @@ def test_a_computer_whose_name_changes_is_no_other_annotator_to_itself(work, mon
     assert work.done(name, program._annotator({}), "case-1") == "" and not work.counts()["taken"]
 
 
+def test_a_scan_stays_with_who_has_it_on_another_computer_of_the_same_name(work, monkeypatch):
+    def at(computer):
+        monkeypatch.setattr(module, "this_computer", lambda: computer)
+        monkeypatch.setattr(files, "this_computer", lambda: computer)
+        return Annotator.here(pid=os.getpid())
+
+    name = work.next(replace(at("0a" * 16), pid=1 << 22)).name  # a program that is not on the other
+    assert work.next(at("0b" * 16)).name != name
+    assert work.next(at("0a" * 16)).name == name  # but on its own it is gone
+
+
 def test_another_model_waits_for_the_scan_that_the_former_one_has_in_hand(desk, tmp_path, toy_card, make_package):
     folder, options = str(tmp_path / "list"), {"engine": "onnx", "device": "cpu", "threads": 1, "tta": "none"}
     write_image(ball(), tmp_path / "one" / "s0.nii.gz")
@@ -1098,6 +1165,24 @@ def test_the_desk_leaves_alone_what_is_not_there_from_this_computer(desk, tmp_pa
     assert desk.ask("status", folder=folder)["list"]["counts"]["waiting"] == 1
     (tmp_path / "a.nii.gz").rename(away / "a.nii.gz")
     assert desk.ask("next", folder=folder, leave="", passed=[])["scan"]["name"] == "a"
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_many_scans_of_one_folder_that_is_away_hold_the_desk_up_once(tmp_path, scans, left):
+    for i in range(25):
+        (tmp_path / "drive" / f"p{i}").mkdir(parents=True)
+        (tmp_path / "drive" / f"p{i}" / "ct.nii.gz").write_text(str(i))
+    folder, told = str(tmp_path / "list"), []
+    WorkList.gather(folder, [tmp_path / "drive", scans])
+    shutil.rmtree(tmp_path / "drive")
+    if left:  # an empty folder, of a drive that is not connected
+        (tmp_path / "drive").mkdir()
+    desk = module_desk.Desk(0, 1, tmp_path, os.getpid())
+    desk.tell = told.append
+    answer = desk._next({"folder": folder, "leave": "", "passed": []})
+    assert answer["scan"]["name"] == "s0" and [m["scan"] for m in told] == ["ct", "s0"]
+    (note,) = answer["notes"]
+    assert f"{tmp_path / 'drive'} is not there, so ct was left alone" in note and "add its scans again from where they are now" in note
 
 
 def test_the_desk_opens_a_scan_with_voxels_that_are_no_numbers(desk, tmp_path):

@@ -908,13 +908,18 @@ def _worklist_app() -> Any:
         if not sources and not there:
             raise UserError(f"{folder} holds no work list yet; name the scans, folders or lists to make it of.")
         if not models and there and not later:
-            models = [find_model(m) for m in WorkList.open(folder).models]
+            try:
+                models = [find_model(m) for m in WorkList.open(folder).models]
+            except UserError as e:
+                text = "The list's own model is gone, perhaps as a trained one took its place; name the one that is to segment with -m, or "
+                raise UserError(f"{text}only add the scans with --later. {e}") from e
         # Before the list is touched: for a TTA that there is none of every scan of it would be marked as failed.
         views(tta or "none", (), 1.0)
         engines = None if later else [choose_engine(m, engine, device) for m in models]
         work, added = WorkList.gather(folder, sources or [])
         if not quiet:
-            print(f"{counted(len(added), 'scan')} added", *work.left_out, sep="\n", file=sys.stderr)
+            again = f", {counted(len(work.moved), 'scan')} found again in another place" * bool(work.moved)
+            print(f"{counted(len(added), 'scan')} added{again}", *work.left_out, sep="\n", file=sys.stderr)
         if models:
             todo = work.choose_models(models)
             me = Annotator.here(pid=os.getpid())

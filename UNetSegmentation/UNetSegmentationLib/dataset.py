@@ -43,9 +43,11 @@ from .files import (
     counted,
     is_alive,
     is_inner,
+    is_this_computer,
     is_within,
     move_file,
     process_mark,
+    this_computer,
     time_of,
     user_path,
 )
@@ -77,8 +79,8 @@ FORMAT = "unetseg-dataset"
 SPLITS = ("train", "validation", "test")
 EXPORTS = ("nnunet", "monai", "itksnap")
 # What add() refuses unless it is allowed by name: an empty mask, a few voxels of a label, another image or patient under a case's
-# name, a label that the dataset does not have (it is then added to it).
-OBJECTIONS = ("empty", "leftover", "image", "label", "patient")
+# name, a label that the dataset does not have (it is then added to it), the model's mask as it was in a correction's place.
+OBJECTIONS = ("empty", "leftover", "image", "label", "patient", "uncorrected")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)|.*\.$", re.IGNORECASE)  # a dataset made on Linux is opened on Windows, too
 # A label with fewer voxels is what an eraser left, unless the person says that it is meant.
@@ -356,7 +358,7 @@ class FolderLock:
         self.token = secrets.token_hex(8)
 
     def __enter__(self) -> FolderLock:
-        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": self.token})
+        content = json.dumps({"host": this_computer(), "name": socket.gethostname(), "pid": os.getpid(), "token": self.token})
         began = time.monotonic()
         pause = 0.02
         while True:
@@ -381,7 +383,8 @@ class FolderLock:
                 self._bury(owner)
                 continue
             if time.monotonic() - began > PATIENCE:
-                who = f"process {owner.get('pid')} on {owner.get('host')}" if owner and owner.get("pid") else "another program"
+                where = owner and (owner.get("name") or owner.get("host"))  # of an earlier version
+                who = f"process {owner.get('pid')} on {where}" if owner and owner.get("pid") else "another program"
                 raise UserError(
                     f"The folder {self.path.parent} is being written to by {who}; try again in a minute, "
                     f"or delete {self.path} if that program is gone."
@@ -480,7 +483,7 @@ def commit(
 def process_is_gone(owner: Mapping[str, Any]) -> bool:
     """Whether a lock's owner was a process of this computer that is gone."""
     pid = owner.get("pid")
-    if owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
+    if not is_this_computer(owner.get("host")) or not isinstance(pid, int) or pid <= 0:
         return False
     if os.name == "nt":  # where os.kill(pid, 0) would end the process
         return process_mark(pid) is None
@@ -739,6 +742,8 @@ class Dataset:
         person = self.patient(identity) if identity.strip() else self._nobody(digest)
         self._check_twin(self._data, key, digest, allow)
         self._check_patient(self._data, key, person, patient is not None, allow)
+        found = corrected if own is not None and np.array_equal(own, corrected) else None
+        self._check_correction(self._data, key, digest, found, allow)
         record: dict[str, Any] = {
             "version": 0,
             "voxels": digest,
@@ -758,12 +763,17 @@ class Dataset:
         if dated:
             record["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         place = PurePosixPath(CASES, key, secrets.token_hex(6))
+
+        def enter(data: dict[str, Any]) -> Entry:
+            self._check_correction(data, key, digest, found, allow)
+            return self._enter(data, key, record, person, patient is not None, split, allow, more)
+
         with reached(self.folder):
             try:
                 self._write_files(image, channels, corrected, own, place, record, key, tell, stop)
                 stop()
                 tell(1.0, "adding it to the index")
-                return self._commit(lambda data: self._enter(data, key, record, person, patient is not None, split, allow, more))
+                return self._commit(enter)
             except BaseException:
                 if not self._is_named(str(place)):
                     shutil.rmtree(self.folder / place, ignore_errors=True)
@@ -883,6 +893,22 @@ class Dataset:
         if named and case and case["patient"] != person and not self._is_nobodys(case) and "patient" not in allow:
             cure = "leave the patient out to keep that, or allow the patient to be replaced"
             raise Objection(f"The case {key} is there as another patient's; {cure}.", "patient")
+
+    def _check_correction(self, data: dict[str, Any], key: str, digest: str, found: np.ndarray | None, allow: Collection[str]) -> None:
+        """found: the model's mask, where it is added as it was."""
+        if found is None or key not in data["cases"] or "uncorrected" in allow:
+            return
+        entry = self._entry(key, data["cases"][key])
+        untouched = entry.record.get("changes") is not None and not any(c["added"] or c["removed"] for c in entry.changes.values())
+        if untouched or entry.record["voxels"] != digest:
+            return
+        try:
+            held = read_image(entry.label).array
+        except UserError:  # it is lost already
+            return
+        if not np.array_equal(held, found):
+            text = f"The mask is as the model made it and would replace the correction that {key} holds (version {entry.version}); "
+            raise Objection(text + "correct it, or allow an uncorrected mask.", "uncorrected")
 
     def _nobody(self, digest: str) -> str:
         """The patient of an image of whom nothing is known."""

@@ -24,7 +24,6 @@ import math
 import os
 import re
 import secrets
-import socket
 import time
 import unicodedata
 from collections import Counter
@@ -39,7 +38,7 @@ import numpy as np
 
 from .dataset import CASES, INDEX, SALT, FolderLock, LockLost, Unchanged, commit, flush, process_is_gone, reached, read_shared
 from .files import OUT_OF_MEMORY, UserError, atomic_path, check_text, is_inner, is_within, now_in, this_computer, user_path
-from .image import VOLUME_SUFFIXES, Box, Image, SeveralSeries, is_dicom, read_image, reorient
+from .image import PICTURE_SUFFIXES, VOLUME_SUFFIXES, Box, Image, SeveralSeries, is_dicom, read_image, reorient
 from .inference.predict import Cancelled, Options, Prediction, Progress, check_together, predict
 from .model import Label, ModelPackage
 from .output import write_segmentation
@@ -97,16 +96,21 @@ class Scan:
 
     @property
     def away(self) -> Path | None:
-        """A folder of its files that is not there from this computer: of a drive or share that is not connected, which may leave
-        an empty folder. A file that is gone from a folder with others is no such case."""
+        """A folder of its files that is not there from this computer, the topmost: of a drive or share that is not connected, which may
+        leave an empty folder. A file that is gone from a folder with others is no such case."""
 
-        def empty(folder: Path) -> bool:
+        def empty(folder: Path, denied: bool) -> bool:
             try:
                 return not os.listdir(folder)
+            except PermissionError:
+                return denied
             except OSError:
                 return True
 
-        return next((f.parent for f in self.files if not os.path.exists(f) and empty(f.parent)), None)
+        folder = next((f.parent for f in self.files if not os.path.exists(f) and empty(f.parent, True)), None)
+        while folder is not None and folder != folder.parent and empty(folder.parent, False):  # of a denied one others may be there
+            folder = folder.parent
+        return folder
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Annotator:
         except (OSError, KeyError, ImportError):  # no such user in this container
             user = ""
         who = hashlib.sha256(f"{user}@{this_computer()}".encode()).hexdigest()[:12]
-        return cls(who, name.strip(), socket.gethostname(), pid, LEASE if pid else LONG_LEASE)
+        return cls(who, name.strip(), this_computer(), pid, LEASE if pid else LONG_LEASE)
 
     def owns(self, claim: dict[str, Any]) -> bool:
         """At the command line a name tells apart who share an account; in a program it may be changed meanwhile."""
@@ -140,10 +144,11 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
     """The scans that files, folders and lists name, each as the files of its channels.
 
     A folder: all images (.nii.gz, .nii, .nrrd, .mha) and DICOM folders below it, sorted by name; files whose name says mask, label
-    or seg are none, nor is what a training set keeps or a recycle bin, and X_0000, X_0001, ... are the channels of X. A .txt or .csv:
-    a scan on each line, its channels separated by commas, tabs or, where no file has that name, semicolons. apart: a folder to leave
-    out (the list's own). left_out: gets a sentence on each scan in a folder whose name no list can hold; None: that is a UserError
-    too, as is what is not there, or one such scan that was named itself.
+    or seg are none, nor is what a training set keeps or a recycle bin, and X_0000, X_0001, ... are the channels of X. Pictures (.png,
+    .tif, .jpg, ...) are scans where there are no others, which they might illustrate. A .txt or .csv: a scan on each line, its channels
+    separated by commas, tabs or, where no file has that name, semicolons. apart: a folder to leave out (the list's own).
+    left_out: gets a sentence on each scan in a folder whose name no list can hold; None: that is a UserError too, as is what is not
+    there, or one such scan that was named itself.
     """
     out: dict[tuple[Path, ...], None] = {}
     for source in sources:
@@ -162,13 +167,14 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
                         tuple(_plain(path.parent / part.strip().strip('"')) for part in re.split(separator, line) if part.strip())
                         for separator in (r"[,\t]", ";")  # a name may hold the second, which Excel writes where numbers have commas
                     )
-                    missing = next((file for file in files if not file.exists()), None)
-                    if missing and not all(file.exists() for file in excels):
+                    missing = next((file for file in files if not os.path.exists(file)), None)  # False also of what is too long for a name
+                    if missing and not all(map(os.path.exists, excels)):
                         raise UserError(f"{path}, line {number}: {missing} does not exist; correct the line or remove it.")
                     if found := excels if missing else files:  # neither, where Excel left an empty row
                         out[found] = None
         elif path.is_dir():
-            for files in _below(path, apart and _plain(apart)):
+            leave = apart and _plain(apart)
+            for files in list(_below(path, leave, VOLUME_SUFFIXES)) or _below(path, leave, PICTURE_SUFFIXES):
                 try:
                     for file in files:
                         check_text(file)
@@ -199,7 +205,7 @@ def _present(path: Path) -> Path:
     return next((folder / name for name in names if os.path.exists(folder / name)), folder / path.name)
 
 
-def _below(folder: Path, apart: Path | None) -> Iterator[tuple[Path, ...]]:
+def _below(folder: Path, apart: Path | None, suffixes: Sequence[str]) -> Iterator[tuple[Path, ...]]:
     with reached(folder):
         for place, folders, files in os.walk(folder):
             folders[:] = sorted(f for f in folders if not _HIDDEN.match(f) and not _NO_SCAN.search(f) and Path(place, f) != apart)
@@ -208,7 +214,7 @@ def _below(folder: Path, apart: Path | None) -> Iterator[tuple[Path, ...]]:
             groups: dict[str, dict[Path, str]] = {}
             others = []
             for name in sorted(f for f in files if not f.startswith(".")):
-                stem = next((name[: -len(s)] for s in VOLUME_SUFFIXES if name.lower().endswith(s)), None)
+                stem = next((name[: -len(s)] for s in suffixes if name.lower().endswith(s)), None)
                 if stem is None:
                     others.append(name)
                 elif not _NO_SCAN.search(stem):
@@ -227,7 +233,8 @@ def left_alone(scan: Scan, error: BaseException, was_read: bool = False) -> str:
     another's rights, so that it has not failed; else "". was_read: it failed after that, for which memory alone is no reason that
     the next scan has too."""
     if scan.away is not None:
-        return f"{scan.away} is not there, so {scan.name} was left alone; connect its drive or network folder."
+        cure = "connect its drive or network folder, or add its scans again from where they are now"
+        return f"{scan.away} is not there, so {scan.name} was left alone; {cure}."
     own = f"{error} {scan.name} was left alone." if isinstance(error, UserError) else ""
     causes = _causes(error)
     if any(isinstance(e, MemoryError) or OUT_OF_MEMORY.search(str(e)) for e in causes):
@@ -277,6 +284,7 @@ class WorkList:
         self._data = data
         self.away: dict[str, str] = {}  # scans that segment() left alone, and why: see left_alone()
         self.left_out: list[str] = []  # scans that add() had to leave out, a sentence each
+        self.moved: list[str] = []  # scans that add() found in another place
         self._clock = 0.0, 0.0  # seconds between the folder's clock and this computer's monotonic one, and when it was read
 
     @classmethod
@@ -410,14 +418,31 @@ class WorkList:
 
     def add(self, sources: Iterable[str | Path]) -> list[str]:
         """Add scans, as find_scans() finds them, that are not there yet or failed, perhaps as they were still being copied; returns their
-        names. left_out: what it could not add."""
+        names. left_out: what it could not add; moved: what is there already and has another place now, where its status, mask and case
+        stay its own."""
         self.left_out = []
         found = find_scans(sources, self.folder / RESULTS, self.left_out)
+        records = self.refresh()._data["scans"]
 
         def key(files: Iterable[str | Path]) -> tuple[str, ...]:  # see _present(); to Windows A is a
             return tuple(os.path.normcase(unicodedata.normalize("NFC", self._stored(self.folder / f))) for f in files)
 
+        known = {key(r["files"]) for r in records.values()}
+        prints = {files: _print(files) for files in found if key(files) not in known}
+        places = Counter(filter(None, prints.values()))
+        # Of a print the former places, each with its scans: several where those are a folder's series.
+        gone: dict[str, dict[tuple[str, ...], list[str]]] = {}
+        for name in [n for n, r in records.items() if places.get(r.get("print")) == 1]:
+            if not any(map(os.path.exists, self.scan(name).files)):
+                gone.setdefault(records[name]["print"], {}).setdefault(tuple(records[name]["files"]), []).append(name)
+
         def enter(data: dict[str, Any]) -> list[str]:
+            self.moved = []
+            for files, mark in prints.items():
+                for former, names in gone[mark].items() if len(gone.get(mark, ())) == 1 else ():
+                    self.moved += (still := [n for n in names if data["scans"].get(n, {}).get("files") == list(former)])
+                    for name in still:
+                        data["scans"][name]["files"] = [*map(self._stored, files)]
             there = {key(r["files"]) for r in data["scans"].values()}
             wanted = set(map(key, found))
             new = [name for name, r in data["scans"].items() if r["status"] == "failed" and key(r["files"]) in wanted]
@@ -428,7 +453,7 @@ class WorkList:
                     continue
                 there.add(key(files))
                 name = _free_name(_stem(files[0]), data["scans"])
-                data["scans"][name] = {"files": [*map(self._stored, files)], "status": "waiting"}
+                data["scans"][name] = {"files": [*map(self._stored, files)], "status": "waiting", "print": prints.get(files, "")}
                 new.append(name)
             return new
 
@@ -741,7 +766,8 @@ def _split(data: dict[str, Any], name: str, former: str | None, series: Sequence
     del data["scans"][name]
     for uid in series:
         uids = ",".join(filter(None, (former, uid)))
-        data["scans"][_free_name(name, data["scans"])] = {"files": record["files"], "series": uids, "status": "waiting"}
+        kept = {key: record[key] for key in ("files", "print") if key in record}
+        data["scans"][_free_name(name, data["scans"])] = {**kept, "series": uids, "status": "waiting"}
 
 
 def _try_again(record: dict[str, Any]) -> None:
@@ -751,7 +777,27 @@ def _try_again(record: dict[str, Any]) -> None:
 
 def _stem(path: Path) -> str:
     """The name of a scan's first file without what says that it is an image, and a first channel."""
-    return next((path.name[: -len(s)] for s in VOLUME_SUFFIXES if path.name.lower().endswith(s)), path.name).removesuffix("_0000")
+    suffixes = (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES)
+    return next((path.name[: -len(s)] for s in suffixes if path.name.lower().endswith(s)), path.name).removesuffix("_0000")
+
+
+def _print(files: Sequence[Path]) -> str:
+    """What tells a scan from others of the same name, also from another place: its files' names, sizes and 4 KB from the middle, which of
+    a DICOM folder are those of one file. "" where it cannot be read. Patients' folders often hold files of the same names."""
+    out = hashlib.sha256()
+    try:
+        for path in files:
+            names = sorted(n for n in os.listdir(path) if not n.startswith(".")) if path.is_dir() else []
+            out.update("\0".join(unicodedata.normalize("NFC", name) for name in (path.name, *names)).encode())
+            file = next((path / n for n in names[len(names) // 2 :] if (path / n).is_file()), None) if names else path
+            if file is not None:
+                with open(file, "rb") as f:
+                    size = f.seek(0, os.SEEK_END)
+                    f.seek(size // 2)
+                    out.update(f"\0{size}\0".encode() + f.read(4096))
+    except (OSError, UnicodeEncodeError):
+        return ""
+    return out.hexdigest()[:16]
 
 
 def _free_name(stem: str, taken: dict[str, Any]) -> str:

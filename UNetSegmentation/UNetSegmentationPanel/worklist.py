@@ -236,8 +236,8 @@ class Strip:
 
 @dataclass
 class Case:
-    """The scan at hand. folder: of its list; stamp: of the segmentation when it was opened; over: it is done, skipped or given back,
-    and stays to be seen until the next one is there."""
+    """The scan at hand. folder: of its list; stamp: of the segmentation when it was opened or added; over: it is done, skipped or given
+    back, and stays to be seen, and to be corrected further, until the next one is there."""
 
     folder: str
     name: str
@@ -436,7 +436,10 @@ class WorkListSection:
             self._add([folder])
 
     def onAddFiles(self) -> None:
-        filters = _("Scans and lists of scans ({suffixes});;All files (*)").format(suffixes="*.nii.gz *.nii *.nrrd *.mha *.txt *.csv")
+        from UNetSegmentationLib.image import PICTURE_SUFFIXES, VOLUME_SUFFIXES
+
+        suffixes = " ".join(f"*{suffix}" for suffix in (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES, ".txt", ".csv"))
+        filters = _("Scans and lists of scans ({suffixes});;All files (*)").format(suffixes=suffixes)
         paths = qt.QFileDialog.getOpenFileNames(slicer.util.mainWindow(), _("Scans, or lists of scans"), "", filters)
         if paths and not isinstance(paths[0], str):
             paths = paths[0]  # PySide
@@ -457,6 +460,9 @@ class WorkListSection:
 
         def added(answer: dict[str, Any]) -> None:
             said = [(_("1 scan was added.") if answer["added"] == 1 else _("{n} scans were added.")).format(n=answer["added"])]
+            if answer["moved"]:
+                one, many = _("1 scan was found again in another place."), _("{n} scans were found again in another place.")
+                said.append((one if answer["moved"] == 1 else many).format(n=answer["moved"]))
             if answer["leftOut"]:
                 said.append(_("{n} left out: {why}").format(n=answer["leftOut"], why=answer["notes"][0]))
             self.busy, self.text = "", " ".join(said)
@@ -736,10 +742,9 @@ class WorkListSection:
         def added(name: str | None, text: str) -> None:
             if self._closed or (name is None and self.case is not case):
                 return
-            marked = {"folder": case.folder, "scan": case.name, "case": name, "by": self.panel.trainingSet.annotator}
-            if self.case is not case:  # the scene was closed meanwhile
+            if name is not None and self.case is not case:  # the scene was closed meanwhile
                 self.text = text
-                self._ask("done", self._take, **marked)
+                self._mark(case, name, self._take)
                 return
             self.busy = ""
             if name is None:
@@ -748,7 +753,7 @@ class WorkListSection:
             if other:  # not before it is in: what was corrected would be lost after a refusal
                 case.stamp = agreed
             self.busy, self._answer = _("Marking {name} as done…").format(name=case.name), "awaited"
-            self._ask("done", lambda answer: self._onMarked(answer, case), **marked)
+            self._mark(case, name, lambda answer: self._onMarked(answer, case))
             self.show()
 
         try:
@@ -758,11 +763,16 @@ class WorkListSection:
             self._failed(sentence(e))
         self.show()
 
-    def known(self, volume: Any, onDone: Callable[[str | None, str], Any] = lambda case, text: None) -> dict[str, Any]:
-        """What TrainingSetSection.addCurrent() is to know of a volume: of the scan at hand whose it is, and by which model."""
+    def _mark(self, case: Case, name: str, onAnswer: Callable[[dict[str, Any]], None]) -> None:
+        """As done, with its name in the training set."""
+        self._ask("done", onAnswer, folder=case.folder, scan=case.name, case=name, by=self.panel.trainingSet.annotator)
+
+    def known(self, volume: Any, onDone: Callable[[str | None, str], Any] | None = None) -> dict[str, Any]:
+        """What TrainingSetSection.addCurrent() is to know of a volume: of the scan at hand whose it is, and by which model. onDone: what
+        goes on then; default: that scan is marked as done, where what was added is its own segmentation, and stays open."""
         case = self.case
         if case is None or volume is not case.volumes[0]:
-            return {"onDone": onDone}
+            return {} if onDone is None else {"onDone": onDone}
 
         stamp = _stamp(case.segmentation)  # of what is added, not of what is corrected meanwhile
         own = self.panel.trainingSet.segmentation() is case.segmentation
@@ -770,11 +780,20 @@ class WorkListSection:
         def added(name: str | None, text: str) -> None:
             if name is not None and self.case is case and own:
                 case.stamp = stamp
-            onDone(name, text)
+            if onDone is not None:
+                onDone(name, text)
+            elif name is not None and own and not case.over and not self._closed:
+                self._mark(case, name, lambda answer: self._onAdded(answer, case))
 
         moved = case.volumes[0].GetParentTransformNode() is not None  # from where the file's mask lies
         mask = Path(case.maskFile) if case.maskFile and not moved else None
         return {"onDone": added, "patient": case.patient or None, "model_mask": mask, "model": case.model, "modality": case.modality}
+
+    def _onAdded(self, answer: dict[str, Any], case: Case) -> None:
+        """By "Add to training set": whether there is more to correct is the person's to say."""
+        case.over = True
+        self.text = " ".join([_("'{name}' is marked as done.").format(name=case.name), *answer.get("notes", ())])
+        self._take(answer)
 
     def onSkip(self) -> None:
         """Nobody is to correct it; then the next scan."""
@@ -912,7 +931,8 @@ class WorkListSection:
             return _("There is no list in this folder yet; add scans to begin one.") if self._warm and not self.text else ""
         counts = known["counts"]
         parts = [_("{done} of {total} scans done").format(done=counts["done"], total=known["total"])]
-        others = counts["taken"] - (self.case is not None and self.case.folder == self.folder)
+        mine = self.case is not None and self.case.folder == self.folder and (bool(self.busy) or not self.case.over)
+        others = counts["taken"] - mine  # while it is busy the next one is taken
         for n, text in (
             (counts["skipped"], _("{n} skipped")),
             (others, _("{n} with other annotators")),

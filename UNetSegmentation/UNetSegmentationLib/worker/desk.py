@@ -117,12 +117,13 @@ class Desk(Program):
     def _add(self, request: dict[str, Any]) -> dict[str, Any]:
         folder, sources = get(request, "folder", str), strings(request, "sources")
         work, added = WorkList.gather(folder, sources)
-        return self._done(work, added=len(added), leftOut=len(work.left_out), notes=work.left_out[:1])
+        return self._done(work, added=len(added), moved=len(work.moved), leftOut=len(work.left_out), notes=work.left_out[:1])
 
     def _next(self, request: dict[str, Any]) -> dict[str, Any]:
         work, leave, passed = self._list(request), get(request, "leave", str), strings(request, "passed")
         notes: list[str] = []
         away: dict[str, str] = {}  # scans that others may be able to read, and why
+        tried = 0
         me = self._annotator(request)
 
         def take() -> Scan | None:  # `leave` stays taken until another is there, and comes again where there is none
@@ -133,7 +134,7 @@ class Desk(Program):
                 work.back(name, me)
 
         while (scan := take()) is not None:
-            if scan.name in away or len(away) > _MOST_AWAY:
+            if scan.name in away or tried > _MOST_AWAY:
                 back(scan.name)
                 raise UserError(next(iter(away.values())))
             image = None
@@ -152,6 +153,9 @@ class Desk(Program):
                 back(scan.name)
                 if not why:
                     raise
+                tried += 1
+                gone = scan.away  # with all that lie in it
+                away |= {n: why for n, s in work.scans.items() if gone is not None and any(f.is_relative_to(gone) for f in s.listed)}
                 away[scan.name] = why
             else:
                 if leave in work.scans and scan.name != leave:
