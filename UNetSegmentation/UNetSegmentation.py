@@ -393,6 +393,9 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                     p.channels = []  # they may be another patient's
                     if former.GetScene() is not None and former is not self._leaving:  # that it is gone may be what is said
                         self.controller.clear()
+                        clicked, earlier, _days = nodules.keptChoice(former)
+                        if earlier is not None and earlier is p.earlier:  # another frame of a sequence has taken the attribute away
+                            nodules.keepChoice(former, clicked, earlier, p.days)
                 if p.volume is not None:
                     self._leaveSegmentations(p)
             finally:

@@ -196,19 +196,25 @@ def test_a_box_that_is_drawn_loosely_does_as_a_click_in_its_middle(session):
     other = ball((30, 60, 60), (15, 20, 29), 2, (1, 1, 1))
     s = session(lesion + other)
     s._engine = Recording(lambda batch: np.where(batch[:, 3].any((1, 2, 3), keepdims=True), batch[:, 3], batch[:, 0]))
-    s.add_box(at(s, 9, 14, 14), at(s, 21, 26, 26))
+    loose = ("box", *at(s, 9, 14, 14), *at(s, 21, 26, 26))
+    assert s.add_box(loose[1:4], loose[4:]).text == click.LOOSE == s.prediction().warnings[0]
     assert np.array_equal(s.mask, lesion) and s.prompts == []
     s.add_point(at(s, 15, 20, 29))  # what was found stays
     assert np.array_equal(s.mask, lesion + other)
     s.undo()
-    s.add_box(at(s, 9, 14, 14), at(s, 21, 26, 26))  # the second one is meant
-    assert s.mask.sum() > 4 * lesion.sum()
+    assert s.add_box(loose[1:4], loose[4:]).text == "" and s.mask.sum() > 4 * lesion.sum()  # the second one is meant
+    s.replay([loose, ("point", *at(s, 15, 20, 29), True), ("mask", lesion.astype(np.uint8), (0, 0, 0))])
+    s.undo()
+    assert np.array_equal(s.mask, lesion + other)  # as one by one
     s.clear()
     s.add_box(at(s, 11, 16, 16), at(s, 19, 24, 24))  # fits
     assert lesion.sum() < s.mask.sum() and not s.mask[:10].any()
     s.clear()
     s.add_box(at(s, 4, 16, 16), at(s, 18, 44, 44))  # what lies in its middle is nothing
     assert s.mask.sum() > 4 * lesion.sum()
+    s = session(ball((6, 60, 60), (3, 20, 20), 8, (1, 1, 15)), (1, 1, 15))
+    image = s.image
+    assert s.replay([click.box_prompt(image, Box((3, 11, 11), (4, 30, 30)))]).text == ""  # of one thick slice, and it fits
 
 
 def test_of_clicks_beside_one_another_the_last_holds(session):

@@ -703,7 +703,7 @@ def listed(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
 def write_package(path: str | Path, card: dict[str, Any], onnx: bytes, safetensors: bytes | None = None) -> ModelPackage:
     """Fill in sizes and hashes, write the package, and read it back before it takes its name. The same input gives
     the same bytes."""
-    files = {ONNX: onnx} | ({SAFETENSORS: safetensors} if safetensors else {})
+    path, files = user_path(path), {ONNX: onnx} | ({SAFETENSORS: safetensors} if safetensors else {})
     text = json.dumps({**_without_cases(card), "files": listed(files)}, indent=2, ensure_ascii=False)
     with atomic_path(path) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as z:

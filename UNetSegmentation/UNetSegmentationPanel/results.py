@@ -75,8 +75,8 @@ def rowsText(rows: Sequence[Sequence[str]], separator: str) -> str:
     # PythonQt gives decimalPoint() as a number.
     comma = separator == "\t" and "," in qt.QLocale.system().toString(0.5)
     for row in rows[1:]:
-        cells = [cell(text) for text in row]
-        writer.writerow([_DECIMAL.sub(r"\1,\2", text) for text in cells] if comma else cells)
+        name, *cells = (cell(text) for text in row)
+        writer.writerow([name, *(_DECIMAL.sub(r"\1,\2", text) if comma else text for text in cells)])
     return out.getvalue()
 
 
