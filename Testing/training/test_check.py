@@ -11,6 +11,7 @@ from unetseg_training import check as module
 from unetseg_training.cases import find_cases, numbered_instances
 from unetseg_training.check import check, run
 from unetseg_training.plan import plan
+from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Image, read_image, write_image
 from UNetSegmentationLib.model import Label
@@ -160,6 +161,25 @@ def test_missing_classes_one_case_and_patients(folder):
         for part in ("images", "labels"):
             (folder / part / f"c{i}.nii.gz").unlink()
     assert "there is one case only" in found(folder)[("", "one case")].text
+
+
+def test_cases_from_before_a_label_are_told_until_they_are_corrected(tmp_path):
+    one, two = Label(1, "organ", (1, 2, 3), {}), Label(2, "tumour", (4, 5, 6), {})
+    made = Dataset.create(tmp_path / "set", "set", [one], ["CT"])
+    for i in range(4):
+        labels = [one, two] if i == 3 else [one]
+        made.add(scan(i), outline(i == 3), labels=labels, name=f"c{i}", patient=f"P{i}", allow=["label"])
+
+    def told():
+        return [f.text for f in check(find_cases(made.folder)).findings if "added before" in f.text]
+
+    assert told() == ["added before the set had tumour, so trained as holding none of it (3 cases): c0, c1, c2"]
+    assert "added before" not in check(find_cases(made.folder, only=["organ"])).table()
+    assert "added before" not in check(find_cases(made.folder, foreground=True)).table()
+    made.add(scan(0), outline(False), labels=[one, two], name="c0")  # looked at, and none found
+    assert told()[0].endswith("(2 cases): c1, c2") and check(find_cases(made.folder / "dataset.json")).findings
+    made._commit(lambda data: data["segments"][0].update(name="liver"))  # c1's organ may be the tumour for all that is known
+    assert not told()
 
 
 def test_leaks_between_splits(folder):

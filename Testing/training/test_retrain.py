@@ -93,14 +93,14 @@ def created(dataset, base, **fit):
     return job
 
 
-def finished(job):
+def finished(job, say=None):
     """Do it in this process, without the report and the pictures of its progress: they take longer than such a training, and the
     tests of the command look at them."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(report, "write", lambda folder: folder)
         m.setattr(watch.Watch, "_draw", lambda *words: None)
         assert training.claim(job.folder)
-        retrain.run(job.folder)
+        retrain.run(job.folder, say)
     return training.read(job.folder)
 
 
@@ -186,7 +186,7 @@ def test_the_detached_process_is_killed_and_goes_on_exactly(dataset, base, monke
     job = created(dataset, base, epochs=24, patience=24)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here, or sums differ in their last bits
     training._go(job.folder, sys.executable)
-    job = until(job.folder, lambda j: not j.running or (j.state == "training" and j.kept))
+    job = until(job.folder, lambda j: not j.running or (j.state == "training" and training.goes_on(j.folder)))
     os.kill(job.pid, signal.SIGKILL)
     job = until(job.folder, lambda j: not j.running)
     assert job.state == "lost" and job.resumable and not (job.folder / "result.json").exists()
@@ -551,6 +551,36 @@ def test_what_was_not_measured_and_a_gpu_that_was_not_used_are_told(tmp_path, ba
     assert {(w["case"], w["dice_after"]) for w in result["worst"]} == {(r["case"], r["dice_after"]) for r in result["rows"]}
 
 
+def test_cases_from_before_a_label_are_told_and_not_scored_for_it(tmp_path, base):
+    """Both models had a Dice of 0 there, for what nobody had looked for."""
+    made = Dataset.create(tmp_path / "set", "set", LABELS[:1], ["MR"])
+    for i in range(6):
+        values, mask = np.random.default_rng(i).normal(0, 0.2, (12, 14, 16)).astype(np.float32), np.zeros((12, 14, 16), np.uint8)
+        mask[3:7, 3:7, 3:7], mask[3:7, 8:12, 8:12] = 1, 2 if i > 2 else 0
+        made.add(Image(values + mask), mask, labels=LABELS if i > 2 else LABELS[:1], name=f"case{i}", patient=f"P{i}", allow=["label"])
+    parts = ["train", "validation", "test", "train", "test", "test"]
+    made._commit(lambda data: [c.update(split=part) for c, part in zip(data["cases"].values(), parts)] and None)
+    said = []
+    job = finished(created(made.folder, base, epochs=1), said.append)
+    assert job.state == "finished", job.text
+    note = "Added before the set had Dark, so trained as holding none of it, and not measured for it: 3 cases; "
+    note += "correct each again, or remove it."
+    assert note in job.result["note"] and note in said[: said.index("Checking the new model on held-out cases")]
+    rows = {(r["case"], r["label"]) for r in job.result["rows"]}
+    assert rows == {("case2", "Bright"), *((c, label) for c in ("case4", "case5") for label in ("Bright", "Dark"))}
+    dark = job.result["labels"]["Dark"]["dice"]
+    assert dark["before"]["cases"] == dark["after"]["cases"] == 2
+    card = ModelPackage.read(job.package).card.data
+    assert abs(card["metrics"]["dice"]["Dark"] - dark["after"]["mean"]) < 1e-3 and "early" not in card["lineage"]["dataset"]
+
+
+def test_a_case_that_tells_nothing_of_any_label_is_not_among_the_worst(tmp_path, make_package):
+    good, bad, cases = compared(tmp_path, make_package, [1.0, 1.0, 1.0])
+    found = retrain.compare(bad, good, cases, cases.cases, tmp_path / "check", unjudged={"bright": ["case0"], "DARK": ["case0", "case1"]})
+    assert {w["case"] for w in found["worst"]} == {"case1", "case2"} and found["cases"] == 2
+    assert [(r["case"], r["label"]) for r in found["rows"]] == [("case1", "Bright"), ("case2", "Bright"), ("case2", "Dark")]
+
+
 def test_a_device_that_is_not_there_is_told(dataset, base, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     job = training.create(dataset, base, Options(device="gpu"))
@@ -670,10 +700,40 @@ def test_a_device_and_the_minutes_that_were_asked_for_are_planned_with(dataset, 
     monkeypatch.setattr(retrain.Machine, "here", lambda: retrain.Machine(4, 16 << 30, "a GPU", 80 << 30))
     job = training.create(dataset, base, Options(device="cpu", minutes=2))
     cases, facts = retrain._cases(job.folder, job, base)
-    fit = retrain._configured(job.folder, job, base, cases, facts, retrain._Told(job.folder, None)).fit
+    told = retrain._Told(job.folder, None)
+    fit = retrain._configured(job.folder, job, base, cases, facts, told).fit
+    assert training.read(job.folder).after == round(told.after, 1) and told.after != retrain._Told(job.folder, None).after
     assert not machines[0].gpu and fit.accelerator == "cpu" and fit.minutes == 2.7
     job = replace(job, options=Options(device="gpu"))  # gone on with elsewhere, where there is one
     assert retrain._configured(job.folder, job, base, cases, facts, retrain._Told(job.folder, None)).fit.accelerator == "gpu"
+
+
+def test_who_goes_on_with_a_job_knows_what_its_checks_take(dataset, base, monkeypatch):
+    job, seen, tell = created(dataset, base, epochs=1), [], retrain._Told.__call__
+    training.update(job.folder, after=300.0)  # as planned before it was killed
+
+    def told(self, text="", now=False, **changes):
+        seen.append((text, changes.get("seconds_left")))
+        tell(self, text or None, now, **changes)
+
+    monkeypatch.setattr(retrain._Told, "__call__", told)
+    assert finished(job).state == "finished"
+    assert ("Checking the new model on held-out cases", 300.0) in seen
+    assert all(left >= 300 for text, left in seen if text.startswith("Training, "))
+    assert all(0 <= left <= 300 for text, left in seen if text.startswith("Scoring the models"))
+
+
+def test_the_time_left_goes_down_during_the_check(dataset, monkeypatch):
+    job, now = training.create(dataset), [0.0]
+    monkeypatch.setattr(retrain, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    told = retrain._Told(job.folder, None)
+    told.after = 300.0
+    progress = told.progress("Scoring", 0.88, 0.99, last=True)
+    for now[0], done, left in ((2, 0, 298), (40, 0, 260), (100, 1, 300), (150, 1, 250), (180, 2, 180), (500, 2, 0)):
+        progress(done, 4, "a case, of several lesions")
+        assert training.read(job.folder).seconds_left == left
+    told.progress("Reading", 0.0, 0.03)(1, 2, "")  # before the training, which then takes most of the time
+    assert training.read(job.folder).seconds_left == 0
 
 
 def test_what_its_base_did_not_mirror_is_not_mirrored(dataset, base, monkeypatch):

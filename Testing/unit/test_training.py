@@ -39,7 +39,8 @@ if does == "fail":
 elif does == "finish":
     training.end(folder, "finished", "Better.")
 else:
-    training.update(folder, state="training", kept=True, fraction=0.5)
+    (folder / "last.ckpt").touch()
+    training.update(folder, state="training", kept=True, fraction=0.5, seconds_left=57.5)
     with training.signs_of_life(folder):
         while not (folder / training.STOP).exists():
             time.sleep(0.02)
@@ -171,18 +172,22 @@ def test_a_killed_job_is_lost_and_resumed(dataset):
     job = wait(start(dataset), lambda j: j.state == "training")
     os.kill(job.pid, KILL)
     lost = wait(job, lambda j: not j.running)
-    assert lost.state == "lost" and lost.resumable and "ended from outside" in lost.text and "resume it to go on where it was" in lost.text
+    assert lost.state == "lost" and lost.resumable and "ended from outside" in lost.text
+    assert lost.text.endswith("or its folder was moved or renamed; resume it to go on where it was.")
     assert json.loads((job.folder / "job.json").read_text("utf-8"))["state"] == "training"  # nobody was there to write it
     # A later process that happens to have its id is not it.
     training.update(job.folder, pid=os.getpid())
     assert training.read(job.folder).state == "lost"
     training.update(job.folder, kept=False)
+    (job.folder / "last.ckpt").unlink()
     with pytest.raises(UserError, match="No epoch of this training was finished"):
         training.resume(lost, sys.executable, finish=True)
     assert "resume it to begin again" in training.read(job.folder).text
     (job.folder / "best.safetensors").touch()  # it was killed between that and its next word
     lost = training.read(job.folder)
-    assert lost.kept and "resume it to go on where it was" in lost.text
+    assert lost.kept and "resume it to begin again" in lost.text  # nothing goes on from the weights alone
+    assert training.resume(lost, launch=False).seconds_left is None
+    training.update(job.folder, pid=1 << 22, mark="another boot 1")
     back = wait(training.resume(lost, sys.executable), lambda j: j.state == "training")
     assert back.pid not in (job.pid, os.getpid())
     training.stop(back)

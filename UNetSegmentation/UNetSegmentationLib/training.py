@@ -87,7 +87,8 @@ class Job:
 
     base: "<name>-<version>", "" from scratch. package: what came out. fraction: of the whole; seconds_left, estimate: s, the
     estimate of the whole, measured on this machine; None: not known yet. dice: the best so far. started, ended: s since 1970.
-    verdict: "better", "same", "worse", "" (nothing to compare with, or not yet); decided: "use", "keep", "discard" or "".
+    after: s that the checks will take once it is trained; None: not planned yet. verdict: "better", "same", "worse", "" (nothing to
+    compare with, or not yet); decided: "use", "keep", "discard" or "".
     """
 
     folder: Path
@@ -101,6 +102,7 @@ class Job:
     fraction: float = 0.0
     seconds_left: float | None = None
     estimate: float | None = None
+    after: float | None = None
     dice: float | None = None
     started: float = 0.0
     ended: float | None = None
@@ -175,9 +177,14 @@ def read(folder: str | Path) -> Job:
         with suppress(UserError):  # only here is it known that the process is over
             update(folder, state="failed", text=text)
         return _replaced(job, state="failed", text=text, seconds_left=None)
-    what = "It was ended from outside: the computer was restarted, the memory ran out, or somebody stopped the process"
-    cure = "resume it to go on where it was" if job.kept else "resume it to begin again"
-    return _replaced(job, state="lost", text=f"{what}; {cure}.", seconds_left=None)
+    what = "the computer was restarted, the memory ran out, somebody stopped the process, or its folder was moved or renamed"
+    cure = "resume it to go on where it was" if goes_on(folder) else "resume it to begin again"
+    return _replaced(job, state="lost", text=f"It was ended from outside: {what}; {cure}.", seconds_left=None)
+
+
+def goes_on(folder: Path) -> bool:
+    """Whether resume() goes on where the training was: what it needs of each whole epoch is written after the weights (Job.kept)."""
+    return (folder / "last.ckpt").is_file()
 
 
 class LiveLines:
@@ -486,8 +493,8 @@ def resume(job: Job, python: str = sys.executable, finish: bool = False, launch:
             remove_file(job.folder / STOP)
         before = _load(job.folder)
         changed = {"state": "preparing", "text": "Starting", "pid": None, "mark": None, "launched": now_in(job.folder), "ended": None}
-        # A former package, which may have been judged worse, is no longer on offer.
-        update(job.folder, **changed, fraction=0.0, verdict="", package=None)
+        # A killed process left its time, and a former package, which may have been judged worse, is no longer on offer.
+        update(job.folder, **changed, fraction=0.0, seconds_left=None, verdict="", package=None)
         try:
             return _go(job.folder, python) if launch else read(job.folder)
         except BaseException:

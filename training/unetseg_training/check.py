@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from UNetSegmentationLib.dataset import Dataset
 from UNetSegmentationLib.files import UserError, atomic_path, counted, write_text
 from UNetSegmentationLib.image import Box, length_unit
 from UNetSegmentationLib.postprocess import components, voxel_counts
@@ -302,6 +303,9 @@ def _of_all(case_set: CaseSet, facts: Sequence[Facts]) -> list[Finding]:
         if told:
             text, _, cure = told.rpartition("; ")
             out.append(Finding("", kind, level, text, cure))
+    for name, cases in early(case_set).items():
+        text = f"added before the set had {name}, so trained as holding none of it ({counted(len(cases), 'case')}): {', '.join(cases)}"
+        out.append(Finding("", "missing", "warning", text, "correct each again, or remove it"))
     bare = len(case_set.cases) - len(case_set.annotated)
     if bare:
         cure = "annotate them or leave them; they are not trained on"
@@ -321,6 +325,20 @@ def _of_all(case_set: CaseSet, facts: Sequence[Facts]) -> list[Finding]:
                 level = "error" if split == "train" else "warning"
                 out.append(Finding("", "missing", level, f"no case in {split} has {name}", "split again, or annotate more"))
     return out
+
+
+def early(case_set: CaseSet) -> dict[str, list[str]]:
+    """{label: the cases of a training set that were added before it had that label}: nobody was asked whether they hold it. The index
+    counts the voxels of each label that there was; a case with counts of one that is no longer there tells nothing, for it may have
+    been renamed."""
+    if case_set.layout != "unetseg" or case_set.source is None:
+        return {}
+    dataset = Dataset.open(case_set.source.parent if case_set.source.is_file() else case_set.source)
+    names, here = {label.name for label in dataset.labels}, {c.name for c in case_set.cases}
+    counts = {name: e.record.get("voxels_by_label", {}).keys() for name, e in dataset.entries.items() if name in here}
+    kept = {label.key for label in case_set.labels}
+    found = {d.name: [case for case, own in counts.items() if own and own <= names - {d.name}] for d in dataset.labels if d.key in kept}
+    return {name: cases for name, cases in found.items() if cases}
 
 
 def _twins(facts: Sequence[Facts]) -> list[Finding]:

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,12 +34,13 @@ from UNetSegmentationLib.networks import UNetConfig
 from . import clicks, metrics, report, watch
 from . import config as config_file
 from .cases import IGNORE, NAMED, Case, CaseSet, channel_places, evenly, file_name, find_cases, ordered_channels
+from .check import early
 from .config import Config
 from .export import card_path, compact, export_run, lineage, markdown
 from .finetune import replay_set, start_of
 from .plan import Machine, same_labels, same_task
 from .plan import plan as make_plan
-from .train import CHECKPOINT, RUN, WEIGHTS, Callback, load_run, train
+from .train import RUN, WEIGHTS, Callback, load_run, train
 
 CASES, CHECK = "cases.json", "check"
 QUICK_MINUTES = 5.0  # of training, so that ten are enough for all of it
@@ -95,7 +96,7 @@ def _sentence(text: str, folder: Path) -> str:
     text = text.replace("--restart", "a new retraining")
     if " cannot be written (" not in text:
         return text
-    whole = (folder / CHECKPOINT).is_file()  # which of each epoch is written after the weights
+    whole = training.goes_on(folder)
     kept = "What is trained so far is kept: resume it then." if whole else "No whole epoch is kept: resume it then, and it begins anew."
     return f"{text} {kept}"
 
@@ -107,7 +108,7 @@ class _Told:
         self.folder, self.say = folder, say
         self.began, self._last, self._looked = time.monotonic(), 0.0, 0.0
         self._said = ""
-        self.after = 60.0  # s that the checks will take
+        self.after = 60.0  # s that the checks will take, until it is planned
         self.stoppable = True  # the checks follow whoever asks for the end during them
 
     def __call__(self, text: str | None = None, now: bool = False, **changes: Any) -> None:
@@ -132,22 +133,31 @@ class _Told:
             if (self.folder / training.STOP).exists():
                 raise Stopped
 
-    def progress(self, text: str, low: float, high: float) -> Callable[[int, int, str], None]:
+    def progress(self, text: str, low: float, high: float, last: bool = False) -> Callable[[int, int, str], None]:
+        """last: nothing follows, so the time left is what is left of this, as those took that are done."""
+        began, spent = time.monotonic(), dict[int, float]()  # s until so many were done, each of which is told of several times
+
         def tell(done: int, of: int, name: str) -> None:
             self.check_stop()
-            self(f"{text} ({name})" if name else text, fraction=low + (high - low) * done / max(1, of))
+            now = time.monotonic() - began
+            whole = spent.setdefault(done, now) / done * of if done else self.after
+            left: dict[str, Any] = {"seconds_left": round(max(0.0, whole - now), 1)} if last else {}
+            self(f"{text} ({name})" if name else text, fraction=low + (high - low) * done / max(1, of), **left)
 
         return tell
 
 
 def _work(folder: Path, told: _Told) -> tuple[str, str]:
     job = training.read(folder)
+    told.after = job.after or told.after
     base = ModelPackage.read(folder / training.BASE) if (folder / training.BASE).is_file() else None
     finish = (folder / training.STOP).exists()
     stopped = False
     if not (finish and (folder / WEIGHTS).is_file()):
         told("Reading the cases", now=True, state="preparing", fraction=0.0)
         case_set, facts = _cases(folder, job, base)
+        for note in _of_early(facts.get("early", {})):
+            told(note, now=True)
         config = _configured(folder, job, base, case_set, facts, told)
         sentence = ""
         state = None
@@ -236,6 +246,7 @@ def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) ->
             case_set = ordered([label.name for label in case_set.labels if label.name in found])
             cases = _with_marks(cases, case_set)  # which may take the one that marks another
         facts["unmarked"] = [name for name in names if name not in found]
+    facts["early"] = early(case_set)
     if base is not None and same_labels(base.card, case_set) and not any(c.reader in NAMED for c in case_set.cases):
         case_set = replay_set(case_set, [label.name for label in base.card.labels], case_set.channels)
     tests = [c for c in case_set.annotated if c.split == "test"]
@@ -254,6 +265,15 @@ def _marks(case: Case, case_set: CaseSet, dataset: Dataset | None) -> set[str]:
         return {name for name, count in counts.items() if count}
     held = np.unique(case_set.load(case)[1])
     return {label.name for label in case_set.labels if label.value in held}
+
+
+def _of_early(cases: Mapping[str, Sequence[str]]) -> list[str]:
+    """A sentence for each label of check.early()."""
+    return [
+        f"Added before the set had {label}, so trained as holding none of it, and not measured for it: {counted(len(names), 'case')}; "
+        "correct each again, or remove it."
+        for label, names in cases.items()
+    ]
 
 
 def _freeze(folder: Path, job: training.Job, case_set: CaseSet, facts: dict[str, Any]) -> None:
@@ -354,12 +374,12 @@ def _configured(
         data["fit"]["validate_every"] = min(2, data["fit"]["validate_every"])  # a curve of two points says nothing
     data["model"] = _named(job, base, case_set, facts, data)
     made.config = config_file.parse(data, "the plan")
-    made.write(folder)
     checked = len(_held_out(case_set, quick, made.config.model.task == "click"))
     told.after = 20 + checked * made.case_seconds * (2 if base else 1)
     cap = made.config.fit.minutes
     left = (made.seconds if cap is None else min(made.seconds, 60 * cap)) + told.after
-    told("Measured", now=True, estimate=round(time.monotonic() - told.began + left), seconds_left=round(left))
+    told("Measured", now=True, estimate=round(time.monotonic() - told.began + left), seconds_left=round(left), after=round(told.after, 1))
+    made.write(folder)  # only now: whoever goes on reads both
     return made.config
 
 
@@ -465,7 +485,7 @@ def _checked(
     cases = _held_out(case_set, job.options.quick, config.model.task == "click")
     train_cases = [c for c in case_set.cases if c.split == "train"]
     record = json.loads((folder / RUN).read_text("utf-8"))
-    unmarked = facts.pop("unmarked", [])
+    unmarked, before_label = facts.pop("unmarked", []), facts.pop("early", {})
     origin = lineage(record, base, dataset=facts, cases=len(train_cases))
     told("Writing the package", now=True, fraction=0.87)
     card = config.card()
@@ -474,7 +494,8 @@ def _checked(
         values = {label.key: label.value for label in base.card.labels}
         card["labels"] = [{**label, "value": values[label_key(label["name"])]} for label in card["labels"]]
     draft = export_run(network, card, folder / f"draft{SUFFIX}", metrics.case_items(case_set, cases), origin, cases=3, quiet=True)
-    compared = compare(base, draft, case_set, cases, folder / CHECK, told.progress("Scoring the models on held-out cases", 0.88, 0.99))
+    progress = told.progress("Scoring the models on held-out cases", 0.88, 0.99, last=True)
+    compared = compare(base, draft, case_set, cases, folder / CHECK, progress, before_label)
     scored = compared.pop("scored")
     tested = cases[0].split == "test"
     notes = [] if tested else ["The best epoch was chosen on these very cases, which flatters it a little; mark cases as test."]
@@ -482,6 +503,7 @@ def _checked(
         notes.append(record["note"])
     if unmarked:
         notes.append(f"Marked in no case that was learnt from, so the new model does not know it: {', '.join(unmarked)}.")
+    notes += _of_early(before_label)
     if absent := [label.name for label in case_set.labels if label.name not in compared["labels"]]:
         notes.append(f"In no held-out case, so not measured: {', '.join(absent)}.")
     new = [name for name, own in compared["labels"].items() if not own["dice"]["before"]]
@@ -525,6 +547,7 @@ def compare(
     cases: Sequence[Case],
     folder: Path | None = None,
     progress: Callable[[int, int, str], None] = lambda done, of, name: None,
+    unjudged: Mapping[str, Collection[str]] = {},
 ) -> dict[str, Any]:
     """Both models on the same cases, through predict(): what result.json says of it, and the new model's rows ("scored").
 
@@ -532,8 +555,9 @@ def compare(
     cases' image and masks, these in the new model's values, cut to what is marked. "before" is null where the base gives none of
     the labels, or cannot run; labels that no case marks are left out, and means over labels are of those that both models give.
     Models of clicks are clicked at in each lesion, at the same first place, and judged after clicks.JUDGED: "cases" and "rows"
-    are then lesions.
+    are then lesions. unjudged: {label: cases whose masks tell nothing of it}, which are not scored for it.
     """
+    unscored = {label_key(label): cases for label, cases in unjudged.items()}
     clicked = new.card.data["task"] == "click"
     engines = {id(p): make_engine(p, "onnx", "cpu", "fp32", 0) for p in (base, new) if p is not None}
     seconds = {id(p): clicks.second_engine(p.card) for p in (base, new) if p is not None and clicked}
@@ -543,8 +567,8 @@ def compare(
 
     def dice(case: str) -> dict[str, float]:
         both = _compared(rows)
-        found = {k: [r["dice"] for r in rs if r["case"] == case and r["label"] in both] for k, rs in rows.items() if rs}
-        return {k: float(np.mean(v)) for k, v in found.items()}
+        found = {k: [r["dice"] for r in rs if r["case"] == case and r["label"] in both] for k, rs in rows.items()}
+        return {k: float(np.mean(v)) for k, v in found.items() if v}
 
     if base is not None and not clicked and not _shared(base, case_set):
         problem = f"{base.card.name} gives none of these labels"
@@ -572,14 +596,15 @@ def compare(
                     if key not in scorers:
                         scorers[key] = _scorer(package, seen, case_set, engines[id(package)], seconds.get(id(package)))
                     masks[key] = scorers[key](seen, rows[key])
+                    rows[key] = [r for r in rows[key] if r["case"] not in unscored.get(label_key(r["label"]), ())]
                 except UserError as e:
                     if key == "after":
                         raise
                     problem = f"{package.card.name} cannot run on these cases ({e})"
                     rows["before"].clear()
                     base = None
-            after = dice(item.name)["after"]
-            if folder is not None and (len(worst) < WORST or after < worst[-1][0]):
+            after = dice(item.name).get("after")
+            if folder is not None and after is not None and (len(worst) < WORST or after < worst[-1][0]):
                 worst = sorted([*worst, (after, item.name, _cut(item.image, masks))], key=lambda w: w[0])[:WORST]
     if not rows["after"]:
         raise UserError(clicks.NO_LESION)
