@@ -316,6 +316,18 @@ def test_bids_masks_of_several_structures_do_not_become_one_label(tmp_path):
         find_cases(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", ["mask", "seg"])
+def test_a_bids_masks_structure_names_the_label_and_is_not_the_brain(tmp_path, suffix):
+    for i, name in enumerate(("01", "02")):
+        anat = tmp_path / f"sub-{name}" / "anat"
+        put(scan(i), anat / f"sub-{name}_FLAIR.nii.gz")
+        put(mask_of(i, (1, 1)), anat / f"sub-{name}_label-lesion_{suffix}.nii.gz")
+        put(mask_of(i, (0, 1)), anat / f"sub-{name}_label-brain_{suffix}.nii.gz")
+    found = find_cases(tmp_path)
+    assert [d.name for d in found.labels] == ["lesion"] and len(found.cases) == 2
+    assert all(np.array_equal(found.load(c)[1], outline(i, (1, 1))) for i, c in enumerate(found.cases))
+
+
 def test_our_own_dataset(tmp_path):
     labels = [Label(2, "organ", (1, 2, 3), {}), Label(9, "tumour", (4, 5, 6), {})]
     dataset = Dataset.create(tmp_path / "set", "x", labels, ["CT"])
@@ -455,9 +467,11 @@ def test_lidc_xml_is_what_two_readers_agree_on(tmp_path):
         session(),
     ]
     text = "<ResponseHeader><SeriesInstanceUid>1.2.840.7</SeriesInstanceUid></ResponseHeader>" + "".join(sessions)
-    (tmp_path / "LIDC-IDRI-9999" / "1.xml").write_text(f'<LidcReadMessage xmlns="http://www.nih.gov">{text}</LidcReadMessage>')
+    for name in ("1.xml", "copy.xml"):
+        (tmp_path / "LIDC-IDRI-9999" / name).write_text(f'<LidcReadMessage xmlns="http://www.nih.gov">{text}</LidcReadMessage>')
     found = find_cases(tmp_path)
     assert found.layout == "lidc" and found.channels == ("CT",)
+    assert len(found.cases) == 1 and found.notes[-1] == "1 XML files are copies of another (copy.xml) and are left out."
     image, mask = found.load(found.cases[0])
     assert np.array_equal(image.array, scan(0).array)
     expected = np.zeros(SHAPE, np.uint8)

@@ -170,6 +170,31 @@ def test_freezing_nothing_or_everything_is_refused(base):
         finetune.freeze(model, ["encoder", "decoder", "ups", "heads"])
 
 
+def test_labels_named_otherwise_are_told_with_the_cure(base):
+    cure = "new labels Anterior, Posterior (if the base's Liver, Tumour are meant, name them so in the dataset)"
+    assert cure in finetune.start_from(base(), labels=["Anterior", "Posterior"]).sentence
+    for others in (["Anterior", "Tumour"], ["Anterior"], ["Anterior", "Posterior", "Head"]):
+        assert "are meant" not in finetune.start_from(base(), labels=others).sentence
+
+
+@pytest.mark.parametrize(
+    "held, name, known", [((1, 2), None, True), ((1, 3), None, False), ((1, 2, 3), None, False), ((1, 2), "Cyst", False)]
+)
+def test_labels_without_names_are_the_bases_where_the_values_are(base, tmp_path, held, name, known):
+    values = np.zeros((4, 8, 8), np.uint8)
+    for i, value in enumerate(held):
+        values[1:3, 2 * i : 2 * i + 2] = value
+    write_image(Image(values.astype(np.int16)), tmp_path / "images" / "a.nii.gz")
+    write_image(Image(values), tmp_path / "labels" / "a.nii.gz")
+    if name:
+        (tmp_path / "labels.json").write_text(json.dumps({"2": name}))
+    plain = find_cases(tmp_path)
+    named = finetune.named_as(plain, base().card)
+    assert ([label.name for label in named.labels] == ["Liver", "Tumour"]) == known == (named is not plain)
+    assert not known or named.notes[-1].startswith("The labels have no names and are taken as toy's, 1 for Liver, 2 for Tumour;")
+    assert np.array_equal(named.load(named.cases[0])[1], plain.load(plain.cases[0])[1])
+
+
 def test_replayed_cases_have_the_new_trainings_labels(tmp_path):
     values = np.zeros((4, 8, 8), np.uint8)
     values[1:3, 1:3], values[1:3, 4:6] = 10, 20

@@ -80,6 +80,8 @@ def test_finetune_then_export(command, base, tmp_path):
     for changed in (("--freeze", "ups"), ("--freeze", "encoder", "--share", 0.1)):
         code, _, err = command(*words, "--share", 0.5, "--replay", old, *changed, "--resume")
         assert code == 2 and f"trained with other settings ({changed[-2].strip('-')})" in err and "--restart" not in err
+    code, _, err = command(*words, "--freeze", "encoder", "--resume")
+    assert code == 2 and "; give --replay, --share and --freeze as before, or start anew in another folder" in err
     code, _, err = command("fit", run, "--fold", "split", "--resume")
     assert code == 2 and "is a fine-tuning; go on with it by unetseg-train finetune DATA --from MODEL" in err
     code, out, err = command(*words, "--freeze", "encoder", "--replay", old, "--share", 0.5, "--resume")
@@ -100,12 +102,30 @@ def test_finetune_then_export(command, base, tmp_path):
     assert card["training_data"] == ["made", "data: 3 cases of 3 patients, less those held out"]
     assert package.card.origin.startswith("Fine-tuned from balls 1.0.0 with 2 cases of data")
     assert card["lineage"]["parity"]["cases"] == 1
-    assert path.with_name(path.name.removesuffix(".unet.zip") + ".md").read_text("utf-8").startswith("# ")
+    told = path.with_name(path.name.removesuffix(".unet.zip") + ".md").read_text("utf-8")
+    assert told.startswith("# ") and "- 2 cases of the base's own replayed" in told
     before, after = (load_network(p).state_dict() for p in (parent, package))
     assert all(torch.allclose(after[k], v, atol=1e-3) for k, v in before.items() if k.startswith("encoder."))
     image = read_image(data / sorted(p.relative_to(data) for p in data.glob("cases/case0/*/image_0000.nii.gz"))[0])
     for engine in ("onnx", "torch"):
         assert predict(image, [package], Options(engine=engine)).labels.array.shape == image.shape
+
+
+def test_masks_without_names_go_on_as_the_bases_labels(command, base, tmp_path):
+    """Also those that are replayed; the classifier is kept, and the package gives the base's labels."""
+    for name in ("new", "old"):
+        write_cases(tmp_path / name, 3)
+    words = ("finetune", tmp_path / "new", "--from", base, "-o", tmp_path / "run", "--quick", "--minutes", 0.01)
+    code, out, err = command(*words, "--replay", tmp_path / "old")
+    assert code == 0, err
+    assert "new label" not in out and "no longer given" not in out
+    assert "taken as balls's, 1 for Bright, 2 for Dark" in (tmp_path / "run" / "plan.md").read_text("utf-8")
+    leaf = tmp_path / "run" / "fold0-seed0"
+    assert json.loads((leaf / "finetune.json").read_text("utf-8"))["base"]["labels"] == ["Bright", "Dark"]
+    assert command("evaluate", leaf)[0] == command("export", leaf, "-o", tmp_path / "models")[0] == 0
+    (path,) = (tmp_path / "models").glob("*.unet.zip")
+    parent = ModelPackage.read(base).card.labels
+    assert [(v.value, v.name, v.color) for v in ModelPackage.read(path).card.labels] == [(v.value, v.name, v.color) for v in parent]
 
 
 def test_a_plan_with_a_base_says_how_to_fine_tune(command, base, tmp_path):

@@ -465,6 +465,19 @@ def test_a_value_of_a_new_version_means_what_it_did(tmp_path, base):
     assert set(np.unique(truth)) == {0, 2, 5} >= set(np.unique(after)) and image[truth == 2].min() > 1 and image[truth == 5].max() < -1
 
 
+def test_masks_without_names_are_of_its_bases_labels(tmp_path, base):
+    image, mask = np.random.default_rng(0).normal(size=(2, 8, 8, 8)).astype(np.float32)
+    mask = np.digitize(mask, (0, 1)).astype(np.uint8)
+    for i in range(3):
+        write_image(Image(image + i), tmp_path / "set" / "images" / f"c{i}.nii.gz")
+        write_image(Image(mask), tmp_path / "set" / "labels" / f"c{i}.nii.gz")
+    job = training.create(tmp_path / "set")
+    for _ in range(2):  # and as they were frozen
+        cases = retrain._cases(job.folder, job, base)[0]
+        assert [label.name for label in cases.labels] == ["Bright", "Dark"]
+    assert set(np.unique(cases.load(cases.cases[0])[1])) == {0, 1, 2}
+
+
 def test_a_new_version_gives_its_bases_labels_the_order_they_had(tmp_path, base):
     made = Dataset.create(tmp_path / "set", "set", [replace(LABELS[1], value=1), replace(LABELS[0], value=2)], ["MR"])
     add_cases(made, 2)

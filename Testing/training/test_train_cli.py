@@ -20,7 +20,7 @@ from unetseg_training import config as c  # noqa: E402
 from unetseg_training.train import find, load_run  # noqa: E402
 from UNetSegmentationLib.dataset import Dataset  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
-from UNetSegmentationLib.image import Image  # noqa: E402
+from UNetSegmentationLib.image import Image, read_image, write_image  # noqa: E402
 from UNetSegmentationLib.model import Label, ModelPackage  # noqa: E402
 
 
@@ -201,7 +201,35 @@ def test_a_folder_is_told_by_its_name_wherever_one_stands(command, run, monkeypa
     monkeypatch.chdir(run / "fold0-seed0")
     assert command("evaluate", ".")[0] == 0
     facts = json.loads((run / "fold0-seed0" / "metrics.json").read_text("utf-8"))["summary"]
-    assert facts["command"] == "unetseg-train evaluate fold0-seed0" and facts["held_out"] == "the held-out cases of fold0-seed0"
+    assert facts["command"] == "unetseg-train evaluate fold0-seed0" and facts["held_out"].startswith("the held-out cases of fold0-seed0, ")
+
+
+def test_cases_that_the_model_knows_are_told_on_its_card(command, run, dataset, tmp_path):
+    """Those it was trained on, also where they lie in another folder or a mask was corrected since, and those that chose its epoch."""
+    folder, own, other = run / "fold0-seed0", tmp_path / "own", tmp_path / "other"
+    shutil.copytree(dataset, own)
+    config = c.read(run)
+    c.write(config.model_copy(update={"data": config.data.model_copy(update={"path": str(own)})}), run / "config.yaml")
+    assert command("fit", run, "--quiet")[0] == 0
+    learned, held = (json.loads((folder / "run.json").read_text("utf-8"))[k][0] for k in ("training_cases", "validation_cases"))
+    shutil.copytree(own, other)
+    for part in ("images", "labels"):
+        (other / part / f"{learned}.nii.gz").rename(other / part / "new.nii.gz")
+    shutil.copy(own / "labels" / f"{held}.nii.gz", own / "labels" / f"{learned}.nii.gz")
+
+    def held_out(*words):
+        code, _, err = command("evaluate", folder, *words)
+        assert code == 0, err
+        return json.loads((folder / "metrics.json").read_text("utf-8"))["summary"]["held_out"], err.strip()
+
+    assert held_out() == ("the held-out cases of fold0-seed0, which chose its epoch as well", "")
+    for data in (own, other):
+        told, err = held_out("--data", data)
+        assert told == f"{data.name}; 2 of its 4 cases were trained on" and "2 of 4 cases were trained on, so" in err
+    write_cases(tmp_path / "fresh", 1, 1)
+    image = read_image(tmp_path / "fresh" / "images" / "case0.nii.gz")
+    write_image(image.like(image.array + 1), tmp_path / "fresh" / "images" / "case0.nii.gz")
+    assert held_out("--data", tmp_path / "fresh") == ("fresh", "")
 
 
 @pytest.mark.parametrize(

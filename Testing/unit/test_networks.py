@@ -71,6 +71,18 @@ def test_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(a, b)
 
 
+def test_checkpointing_averages_a_batch_in_once():
+    plain, lean = (build(replace(SMALL, norm="batch", checkpointing=lean)) for lean in (False, True))
+    lean.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 2, 8, 8, 8, requires_grad=True)
+    for model in (plain, lean):
+        for _ in range(2):
+            model(x).square().mean().backward()
+    kept = lean.state_dict()
+    for key, value in plain.state_dict().items():
+        assert not key.endswith(("running_mean", "running_var")) or torch.equal(kept[key], value), key
+
+
 def test_deep_supervision_gives_each_level_in_training_and_one_output_otherwise():
     model = build(replace(SMALL, deep_supervision=True))
     x = torch.randn(1, 2, 8, 8, 8)

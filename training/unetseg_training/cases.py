@@ -473,6 +473,13 @@ def channel_places(own: Sequence[str], wanted: Sequence[str], key: Callable[[str
     return out
 
 
+def with_names(cases: CaseSet, names: Sequence[str]) -> CaseSet:
+    """The cases with these names for their labels, in this order, where the dataset names none and there are as many."""
+    if len(names) != len(cases.labels) or not all(UNNAMED.fullmatch(label.name) for label in cases.labels):
+        return cases
+    return replace(cases, labels=tuple(replace(label, name=name) for label, name in zip(cases.labels, names)))
+
+
 def ordered_channels(cases: CaseSet, wanted: Sequence[str]) -> CaseSet:
     """The cases with their channels in this order where they have these and no others; as they are where they have others.
 
@@ -1262,7 +1269,7 @@ def _find_bids(path: Path) -> CaseSet | None:
         if not found:
             continue
         key = found[1], found[2] or ""
-        if found[4] in ("dseg", "mask", "roi"):
+        if found[4] in ("dseg", "mask", "roi", "seg"):  # the last as the Spinal Cord Toolbox has it
             masks[key].append(file)
         elif "derivatives" not in file.relative_to(path).parts and found[4] != "probseg":
             images[key][found[4]].append(file)
@@ -1272,13 +1279,15 @@ def _find_bids(path: Path) -> CaseSet | None:
     common = Counter(entity for key in usable for entity in {_entity(p) for p in masks[key]})
 
     def rank(mask: Path) -> tuple[Any, ...]:
-        """Maps of all before masks of one structure, those before unnamed ones (the brain's); of structures what most subjects have."""
+        """Maps of all before masks of one structure, those before unnamed ones (the brain's) and what is named as the brain's, which
+        hold its lesions; of structures what most subjects have."""
         entity, whole = _entity(mask), "_dseg" in mask.name
-        return not whole, "desc-" in mask.name, whole == bool(entity), -common[entity], entity, str(mask)
+        return not whole, entity == "brain", "desc-" in mask.name, whole == bool(entity), -common[entity], entity, str(mask)
 
     for key in usable:
         masks[key].sort(key=rank)
-    kinds = sorted({_entity(masks[key][0]) for key in usable} - {""})
+    entities = {_entity(masks[key][0]) for key in usable}
+    kinds = sorted(entities - {""})
     if len(kinds) > 1:
         raise UserError(f"The masks in {path} are of {' and '.join(kinds)}; keep one kind, or merge them into a _dseg for each subject.")
     for key in usable:  # a mask in anat/ is of what lies in anat/, and not of func/ or dwi/
@@ -1310,7 +1319,8 @@ def _find_bids(path: Path) -> CaseSet | None:
     for file in sorted(path.rglob("*dseg.tsv")):
         table |= {int(r["index"]): r["name"] for r in _rows(file) if r.get("index", "").isdigit() and int(r["index"]) and r.get("name")}
     labels, values = _named_values([c.label for c in cases if c.label], {}, table, notes)
-    return CaseSet(tuple(cases), labels, tuple(contrasts), "", values, tuple(notes))
+    case_set = CaseSet(tuple(cases), labels, tuple(contrasts), "", values, tuple(notes))
+    return with_names(case_set, kinds) if entities == {*kinds} else case_set
 
 
 def _find_pairs(path: Path) -> CaseSet | None:
@@ -1510,17 +1520,24 @@ def _find_lidc(path: Path) -> CaseSet | None:
     if not files:
         return None
     series, _ = _series(path)
-    cases, taken = [], set[str]()
+    cases, taken, copies = [], set[str](), set[bytes]()
+    absent, twice = 0, list[str]()
     for file in files:
         uid = _text(_xml(file), "SeriesInstanceUid")
-        if uid in series:
+        if uid not in series:
+            absent += 1
+        elif (content := hashlib.sha256(file.read_bytes()).digest()) in copies:
+            twice.append(file.name)
+        else:
+            copies.add(content)
             folder, header = series[uid]
             cases.append(Case(_dicom_name(path, folder, uid, taken), _of_person(header), (folder,), file, "lidc", series=uid))
     if not cases:
         raise UserError(f"{files[0]} names a series that is not below {path}; put the scans' DICOM folders there.")
     notes = ["A voxel is nodule where at least two readers agree (or the only one)."]
-    if len(cases) < len(files):
-        notes.append(f"{len(files) - len(cases)} XML files name series that are not here.")
+    if absent:
+        notes.append(f"{absent} XML files name series that are not here.")
+    _left_out("XML files are copies of another", twice, notes)
     return CaseSet(tuple(cases), _labels(["nodule"]), ("CT",), "", {1: 1}, tuple(notes))
 
 

@@ -275,7 +275,7 @@ def _app() -> Any:
                 f"There is no case {case!r} in {config.data.path}; there are {', '.join(c.name for c in case_set.annotated[:5])}, …"
             )
         target = output or run / "augmentation.png"
-        transforms.draw(config, prepare(case_set, config, Path(config.data.cache or run / "cache"), chosen)[0], target)
+        transforms.draw(config, prepare(case_set, config, user_path(config.data.cache or run / "cache"), chosen)[0], target)
         print(f"wrote {target}")
 
     @app.command()
@@ -302,7 +302,10 @@ def _app() -> Any:
                 progress=lambda done, name: progress(done, len(cases), name),
             )
         told = f"unetseg-train evaluate {own_name(folder)}" + (f" --data {own_name(data)}" if data else "")
-        where = own_name(data) if data else f"the held-out cases of {own_name(folder)}"
+        where = own_name(data) if data else f"the held-out cases of {own_name(folder)}, which chose its epoch as well"
+        if data and (learned := _learned(folder, config, data, case_set, cases)):
+            where += f"; {learned} of its {len(cases)} cases were trained on"
+            print(f"{learned} of {len(cases)} cases were trained on, so the figures flatter the model.", file=sys.stderr)
         where = f"lesions in {where}, after one click" if clicked else where
         facts = metrics.summary(metrics.measured(rows), held_out=where, command=told, weights=weights)
         print(metrics.table(facts))
@@ -430,7 +433,7 @@ def _app() -> Any:
         frozen = tuple(freeze or ())
         if not (facts_file := leaf(output, folds[0], seeds[0]) / tuning.FACTS).exists():  # it may be stopped, and exported then
             tuning.write(facts_file.parent, start, package, frozen)
-        old = find_cases(Path(replay)) if replay else None
+        old = tuning.named_as(find_cases(Path(replay)), package.card) if replay else None
         part = 0.25 if share is None else share
         again = (tuning.replay_set(old, [label.name for label in config.labels], config.channels), part) if old else None
         (result,) = fit_run(
@@ -595,6 +598,20 @@ def _scored(folder: Path, config: Any, data: str | None, some: bool = False) -> 
     return case_set, cases
 
 
+def _learned(folder: Path, config: Any, data: str, case_set: Any, cases: Sequence[Any]) -> int:
+    """How many of the cases the run was trained on: by what they hold, or, in the run's own dataset, by their names as well, since a
+    mask may have been corrected."""
+    import json
+
+    from .train import RUN
+
+    record = json.loads((folder / RUN).read_text("utf-8"))
+    digests = {digest for part in (record.get("data") or {}).values() for digest in part.values()}
+    own = user_path(os.path.expandvars(config.data.path)).resolve() == user_path(data).resolve()
+    names = set(record.get("training_cases", ())) if own else set()
+    return sum(c.name in names or case_set.digest(c) in digests for c in cases)
+
+
 def _plan(
     data: str,
     output: Path,
@@ -610,6 +627,7 @@ def _plan(
     from UNetSegmentationLib.networks import UNetConfig
 
     from .cases import find_cases
+    from .finetune import named_as
     from .plan import plan as make_plan
     from .train import learnable
 
@@ -623,6 +641,7 @@ def _plan(
             raise UserError(f"{base} does not describe its network, so it cannot be trained on; choose a package with PyTorch weights.")
         old = card, UNetConfig.from_json(card.data["network"])
     case_set = find_cases(Path(data), **how)
+    case_set = named_as(case_set, old[0]) if old else case_set
     learnable(case_set.annotated, data)
     with _bar("reading the cases") as progress:
         made = make_plan(case_set, data, quick=quick, minutes=minutes, data=how, base=old, progress=progress)

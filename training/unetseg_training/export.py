@@ -265,6 +265,7 @@ def lineage(run: dict[str, Any], parent: ModelPackage | None = None, **more: Any
         name = Path(str((run.get("config") or {}).get("data", {}).get("path", ""))).name
         # A replayed base's own cases are no part of this dataset, but of what makes the weights.
         out |= {"dataset": {"name": name, "sha256": dataset_hash(digests)}, "cases": len(run["data"].get("train") or digests)}
+        out |= {"replayed": len(run["data"]["base"])} if run["data"].get("base") else {}
     out |= {k: run[k] for k in ("seed", "fold", "git_revision", "versions") if run.get(k) is not None}
     return out | more
 
@@ -322,6 +323,7 @@ def markdown(package: ModelPackage) -> str:
     lines += ["## Limits", "", *(f"- {_words(text)}" for text in _limits(data)), ""]
     lines += ["## Lineage", ""]
     lines += [f"- {_words(card.origin)}"] if card.origin else []
+    lines += [f"- {counted(origin['replayed'], 'case')} of the base's own replayed, lest it forget"] if "replayed" in origin else []
     for key, text in (("parent", "SHA-256 of the package that it was fine-tuned from"), ("dataset", "SHA-256 of the training data")):
         if isinstance(origin.get(key), dict) and "sha256" in origin[key]:
             lines.append(f"- {text}: {_words(origin[key]['sha256'])}")

@@ -26,7 +26,7 @@ from UNetSegmentationLib.model import Card, Label, ModelPackage, label_key
 from UNetSegmentationLib.networks import UNet, UNetConfig, build
 
 from . import metrics
-from .cases import channel_places, ordered_channels
+from .cases import channel_places, ordered_channels, with_names
 from .export import parentage
 
 if TYPE_CHECKING:
@@ -140,6 +140,18 @@ def start_of(package: ModelPackage, config: Config) -> Start:
     return start_from(package, config.unet(), labels, config.channels, config.input.spacing, config.input.intensity)
 
 
+def named_as(cases: CaseSet, card: Card) -> CaseSet:
+    """The cases with the base's names for their labels, and a note, where the dataset names none and its masks hold the base's very
+    values: hippocampus-3d's own masks, which no file names, lost its classifier as "label 1" and "label 2"."""
+    own = sorted(card.labels, key=lambda label: label.value)
+    values = {label.value: number for number, label in enumerate(own, 1)}
+    if cases.values != values or [label.name for label in cases.labels] != [f"label {value}" for value in values]:
+        return cases
+    told = ", ".join(f"{label.value} for {label.name}" for label in own)
+    note = f"The labels have no names and are taken as {card.name}'s, {told}; name them in labels.json if they are others."
+    return replace(with_names(cases, [label.name for label in own]), notes=(*cases.notes, note))
+
+
 def _old_key(key: str, deeper: int) -> str:
     """The base's name of a tensor. Decoders are numbered from the deepest level, which is another one in a deeper network."""
     part, index, *rest = key.split(".")
@@ -220,7 +232,8 @@ def _tell(
     if gone and card.data["task"] == "click":
         notes.append(f"what is clicked on is {labels[0]} and no longer {gone.pop()}")
     if fresh:
-        notes.append(f"new label{'s' * (len(fresh) > 1)} {', '.join(fresh)}" + (f", kept {', '.join(kept)}" if kept else ""))
+        same = f" (if the base's {', '.join(gone)} are meant, name them so in the dataset)" if not kept and len(fresh) == len(gone) else ""
+        notes.append(f"new label{'s' * (len(fresh) > 1)} {', '.join(fresh)}" + (f", kept {', '.join(kept)}" if kept else same))
     if gone:
         notes.append(f"no longer given: {', '.join(gone)}")
     own = card.data["channels"]

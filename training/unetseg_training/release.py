@@ -29,7 +29,7 @@ import matplotlib
 import numpy as np
 from UNetSegmentationLib.engines import Engine
 from UNetSegmentationLib.engines.torch import load_network
-from UNetSegmentationLib.files import UserError, atomic_path, write_text
+from UNetSegmentationLib.files import UserError, atomic_path, user_path, write_text
 from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.click import ClickSession
 from UNetSegmentationLib.inference.predict import Options, check_together, predict
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--average", metavar="PACKAGE", help="what the run went on from: the mean of its weights and the run's")
     parser.add_argument("--fold", type=int, choices=range(5), help="which the run held out, where it is not the bundled model's")
     parser.add_argument(
-        "--output", type=Path, help="a folder for the package and, under NAME, its figures; default: they replace the bundled ones"
+        "--output", type=user_path, help="a folder for the package and, under NAME, its figures; default: they replace the bundled ones"
     )
     options = parser.parse_args()
     results = options.output or RESULTS

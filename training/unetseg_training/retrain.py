@@ -37,7 +37,7 @@ from .cases import IGNORE, NAMED, Case, CaseSet, channel_places, evenly, file_na
 from .check import early
 from .config import Config
 from .export import card_path, compact, export_run, lineage, markdown
-from .finetune import replay_set, start_of
+from .finetune import named_as, replay_set, start_of
 from .plan import Machine, same_labels, same_task
 from .plan import plan as make_plan
 from .train import RUN, WEIGHTS, Callback, load_run, train
@@ -247,6 +247,8 @@ def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) ->
             cases = _with_marks(cases, case_set)  # which may take the one that marks another
         facts["unmarked"] = [name for name in names if name not in found]
     facts["early"] = early(case_set)
+    if base is not None:
+        case_set = named_as(case_set, base.card)
     if base is not None and same_labels(base.card, case_set) and not any(c.reader in NAMED for c in case_set.cases):
         case_set = replay_set(case_set, [label.name for label in base.card.labels], case_set.channels)
     tests = [c for c in case_set.annotated if c.split == "test"]

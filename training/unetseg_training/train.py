@@ -11,6 +11,7 @@ Other trainings than that of a Config (a click model's rounds) make their own Jo
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import json
@@ -25,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -45,7 +46,7 @@ from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.model import Card, ModelPackage
 from UNetSegmentationLib.networks import UNet, UNetConfig, build
 
-from .cases import IGNORE, UNNAMED, Case, CaseSet, evenly, find_cases, folds
+from .cases import IGNORE, Case, CaseSet, evenly, find_cases, folds, with_names
 from .config import Config, Fit, parse
 from .prepare import Prepared, prepare
 
@@ -317,9 +318,7 @@ def find(config: Config) -> CaseSet:
     if "$" in path and not user_path(path).exists():  # Windows' hidden shares end in one
         raise UserError(f"data.path is {data.path}, and that variable is not set; set it to the folder, or write the folder's name.")
     found = find_cases(Path(path), data.layout, patient=data.patient, only=data.only, foreground=data.foreground, channels=data.channels)
-    if len(found.labels) == len(config.labels) and all(UNNAMED.fullmatch(label.name) for label in found.labels):
-        found.labels = tuple(replace(label, name=own.name) for label, own in zip(found.labels, config.labels))
-    return found
+    return with_names(found, [label.name for label in config.labels])
 
 
 def _check_labels(config: Config, case_set: CaseSet) -> None:
@@ -585,6 +584,15 @@ def _kept(trainer: L.Trainer) -> str:
     return ": the last good epoch is kept" if trainer.current_epoch else ""
 
 
+def awake() -> float:
+    """Seconds on a clock that stands still while the computer sleeps, as time.monotonic() does but on Windows (PEP 418)."""
+    if sys.platform == "win32":
+        ticks = ctypes.c_ulonglong()  # of 100 ns
+        ctypes.windll.kernel32.QueryUnbiasedInterruptTime(ctypes.byref(ticks))
+        return ticks.value / 1e7
+    return time.monotonic()
+
+
 class Keeper(Checkpoint):
     """After each epoch: the best averaged weights, then the checkpoint; and an end when the time is used up."""
 
@@ -592,24 +600,10 @@ class Keeper(Checkpoint):
         super().__init__()
         self.folder, self.fit = folder, fit
         self.best, self.epoch, self.labels = -math.inf, -1, dict[str, float]()
-        self.seconds, self._since, self._last = 0.0, 0.0, dict[str, float]()
+        self.seconds, self._since = 0.0, 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
-        self._since = self._since or time.monotonic()
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self._count("batch")
-
-    def on_validation_batch_end(self, *args: Any) -> None:
-        self._count("case")
-
-    def _count(self, what: str) -> None:
-        """Add the time since the last call. On Windows time.monotonic() goes on while a laptop sleeps, so of a time that is longer than a
-        minute no more counts than twice what the last of its kind did: a sleep costs that, and on a slow machine batches of 10 minutes
-        count whole from the fifth on."""
-        now = time.monotonic()
-        self._last[what] = min(now - self._since, max(60.0, 2 * self._last.get(what, 0.0)))
-        self.seconds, self._since = self.seconds + self._last[what], now
+        self._since = self._since or awake()
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         # A run that was killed between its last checkpoint and its end would train an epoch more than one that was not.
@@ -624,7 +618,8 @@ class Keeper(Checkpoint):
                 f"The weights are no numbers after epoch {trainer.current_epoch + 1}; lower fit.learning_rate or set fit.precision to 32, "
                 f"and train again{_kept(trainer)}."
             )
-        self._count("epoch")
+        now = awake()
+        self.seconds, self._since = self.seconds + now - self._since, now
         dice = trainer.callback_metrics.get("dice")
         validated = module.job.validator is not None and (trainer.current_epoch + 1) % self.fit.validate_every == 0
         value = float(dice) if dice is not None and validated else -math.inf
@@ -669,7 +664,7 @@ def train(
     before the optimizer is made; replay: (other cases, the probability of a patch of theirs). cache: else data.cache, else
     `cache` beside the folder. progress(done, of, case) while cases are pre-processed.
     """
-    cache = cache or (Path(config.data.cache) if config.data.cache else folder.parent / "cache")
+    cache = cache or (user_path(config.data.cache) if config.data.cache else folder.parent / "cache")
     job = make_job(config, cache, case_set, fold=fold, seed=seed, start=start, freeze=freeze, replay=replay, progress=progress)
     return run(job, folder, resume=resume, callbacks=callbacks)
 
@@ -706,6 +701,11 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
             if job.fit.batch % trainer.world_size:
                 raise UserError(
                     f"fit.batch is {job.fit.batch}, which {trainer.world_size} devices cannot share evenly; make it a multiple."
+                )
+            if job.network.norm == "batch" and trainer.world_size > 1 and trainer.strategy.root_device.type != "cuda":
+                raise UserError(  # PyTorch's SyncBatchNorm knows GPUs only
+                    f"network.norm batch cannot be shared by {trainer.world_size} processes without GPUs; set it to instance, "
+                    "or fit.devices and fit.nodes to 1."
                 )
             if trainer.is_global_zero:
                 if not resume:  # only now: a mask or a setting that does not do is to cost no trained model
@@ -871,9 +871,10 @@ def _check_identity(before: dict[str, Any], now: dict[str, Any], folder: Path) -
         raise UserError(f"{folder} is a fine-tuning; go on with it by {_FINETUNE.format(run=folder.parent)}.")
     if differ:
         anew = "in another folder" if "start" in now else "with --restart or in another folder"  # finetune has no --restart
+        back = "give --replay, --share and --freeze as before" if {"share", "freeze"} & {*differ} else "put them back"
         raise UserError(
             f"{folder} was trained with other settings ({', '.join(differ[:4])}{', …' if len(differ) > 4 else ''}), so it cannot go on "
-            f"exactly; put them back, or start anew {anew}."
+            f"exactly; {back}, or start anew {anew}."
         )
 
 

@@ -8,6 +8,8 @@ deep supervision); He et al., "Identity mappings", ECCV 2016 (residual blocks).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -145,6 +147,19 @@ def _crop_like(skip: Tensor, x: Tensor) -> Tensor:
     return skip
 
 
+@contextmanager
+def _again(block: nn.Module) -> Iterator[None]:
+    """While a checkpointed block is computed again for its gradients: its batch norms have averaged this batch in already."""
+    momenta = {m: m.momentum for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    for norm in momenta:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+
+
 class UNet(nn.Module):
     """U-Net. Input [N, C, (D,) H, W], logits [N, K, (D,) H, W].
 
@@ -174,7 +189,7 @@ class UNet(nn.Module):
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.config.checkpointing and self.training and x.requires_grad:
-            return checkpoint(block, x, use_reentrant=False)  # type: ignore[return-value]
+            return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _again(block)))  # type: ignore[return-value]
         return block(x)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
