@@ -40,6 +40,13 @@ def hot(image: Image, n: int, factor: float) -> Image:
     return image.like(values)
 
 
+def noisy(image: Image, share: float) -> Image:
+    """The image with noise for zeros; share: of its 99th percentile that is one standard deviation."""
+    a = image.array
+    deviation = share * np.percentile(a[a != 0], 99)
+    return image.like(np.where(a, a, np.random.default_rng(0).normal(0, deviation, a.shape)).astype(np.float32))
+
+
 def tilted(image: Image) -> Image:
     """On a grid turned about the image's middle, 6 voxels larger on each side."""
     source, spacing = to_sitk(image.like(image.array.astype(np.float32))), np.array(image.spacing)
@@ -68,7 +75,13 @@ def hippocampus(image: Image, truth: np.ndarray, roi: Box) -> Changed:
     yield "the file ends with the hippocampus", image.crop(close), None
     yield "4 voxels less on each side", image.crop(Box.whole(image.shape).grown((-4, -4, -4)) | close), None
     near = sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(sitk.GetImageFromArray(truth.astype(np.uint8)), False, False, False)) <= 10
-    yield "zeros from 10 voxels beside it on", image.like(np.where(near, image.array, 0)), None
+    masked = image.like(np.where(near, image.array, 0).astype(np.float32))
+    yield "zeros from 10 voxels beside it on", masked, None
+    yield "so, then 0.9 mm voxels", resample(masked, (0.9, 0.9, 0.9)), None
+    yield "so, then smoothed (Gaussian, 0.7 voxels)", from_sitk(sitk.SmoothingRecursiveGaussian(to_sitk(masked), 0.7)), None
+    zeros = padded(image.like(image.array.astype(np.float32)), (8, 8, 8))[0]
+    yield "zeros around it, 8 voxels, then 0.9 mm voxels (B-spline)", resample(zeros, (0.9, 0.9, 0.9), "bspline"), None
+    yield "noise of 0.3 % around it, 8 voxels", noisy(zeros, 0.003), None
     yield "turned by 10 degrees, zeros in the corners", tilted(image), None
     yield "five voxels of ten times the maximum", hot(image, 5, 10), None
     yield "axes turned (PIR)", from_sitk(sitk.DICOMOrient(to_sitk(image), "PIR")), None

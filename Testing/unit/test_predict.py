@@ -8,9 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from UNetSegmentationLib.image import Box, Image, UserError, from_sitk, read_image, reorient_for, to_sitk
+from UNetSegmentationLib.image import Box, Image, UserError, from_sitk, read_image, reorient_for, resample, to_sitk
 from UNetSegmentationLib.inference.augment import View, views
-from UNetSegmentationLib.inference.predict import Cancelled, Options, _Stream, activate, entropy, predict, spacing_for
+from UNetSegmentationLib.inference.predict import (
+    Cancelled,
+    Options,
+    _Stream,
+    activate,
+    entropy,
+    foreseen,
+    predict,
+    spacing_for,
+    without_surround,
+)
 from UNetSegmentationLib.inference.tiling import compute_box, tile
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import Card, find_model
@@ -792,6 +802,58 @@ def test_what_is_masked_out_of_a_crop_goes_on_as_what_lies_beside_it(make_packag
         dark = np.maximum(array, 10)  # clipped tissue is as common on the faces, and no surroundings
         predict(Image(dark), [make_package(**card)], engines=[engine])
         assert (seen[1] == seen[1].min()).mean() == (dark == 10).mean()
+
+
+def smoothed(array):
+    return sitk.GetArrayFromImage(sitk.SmoothingRecursiveGaussian(sitk.GetImageFromArray(array.astype(np.float32)), 0.7))
+
+
+@pytest.mark.parametrize("spoiled", ["smoothed", "noise", "clipped"])
+def test_a_mask_that_was_smoothed_or_is_noisy_goes_on_as_tissue_and_smooth_tissue_is_none(make_package, spoiled):
+    rng = np.random.default_rng(0)
+    array = rng.normal(100, 5, (24, 24, 24)).astype(np.float32)
+    masked = np.where(np.linalg.norm(np.indices(array.shape) - 11.5, axis=0) > 10, 0, array)
+    field = smoothed(smoothed(smoothed(rng.normal(0, 1, array.shape))))
+    image = {
+        "smoothed": smoothed(masked),
+        "noise": np.where(masked, masked, rng.uniform(0, 1e-3, array.shape)).astype(np.float32),
+        "clipped": np.maximum(field, np.percentile(field, 25)),
+    }[spoiled]
+    shown = without_surround(Image(image), make_package(extent="box", surround="nearest").card).array
+    if spoiled == "clipped":
+        assert (image[shown != image] == image.min()).all()
+    else:
+        assert image.min() < 1 and shown.min() > 60
+
+
+@pytest.mark.parametrize("spoiled", ["interpolated", "noise"])
+def test_zeros_about_a_crop_that_were_interpolated_or_are_noisy_are_not_shown(make_package, spoiled):
+    rng = np.random.default_rng(0)
+    array = np.pad(rng.normal(100, 10, (24, 28, 32)), 6).astype(np.float32)
+    noisy = np.where(array, array, rng.normal(0, 0.2, array.shape)).astype(np.float32)
+    image = resample(Image(array), (0.9, 0.9, 0.9), "bspline") if spoiled == "interpolated" else Image(noisy)
+    one = FakeEngine(lambda batch: np.concatenate([0 * batch, 0 * batch + 1], 1))  # labels all that it is shown
+    by_box, by_content = (Box.of(predict(image, [make_package(extent=e)], engines=[one]).labels.array) for e in ("box", "content"))
+    assert by_content == Box.whole(image.shape)
+    if spoiled == "noise":
+        assert by_box == Box.of(array)
+    else:
+        room = np.array([by_box.start, np.subtract(image.shape, by_box.stop)]) * 0.9
+        assert (room >= 6).all() and (room <= 9).all()
+
+
+def test_a_round_mask_keeps_its_ends(make_package):
+    array = np.random.default_rng(0).normal(100, 5, (24, 24, 24)).astype(np.float32)
+    array[np.linalg.norm(np.indices(array.shape) - 11.5, axis=0) > 9] = 0
+    one = FakeEngine(lambda batch: np.concatenate([0 * batch, 0 * batch + 1], 1))
+    assert Box.of(predict(Image(array), [make_package(extent="box")], engines=[one]).labels.array) == Box.of(array)
+
+
+@pytest.mark.parametrize("slices, spacing, card, said", [(9, 1, {}, 1), (17, 1, {}, 0), (4, 5, {}, 0), (9, 1, {"extent": "image"}, 0)])
+def test_a_slab_too_thin_for_a_model_of_one_target_is_said(make_package, slices, spacing, card, said):
+    model = make_package(**{"extent": "box", "patch": [48, 48, 48], "spacing": [1.0] * 3} | card)
+    notes = foreseen(Image(noise((slices, 40, 40)), (1.0, 1.0, float(spacing))), [model])
+    assert [("9 mm (9 slices) thick" in note) for note in notes] == [True] * said
 
 
 @pytest.mark.parametrize(

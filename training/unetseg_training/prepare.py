@@ -122,8 +122,8 @@ def _settings(config: Config) -> dict[str, Any]:
         **({k: v for k in ("pixel_mm", "field_px", "patch") if (v := getattr(data, k))} if data.pixel_mm or data.field_px else {}),
         **({"shares": True} if _has_shares(config) else {}),
         **({"across": True} if data.axis == "acquired" else {}),
-        **({"content": True} if config.model.extent != "image" else {}),
-        **({"surround": True} if config.model.surround else {}),
+        **({"content": config.model.extent} if config.model.extent != "image" else {}),
+        **({"surround": 2} if config.model.surround else {}),  # 1: only what is exactly of one value
         **({"floor": LEAST_HU} if expects_hu(data.intensity) else {}),
     }
 
@@ -157,7 +157,7 @@ def compute(image: Image, mask: np.ndarray, config: Config, name: str) -> dict[s
             "correct the mask, or plan again with that label."
         )
     if config.model.extent != "image":  # as predict() shows it
-        part = content(image.channels, Box.whole(image.shape))
+        part = content(image.channels, Box.whole(image.shape), nearly=config.model.extent == "box")
         image, mask = image.crop(part), mask[part.slices]
     image = without_surround(image, card := Card(config.card()))
     canonical, orientation = reorient_for(image, config.input.axis == "acquired")

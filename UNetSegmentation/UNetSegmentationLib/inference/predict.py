@@ -19,12 +19,15 @@ import numpy as np
 import SimpleITK as sitk
 
 from ..engines import Engine, choose_engine
+from ..files import counted
 from ..image import (
     IDENTITY,
     Box,
     Grid,
     Image,
     UserError,
+    alike,
+    blurred,
     check_geometry,
     content,
     length_unit,
@@ -66,7 +69,8 @@ _CROP_SHARE = 7 / 8
 # less on each side 0.848 and 0.853, and 0.897 and 0.881. None of 38 held-out crops is changed as it is: along one axis they may be short
 # (an edge that went on along that one took 0.0006).
 _CLOSE_SHARE = 0.78
-_CROP_VOXELS = 1 << 22  # what is larger is no crop, and 160 x 160 x 160 voxels take 1.6 s
+_SLAB_SHARE = 1 / 3  # of a patch; what is thinner shows too little of a target
+_CROP_VOXELS = 1 << 22  # what is larger is no crop, and 160 x 160 x 160 voxels take 2 to 3 s
 
 
 class Cancelled(Exception):
@@ -215,7 +219,7 @@ def _begin(image: Image, models: Sequence[ModelPackage], options: Options) -> tu
     _check_input(image, models, options)
     roi, focus = _region(image, models[0].card, options)
     notes = [note for m in models for note in warnings_for(options.intensity or m.card.intensity, image.channels)]
-    notes += _too_much(image, models, options)
+    notes += _too_much(image, models, options) + _too_little(image, models)
     return image, roi, focus, tuple(dict.fromkeys(notes))
 
 
@@ -311,6 +315,20 @@ def _too_much(image: Image, models: Sequence[ModelPackage], options: Options) ->
     return [f"{which} is made for a box around one target, not for a whole scan; give a box or a point."] if which else []
 
 
+def _too_little(image: Image, models: Sequence[ModelPackage]) -> list[str]:
+    """What is to be said of a slab too thin for a 3D model of one target: 10 hippocampi on 9, 12 and 17 axial
+    slices of 1 mm gave Dice 0.318 and 0.557, 0.607 and 0.716, and 0.860 and 0.829, on 17 coronal ones, of 56 in a patch, 0.671 and
+    0.779."""
+    notes = []
+    for card in (m.card for m in models if m.card.of_target and m.card.dimensions == 3):
+        canonical, _ = reorient_for(image, card.acquired)
+        for n, own, wanted, pixels in zip(canonical.shape, canonical.spacing[::-1], spacing_for(card, canonical)[::-1], card.patch):
+            if n * own / (wanted or own) < _SLAB_SHARE * pixels:
+                slab = f"The image is only {n * own:.3g} mm ({counted(n, 'slice')}) thick"
+                notes.append(f"{slab}, too thin for {card.name} to find its target well; give it a thicker part of the scan.")
+    return notes
+
+
 def crop_mm(card: Card) -> float:
     """How long an image may be to be a box around one target."""
     return 1.5 * float(card.data["roi_mm"]) if card.data.get("roi_mm") else _CROP_MM
@@ -325,7 +343,7 @@ def _shown(image: Image, models: Sequence[ModelPackage], options: Options, roi: 
         return whole
     if extents == {"box"}:
         part = _crop(image, models[0].card, roi)
-    part = content(image.channels, part)
+    part = content(image.channels, part, nearly=extents == {"box"})
     at = Box(*(tuple(math.floor(v + a) for v in image.point_to_index(options.at)[::-1]) for a in (0.5, 1.5))) if options.at else roi
     return whole if (roi & part).empty or (at & part).empty else part
 
@@ -361,18 +379,44 @@ def _without_surround(channel: np.ndarray) -> np.ndarray:
         return channel
     face = np.ones(channel.shape, bool)
     face[1:-1, 1:-1, 1:-1] = False
-    values, counts = np.unique(channel[face], return_counts=True)
-    same = channel == values[counts.argmax()]
+    outside, sharp = _surround(channel, face, 0.0)
+    # A mask that was interpolated, smoothed or is faintly noisy: 38 hippocampi at 0.9 mm gave Dice 0.484 and 0.741 and give 0.891 and
+    # 0.872, smoothed 0.256 and 0.616, and 0.891 and 0.876. Dark tissue that was clipped at the 30th percentile ends as smoothly, but has
+    # at most 26 % of the faces.
+    if not sharp:
+        more, sharp = _surround(channel, face, alike(channel))
+        if more[face].mean() > 0.3:
+            outside = more if sharp else _away(more) <= 2
+    if not 0.01 < outside.mean() < 1:
+        return channel
+    nearest = sitk.DanielssonDistanceMapImageFilter()
+    nearest.Execute(sitk.GetImageFromArray(np.where(outside, 0, np.arange(1, channel.size + 1).reshape(channel.shape)).astype(np.uint32)))
+    return channel.flat[sitk.GetArrayFromImage(nearest.GetVoronoiMap()) - 1]
+
+
+def _surround(channel: np.ndarray, face: np.ndarray, apart: float) -> tuple[np.ndarray, bool]:
+    """Where a crop's commonest value on its faces goes on from these, and values as close to it; whether there is enough, and it ends
+    sharply."""
+    faces = channel[face].astype(np.float64)
+    bins = np.round(faces / apart) if apart else faces
+    values, counts = np.unique(bins, return_counts=True)
+    value = float(np.median(faces[bins == values[counts.argmax()]]))
+    same = np.abs(channel - value) <= apart
     # What is solid: clipped dark tissue that touches a face was taken with it (12 crops of 8 bits, from the 15th percentile on: 0.884 and
     # 0.863, where nothing replaced gives 0.901 and 0.882, and this 0.901 and 0.881).
     solid = sitk.BinaryMorphologicalOpening(sitk.GetImageFromArray(np.pad(same, 3, "edge").astype(np.uint8)), [2, 2, 2])
     labelled, _ = components(same & (sitk.GetArrayFromImage(solid)[3:-3, 3:-3, 3:-3] > 0))
     outside = np.isin(labelled, np.setdiff1d(labelled[face], 0))
     if not 0.01 < outside.mean() < 1:
-        return channel
-    nearest = sitk.DanielssonDistanceMapImageFilter()
-    nearest.Execute(sitk.GetImageFromArray(np.where(outside, 0, np.arange(1, channel.size + 1).reshape(channel.shape)).astype(np.uint32)))
-    return channel.flat[sitk.GetArrayFromImage(nearest.GetVoronoiMap()) - 1]
+        return outside, False
+    away = _away(outside)
+    near, far = (channel[(away > n - 1) & (away <= n)] for n in (1, 4))
+    return outside, not blurred(near, far, value)
+
+
+def _away(mask: np.ndarray) -> np.ndarray:
+    """Voxels from a mask, which is not empty; 0 or less in it."""
+    return sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(sitk.GetImageFromArray(mask.astype(np.uint8)), False, False, False))
 
 
 def _placed(found: Prediction, part: Box, image: Image, background: Box | None) -> Prediction:
