@@ -206,6 +206,9 @@ def test_a_box_that_is_drawn_loosely_does_as_a_click_in_its_middle(session):
     s.replay([loose, ("point", *at(s, 15, 20, 29), True), ("mask", lesion.astype(np.uint8), (0, 0, 0))])
     s.undo()
     assert np.array_equal(s.mask, lesion + other)  # as one by one
+    s.replay([loose, loose, ("mask", lesion.astype(np.uint8), (0, 0, 0))])
+    s.undo()
+    assert s.mask.sum() > 4 * lesion.sum()
     s.clear()
     s.add_box(at(s, 11, 16, 16), at(s, 19, 24, 24))  # fits
     assert lesion.sum() < s.mask.sum() and not s.mask[:10].any()

@@ -232,6 +232,13 @@ def test_pictures_are_scans_where_nothing_else_is(tmp_path):
         (scans / name).parent.mkdir(parents=True, exist_ok=True)
         (scans / name).write_text(name)
     assert WorkList.gather(tmp_path / "list", [scans])[1] == ["a", "b", "x"]
+    for i in range(5):
+        (tmp_path / f"film_{i:04d}.png").write_text("x")
+        (tmp_path / f"film_{i:04d}.nii").write_text("x")
+    assert len(find_scans([tmp_path])) == 1  # five channels
+    for i in range(5):
+        (tmp_path / f"film_{i:04d}.nii").unlink()
+    assert len(find_scans([tmp_path])) == 8  # five frames
     (scans / "p" / "ct.nii.gz").write_text("x")  # of which the pictures may be
     assert find_scans([scans]) == [(scans / "p" / "ct.nii.gz",)]
 
@@ -846,12 +853,39 @@ def test_scans_that_were_moved_stay_what_they_are(work, scans, tmp_path):
 def test_another_patients_scan_of_the_same_name_is_not_the_one_that_is_gone(tmp_path):
     for name, edge in (("A", 0.2), ("B", 2.0)):
         write_image(ball(edge), tmp_path / name / "ct.nii")  # uncompressed, so of the same size
-    work = WorkList.gather(tmp_path / "list", [tmp_path / "A"])[0]
+    for name, value in (("A", 1), ("B", 2)):  # a middle of nothing but background
+        array = np.zeros((40, 64, 64), np.float32)
+        array[4, 30, :9] = value
+        write_image(Image(array), tmp_path / name / "masked" / "t1.nii")
+        (tmp_path / name / "DICOM" / "ST1").mkdir(parents=True)
+        (tmp_path / name / "DICOM" / "ST1" / "IM1").write_bytes(b"\0" * 128 + b"DICM" + bytes([value] * 300))
+        (tmp_path / f"{name}.txt").write_text(f"{name}/ct.nii\n{name}/masked/t1.nii\n{name}/DICOM\n")
+    work = WorkList.gather(tmp_path / "list", [tmp_path / "A.txt"])[0]
     work.done("ct", ANNA, "case-1")
     shutil.move(tmp_path / "A", tmp_path / "archive")
-    assert work.add([tmp_path / "B"]) == ["ct-2"] and not work.moved
+    assert work.add([tmp_path / "B.txt"]) == ["ct-2", "t1-2", "DICOM-2"] and not work.moved
     shutil.copytree(tmp_path / "archive", tmp_path / "again")
-    assert len(work.add([tmp_path / "archive", tmp_path / "again"])) == 2 and not work.moved  # which of the two it is nobody can say
+    two = [tmp_path / name / "ct.nii" for name in ("archive", "again")]
+    assert len(work.add(two)) == 2 and not work.moved  # which of the two it is nobody can say
+
+
+def test_scans_of_a_list_from_before_are_known_once_they_were_seen(work, scans, tmp_path):
+    text = work.folder / "worklist.json"
+    data = json.loads(text.read_text("utf-8"))
+    for record in data["scans"].values():
+        del record["print"]
+    text.write_text(json.dumps(data), "utf-8")
+    assert work.add([scans]) == [] and work.scan("s0").known
+    taken = work.next(ANNA).name
+    scans.rename(tmp_path / "new")
+    assert work.add([tmp_path / "new"]) == [f"{taken}-2"]  # which somebody has on her screen
+    assert sorted(work.moved) == sorted({"s0", "s1", "s2", "s3"} - {taken})
+
+
+def test_a_drive_that_is_not_there_has_not_moved(work, scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == scans.parent)
+    scans.rename(tmp_path / "new")
+    assert len(work.add([tmp_path / "new"])) == 4 and not work.moved  # another computer may have it there
 
 
 @pytest.mark.parametrize("top", ["Z:\\", "\\\\nas\\study\\"])

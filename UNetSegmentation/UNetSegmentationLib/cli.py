@@ -495,9 +495,9 @@ def _app() -> Any:
         at: Annotated[list[str], typer.Option(help="R,A,S in mm of a click on the nodule; may be repeated.")] = [],  # noqa: B006
         not_: Annotated[list[str], typer.Option("--not", help="R,A,S in mm of a click on what is not part of it; may be repeated.")] = [],  # noqa: B006
         box: Annotated[
-            str | None,
+            list[str],
             typer.Option(help="A box that fits closely around it: R0,R1,A0,A1,S0,S1 in mm RAS, or ijk:i0,i1,j0,j1,k0,k1 in voxels."),
-        ] = None,
+        ] = [],  # noqa: B006
         model: Annotated[str, typer.Option("--model", "-m", help="A click model's name or .unet.zip file.")] = CLICK_MODEL,
         output: Annotated[
             list[Path],
@@ -519,13 +519,12 @@ def _app() -> Any:
         _check_names(targets, [], picture, report_file, csv_file, read=[*images, reference])
         prompts: list[Prompt] = [("point", *parse_point(text), True) for text in at]
         prompts += [("point", *parse_point(text, "--not"), False) for text in not_]
-        if not at and box is None:
+        if not at and not box:
             raise UserError("Nothing was clicked on; give --at R,A,S or --box.")
         with _cancellable():
             image = _read(images, series)
             truth = _check_fit(image, targets, reference, package.card.labels)
-            if box is not None:
-                prompts.insert(0, box_prompt(image, parse_roi(box, image, "--box")))
+            prompts = [box_prompt(image, parse_roi(text, image, "--box")) for text in box] + prompts
             session = ClickSession(image, package, options=Options(engine=engine, device=device, threads=threads))
             answer = session.replay(prompts)
             if not answer.found:

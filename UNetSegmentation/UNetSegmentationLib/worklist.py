@@ -74,7 +74,7 @@ class Scan:
     """One scan of a list. listed: an image file or DICOM folder, several for several channels; series: the UID where a folder
     holds several. status: of STATUSES; by: who has it, or did it, where he gave a name; until: seconds from now for which it is
     taken. mask: what `model` found in it, of which its files are the `channels`. error: why it failed, one sentence. case: its name in
-    the dataset."""
+    the dataset. known: whether add() would know it in another place."""
 
     name: str
     listed: tuple[Path, ...]
@@ -88,6 +88,7 @@ class Scan:
     error: str = ""
     case: str = ""
     channels: tuple[str, ...] = ()
+    known: bool = False
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -222,6 +223,7 @@ def _below(folder: Path, apart: Path | None, suffixes: Sequence[str]) -> Iterato
                     groups.setdefault(channel[1] if channel else stem, {})[Path(place, name)] = channel[2] if channel else ""
             for group in groups.values():  # ct_0001, ct_0002 are scans
                 channels = list(group.values()) == [f"{i:04d}" for i in range(len(group))]
+                channels &= len(group) <= 4 or suffixes != PICTURE_SUFFIXES  # frame_0000, ... are a film's
                 yield from [tuple(group)] if channels else [(file,) for file in group]
             if any(is_dicom(Path(place, name)) for name in others[:8]):
                 folders.clear()  # read_image() looks below
@@ -233,7 +235,7 @@ def left_alone(scan: Scan, error: BaseException, was_read: bool = False) -> str:
     another's rights, so that it has not failed; else "". was_read: it failed after that, for which memory alone is no reason that
     the next scan has too."""
     if scan.away is not None:
-        cure = "connect its drive or network folder, or add its scans again from where they are now"
+        cure = "connect its drive or network folder" + ", or add its scans again from where they are now" * scan.known
         return f"{scan.away} is not there, so {scan.name} was left alone; {cure}."
     own = f"{error} {scan.name} was left alone." if isinstance(error, UserError) else ""
     causes = _causes(error)
@@ -405,6 +407,7 @@ class WorkList:
             record.get("error", ""),
             record.get("case", ""),
             tuple(record.get("channels", ())),
+            bool(record.get("print")),
         )
 
     def _now(self) -> float:
@@ -429,11 +432,14 @@ class WorkList:
 
         known = {key(r["files"]) for r in records.values()}
         prints = {files: _print(files) for files in found if key(files) not in known}
+        old = {key(r["files"]) for r in records.values() if "print" not in r}  # of a list from before there were any
+        late = {key(files): _print(files) for files in found if key(files) in old}
         places = Counter(filter(None, prints.values()))
         # Of a print the former places, each with its scans: several where those are a folder's series.
         gone: dict[str, dict[tuple[str, ...], list[str]]] = {}
         for name in [n for n, r in records.items() if places.get(r.get("print")) == 1]:
-            if not any(map(os.path.exists, self.scan(name).files)):
+            scan = self.scan(name)
+            if scan.status != "taken" and not any(map(os.path.exists, scan.files)) and not _unconnected(scan.away):
                 gone.setdefault(records[name]["print"], {}).setdefault(tuple(records[name]["files"]), []).append(name)
 
         def enter(data: dict[str, Any]) -> list[str]:
@@ -448,6 +454,9 @@ class WorkList:
             new = [name for name, r in data["scans"].items() if r["status"] == "failed" and key(r["files"]) in wanted]
             for name in new:
                 _try_again(data["scans"][name])
+            for record in data["scans"].values():
+                if seen := late.get(key(record["files"])):
+                    record["print"] = seen
             for files in found:
                 if key(files) in there:
                     continue
@@ -782,22 +791,40 @@ def _stem(path: Path) -> str:
 
 
 def _print(files: Sequence[Path]) -> str:
-    """What tells a scan from others of the same name, also from another place: its files' names, sizes and 4 KB from the middle, which of
-    a DICOM folder are those of one file. "" where it cannot be read. Patients' folders often hold files of the same names."""
-    out = hashlib.sha256()
+    """What tells a scan from others of the same name, also from another place: its files' names, sizes and some KB of them, of a DICOM
+    folder those of its first file. "" where that cannot be read, or is nothing but a header and background: patients' folders often
+    hold files of the same names and sizes."""
+    out, telling = hashlib.sha256(), False
     try:
         for path in files:
             names = sorted(n for n in os.listdir(path) if not n.startswith(".")) if path.is_dir() else []
             out.update("\0".join(unicodedata.normalize("NFC", name) for name in (path.name, *names)).encode())
-            file = next((path / n for n in names[len(names) // 2 :] if (path / n).is_file()), None) if names else path
+            file = _first_file(path) if path.is_dir() else path
             if file is not None:
                 with open(file, "rb") as f:
                     size = f.seek(0, os.SEEK_END)
-                    f.seek(size // 2)
-                    out.update(f"\0{size}\0".encode() + f.read(4096))
+                    parts = [f.read(4096) for quarter in range(4) if f.seek(quarter * size // 4) >= 0]
+                out.update(f"\0{size}\0".encode() + b"".join(parts))
+                telling |= file != path or size <= 4 * 4096 or len(set(b"".join(parts[1:]))) > 2
     except (OSError, UnicodeEncodeError):
         return ""
-    return out.hexdigest()[:16]
+    return out.hexdigest()[:16] if telling else ""
+
+
+def _first_file(folder: Path) -> Path | None:
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        if shown := [name for name in files if not name.startswith(".")]:
+            return Path(place, min(shown))
+    return None
+
+
+def _unconnected(folder: Path | None) -> bool:
+    """Whether what is not there is as a whole drive or network folder, which another computer may have under another name."""
+    if folder is None:
+        return False
+    above = folder.parent, folder.parent.parent
+    return os.path.ismount(folder.parent) or any(place.name in ("mnt", "media", "Volumes") for place in above)
 
 
 def _free_name(stem: str, taken: dict[str, Any]) -> str:

@@ -246,7 +246,7 @@ def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) ->
             case_set = ordered([label.name for label in case_set.labels if label.name in found])
             cases = _with_marks(cases, case_set)  # which may take the one that marks another
         facts["unmarked"] = [name for name in names if name not in found]
-    facts["early"] = early(case_set)
+    facts["early"] = early(case_set) if base is None or base.card.data["task"] != "click" else {}
     if base is not None:
         case_set = named_as(case_set, base.card)
     if base is not None and same_labels(base.card, case_set) and not any(c.reader in NAMED for c in case_set.cases):

@@ -87,7 +87,7 @@ _DENSE = "What was found here is bone or full of contrast medium; if it is a les
 _NO_HU = "Without HU what was found here may be anything; if it is a lesion, click a second time on it, or draw a box around it."
 # Of a first click, whose text begins so; the same click and a second one are believed.
 DOUBTS = (_NO_LUNG, _FAT, _DENSE, _ENDLESS, _NO_HU)
-LOOSE = "The box is much larger than what a click in its middle finds, which was taken; draw it again if all of it is meant."
+LOOSE = "The box is much larger than what a click in its middle finds, which was taken; give the box once more if all of it is meant."
 BEYOND = "It is larger than what can be looked at and was cut there: its size is not true; click on what is no part of it."
 
 Index = Sequence[float]
@@ -338,7 +338,7 @@ class ClickSession:
             noted.append(self._history.pop()[0])
         for prompts in reversed(noted):
             before, answer = self._history[-1]
-            if before.loose is not None and before.loose == prompts.box:
+            if before.loose is not None and before.loose == prompts.box and prompts.made[-1][0] != "box":
                 prompts = replace(prompts, box=None, loose=before.loose)
             self._ask(prompts, answer)
 
