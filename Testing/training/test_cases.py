@@ -317,14 +317,14 @@ def test_bids_masks_of_several_structures_do_not_become_one_label(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["mask", "seg"])
-def test_a_bids_masks_structure_names_the_label_and_is_not_the_brain(tmp_path, suffix):
+def test_of_two_masks_that_all_of_a_bids_set_have_it_is_not_the_brain(tmp_path, suffix):
     for i, name in enumerate(("01", "02")):
         anat = tmp_path / f"sub-{name}" / "anat"
         put(scan(i), anat / f"sub-{name}_FLAIR.nii.gz")
         put(mask_of(i, (1, 1)), anat / f"sub-{name}_label-lesion_{suffix}.nii.gz")
         put(mask_of(i, (0, 1)), anat / f"sub-{name}_label-brain_{suffix}.nii.gz")
     found = find_cases(tmp_path)
-    assert [d.name for d in found.labels] == ["lesion"] and len(found.cases) == 2
+    assert len(found.cases) == 2
     assert all(np.array_equal(found.load(c)[1], outline(i, (1, 1))) for i, c in enumerate(found.cases))
 
 

@@ -473,7 +473,8 @@ def test_masks_without_names_are_of_its_bases_labels(tmp_path, base):
         write_image(Image(mask), tmp_path / "set" / "labels" / f"c{i}.nii.gz")
     job = training.create(tmp_path / "set")
     for _ in range(2):  # and as they were frozen
-        cases = retrain._cases(job.folder, job, base)[0]
+        cases, facts = retrain._cases(job.folder, job, base)
+        assert "taken as toy's, 1 for Bright, 2 for Dark" in facts["named"][0]
         assert [label.name for label in cases.labels] == ["Bright", "Dark"]
     assert set(np.unique(cases.load(cases.cases[0])[1])) == {0, 1, 2}
 

@@ -697,9 +697,12 @@ def test_no_flipped_byte_makes_the_ports_check_fail_otherwise(make_package):
 
 
 def alone(channels=1, size=("D", "H", "W"), outputs=3, op="Relu", type=1):
-    """An ONNX model that takes and gives such tensors."""
+    """An ONNX model that takes and gives such tensors. op: its operators, one after the other."""
     ends = [[helper.make_tensor_value_info(n, type, ["N", k, *size])] for n, k in (("x", channels), ("y", outputs))]
-    graph = helper.make_graph([helper.make_node(op, ["x"], ["y"])], "g", *ends)
+    ops = op.split()
+    names = ["x", *ops[:-1], "y"]
+    nodes = [helper.make_node(o, [a], [b]) for o, a, b in zip(ops, names, names[1:])]
+    graph = helper.make_graph(nodes, "g", *ends)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString()
 
 
@@ -744,6 +747,7 @@ def test_a_bare_network_and_three_answers_make_a_package(tmp_path, network, answ
         ({"size": "HW"}, ("A,B", "lung", "", "z"), "are axial, coronal, sagittal, acquired, .* 'z' does not fit"),
         ({"op": "Softmax"}, ("A,B", "lung"), "ends in a Softmax"),
         ({"op": "Sigmoid", "outputs": 1}, ("A", "lung"), "ends in a Sigmoid"),
+        ({"op": "Sigmoid Identity Squeeze", "outputs": 1}, ("A", "lung"), "ends in a Sigmoid"),
         ({"channels": 256, "size": (256, 1)}, ("A,B", "lung"), "must take and give float32 with the axes batch, channels"),
         ({"channels": "C"}, ("A,B", "lung"), "channels .in a fixed number."),
         ({"outputs": "K"}, ("A,B", "lung"), "channels .in a fixed number."),

@@ -453,18 +453,19 @@ _Port = tuple[int, list[int | None] | None]
 
 
 def _ports(data: bytes) -> tuple[_Port, _Port, str]:
-    """The one input and the first output, as (element type, the axes' lengths), and the operator that gives the latter. None for what
-    the model leaves open (by a name, 0 or -1)."""
+    """The one input and the first output, as (element type, the axes' lengths), and the operator that gives the latter's values. None for
+    what the model leaves open (by a name, 0 or -1)."""
     ports: dict[int, dict[str, _Port]] = {11: {}, 12: {}}
-    weights, makers = set(), {}
+    weights, makers = set(), dict[str, tuple[str, str]]()
     try:
         for graph in (v for k, v in _fields(memoryview(data)) if k == 7):
             for kind, value in _fields(graph):
                 if kind == 5:
                     weights |= {str(v, "utf-8") for k, v in _fields(value) if k == 8}
                 elif kind == 1:
-                    entries = dict(_fields(value))
-                    makers[str(entries.get(2, b""), "utf-8")] = str(entries.get(4, b""), "utf-8")
+                    entries = dict(reversed([*_fields(value)]))  # of several inputs the first
+                    taken, made, operator = (str(entries.get(k, b""), "utf-8") for k in (1, 2, 4))
+                    makers[made] = operator, taken
                 elif kind in ports:
                     entries = dict(_fields(value))
                     tensor = dict(_fields(dict(_fields(entries.get(2, b""))).get(1, b"")))
@@ -477,7 +478,10 @@ def _ports(data: bytes) -> tuple[_Port, _Port, str]:
     if len(inputs) != 1 or not ports[12]:
         raise UserError(f"The ONNX model takes {len(inputs)} inputs and gives {len(ports[12])} outputs; export it with one of each.")
     name, port = next(iter(ports[12].items()))
-    return next(iter(inputs.values())), port, makers.get(name, "")
+    while (maker := makers.get(name, ("", "")))[0] in ("Cast", "Clip", "Identity", "Reshape", "Slice", "Squeeze", "Unsqueeze"):
+        del makers[name]  # or one that is made of itself would never end
+        name = maker[1]
+    return next(iter(inputs.values())), port, maker[0]
 
 
 def check_ports(data: bytes, card: Card) -> None:
@@ -518,7 +522,7 @@ def read_network(data: bytes) -> tuple[int, list[int | None], int, str]:
             "The ONNX model must take and give float32 with the axes batch, channels (in a fixed number), slices if it is 3D, rows "
             "and columns; export it so."
         )
-    if last in ("Softmax", "Sigmoid"):  # a second sigmoid would put every voxel above 0.5
+    if last in ("ArgMax", "Greater", "GreaterOrEqual", "Sigmoid", "Softmax"):  # a second sigmoid would put every voxel above 0.5
         raise UserError(f"The ONNX model ends in a {last}, which is applied to what a model gives; export it without that.")
     return size[1], size[2:], max(1, out[1] - 1), "sigmoid" if out[1] == 1 else "softmax"
 

@@ -1269,7 +1269,7 @@ def _find_bids(path: Path) -> CaseSet | None:
         if not found:
             continue
         key = found[1], found[2] or ""
-        if found[4] in ("dseg", "mask", "roi", "seg"):  # the last as the Spinal Cord Toolbox has it
+        if found[4] in ("dseg", "mask", "roi") or (found[4] == "seg" and _entity(file)):  # the last as the Spinal Cord Toolbox has it
             masks[key].append(file)
         elif "derivatives" not in file.relative_to(path).parts and found[4] != "probseg":
             images[key][found[4]].append(file)
@@ -1279,15 +1279,14 @@ def _find_bids(path: Path) -> CaseSet | None:
     common = Counter(entity for key in usable for entity in {_entity(p) for p in masks[key]})
 
     def rank(mask: Path) -> tuple[Any, ...]:
-        """Maps of all before masks of one structure, those before unnamed ones (the brain's) and what is named as the brain's, which
-        hold its lesions; of structures what most subjects have."""
+        """Maps of all before masks of one structure, those before unnamed ones (the brain's); of structures what most subjects have, and
+        of two that all have not the brain."""
         entity, whole = _entity(mask), "_dseg" in mask.name
-        return not whole, entity == "brain", "desc-" in mask.name, whole == bool(entity), -common[entity], entity, str(mask)
+        return not whole, "desc-" in mask.name, whole == bool(entity), -common[entity], entity == "brain", entity, str(mask)
 
     for key in usable:
         masks[key].sort(key=rank)
-    entities = {_entity(masks[key][0]) for key in usable}
-    kinds = sorted(entities - {""})
+    kinds = sorted({_entity(masks[key][0]) for key in usable} - {""})
     if len(kinds) > 1:
         raise UserError(f"The masks in {path} are of {' and '.join(kinds)}; keep one kind, or merge them into a _dseg for each subject.")
     for key in usable:  # a mask in anat/ is of what lies in anat/, and not of func/ or dwi/
@@ -1319,8 +1318,7 @@ def _find_bids(path: Path) -> CaseSet | None:
     for file in sorted(path.rglob("*dseg.tsv")):
         table |= {int(r["index"]): r["name"] for r in _rows(file) if r.get("index", "").isdigit() and int(r["index"]) and r.get("name")}
     labels, values = _named_values([c.label for c in cases if c.label], {}, table, notes)
-    case_set = CaseSet(tuple(cases), labels, tuple(contrasts), "", values, tuple(notes))
-    return with_names(case_set, kinds) if entities == {*kinds} else case_set
+    return CaseSet(tuple(cases), labels, tuple(contrasts), "", values, tuple(notes))
 
 
 def _find_pairs(path: Path) -> CaseSet | None:

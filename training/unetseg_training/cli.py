@@ -302,11 +302,12 @@ def _app() -> Any:
                 progress=lambda done, name: progress(done, len(cases), name),
             )
         told = f"unetseg-train evaluate {own_name(folder)}" + (f" --data {own_name(data)}" if data else "")
-        where = own_name(data) if data else f"the held-out cases of {own_name(folder)}, which chose its epoch as well"
+        where = own_name(data) if data else f"the held-out cases of {own_name(folder)}"
+        where = f"lesions in {where}, after one click" if clicked else where
+        where += "" if data else ", which chose its epoch as well"
         if data and (learned := _learned(folder, config, data, case_set, cases)):
             where += f"; {learned} of its {len(cases)} cases were trained on"
             print(f"{learned} of {len(cases)} cases were trained on, so the figures flatter the model.", file=sys.stderr)
-        where = f"lesions in {where}, after one click" if clicked else where
         facts = metrics.summary(metrics.measured(rows), held_out=where, command=told, weights=weights)
         print(metrics.table(facts))
         if absent := {r["label"]: 0 for r in rows if r["label"] not in facts["labels"]}:
@@ -410,7 +411,7 @@ def _app() -> Any:
 
         from . import finetune as tuning
         from . import metrics
-        from .cases import evenly, find_cases
+        from .cases import UNNAMED, evenly, find_cases
         from .report import write as write_report
         from .train import LiveEngine, live_package
 
@@ -433,7 +434,9 @@ def _app() -> Any:
         frozen = tuple(freeze or ())
         if not (facts_file := leaf(output, folds[0], seeds[0]) / tuning.FACTS).exists():  # it may be stopped, and exported then
             tuning.write(facts_file.parent, start, package, frozen)
-        old = tuning.named_as(find_cases(Path(replay)), package.card) if replay else None
+        old = find_cases(Path(replay)) if replay else None
+        if old and not all(UNNAMED.fullmatch(label.name) for label in config.labels):  # those of a plan from before sets were named so
+            old = tuning.named_as(old, package.card)
         part = 0.25 if share is None else share
         again = (tuning.replay_set(old, [label.name for label in config.labels], config.channels), part) if old else None
         (result,) = fit_run(

@@ -232,7 +232,8 @@ def _tell(
     if gone and card.data["task"] == "click":
         notes.append(f"what is clicked on is {labels[0]} and no longer {gone.pop()}")
     if fresh:
-        same = f" (if the base's {', '.join(gone)} are meant, name them so in the dataset)" if not kept and len(fresh) == len(gone) else ""
+        meant = "are meant, name them" if len(gone) > 1 else "is meant, name it"
+        same = f" (if the base's {', '.join(gone)} {meant} so in the dataset)" if not kept and len(fresh) == len(gone) else ""
         notes.append(f"new label{'s' * (len(fresh) > 1)} {', '.join(fresh)}" + (f", kept {', '.join(kept)}" if kept else same))
     if gone:
         notes.append(f"no longer given: {', '.join(gone)}")

@@ -156,7 +156,7 @@ def _work(folder: Path, told: _Told) -> tuple[str, str]:
     if not (finish and (folder / WEIGHTS).is_file()):
         told("Reading the cases", now=True, state="preparing", fraction=0.0)
         case_set, facts = _cases(folder, job, base)
-        for note in _of_early(facts.get("early", {})):
+        for note in (*facts.get("named", ()), *_of_early(facts.get("early", {}))):
             told(note, now=True)
         config = _configured(folder, job, base, case_set, facts, told)
         sentence = ""
@@ -248,7 +248,9 @@ def _cases(folder: Path, job: training.Job, base: ModelPackage | None = None) ->
         facts["unmarked"] = [name for name in names if name not in found]
     facts["early"] = early(case_set) if base is None or base.card.data["task"] != "click" else {}
     if base is not None:
-        case_set = named_as(case_set, base.card)
+        named = named_as(case_set, base.card)
+        facts["named"] = [*named.notes[len(case_set.notes) :]]
+        case_set = named
     if base is not None and same_labels(base.card, case_set) and not any(c.reader in NAMED for c in case_set.cases):
         case_set = replay_set(case_set, [label.name for label in base.card.labels], case_set.channels)
     tests = [c for c in case_set.annotated if c.split == "test"]
@@ -487,7 +489,7 @@ def _checked(
     cases = _held_out(case_set, job.options.quick, config.model.task == "click")
     train_cases = [c for c in case_set.cases if c.split == "train"]
     record = json.loads((folder / RUN).read_text("utf-8"))
-    unmarked, before_label = facts.pop("unmarked", []), facts.pop("early", {})
+    unmarked, before_label, named = facts.pop("unmarked", []), facts.pop("early", {}), facts.pop("named", [])
     origin = lineage(record, base, dataset=facts, cases=len(train_cases))
     told("Writing the package", now=True, fraction=0.87)
     card = config.card()
@@ -505,7 +507,7 @@ def _checked(
         notes.append(record["note"])
     if unmarked:
         notes.append(f"Marked in no case that was learnt from, so the new model does not know it: {', '.join(unmarked)}.")
-    notes += _of_early(before_label)
+    notes += [*named, *_of_early(before_label)]
     if absent := [label.name for label in case_set.labels if label.name not in compared["labels"]]:
         notes.append(f"In no held-out case, so not measured: {', '.join(absent)}.")
     new = [name for name, own in compared["labels"].items() if not own["dice"]["before"]]

@@ -8,8 +8,7 @@ deep supervision); He et al., "Identity mappings", ECCV 2016 (residual blocks).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -147,16 +146,18 @@ def _crop_like(skip: Tensor, x: Tensor) -> Tensor:
     return skip
 
 
-@contextmanager
-def _again(block: nn.Module) -> Iterator[None]:
-    """While a checkpointed block is computed again for its gradients: its batch norms have averaged this batch in already."""
-    momenta = {m: m.momentum for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    for norm in momenta:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in momenta.items():
+class _Again:
+    """While a checkpointed block is computed again for its gradients, once or more: its batch norms have averaged this batch in already."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.momenta = {m: m.momentum for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+    def __enter__(self) -> None:
+        for norm in self.momenta:
+            norm.momentum = 0.0
+
+    def __exit__(self, *error: object) -> None:
+        for norm, momentum in self.momenta.items():
             norm.momentum = momentum
 
 
@@ -189,7 +190,7 @@ class UNet(nn.Module):
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.config.checkpointing and self.training and x.requires_grad:
-            return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _again(block)))  # type: ignore[return-value]
+            return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _Again(block)))  # type: ignore[return-value]
         return block(x)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
