@@ -20,6 +20,7 @@ from UNetSegmentationLib.image import Box, Image, from_sitk, resample, to_sitk
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import find_model
+from UNetSegmentationLib.postprocess import distance
 
 # What it is, the image with its true geometry, a ROI, and the image as the model gets it, where that is another.
 Changed = Iterator[tuple[Any, ...]]
@@ -74,8 +75,7 @@ def hippocampus(image: Image, truth: np.ndarray, roi: Box) -> Changed:
     yield "a ROI that fits closely", image, close
     yield "the file ends with the hippocampus", image.crop(close), None
     yield "4 voxels less on each side", image.crop(Box.whole(image.shape).grown((-4, -4, -4)) | close), None
-    near = sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(sitk.GetImageFromArray(truth.astype(np.uint8)), False, False, False)) <= 10
-    masked = image.like(np.where(near, image.array, 0).astype(np.float32))
+    masked = image.like(np.where(distance(truth > 0, np.ones(3)) <= 10, image.array, 0).astype(np.float32))
     yield "zeros from 10 voxels beside it on", masked, None
     yield "so, then 0.9 mm voxels", resample(masked, (0.9, 0.9, 0.9)), None
     yield "so, then smoothed (Gaussian, 0.7 voxels)", from_sitk(sitk.SmoothingRecursiveGaussian(to_sitk(masked), 0.7)), None

@@ -32,6 +32,13 @@ def components(mask: np.ndarray, corners: bool = False) -> tuple[np.ndarray, np.
     return labelled, voxel_counts(labelled, n)
 
 
+def distance(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Signed distance in mm from the mask's edge, negative inside. spacing: mm (z, y, x)."""
+    image = sitk.GetImageFromArray(mask.astype(np.uint8))
+    image.SetSpacing([float(s) for s in spacing[::-1]])
+    return sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(image, False, False, True))
+
+
 def largest_steps(mask: np.ndarray, corners: bool = False) -> Steps[tuple[np.ndarray, int]]:
     """Of a (z, y, x) mask, not of no size: the component of most voxels, of several the first in the array, and their number; in
     pieces of some _PIECE voxels each. Where nothing is marked it is empty. corners: as for components()."""

@@ -430,10 +430,9 @@ class WorkList:
         def key(files: Iterable[str | Path]) -> tuple[str, ...]:  # see _present(); to Windows A is a
             return tuple(os.path.normcase(unicodedata.normalize("NFC", self._stored(self.folder / f))) for f in files)
 
-        known = {key(r["files"]) for r in records.values()}
+        known = {key(r["files"]): "print" in r for r in records.values()}
         prints = {files: _print(files) for files in found if key(files) not in known}
-        old = {key(r["files"]) for r in records.values() if "print" not in r}  # of a list from before there were any
-        late = {key(files): _print(files) for files in found if key(files) in old}
+        late = {key(files): _print(files) for files in found if not known.get(key(files), True)}  # of a list from before there were any
         places = Counter(filter(None, prints.values()))
         # Of a print the former places, each with its scans: several where those are a folder's series.
         gone: dict[str, dict[tuple[str, ...], list[str]]] = {}

@@ -10,7 +10,7 @@ import qt
 import slicer
 from slicer.i18n import tr as _
 
-from .models import plainTip
+from .models import plainTip, presetText
 
 MODEL_DEFAULT, CUSTOM = "", "custom"
 VOLUME, ROI, POINTS = "vtkMRMLScalarVolumeNode", "vtkMRMLMarkupsROINode", "vtkMRMLMarkupsFiducialNode"
@@ -77,8 +77,7 @@ def offeredPresets(cards: Sequence[Any]) -> list[tuple[str, str]]:
         mode = modes.pop()
         for preset in presets().values():
             if preset.intensity()["mode"] == mode:
-                shown = f"{preset.label} ({preset.level:g}, {preset.width:g})" if preset.percentiles is None else preset.label
-                out.append((preset.name, shown))
+                out.append((preset.name, presetText(preset)))
         if mode == "window":
             out.append((CUSTOM, _("Custom")))
     return out

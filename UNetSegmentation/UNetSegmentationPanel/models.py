@@ -187,8 +187,7 @@ def askCard(path: Path, network: bytes) -> dict[str, Any] | None:
     labels.toolTip = _("In the order of the network's outputs after the background, with commas between them")
     form.addRow(_("Its {n} segments:").format(n=count) if count > 1 else _("Its segment:"), labels)
     for preset in presets().values():
-        shown = f"{preset.label} ({preset.level:g}, {preset.width:g})" if preset.percentiles is None else preset.label
-        intensity.addItem(shown, preset.name)
+        intensity.addItem(presetText(preset), preset.name)
     intensity.addItem(_("Mean 0, standard deviation 1"), "zscore")
     intensity.currentIndex = -1  # a wrong one gives wrong segments without a word
     form.addRow(_("Images normalised by:"), intensity)
@@ -225,6 +224,10 @@ def askCard(path: Path, network: bytes) -> dict[str, Any] | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- words
+
+
+def presetText(preset: Any) -> str:
+    return f"{preset.label} ({preset.level:g}, {preset.width:g})" if preset.percentiles is None else str(preset.label)
 
 
 def dice(card: Any) -> str:

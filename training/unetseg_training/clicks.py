@@ -37,7 +37,6 @@ from UNetSegmentationLib.inference.click import (
     SOFT_TISSUE_HU,
     ZOOMS,
     ClickSession,
-    distance,
     fitting,
     lung_around,
     prompt_channels,
@@ -47,7 +46,7 @@ from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import Card, Label, ModelPackage
 from UNetSegmentationLib.networks import UNet
-from UNetSegmentationLib.postprocess import components
+from UNetSegmentationLib.postprocess import components, distance
 
 from . import metrics, train
 from .cases import evenly

@@ -19,10 +19,11 @@ import SimpleITK as sitk
 from torch import Tensor
 from UNetSegmentationLib.files import counted
 from UNetSegmentationLib.image import Box, read_image, reorient
-from UNetSegmentationLib.inference.click import ZOOMS, distance, fitting
+from UNetSegmentationLib.inference.click import ZOOMS, fitting
 from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import find_model
 from UNetSegmentationLib.networks import UNet, UNetConfig
+from UNetSegmentationLib.postprocess import distance
 
 from . import clicks, finetune
 from .cases import Case

@@ -38,7 +38,7 @@ from ..image import (
 )
 from ..intensity import check_finite, floor_of, is_air, normaliser, warnings_for
 from ..model import Card, Label, ModelPackage, intensity_errors
-from ..postprocess import clean, components
+from ..postprocess import clean, components, distance
 from .augment import View, views
 from .tiling import Tiling, blend_weights, compute_box, mirrored, rims, tile
 
@@ -386,7 +386,7 @@ def _without_surround(channel: np.ndarray) -> np.ndarray:
     if not sharp:
         more, sharp = _surround(channel, face, alike(channel))
         if more[face].mean() > 0.3:
-            outside = more if sharp else _away(more) <= 2
+            outside = more if sharp else distance(more, np.ones(3)) <= 2
     if not 0.01 < outside.mean() < 1:
         return channel
     nearest = sitk.DanielssonDistanceMapImageFilter()
@@ -409,14 +409,9 @@ def _surround(channel: np.ndarray, face: np.ndarray, apart: float) -> tuple[np.n
     outside = np.isin(labelled, np.setdiff1d(labelled[face], 0))
     if not 0.01 < outside.mean() < 1:
         return outside, False
-    away = _away(outside)
+    away = distance(outside, np.ones(3))
     near, far = (channel[(away > n - 1) & (away <= n)] for n in (1, 4))
     return outside, not blurred(near, far, value)
-
-
-def _away(mask: np.ndarray) -> np.ndarray:
-    """Voxels from a mask, which is not empty; 0 or less in it."""
-    return sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(sitk.GetImageFromArray(mask.astype(np.uint8)), False, False, False))
 
 
 def _placed(found: Prediction, part: Box, image: Image, background: Box | None) -> Prediction:
