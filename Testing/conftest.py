@@ -1,10 +1,11 @@
-"""Fixtures for all tests: the folder of real data, and toy model packages whose networks are formulas."""
+"""Fixtures for all tests: the folder of real data, and toy model packages."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Generator, Sequence
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 from UNetSegmentationLib import files
-from UNetSegmentationLib.model import CARD, ONNX, SAFETENSORS, ModelPackage, write_package
+from UNetSegmentationLib.model import CARD, ONNX, SAFETENSORS, SUFFIX, ModelPackage, write_package
+from workers import make_card, make_onnx
 
 ROOT = Path(__file__).resolve().parents[1]
 # The files that take longest, as a worker takes a file at a time: none of these shall begin last, when the other workers have nothing
@@ -82,81 +84,6 @@ def busy_file(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return tries
 
 
-def make_card(**changes: Any) -> dict[str, Any]:
-    """A valid card but for "files", which write_package fills in; a change to ... drops the entry."""
-    dimensions = changes.get("dimensions", 3)
-    card: dict[str, Any] = {
-        "format": 1,
-        "name": "toy",
-        "version": "1.0.0",
-        "task": "automatic",
-        "dimensions": 3,
-        "channels": ["CT"],
-        "spacing": [1 if changes.get("task") == "click" else None] * 3,
-        "patch": [16] * dimensions,
-        "divisor": [4] * dimensions,
-        "intensity": {"mode": "none"},
-        "labels": [{"value": 1, "name": "thing"}],
-        "activation": "softmax",
-        "licence": "Apache-2.0",
-    }
-    return {key: value for key, value in {**card, **changes}.items() if value is not ...}
-
-
-def make_onnx(kind: str, card: dict[str, Any]) -> bytes:
-    """A pointwise network of the card's shape that looks at the middle one of its image channels, x.
-
-    "threshold": softmax gives the label i (1, 2, ...) nearest to x, 0 below 0.5; "identity": sigmoid gives x.
-    """
-    import numpy as np
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    images = len(card["channels"]) * (2 * card.get("context_slices", 0) + 1)
-    inputs = images + (4 if card["task"] == "click" else 0)
-    n = len(card["labels"])
-    axes = ["D", "H", "W"][3 - card["dimensions"] :]
-    constants = {"middle": np.array([images // 2])}
-    nodes = [helper.make_node("Gather", ["image", "middle"], ["x"], axis=1)]
-    if kind == "threshold":
-        # i * x - i * i / 2 is the largest for the i nearest to x.
-        classes = np.arange(0 if card["activation"] == "softmax" else 1, n + 1, dtype=np.float32).reshape(1, -1, *[1] * len(axes))
-        constants |= {"slope": 50 * classes, "offset": -25 * classes**2}
-        nodes += [helper.make_node("Mul", ["x", "slope"], ["s"]), helper.make_node("Add", ["s", "offset"], ["logits"])]
-    elif kind == "identity":
-        constants |= {"low": np.float32(1e-6), "high": np.float32(1 - 1e-6), "one": np.float32(1)}
-        nodes += [
-            helper.make_node("Clip", ["x", "low", "high"], ["p"]),
-            helper.make_node("Sub", ["one", "p"], ["q"]),
-            helper.make_node("Log", ["p"], ["log_p"]),
-            helper.make_node("Log", ["q"], ["log_q"]),
-            helper.make_node("Sub", ["log_p", "log_q"], ["l"]),
-            helper.make_node("Concat", ["l"] * n, ["logits"], axis=1),
-        ]
-    else:
-        raise ValueError(f"no toy network {kind!r}")
-    graph = helper.make_graph(
-        nodes,
-        kind,
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", inputs, *axes])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", n + (card["activation"] == "softmax"), *axes])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.checker.check_model(model)
-    return model.SerializeToString()
-
-
-@pytest.fixture
-def toy_card() -> Callable[..., dict[str, Any]]:
-    return make_card
-
-
-@pytest.fixture
-def toy_onnx() -> Callable[..., bytes]:
-    return make_onnx
-
-
 @pytest.fixture
 def make_package(tmp_path: Path) -> Callable[..., ModelPackage]:
     """make_package(kind="threshold" | "identity", **card_changes) writes and reads a package in a folder of its own."""
@@ -170,6 +97,19 @@ def make_package(tmp_path: Path) -> Callable[..., ModelPackage]:
         return write_package(path, card, make_onnx(kind, card))
 
     return make
+
+
+@pytest.fixture
+def install(models_folder: Path, make_package: Callable[..., ModelPackage]) -> Callable[..., str]:
+    """install(**card changes) puts a toy model into the folder of imported ones; returns <name>-<version>."""
+
+    def put(kind: str = "threshold", **changes: Any) -> str:
+        path = make_package(kind, **changes).path
+        models_folder.mkdir(exist_ok=True)
+        shutil.copy(path, models_folder)
+        return path.name.removesuffix(SUFFIX)
+
+    return put
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the tests of the worker share, with and without Qt: waiting, endless networks, and Pythons that misbehave."""
+"""What tests share: toy networks that are formulas, or endless; waiting; and Pythons that misbehave."""
 
 from __future__ import annotations
 
@@ -80,9 +80,71 @@ def oblique_image() -> Image:
     return Image(array, (0.7, 0.8, 2.5), (-31.5, 12.25, 100.125), tuple(float(v) for v in direction))
 
 
-def onnx_package(
-    folder: Path, make_card: Callable[..., dict[str, Any]], nodes: list[Any], constants: dict[str, Any], name: str, **card: Any
-) -> ModelPackage:
+def make_card(**changes: Any) -> dict[str, Any]:
+    """A valid card but for "files", which write_package fills in; a change to ... drops the entry."""
+    dimensions = changes.get("dimensions", 3)
+    card: dict[str, Any] = {
+        "format": 1,
+        "name": "toy",
+        "version": "1.0.0",
+        "task": "automatic",
+        "dimensions": 3,
+        "channels": ["CT"],
+        "spacing": [1 if changes.get("task") == "click" else None] * 3,
+        "patch": [16] * dimensions,
+        "divisor": [4] * dimensions,
+        "intensity": {"mode": "none"},
+        "labels": [{"value": 1, "name": "thing"}],
+        "activation": "softmax",
+        "licence": "Apache-2.0",
+    }
+    return {key: value for key, value in {**card, **changes}.items() if value is not ...}
+
+
+def make_onnx(kind: str, card: dict[str, Any]) -> bytes:
+    """A pointwise network of the card's shape that looks at the middle one of its image channels, x.
+
+    "threshold": softmax gives the label i (1, 2, ...) nearest to x, 0 below 0.5; "identity": sigmoid gives x.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    images = len(card["channels"]) * (2 * card.get("context_slices", 0) + 1)
+    inputs = images + (4 if card["task"] == "click" else 0)
+    n = len(card["labels"])
+    axes = ["D", "H", "W"][3 - card["dimensions"] :]
+    constants = {"middle": np.array([images // 2])}
+    nodes = [helper.make_node("Gather", ["image", "middle"], ["x"], axis=1)]
+    if kind == "threshold":
+        # i * x - i * i / 2 is the largest for the i nearest to x.
+        classes = np.arange(0 if card["activation"] == "softmax" else 1, n + 1, dtype=np.float32).reshape(1, -1, *[1] * len(axes))
+        constants |= {"slope": 50 * classes, "offset": -25 * classes**2}
+        nodes += [helper.make_node("Mul", ["x", "slope"], ["s"]), helper.make_node("Add", ["s", "offset"], ["logits"])]
+    elif kind == "identity":
+        constants |= {"low": np.float32(1e-6), "high": np.float32(1 - 1e-6), "one": np.float32(1)}
+        nodes += [
+            helper.make_node("Clip", ["x", "low", "high"], ["p"]),
+            helper.make_node("Sub", ["one", "p"], ["q"]),
+            helper.make_node("Log", ["p"], ["log_p"]),
+            helper.make_node("Log", ["q"], ["log_q"]),
+            helper.make_node("Sub", ["log_p", "log_q"], ["l"]),
+            helper.make_node("Concat", ["l"] * n, ["logits"], axis=1),
+        ]
+    else:
+        raise ValueError(f"no toy network {kind!r}")
+    graph = helper.make_graph(
+        nodes,
+        kind,
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", inputs, *axes])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", n + (card["activation"] == "softmax"), *axes])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def onnx_package(folder: Path, nodes: list[Any], constants: dict[str, Any], name: str, **card: Any) -> ModelPackage:
     """A package of one channel in 3D whose nodes lead from "image" (a click model's: and four of prompts) to "logits" (two)."""
     from onnx import TensorProto, helper, numpy_helper
 
@@ -98,7 +160,7 @@ def onnx_package(
     return write_package(folder / f"{name}-1.0.0.unet.zip", make_card(name=name, **card), model.SerializeToString())
 
 
-def slow_package(folder: Path, make_card: Callable[..., dict[str, Any]], n: int = 1 << 50, **card: Any) -> ModelPackage:
+def slow_package(folder: Path, n: int = 1 << 50, **card: Any) -> ModelPackage:
     """A network that goes round a loop n times in each of its calls: for ever, if not told. card: its changes."""
     from onnx import TensorProto, helper
 
@@ -118,10 +180,10 @@ def slow_package(folder: Path, make_card: Callable[..., dict[str, Any]], n: int 
         helper.make_node("Loop", ["n", "yes", "one"], ["looped"], body=body),
         helper.make_node("Concat", ["looped", "one"], ["logits"], axis=1),
     ]
-    return onnx_package(folder, make_card, nodes, {"n": np.int64(n), "yes": np.bool_(True), "first": np.array([0])}, f"slow{n}", **card)
+    return onnx_package(folder, nodes, {"n": np.int64(n), "yes": np.bool_(True), "first": np.array([0])}, f"slow{n}", **card)
 
 
-def greedy_package(folder: Path, make_card: Callable[..., dict[str, Any]]) -> ModelPackage:
+def greedy_package(folder: Path) -> ModelPackage:
     """A network that wants 128 TiB of floats: more than any process can address."""
     from onnx import helper
 
@@ -131,7 +193,7 @@ def greedy_package(folder: Path, make_card: Callable[..., dict[str, Any]]) -> Mo
         helper.make_node("Concat", ["x", "x"], ["logits"], axis=1),
     ]
     nodes[1].attribute.append(helper.make_attribute("keepdims", 0))
-    return onnx_package(folder, make_card, nodes, {"huge": np.array([1 << 33, 1, 1, 1, 1, 1]), "first": np.array([0])}, "huge")
+    return onnx_package(folder, nodes, {"huge": np.array([1 << 33, 1, 1, 1, 1, 1]), "first": np.array([0])}, "huge")
 
 
 def script(path: Path, text: str) -> str:

@@ -11,12 +11,9 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "UNetSegmentation"))
 
 from UNetSegmentationLib.engines import ENGINES, installed, make_engine
 from UNetSegmentationLib.image import read_image

@@ -20,7 +20,6 @@ import importlib.util
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -29,9 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "UNetSegmentation"))
-
 from UNetSegmentationLib.image import Image, read_image, resample
 from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.model import ModelPackage, find_model
@@ -238,8 +234,7 @@ def main() -> None:
         rows["panel"] = clicks(Person(image, truth), arguments.lesions, lambda n, p: panel.click(image, model, options, n, p, write))
         panel.idle(sum(row["all"] for row in rows["panel"]) / 2000)
         panel.worker.shutdown()
-        gaps = {name: {"median": statistics.median(v), "max": max(v)} for name, v in panel.gaps.items()}
-        report["event_loop_gap_ms"] = {name: {key: round(value, 1) for key, value in v.items()} for name, v in gaps.items()}
+        report["event_loop_gap_ms"] = panel.gap_ms()
     for way, found in rows.items():
         kinds = dict.fromkeys(row["kind"] for row in found)
         parts = {"all": found, "painted": [row for row in found if row["found"]]}
@@ -252,8 +247,7 @@ def main() -> None:
     sys.stdout.flush()
     median, high = report["panel" if panel is not None else "client"]["painted"]["all"]
     slow = median > 250 or high > 500 or report["first_click_s"]["warm"] > 1.5
-    if panel is not None:
-        slow = slow or max(panel.gaps["busy"]) > 50 > max(panel.gaps["idle"])
+    slow = slow or (panel is not None and panel.held_up)
     if scene is not None:
         shutil.rmtree(scene.folder, ignore_errors=True)
     os._exit(slow)  # PySide6 and VTK abort at the interpreter's exit

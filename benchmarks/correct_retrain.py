@@ -32,22 +32,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from unetseg_training import export, finetune, metrics
+from unetseg_training.cases import Case, CaseSet, find_cases, folds
+from unetseg_training.config import Config
+from unetseg_training.plan import plan
+from unetseg_training.train import git_revision, read_run, train, versions
+from UNetSegmentationLib import worklist
+from UNetSegmentationLib.dataset import Dataset
+from UNetSegmentationLib.files import UserError, atomic_path, write_text
+from UNetSegmentationLib.inference.predict import Options, Prediction, predict
+from UNetSegmentationLib.model import ModelPackage
+from UNetSegmentationLib.networks import UNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "training"), str(ROOT / "UNetSegmentation")]
-
-from unetseg_training import export, finetune, metrics  # noqa: E402
-from unetseg_training.cases import Case, CaseSet, find_cases, folds  # noqa: E402
-from unetseg_training.config import Config  # noqa: E402
-from unetseg_training.plan import plan  # noqa: E402
-from unetseg_training.train import RUN, git_revision, train, versions  # noqa: E402
-from UNetSegmentationLib import worklist  # noqa: E402
-from UNetSegmentationLib.dataset import Dataset  # noqa: E402
-from UNetSegmentationLib.files import UserError, atomic_path, write_text  # noqa: E402
-from UNetSegmentationLib.inference.predict import Options, Prediction, predict  # noqa: E402
-from UNetSegmentationLib.model import ModelPackage  # noqa: E402
-from UNetSegmentationLib.networks import UNetConfig  # noqa: E402
-
 SEED = 20261123
 # A Dice as near to the full model's as two trainings of one recipe with other seeds are to each other.
 AS_GOOD = 0.01
@@ -137,9 +134,8 @@ class Walk:
         config = self.config(plan(cases, data, quick=True, measure=False, base=base).config, steps, version)
         start = finetune.start_of(parent, config).state if parent else None
         result = train(config, folder / "run", cases, fold=None, start=start, cache=self.work / "cache")
-        run = json.loads((folder / "run" / RUN).read_text("utf-8"))
         items = metrics.case_items(cases, [c for c in cases.annotated if c.split == "validation"][:2])
-        return export.export_run(result.network, config.card(), path, items, export.lineage(run, parent), quiet=True)
+        return export.export_run(result.network, config.card(), path, items, export.lineage(read_run(folder / "run"), parent), quiet=True)
 
     def config(self, planned: Config, steps: int, version: str) -> Config:
         """The plan's own --quick settings, for so many steps whatever this machine's speed."""
@@ -335,12 +331,10 @@ def table(facts: dict[str, Any]) -> str:
 
 def draw(facts: dict[str, Any], path: Path) -> None:
     """The curve: Dice on the held-out patients against corrected scans."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=120)
+    figure = Figure((7, 4.5), dpi=120)
+    axes = figure.subplots()
     for name, color in (("ours", "#0072B2"), ("random", "#E69F00"), ("none", "#999999")):
         lines = facts["arms"][name]
         if not lines:
@@ -363,7 +357,6 @@ def draw(facts: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
-    pyplot.close(figure)
 
 
 def write(facts: dict[str, Any], out: Path) -> None:
@@ -381,10 +374,9 @@ def quick(walk: Walk, n: int = 20) -> dict[str, Any]:
         data = walk.dataset(folder / "dataset", walk.pool[:n])
         shutil.rmtree(folder / "job", ignore_errors=True)
         words = ["finetune", str(data.folder), "--from", str(package.path), "--job", str(folder / "job"), "--quick"]
-        where = os.pathsep.join([str(ROOT / "training"), str(ROOT / "UNetSegmentation"), os.environ.get("PYTHONPATH", "")])
         began = time.monotonic()
         command = [sys.executable, "-m", "unetseg_training.cli", *words]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": where}, stdout=sys.stderr)
+        subprocess.run(command, check=True, stdout=sys.stderr)
         seconds = time.monotonic() - began
         told = json.loads((folder / "job" / "result.json").read_text("utf-8"))
         after = walk.score(ModelPackage.read(folder / "job" / told["package"]))

@@ -35,10 +35,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "training"), str(ROOT / "UNetSegmentation")]
-from UNetSegmentationLib.files import write_text  # noqa: E402
+from UNetSegmentationLib.files import write_text
 
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = ("ours", "basicunet", "dynunet", "nnunetv2")
 NNUNET = "nnunetv2==2.8.1"
 

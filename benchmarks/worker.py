@@ -25,9 +25,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "UNetSegmentation"))
-
 from UNetSegmentationLib.engines import choose_engine
 from UNetSegmentationLib.image import Image
 from UNetSegmentationLib.inference.predict import Options, Prediction, predict
@@ -43,7 +40,6 @@ T = TypeVar("T")
 
 def small_network(folder: Path) -> ModelPackage:
     sys.path.insert(0, str(ROOT / "Testing"))
-    from conftest import make_card
     from onnx import helper
     from workers import onnx_package
 
@@ -55,7 +51,7 @@ def small_network(folder: Path) -> ModelPackage:
         helper.make_node("Conv", ["y", "b"], ["logits"]),
     ]
     constants = {name: values.astype(np.float32) for name, values in weights.items()}
-    return onnx_package(folder, make_card, nodes, constants, "small", patch=[64] * 3, intensity={"mode": "zscore"})
+    return onnx_package(folder, nodes, constants, "small", patch=[64] * 3, intensity={"mode": "zscore"})
 
 
 def timed(act: Callable[..., T], *arguments: Any, **how: Any) -> tuple[T, float]:
@@ -68,7 +64,7 @@ class Panel:
     """The panel's worker, and the gaps between the beats of a timer while its event loop runs."""
 
     def __init__(self) -> None:
-        sys.path.insert(0, str(ROOT / "Testing" / "panel" / "standins"))
+        sys.path[:0] = [str(ROOT / "Testing" / "panel" / "standins"), str(ROOT / "UNetSegmentation")]
         import pythonqt  # noqa: F401  # makes the module qt
         import qt
 
@@ -108,6 +104,14 @@ class Panel:
             loop.exec_()
         timer.stop()
         self.gaps[what] += [1000 * (b - a) for a, b in zip(beats, [*beats[1:], time.perf_counter()])]
+
+    def gap_ms(self) -> dict[str, dict[str, float]]:
+        return {what: {"median": round(statistics.median(v), 1), "max": round(max(v), 1)} for what, v in self.gaps.items()}
+
+    @property
+    def held_up(self) -> bool:
+        """For longer than the bound, where the machine itself does not."""
+        return max(self.gaps["busy"]) > 50 > max(self.gaps["idle"])
 
 
 def main() -> None:
@@ -159,14 +163,12 @@ def main() -> None:
         "same_labels": same,
     }
     if panel is not None:
-        report["event_loop_gap_ms"] = {
-            name: {"median": round(statistics.median(gaps), 1), "max": round(max(gaps), 1)} for name, gaps in panel.gaps.items()
-        }
+        report["event_loop_gap_ms"] = panel.gap_ms()
         report["largest_gap_busy_over_idle"] = round(max(panel.gaps["busy"]) / max(panel.gaps["idle"]), 2)
     print(json.dumps(report))
     sys.stdout.flush()
     slow = any(v > 0.05 * medians["direct"] and v > 0.05 for v in over.values())
-    os._exit(not same or slow or (panel is not None and max(panel.gaps["busy"]) > 50 > max(panel.gaps["idle"])))
+    os._exit(not same or slow or (panel is not None and panel.held_up))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Light and dark are Slicer's styles; the widths are those of a docked panel. The 
 from __future__ import annotations
 
 import os
-import runpy
 import shutil
 import sys
 import tempfile
@@ -86,7 +85,7 @@ def photograph(gui: Any, out: Path, work: Path) -> None:
     shoot("undone")
     photograph_nodules(gui, widget, volume, shoot)
 
-    slow = slow_package(work, runpy.run_path(str(ROOT / "Testing" / "conftest.py"))["make_card"]).path
+    slow = slow_package(work).path
     widget.modelList.importFile(slow)
     ui.applyButton.click()
     gui.wait(lambda: controller.text in ("Loading the model", "Segmenting"), 60)
@@ -170,13 +169,14 @@ def photograph_sets(gui: Any, widget: Any, work: Path, out: Path, shoot: Any) ->
     from retraining import LABELS
     from UNetSegmentationLib.image import Image, write_image
     from UNetSegmentationLib.model import write_package
+    from workers import make_card, make_onnx
 
     others = [getattr(widget.ui, name) for name in ("inputSection", "noduleSection", "modelSection", "runSection", "resultSection")]
     for each in others:
         each.collapsed = True
-    toys, labels = runpy.run_path(str(ROOT / "Testing" / "conftest.py")), [d | {"name": f"{d['name']} hippocampus"} for d in LABELS]
-    card, model = toys["make_card"](name="hippocampus-toy", labels=labels), "hippocampus-toy-1.0.0"
-    write_package(Path(os.environ["UNETSEG_MODELS"], f"{model}.unet.zip"), card, toys["make_onnx"]("threshold", card))
+    labels = [d | {"name": f"{d['name']} hippocampus"} for d in LABELS]
+    card, model = make_card(name="hippocampus-toy", labels=labels), "hippocampus-toy-1.0.0"
+    write_package(Path(os.environ["UNETSEG_MODELS"], f"{model}.unet.zip"), card, make_onnx("threshold", card))
     widget.modelList.read()
     for i in range(4):
         array = np.random.default_rng(i).normal(0, 0.05, (24, 48, 40)).astype(np.float32)
@@ -271,6 +271,7 @@ def photograph_retrain(gui: Any, widget: Any, work: Path, out: Path, shoot: Any)
     import slicer
     from headless_slicer import SliceView, draw_chart
     from UNetSegmentationLib.model import write_package
+    from workers import make_card, make_onnx
 
     ui, folder = widget.ui, work / "cases"
     folder.mkdir()
@@ -285,9 +286,8 @@ def photograph_retrain(gui: Any, widget: Any, work: Path, out: Path, shoot: Any)
         gui.process_events()
         gui.wait(lambda: not section._watch.busy and (section._timer.interval or not section._timer.active), 60)
 
-    toy = runpy.run_path(str(ROOT / "Testing" / "conftest.py"))
-    card = toy["make_card"](version="1.1.0", labels=list(retraining.LABELS))
-    package = write_package(work / "toy-1.1.0.unet.zip", card, toy["make_onnx"]("threshold", card))
+    card = make_card(version="1.1.0", labels=list(retraining.LABELS))
+    package = write_package(work / "toy-1.1.0.unet.zip", card, make_onnx("threshold", card))
     widget.trainingSet.setFolder(str(folder))
     shoot("retrain")
     job = retraining.make_job(folder)

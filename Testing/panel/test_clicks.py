@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -61,10 +60,9 @@ TOY = {
 
 
 @pytest.fixture
-def panel(gui: Any, monkeypatch: pytest.MonkeyPatch, models_folder: Path, make_package: Callable[..., Any]) -> Callable[[], Hands]:
+def panel(gui: Any, monkeypatch: pytest.MonkeyPatch, install: Callable[..., str]) -> Callable[[], Hands]:
     """panel() opens the module on an empty scene, with the toy model for clicks chosen."""
-    models_folder.mkdir(exist_ok=True)
-    shutil.copy(make_package(**TOY).path, models_folder)
+    install(**TOY)
 
     def open_() -> Hands:
         hands = Hands(gui, gui.open())
@@ -294,9 +292,9 @@ def everything(node: Any) -> Any:
 VESSEL = (20, 40, 80)  # of the nodule on the right
 
 
-def test_a_model_for_another_organ_makes_its_own_lesions(panel: Any, models_folder: Path, make_package: Callable[..., Any]) -> None:
+def test_a_model_for_another_organ_makes_its_own_lesions(panel: Any, install: Callable[..., str]) -> None:
     label = {"value": 1, "name": "Liver lesion"}
-    shutil.copy(make_package(**{**TOY, "name": "bclick", "labels": [label], "surroundings": "any"}).path, models_folder)
+    install(**{**TOY, "name": "bclick", "labels": [label], "surroundings": "any"})
     p = panel()
     p.settings.clickModel = "bclick-1.0.0"
     p.settings.volume = scan()
@@ -633,8 +631,8 @@ def test_undo_is_of_the_frame_that_is_shown(panel: Any) -> None:
     assert not p.segments()
 
 
-def test_a_mask_too_large_to_look_at_stays_as_it_is(panel: Any, models_folder: Path, make_package: Callable[..., Any]) -> None:
-    shutil.copy(make_package(**{**TOY, "patch": [32, 16, 16]}).path, models_folder)  # which sees 44 mm at most
+def test_a_mask_too_large_to_look_at_stays_as_it_is(panel: Any, install: Callable[..., str]) -> None:
+    install(**{**TOY, "patch": [32, 16, 16]})  # which sees 44 mm at most
     p = begun(panel, "right")
     wide = np.zeros(SHAPE, np.uint8)
     wide[18:22, 38:42, :90] = 1
@@ -646,13 +644,13 @@ def test_a_mask_too_large_to_look_at_stays_as_it_is(panel: Any, models_folder: P
 
 
 def test_what_the_furthest_look_cuts_is_said_to_be_cut_wherever_its_size_is(
-    panel: Any, models_folder: Path, make_package: Callable[..., Any], tmp_path: Path
+    panel: Any, install: Callable[..., str], tmp_path: Path
 ) -> None:
     import slicer
     from UNetSegmentationLib.inference.click import BEYOND
     from UNetSegmentationLib.mrml import CUT_TAG, size_text
 
-    shutil.copy(make_package(**{**TOY, "patch": [32, 16, 16]}).path, models_folder)  # which sees 44 mm at most
+    install(**{**TOY, "patch": [32, 16, 16]})  # which sees 44 mm at most
     p, array = panel(), np.full(SHAPE, -850, np.int16)
     array[12:36, 34:62] = 30
     p.settings.volume = scan()
@@ -761,15 +759,13 @@ def test_a_box_within_one_slice_is_a_box(panel: Any, k: int) -> None:
     assert np.array_equal(p.mask("Nodule 1"), by_python(p, prompts_of(p, "Nodule 1")))
 
 
-def test_a_box_in_a_turned_scan_is_the_command_lines_and_one_too_large_changes_nothing(
-    panel: Any, models_folder: Path, make_package: Callable[..., Any]
-) -> None:
+def test_a_box_in_a_turned_scan_is_the_command_lines_and_one_too_large_changes_nothing(panel: Any, install: Callable[..., str]) -> None:
     import slicer
     from UNetSegmentationLib.cli import parse_roi
     from UNetSegmentationLib.inference.click import box_prompt
     from UNetSegmentationLib.mrml import image_from_volume
 
-    shutil.copy(make_package(**{**TOY, "patch": [32, 16, 16]}).path, models_folder)  # which sees 44 mm at most
+    install(**{**TOY, "patch": [32, 16, 16]})  # which sees 44 mm at most
     p = panel()
     p.settings.volume = node = scan()
     c = np.sqrt(0.5)
@@ -991,8 +987,8 @@ def test_what_was_clicked_in_the_segment_editor_is_gone_on_from(panel: Any, then
         assert all("corrected elsewhere" in text for text in p.gui.dialogs.texts("message"))
 
 
-def test_after_undo_the_model_that_is_chosen_now_is_asked(panel: Any, models_folder: Path, make_package: Callable[..., Any]) -> None:
-    shutil.copy(make_package(**{**TOY, "name": "bclick"}).path, models_folder)
+def test_after_undo_the_model_that_is_chosen_now_is_asked(panel: Any, install: Callable[..., str]) -> None:
+    install(**{**TOY, "name": "bclick"})
     p = begun(panel, "right")
     p.click(VESSEL, ctrl=True)
     p.settings.clickModel = "bclick-1.0.0"
@@ -1827,9 +1823,9 @@ def test_a_nodule_that_could_not_be_measured_is_named_and_makes_none_new(
     assert "too far apart" in p.ui.noduleNote.text
 
 
-def test_a_follow_up_elsewhere_quotes_no_guideline_of_the_lung(panel: Any, models_folder: Path, make_package: Callable[..., Any]) -> None:
+def test_a_follow_up_elsewhere_quotes_no_guideline_of_the_lung(panel: Any, install: Callable[..., str]) -> None:
     label = {"value": 1, "name": "Liver lesion"}
-    shutil.copy(make_package(**{**TOY, "name": "bclick", "labels": [label], "surroundings": "any"}).path, models_folder)
+    install(**{**TOY, "name": "bclick", "labels": [label], "surroundings": "any"})
     p = panel()
     p.settings.clickModel, p.settings.volume = "bclick-1.0.0", scan()
     p.gui.process_events()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from workers import make_card, make_onnx
 
 
 @pytest.mark.parametrize(
@@ -37,8 +38,6 @@ def test_an_import_leaves_another_models_file_of_its_name(gui: Any, make_package
 
 def test_a_bare_network_is_imported_by_three_answers(
     gui: Any,
-    toy_card: Callable[..., Any],
-    toy_onnx: Callable[..., bytes],
     models_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -48,7 +47,7 @@ def test_a_bare_network_is_imported_by_three_answers(
     from UNetSegmentationLib import Image, Options, find_model, predict
 
     network = tmp_path / "My net.onnx"
-    network.write_bytes(toy_onnx("threshold", toy_card(dimensions=2, labels=[{"value": 1, "name": "a"}, {"value": 2, "name": "b"}])))
+    network.write_bytes(make_onnx("threshold", make_card(dimensions=2, labels=[{"value": 1, "name": "a"}, {"value": 2, "name": "b"}])))
     widget = gui.open()
     ui, tried = widget.ui, []
 
@@ -100,7 +99,7 @@ def test_a_bare_network_is_imported_by_three_answers(
     assert list(models_folder.iterdir()) == [file]
 
 
-def test_a_3d_network_is_asked_for_no_axis(gui: Any, toy_card: Callable[..., Any], toy_onnx: Callable[..., bytes], tmp_path: Path) -> None:
+def test_a_3d_network_is_asked_for_no_axis(gui: Any, tmp_path: Path) -> None:
     import qt
     from UNetSegmentationPanel import models
 
@@ -111,6 +110,6 @@ def test_a_3d_network_is_asked_for_no_axis(gui: Any, toy_card: Callable[..., Any
         dialog.accept()
 
     gui.dialogs.answer(answer)
-    card = models.askCard(tmp_path / "net.onnx", toy_onnx("threshold", toy_card()))
+    card = models.askCard(tmp_path / "net.onnx", make_onnx("threshold", make_card()))
     assert card is not None and "axis" not in card and card["spacing"] == [None] * 3
     assert card["intensity"] == {"mode": "window", "level": -600, "width": 1500}

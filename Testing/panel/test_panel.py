@@ -33,19 +33,6 @@ TWO = [{"value": 1, "name": "one"}, {"value": 2, "name": "two"}]
 
 
 @pytest.fixture
-def install(models_folder: Path, make_package: Callable[..., Any]) -> Callable[..., str]:
-    """install(**card changes) puts a toy model into the folder of imported ones; returns <name>-<version>."""
-
-    def put(kind: str = "threshold", **changes: Any) -> str:
-        path = make_package(kind, **changes).path
-        models_folder.mkdir(exist_ok=True)
-        shutil.copy(path, models_folder)
-        return path.name.removesuffix(SUFFIX)
-
-    return put
-
-
-@pytest.fixture
 def panel(gui: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Panel]:
     """panel() opens the module, with its models read."""
     return lambda: Panel(gui, gui.open())
@@ -469,7 +456,7 @@ def test_models_that_cannot_be_averaged_say_why(panel: Any, install: Any) -> Non
     volume()
     p.choose(one)
     assert p.ui.applyButton.enabled and not p.ui.modelMessage.visible
-    for other, words in ((two, "same segments"), (flair, "numbers of volumes"), (sigmoid, "end differently")):
+    for other, words in ((two, "same labels"), (flair, "must take the same"), (sigmoid, "different activations")):
         p.choose(one, other)
         assert words in p.ui.modelMessage.text and p.ui.modelMessage.visible
         assert not p.ui.applyButton.enabled and words in p.ui.applyButton.toolTip
@@ -699,12 +686,12 @@ def test_a_channel_that_is_removed_is_not_replaced_by_another_scan(panel: Any, i
     assert "FLAIR" in p.ui.applyButton.toolTip and not p.ui.applyButton.enabled
 
 
-def test_who_scrolls_the_panel_changes_nothing(panel: Any, install: Any, make_package: Any, models_folder: Path, gui: Any) -> None:
+def test_who_scrolls_the_panel_changes_nothing(panel: Any, install: Any, gui: Any) -> None:
     """The wheel over a box is the panel's: it would turn what the network sees, and how a nodule grew, unseen."""
     import qt
 
     toy = install(intensity=HU, channels=["T1", "FLAIR"])
-    shutil.copy(make_package(name="clicks", task="click").path, models_folder)
+    install(name="clicks", task="click")
     first, second = volume(name="T1"), volume(name="FLAIR")
     p = panel()
     p.choose(toy)
@@ -1166,10 +1153,10 @@ def test_the_event_loop_is_never_held_for_long(panel: Any, install: Any, gui: An
 
 
 @pytest.fixture
-def endless(install: Any, models_folder: Path, toy_card: Any) -> str:
+def endless(install: Any, models_folder: Path) -> str:
     """A model that never comes to an end."""
     models_folder.mkdir(exist_ok=True)
-    return slow_package(models_folder, toy_card).path.name.removesuffix(SUFFIX)
+    return slow_package(models_folder).path.name.removesuffix(SUFFIX)
 
 
 @pytest.fixture

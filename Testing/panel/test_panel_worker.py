@@ -125,8 +125,8 @@ def image() -> Image:
 
 
 @pytest.fixture
-def forever(tmp_path, toy_card):
-    return slow_package(tmp_path, toy_card)
+def forever(tmp_path):
+    return slow_package(tmp_path)
 
 
 @pytest.fixture
@@ -261,9 +261,9 @@ def test_cancel_whatever_the_worker_is_doing(gui, make_worker, launcher, image, 
     assert after.end("result").labels.array.any() and "sending the volume" not in [t for _, t in after.progress]
 
 
-def test_a_worker_that_can_cancel_lives_on(gui, worker, tmp_path, toy_card, make_package, monkeypatch):
+def test_a_worker_that_can_cancel_lives_on(gui, worker, tmp_path, make_package, monkeypatch):
     monkeypatch.setattr("UNetSegmentationPanel.worker.CANCEL_S", STARTED_S)  # a busy machine may not let it answer in time
-    image, model = Image(np.ones((64, 64, 64), np.int16)), slow_package(tmp_path, toy_card, 3000)
+    image, model = Image(np.ones((64, 64, 64), np.int16)), slow_package(tmp_path, 3000)
     run = Run(gui, worker, 1, image, [model], replace(QUICK, batch=1))
     gui.wait(lambda: [f for f, _ in run.progress if f > 0] or run.ends, STARTED_S)
     pid = worker.pid
@@ -423,7 +423,7 @@ def test_what_has_the_id_of_a_worker_that_ended_is_not_killed(gui, tmp_path, mon
     monkeypatch.setattr(module, "os", system)
     monkeypatch.setattr(module, "process_mark", lambda pid: marks[-1])
     python = script(tmp_path / "PythonSlicer", "cat\n")
-    child = module.ChildProcess([python], os.environ, lambda _: None, lambda _: None, lambda *end: ends.append(end))
+    child = module.ChildProcess([python], os.environ, lambda _: None, lambda *end: ends.append(end))
     child.workerPid = 4321
     child._process.closeWriteChannel()
     marks.append(now)
@@ -431,9 +431,9 @@ def test_what_has_the_id_of_a_worker_that_ended_is_not_killed(gui, tmp_path, mon
     assert kills == killed and ends == [(0, "")] and child.launched
 
 
-def test_another_python_takes_over_after_the_job_that_is_on_its_way(gui, make_worker, image, make_package, tmp_path, toy_card):
+def test_another_python_takes_over_after_the_job_that_is_on_its_way(gui, make_worker, image, make_package, tmp_path):
     worker = make_worker()
-    first = Run(gui, worker, 1, image, [slow_package(tmp_path, toy_card, 30_000)]).computing()
+    first = Run(gui, worker, 1, image, [slow_package(tmp_path, 30_000)]).computing()
     pid = worker.pid
     worker.renew(sys.executable, {**os.environ, "X": "1"})
     first.end("result")
@@ -518,14 +518,14 @@ def test_another_python_gets_the_environment_of_before_slicer(gui, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["a missing library", "too little memory", "no model", "a damaged model", "a bad image", "a bad option"])
-def test_bad_input_is_a_sentence_and_the_worker_lives_on(gui, make_worker, tmp_path, toy_card, image, make_package, kind):
+def test_bad_input_is_a_sentence_and_the_worker_lives_on(gui, make_worker, tmp_path, image, make_package, kind):
     worker, model, options, picture = make_worker(), make_package(), QUICK, image
     words, good = "", model
     if kind == "a missing library":
         worker = make_worker(environment=stub(tmp_path, "onnxruntime", MISSING_DLL))
         words = "package onnxruntime cannot be loaded .*install it again"
     elif kind == "too little memory":
-        good, words = greedy_package(tmp_path, toy_card), "not enough memory; .*smaller"
+        good, words = greedy_package(tmp_path), "not enough memory; .*smaller"
     elif kind == "no model":
         good, words = tmp_path / "none.unet.zip", "no model package .*none.unet.zip"
     elif kind == "a damaged model":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import retraining
 from UNetSegmentationLib.environment import Package, Plan
+from workers import make_card, make_onnx
 
 WAIT_S = 60.0
 TRAIN_S = 300.0  # for a training of a moment, on a machine that has other things to do
@@ -99,9 +99,8 @@ class Hands:
 def toy(tmp_path: Path, version: str = "1.1.0", **changes: Any) -> Any:
     from UNetSegmentationLib.model import write_package
 
-    conftest = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))
-    card = conftest["make_card"](**{"version": version, "labels": list(retraining.LABELS), **changes})
-    return write_package(tmp_path / f"{card['name']}-{version}.unet.zip", card, conftest["make_onnx"]("threshold", card))
+    card = make_card(**{"version": version, "labels": list(retraining.LABELS), **changes})
+    return write_package(tmp_path / f"{card['name']}-{version}.unet.zip", card, make_onnx("threshold", card))
 
 
 def columns(node: Any) -> dict[str, np.ndarray]:
@@ -1088,12 +1087,9 @@ def test_a_model_of_another_task_is_trained_and_used_beside_its_base(
 
     network = UNetConfig(dimensions=2, in_channels=1, out_channels=2, channels=(4, 8))
     card = {"dimensions": 2, "channels": ["MR"], "labels": [{"value": 1, "name": "Vessel"}], "patch": [32, 32], "divisor": [2, 2]}
-    conftest = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))
-    card = conftest["make_card"](**card, intensity={"mode": "zscore"}, network=network.to_json(), name="vessels")
+    card = make_card(**card, intensity={"mode": "zscore"}, network=network.to_json(), name="vessels")
     torch.manual_seed(0)
-    write_package(
-        models_folder / "vessels-1.0.0.unet.zip", card, conftest["make_onnx"]("threshold", card), save(build(network).state_dict())
-    )
+    write_package(models_folder / "vessels-1.0.0.unet.zip", card, make_onnx("threshold", card), save(build(network).state_dict()))
     before = retraining.make_job(hippocampi, state="failed", text="No space; free some.")
     discs = training_set(tmp_path / "Discs", ["Disc"], (1, 32, 32), 4)
 

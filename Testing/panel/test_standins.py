@@ -544,19 +544,6 @@ def test_collapsing_keeps_what_the_owner_hid(gui: Any) -> None:
         button.contentsFrameShape = qt.QFrame.StyledPanel
 
 
-def test_double_spin_box(gui: Any) -> None:
-    import ctk
-
-    box, got = ctk.ctkDoubleSpinBox(), []
-    box.connect("valueChanged(double)", got.append)
-    box.minimum, box.maximum, box.decimals, box.suffix = -10.0, 10.0, 1, " mm"
-    box.value = 2.5
-    box.setValue(99)
-    assert got == [2.5, 10.0] and box.cleanText == "10.0" and box.suffix == " mm"
-    with pytest.raises(AttributeError):
-        box.setMinimum(3)  # a C++ method, no slot
-
-
 def test_standins_show_only_names_of_the_real_class(gui: Any) -> None:
     """What the classes add to Qt's are Q_PROPERTYs, slots, Q_INVOKABLEs, signals and virtuals; their own names start with _."""
     from pythonqt import standins
@@ -565,9 +552,6 @@ def test_standins_show_only_names_of_the_real_class(gui: Any) -> None:
     known = {
         "ctkMenuButton": set(),
         "qMRMLWidget": {"mrmlScene", "setMRMLScene", "mrmlSceneChanged"},
-        "qMRMLCheckableNodeComboBox": set(
-            "checkedNodes uncheckedNodes allChecked noneChecked checkState setCheckState check uncheck checkedNodesChanged".split()
-        ),
         "qMRMLSegmentationShow3DButton": {"segmentationNode", "setSegmentationNode", "locked", "setLocked"},
         "ctkCollapsibleButton": set(
             "contentsCollapsed collapsed collapsedHeight flat contentsFrameShape contentsFrameShadow contentsLineWidth "
@@ -694,22 +678,6 @@ def test_a_destroyed_selector_does_not_observe(gui: Any) -> None:
     combo.deleteLater()
     gui.process_events()
     add_volume()
-
-
-def test_checkable_node_selector(gui: Any) -> None:
-    import qt
-    import slicer
-
-    first, second = add_volume("T1"), add_volume("T2")
-    combo, got = slicer.qMRMLCheckableNodeComboBox(), []
-    combo.nodeTypes = ["vtkMRMLScalarVolumeNode"]
-    combo.setMRMLScene(slicer.mrmlScene)
-    combo.connect("checkedNodesChanged()", lambda: got.append(len(combo.checkedNodes())))
-    combo.setCheckState(second, qt.Qt.Checked)
-    combo.check(first)
-    assert combo.checkedNodes() == (first, second) and combo.allChecked() and got == [1, 2]
-    slicer.mrmlScene.RemoveNode(first)
-    assert combo.checkedNodes() == (second,) and combo.checkState(second) == qt.Qt.Checked and got == [1, 2, 1]
 
 
 def test_segments_table(gui: Any) -> None:

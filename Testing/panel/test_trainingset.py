@@ -36,14 +36,11 @@ TOY = {
 
 
 @pytest.fixture
-def hands(
-    gui: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models_folder: Path, make_package: Callable[..., Any]
-) -> Iterator[Any]:
+def hands(gui: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Callable[..., str]) -> Iterator[Any]:
     """The panel with the toy model installed, a scan of 0, 1 and 2 that it labels, and an empty folder chosen."""
     import slicer
 
-    models_folder.mkdir(exist_ok=True)
-    shutil.copy(make_package(**TOY).path, models_folder)
+    install(**TOY)
     gui.open()
     yield Hands(gui, slicer.modules.UNetSegmentationWidget, tmp_path / "Nodules")
     gui.close(slicer.modules.UNetSegmentationWidget)
@@ -300,9 +297,9 @@ def test_the_models_mask_is_found_after_the_scene_was_saved_and_opened(hands: Ha
     assert hands.only.version == 2 and hands.only.model is None
 
 
-def test_clicked_nodules_have_the_models_label(hands: Hands, models_folder: Path, make_package: Callable[..., Any]) -> None:
+def test_clicked_nodules_have_the_models_label(hands: Hands, install: Callable[..., str]) -> None:
     toy = {**TOY, "name": "aclick", "task": "click", "spacing": [*SPACING], "patch": [16, 16, 16], "labels": TOY["labels"][:1]}
-    shutil.copy(make_package(**toy).path, models_folder)
+    install(**toy)
     hands.widget.enter()
     hands.widget._parameters.clickModel = "aclick-1.0.0"
     hands.gui.process_events()
@@ -390,8 +387,8 @@ def test_a_segmentation_of_another_scan_is_not_cut_to_this_one(hands: Hands) -> 
     assert hands.add().startswith("Added as") and hands.only.record["voxels_by_label"] == {"thing": 4 * 4 * 16}
 
 
-def test_a_scan_of_several_channels(hands: Hands, models_folder: Path, make_package: Callable[..., Any]) -> None:
-    shutil.copy(make_package(name="two", channels=["T1", "T2"], **TOY).path, models_folder)
+def test_a_scan_of_several_channels(hands: Hands, install: Callable[..., str]) -> None:
+    install(name="two", channels=["T1", "T2"], **TOY)
     hands.widget.enter()
     settings = hands.widget._parameters
     settings.models = ["two-1.0.0"]
@@ -410,11 +407,11 @@ def test_a_scan_of_several_channels(hands: Hands, models_folder: Path, make_pack
 
 
 def test_channels_go_in_by_name_whatever_their_order_in_the_model(
-    hands: Hands, models_folder: Path, make_package: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    hands: Hands, install: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packages = {"two": ("T1", "T2"), "owt": ("t2", "T1"), "three": ("T1", "FLAIR", "T2"), "other": ("T1", "FLAIR"), "ab": ("A", "B")}
     for name, channels in packages.items():
-        shutil.copy(make_package(name=name, channels=list(channels), **TOY).path, models_folder)
+        install(name=name, channels=list(channels), **TOY)
     hands.widget.enter()
     settings, section = hands.widget._parameters, hands.section
 

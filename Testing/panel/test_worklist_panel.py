@@ -107,9 +107,8 @@ class Hands:
 
 
 @pytest.fixture
-def panel(gui: Any, monkeypatch: pytest.MonkeyPatch, models_folder: Path, make_package: Callable[..., Any]) -> Callable[[], Hands]:
-    models_folder.mkdir(exist_ok=True)
-    shutil.copy(make_package(**TOY).path, models_folder)
+def panel(gui: Any, monkeypatch: pytest.MonkeyPatch, install: Callable[..., str]) -> Callable[[], Hands]:
+    install(**TOY)
     return lambda: Hands(gui, gui.open())
 
 
@@ -587,10 +586,10 @@ def test_the_map_of_the_former_scan_goes_with_it(opened, gui):
     assert not hands.widget.controller.canUndo
 
 
-def test_scans_that_are_added_meanwhile_are_segmented_by_the_same_model(opened, gui, tmp_path, scans, models_folder, make_package):
+def test_scans_that_are_added_meanwhile_are_segmented_by_the_same_model(opened, gui, tmp_path, scans, install):
     from UNetSegmentationLib.worklist import WorkList
 
-    shutil.copy(make_package(**{**TOY, "name": "toy2"}).path, models_folder)
+    install(**{**TOY, "name": "toy2"})
     hands = opened()
     hands.widget._parameters.models = ["toy-1.0.0"]
     gui.process_events()

@@ -26,6 +26,7 @@ from UNetSegmentationLib.inference.click import ClickSession  # noqa: E402
 from UNetSegmentationLib.measure import dice  # noqa: E402
 from UNetSegmentationLib.model import Label, ModelPackage, find_model, write_package  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig, build  # noqa: E402
+from workers import make_card, make_onnx  # noqa: E402
 
 NODULE = Label(1, "Nodule", (230, 159, 0), {})
 CYST, METASTASIS = Label(1, "Cyst", (0, 0, 230), {}), Label(2, "Metastasis", (0, 230, 0), {})
@@ -68,11 +69,11 @@ def livers(tmp_path):
 
 
 @pytest.fixture
-def base(tmp_path, toy_card, toy_onnx):
+def base(tmp_path):
     """A package with random weights to train on, whose ONNX finds what is above -200 HU at a click."""
     torch.manual_seed(0)
     network = UNetConfig(dimensions=3, in_channels=5, out_channels=2, channels=(6, 12))
-    card = toy_card(
+    card = make_card(
         name="nodule-click",
         task="click",
         spacing=[1.0, 1.0, 1.0],
@@ -84,7 +85,7 @@ def base(tmp_path, toy_card, toy_onnx):
         display="lung",
     )
     path = tmp_path / "base" / "nodule-click-1.0.0.unet.zip"
-    return write_package(path, card, toy_onnx("threshold", card), save(build(network).state_dict()))
+    return write_package(path, card, make_onnx("threshold", card), save(build(network).state_dict()))
 
 
 def settings(dataset, labels=(NODULE,), **fit):

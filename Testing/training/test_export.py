@@ -19,13 +19,14 @@ from UNetSegmentationLib.image import Image, read_image  # noqa: E402
 from UNetSegmentationLib.inference.predict import Options, predict  # noqa: E402
 from UNetSegmentationLib.model import ModelPackage, find_model  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig, build  # noqa: E402
+from workers import make_card  # noqa: E402
 
 CONFIG = UNetConfig(dimensions=3, channels=(4, 8, 8), strides=((1, 2, 2), (2, 2, 2)))
 
 
 @pytest.fixture
-def card(toy_card):
-    return toy_card(patch=[8, 16, 16], divisor=[2, 4, 4], training_data=["12 scans | of *ours*"], limits="Not tried in children.")
+def card():
+    return make_card(patch=[8, 16, 16], divisor=[2, 4, 4], training_data=["12 scans | of *ours*"], limits="Not tried in children.")
 
 
 def network(seed=0, **changes):

@@ -19,20 +19,21 @@ from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image, write_image  # noqa: E402
 from UNetSegmentationLib.model import Label, find_model, write_package  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig, build  # noqa: E402
+from workers import make_card, make_onnx  # noqa: E402
 
 LABELS = [{"value": 1, "name": "Liver"}, {"value": 2, "name": "Tumour"}]
 
 
 @pytest.fixture
-def base(tmp_path, toy_card, toy_onnx):
+def base(tmp_path):
     """make(**card and network changes) -> a package whose weights are random."""
 
     def make(channels=("T1", "FLAIR"), labels=LABELS, **network):
         torch.manual_seed(0)
         config = UNetConfig(dimensions=3, in_channels=len(channels), out_channels=len(labels) + 1, channels=(4, 8, 12), **network)
         model = build(config)
-        card = toy_card(channels=list(channels), labels=labels, spacing=[1.0, 1.0, 2.0], network=config.to_json(), patch=[16, 16, 16])
-        return write_package(tmp_path / "base.unet.zip", card, toy_onnx("threshold", card), save(model.state_dict()))
+        card = make_card(channels=list(channels), labels=labels, spacing=[1.0, 1.0, 2.0], network=config.to_json(), patch=[16, 16, 16])
+        return write_package(tmp_path / "base.unet.zip", card, make_onnx("threshold", card), save(model.state_dict()))
 
     return make
 

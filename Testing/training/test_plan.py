@@ -263,12 +263,12 @@ def test_a_step_of_apples_gpu_is_over_when_it_has_computed_it(monkeypatch):
 def test_where_apples_gpu_computes_nonsense_the_cpu_is_planned_for(monkeypatch):
     fault, laptop = "PyTorch 9 gives wrong values on this computer's mps", replace(LAPTOP, gpu="Apple GPU", gpu_memory=8 << 30)
     seen = []
-    monkeypatch.setattr("unetseg_training.train.mps_fault", lambda network: seen.append(network) or fault)
+    monkeypatch.setattr("unetseg_training.plan.mps_fault", lambda network: seen.append(network) or fault)
     for quick in (True, False):
         made, cpu = of(cases(), laptop, quick=quick), of(cases(), quick=quick)
         assert made.config == cpu.config and made.machine == LAPTOP
         assert made.notes == ("said so", f"{fault}, so this is for the CPU.")
-    monkeypatch.setattr("unetseg_training.train.mps_fault", lambda network: "")
+    monkeypatch.setattr("unetseg_training.plan.mps_fault", lambda network: "")
     assert of(cases(), laptop).config.unet() == seen[-1]  # what is looked at is what would be trained
 
 

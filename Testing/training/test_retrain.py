@@ -19,6 +19,7 @@ for name in ("monai", "pydantic", "lightning", "yaml"):
     pytest.importorskip(name)
 
 from safetensors.torch import save  # noqa: E402
+from test_train import same  # noqa: E402
 from unetseg_training import cli, live, report, retrain, watch  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
 from unetseg_training.cases import Case, find_cases  # noqa: E402
@@ -30,6 +31,7 @@ from UNetSegmentationLib.image import Image, read_image, write_image  # noqa: E4
 from UNetSegmentationLib.model import Label, ModelPackage, find_model, write_package  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig, build  # noqa: E402
 from UNetSegmentationLib.training import Options  # noqa: E402
+from workers import make_card, make_onnx  # noqa: E402
 
 LABELS = [Label(1, "Bright", (230, 0, 0), {}), Label(2, "Dark", (0, 0, 230), {})]
 SETTINGS = {"epochs": 4, "steps": 4, "batch": 2, "warmup": 2, "precision": "32", "accelerator": "cpu", "ema": 0.5, "learning_rate": 3e-3}
@@ -57,12 +59,12 @@ def dataset(tmp_path):
 
 
 @pytest.fixture
-def base(tmp_path, toy_card, toy_onnx):
+def base(tmp_path):
     """A package with random weights to train on, whose ONNX finds what has the value of its label: 1 or 2."""
     torch.manual_seed(0)
     network = UNetConfig(dimensions=3, in_channels=1, out_channels=3, channels=(4, 8))
     labels = [{"value": label.value, "name": label.name} for label in LABELS]
-    card = toy_card(
+    card = make_card(
         channels=["MR"],
         labels=labels,
         spacing=[1.0, 1.0, 1.0],
@@ -74,7 +76,7 @@ def base(tmp_path, toy_card, toy_onnx):
         postprocess={"fill_holes": True},
     )
     path = tmp_path / "base" / "toy-1.0.0.unet.zip"
-    return write_package(path, card, toy_onnx("threshold", card), save(build(network).state_dict()))
+    return write_package(path, card, make_onnx("threshold", card), save(build(network).state_dict()))
 
 
 def created(dataset, base, **fit):
@@ -106,10 +108,6 @@ def finished(job, say=None):
 
 def weights(job):
     return torch.load(job.folder / CHECKPOINT, weights_only=True)["state_dict"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 _through = []  # one training serves all that are compared with it
@@ -414,12 +412,12 @@ def test_a_model_of_other_labels_or_channels_gets_a_name_that_no_other_has(tmp_p
         assert (found["name"], found["version"]) == want
 
 
-def test_several_channels_are_the_same_in_the_same_order(toy_card):
+def test_several_channels_are_the_same_in_the_same_order():
     """They are given to a model by their places."""
     from unetseg_training.plan import same_task
     from UNetSegmentationLib.model import Card
 
-    card = Card(toy_card(channels=["T1", "T2"], labels=[{"value": 1, "name": "Ring"}]))
+    card = Card(make_card(channels=["T1", "T2"], labels=[{"value": 1, "name": "Ring"}]))
     orders = (("t1", "T2"), ("T2", "T1"), ("T1", "PET"), ("T1",))
     cases = [SimpleNamespace(labels=[Label(1, "ring", (1, 2, 3), {})], channels=names) for names in orders]
     assert [same_task(card, each) for each in cases] == [True, False, False, False]

@@ -21,6 +21,7 @@ from UNetSegmentationLib.inference.click import BEYOND, ClickSession, box_prompt
 from UNetSegmentationLib.inference.predict import Options
 from UNetSegmentationLib.model import SUFFIX, ModelPackage, find_model, write_package
 from UNetSegmentationLib.nodule import COLUMNS, NOTE, describe, row
+from workers import make_card, make_onnx
 
 pytest.importorskip("typer")
 ROOT = Path(__file__).resolve().parents[2]
@@ -813,9 +814,9 @@ def test_verify_and_info(here, unetseg, pack):
     one_sentence(unetseg("model", "info", "nothing"), "no model 'nothing'")
 
 
-def test_verify_runs_the_network(unetseg, pack, toy_card, toy_onnx):
+def test_verify_runs_the_network(unetseg, pack):
     onnx = pytest.importorskip("onnx")
-    network = onnx.load_from_string(toy_onnx("threshold", toy_card()))
+    network = onnx.load_from_string(make_onnx("threshold", make_card()))
     network.graph.output[0].type.tensor_type.ClearField("shape")
     labels = [{"value": 1, "name": "a"}, {"value": 2, "name": "b"}]
     path = pack(onnx=network.SerializeToString(), change_card=lambda card: card.update(labels=labels))
@@ -892,9 +893,9 @@ def test_standard_output_that_is_full_is_one_sentence(here):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_pack_makes_a_package_that_segments(here, unetseg, toy_card, toy_onnx, tmp_path, encoding):
-    (tmp_path / "card.json").write_text(json.dumps(toy_card(name="packed")), encoding)
-    (tmp_path / "net.onnx").write_bytes(toy_onnx("threshold", toy_card()))
+def test_pack_makes_a_package_that_segments(here, unetseg, tmp_path, encoding):
+    (tmp_path / "card.json").write_text(json.dumps(make_card(name="packed")), encoding)
+    (tmp_path / "net.onnx").write_bytes(make_onnx("threshold", make_card()))
     target = here.out / f"packed-1.0.0{SUFFIX}"
     code, out, err = unetseg("model", "pack", tmp_path / "net.onnx", "--card", tmp_path / "card.json", "-o", target)
     assert code == 0 and out == f"wrote {target}\n" and err == ""
@@ -915,9 +916,9 @@ def test_pack_makes_a_package_that_segments(here, unetseg, toy_card, toy_onnx, t
         (..., None, "net.onnx does not exist"),
     ],
 )
-def test_pack_refuses_bad_input(here, unetseg, toy_card, tmp_path, card, network, sentence):
+def test_pack_refuses_bad_input(here, unetseg, tmp_path, card, network, sentence):
     if card is not None:
-        (tmp_path / "card.json").write_bytes(json.dumps(toy_card()).encode() if card is ... else card)
+        (tmp_path / "card.json").write_bytes(json.dumps(make_card()).encode() if card is ... else card)
     if network is not None:
         (tmp_path / "net.onnx").write_bytes(network)
     result = unetseg("model", "pack", tmp_path / "net.onnx", "--card", tmp_path / "card.json", "-o", here.out / f"a{SUFFIX}")
@@ -925,10 +926,10 @@ def test_pack_refuses_bad_input(here, unetseg, toy_card, tmp_path, card, network
     assert here.left() == []
 
 
-def test_pack_makes_a_package_of_a_bare_network_that_segments(here, unetseg, toy_card, toy_onnx, tmp_path):
-    card = toy_card(labels=[{"value": 1, "name": "one"}, {"value": 2, "name": "two"}])
+def test_pack_makes_a_package_of_a_bare_network_that_segments(here, unetseg, tmp_path):
+    card = make_card(labels=[{"value": 1, "name": "one"}, {"value": 2, "name": "two"}])
     network = tmp_path / "My net.onnx"
-    network.write_bytes(toy_onnx("threshold", card))
+    network.write_bytes(make_onnx("threshold", card))
     one_sentence(unetseg("segment", here.scan, "-m", network), "unetseg model pack My net.onnx --labels A,B --intensity PRESET -o")
     target = here.out / f"net{SUFFIX}"
     pack = ["model", "pack", network, "-o", target]
@@ -945,10 +946,10 @@ def test_pack_makes_a_package_of_a_bare_network_that_segments(here, unetseg, toy
     assert "--labels liver,tumour" in " ".join(unetseg("model", "pack", "--help")[1].replace("│", " ").split())
 
 
-def test_pack_does_not_overwrite_what_it_reads(unetseg, toy_card, toy_onnx, tmp_path):
+def test_pack_does_not_overwrite_what_it_reads(unetseg, tmp_path):
     card, network = tmp_path / "card.json", tmp_path / "net.onnx"
-    card.write_text(json.dumps(toy_card()))
-    network.write_bytes(toy_onnx("threshold", toy_card()))
+    card.write_text(json.dumps(make_card()))
+    network.write_bytes(make_onnx("threshold", make_card()))
     before = card.read_bytes(), network.read_bytes()
     for output in (card, network, tmp_path / "toy.zip"):
         one_sentence(unetseg("model", "pack", network, "--card", card, "-o", output), f"would be no package; end its name in {SUFFIX}")

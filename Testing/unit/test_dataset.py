@@ -13,14 +13,15 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from UNetSegmentationLib import cli, files, training
 from UNetSegmentationLib import dataset as module
+from UNetSegmentationLib import files, training
 from UNetSegmentationLib.dataset import Dataset, UserError, changes, read_mask, read_segments, translated
 from UNetSegmentationLib.image import Box, Image, read_image, to_sitk, write_image
 from UNetSegmentationLib.inference.predict import Prediction
@@ -1223,7 +1224,7 @@ def test_a_segment_that_later_ones_cover_does_not_vanish(tmp_path):
     assert np.array_equal(read_mask(tmp_path / "a.seg.nrrd", image)[0], lung + tumour)
 
 
-def test_a_models_mask_is_matched_by_the_names_of_its_labels(tmp_path, monkeypatch, capsys):
+def test_a_models_mask_is_matched_by_the_names_of_its_labels(unetseg, tmp_path):
     def segmented(name, mask, *labels):
         write_segmentation(Prediction(image.like(mask), labels, "m-1.0.0", Box.whole(mask.shape)), tmp_path / name)
         return tmp_path / name
@@ -1239,24 +1240,14 @@ def test_a_models_mask_is_matched_by_the_names_of_its_labels(tmp_path, monkeypat
     mine = segmented("mine.seg.nrrd", (outline(2) == 2).astype(np.uint8), replace(tumour, value=1))
     Dataset.create(tmp_path / "set", "Set", [organ, tumour], ["CT"])
     for mask, removed in ((found, 0), (mine, 108)):
-        code, out, said = unetseg(monkeypatch, capsys, "add", tmp_path / "set", tmp_path / "a.nii.gz", "-m", mask, "--model-mask", found)
+        code, out, said = unetseg("dataset", "add", tmp_path / "set", tmp_path / "a.nii.gz", "-m", mask, "--model-mask", found)
         assert code == 0, said
         assert f"organ: 0 voxels added, {removed} removed" in out and "tumour: 0 voxels added, 0 removed" in out
     assert np.array_equal(read_image(Dataset.open(tmp_path / "set").versions(out.split()[0])[0].model).array, outline(2))
 
 
-def unetseg(monkeypatch, capsys, *args):
-    """(exit code, standard output, standard error)"""
-    monkeypatch.setattr(sys, "argv", ["unetseg", "dataset", *map(str, args)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return (end.value.code or 0, *capsys.readouterr())
-
-
-def test_the_command_line(tmp_path, monkeypatch, capsys):
-    def run(*args):
-        return unetseg(monkeypatch, capsys, *args)
-
+def test_the_command_line(unetseg, tmp_path, monkeypatch):
+    run = partial(unetseg, "dataset")
     write_image(scan(0), tmp_path / "a.nii.gz")
     write_image(scan(0).like(outline()), tmp_path / "m.nii.gz")
     folder, case = tmp_path / "set", (tmp_path / "a.nii.gz", "--mask", tmp_path / "m.nii.gz")

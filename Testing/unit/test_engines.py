@@ -16,6 +16,7 @@ from UNetSegmentationLib.engines import choose_engine, installed, make_engine
 from UNetSegmentationLib.image import Image, UserError, read_image
 from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.model import Card, find_model, write_package
+from workers import make_card, make_onnx
 
 FOLDERS = {"lung-nodule-2d": "lidc_nodules", "hippocampus-3d": "msd_hippocampus"}
 
@@ -272,12 +273,12 @@ def test_openvino_finds_one_of_several_gpus(monkeypatch):
 
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_network_exported_for_one_batch_takes_any(make_package, toy_card, toy_onnx, tmp_path, engine, size):
+def test_a_network_exported_for_one_batch_takes_any(make_package, tmp_path, engine, size):
     if not installed(engine):
         pytest.skip(f"{engine} is not installed")
     onnx = pytest.importorskip("onnx")
-    card = toy_card()
-    network = onnx.load_from_string(toy_onnx("threshold", card))
+    card = make_card()
+    network = onnx.load_from_string(make_onnx("threshold", card))
     for port in (network.graph.input[0], network.graph.output[0]):
         port.type.tensor_type.shape.dim[0].dim_value = size
     fixed = write_package(tmp_path / "fixed-1.0.0.unet.zip", card, network.SerializeToString())

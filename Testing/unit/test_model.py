@@ -34,6 +34,7 @@ from UNetSegmentationLib.model import (
     user_models_folder,
     write_package,
 )
+from workers import make_card, make_onnx
 
 onnx = pytest.importorskip("onnx")
 helper, numpy_helper, TensorProto = onnx.helper, onnx.numpy_helper, onnx.TensorProto
@@ -138,8 +139,8 @@ def test_a_file_that_is_there_twice_is_refused(pack, name):
 
 
 @pytest.mark.parametrize("missing", [CARD, ONNX])
-def test_a_file_that_is_missing_is_refused(pack, toy_card, toy_onnx, missing):
-    entries = [(CARD, json.dumps(toy_card()).encode()), (ONNX, toy_onnx("threshold", toy_card()))]
+def test_a_file_that_is_missing_is_refused(pack, missing):
+    entries = [(CARD, json.dumps(make_card()).encode()), (ONNX, make_onnx("threshold", make_card()))]
     refused(pack([e for e in entries if e[0] != missing]), f"it lacks {missing}")
 
 
@@ -171,13 +172,13 @@ def test_a_wrong_hash_or_size_is_refused(pack, key, value, name):
     [b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"format": 1, "size": ' + b"9" * 5000 + b"}"],
     ids=["empty", "open", "utf-16", "deep", "long"],
 )
-def test_a_card_that_is_no_json_is_refused(pack, toy_onnx, toy_card, text):
-    refused(pack([(CARD, text), (ONNX, toy_onnx("threshold", toy_card()))]), "card that is not JSON")
+def test_a_card_that_is_no_json_is_refused(pack, text):
+    refused(pack([(CARD, text), (ONNX, make_onnx("threshold", make_card()))]), "card that is not JSON")
 
 
 @pytest.mark.parametrize("text", [b"[]", b"null", b"3", b'"x"', b"{}"])
-def test_a_card_that_is_no_card_is_refused(pack, toy_onnx, toy_card, text):
-    refused(pack([(CARD, text), (ONNX, toy_onnx("threshold", toy_card()))]), "card is not valid")
+def test_a_card_that_is_no_card_is_refused(pack, text):
+    refused(pack([(CARD, text), (ONNX, make_onnx("threshold", make_card()))]), "card is not valid")
 
 
 def test_a_card_as_large_as_a_book_is_refused_unread(pack):
@@ -199,8 +200,8 @@ def test_an_entry_that_claims_gigabytes_is_refused_unread(pack):
     refused(patched(pack(), ONNX, 24, struct.pack("<I", (2 << 30) + 1)), "'model.onnx' is too large")
 
 
-def test_an_entry_that_grows_a_thousandfold_is_refused_unread(pack, toy_onnx, toy_card):
-    entries = [(CARD, b"{}"), (ONNX, toy_onnx("threshold", toy_card())), (SAFETENSORS, bytes(100 << 20))]
+def test_an_entry_that_grows_a_thousandfold_is_refused_unread(pack):
+    entries = [(CARD, b"{}"), (ONNX, make_onnx("threshold", make_card())), (SAFETENSORS, bytes(100 << 20))]
     refused(pack(entries, method=zipfile.ZIP_DEFLATED), "would grow to 105 MB, which no weights do")
 
 
@@ -439,11 +440,11 @@ def test_numbers_that_nothing_can_be_computed_with_are_refused(change, number):
 
 
 @pytest.mark.parametrize("change", [{"title": "\ud800"}, {"labels": [{"value": 1, "name": "a\udfff"}]}, {"metrics": {"\ud800": 1}}])
-def test_text_that_no_file_can_hold_is_refused(pack, tmp_path, toy_card, toy_onnx, change):
+def test_text_that_no_file_can_hold_is_refused(pack, tmp_path, change):
     with pytest.raises(UserError, match="half a character; ask its author"):
         ModelPackage.read(pack(change_card=lambda card: card.update(change)))
     with pytest.raises(UserError, match="half a character"):
-        write_package(tmp_path / "a.unet.zip", toy_card(**change), toy_onnx("threshold", toy_card()))
+        write_package(tmp_path / "a.unet.zip", make_card(**change), make_onnx("threshold", make_card()))
     assert not list(tmp_path.glob("*.zip"))
 
 
@@ -600,13 +601,13 @@ def test_onnx_runtimes_own_format_is_refused():
         check_onnx(content)
 
 
-def test_ordinary_onnx_models_are_accepted(toy_onnx, toy_card):
+def test_ordinary_onnx_models_are_accepted():
     check_onnx(model().SerializeToString())
     check_onnx(model(opsets=(("ai.onnx", 17),)).SerializeToString())
     check_onnx(nested(3).SerializeToString())
     check_onnx(model(initializers=[numpy_helper.from_array(np.zeros(4, np.float32), "w")]).SerializeToString())
     for kind in ("threshold", "identity"):
-        check_onnx(toy_onnx(kind, toy_card()))
+        check_onnx(make_onnx(kind, make_card()))
 
 
 @pytest.mark.parametrize(
@@ -617,8 +618,8 @@ def test_garbage_is_no_onnx_model(content):
         check_onnx(content)
 
 
-def test_every_truncated_onnx_model_is_refused(toy_onnx, toy_card):
-    content = toy_onnx("threshold", toy_card())
+def test_every_truncated_onnx_model_is_refused():
+    content = make_onnx("threshold", make_card())
     for n in range(len(content)):
         with pytest.raises(UserError):
             check_onnx(content[:n])
@@ -847,22 +848,22 @@ def test_a_pickle_is_never_loaded(pack, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path, toy_card, toy_onnx):
-    network = toy_onnx("identity", toy_card())
-    first = write_package(tmp_path / "a.unet.zip", toy_card(), network, tensors())
-    second = write_package(tmp_path / "sub" / "b.unet.zip", toy_card(), network, tensors())
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    network = make_onnx("identity", make_card())
+    first = write_package(tmp_path / "a.unet.zip", make_card(), network, tensors())
+    second = write_package(tmp_path / "sub" / "b.unet.zip", make_card(), network, tensors())
     assert first.path.read_bytes() == second.path.read_bytes()
     assert first.onnx == network and first.safetensors == tensors()
     again = write_package(tmp_path / "c.unet.zip", first.card.data, first.onnx, first.safetensors)
     assert again.path.read_bytes() == first.path.read_bytes()
 
 
-def test_the_cases_that_an_older_card_names_are_counted(tmp_path, toy_card, toy_onnx):
+def test_the_cases_that_an_older_card_names_are_counted(tmp_path):
     """They may be called by their patients: neither what is read says them nor what is made of it."""
     parity = {"largest_difference": 1e-6, "cases": ["SCHMIDT_EVA_19610704", "case 2"]}
-    card = toy_card(lineage={"date": "2026-11-22", "parity": parity})
+    card = make_card(lineage={"date": "2026-11-22", "parity": parity})
     kept = {"date": "2026-11-22", "parity": {"largest_difference": 1e-6, "cases": 2}}
-    with zipfile.ZipFile(write_package(tmp_path / "a.unet.zip", card, toy_onnx("identity", card)).path) as z:
+    with zipfile.ZipFile(write_package(tmp_path / "a.unet.zip", card, make_onnx("identity", card)).path) as z:
         written = json.loads(z.read(CARD))
     assert written["lineage"] == kept and card["lineage"]["parity"] is parity
     assert check_card({**written, "lineage": card["lineage"]}).data == written
@@ -872,15 +873,15 @@ def test_the_cases_that_an_older_card_names_are_counted(tmp_path, toy_card, toy_
     ("change", "network", "sentence"),
     [({"licence": ...}, None, "lacks 'licence'"), ({}, b"hello", "not an ONNX file"), ({"roi_mm": float("nan")}, None, "not finite")],
 )
-def test_a_bad_package_is_not_written(tmp_path, toy_card, toy_onnx, change, network, sentence):
+def test_a_bad_package_is_not_written(tmp_path, change, network, sentence):
     path = tmp_path / "toy.unet.zip"
     with pytest.raises(UserError, match=sentence) as error:
-        write_package(path, toy_card(**change), network or toy_onnx("identity", toy_card()))
+        write_package(path, make_card(**change), network or make_onnx("identity", make_card()))
     assert str(error.value).startswith(f"{path}: ") and list(tmp_path.iterdir()) == []
-    write_package(path, toy_card(), toy_onnx("identity", toy_card()))
+    write_package(path, make_card(), make_onnx("identity", make_card()))
     before = path.read_bytes()
     with pytest.raises(UserError, match=sentence):
-        write_package(path, toy_card(**change), network or toy_onnx("identity", toy_card()))
+        write_package(path, make_card(**change), network or make_onnx("identity", make_card()))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -888,10 +889,10 @@ def test_a_bad_package_is_not_written(tmp_path, toy_card, toy_onnx, change, netw
 
 
 @pytest.fixture
-def library(models_folder, toy_card, toy_onnx):
+def library(models_folder):
     for name, version in (("toy", "1.9.0"), ("toy", "1.10.0"), ("toy", "0.99.99"), ("toy-2d", "2.0.0"), ("other", "1.0.0")):
-        card = toy_card(name=name, version=version)
-        write_package(models_folder / f"{name}-{version}.unet.zip", card, toy_onnx("threshold", card))
+        card = make_card(name=name, version=version)
+        write_package(models_folder / f"{name}-{version}.unet.zip", card, make_onnx("threshold", card))
     return models_folder
 
 
@@ -987,6 +988,6 @@ def test_bundled_packages_are_good_and_small():
         ({}, ""),
     ],
 )
-def test_a_cards_origin_in_a_sentence(toy_card, lineage, told):
+def test_a_cards_origin_in_a_sentence(lineage, told):
     files = {ONNX: {"sha256": "0" * 64, "size": 3}}
-    assert check_card({**toy_card(), "lineage": lineage, "files": files}).origin == told
+    assert check_card({**make_card(), "lineage": lineage, "files": files}).origin == told

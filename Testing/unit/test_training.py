@@ -21,7 +21,7 @@ from UNetSegmentationLib.files import UserError
 from UNetSegmentationLib.image import Image
 from UNetSegmentationLib.model import Card, Label, ModelPackage, find_model
 from UNetSegmentationLib.training import Options
-from workers import POSIX
+from workers import POSIX, make_card
 
 CORE = Path(training.__file__).resolve().parents[1]
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows: TerminateProcess
@@ -641,8 +641,8 @@ def test_room_is_kept_for_the_last_sentence(dataset):
     assert held >= 1 << 16 and not room.exists()
 
 
-def test_a_click_model_and_several_channels_do_not_fit(toy_card):
-    card = Card(toy_card(task="click"))
+def test_a_click_model_and_several_channels_do_not_fit():
+    card = Card(make_card(task="click"))
     assert training.misfit(card, {"channels": ["T1", "T2"]})
     assert not training.misfit(card, {"channels": ["T1"]}) and not training.misfit(card, None)
 

@@ -94,8 +94,8 @@ def launcher(tmp_path) -> str:
 
 
 @pytest.fixture
-def forever(tmp_path, toy_card):
-    return slow_package(tmp_path, toy_card)
+def forever(tmp_path):
+    return slow_package(tmp_path)
 
 
 class Raw:
@@ -414,8 +414,8 @@ def announced(raw, private, image: Image) -> None:
 CLICK = {"op": "click", "volume": 1, "options": {"engine": "onnx", "threads": 1}, "lesion": "a", "measures": False, "keep": False}
 
 
-def test_a_click_waits_for_its_turn_and_can_be_cancelled_there(raw, private, tmp_path, chest, clicker, toy_card):
-    model = slow_package(tmp_path, toy_card, 3000)  # with all its tiles it takes longer than anybody sleeps
+def test_a_click_waits_for_its_turn_and_can_be_cancelled_there(raw, private, tmp_path, chest, clicker):
+    model = slow_package(tmp_path, 3000)  # with all its tiles it takes longer than anybody sleeps
     announced(raw, private, chest)
     options = {"engine": "onnx", "device": "cpu", "threads": 1, "batch": 1}
     click = {**CLICK, "model": str(clicker.path), "prompts": [["point", 20.0, 20.0, 12.0, True]]}
@@ -432,8 +432,8 @@ def test_a_click_waits_for_its_turn_and_can_be_cancelled_there(raw, private, tmp
     assert ends == [(2, "cancelled"), (3, "cancelled"), (4, "click")]
 
 
-def test_a_click_in_an_endless_network_is_cancelled(client, chest, clicker, tmp_path, toy_card):
-    endless = slow_package(tmp_path, toy_card, task="click", spacing=[1, 1, 1], patch=[8, 8, 8])
+def test_a_click_in_an_endless_network_is_cancelled(client, chest, clicker, tmp_path):
+    endless = slow_package(tmp_path, task="click", spacing=[1, 1, 1], patch=[8, 8, 8])
     prompts, volume = click_prompts(chest), client.load_volume(chest)
     assert client.click(volume, clicker, QUICK, "a", prompts).found  # what has to be imported is
     pid = client.start()["pid"]
@@ -661,8 +661,8 @@ def test_cancel_in_an_endless_network(client, image, forever, make_package, how)
     assert client.session.counts["load_volume"] == 2  # the successor was told of the volume
 
 
-def test_a_worker_that_can_cancel_lives_on(raw, private, tmp_path, toy_card):
-    model = slow_package(tmp_path, toy_card, 3000)
+def test_a_worker_that_can_cancel_lives_on(raw, private, tmp_path):
+    model = slow_package(tmp_path, 3000)
     np.save(private / "volume-1.npy", np.ones((64, 64, 64), np.int16))
     geometry = {"spacing": [1, 1, 1], "origin": [0, 0, 0], "direction": [1, 0, 0, 0, 1, 0, 0, 0, 1], "source": None}
     assert raw.ask(op="load_volume", id=1, volume=1, file="volume-1.npy", geometry=geometry) == {"id": 1, "event": "done"}
@@ -989,8 +989,8 @@ def test_a_missing_library_is_named(tmp_path, image, make_package):
         until(lambda: "Traceback" in client.log, "the log, which another thread reads")
 
 
-def test_too_little_memory_is_a_sentence(client, tmp_path, image, toy_card, make_package):
-    model = greedy_package(tmp_path, toy_card)
+def test_too_little_memory_is_a_sentence(client, tmp_path, image, make_package):
+    model = greedy_package(tmp_path)
     volume = client.load_volume(image)
     pid = client.start()["pid"]
     with pytest.raises(WorkerError, match="not enough memory; .*smaller") as e:

@@ -1134,11 +1134,11 @@ def test_a_scan_stays_with_who_has_it_on_another_computer_of_the_same_name(work,
     assert work.next(at("0a" * 16)).name == name  # but on its own it is gone
 
 
-def test_another_model_waits_for_the_scan_that_the_former_one_has_in_hand(desk, tmp_path, toy_card, make_package):
+def test_another_model_waits_for_the_scan_that_the_former_one_has_in_hand(desk, tmp_path, make_package):
     folder, options = str(tmp_path / "list"), {"engine": "onnx", "device": "cpu", "threads": 1, "tta": "none"}
     write_image(ball(), tmp_path / "one" / "s0.nii.gz")
     desk.ask("add", folder=folder, sources=[str(tmp_path / "one")])
-    slow = slow_package(tmp_path, toy_card, 60_000)
+    slow = slow_package(tmp_path, 60_000)
     desk.ask("segment", folder=folder, models=[str(slow.path)], options=options)
     desk.listen(lambda m: m["event"] == "segmenting")
     time.sleep(0.3)  # its network runs, which ends with the tile

@@ -748,12 +748,7 @@ class Dataset:
             "version": 0,
             "voxels": digest,
             "modality": dicom_tag(image, MODALITY) if modality is None else modality,
-            "geometry": {
-                "size": list(image.shape[::-1]),
-                "spacing": [float(v) for v in image.spacing],
-                "origin": [float(v) for v in image.origin],
-                "direction": [float(v) for v in image.direction],
-            },
+            "geometry": {"size": list(image.shape[::-1]), **image.geometry},
             "voxels_by_label": {d.name: int(np.count_nonzero(corrected == d.value)) for d in (*self.labels, *more)},
             "model_name": model,
             "changes": changes(own, corrected, (*self.labels, *more), math.prod(image.spacing) / 1000) if own is not None else None,

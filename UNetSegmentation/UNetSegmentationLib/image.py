@@ -168,6 +168,11 @@ class Image:
         m[:3, 3] = self.origin
         return m
 
+    @property
+    def geometry(self) -> dict[str, list[float]]:
+        """spacing, origin and direction, as JSON."""
+        return {key: [float(v) for v in getattr(self, key)] for key in ("spacing", "origin", "direction")}
+
     def index_to_point(self, index: Sequence[float]) -> tuple[float, float, float]:
         """Index (x, y, z) to LPS mm."""
         x, y, z = (self.matrix @ [*index, 1.0])[:3]

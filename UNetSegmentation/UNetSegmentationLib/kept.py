@@ -54,9 +54,7 @@ def keep(labels: np.ndarray, start: Sequence[int], image: Image, names: Sequence
     box = inside.shifted(start)
     head = {
         "shape": list(image.shape),
-        "spacing": [float(v) for v in image.spacing],
-        "origin": [float(v) for v in image.origin],
-        "direction": [float(v) for v in image.direction],
+        **image.geometry,
         "box": [[int(v) for v in box.start], [int(v) for v in box.stop]],
         "dtype": part.dtype.name,
         "labels": [label.to_json() for label in names],

@@ -17,7 +17,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -714,10 +714,10 @@ def write_package(path: str | Path, card: dict[str, Any], onnx: bytes, safetenso
             for name, content in [(CARD, text.encode("utf-8", "surrogatepass")), *files.items()]:
                 z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED, 9)
         try:
-            ModelPackage.read(temporary)
+            made = ModelPackage.read(temporary)
         except UserError as e:
             raise UserError(str(e).replace(str(temporary), str(path))) from e
-    return ModelPackage.read(path)
+    return replace(made, path=path)
 
 
 def user_models_folder() -> Path:

@@ -20,7 +20,7 @@ import re
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import reduce
@@ -33,7 +33,7 @@ import numpy as np
 import slicer
 import vtk
 from slicer.util import arrayFromVTKMatrix, vtkMatrixFromArray
-from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
+from vtk.util.numpy_support import get_vtk_array_type, numpy_to_vtk, vtk_to_numpy
 
 from . import measure
 from .dataset import reach, translated
@@ -452,20 +452,27 @@ def write_prediction_steps(
     check()
     _check_grid(prediction.labels, volume_node)
 
-    scene = volume_node.GetScene()
-    state = None if segmentation_node is None else _State(segmentation_node)
-    node, fresh = segmentation_node, segmentation is None or not segmentation.GetNumberOfSegments()
-    try:
-        if node is None:
-            name = scene.GenerateUniqueName(f"{volume_node.GetName()} segmentation")
-            node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", name)
-            _place_beside(node, volume_node)
+    fresh = segmentation is None or not segmentation.GetNumberOfSegments()
+    with _written_into(segmentation_node, volume_node, "segmentation") as node:
         new = [data for item in plan.written for data in (item.labelmap, *item.derived.values())]
         _dress(node, volume_node if fresh else None, [*new, *plan.relaid.values()])
         check = _still_there(volume_node, node)
         for _ in _carry_out(plan, node.GetSegmentation(), prediction, segments):
             yield
             check()
+    return node
+
+
+@contextmanager
+def _written_into(segmentation_node: Any, volume_node: Any, what: str) -> Iterator[Any]:
+    """The segmentation, or a new one beside the volume; where the block fails it is as it was before, or gone."""
+    state = None if segmentation_node is None else _State(segmentation_node)
+    scene, node = volume_node.GetScene(), segmentation_node
+    try:
+        if node is None:
+            node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", scene.GenerateUniqueName(f"{volume_node.GetName()} {what}"))
+            _place_beside(node, volume_node)
+        yield node
     except BaseException:
         if state is not None:
             state.mark()
@@ -473,7 +480,6 @@ def write_prediction_steps(
         elif node is not None:
             _remove_node(node)
         raise
-    return node
 
 
 def add_empty_segments(segmentation_node: Any, labels: Sequence[Label]) -> None:
@@ -685,19 +691,17 @@ def merged_steps(segmentation_node: Any, values: Sequence[tuple[str, int]], volu
     for segment_id, value in values:
         mask, start = yield from segment_part_steps(segmentation_node, segment_id, volume_node)
         if mask.size:
-            parts.append((mask, start, value))
+            parts.append((mask, Box.whole(mask.shape).shifted(start), value))
     if not parts:
         return np.zeros((0, 0, 0), np.uint8), (0, 0, 0)
-    low = tuple(min(start[axis] for _, start, _ in parts) for axis in range(3))
-    high = tuple(max(start[axis] + mask.shape[axis] for mask, start, _ in parts) for axis in range(3))
-    whole = np.zeros(Box(low, high).shape, np.uint8)
-    for mask, start, value in parts:
-        first = tuple(a - b for a, b in zip(start, low))
-        place = whole[tuple(slice(a, a + n) for a, n in zip(first, mask.shape))]
+    around = reduce(or_, (box for _, box, _ in parts))
+    whole = np.zeros(around.shape, np.uint8)
+    for mask, box, value in parts:
+        place = whole[box.relative_to(around).slices]
         for z in slabs(mask.shape):
             place[z][mask[z] > 0] = value
             yield
-    return whole, low
+    return whole, around.start
 
 
 def beyond_steps(segmentation_node: Any, segment_ids: Iterable[str], volume_node: Any) -> Steps[float]:
@@ -860,21 +864,12 @@ def write_clicked_steps(
         if segmentation is None or fresh != bool(segmentation.GetNumberOfSegments()):
             break
 
-    scene, node, state = volume_node.GetScene(), segmentation_node, None if segmentation_node is None else _State(segmentation_node)
-    try:
-        if node is None:
-            node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", scene.GenerateUniqueName(f"{volume_node.GetName()} nodules"))
-            _place_beside(node, volume_node)
+    with _written_into(segmentation_node, volume_node, "nodules") as node:
         _dress(node, volume_node if fresh else None, [labelmap, *derived.values(), *relaid.values()])
         segmentation = node.GetSegmentation()
         for other, copy in relaid.items():
             segmentation.GetSegment(other).AddRepresentation(_LABELMAP, copy)
-        segment = slicer.vtkSegment() if segment_id is None else segmentation.GetSegment(segment_id)
-        if segment_id is None:
-            segment.SetName(_free_name(segmentation, name))
-            segment.SetColor(*(c / 255 for c in color))
-            segment.SetNameAutoGenerated(False)
-            segment.SetColorAutoGenerated(False)
+        segment = _new_segment(segmentation, name, color) if segment_id is None else segmentation.GetSegment(segment_id)
         for key in (MODEL_TAG, CUT_TAG):
             segment.RemoveTag(key)
         for key, value in (tags or {}).items():
@@ -887,13 +882,6 @@ def write_clicked_steps(
         if segment_id is None:
             segmentation.AddSegment(segment)
             segment_id = segmentation.GetSegmentIdBySegment(segment)
-    except BaseException:
-        if state is not None:
-            state.mark()
-            state.restore()
-        elif node is not None:
-            _remove_node(node)
-        raise
     return node, segment_id
 
 
@@ -952,6 +940,10 @@ def remove_segment(segmentation_node: Any, segment_id: str) -> None:
     segmentation = segmentation_node.GetSegmentation()
     for other, copy in complete(_leave_steps(segmentation, segment_id)).items():
         segmentation.GetSegment(other).AddRepresentation(_LABELMAP, copy)
+    _take_out(segmentation, segment_id)
+
+
+def _take_out(segmentation: Any, segment_id: str) -> None:
     # With a labelmap of its own there is nothing that removing it could erase from the others'.
     segmentation.GetSegment(segment_id).AddRepresentation(_LABELMAP, slicer.vtkOrientedImageData())
     segmentation.RemoveSegment(segment_id)
@@ -989,7 +981,7 @@ def edit_steps(
     first: tuple[int, ...] = (0, 0, 0)
     if segment_id is not None:
         held, first = yield from segment_part_steps(segmentation_node, segment_id, volume_node)
-    parts = [(part, Box(tuple(a), tuple(i + n for i, n in zip(a, part.shape)))) for part, a in ((mask, start), (held, first))]
+    parts = [(part, Box.whole(part.shape).shifted(a)) for part, a in ((mask, start), (held, first))]
     boxes = [box for _, box in parts if not box.empty]
     if not boxes:
         return Edit(None, None, mask_digest(held, first))
@@ -1176,11 +1168,8 @@ def _carry_out(plan: _Plan, segmentation: Any, prediction: Prediction, segments:
     for segment_id, labelmap in plan.relaid.items():
         segmentation.GetSegment(segment_id).AddRepresentation(_LABELMAP, labelmap)
     for segment_id in plan.removed:
-        segment = segmentation.GetSegment(segment_id)
-        if segment is not None:
-            # With a labelmap of its own there is nothing that removing it could erase from the others'.
-            segment.AddRepresentation(_LABELMAP, slicer.vtkOrientedImageData())
-            segmentation.RemoveSegment(segment_id)
+        if segmentation.GetSegment(segment_id) is not None:
+            _take_out(segmentation, segment_id)
         yield
     for item in plan.written:
         if item.earlier is not None:
@@ -1188,11 +1177,7 @@ def _carry_out(plan: _Plan, segmentation: Any, prediction: Prediction, segments:
             if segment is None:
                 raise UserError(f"Segment '{item.label.name}' was removed while its result was written; apply again.")
         else:
-            segment = slicer.vtkSegment()
-            segment.SetName(_free_name(segmentation, item.label.name))
-            segment.SetColor(*(c / 255 for c in item.label.color))
-            segment.SetNameAutoGenerated(False)
-            segment.SetColorAutoGenerated(False)
+            segment = _new_segment(segmentation, item.label.name, item.label.color)
         tags = {MODEL_TAG: prediction.model_name, _NAME_TAG: _name_text(segment)}
         for key, value in {**tags, **algorithm_tags(prediction.model_name, prediction.algorithm)}.items():
             segment.SetTag(key, value)
@@ -1405,7 +1390,6 @@ def _survey_steps(values: np.ndarray) -> Steps[tuple[np.ndarray, Box | None]]:
 def _label_box_steps(layer: np.ndarray) -> Steps[dict[int, Box]]:
     """The bounding box of each value in (z, y, x)."""
     top = 0
-    hits: list[np.ndarray] = []
     for slab in slabs(layer.shape):
         top = max(top, int(layer[slab].max()))
         yield
@@ -2146,8 +2130,7 @@ def _grid_in(node: Any, volume_node: Any) -> np.ndarray:
 
 def _allocated(image_data: Any, dtype: Any) -> np.ndarray:
     """The array (z, y, x) of an image data's new voxels, not yet set."""
-    vtk_type = {"uint8": vtk.VTK_UNSIGNED_CHAR, "uint16": vtk.VTK_UNSIGNED_SHORT, "int16": vtk.VTK_SHORT, "float32": vtk.VTK_FLOAT}
-    image_data.AllocateScalars(vtk_type.get(np.dtype(dtype).name, vtk.VTK_INT), 1)
+    image_data.AllocateScalars(get_vtk_array_type(np.dtype(dtype)), 1)
     return _voxels(image_data)
 
 
@@ -2221,7 +2204,7 @@ def _still_there(*nodes: Any) -> Callable[[], None]:
 
 
 def _ids(segmentation: Any) -> list[str]:
-    return [segmentation.GetNthSegmentID(i) for i in range(segmentation.GetNumberOfSegments())]
+    return list(segmentation.GetSegmentIDs())
 
 
 def _visible(segmentation_node: Any, ids: list[str]) -> list[str]:
@@ -2306,6 +2289,16 @@ def size_text(mask: np.ndarray) -> str:
 def _free_name(segmentation: Any, name: str) -> str:
     taken = {segmentation.GetSegment(i).GetName() for i in _ids(segmentation)}
     return next(n for n in chain([name], (f"{name} {i}" for i in count(2))) if n not in taken)
+
+
+def _new_segment(segmentation: Any, name: str, color: Sequence[int]) -> Any:
+    """Not in the segmentation yet. color: 0 to 255."""
+    segment = slicer.vtkSegment()
+    segment.SetName(_free_name(segmentation, name))
+    segment.SetColor(*(c / 255 for c in color))
+    segment.SetNameAutoGenerated(False)
+    segment.SetColorAutoGenerated(False)
+    return segment
 
 
 def _segment_copy(segment: Any) -> Any:

@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +176,10 @@ def read(folder: str | Path) -> Job:
         text = _not_started(folder, str(data.get("python", "")))
         with suppress(UserError):  # only here is it known that the process is over
             update(folder, state="failed", text=text)
-        return _replaced(job, state="failed", text=text, seconds_left=None)
+        return replace(job, state="failed", text=text, seconds_left=None)
     what = "the computer was restarted, the memory ran out, somebody stopped the process, or its folder was moved or renamed"
     cure = "resume it to go on where it was" if goes_on(folder) else "resume it to begin again"
-    return _replaced(job, state="lost", text=f"It was ended from outside: {what}; {cure}.", seconds_left=None)
+    return replace(job, state="lost", text=f"It was ended from outside: {what}; {cure}.", seconds_left=None)
 
 
 def goes_on(folder: Path) -> bool:
@@ -258,12 +258,6 @@ def _job(folder: Path, data: Mapping[str, Any]) -> Job:
         job.started = float(job.started)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{folder / JOB} is damaged ({type(e).__name__}: {e}); remove its folder, or put the file back.") from e
-    return job
-
-
-def _replaced(job: Job, **changes: Any) -> Job:
-    for name, value in changes.items():
-        setattr(job, name, value)
     return job
 
 

@@ -112,12 +112,8 @@ def showWindow(volumeNode: Any, cards: Sequence[Any], preset: str, level: float,
         if wanted is None:
             return
         entry = wanted.intensity()
-    if entry["mode"] == "window":
-        low, high = entry["level"] - entry["width"] / 2, entry["level"] + entry["width"] / 2
-    else:
-        low, high = display_range(entry, slicer.util.arrayFromVolume(volumeNode)[None])
     display.AutoWindowLevelOff()
-    display.SetWindowLevelMinMax(low, high)
+    display.SetWindowLevelMinMax(*display_range(entry, slicer.util.arrayFromVolume(volumeNode)[None]))
 
 
 # ------------------------------------------------------------------------------------------------------------- channels

@@ -250,7 +250,7 @@ class Job:
         self._onProgress, self._onDone, self._onError, self._onCancelled = onProgress, onDone, onError, onCancelled
         self._process: ChildProcess | None = None
         self._step: Step | None = None
-        self._output, self._log, self._line = b"", b"", b""
+        self._output, self._line = b"", b""
         self._outcome: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
         self.pipFailed = False  # then a wheel folder may help, which it does not where the disk is too small
         self.running = True
@@ -273,10 +273,10 @@ class Job:
     def _advance(self, done: Done | None) -> None:
         try:
             self._step = step = self._steps.send(done)  # type: ignore[arg-type]  # None starts it
-            self._output, self._log, self._line = b"", b"", b""
+            self._output, self._line = b"", b""
             python = step.command[0]
             variables = environment.variables_of(step, child_environment(python, variablesFor(python)))
-            self._process = ChildProcess(step.command, variables, self._heard, self._noted, self._ended)
+            self._process = ChildProcess(step.command, variables, self._heard, self._ended)
         except StopIteration as e:
             self._outcome = self._outcome or (self._onDone, (e.value,))
             qt.QTimer.singleShot(0, self._tell)
@@ -304,12 +304,10 @@ class Job:
             if (fraction is not None or what) and self._outcome is None and self._step is not None:
                 self._onProgress(fraction, what or self._step.text)
 
-    def _noted(self, data: bytes) -> None:
-        self._log += data
-
     def _ended(self, code: int | None, reason: str) -> None:
-        self._process = None
-        self._advance(Done(code, self._output.decode("utf-8", "replace"), self._log.decode("utf-8", "replace") or reason))
+        process, self._process = self._process, None
+        log = process.log if process is not None else ""
+        self._advance(Done(code, self._output.decode("utf-8", "replace"), log or reason))
 
     def _fail(self, callback: Callable[..., Any], *arguments: Any) -> None:
         """The first failure counts; the cleanup's own are only logged."""

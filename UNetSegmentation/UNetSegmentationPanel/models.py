@@ -97,22 +97,15 @@ def resolve(names: Sequence[str], models: Sequence[Model]) -> tuple[list[Model],
 
 def mismatch(models: Sequence[Model]) -> str:
     """Why these models cannot be averaged, as one sentence; "" where they can."""
-    for other in models[1:]:
-        first, second = models[0].card, other.card
-        names = {"first": first.name, "second": second.name}
-        if [(v.value, v.name) for v in first.labels] != [(v.value, v.name) for v in second.labels]:
-            return _("{first} and {second} do not find the same segments, so they cannot be averaged; choose one of them.").format(**names)
-        if len(first.data["channels"]) != len(second.data["channels"]):
-            return _("{first} and {second} need different numbers of volumes, so they cannot be averaged; choose one of them.").format(
-                **names
-            )
-        channels = [", ".join(card.data["channels"]) for card in (first, second)]
-        if len(first.data["channels"]) > 1 and channels[0].lower() != channels[1].lower():
-            return _("{first} takes {one} and {second} {other}, so they cannot be averaged; choose one of them.").format(
-                one=channels[0], other=channels[1], **names
-            )
-        if first.activation != second.activation:
-            return _("{first} and {second} end differently, so they cannot be averaged; choose one of them.").format(**names)
+    if len(models) < 2:  # so that a panel that opens need not import the core
+        return ""
+    from UNetSegmentationLib import UserError
+    from UNetSegmentationLib.inference.predict import check_together
+
+    try:
+        check_together(models)
+    except UserError as e:
+        return str(e)
     return ""
 
 

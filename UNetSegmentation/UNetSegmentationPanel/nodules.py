@@ -969,15 +969,10 @@ class NoduleSection(VTKObservationMixin):
             # What the effect and find_model() take too, so that all give the same mask.
             found, _missing = resolve([settings.clickModel, f"{MODEL}-"], self.models)
             model = next(iter((*found, *self.models)), None)
-            names = [m.name for m in self.models]
             combo = ui.clickModelCombo
-            if names != [combo.itemData(i) for i in range(combo.count)]:
-                combo.clear()
-                for m in self.models:
-                    combo.addItem(cardTitle(m.card), m.name)
-            combo.currentIndex = names.index(model.name) if model is not None else -1
+            inputs.fill(combo, [(m.name, cardTitle(m.card)) for m in self.models], model and model.name)
             combo.toolTip = cardHtml(model) if model is not None else ""
-            ui.clickModelLabel.visible = combo.visible = bool(names)
+            ui.clickModelLabel.visible = combo.visible = bool(self.models)
         finally:
             self._updating = False
         self.tool.use(settings.volume, settings.nodules, model, {"engine": settings.engine, "device": settings.device})

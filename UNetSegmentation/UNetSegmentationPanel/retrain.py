@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-import ctk
 import qt
 import slicer
 from slicer.i18n import tr as _
@@ -39,7 +38,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._process: Any = None
-        self._line = self._log = b""
+        self._line = b""
         self._waiting: deque[Callable[[dict[str, Any]], None]] = deque()
 
     @property
@@ -54,10 +53,10 @@ class Watch:
 
         if self._process is None:
             python = find_python()
-            self._line = self._log = b""
+            self._line = b""
             command = [python, "-m", "UNetSegmentationLib.training", "watch"]
             variables = child_environment(python, variablesFor(python))
-            self._process = ChildProcess(command, variables, self._heard, self._noted, self._ended)
+            self._process = ChildProcess(command, variables, self._heard, self._ended)
         self._waiting.append(answered)
         self._process.write(json.dumps(question).encode() + b"\n")
 
@@ -84,14 +83,11 @@ class Watch:
             elif self._waiting:
                 self._waiting.popleft()(answer)
 
-    def _noted(self, data: bytes) -> None:
-        self._log = (self._log + data)[-4096:]
-
     def _ended(self, code: int | None, reason: str) -> None:
         process, self._process = self._process, None
         waiting, self._waiting = self._waiting, deque()
         if process is not None:
-            text = _could_not(process.program, self._log.decode("utf-8", "replace") or reason)
+            text = _could_not(process.program, process.log or reason)
             for answered in waiting:
                 answered({"error": text})
 
@@ -144,8 +140,7 @@ class RetrainSection(VTKObservationMixin):
         self._manager = slicer.app.layoutManager()
         if self._manager is not None:
             self._manager.connect("layoutChanged(int)", self._onLayout)
-        for combo in (ui.startCombo, ui.lengthCombo, ui.trainDeviceCombo, ui.jobCombo):
-            combo.scrollWheelEffect = ctk.ctkComboBox.NeverScroll  # who scrolls the panel chooses no other model unseen
+        inputs.leaveWheel(ui.startCombo, ui.lengthCombo, ui.trainDeviceCombo, ui.jobCombo)
         for value, text in (("quick", _("Quick, some minutes")), ("full", _("Full, as long as it gets better"))):
             ui.lengthCombo.addItem(text, value)
         self.root.connect("contentsCollapsed(bool)", lambda *_: self._onExpanded())

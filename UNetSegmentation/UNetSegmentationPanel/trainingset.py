@@ -847,7 +847,7 @@ class TrainingSetSection(VTKObservationMixin):
                 table.setItem(i, 0, item)
                 combo = ctk.ctkComboBox()
                 combo.editable = True
-                combo.scrollWheelEffect = ctk.ctkComboBox.NeverScroll  # the wheel is for the panel: it would change a label unseen
+                inputs.leaveWheel(combo)
                 combo.connect("editTextChanged(QString)", lambda text, i=i: self._onLabel(i, text))
                 table.setCellWidget(i, 1, combo)
             combo = table.cellWidget(i, 1)

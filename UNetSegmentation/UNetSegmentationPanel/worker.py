@@ -65,7 +65,6 @@ class PanelWorker:
         self._job: _Job | None = None
         self._waiting: list[_Job] = []
         self._events: deque[Event] = deque()
-        self._log = b""
         self._began = 0.0  # when the process was started
         self._awake = self._working = self._closed = self._stale = False
 
@@ -81,7 +80,7 @@ class PanelWorker:
     @property
     def log(self) -> str:
         """The last of what the worker and its libraries wrote on stderr."""
-        return self._log.decode("utf-8", "replace")
+        return self._process.log if self._process is not None else ""
 
     @property
     def pid(self) -> int | None:
@@ -123,11 +122,9 @@ class PanelWorker:
         image: the volume where it lies now, or what gives it. models: packages or their files.
         UserError while another one runs.
         """
-        if self._closed:
-            raise UserError("The worker was closed; open the module again.")
+        job = self._new(volumeKey, onProgress, onResult, onError, onCancelled)
         if self._prediction is not None:
             raise UserError("The worker is busy; wait for the running segmentation or cancel it.")
-        job = _Job(volumeKey, onProgress, onResult, onError, onCancelled)
         job.steps = self._steps(job, image, models, options, measures)
         self._take(job)
 
@@ -150,10 +147,9 @@ class PanelWorker:
         lesion takes the place of one that still waits, or forgetClicks() does: then none. While another click or a
         predict() runs it waits for its turn.
         """
-        if self._closed:
-            raise UserError("The worker was closed; open the module again.")
+        closed = WorkerError("The worker was closed; click again.", "worker")
+        job = self._new(volumeKey, _ignore, onAnswer, onError, lambda: onError(closed))
         self._drop(lesion)
-        job = _Job(volumeKey, _ignore, onAnswer, onError, lambda: onError(WorkerError("The worker was closed; click again.", "worker")))
         job.lesion = lesion
         job.steps = self._clickSteps(job, image, model, options, tuple(prompts), measures)
         self._take(job)
@@ -172,7 +168,7 @@ class PanelWorker:
     ) -> Any:
         """Add a corrected mask to a dataset folder: see Session.add_case(). Returns at once, with what cancel() takes; the same
         callbacks as for predict(), onResult() with what Session.dataset_result() holds."""
-        job = self._data(onProgress, onResult, onError, onCancelled, volumeKey)
+        job = self._new(volumeKey, onProgress, onResult, onError, onCancelled, data=True)
         job.steps = self._caseSteps(job, image, mask, start, case)
         self._take(job)
         return job
@@ -190,7 +186,7 @@ class PanelWorker:
     ) -> Any:
         """Show or change a dataset folder: see Session.dataset(). Returns at once, with what cancel() takes. onSent: called when a
         worker that has started is asked, from where on only the folder can keep it waiting."""
-        job = self._data(_ignore, onResult, onError, onCancelled)
+        job = self._new(None, _ignore, onResult, onError, onCancelled, data=True)
         job.steps = self._datasetSteps(job, folder, action, case, version, onSent)
         self._take(job)
         return job
@@ -269,18 +265,12 @@ class PanelWorker:
         """The predict() that runs or waits for a click."""
         return next((job for job in [self._job, *self._waiting] if job is not None and job.lesion is None and not job.data), None)
 
-    def _data(
-        self,
-        onProgress: Callable[[float, str], Any],
-        onResult: Callable[[dict[str, Any]], Any],
-        onError: Callable[[WorkerError], Any],
-        onCancelled: Callable[[], Any],
-        key: Hashable = None,
-    ) -> _Job:
+    def _new(self, *of: Any, data: bool = False) -> _Job:
+        """of: as of _Job."""
         if self._closed:
             raise UserError("The worker was closed; open the module again.")
-        job = _Job(key, onProgress, onResult, onError, onCancelled)
-        job.data = True
+        job = _Job(*of)
+        job.data = data
         return job
 
     def _take(self, job: _Job) -> None:
@@ -304,14 +294,11 @@ class PanelWorker:
         measures: bool,
     ) -> Generator[Any, None, WorkerPrediction]:
         volume = yield from self._readySteps(job, image)
-        assert self._session is not None and self._process is not None
-        job.number, line = self._session.predict(volume, models, options, measures, keep=True)
-        self._process.write(line)
-        while job.answer is None:
-            yield _WAIT
+        assert self._session is not None
+        answer = yield from self._askSteps(job, *self._session.predict(volume, models, options, measures, keep=True))
         job.note = 1.0, "reading the result"
         yield
-        return (yield from self._session.result(job.answer))
+        return (yield from self._session.result(answer))
 
     def _clickSteps(
         self,
@@ -323,20 +310,17 @@ class PanelWorker:
         measures: bool,
     ) -> Generator[Any, None, WorkerAnswer]:
         volume = yield from self._readySteps(job, image)
-        assert self._session is not None and self._process is not None and job.lesion is not None
-        job.number, line = self._session.click(volume, model, options, job.lesion, prompts, measures, keep=True)
-        self._process.write(line)
-        while job.answer is None:
-            yield _WAIT
-        return self._session.click_result(job.answer)
+        assert self._session is not None and job.lesion is not None
+        asked = self._session.click(volume, model, options, job.lesion, prompts, measures, keep=True)
+        return self._session.click_result((yield from self._askSteps(job, *asked)))
 
     def _caseSteps(
         self, job: _Job, image: Image | Callable[[], Image], mask: np.ndarray, start: Sequence[int], case: Case
     ) -> Generator[Any, None, dict[str, Any]]:
         volume = yield from self._readySteps(job, image)
-        assert self._session is not None and self._process is not None
-        number, line = yield from self._session.add_case(volume, mask, start, case)
-        return (yield from self._answerSteps(job, number, line))
+        assert self._session is not None
+        asked = yield from self._session.add_case(volume, mask, start, case)
+        return self._session.dataset_result((yield from self._askSteps(job, *asked)))
 
     def _datasetSteps(
         self, job: _Job, folder: str, action: str, case: str, version: int | None, onSent: Callable[[], Any]
@@ -345,15 +329,17 @@ class PanelWorker:
         yield from self._greetedSteps(job)
         _call(onSent)
         assert self._session is not None
-        return (yield from self._answerSteps(job, *self._session.dataset(folder, action, case, version)))
+        asked = self._session.dataset(folder, action, case, version)
+        return self._session.dataset_result((yield from self._askSteps(job, *asked)))
 
-    def _answerSteps(self, job: _Job, number: int, line: bytes) -> Generator[Any, None, dict[str, Any]]:
-        assert self._session is not None and self._process is not None
+    def _askSteps(self, job: _Job, number: int, line: bytes) -> Generator[Any, None, Event]:
+        """Send the job's request and wait for its answer."""
+        assert self._process is not None
         job.number = number
         self._process.write(line)
         while job.answer is None:
             yield _WAIT
-        return self._session.dataset_result(job.answer)
+        return job.answer
 
     def _readySteps(self, job: _Job, image: Image | Callable[[], Image]) -> Generator[Any, None, int]:
         """A worker that runs and the number of the job's volume in it."""
@@ -484,13 +470,12 @@ class PanelWorker:
         if self._process is not None:
             return
         python = self._python or find_python()
-        self._log = b""
         self._events.clear()
         hello = self._session.connect()
         environment = child_environment(python, variablesFor(python) if self._environment is None else self._environment)
         self._began = time.monotonic()
         arguments = command(python, self._session.folder, background=True)
-        self._process = ChildProcess(arguments, environment, self._heard, self._noted, self._ended)
+        self._process = ChildProcess(arguments, environment, self._heard, self._ended)
         self._process.write(hello)
 
     def _heard(self, data: bytes) -> None:
@@ -498,9 +483,6 @@ class PanelWorker:
         self._events.extend(self._session.feed(data))
         while self._events:  # a callback may let the event loop run, and more come in
             self._judge(self._events.popleft())
-
-    def _noted(self, data: bytes) -> None:
-        self._log = (self._log + data)[-LOG_BYTES:]
 
     def _judge(self, event: Event) -> None:
         """What an answer of the worker means for the job."""
@@ -537,7 +519,7 @@ class PanelWorker:
             if code is None:
                 error = cannot_start(process.program, reason)
             else:
-                error = ending(code, process.program, self.log, self._session.hello is not None, process.launched)
+                error = ending(code, process.program, process.log, self._session.hello is not None, process.launched)
             self._fail(job, error)
 
     def _fail(self, job: _Job, error: WorkerError) -> None:
@@ -593,8 +575,8 @@ def waitForKilled() -> None:
 
 
 class ChildProcess:
-    """A process, started at once in the core's folder. onOutput(data), onLog(data) (of stderr) and onEnd(code, reason) are
-    called from the event loop until kill(); code: negative for a signal, None where the process could not be started.
+    """A process, started at once in the core's folder. onOutput(data) and onEnd(code, reason) are called from the event loop
+    until kill(); code: negative for a signal, None where the process could not be started.
 
     workerPid: set by its owner when a launcher such as PythonSlicer stands between and its child has told its id.
     """
@@ -604,13 +586,13 @@ class ChildProcess:
         arguments: Sequence[str],
         environment: Mapping[str, str],
         onOutput: Callable[[bytes], None],
-        onLog: Callable[[bytes], None],
         onEnd: Callable[[int | None, str], None],
     ) -> None:
         self.program = arguments[0]
         self._workerPid: int | None = None
         self._workerMark: str | None = None
-        self._on: tuple[Callable[..., None], ...] | None = (onOutput, onLog, onEnd)
+        self._log = b""
+        self._on: tuple[Callable[..., None], ...] | None = (onOutput, onEnd)
         self._process = process = qt.QProcess()
         process.setWorkingDirectory(str(working_folder()))
         variables = qt.QProcessEnvironment.systemEnvironment()
@@ -647,6 +629,11 @@ class ChildProcess:
         return self.workerPid is not None and self.workerPid != self._pid
 
     @property
+    def log(self) -> str:
+        """The last of what it and its libraries wrote on stderr."""
+        return self._log.decode("utf-8", "replace")
+
+    @property
     def killed(self) -> bool:
         return self._on is None
 
@@ -679,8 +666,8 @@ class ChildProcess:
 
     def _readLog(self) -> None:
         data = self._process.readAllStandardError().data()
-        if data and self._on is not None:
-            self._on[1](bytes(data))
+        if data:  # of nothing PythonQt's is no bytes
+            self._log = (self._log + bytes(data))[-LOG_BYTES:]
 
     def _finished(self) -> None:
         self._readLog()
@@ -710,7 +697,7 @@ class ChildProcess:
         self._process.deleteLater()
         on, self._on = self._on, None
         if on is not None:
-            on[2](code, reason)
+            on[1](code, reason)
 
 
 def _ignore(*_unused: Any) -> None:

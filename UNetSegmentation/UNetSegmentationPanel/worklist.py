@@ -43,7 +43,6 @@ class Desk:
         self._lines: Any = None
         self._answers: dict[int, tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]] = {}
         self._number = 0
-        self._log = b""
         self._pid: int | None = None
         self._fatal = ""
         self.folder: Path | None = None  # for arrays
@@ -130,9 +129,9 @@ class Desk:
         self._python, environment = workerPython()
         python = self._python or find_python()
         variables = child_environment(python, variablesFor(python) if environment is None else environment)
-        self._lines, self._log, self._pid = Lines(), b"", None
+        self._lines, self._pid = Lines(), None
         self._fatal = ""
-        self._process = ChildProcess([*command(python, self.folder), "desk"], variables, self._heard, self._noted, self._ended)
+        self._process = ChildProcess([*command(python, self.folder), "desk"], variables, self._heard, self._ended)
 
     def _write(self, message: dict[str, Any]) -> None:
         from UNetSegmentationLib.worker.protocol import dumps
@@ -161,9 +160,6 @@ class Desk:
             if self._process is None:
                 return  # closed by what was called
 
-    def _noted(self, data: bytes) -> None:
-        self._log = (self._log + data)[-65536:]
-
     def _ended(self, code: int | None, reason: str) -> None:
         from UNetSegmentationLib.worker.client import cannot_start, ending
 
@@ -175,8 +171,7 @@ class Desk:
         elif self._fatal:
             text = self._fatal
         else:
-            log = self._log.decode("utf-8", "replace")
-            text = str(ending(code, process.program, log, self._pid is not None, process.launched))
+            text = str(ending(code, process.program, process.log, self._pid is not None, process.launched))
         self._gone(text)
 
     def _gone(self, text: str) -> None:
@@ -342,7 +337,7 @@ class WorkListSection:
         else:
             self.busy = ""
         if case is not None and not case.over:
-            self._give(case)
+            self._back(case.folder, case.name)
             if not self._answer:
                 self._sayGivenBack(case.name)
         self.show()
@@ -423,7 +418,7 @@ class WorkListSection:
             self.desk.close((case.folder, case.name) if case is not None else None)
             self.busy = self._answer = ""
         elif case is not None:
-            self._give(case)
+            self._back(case.folder, case.name)
         self._folder = folder
         qt.QSettings().setValue(SETTING, folder)
         self.list, self.text, self._passed = None, "", []
@@ -606,7 +601,7 @@ class WorkListSection:
         if case is not None:
             case.over = True
             if case.folder != folder:  # of the same list the desk has given it back
-                self._give(case)
+                self._back(case.folder, case.name)
         self.text = " ".join(filter(None, [self.text, *answer.get("notes", ())]))  # after what _onMarked() has to say
         if scan is None:
             self.case = None
@@ -833,12 +828,9 @@ class WorkListSection:
         if case.segmentation.GetScene() is not None and all(v.GetScene() is not None for v in case.volumes):
             return True
         self.case = None
-        self._give(case)
+        self._back(case.folder, case.name)
         self._failed(_("'{name}' was removed from the scene, so it was given back to the list.").format(name=case.name))
         return False
-
-    def _give(self, case: Case) -> None:
-        self._back(case.folder, case.name)
 
     def _back(self, folder: str, name: str) -> None:
         """Back to the list, for anybody."""

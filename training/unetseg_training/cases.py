@@ -248,6 +248,13 @@ def folds(cases: Sequence[Case], k: int, seed: int = 20261122, marked: Callable[
     return [fold[c.patient] for c in cases]
 
 
+def frequencies(counts: Sequence[Sequence[int]]) -> list[float]:
+    """Of each class, its part of the voxels of the cases that hold it. counts: voxels of each class in each case."""
+    table = np.array(counts, np.float64)
+    totals = table.sum(1)
+    return [float(c.sum() / totals[c > 0].sum()) if c.any() else 0.0 for c in table.T]
+
+
 def find_cases(
     path: str | Path,
     layout: str | None = None,
@@ -1444,9 +1451,7 @@ def _dicom_name(path: Path, folder: Path, uid: str, taken: set[str]) -> str:
 
 
 def _find_dicom(path: Path) -> CaseSet | None:
-    if path.is_file():
-        return None
-    if find_spec("pydicom") is None:
+    if path.is_file() or find_spec("pydicom") is None:
         return None
     series, annotations = _series(path)
     if not annotations:

@@ -158,7 +158,6 @@ class Report:
         worst = self.worst()
         if not worst:
             return False
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         from .report import fonts
@@ -166,7 +165,6 @@ class Report:
         columns = min(4, len(worst))
         rows = math.ceil(len(worst) / columns)
         figure = Figure(figsize=(3.4 * columns, 4.0 * rows), dpi=110, facecolor="#0b0c0e")
-        FigureCanvasAgg(figure)
         cases = {c.name: c for c in self.case_set.cases}
         for i, (name, findings) in enumerate(worst):
             axes = figure.add_subplot(rows, columns, i + 1, facecolor="black", xticks=[], yticks=[])

@@ -340,7 +340,7 @@ def _app() -> Any:
         from . import metrics
         from .export import export_run, lineage
         from .finetune import FACTS
-        from .train import RUN, load_run, weights_hash
+        from .train import load_run, read_run, weights_hash
 
         config, network = load_run(folder)
         case_set, cases = _scored(folder, config, None, some=True)
@@ -352,7 +352,7 @@ def _app() -> Any:
         if scored and scored.get("weights") != weights_hash(folder):
             scored = None
             print("metrics.json is of other weights than these, so the card has no figures; run evaluate again", file=sys.stderr)
-        origin = lineage(json.loads((folder / RUN).read_text("utf-8")), find_model(base) if base else None)
+        origin = lineage(read_run(folder), find_model(base) if base else None)
         if not base and (folder / FACTS).is_file():
             origin |= {k: v for k, v in json.loads((folder / FACTS).read_text("utf-8")).items() if k == "parent"}
         made = export_run(network, config.card(), output or folder, metrics.case_items(case_set, cases), origin, scored)
@@ -577,10 +577,8 @@ def _follow(job: Any, detached: bool) -> None:
 def _scored(folder: Path, config: Any, data: str | None, some: bool = False) -> tuple[Any, Sequence[Any]]:
     """The dataset and the cases of it to score: the run's held-out ones, or all of another dataset. some: of the held-out ones those
     that are there will do."""
-    import json
-
     from .cases import ordered_channels
-    from .train import RUN, find
+    from .train import find, read_run
 
     if data:
         other = config.data.model_copy(update={"path": data, "layout": None, "channels": []})
@@ -590,7 +588,7 @@ def _scored(folder: Path, config: Any, data: str | None, some: bool = False) -> 
         case_set = ordered_channels(case_set, config.channels)
         return case_set, case_set.annotated
     case_set = find(config)
-    names = set(json.loads((folder / RUN).read_text("utf-8")).get("validation_cases", ()))
+    names = set(read_run(folder).get("validation_cases", ()))
     cases = [c for c in case_set.annotated if c.name in names]
     gone = sorted(names - {c.name for c in cases})
     if not cases or (gone and not some):
@@ -604,11 +602,9 @@ def _scored(folder: Path, config: Any, data: str | None, some: bool = False) -> 
 def _learned(folder: Path, config: Any, data: str, case_set: Any, cases: Sequence[Any]) -> int:
     """How many of the cases the run was trained on: by what they hold, or, in the run's own dataset, by their names as well, since a
     mask may have been corrected."""
-    import json
+    from .train import read_run
 
-    from .train import RUN
-
-    record = json.loads((folder / RUN).read_text("utf-8"))
+    record = read_run(folder)
     digests = {digest for part in (record.get("data") or {}).values() for digest in part.values()}
     own = user_path(os.path.expandvars(config.data.path)).resolve() == user_path(data).resolve()
     names = set(record.get("training_cases", ())) if own else set()

@@ -16,19 +16,16 @@ from torch import Tensor
 from torch.nn import functional
 from UNetSegmentationLib.networks.unet import deep_supervision_targets
 
-from .cases import IGNORE
+from .cases import IGNORE, frequencies
 from .config import Loss
 
 LossOf = Callable[[Tensor, Tensor], Tensor]
 
 
 def median_frequency_weights(counts: Sequence[Sequence[int]]) -> list[float]:
-    """One weight for each class: the median of the classes' frequencies over its own (Eigen and Fergus 2015), where a
-    class' frequency is its part of the voxels of the cases that hold it. counts: voxels of each class in each case.
-    A class that no case holds weighs 0."""
-    table = np.array(counts, np.float64)
-    totals = table.sum(1, keepdims=True)
-    frequency = [float(c.sum() / totals[:, 0][c > 0].sum()) if c.any() else 0.0 for c in table.T]
+    """One weight for each class: the median of the classes' frequencies() over its own (Eigen and Fergus 2015). A class that no case
+    holds weighs 0."""
+    frequency = frequencies(counts)
     median = float(np.median([f for f in frequency if f > 0]))
     return [median / f if f > 0 else 0.0 for f in frequency]
 

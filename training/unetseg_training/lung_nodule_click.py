@@ -278,16 +278,14 @@ class HeldOut:
 
     def __init__(self) -> None:
         held = part(nodules()[0], True)[::3] + part(nodules()[1], True)[::2]
-        held = [c for c in held if c.patient not in JUDGED]
-        self.names = [c.name for c in held]
-        self.cases = held
+        self.cases = [c for c in held if c.patient not in JUDGED]
         self.scans: list[Scan] = []
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.cases)
 
     def name(self, index: int) -> str:
-        return self.names[index]
+        return self.cases[index].name
 
     def score(self, index: int, network: UNet) -> dict[str, float]:
         if not self.scans:

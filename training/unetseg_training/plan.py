@@ -19,26 +19,25 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from UNetSegmentationLib.files import UserError, counted, user_path, write_text
 from UNetSegmentationLib.image import Image, length_unit, reorient, slices_across
 from UNetSegmentationLib.inference.click import expects_lung
 from UNetSegmentationLib.inference.predict import check_pixel_size, crop_mm, spacing_for
 from UNetSegmentationLib.intensity import check_finite
 from UNetSegmentationLib.model import SLICE_AXIS, Card, Label
+from UNetSegmentationLib.networks import UNetConfig, build
 from UNetSegmentationLib.postprocess import voxel_counts
 from UNetSegmentationLib.training import misfit, slug
 
 from . import config as config_file
-from .cases import IGNORE, evenly, mixed_pixel_sizes, numbered_instances
+from .cases import IGNORE, CaseSet, evenly, frequencies, mixed_pixel_sizes, numbered_instances
+from .clicks import IN_LUNG, share_in_lung
 from .config import Config, Fit
-
-if TYPE_CHECKING:
-    from UNetSegmentationLib.networks import UNetConfig
-
-    from .cases import CaseSet
+from .train import mps_fault, precision_here
 
 READ_AT_MOST = 150  # cases of a fingerprint; medians of more say the same
 # Bytes of activations and gradients for each voxel and feature map, summed over the levels: measured (3D and 2D, CPU).
@@ -58,8 +57,6 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        import torch
-
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         memory = _memory()
         if torch.cuda.is_available():
@@ -122,12 +119,6 @@ class Fingerprint:
     def median_spacing(self) -> tuple[float, ...]:
         return tuple(float(v) for v in np.median(self.spacings, 0))
 
-    def frequencies(self) -> list[float]:
-        """Of each class, its part of the voxels of the cases that hold it."""
-        table = np.array(self.counts, float)
-        total = table.sum(1)
-        return [float(c.sum() / total[c > 0].sum()) if c.any() else 0.0 for c in table.T]
-
 
 def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | None = None, in_lung: bool = False) -> Fingerprint:
     """Read the cases (evenly chosen ones, of very many) and measure them. in_lung: also what lies around the labels."""
@@ -161,8 +152,6 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         out.counts.append(voxel_counts(truth, IGNORE + 1)[: n + 1].tolist())
         values = canonical.channels[0]
         if in_lung:
-            from .clicks import share_in_lung
-
             inside_lung, count = share_in_lung(canonical, truth * judged)
             out.in_lung = tuple(np.add(out.in_lung or (0, 0), (inside_lung, count)).tolist())
         label = values[(truth > 0) & judged].ravel()
@@ -231,7 +220,7 @@ class Plan:
             "|---|---|---|",
         ]
         table = np.array(f.counts)
-        for k, (name, share) in enumerate(zip(names, f.frequencies())):
+        for k, (name, share) in enumerate(zip(names, frequencies(f.counts))):
             lines.append(f"| {name} | {100 * share:.3g} % | {int((table[:, k] > 0).sum())} of {f.read} |")
         lines += ["", "## What was chosen, and why", "", "| setting | value | why |", "|---|---|---|"]
         data = c.model_dump(mode="json")
@@ -472,7 +461,7 @@ def plan(
     )
 
     # Steps.
-    precision = _precision_here(Fit(accelerator="auto" if gpu else "cpu"))
+    precision = precision_here(Fit(accelerator="auto" if gpu else "cpu"))
     voxels = math.prod(patch)
     per_patch = _activation_bytes(patch, channels, strides, precision)
     room = max(0.0, 0.7 * (machine.gpu_memory if gpu else machine.memory) - _BASE_BYTES)
@@ -494,7 +483,7 @@ def plan(
     net: dict[str, Any] = {k: old[k] for k in ("norm", "activation", "residual", "down") if k in old}
     net |= {"channels": channels, "strides": strides, "kernels": kernels, "deep_supervision": supervise, "checkpointing": checkpointing}
     n_in, n_out = (5, 2) if clicked else (len(names) * (2 * context + 1), len(label_names) + 1)
-    if gpu and (fault := _mps_fault(net, dims, n_in, n_out)):  # the training would take the CPU
+    if gpu and (fault := mps_fault(UNetConfig(dims, n_in, n_out, **net))):  # the training would take the CPU
         made = again(machine=replace(machine, gpu="", gpu_memory=0), found=found)
         return replace(made, notes=(*made.notes, f"{fault}, so this is for the CPU."))
     second = None
@@ -531,9 +520,10 @@ def plan(
     if every > 1:
         why["fit.validate_every"] = "so that validation takes no more than a fifth of the time"
     why["fit.validate_cases"] = f"of {held} held-out cases a fold; unetseg-train evaluate scores all of them"
-    rare = min((v for v in f.frequencies()[1:] if v > 0), default=1.0)
+    shares = frequencies(f.counts)[1:]
+    rare = min((v for v in shares if v > 0), default=1.0)
     foreground = 0.67 if rare < 1e-3 else 0.5
-    rarest = label_names[int(np.argmin([v or 2 for v in f.frequencies()[1:]]))]
+    rarest = label_names[int(np.argmin([v or 2 for v in shares]))]
     why["fit.foreground"] = (
         "every patch is about a click" if clicked else f"the rarest label ({rarest}) has {100 * rare:.2g} % of the voxels"
     )
@@ -589,8 +579,6 @@ def plan(
             model.pop("surround", None)
             why["model.extent"] = f"the median image is {longest:.0f} mm long, no box around one target as those of {base[0].name}"
     if clicked:
-        from .clicks import IN_LUNG
-
         inside, count = f.in_lung or (0, 0)
         lung = count > 0 and inside >= IN_LUNG * count
         settings["model"] |= {"task": "click", "surroundings": "lung" if lung else "any"}
@@ -692,28 +680,11 @@ def _estimated(patch: Sequence[int], channels: Sequence[int], strides: Any, kern
     return 3 * flops * batch / (20e12 if machine.gpu else machine.cores * 2.5e10)
 
 
-def _precision_here(fit: Fit) -> str:
-    from .train import precision_here
-
-    return precision_here(fit)
-
-
-def _mps_fault(net: dict[str, Any], dims: int, n_in: int, n_out: int) -> str:
-    from UNetSegmentationLib.networks import UNetConfig
-
-    from .train import mps_fault
-
-    return mps_fault(UNetConfig(dims, n_in, n_out, **net))
-
-
 def _measured(
     net: dict[str, Any], dims: int, n_in: int, n_out: int, patch: Sequence[int], batch: int, precision: str, gpu: bool
 ) -> float | None:
     """Seconds of a step of this network on this machine: the fastest of up to three after one to warm up; None where the
     memory does not do. On a CPU what the step itself used of it, so that a busy machine plans as an idle one."""
-    import torch
-    from UNetSegmentationLib.networks import UNetConfig, build
-
     device = torch.device(("cuda" if torch.cuda.is_available() else "mps") if gpu else "cpu")
     dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision)
 

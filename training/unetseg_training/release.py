@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from UNetSegmentationLib.engines import Engine
 from UNetSegmentationLib.engines.torch import load_network
@@ -43,7 +42,7 @@ from .config import read
 from .export import export
 from .lidc import nodules, part
 from .report import label_text
-from .train import RUN, LiveEngine, find, live_package, load_weights
+from .train import LiveEngine, find, live_package, load_weights, read_run
 from .train import held_out as held_out_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -103,7 +102,7 @@ def cases(name: str, fold: int = FOLD) -> Iterator[tuple[str, str, Image, np.nda
 
 def check_run(name: str, run: Path, fold: int = FOLD) -> None:
     """UserError for a run whose run.json tells that it held out another fold, or was trained on patients of this one."""
-    record = json.loads((run / RUN).read_text("utf-8")) if (run / RUN).is_file() else {}
+    record = read_run(run)
     if record.get("fold", fold) != fold:
         its = "the dataset's own part" if record["fold"] is None else f"fold {record['fold']}"
         raise UserError(f"{run} held out {its} and would be scored on fold {fold}; train fold {fold}, or name its own fold with --fold.")
@@ -214,7 +213,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def plot(curve: list[dict[str, str]], path: Path) -> None:
     """curve: the lines of curve.csv."""
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     figure = Figure((7, 3.2), layout="constrained")

@@ -104,7 +104,6 @@ def overlay(
     truth, prediction: label maps (z, y, x) on the image's grid, the truth IGNORE where nobody has judged. Radiological
     convention, letters on the edges; scale in mm. A picture of one slice gets one panel.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     canonical, orientation = reorient(image)
@@ -120,7 +119,6 @@ def overlay(
     width = 3.5 * len(shots) if len(shots) > 1 else 5.0
     height = width / len(shots) + 0.32
     figure = Figure((width, height), dpi=100, facecolor=GROUND)
-    FigureCanvasAgg(figure)
     window = window_of(intensity, canonical.channels[0])
     edge = _edge(maps, canonical)
     for i, (plane, where, name) in enumerate(shots):
@@ -268,12 +266,9 @@ class Worst:
 
 
 def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure((width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure
+    return Figure((width, height), layout="constrained")
 
 
 def _svg(figure: Any) -> str:
@@ -400,15 +395,12 @@ def _cell(value: Any, digits: int = 3) -> dict[str, Any]:
 
 def write(folder: str | Path) -> Path:
     """Write folder/report.html from what the folder holds, and return its path. UserError where there is nothing to report."""
-    folder = Path(folder)
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-    except ImportError as e:
-        raise UserError("The report needs Jinja2 and Matplotlib; run: pip install jinja2 matplotlib") from e
+    import jinja2
+
     from . import metrics
     from .train import WEIGHTS, weights_hash
 
+    folder = Path(folder)
     lines, run, scored = live.read(folder / "live.jsonl"), _json(folder / "run.json") or {}, _json(folder / "metrics.json")
     if not lines and not scored:
         raise UserError(f"{folder} holds neither live.jsonl nor metrics.json; name the folder of a training run.")

@@ -40,7 +40,7 @@ from .export import card_path, compact, export_run, lineage, markdown
 from .finetune import named_as, replay_set, start_of
 from .plan import Machine, same_labels, same_task
 from .plan import plan as make_plan
-from .train import RUN, WEIGHTS, Callback, load_run, train
+from .train import WEIGHTS, Callback, Keeper, load_run, read_run, train
 
 CASES, CHECK = "cases.json", "check"
 QUICK_MINUTES = 5.0  # of training, so that ten are enough for all of it
@@ -434,10 +434,8 @@ class Steer(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.began, self.first = time.monotonic(), trainer.global_step
-        keeper = next((c for c in trainer.callbacks if hasattr(c, "seconds")), None)
-        self.before = float(getattr(keeper, "seconds", 0.0))
-        best = float(getattr(keeper, "best", float("nan")))
-        self.best = best if np.isfinite(best) else None
+        keeper = next(c for c in trainer.callbacks if isinstance(c, Keeper))
+        self.before, self.best = keeper.seconds, keeper.best if np.isfinite(keeper.best) else None
         self.told(now=True, state="training", dice=self.best)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -488,7 +486,7 @@ def _checked(
     config, network = load_run(folder)
     cases = _held_out(case_set, job.options.quick, config.model.task == "click")
     train_cases = [c for c in case_set.cases if c.split == "train"]
-    record = json.loads((folder / RUN).read_text("utf-8"))
+    record = read_run(folder)
     unmarked, before_label, named = facts.pop("unmarked", []), facts.pop("early", {}), facts.pop("named", [])
     origin = lineage(record, base, dataset=facts, cases=len(train_cases))
     told("Writing the package", now=True, fraction=0.87)

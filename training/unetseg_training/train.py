@@ -381,8 +381,6 @@ class Batches(L.LightningDataModule):
         rank, devices = self.trainer.global_rank, self.trainer.world_size
         self.module.source = self.job.source(rank, devices)
         self.module.loss = self.job.loss()
-        if self.module.source_state is not None:
-            self.module.source.restore(self.module.source_state)  # type: ignore[attr-defined]
 
     def train_dataloader(self) -> DataLoader[Any]:
         source = self.module.source
@@ -440,11 +438,10 @@ class Training(L.LightningModule):
         if job.freeze:
             job.freeze(self.model)
             job.identity["freeze"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
-        self.average = build(job.network, deep_supervision=job.network.deep_supervision)
+        self.average = build(job.network)
         self.average.load_state_dict(self.model.state_dict())
         self.average.requires_grad_(False)
         self.source: Source | None = None
-        self.source_state: Any = None
         self.loss: Callable[[Any, Tensor], Tensor] | None = None
         self.scores: list[tuple[str, dict[str, float]]] = []
         self.last_scores: dict[str, float] = {}
@@ -458,10 +455,9 @@ class Training(L.LightningModule):
         with torch.autocast(x.device.type, enabled=False):
             loss = self.loss([o.float() for o in output] if isinstance(output, list) else output.float(), y)
         if not torch.isfinite(loss):
-            cases = f" (cases {', '.join(self.source.names(step))})" if hasattr(self.source, "names") else ""
             raise UserError(
-                f"The loss is not a number at step {step + 1}{cases}; look at these images for extreme values, lower "
-                f"fit.learning_rate or set fit.precision to 32, and train again{_kept(self.trainer)}."
+                f"The loss is not a number at step {step + 1} (cases {', '.join(self.source.names(step))}); look at these images for "
+                f"extreme values, lower fit.learning_rate or set fit.precision to 32, and train again{_kept(self.trainer)}."
             )
         if hasattr(self.source, "after"):
             self.source.after((output[0] if isinstance(output, list) else output).detach().float())
@@ -532,9 +528,8 @@ class Training(L.LightningModule):
             checkpoint["source"] = self.source.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.source_state = checkpoint.get("source")
-        if self.source is not None and self.source_state is not None:
-            self.source.restore(self.source_state)  # type: ignore[attr-defined]
+        if "source" in checkpoint:  # Lightning has set up the data by now
+            self.source.restore(checkpoint["source"])  # type: ignore[union-attr]
 
 
 def rate(fit: Fit, step: int) -> float:
@@ -680,7 +675,7 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
     if first:
         job.prepare()
     if going_on:
-        done, minutes = _read_run(folder), job.fit.minutes
+        done, minutes = read_run(folder), job.fit.minutes
         # One that ended as its time was up goes on when it has more.
         ended = bool(done.get("finished") and not (done.get("late") and (not minutes or done["seconds"] < 60 * minutes)))
         if first:
@@ -730,7 +725,7 @@ def run(job: Job, folder: Path, *, resume: bool = True, callbacks: Sequence[Call
         end = {"finished": True, "dice": None if math.isnan(dice) else dice, "dice_by_label": keeper.labels, "best_epoch": keeper.epoch}
         end |= {"epochs": trainer.current_epoch, "seconds": round(keeper.seconds, 1), "steps": trainer.global_step}
         end["late"] = keeper.late()
-        _write_run(folder, {**_read_run(folder), **end})
+        _write_run(folder, {**read_run(folder), **end})
     trainer.strategy.barrier()
     return Result(load_weights(folder, job.network), dice, keeper.labels, keeper.epoch, folder)
 
@@ -901,7 +896,7 @@ def weights_hash(folder: Path) -> str:
 def load_run(folder: str | Path) -> tuple[Config, UNet]:
     """The configuration and the best network of a run's folder (RUN/fold0-seed0), as run.json has them."""
     folder = Path(folder)
-    run = _read_run(folder)
+    run = read_run(folder)
     if "config" not in run:
         raise UserError(f"{folder} holds no run; name the folder of a fold, such as RUN/fold0-seed0.")
     config = parse(run["config"], str(folder / RUN))
@@ -911,7 +906,8 @@ def load_run(folder: str | Path) -> tuple[Config, UNet]:
 # ----------------------------------------------------------------------------------------------------------------- record
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
+    """What run.json in a fold's folder holds; {} where there is none."""
     try:
         return json.loads((folder / RUN).read_text("utf-8"))
     except (OSError, ValueError):
@@ -939,8 +935,8 @@ def _record(job: Job, folder: Path, trainer: L.Trainer, going_on: bool) -> None:
         "device": torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else trainer.strategy.root_device.type,
         "devices": trainer.world_size,
         "precision": str(trainer.precision),
-        "started": _read_run(folder).get("started") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "resumed": _read_run(folder).get("resumed", 0) + 1 if going_on else 0,
+        "started": read_run(folder).get("started") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "resumed": read_run(folder).get("resumed", 0) + 1 if going_on else 0,
         "finished": False,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -985,10 +981,7 @@ def git_revision() -> str | None:
     if not (place.parents[1] / ".git").exists():  # installed, where git would climb to whatever repository that lies in
         return None
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=place, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        status = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=place, capture_output=True, text=True, timeout=30).stdout
+        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+        return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if status.strip() else "")

@@ -85,10 +85,8 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self.live:
             return
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if loss is not None:
-            # Lightning divides it by what is accumulated: 0.427 of 1.707 with 4.
-            self._losses.append((loss.detach() if hasattr(loss, "detach") else loss) * trainer.accumulate_grad_batches)
+        # Lightning divides it by what is accumulated: 0.427 of 1.707 with 4.
+        self._losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
         if trainer.global_step == self.step:
             return  # gradients are being accumulated
         now = time.monotonic()

@@ -39,9 +39,6 @@ class qSlicerModuleManager(QObject):
     def module(self, name: str) -> Any:
         return getattr(slicer.modules, name.lower(), None)
 
-    def modulesNames(self) -> tuple[str, ...]:
-        return tuple(m.name for m in vars(slicer.modules).values() if hasattr(m, "name"))
-
 
 class qSlicerCoreIOManager:
     """loadNodes() and saveNodes() for scenes, volumes and segmentations, as slicer.util calls them."""
@@ -287,9 +284,6 @@ class qSlicerApplication(QApplication):
         pass
 
     def resumeRender(self) -> None:
-        pass
-
-    def setRenderPaused(self, pause: bool) -> None:
         pass
 
 

@@ -186,83 +186,6 @@ class ctkComboBox(QComboBox):
             event.ignore()
 
 
-def inner(kind: Any, widget: str, name: str, writable: bool = True) -> Property:
-    """A property of a part of the widget."""
-
-    def get(self: Any) -> Any:
-        return getattr(self.__dict__[widget], name)
-
-    def put(self: Any, new: Any) -> None:
-        setattr(self.__dict__[widget], name, new)
-
-    return Property(kind, get, put if writable else None)
-
-
-@standin
-class ctkDoubleSpinBox(QWidget):
-    """ctkDoubleSpinBox.h. The shortcuts for decimals are missing."""
-
-    valueChanged = Signal(float)
-    _textChanged = Signal(str)
-    editingFinished = Signal()
-    decimalsChanged = Signal(int)
-    signals_ = {
-        "valueChanged(double)": "valueChanged",
-        "valueChanged(QString)": "_textChanged",
-        "editingFinished()": "editingFinished",
-        "decimalsChanged(int)": "decimalsChanged",
-    }
-
-    def __init__(self, parent: Any = None) -> None:
-        super().__init__(parent)
-        self._box = qt.QDoubleSpinBox(self)
-        layout = qt.QHBoxLayout(self)
-        layout.setContentsMargins(0, 0, 0, 0)
-        layout.addWidget(self._box)
-        self._box.valueChanged.connect(self.valueChanged)
-        self._box.textChanged.connect(self._textChanged)
-        self._box.editingFinished.connect(self.editingFinished)
-        self.setFocusProxy(self._box)
-        self.setSizePolicy(self._box.sizePolicy)
-
-    value = inner(float, "_box", "value")
-    minimum = inner(float, "_box", "minimum")
-    maximum = inner(float, "_box", "maximum")
-    singleStep = inner(float, "_box", "singleStep")
-    decimals = inner(int, "_box", "decimals")
-    prefix = inner(str, "_box", "prefix")
-    suffix = inner(str, "_box", "suffix")
-    cleanText = inner(str, "_box", "cleanText", writable=False)
-    frame = inner(bool, "_box", "frame")
-    readOnly = inner(bool, "_box", "readOnly")
-    alignment = value(int, "alignment", 1)
-    decimalsOption = value(int, "decimals_option", 0x9)
-    setMode = value(int, "set_mode", 1)
-    invertedControls = value(bool, "inverted_controls", False)
-    sizeHintPolicy = value(int, "size_hint_policy", 0)
-
-    def setValue(self, value: float) -> None:
-        self._box.setValue(value)
-
-    def setValueIfDifferent(self, value: float) -> None:
-        self._box.setValue(value)
-
-    def setValueAlways(self, value: float) -> None:
-        self._box.setValue(value)
-
-    def setDecimals(self, decimals: int) -> None:
-        self._box.setDecimals(decimals)
-
-    def setReadOnly(self, readOnly: bool) -> None:
-        self._box.setReadOnly(readOnly)
-
-    def stepUp(self) -> None:
-        self._box.stepUp()
-
-    def stepDown(self) -> None:
-        self._box.stepDown()
-
-
 @standin
 class ctkMessageBox(QMessageBox):
     """ctkMessageBox.h."""
@@ -272,4 +195,4 @@ class ctkMessageBox(QMessageBox):
 
 
 sys.modules["ctk"] = ctk = ModuleType("ctk")
-vars(ctk).update({c.__name__: c for c in (ctkCollapsibleButton, ctkComboBox, ctkMenuButton, ctkDoubleSpinBox, ctkMessageBox)})
+vars(ctk).update({c.__name__: c for c in (ctkCollapsibleButton, ctkComboBox, ctkMenuButton, ctkMessageBox)})

@@ -162,9 +162,6 @@ class qSlicerSegmentEditorScriptedEffect(qSlicerSegmentEditorAbstractEffect):
     def integerParameter(self, name: str) -> int:
         return int(self.parameter(name)) if self._node is not None else 0
 
-    def doubleParameter(self, name: str) -> float:
-        return float(self.parameter(name)) if self._node is not None else 0.0
-
     def setParameter(self, name: str, value: Any) -> None:
         if self._node is None:
             raise RuntimeError(f"Invalid segment editor parameter set node set to effect {self.name}")
@@ -220,12 +217,6 @@ class qSlicerSegmentEditorScriptedEffect(qSlicerSegmentEditorAbstractEffect):
         kind = getattr(logic, MODES[modificationMode])
         logic.ModifySegmentByLabelmap(segmentationNode, segmentID, modifierLabelmap, kind, *extent, self.perSegment, bypass)
 
-    def modifySelectedSegmentByLabelmap(self, modifierLabelmap: Any, modificationMode: int, *more: Any) -> None:
-        node = self._node
-        self.modifySegmentByLabelmap(
-            node.GetSegmentationNode(), node.GetSelectedSegmentID() or "", modifierLabelmap, modificationMode, *more
-        )
-
     def confirmCurrentSegmentVisible(self) -> int:
         """Asks by a message box: True shows the segment, None leaves it hidden, False cancels."""
         node = self._node.GetSegmentationNode() if self._node is not None else None
@@ -247,9 +238,6 @@ class qSlicerSegmentEditorScriptedEffect(qSlicerSegmentEditorAbstractEffect):
         else:
             self._confirmed = segment
         return self.ConfirmedWithDialog
-
-    def selectEffect(self, effectName: str) -> None:
-        self._editor.setActiveEffectByName(effectName)
 
     # --- views
 
@@ -410,17 +398,11 @@ class qMRMLSegmentEditorWidget(mrmlwidgets.qMRMLWidget):
     def segmentationNode(self) -> Any:
         return self._logic.GetSegmentationNode()
 
-    def sourceVolumeNode(self) -> Any:
-        return self._logic.GetSourceVolumeNode()
-
     def setCurrentSegmentID(self, segmentID: str) -> None:
         self._logic.SetCurrentSegmentID(segmentID)
 
     def currentSegmentID(self) -> str:
         return self._logic.GetCurrentSegmentID()
-
-    def availableEffectNames(self) -> tuple[str, ...]:
-        return tuple(e.name for e in self._effects)
 
     def effectByName(self, name: str) -> Any:
         return next((e for e in self._effects if e.name == name), None)

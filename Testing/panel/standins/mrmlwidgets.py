@@ -1,6 +1,6 @@
 """The qMRML widgets that the panel uses, on the real MRML scene; they go into `slicer`.
 
-Names, arguments and defaults after Slicer 5.12: Libs/MRML/Widgets/qMRMLNodeComboBox.h, qMRMLCheckableNodeComboBox.h,
+Names, arguments and defaults after Slicer 5.12: Libs/MRML/Widgets/qMRMLNodeComboBox.h,
 qMRMLTableView.h, qMRMLWidget.h, Modules/Loadable/Segmentations/Widgets/qMRMLSegmentsTableView.h and
 qMRMLSegmentationShow3DButton.h. What is a plain C++ method there, no slot and not Q_INVOKABLE, Python cannot call.
 """
@@ -314,30 +314,15 @@ class qMRMLNodeComboBox(QWidget):
             self._requested = nodeID or ""
         self._select(nodeID if nodeID in self._ids else "")
 
-    def setCurrentNodeIndex(self, index: int) -> None:
-        self._select(self._ids[index] if 0 <= index < len(self._ids) else "")
-
     currentNodeID = Property(str, lambda self: self._current, lambda self, v: self.setCurrentNodeID(v))
 
     def addAttribute(self, nodeType: str, attributeName: str, attributeValue: Any = None) -> None:
         self._attributes.append((nodeType, attributeName, attributeValue))
         self._fill()
 
-    def removeAttribute(self, nodeType: str, attributeName: str) -> None:
-        self._attributes = [a for a in self._attributes if a[:2] != (nodeType, attributeName)]
-        self._fill()
-
-    def setNodeTypeLabel(self, label: str, nodeType: str) -> None:
-        self._labels[nodeType] = label
-        self._fill()
-
     def nodeTypeLabel(self, nodeType: str) -> str:
         shown = self._scene.GetTypeDisplayNameByClassName(nodeType) if self._scene is not None else ""
         return self._labels.get(nodeType) or shown or "node"
-
-    def addMenuAction(self, newAction: Any) -> None:
-        self._actions.append(newAction)
-        self._fill()
 
     def addNode(self, nodeType: str | None = None) -> Any:
         kind = nodeType or (self.nodeTypes[0] if self.nodeTypes else None)
@@ -368,68 +353,6 @@ class qMRMLNodeComboBox(QWidget):
         if name:
             node.SetName(name)
             self.currentNodeRenamed.emit(name)
-
-
-@standin
-class qMRMLCheckableNodeComboBox(qMRMLNodeComboBox):
-    """qMRMLCheckableNodeComboBox.h. The button's text names what is checked."""
-
-    checkedNodesChanged = Signal()
-    signals_ = {"checkedNodesChanged()": "checkedNodesChanged"}
-
-    def __init__(self, parent: Any = None) -> None:
-        super().__init__(parent)
-        self._checked: list[str] = []
-
-    def _fill(self, leaving: Any = None) -> None:
-        super()._fill(leaving)
-        kept = [i for i in self.__dict__.get("_checked", []) if i in self._ids]
-        if kept != self.__dict__.get("_checked", []):
-            self._checked = kept
-            self.checkedNodesChanged.emit()
-        self._show_checked()
-
-    def _show_checked(self) -> None:
-        names = [n.GetName() for n in self.checkedNodes()]
-        self._combo.setPlaceholderText(", ".join(names) or "None")
-        self._combo.setCurrentIndex(-1)
-
-    def _activate(self, row: int) -> None:
-        index = row - bool(self.noneEnabled)
-        if 0 <= index < len(self._ids):
-            node = self.nodeFromIndex(index)
-            self.setCheckState(node, qt.Qt.Unchecked if self.checkState(node) else qt.Qt.Checked)
-        else:
-            super()._activate(row)
-
-    def checkedNodes(self) -> tuple[Any, ...]:
-        return tuple(self._scene.GetNodeByID(i) for i in self._ids if i in self.__dict__.get("_checked", []))
-
-    def uncheckedNodes(self) -> tuple[Any, ...]:
-        return tuple(self._scene.GetNodeByID(i) for i in self._ids if i not in self._checked)
-
-    def allChecked(self) -> bool:
-        return not self.uncheckedNodes()
-
-    def noneChecked(self) -> bool:
-        return not self.checkedNodes()
-
-    def checkState(self, node: Any) -> Any:
-        return qt.Qt.Checked if node is not None and node.GetID() in self._checked else qt.Qt.Unchecked
-
-    def setCheckState(self, node: Any, check: Any) -> None:
-        _is_none_or(node, slicer.vtkMRMLNode)
-        node_id = node.GetID()
-        if bool(check) != (node_id in self._checked) and node_id in self._ids:
-            self._checked = [*self._checked, node_id] if check else [i for i in self._checked if i != node_id]
-            self._show_checked()
-            self.checkedNodesChanged.emit()
-
-    def check(self, node: Any) -> None:
-        self.setCheckState(node, qt.Qt.Checked)
-
-    def uncheck(self, node: Any) -> None:
-        self.setCheckState(node, qt.Qt.Unchecked)
 
 
 @standin
@@ -550,13 +473,6 @@ class qMRMLSegmentsTableView(qMRMLWidget):
     def clearSelection(self) -> None:
         self._table.clearSelection()
 
-    def setHideSegments(self, segmentIDs: Any) -> None:
-        self._hide = list(segmentIDs)
-        self._fill()
-
-    def hideSegments(self) -> tuple[str, ...]:
-        return tuple(self._hide)
-
     def displayedSegmentIDs(self) -> tuple[str, ...]:
         ids = [i for i in self._segment_ids() if i not in self._hide]
         wanted = self.textFilter.lower()
@@ -572,23 +488,11 @@ class qMRMLSegmentsTableView(qMRMLWidget):
     def setSelectionMode(self, mode: int) -> None:
         self._table.setSelectionMode(qt.QAbstractItemView.SelectionMode(int(mode)))
 
-    def setHeaderVisible(self, visible: bool) -> None:
-        self.headerVisible = visible
-
-    def setVisibilityColumnVisible(self, visible: bool) -> None:
-        self.visibilityColumnVisible = visible
-
-    def setColorColumnVisible(self, visible: bool) -> None:
-        self.colorColumnVisible = visible
-
     def setOpacityColumnVisible(self, visible: bool) -> None:
         self.opacityColumnVisible = visible
 
     def setStatusColumnVisible(self, visible: bool) -> None:
         self.statusColumnVisible = visible
-
-    def setLayerColumnVisible(self, visible: bool) -> None:
-        self.layerColumnVisible = visible
 
     def setReadOnly(self, readOnly: bool) -> None:
         self.readOnly = readOnly
@@ -691,12 +595,6 @@ class qMRMLTableView(QTableView):
         self._observers.clear()
         self._observers.add(node, self._fill, vtk.vtkCommand.ModifiedEvent)
         self._fill()
-
-    def mrmlTableViewNode(self) -> Any:
-        return self._view_node
-
-    def setMRMLTableViewNode(self, node: Any) -> None:
-        self._view_node = node
 
     def _fill(self, *_: Any) -> None:
         self._model.clear()

@@ -514,10 +514,6 @@ def createGuiConnector(widget: Any, datatype: Any) -> GuiConnector:
     raise RuntimeError(f"Unable to create GUI connector from datatype '{datatype}' to widget type '{of}'")
 
 
-def findChildWidgetForParameter(widget: Any, parameter: str) -> Any:
-    return next((w for w in widget.findChildren(qt.QWidget) if w.property(SlicerParameterNamePropertyName) == parameter), None)
-
-
 # --- the decorator ---------------------------------------------------------------------------------------------------
 
 
@@ -547,9 +543,6 @@ class _Methods:
 
     def default(self, name: str) -> Default:
         return self._parameter(name).default
-
-    def isCached(self, name: str) -> bool:
-        return self._parameter(name).kept.cached
 
     @classmethod
     def dataType(cls, name: str) -> Any:
@@ -618,10 +611,6 @@ class _Methods:
 
     def Modified(self) -> None:
         self.parameterNode.Modified()
-
-
-def isParameterNodeWrapper(classOrObj: Any) -> bool:
-    return getattr(classOrObj, "_is_parameter_node_wrapper", False)
 
 
 def parameterNodeWrapper(classtype: Any = None) -> Any:

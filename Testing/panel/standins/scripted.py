@@ -38,9 +38,6 @@ class ScriptedLoadableModule:
     def resourcePath(self, filename: str) -> str:
         return os.path.join(os.path.dirname(self.parent.path), "Resources", filename)
 
-    def getDefaultModuleDocumentationLink(self, docPage: str | None = None) -> str:
-        return f"<p>See the documentation of {docPage or self.moduleName}.</p>"
-
     def runTest(self, msec: int = 100, **kwargs: Any) -> None:
         test = getattr(importlib.import_module(type(self).__module__), self.moduleName + "Test")()
         test.messageDelay = msec
@@ -78,9 +75,6 @@ class ScriptedLoadableModuleWidget:
 
     def setup(self) -> None:
         self.setupDeveloperSection()
-
-    def onReload(self) -> None:
-        slicer.util.reloadScriptedModule(self.moduleName)
 
 
 class ScriptedLoadableModuleLogic:
@@ -122,9 +116,6 @@ class ScriptedLoadableModuleTest(unittest.TestCase):
 
     def delayDisplay(self, message: str, requestedDelay: int | None = None, msec: int | None = None) -> None:
         slicer.util.delayDisplay(message, 0)
-
-    def takeScreenshot(self, name: str, description: str, type: int = -1) -> None:
-        self.delayDisplay(description)
 
     def runTest(self) -> None:
         logging.warning("No test is defined in %s", type(self).__name__)

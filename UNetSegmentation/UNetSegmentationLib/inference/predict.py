@@ -289,20 +289,20 @@ def check_pixel_size(name: str, card: Card) -> None:
         )
 
 
-def check_together(models: Sequence[ModelPackage]) -> None:
-    """UserError for models that cannot be averaged."""
+def check_together(models: Sequence[Any]) -> None:
+    """UserError for models (packages, or what else has their cards) that cannot be averaged."""
     first = models[0].card
     for card in (model.card for model in models[1:]):
-        names = f"{card.name} and {first.name}"
+        names = f"{first.name} and {card.name}"
         if [(v.value, v.name) for v in card.labels] != [(v.value, v.name) for v in first.labels]:
-            raise UserError(f"{names} do not give the same labels, so they cannot be averaged.")
+            raise UserError(f"{names} do not give the same labels, so they cannot be averaged; choose one of them.")
         one, other = (", ".join(c.data["channels"]) for c in (first, card))
         if len(first.data["channels"]) != len(card.data["channels"]) or (len(first.data["channels"]) > 1 and one.lower() != other.lower()):
             raise UserError(f"{first.name} takes {one} and {card.name} {other}; models that are averaged must take the same in one order.")
         if card.activation != first.activation:
-            raise UserError(f"{names} end in different activations, so they cannot be averaged.")
+            raise UserError(f"{names} end in different activations, so they cannot be averaged; choose one of them.")
         if card.acquired != first.acquired:
-            raise UserError(f"{names} do not look at the same slices, so they cannot be averaged.")
+            raise UserError(f"{names} do not look at the same slices, so they cannot be averaged; choose one of them.")
 
 
 def _too_much(image: Image, models: Sequence[ModelPackage], options: Options) -> list[str]:

@@ -322,7 +322,6 @@ def summary(work: WorkList) -> dict[str, Any]:
         "counts": counts,
         "models": list(work.models),
         "unsegmented": work.unsegmented,
-        "ahead": [s.name for s in work.ordered(_MOST_NAMES)],
         "taken": [{"name": s.name, "by": s.by} for s in scans.values() if s.status == "taken"][:_MOST_NAMES],
         "failed": [{"name": s.name, "error": s.error} for s in scans.values() if s.status == "failed"][:_MOST_NAMES],
     }

@@ -24,7 +24,6 @@ Nothing is pickled, and both sides check everything that they receive.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import os
@@ -314,12 +313,7 @@ def encode_image(image: Image, folder: Path, volume: int) -> Steps[dict[str, Any
 def encode_geometry(image: Image) -> dict[str, Any]:
     """Where an image lies, and what it was read from; UserError where that is nowhere."""
     check_geometry(image)
-    return {
-        "spacing": [float(v) for v in image.spacing],
-        "origin": [float(v) for v in image.origin],
-        "direction": [float(v) for v in image.direction],
-        "source": None if image.source is None else str(image.source),
-    }
+    return {**image.geometry, "source": None if image.source is None else str(image.source)}
 
 
 def decode_image(message: dict[str, Any], folder: Path) -> Image:
@@ -568,21 +562,19 @@ def _encode_mask(mask: np.ndarray, start: Sequence[int]) -> list[Any]:
 
 
 def _decode_mask(value: Any, most: int) -> tuple[np.ndarray, Box]:
-    if not isinstance(value, list) or len(value) != 3 or not isinstance(value[2], str):
-        raise ProtocolError("The message has no valid mask.")
-    ends = {"start": value[0], "shape": value[1]}
-    start, shape = numbers(ends, "start", 3, int), numbers(ends, "shape", 3, int)
-    count = math.prod(shape)
-    if min(shape) < 0 or count > most:
-        raise ProtocolError("The message has no valid mask.")
-    size = (count + 7) // 8
     try:
+        first, sides, text = value
+        start, shape = numbers({"start": first}, "start", 3, int), numbers({"shape": sides}, "shape", 3, int)
+        count = math.prod(shape)
+        size = (count + 7) // 8
+        if min(shape) < 0 or count > most:
+            raise ValueError
         # Not a byte more than announced: a few can stand for gigabytes.
-        packed = zlib.decompressobj().decompress(base64.b64decode(value[2], validate=True), size + 1)
-    except (binascii.Error, zlib.error) as e:
+        packed = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
+        if len(packed) != size:
+            raise ValueError
+    except (TypeError, ValueError, zlib.error) as e:
         raise ProtocolError("The message has no valid mask.") from e
-    if len(packed) != size:
-        raise ProtocolError("The message has no valid mask.")
     mask = np.unpackbits(np.frombuffer(packed, np.uint8), count=count).reshape(shape)
     return mask, Box(start, tuple(a + n for a, n in zip(start, shape)))
 
