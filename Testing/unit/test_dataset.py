@@ -302,6 +302,27 @@ def test_what_comes_back_is_not_there_twice(dataset):
     assert list(dataset.refresh().entries) == ["one"]
 
 
+def test_a_former_image_comes_back_as_its_own_patients(dataset):
+    """Else a person could be learnt from as another and held out too."""
+    dataset.add(scan(0), outline(), name="one", patient="Mistaken")
+    dataset.add(scan(0), outline(1), name="one", patient="Alice", allow=["patient"], split="test")
+    dataset.add(scan(1), outline(), name="two", patient="Alice")
+    dataset.add(scan(2), outline(), name="three", patient="Bob", split="train")
+    dataset.add(scan(3), outline(), name="one", patient="Bob", allow=["image", "patient"])
+    assert dataset.entries["one"].split == "train"
+    entry = dataset.restore("one", 1)  # as its patient was known last
+    assert (entry.patient, entry.split) == (dataset.patient("Alice"), "test") and not dataset.check()
+    entry = dataset.restore("one", 3)
+    assert (entry.patient, entry.split) == (dataset.patient("Bob"), "train")
+    dataset.remove("two")
+    assert dataset.restore("one", 1).split == ""  # where no other of the patient's is, it is dealt anew
+    data = json.loads((dataset.folder / "dataset.json").read_text())
+    for version in data["cases"]["one"]["versions"]:
+        version.pop("patient", None)  # an earlier version did not know
+    (dataset.folder / "dataset.json").write_text(json.dumps(data))
+    assert dataset.restore("one", 3).patient == dataset.patient("Alice")
+
+
 def test_a_patient_that_a_person_named_is_not_replaced_by_another_unseen(dataset, tmp_path):
     image = dicom(tmp_path / "dicom", "4711")
     assert dataset.add(Image(image.array, image.spacing), outline()).patient != dataset.patient("4711")  # as NIfTI
@@ -962,6 +983,20 @@ def test_a_lock_of_another_computer_of_the_same_name_is_not_a_dead_ones(dataset,
     assert module.process_is_gone(owner) and module.process_is_gone(owner | {"host": socket.gethostname()})  # of an earlier version
     at("0b" * 16)
     assert not module.process_is_gone(owner) and owner["name"] == socket.gethostname()  # by which a person knows it
+
+
+def test_a_fresh_lock_is_not_taken_from_a_program_that_is_not_seen_here(dataset, monkeypatch):
+    """Of another container it may be, whose computer has the same name."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    lock = dataset.folder / ".lock"
+    lock.write_text(json.dumps({"host": files.this_computer(), "pid": gone.pid, "token": "another's"}))
+    monkeypatch.setattr(module, "DEAD", 50.0)
+    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    with pytest.raises(UserError, match=f"is being written to by process {gone.pid} on"):
+        dataset.add(scan(0), outline())
+    os.utime(lock, (time.time() - 55,) * 2)
+    assert dataset.add(scan(0), outline()).version == 1
 
 
 def test_a_share_that_is_lost_while_a_file_is_written_is_a_sentence(tmp_path, monkeypatch):

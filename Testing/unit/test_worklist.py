@@ -13,6 +13,7 @@ import time
 import unicodedata
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,6 +227,57 @@ def test_numbered_scans_are_no_channels(tmp_path):
     assert WorkList.gather(tmp_path / "list", [scans])[1] == ["ct_0001", "ct_0002", "mr", "pet", "x", "x-2"]
 
 
+def test_files_that_are_named_themselves_are_channels_too(tmp_path):
+    names = ("p_0001.nii.gz", "p_0000.nii.gz", "q_0001.nii.gz", "IM_0000", "IM_0001", "gt.nrrd")  # a mask's name was chosen by a person
+    for name in (*names, "other/p_0000.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = find_scans([*(tmp_path / name for name in names), tmp_path / "other" / "p_0000.nii.gz"])
+    assert found[0] == (tmp_path / "p_0000.nii.gz", tmp_path / "p_0001.nii.gz")
+    assert found[1:] == [*((tmp_path / name,) for name in names[2:]), (tmp_path / "other" / "p_0000.nii.gz",)]
+
+
+@pytest.mark.parametrize(
+    ("scans", "masks"),
+    [
+        (["imagesTr/a.nii", "imagesTs/b.nii"], ["labelsTr/a.nii", "labelsTs/b.nii"]),
+        (["s0001/ct.nii"], ["s0001/segmentations/liver.nii", "s0002/segs/liver.nii"]),  # TotalSegmentator
+        (["p1/p1_frame01.nii", "GT_012.nii"], ["p1/p1_frame01_gt.nii", "gt/p1.nii"]),  # ACDC; but a patient of that name
+        (["sub-1/sub-1_T1w.nii"], ["sub-1/sub-1_dseg.nii", "sub-1/sub-1_label-L_probseg.nii", "sub-1/sub-1_desc-brain_mask.nii"]),  # BIDS
+        (["lung.nii"], ["lung_labelmap.nii", "Segmentation-label.nii", "lung.seg.nrrd"]),  # Slicer
+    ],
+)
+def test_the_masks_of_common_layouts_are_no_scans(tmp_path, scans, masks):
+    for name in (*scans, *masks):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert sorted(f for (f,) in find_scans([tmp_path])) == sorted(tmp_path / name for name in scans)
+
+
+@pytest.mark.parametrize("name", ["gt", "labelsTr"])
+def test_a_folder_that_a_person_names_is_searched_whatever_it_is_called(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "p1.nii").write_text("x")
+    assert find_scans([tmp_path / name]) == [(tmp_path / name / "p1.nii",)] and find_scans([tmp_path]) == []
+
+
+def test_a_dicom_folder_without_images_is_no_scan(tmp_path):
+    def dicom(name, modality, kind=b"CS\x08\0"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM" + b"\x08\0\x60\0" + kind + modality + b"\x08\0\x70\0LO")
+
+    for i in range(9):
+        dicom(f"mixed/a{i}", b"RTSTRUCT")
+    dicom("mixed/ct", b"CT")
+    dicom("plain/ct", b"CT")
+    dicom("plans/rs", b"RTSTRUCT")
+    dicom("plans/rd", b"RTDOSE", b"\x06\0\0\0")  # without the value's type
+    dicom("plans/below/mr", b"MR")
+    (tmp_path / "DICOMDIR").mkdir()
+    (tmp_path / "DICOMDIR" / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")  # says nothing of its own
+    assert [f.name for (f,) in find_scans([tmp_path])] == ["DICOMDIR", "mixed", "plain", "below"]
+
+
 def test_pictures_are_scans_where_nothing_else_is(tmp_path):
     scans = tmp_path / "scans"
     for name in ("b.PNG", "p/x.tiff", "p/x_mask.png", "a_0000.jpg", "a_0001.jpg", "masks/b.png", "notes.txt"):
@@ -317,6 +369,20 @@ def test_scans_are_segmented_in_advance_and_offered_where_it_helps_most(work, ma
     assert work.add([tmp_path / "scans"]) == []  # they are there
 
 
+def test_a_sign_of_life_that_fails_costs_no_scan(work, make_package, monkeypatch):
+    package, tries = make_package(), []
+    work.choose_models([package])
+
+    def away_once(self, me):
+        tries.append(me)
+        if len(tries) == 1:
+            raise UserError("The folder cannot be read or written (Host is down).")
+
+    monkeypatch.setattr(module, "LEASE", 0.0)
+    monkeypatch.setattr(WorkList, "renew", away_once)
+    assert work.segment([package], ANNA, ONNX).status == "segmented" and len(tries) > 1
+
+
 def test_a_bad_scan_is_a_sentence_and_stops_nobody(work, make_package, scans):
     (scans / "s2.nii.gz").write_bytes(b"no image")
     package = make_package()
@@ -387,6 +453,36 @@ def test_a_folder_that_a_person_opened_meanwhile_is_not_split_twice(tmp_path, ma
     assert [s.series for s in work.refresh().scans.values()] == ["1.7.1", "1.7.2", "1.8.1", "1.8.2"]
 
 
+def test_what_was_found_in_a_folder_that_another_split_meanwhile_is_no_series(work, make_package):
+    package, split = make_package(), []
+    work.choose_models([package])
+
+    def meanwhile():
+        if not split:
+            split.append(WorkList.open(work.folder).split("s0", ["1.2", "1.3"]))
+        return False
+
+    work.segment([package], BERT, ONNX, cancelled=meanwhile)
+    scan = work.refresh().scan("s0")
+    assert (scan.series, scan.status, scan.mask) == ("1.2", "waiting", None) and not list(work.folder.glob("worklist/*/*"))
+
+
+def test_interrupted_after_the_list_names_it_a_result_stays(work, make_package, monkeypatch):
+    package, leave = make_package(), module.FolderLock.__exit__
+    work.choose_models([package])
+
+    def interrupted(self, *error):
+        leave(self, *error)
+        if any(record.get("mask") for record in json.loads((work.folder / module.LIST).read_text("utf-8"))["scans"].values()):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.FolderLock, "__exit__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            work.segment([package], ANNA, ONNX)
+    assert work.refresh().scan("s0").status == "segmented" and work.scan("s0").mask.is_file()
+
+
 def test_another_model_segments_what_is_left_to_correct_again(work, make_package):
     old, new = make_package(), make_package(version="2.0.0")
     work.choose_models([old])
@@ -394,8 +490,11 @@ def test_another_model_segments_what_is_left_to_correct_again(work, make_package
     first = work.next(ANNA)
     work.done(first.name, ANNA, "case-1")
     former = {s.name: s.mask for s in work.scans.values()}
-    assert work.choose_models([new]) == 3 and work.segment([old], ANNA, ONNX) is None
+    assert work.choose_models([new]) == 3
+    with pytest.raises(UserError, match="^toy-2.0.0 was chosen for the work list meanwhile, so toy-1.0.0 stopped; choose toy-1.0.0 again"):
+        work.segment([old], ANNA, ONNX)
     again = segment_all(work, new)
+    assert work.segment([old], ANNA, ONNX) is None  # nothing is left of which to tell
     assert {s.model for s in again} == {"toy-2.0.0"} and first.name not in {s.name for s in again}
     assert all(not former[s.name].exists() and s.mask.exists() for s in again)
     assert work.scan(first.name).case == "case-1" and work.scan(first.name).by == "Anna" and former[first.name].exists()
@@ -548,6 +647,10 @@ def test_nobody_gets_what_another_has(work, clock):
     }  # fmt: skip
     work.back(other.name)
     assert work.next(ANNA).name == other.name
+
+
+def test_what_was_put_off_comes_again_in_that_order(work):
+    assert work.next(ANNA, passed=["s3", "s0", "s2", "s1"]).name == "s3"
 
 
 def test_what_was_taken_is_free_again_when_its_time_is_over_or_its_program_gone(work, clock):
@@ -1009,6 +1112,25 @@ def test_a_list_whose_own_model_was_replaced_says_what_to_give(scans, make_packa
     assert code == 0 and "3 scans added, 1 scan found again in another place" in err
 
 
+def test_who_segments_hears_that_a_colleague_chose_another_model(scans, make_package, tmp_path, unetseg, monkeypatch):
+    mine, hers, folder, told = make_package(), make_package(version="2.0.0"), tmp_path / "list", []
+    segmented = WorkList._segmented
+
+    def meanwhile(self, *how):
+        WorkList.open(folder).choose_models([hers])
+        return segmented(self, *how)
+
+    monkeypatch.setattr(WorkList, "_segmented", meanwhile)
+    code, _, err = unetseg("worklist", "make", folder, scans, "-m", mine.path, "--device", "cpu", "--engine", "onnx", "-q")
+    assert code == 2 and "toy-2.0.0 was chosen for the work list meanwhile, so toy-1.0.0 stopped" in err
+    work = WorkList.open(folder)
+    work.choose_models([mine])
+    segmenter = module_desk._Segmenter(SimpleNamespace(tell=told.append), folder, [mine], ONNX)
+    segmenter._thread.join(60)
+    assert told[-1]["event"] == "rest" and "toy-2.0.0 was chosen" in told[-1]["error"]
+    assert work.refresh().unsegmented == 4
+
+
 def test_the_command_line_segments_and_names_each_series_of_a_folder(tmp_path, make_package, unetseg):
     folder, one, other = two_series(tmp_path / "f7", 7), tmp_path / "one", tmp_path / "other"
     options = "-m", make_package().path, "--device", "cpu", "--engine", "onnx"
@@ -1199,6 +1321,13 @@ def test_the_desk_leaves_alone_what_is_not_there_from_this_computer(desk, tmp_pa
     assert desk.ask("status", folder=folder)["list"]["counts"]["waiting"] == 1
     (tmp_path / "a.nii.gz").rename(away / "a.nii.gz")
     assert desk.ask("next", folder=folder, leave="", passed=[])["scan"]["name"] == "a"
+
+
+def test_a_list_is_told_of_with_each_scan_looked_at_once(work, monkeypatch):
+    looked, look = [], WorkList._scan
+    monkeypatch.setattr(WorkList, "_scan", lambda self, name, *how: looked.append(name) or look(self, name, *how))
+    work.skip("s1", ANNA)
+    assert module_desk.summary(work)["counts"]["skipped"] == 1 and looked == ["s0", "s1", "s2", "s3"]
 
 
 @pytest.mark.parametrize("left", [False, True])

@@ -977,9 +977,11 @@ class Dataset:
             if any(d["value"] == label.value or plain_name(d["name"]) == plain_name(label.name) for d in data["segments"]):
                 raise UserError(f"Another person added a label just now; add the case {key} again.")
             data["segments"].append(label.to_json())
-        case = data["cases"].get(key)
-        if case is None:  # one that was removed goes on with its history, and stays in its split
-            case = data.get("removed", {}).pop(key, None) or {"patient": person, "split": "", "versions": []}
+        there = data["cases"].get(key)
+        # One that was removed goes on with its history, and stays in its split.
+        case = there or data.get("removed", {}).pop(key, None) or {"patient": person, "split": "", "versions": []}
+        _keep_patient(case)
+        if there is None:
             data["cases"][key] = case
             if case["patient"] != person and case["versions"] and case["versions"][-1]["voxels"] != record["voxels"]:
                 case |= {"patient": person, "split": ""}  # another scan in its place, by default another patient's
@@ -1027,20 +1029,25 @@ class Dataset:
                 raise UserError(text + "delete it" + ", or run unetseg dataset check --clean a day later" * (not held) + ".")
 
     def restore(self, name: str, version: int | None = None) -> Entry:
-        """Bring a removed case back, or make a former version the current one (as a new version: history only grows)."""
+        """Bring a removed case back, or make a former version the current one (as a new version: history only grows). An image that
+        another patient's had replaced comes back as its own patient's."""
 
         def back(data: dict[str, Any]) -> Entry:
             if name in data.get("removed", {}) and name not in data["cases"]:
                 self._check_name(data, name, f"remove that one before {name} is restored, or add this scan under another name")
                 data["cases"][name] = data["removed"].pop(name)
-                if kin := _kin(data, name):  # dealt while it was away
-                    data["cases"][name]["split"] = kin.pop()
             case = self._case(data, name)
             if version is not None:
                 found = next((v for v in case["versions"] if v["version"] == version), None)
                 if not found:
                     raise UserError(f"{name} has no version {version}; it has 1 to {case['versions'][-1]['version']}.")
+                _keep_patient(case)
+                same = next(v for v in reversed(case["versions"]) if v["voxels"] == found["voxels"])
+                if same.get("patient", case["patient"]) != case["patient"]:  # another's image; of earlier versions that is not known
+                    case |= {"patient": same["patient"], "split": ""}
                 case["versions"].append({**found, "version": case["versions"][-1]["version"] + 1, "restored": version})
+            if kin := _kin(data, name):  # dealt while it was away
+                case["split"] = kin.pop()
             self._check_twin(data, name, case["versions"][-1]["voxels"], ("image",))
             return self._entry(name, case)
 
@@ -1274,6 +1281,12 @@ def label_descriptions(labels: Sequence[Label]) -> str:
 # --------------------------------------------------------------------------------------------------------------- index
 
 
+def _keep_patient(case: dict[str, Any]) -> None:
+    """Note whose image the current version is, before another is: it may be restored."""
+    for version in case["versions"][-1:]:
+        version["patient"] = case["patient"]
+
+
 def _kin(data: dict[str, Any], name: str) -> set[str]:
     """The splits that other cases of a case's patient are in."""
     cases = data["cases"]
@@ -1365,7 +1378,7 @@ def _check_index(data: dict[str, Any]) -> None:
                 parts = PurePosixPath(file).parts
                 if parts[0] != CASES or len(parts) != 4 or not is_inner(file):
                     raise ValueError(f"the file {file!r}")
-            version["version"] + 1, version["voxels"].strip(), min(version["geometry"]["size"]) + 1
+            version["version"] + 1, version["voxels"].strip(), min(version["geometry"]["size"]) + 1, version.get("patient", "") + ""
         case["versions"][-1]
 
 

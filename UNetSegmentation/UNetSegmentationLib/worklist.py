@@ -27,7 +27,7 @@ import secrets
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,7 +38,7 @@ import numpy as np
 
 from .dataset import CASES, INDEX, SALT, FolderLock, LockLost, Unchanged, commit, flush, process_is_gone, reached, read_shared
 from .files import OUT_OF_MEMORY, UserError, atomic_path, check_text, is_inner, is_within, now_in, this_computer, user_path
-from .image import PICTURE_SUFFIXES, VOLUME_SUFFIXES, Box, Image, SeveralSeries, is_dicom, read_image, reorient
+from .image import NO_SCAN, PICTURE_SUFFIXES, VOLUME_SUFFIXES, Box, Image, SeveralSeries, is_dicom, read_image, reorient
 from .inference.predict import Cancelled, Options, Prediction, Progress, check_together, predict
 from .model import Label, ModelPackage
 from .output import write_segmentation
@@ -52,12 +52,13 @@ FORMAT = "unetseg-worklist"
 STATUSES = ("waiting", "segmented", "taken", "done", "skipped", "failed")
 # Seconds that a scan stays taken without a sign of life: of a program that renews it, and from the command line.
 LEASE, LONG_LEASE = 30 * 60.0, 12 * 3600.0
-# What lies beside scans and is none.
-_NO_SCAN = re.compile(r"(^|[-_.])(seg|segmentation|label|labels|mask|masks)([-_.]|$)", re.I)
+# What lies beside scans and is none; gt ends a name (ACDC's), as GT_012 may be a patient.
+_NO_SCAN = re.compile(r"(^|[-_.])(((d|prob)?seg|segs|segmentations?|labels?(tr|ts|va|map)?|masks?)([-_.]|$)|gt$)", re.I)
 # Folders: also what was deleted on Windows' drives ($RECYCLE.BIN) and network storage (@Recycle, #recycle; but #12 may be a patient).
 _HIDDEN = re.compile(r"[.$@]|#(recycle|snapshot)$|System Volume Information$", re.I)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of _free_name()
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
+_MODALITY = re.compile(rb"\x08\x00\x60\x00(?:CS..|..\0\0)([A-Z]+)", re.S)  # in a DICOM file, with and without the value's type
 _GONE = (None, errno.ENOENT, errno.ENOTDIR)  # of a file that is gone for everybody
 
 # Two voxels on both sides of the surface count, and wherever else the model is undecided.
@@ -145,13 +146,15 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
     """The scans that files, folders and lists name, each as the files of its channels.
 
     A folder: all images (.nii.gz, .nii, .nrrd, .mha) and DICOM folders below it, sorted by name; files whose name says mask, label
-    or seg are none, nor is what a training set keeps or a recycle bin, and X_0000, X_0001, ... are the channels of X. Pictures (.png,
-    .tif, .jpg, ...) are scans where there are no others, which they might illustrate. A .txt or .csv: a scan on each line, its channels
-    separated by commas, tabs or, where no file has that name, semicolons. apart: a folder to leave out (the list's own).
+    or seg are none, nor is what a training set keeps or a recycle bin, or a DICOM folder without images. Pictures (.png, .tif, .jpg,
+    ...) are scans where there are no others, which they might illustrate. There, and of files that are named themselves, X_0000,
+    X_0001, ... are the channels of X. A .txt or .csv: a scan on each line, its channels separated by commas, tabs or, where no file has
+    that name, semicolons. apart: a folder to leave out (the list's own).
     left_out: gets a sentence on each scan in a folder whose name no list can hold; None: that is a UserError too, as is what is not
     there, or one such scan that was named itself.
     """
     out: dict[tuple[Path, ...], None] = {}
+    named: dict[Path, None] = {}
     for source in sources:
         path = _plain(user_path(source))
         if not path.exists():
@@ -185,7 +188,8 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
                         raise
                     left_out.append(str(e))
         else:
-            out[(path,)] = None
+            named[path] = None
+    out |= dict.fromkeys(_grouped(named))
     for file in (file for files in out for file in files):
         check_text(file)
     return list(out)
@@ -212,22 +216,37 @@ def _below(folder: Path, apart: Path | None, suffixes: Sequence[str]) -> Iterato
             folders[:] = sorted(f for f in folders if not _HIDDEN.match(f) and not _NO_SCAN.search(f) and Path(place, f) != apart)
             if INDEX in files and SALT in files:
                 folders[:] = [f for f in folders if f not in (CASES, RETRAININGS)]
-            groups: dict[str, dict[Path, str]] = {}
-            others = []
-            for name in sorted(f for f in files if not f.startswith(".")):
-                stem = next((name[: -len(s)] for s in suffixes if name.lower().endswith(s)), None)
-                if stem is None:
-                    others.append(name)
-                elif not _NO_SCAN.search(stem):
-                    channel = _CHANNEL.fullmatch(stem)
-                    groups.setdefault(channel[1] if channel else stem, {})[Path(place, name)] = channel[2] if channel else ""
-            for group in groups.values():  # ct_0001, ct_0002 are scans
-                channels = list(group.values()) == [f"{i:04d}" for i in range(len(group))]
-                channels &= len(group) <= 4 or suffixes != PICTURE_SUFFIXES  # frame_0000, ... are a film's
-                yield from [tuple(group)] if channels else [(file,) for file in group]
-            if any(is_dicom(Path(place, name)) for name in others[:8]):
+            images, others = [], []
+            for path in (Path(place, name) for name in sorted(files) if not name.startswith(".")):
+                bare = _bare(path, suffixes)
+                if bare is None:
+                    others.append(path)
+                elif not _NO_SCAN.search(bare):
+                    images.append(path)
+            yield from _grouped(images)
+            if any(map(is_dicom, others[:8])) and any(is_dicom(path) and _may_show(path) for path in others):
                 folders.clear()  # read_image() looks below
                 yield (Path(place),)
+
+
+def _grouped(files: Iterable[Path]) -> Iterator[tuple[Path, ...]]:
+    """Files as scans, each with its channels."""
+    groups: dict[tuple[Path, str], dict[Path, str]] = {}
+    for file in files:
+        bare = _bare(file)
+        channel = _CHANNEL.fullmatch(bare or "")
+        groups.setdefault((file.parent, channel[1] if channel else bare or file.name), {})[file] = channel[2] if channel else ""
+    for group in groups.values():  # ct_0001, ct_0002 are scans
+        channels = sorted(group.values()) == [f"{i:04d}" for i in range(len(group))]
+        channels &= len(group) <= 4 or not next(iter(group)).name.lower().endswith(PICTURE_SUFFIXES)  # frame_0000, ... are a film's
+        yield from [tuple(sorted(group))] if channels else [(file,) for file in group]
+
+
+def _may_show(path: Path) -> bool:
+    """Whether a DICOM file may be an image: ITK tells nothing of contours, plans and reports, not even that they are such."""
+    with open(path, "rb") as file:
+        found = _MODALITY.search(file.read(4096))
+    return found is None or found[1].decode() not in NO_SCAN
 
 
 def left_alone(scan: Scan, error: BaseException, was_read: bool = False) -> str:
@@ -365,9 +384,9 @@ class WorkList:
         """What a model that has segmented scans of this list can find."""
         return tuple(map(Label.from_json, self._data["labels"].get(model, ())))
 
-    def counts(self) -> dict[str, int]:
-        """Scans of each status."""
-        counts = Counter(scan.status for scan in self.scans.values())
+    def counts(self, scans: Mapping[str, Scan] | None = None) -> dict[str, int]:
+        """Scans of each status; scans: those of `scans`, where they are at hand."""
+        counts = Counter(scan.status for scan in (scans or self.scans).values())
         return {status: counts[status] for status in STATUSES}
 
     def ordered(self, limit: int | None = None) -> list[Scan]:
@@ -622,7 +641,7 @@ class WorkList:
 
         A scan that cannot be segmented is marked as failed, with one sentence, and is what is returned; so is one that is left to
         others, as it was, with the sentence of left_alone(). Raises Cancelled, and what is amiss with more than the scan: UserError
-        where the list cannot be written, or the model not be read.
+        where the list cannot be written, or the model not be read, or where the list's models are others meanwhile.
         """
         names = [f"{m.card.name}-{m.card.version}" for m in models]
 
@@ -632,8 +651,12 @@ class WorkList:
             todo = [n for n in todo if not (data["scans"][n].get("claim") and _lives(data["scans"][n]["claim"], now))]
             # What a program that is gone had in hand may have ended it, and would end each that takes it first.
             todo.sort(key=lambda n: ("claim" in data["scans"][n], data["scans"][n]["status"] != "waiting"))
-            if not todo or data["models"] != names:
+            if not todo:
                 raise Unchanged
+            if data["models"] != names:
+                theirs, mine = " and ".join(data["models"]), " and ".join(names)
+                cure = f"so {mine} stopped; choose {mine} again if it is to segment the rest."
+                raise UserError(f"{theirs} was chosen for the work list meanwhile, {cure}")
             data["scans"][todo[0]]["claim"] = self._claim(replace(me, lease=LEASE), now, "segment")
             return todo[0]
 
@@ -651,7 +674,8 @@ class WorkList:
             nonlocal renewed
             if time.monotonic() - renewed > LEASE / 4:
                 renewed = time.monotonic()
-                self.renew(me)
+                with suppress(UserError):  # the network folder may come back in time
+                    self.renew(me)
             return cancelled is not None and cancelled()
 
         try:
@@ -785,8 +809,12 @@ def _try_again(record: dict[str, Any]) -> None:
 
 def _stem(path: Path) -> str:
     """The name of a scan's first file without what says that it is an image, and a first channel."""
-    suffixes = (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES)
-    return next((path.name[: -len(s)] for s in suffixes if path.name.lower().endswith(s)), path.name).removesuffix("_0000")
+    return (_bare(path) or path.name).removesuffix("_0000")
+
+
+def _bare(path: Path, suffixes: Sequence[str] = (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES)) -> str | None:
+    """A file's name without its suffix; None where it is none of these."""
+    return next((path.name[: -len(s)] for s in suffixes if path.name.lower().endswith(s)), None)
 
 
 def _print(files: Sequence[Path]) -> str:

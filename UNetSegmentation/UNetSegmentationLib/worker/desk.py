@@ -315,11 +315,10 @@ class _Segmenter:
 def summary(work: WorkList) -> dict[str, Any]:
     """What a panel shows of a list."""
     scans = work.scans
-    counts = work.counts()
     return {
         "folder": str(work.folder),
         "total": len(scans),
-        "counts": counts,
+        "counts": work.counts(scans),
         "models": list(work.models),
         "unsegmented": work.unsegmented,
         "taken": [{"name": s.name, "by": s.by} for s in scans.values() if s.status == "taken"][:_MOST_NAMES],
