@@ -123,3 +123,27 @@ def test_the_card_is_valid_and_describes_the_network():
 @pytest.mark.parametrize("number", [16, 32])
 def test_a_precision_may_be_a_number(number):
     assert c.parse({**BASE, "fit": {"precision": number}}).fit.precision == str(number)
+
+
+SETTINGS = {  # all there are, and none as it would be without
+    "input": {
+        "dimensions": 2, "axis": "coronal", "context_slices": 1, "spacing": [None, 3.0, None], "pixel_mm": 0.7, "field_px": 218,
+        "patch": [32, 64], "intensity": {"mode": "window", "level": 40, "width": 400}, "padding": "reflect", "flip_axes": ["x"],
+    },
+    "model": {
+        "name": "nodules", "version": "1.2.3", "title": "Nodules", "description": "Finds nodules.", "licence": "CC0",
+        "training_data": ["some scans"], "task": "click", "surroundings": "lung", "second_opinion": "lung-nodule-2d-1.0.0",
+        "tta": "flips", "surround": "nearest", "extent": "box", "roi_mm": 50.0, "display": "CT lung", "postprocess": {"fill_holes": True},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("section", SETTINGS)
+def test_each_setting_is_on_the_card(section):
+    """Else the package would run otherwise than it was trained."""
+    given = SETTINGS[section]
+    config = c.parse({**BASE, "input": {"spacing": [1, 1, 1]}, section: given})
+    card = check_card({**config.card(), "files": {"model.onnx": {"sha256": "0" * 64, "size": 1}}}).data
+    plain = c.parse(BASE).model_dump(mode="json")[section]
+    assert given.keys() == plain.keys() and not [name for name in given if given[name] == plain[name]]
+    assert {name: card.get(name) for name in given} == given

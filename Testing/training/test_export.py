@@ -59,6 +59,8 @@ def test_a_package_with_its_lineage_and_its_card_beside_it(tmp_path, card):
     assert read["lineage"]["cases"] == 2 and package.card.origin.startswith(f"Fine-tuned from hippocampus-3d {parent.card.version} with 2 ")
     again = lineage({"data": {"train": {"a": "1", "b": "2"}}})
     assert read["lineage"]["dataset"] == again["dataset"] != lineage({"data": {"train": {"a": "1"}}})["dataset"]
+    replaying = lineage({"data": {"train": {"a": "1"}, "validation": {"b": "2"}, "base": {"c": "3", "d": "4", "e": "5"}}})
+    assert (replaying["cases"], replaying["replayed"]) == (1, 3)
     parity = read["lineage"]["parity"]
     assert parity["cases"] == 2 and 0 < parity["largest_difference"] <= 1e-4
     assert read["metrics"]["dice"] == {"thing": 0.9} and "fpr" not in json.dumps(read["metrics"])

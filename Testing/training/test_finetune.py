@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("monai", reason="MONAI is not installed")
 from safetensors.torch import save  # noqa: E402
 from unetseg_training import finetune, metrics, report  # noqa: E402
-from unetseg_training.cases import find_cases  # noqa: E402
+from unetseg_training.cases import IGNORE, find_cases  # noqa: E402
 from UNetSegmentationLib.dataset import Dataset  # noqa: E402
 from UNetSegmentationLib.engines.torch import load_network  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
@@ -59,6 +59,8 @@ def test_labels_keep_their_weights_by_name_in_another_order(base):
     assert torch.allclose(logits[:, 0], before[:, 0]) and torch.allclose(logits[:, 2], before[:, 2])  # background, tumour
     assert not torch.allclose(logits[:, 1], before[:, 1])
     assert start.partly == ["heads.0.weight", "heads.0.bias"] and not start.new
+    bias = old.state_dict()["heads.0.bias"]
+    assert start.state["heads.0.bias"][1] == bias[1:].mean()  # of the labels: the background's may be far above theirs
     for word in ("From toy 1.0.0:", "new label Vessel, kept tumour", "no longer given: Liver", "1 x 1 x 1 mm instead of 1 x 1 x 2 mm"):
         assert word in start.sentence
     assert "must learn sizes anew" in start.sentence
@@ -216,6 +218,17 @@ def test_replayed_cases_have_the_new_trainings_labels(tmp_path):
         finetune.replay_set(base, names, ["T1", "T2"])
 
 
+def test_what_nobody_has_judged_in_the_bases_cases_is_not_replayed_as_background(tmp_path):
+    values = np.zeros((4, 8, 8), np.uint8)
+    values[1:3, 1:3], values[1:3, 4:6], values[3] = 1, 2, 3
+    write_image(Image(values.astype(np.int16)), tmp_path / "imagesTr" / "a_0000.nii.gz")
+    write_image(Image(values), tmp_path / "labelsTr" / "a.nii.gz")
+    facts = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "Liver": 1, "Tumour": 2, "ignore": 3}}
+    (tmp_path / "dataset.json").write_text(json.dumps({**facts, "numTraining": 1, "file_ending": ".nii.gz"}))
+    replayed = finetune.replay_set(find_cases(tmp_path), ["Tumour"], ["CT"])
+    assert np.array_equal(replayed.load(replayed.cases[0])[1], np.select([values == 2, values == 3], [1, IGNORE]))
+
+
 def test_the_bases_cases_may_have_their_channels_in_another_order(make_package, tmp_path):
     data = Dataset.create(tmp_path / "set", "x", [Label(1, "GTV 1", (1, 2, 3), {})], ["T2", "T1"])
     truth = np.zeros((4, 8, 8), np.uint8)
@@ -271,3 +284,19 @@ def test_forgetting_is_seen(make_package, tmp_path, base):
         and facts["base"]["forgotten"]
         and facts["frozen"] == ["encoder"]
     )
+
+
+@pytest.mark.parametrize("falls, forgotten", [((0.10, -0.04), False), ((0.04, 0.03), True), ((0.03,), True), ((0.015, 0.01), False)])
+def test_a_fall_that_chance_explains_is_not_forgetting(make_package, monkeypatch, falls, forgotten):
+    """Of one case there is no interval, and a fall is told all the same."""
+    before, after = make_package(), make_package()
+
+    def evaluate(model, items, **how):
+        (item,) = items
+        return [{"case": item.name, "patient": item.name, "label": "thing", "dice": 0.8 - falls[int(item.name)] * (model is after)}]
+
+    monkeypatch.setattr(metrics, "evaluate", evaluate)
+    image = Image(np.zeros((2, 2, 2), np.float32))
+    facts = finetune.forgetting(before, after, [metrics.Item(str(i), image, image.array) for i in range(len(falls))])
+    assert facts["forgotten"] == forgotten and facts["verdict"].startswith("It has forgotten" if forgotten else "It still knows")
+    assert facts["change"]["mean"] == pytest.approx(-np.mean(falls))

@@ -14,7 +14,8 @@ import SimpleITK as sitk  # noqa: E402
 from scipy import ndimage  # noqa: E402
 from scipy.spatial.distance import cdist  # noqa: E402
 from unetseg_training import metrics  # noqa: E402
-from unetseg_training.cases import IGNORE  # noqa: E402
+from unetseg_training.cases import IGNORE, find_cases  # noqa: E402
+from UNetSegmentationLib.dataset import Dataset  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image, read_image  # noqa: E402
 from UNetSegmentationLib.inference.predict import Options  # noqa: E402
@@ -198,6 +199,21 @@ def test_labels_are_the_same_however_they_are_spelt(make_package):
     case = ("a", Image(volume(1)), 3 * volume(1).astype(np.uint8))
     rows = metrics.evaluate(make_package(), [case], labels=[Label(3, "Thing ", (0, 0, 0), {})])
     assert [(r["label"], r["dice"]) for r in rows] == [("thing", 1)]
+
+
+def test_voxels_that_nobody_has_judged_stay_so_in_the_models_own_values(make_package):
+    truth = 3 * volume(1).astype(np.uint8)
+    truth[:4][truth[:4] > 0] = IGNORE
+    (row,) = metrics.evaluate(make_package(), [("a", Image(volume(1)), truth)], labels=[Label(3, "thing", (0, 0, 0), {})])
+    assert row["precision"] == 1 and row["auc"] == 1
+
+
+def test_two_scans_of_one_patient_have_no_interval(make_package, tmp_path):
+    dataset = Dataset.create(tmp_path / "set", "set", [THING], ["CT"])
+    for noise in (0.0, 0.1):  # one image twice would be refused
+        dataset.add(Image(volume(1) + noise), volume(1).astype(np.uint8), patient="P1")
+    facts = metrics.summary(metrics.evaluate(make_package(), metrics.case_items(find_cases(dataset.folder))))
+    assert (facts["cases"], facts["patients"]) == (2, 1) and facts["dice"]["low"] is None
 
 
 def test_what_cannot_be_scored_is_said_in_a_sentence(make_package):

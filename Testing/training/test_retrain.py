@@ -23,7 +23,7 @@ from test_train import same  # noqa: E402
 from unetseg_training import cli, live, report, retrain, watch  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
 from unetseg_training.cases import Case, find_cases  # noqa: E402
-from unetseg_training.train import CHECKPOINT, WEIGHTS  # noqa: E402
+from unetseg_training.train import CHECKPOINT, WEIGHTS, Keeper  # noqa: E402
 from UNetSegmentationLib import training  # noqa: E402
 from UNetSegmentationLib.dataset import Dataset  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
@@ -232,6 +232,17 @@ def test_stopped_it_keeps_the_best_and_can_go_on_exactly(dataset, base, monkeypa
         At(m, 2, lambda told: (told.folder / "stop").touch())
         job = finished(created(dataset, base))
     assert job.state == "stopped" and job.package is None and "before an epoch was finished" in job.text and job.resumable
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a word")
+def test_the_end_of_the_system_is_no_stop_and_it_can_go_on_exactly(dataset, base, monkeypatch):
+    with monkeypatch.context() as m:
+        At(m, 10, lambda told: signal.raise_signal(signal.SIGTERM))  # in the third epoch
+        job = finished(created(dataset, base))
+    assert job.state == "lost" and job.text.startswith("The system asked it to end") and job.resumable
+    assert job.kept and job.package is None and not list(job.folder.glob("toy-*"))
+    job = finished(training.resume(job, launch=False))
+    assert job.state == "finished" and same(weights(job), through(dataset, base))
 
 
 def test_stop_in_the_last_moment_is_no_end_without_a_model(dataset, base, monkeypatch):
@@ -746,6 +757,22 @@ def test_the_time_left_goes_down_during_the_check(dataset, monkeypatch):
         assert training.read(job.folder).seconds_left == left
     told.progress("Reading", 0.0, 0.03)(1, 2, "")  # before the training, which then takes most of the time
     assert training.read(job.folder).seconds_left == 0
+
+
+def test_the_time_left_of_a_training_that_goes_on_is_without_what_was_spent(dataset, base, monkeypatch):
+    job, now = created(dataset, base, minutes=10), [0.0]
+    monkeypatch.setattr(retrain, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    told, config = retrain._Told(job.folder, None), c.read(job.folder)
+    told.after = 0.0
+    keeper = Keeper(job.folder, config.fit)
+    keeper.seconds = 480.0  # of 600, in the checkpoint
+    trainer = SimpleNamespace(callbacks=[keeper], global_step=100, estimated_stepping_batches=10000, current_epoch=9)
+    steer = retrain.Steer(told, config)
+    steer.on_train_start(trainer, None)
+    now[0], trainer.global_step = 60.0, 110
+    steer.on_train_batch_end(trainer, None, None, None, 0)
+    job = training.read(job.folder)
+    assert job.seconds_left == 60 and job.fraction == pytest.approx(0.06 + 0.79 * 0.9)
 
 
 def test_what_its_base_did_not_mirror_is_not_mirrored(dataset, base, monkeypatch):
