@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from UNetSegmentationLib.image import Box, Grid, Image, UserError
+from UNetSegmentationLib.image import Box, Grid, Image, UserError, sample
 from UNetSegmentationLib.inference import click
 from UNetSegmentationLib.inference.click import CLICK_SIGMA, DOUBTS, ZOOMS, ClickSession, prompt_channels
 from UNetSegmentationLib.inference.predict import Cancelled, Options, predict
@@ -336,6 +336,27 @@ def test_what_was_drawn_on_one_thin_slice_is_seen_from_far_away(session):
     s._engine = Recording(lambda batch: batch[:, 4])  # keeps the former mask
     answer = s.add_point(at(s, 30, 160, 100), positive=False)
     assert answer.found and answer.zoom > 1 and dice(s.mask[30], drawn[0]) > 0.9
+
+
+def test_a_header_in_metres_is_said_and_takes_no_memory(session):
+    """The patch had 3.6 TiB of such voxels."""
+    array = ball((30, 60, 60), (15, 30, 30), 5, (1, 1, 1))
+    s = session(array, (0.001, 0.001, 0.001))
+    s.set_mask(array)
+    answer = s.add_point(at(s, 15, 30, 30))
+    assert answer.found and "only 0.06 x 0.06 x 0.03 mm large; its spacing may be in metres" in answer.text
+
+
+def test_a_coarse_patch_shows_the_former_mask_where_it_is(session):
+    """Cut 1 voxel beside it, what was filtered there went on as far as the patch: values differed by 0.17."""
+    drawn = np.zeros((160, 200, 200), np.uint8)
+    drawn[70:82, 90:102, 95:110] = 1
+    s = session(np.zeros(drawn.shape, np.float32))
+    s.set_mask(drawn)
+    grid = Grid((16, 24, 24), (20.0, 16.0, 16.0), (-74.0, -96.0, -96.0))
+    got = s._sampled(s._history[-1][1], grid)
+    values = sample(drawn[None].astype(np.float32), grid, Box.whole(grid.shape))[0]
+    assert np.array_equal(got > 0, values >= values.max() / 2) and 0 < got.sum() < 20
 
 
 @pytest.mark.parametrize("mode", [{"mode": "zscore"}, {"mode": "percentile", "low": 1, "high": 99}])

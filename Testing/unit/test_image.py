@@ -283,6 +283,15 @@ def test_a_tiff_that_itk_reads_as_other_numbers_is_refused(tmp_path, shape, dtyp
             read_image(tmp_path / "a.tif")
 
 
+@pytest.mark.parametrize(("dtype", "read"), [("float16", False), ("float32", True)])
+def test_a_tiff_of_half_precision_is_refused(tmp_path, dtype, read):
+    """ITK takes its bits for whole numbers: 1.5 became 15872."""
+    array = np.linspace(-3, 8, 64 * 64, dtype=dtype).reshape(64, 64)
+    (tmp_path / "a.tif").write_bytes(tiff(array, t339=3))
+    with contextlib.nullcontext() if read else pytest.raises(UserError, match="floating-point numbers of 16 bits, .*; save it with 32"):
+        assert np.array_equal(read_image(tmp_path / "a.tif").array[0], array)
+
+
 @pytest.mark.parametrize(
     ("pages", "depth"),
     [
@@ -356,6 +365,18 @@ def test_a_flipped_byte_in_compressed_voxels_is_noticed(tmp_path, name):
     (tmp_path / name).write_bytes(bytes(content))
     with pytest.raises(UserError, match="cut short or damaged|cannot be read"):
         read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(("compress", "voxels"), [(True, "a.zraw"), (False, "a.raw")])
+def test_voxels_in_a_file_of_their_own_are_checked_there(tmp_path, compress, voxels):
+    """Of a scan with one byte changed ITK read 8 of 48 slices as others."""
+    write_plain(tmp_path / "a.mhd", compress)
+    assert np.array_equal(read_image(tmp_path / "a.mhd").array, volume("int16", (20, 40, 50)))
+    content = bytearray((tmp_path / voxels).read_bytes())
+    content[len(content) // 2] ^= 0x10
+    (tmp_path / voxels).write_bytes(bytes(content if compress else content[:-1]))
+    with pytest.raises(UserError, match=f"{voxels} is cut short or damaged; copy or export it again"):
+        read_image(tmp_path / "a.mhd")
 
 
 @pytest.mark.parametrize("name", ["A.MHA", "A.NII", "A.NII.GZ", "A.NRRD"])
@@ -480,6 +501,12 @@ def test_absurd_headers_are_refused(tmp_path, name, old, new):
     with pytest.raises(UserError) as error:
         read_image(with_header(tmp_path / name, old, new))
     assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_a_row_of_voxels_is_no_image(tmp_path):
+    path = with_header(tmp_path / "a.nii", struct.pack("<hhhh", 3, 50, 40, 20), struct.pack("<hhhh", 1, 50, 1, 1))
+    with pytest.raises(UserError, match="a.nii has one dimension only; choose an image of two or three"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
@@ -749,6 +776,41 @@ def test_a_slice_that_lies_there_twice_is_noticed(slices, tmp_path):
         read_image(folder)
 
 
+@pytest.mark.parametrize("lost", [range(8), [3]])
+def test_a_slice_that_does_not_say_where_it_lies_is_named(slices, tmp_path, lost):
+    def edit(i, dataset):
+        if i in lost:
+            del dataset.ImagePositionPatient
+
+    with pytest.raises(UserError, match=r"00\d.dcm does not say where in the patient it lies, .*; export its series again .*, or choose"):
+        read_image(copied(slices, tmp_path / "scan", edit))
+
+
+@pytest.mark.parametrize("size", [None, [1, 1]])
+def test_a_series_without_a_pixel_size_is_refused(slices, tmp_path, size):
+    def edit(i, dataset):
+        dataset.PixelSpacing = size
+
+    folder = copied(slices, tmp_path / "scan", edit)
+    with contextlib.nullcontext() if size else pytest.raises(UserError, match="does not say how large its pixels are; export it again"):
+        assert read_image(folder).spacing == (1, 1, 3)
+
+
+@pytest.mark.parametrize(("turned", "sine", "read"), [([0], 1.0, False), (range(4), 0.26, False), (range(4), 0.0004, True)])
+def test_slices_of_several_directions_are_no_volume(slices, tmp_path, turned, sine, read):
+    """A localizer's, or stacks along a spine; where these turn about their corner, their places alone do not tell."""
+
+    def turn(i, dataset):
+        if i in turned:
+            dataset.ImageOrientationPatient = [1, 0, 0, 0, math.sqrt(1 - sine**2), -sine]
+
+    folder = copied(slices, tmp_path / "scan", turn)
+    with (
+        contextlib.nullcontext() if read else pytest.raises(UserError, match=r"scan lie in several directions .*; keep or export those of")
+    ):
+        assert read_image(folder).shape[0] == 8
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_series_in_time_is_no_volume(slices, tmp_path, times):
     places = [float(pytest.importorskip("pydicom").dcmread(f, stop_before_pixels=True).ImagePositionPatient[2]) for f in slices[:times]]
@@ -869,18 +931,39 @@ def test_frames_that_are_no_volume_are_noticed(slices, tmp_path, explicit, order
             read_image(path)
 
 
-@pytest.mark.parametrize("tags", [{"FrameTime": "33.3"}, {"FrameTimeVector": ["0", "33.3"]}, {"FrameIncrementPointer": 0x00181063}])
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"FrameTime": "33.3"},
+        {"FrameTimeVector": ["0", "33.3"]},
+        {"FrameIncrementPointer": 0x00181063},
+        {"PixelSpacing": None, "CineRate": 30},
+        {"PixelSpacing": None, "FrameIncrementPointer": 0x00182002},  # a scanned document's pages
+        {"FrameIncrementPointer": [0x00540010, 0x00540090]},  # projections of nuclear medicine
+    ],
+)
 def test_pictures_in_time_are_no_volume(slices, tmp_path, tags):
     folder = frames_without_places(slices, tmp_path, tags)
     for path in (folder, folder / "000.dcm"):
-        with pytest.raises(UserError, match="pictures in time, not slices of a volume; export the frames as single images"):
+        with pytest.raises(UserError, match="pictures in time, .*, not slices of a volume; export the frames as single images"):
             read_image(path)
 
 
-def test_frames_that_go_on_by_slices_may_have_a_time_each(slices, tmp_path):
+@pytest.mark.parametrize("tags", [{"FrameTime": "33.3", "FrameIncrementPointer": 0x00540080}, {"PixelSpacing": [1, 1]}, {}])
+def test_frames_that_go_on_by_slices_may_have_a_time_each(slices, tmp_path, tags):
     """As those of a reconstruction in nuclear medicine."""
-    folder = frames_without_places(slices, tmp_path, {"FrameTime": "33.3", "FrameIncrementPointer": 0x00540080})
+    folder = frames_without_places(slices, tmp_path, tags)
     assert read_image(folder / "000.dcm").shape[0] == 2
+
+
+def test_frames_whose_places_itk_does_not_know_are_refused(slices, tmp_path):
+    """Of an ultrasound volume it says 1 mm at 0."""
+    file = multi_frame(slices, tmp_path / "frames" / "a.dcm", range(8))
+    dataset = pytest.importorskip("pydicom").dcmread(file)
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.6.2"
+    dataset.save_as(file)
+    with pytest.raises(UserError, match="frames' places cannot be read; export it with one slice a file"):
+        read_image(file)
 
 
 def frames_without_places(slices, tmp_path, tags):

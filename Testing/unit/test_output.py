@@ -15,6 +15,7 @@ from UNetSegmentationLib.image import IDENTITY, Box, Image, UserError, read_imag
 from UNetSegmentationLib.inference.predict import Prediction
 from UNetSegmentationLib.model import Label
 from UNetSegmentationLib.output import write_segmentation
+from UNetSegmentationLib.postprocess import voxel_counts
 
 NODULE = Label(
     1,
@@ -52,6 +53,14 @@ DIRECTIONS = {
     "oblique left-handed": rotation(10, -25, 40) @ np.diag([1.0, -1.0, 1.0]),
     "sagittal": np.array([[0.0, 0.0, -1.0], [1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]),
 }
+
+
+def test_planes_without_a_label_are_not_counted_voxel_by_voxel(monkeypatch):
+    labels, counted, bincount = np.zeros((9, 5, 4), np.uint8), [], np.bincount
+    labels[3:5, 1:3, 2] = 2
+    monkeypatch.setattr(np, "bincount", lambda plane, *rest, **more: counted.append(plane.size) or bincount(plane, *rest, **more))
+    assert voxel_counts(labels, 4).tolist() == [176, 0, 4, 0] and sum(counted) == 40
+    assert voxel_counts(labels[:, :0], 4).tolist() == [0] * 4
 
 
 def prediction(array, direction=IDENTITY, defs=DEFS):

@@ -856,6 +856,15 @@ def test_a_slab_too_thin_for_a_model_of_one_target_is_said(make_package, slices,
     assert [("9 mm (9 slices) thick" in note) for note in notes] == [True] * said
 
 
+@pytest.mark.parametrize("extent", ["image", "box"])
+def test_a_header_in_metres_is_said(make_package, extent):
+    image = Image(noise((40, 40, 40)), (0.001, 0.001, 0.003))
+    card = {"extent": extent, "patch": [48, 48, 48]}
+    (note,) = foreseen(image, [make_package(**card, spacing=[1.0] * 3)])
+    assert note == "The image is only 0.04 x 0.04 x 0.12 mm large; its spacing may be in metres: correct its header."
+    assert not foreseen(image, [make_package(**card, spacing=[0.001] * 3)])  # a microscope's
+
+
 @pytest.mark.parametrize(
     "card, shape, n", [({"surround": "nearest"}, (10, 16, 10), 14), ({}, (10, 16, 10), 10), ({"surround": "nearest"}, (10, 16, 16), 10)]
 )

@@ -695,8 +695,8 @@ def _with_thickness(image: Image, reader: sitk.ImageFileReader) -> Image:
 
 
 def _check_slices(folder: Path, slices: Sequence[sitk.ImageFileReader], image: Image) -> None:
-    """Refuse a series with a slice cut short, a gap or a tilted gantry: ITK would stack its slices as if they were equally spaced boxes."""
-    corners = []
+    """Refuse a series with a slice cut short, a gap or a tilted gantry, or without places or a pixel size: ITK would stack its slices as
+    if they were equally spaced boxes."""
     for reader in slices:
         path = Path(reader.GetFileName())
         _check_complete(path, reader)
@@ -704,8 +704,20 @@ def _check_slices(folder: Path, slices: Sequence[sitk.ImageFileReader], image: I
             _check_frames(path, reader)
         elif (*reader.GetSize(), 1)[2] > 1:  # ITK would read the frames of one of them
             raise UserError(f"The DICOM series in {folder} holds several multi-frame files; export it with one slice a file.")
-        corners.append(reader.GetOrigin()[:3])
-    _check_places(f"DICOM series in {folder}", np.array(corners), image.direction, image.spacing)
+        elif not any(reader.GetOrigin()) and not _tag(reader, "0020|0032"):
+            text = "does not say where in the patient it lies, as a slice of a volume must"
+            raise UserError(f"{path} {text}; export its series again from the archive, or choose its files one by one.")
+    # An enhanced file, which tells its number of frames, has its pixel size in a sequence.
+    if len(slices) > 1 and not _has_pixel_size(slices[0]) and not _tag(slices[0], "0028|0008"):
+        raise UserError(f"The DICOM series in {folder} does not say how large its pixels are; export it again from the archive.")
+    corners, matrices = [s.GetOrigin() for s in slices], [s.GetDirection() for s in slices]
+    directions = [(*m[0::3], *m[1::3]) for m in matrices]
+    _check_places(f"DICOM series in {folder}", np.array(corners), directions, image.direction, image.spacing)
+
+
+def _has_pixel_size(reader: sitk.ImageFileReader) -> bool:
+    """Whether a DICOM file says how large its pixels are, where ITK puts 1 mm."""
+    return bool(_tag(reader, "0028|0030")) or reader.GetSpacing()[:2] != (1.0, 1.0)
 
 
 def _check_frames(path: Path, reader: sitk.ImageFileReader) -> None:
@@ -722,17 +734,19 @@ def _check_frames(path: Path, reader: sitk.ImageFileReader) -> None:
             tags = (rb"\x20\0\x32\0", rb"\x20\0\x37\0", rb"\x28\0\x53\x10", rb"\x28\0\x52\x10")
             places, directions, slopes, intercepts = (_of_frames(data, tag, n) for tag in tags)
     if len(places) != n or any(len(v) != 3 for v in places):
-        # ITK takes 33.3 ms between two frames for 33.3 mm between two slices, or says 1 mm.
-        # A reconstruction whose frames go on by slices (0054,0080) may have a time of each as well.
+        # ITK takes 33.3 ms between two frames for 33.3 mm between two slices, or says 1 mm, as it does of a film that tells its rate only.
+        # Of nuclear medicine's frames only those of a reconstruction go on by slices (0054,0080), which may have a time of each as well.
         pointer = _tag(reader, "0028|0009")
-        if "(0018,106" in pointer or (not pointer and (_tag(reader, "0018|1063") or _tag(reader, "0018|1065"))):
-            raise UserError(f"{path} holds pictures in time, not slices of a volume; export the frames as single images.")
+        timed = "(0018,106" in pointer or (not pointer and (_tag(reader, "0018|1063") or _tag(reader, "0018|1065")))
+        if timed or not _has_pixel_size(reader) or ("(0054," in pointer and "(0054,0080)" not in pointer):
+            text = "holds pictures in time, projections or pages without a size, not slices of a volume"
+            raise UserError(f"{path} {text}; export the frames as single images.")
         return
-    if any(len(v) != 6 or not np.allclose(v, directions[0], atol=1e-4) for v in directions):
-        raise UserError(f"The frames of {path} lie in several directions; export each stack with one slice a file.")
+    if math.dist(places[0], reader.GetOrigin()) > 0.01:  # of an ultrasound volume ITK says 0 and 1 mm
+        raise UserError(f"{path} is of a kind whose frames' places cannot be read; export it with one slice a file.")
     if any(v != values[0] for values in (slopes, intercepts) for v in values):
         raise UserError(f"The frames of {path} are scaled each in its own way; export it with one slice a file.")
-    _check_places(f"DICOM file {path}", np.array(places), reader.GetDirection(), reader.GetSpacing())
+    _check_places(f"DICOM file {path}", np.array(places), directions, reader.GetDirection(), reader.GetSpacing())
 
 
 # A text of decimal numbers: its length stands after "DS", or in four bytes where the file does not name its types.
@@ -752,10 +766,17 @@ def _decimals(found: re.Match[bytes]) -> list[float]:
         return []
 
 
-def _check_places(name: str, corners: np.ndarray, direction: Sequence[float], spacing: Sequence[float]) -> None:
-    """Refuse slices that do not stand at even steps. corners: of each, (n, 3) in LPS mm."""
+def _check_places(
+    name: str, corners: np.ndarray, directions: Sequence[Sequence[float]], direction: Sequence[float], spacing: Sequence[float]
+) -> None:
+    """Refuse slices that do not stand at even steps. corners: of each, (n, 3) in LPS mm. directions: of each its rows' and its
+    columns', or of all one; direction, spacing: as ITK has them."""
     if len(corners) < 2:
         return
+    # By 1e-3 the 512th pixel lies half a pixel aside.
+    if any(len(v) != 6 or not np.allclose(v, directions[0], atol=1e-3) for v in directions):
+        text = "lie in several directions (a localizer, or several stacks)"
+        raise UserError(f"The slices of the {name} {text}; keep or export those of one direction, one slice a file.")
     normal = np.reshape(direction, (3, 3))[:, 2]
     at = corners @ normal
     drift = corners - corners[0] - np.outer(at - at[0], normal)
@@ -796,6 +817,8 @@ def _read_file(path: Path) -> Image:
     try:
         with _quiet():
             reader.ReadImageInformation()
+            if reader.GetDimension() < 2:
+                raise UserError(f"{path} has one dimension only; choose an image of two or three.")
             if _tag(reader, "0008|0060") == "SEG":  # ITK would stack its frames, which hold only slices with something marked
                 raise UserError(f"{path} is a DICOM segmentation and no image; open it in Slicer with its scan, and save a .seg.nrrd.")
             _check_complete(path, reader)
@@ -842,10 +865,15 @@ def _check_complete(path: Path, reader: sitk.ImageFileReader) -> None:
             return
         start, deflated = found.end(), encoding[1] == b"gz"
     elif path.name.lower().endswith((".mha", ".mhd")):
-        found = re.search(rb"^ElementDataFile *= *LOCAL *\r?\n", head, re.MULTILINE)
+        found = re.search(rb"^ElementDataFile *= *(.*?) *(\r?\n|\Z)", head, re.MULTILINE)
         if not found or re.search(rb"^BinaryData *= *False", head[: found.start()], re.MULTILINE | re.IGNORECASE):
             return
         start, deflated = found.end(), bool(re.search(rb"^CompressedData *= *True", head[: found.start()], re.MULTILINE))
+        if found[1] != b"LOCAL":  # the voxels have a file of their own
+            path = path.parent / found[1].decode("utf-8", "replace")
+            if not path.is_file() or re.search(rb"^HeaderSize", head, re.MULTILINE):  # as where each slice has one
+                return
+            size, start = path.stat().st_size, 0
     elif head[:4] in _TIFF:
         complete, needed = all(_pages(path)), 0
     # Last, for what was converted from NIfTI may carry its fields on.
@@ -919,7 +947,9 @@ def _check_pages(path: Path, reader: sitk.ImageFileReader) -> None:
     left_out = [bool(page.get(254, 0) & 5) for page in pages]
     if len(kinds) > 1 or (len(pages) > 1 and left_out != [i >= depth for i in range(len(pages))]):
         raise UserError(f"{path} has pages of different size or kind; save the one that is meant as a picture of its own.")
-    bits, turn, samples = (pages[0].get(tag, 1) for tag in (258, 274, 277))
+    bits, turn, samples, kind = (pages[0].get(tag, 1) for tag in (258, 274, 277, 339))
+    if kind == 3 and bits != 32:  # of half precision ITK takes the bits for whole numbers
+        raise UserError(f"{path} holds floating-point numbers of {bits} bits, which cannot be read; save it with 32 bits.")
     if bits > 8 * _BYTES.get(reader.GetPixelIDValue(), 8) or samples > reader.GetNumberOfComponents() or turn in (2, 3, 5, 6, 7, 8):
         text = "is tiled, turned or has transparency in a way that would be read wrongly; save it again as a plain TIFF without alpha"
         raise UserError(f"{path} {text}.")

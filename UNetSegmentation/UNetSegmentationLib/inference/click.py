@@ -29,7 +29,7 @@ from ..model import Card, ModelPackage, find_model
 from ..postprocess import components, distance
 from ..steps import complete
 from .augment import views
-from .predict import Cancelled, Options, Prediction
+from .predict import Cancelled, Options, Prediction, too_small
 from .second import SecondOpinion
 
 MODEL = "lung-nodule-click"
@@ -216,6 +216,7 @@ class ClickSession:
         self.image, self.card = image, card
         self.warnings = tuple(warnings_for(card.intensity, image.channels))
         self._no_hu = bool(self.warnings)
+        self.warnings += tuple(too_small(image, card))
         self._canonical, self._orientation = reorient(image)
         self._scanned = _scanned(self._canonical.channels)
         choice = options.engine, options.device, options.precision, options.threads
@@ -686,10 +687,13 @@ class ClickSession:
         """The former mask on the patch."""
         last = [(n - 1) * s + o for n, s, o in zip(grid.shape, grid.scale, grid.offset)]
         region = Box(tuple(math.floor(o) - 2 for o in grid.offset), tuple(math.ceil(v) + 3 for v in last))
-        canvas = np.zeros(region.shape, np.float32)
         inside = answer.box & region
         if inside.empty:
             return None
+        # Of spacings in metres the patch is 62 TiB large. What sample() filters reaches 32 voxels; with 128, patches of usual scans are
+        # whole, of which what is cut rounds otherwise: of 48 masks one was another with 1.
+        region &= inside.grown((128, 128, 128))
+        canvas = np.zeros(region.shape, np.float32)
         canvas[inside.relative_to(region).slices] = answer.mask[inside.relative_to(answer.box).slices]
         shifted = replace(grid, offset=tuple(o - a for o, a in zip(grid.offset, region.start)))
         values = sample(canvas[None], shifted, Box.whole(grid.shape))[0]

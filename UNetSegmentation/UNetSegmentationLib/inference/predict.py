@@ -320,13 +320,25 @@ def _too_little(image: Image, models: Sequence[ModelPackage]) -> list[str]:
     slices of 1 mm gave Dice 0.318 and 0.557, 0.607 and 0.716, and 0.860 and 0.829, on 17 coronal ones, of 56 in a patch, 0.671 and
     0.779."""
     notes = []
-    for card in (m.card for m in models if m.card.of_target and m.card.dimensions == 3):
+    for card in (m.card for m in models):
+        notes += (tiny := too_small(image, card))
+        if tiny or not card.of_target or card.dimensions < 3:
+            continue
         canonical, _ = reorient_for(image, card.acquired)
         for n, own, wanted, pixels in zip(canonical.shape, canonical.spacing[::-1], spacing_for(card, canonical)[::-1], card.patch):
             if n * own / (wanted or own) < _SLAB_SHARE * pixels:
                 slab = f"The image is only {n * own:.3g} mm ({counted(n, 'slice')}) thick"
                 notes.append(f"{slab}, too thin for {card.name} to find its target well; give it a thicker part of the scan.")
     return notes
+
+
+def too_small(image: Image, card: Card) -> list[str]:
+    """What is to be said of an image that is not four of a model's pixels long, as a chest whose spacing is in metres, of 0.29 mm."""
+    size = [n * s for n, s in zip(image.shape[::-1], image.spacing)]
+    if max(size) >= 4 * min((s for s in card.spacing if s is not None), default=0.0):
+        return []
+    text = " x ".join(f"{mm:.2g}" for mm in size)
+    return [f"The image is only {text} mm large; its spacing may be in metres: correct its header."]
 
 
 def crop_mm(card: Card) -> float:
