@@ -248,7 +248,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self._parameters is not None:
             self._disconnectParameters()
             self.removeObserver(self._observed, vtk.vtkCommand.ModifiedEvent, self._onParameters)
-        self._parameters, self._guiTag, self._observed, self._volume = parameters, None, None, None
+        self._parameters, self._guiTag, self._observed = parameters, None, None
+        self._volume = self._earlier = None
         self._observeInput()
         if parameters is not None:
             self._connectParameters()
@@ -311,7 +312,6 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.nodules.closeScene()
         for section in self.sections:
             section.closeScene()
-        UNetSegmentationPanel.forgetScene()
         results.forgetScene()
 
     def _onSceneStartImport(self, caller: Any, event: Any) -> None:
@@ -484,6 +484,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self.onApply()
 
     def onApply(self) -> None:
+        for box in (self.ui.levelSpinBox, self.ui.widthSpinBox):
+            box.interpretText()  # a shortcut leaves the focus, and with it what is being typed, there
         p = self._parameters
         if p is None or self.controller.running or self._problem():
             return
@@ -685,7 +687,8 @@ class UNetSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         for widget in (ui.levelLabel, ui.levelSpinBox, ui.widthSpinBox):
             widget.visible = window is not None and len(offered) > 1
         if window is not None:
-            ui.levelSpinBox.value, ui.widthSpinBox.value = window
+            inputs.showValue(ui.levelSpinBox, window[0])
+            inputs.showValue(ui.widthSpinBox, window[1])
 
     def _updateModel(self) -> None:
         ui, chosen = self.ui, self.modelList.selected

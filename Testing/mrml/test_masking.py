@@ -227,12 +227,16 @@ def test_limits_that_leave_nothing_change_nothing(scene: Any, volume: Any, targe
 
     refused("is a segment that is not there; choose another", MaskMode=INSIDE_ONE, MaskSegmentID="gone")
     editor.SetSourceVolumeIntensityMaskRange(1e6, 2e6)
-    refused("Nothing of the result is left by the Segment Editor's masking; set", SourceVolumeIntensityMask=True)
-    refused("Nothing of the result is left", None, SourceVolumeIntensityMask=True)
+    nothing, off = "^Nothing of the result is left by the Segment Editor's masking; ", "switch its editable intensity range off"
+    overlap, area = "set its overwrite mode to allow overlap", "set its editable area to everywhere"
+    alone = f"{nothing}{off}, or move the ROI.$"
+    refused(alone, SourceVolumeIntensityMask=True)
+    refused(alone, None, SourceVolumeIntensityMask=True)
+    refused(f"{nothing}{off} and {overlap}, or", OverwriteMode=editor.OverwriteAllSegments, SourceVolumeIntensityMask=True)
     editor.SetAndObserveSourceVolumeNode(add_volume(np.zeros((3, 4, 5), np.int16), name="other"))
     refused("of volume 'other', which does not lie on the grid of 'CT'; choose", SourceVolumeIntensityMask=True)
     editor.SetAndObserveSegmentationNode(None)
-    refused("Nothing of the result is left", None, MaskMode=MODES.EditAllowedInsideAllSegments)
+    refused(f"{nothing}{area}, or", None, MaskMode=MODES.EditAllowedInsideAllSegments)
 
 
 @pytest.mark.parametrize("mode", ALL_MODES[1:])

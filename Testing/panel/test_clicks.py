@@ -1431,6 +1431,29 @@ def test_days_that_were_typed_are_those_to_one_earlier_study(panel: Any) -> None
     assert p.settings.days == 0
 
 
+def test_days_that_are_being_typed_stay_when_the_scene_changes(panel: Any) -> None:
+    import qt
+    import slicer
+    from mrml_scenes import add_segment
+    from PySide6.QtTest import QTest
+
+    p = begun(panel, "left")
+    earlier = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "2024")
+    earlier.SetReferenceImageGeometryParameterFromVolumeNode(p.settings.volume)
+    add_segment(earlier, "L1", truth("left").astype(np.uint8), p.settings.volume)
+    p.settings.earlier = earlier
+    p.settle()
+    days = p.ui.daysSpinBox
+    days.setFocus()
+    days.selectAll()
+    QTest.keyClicks(days, "9")
+    slicer.mrmlScene.RemoveNode(scan("Another patient's"))
+    p.settle()
+    QTest.keyClicks(days, "1")
+    QTest.keyClick(days, qt.Qt.Key_Return)
+    assert p.settings.days == 91
+
+
 def test_days_typed_before_the_earlier_study_is_chosen_stay(panel: Any) -> None:
     import slicer
     from mrml_scenes import add_segment

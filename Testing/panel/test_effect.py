@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -965,6 +967,14 @@ def test_a_hidden_segment_is_asked_about(editor: Callable[..., Editor]) -> None:
     assert np.array_equal(e.mask(), filled(A)) and display.GetSegmentVisibility(e.segment)
 
 
+def test_a_new_segment_is_seen_where_the_segmentation_was_hidden(editor: Callable[..., Editor]) -> None:
+    e = editor(scan(), segment=False)
+    display = e.segmentation.GetDisplayNode()
+    display.SetVisibility(False)
+    e.click(IN_A)
+    assert np.array_equal(e.mask(), filled(A)) and display.GetVisibility() and display.GetSegmentVisibility(e.segment)
+
+
 # -------------------------------------------------------------------------------------------------- what else may happen
 
 
@@ -999,6 +1009,66 @@ def test_what_goes_while_a_click_is_on_its_way(editor: Callable[..., Editor], wh
         e.wait()
         e.click(IN_A)
         assert np.array_equal(e.mask(), filled(A))
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_patient_who_is_gone_stays_nowhere(editor: Callable[..., Editor], left: bool, closed: bool) -> None:
+    """Here the panel was never opened."""
+    import slicer
+    from UNetSegmentationPanel import panelWorker
+
+    e = editor(scan())
+    e.click(IN_A)
+    e.effect.nextLesion()
+    e.wait()
+    effect, folder = e.effect, panelWorker()._session.folder
+    known = [weakref.ref(node) for node in (e.volume, e.volume.GetImageData(), e.segmentation)]
+    assert list(folder.glob("volume-*")) and effect._prompts and e.message
+    if left:
+        e.widget.setActiveEffectByName("")
+    if closed:
+        e.gui.close_scene()
+        e.gui.wait(lambda: not list(folder.glob("volume-*")), ANSWER_S)
+        assert not (effect._prompts or effect._digests or effect._lesions or e.message)
+    else:
+        slicer.mrmlScene.RemoveNode(e.volume)
+        slicer.mrmlScene.RemoveNode(e.segmentation)
+        e.gui.process_events()
+    e.volume = e.segmentation = e.widget._source = None  # Slicer's widget holds no more than a weak pointer
+    gc.collect()
+    assert [ref() for ref in known] == [None] * 3
+
+
+def test_of_a_closed_scene_is_heard_once_and_last(editor: Callable[..., Editor], monkeypatch: pytest.MonkeyPatch) -> None:
+    import UNetSegmentationPanel
+
+    told: list[Any] = []
+    editor(scan()).click(IN_A)
+    UNetSegmentationPanel.closeWorker()  # as where PyTorch is installed
+    later = editor(scan())
+    later.click(IN_B)
+    UNetSegmentationPanel.dataWorker()
+    controller = later.effect._controller
+    monkeypatch.setattr(UNetSegmentationPanel, "forgetScene", lambda: told.append(controller.volumeNode))
+    assert controller.volumeNode is later.volume
+    later.gui.close_scene()
+    assert told == [None]  # once, and when all have ended their clicks
+
+
+def test_dots_come_back_after_the_effect_was_left_while_a_click_waited(editor: Callable[..., Editor]) -> None:
+    e = editor(scan("straight"))
+    e.click(IN_C)
+    mine = e.segment
+    e.click(ALSO_IN_C, wait=False)
+    e.effect.nextLesion()
+    e.click(IN_A, wait=False)  # of another lesion, so it waits, and with it the dots
+    e.gui.wait(lambda: len(e.effect._tasks) > 1)
+    e.widget.setActiveEffectByName("")
+    e.widget.setCurrentSegmentID(mine)
+    e.xy(IN_C)
+    e.widget.setActiveEffectByName(NAME)
+    e.gui.wait(lambda: e.dots().get("green"))
 
 
 def test_dots_show_the_clicks_of_the_selected_segment_on_their_slice(editor: Callable[..., Editor]) -> None:
@@ -1122,10 +1192,11 @@ def test_the_editor_leaves_nothing_behind(editor: Callable[..., Editor], caplog:
     e.close()
     assert not caplog.records
     assert controller.owner is None and not controller._listeners and effect._controller is None
-    assert not effect.Observations and not e.dots()
+    assert not effect.Observations and not effect._scene.Observations and not e.dots()
 
 
 def test_the_self_test_passes_here_too(gui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import slicer
     from standins import effects
     from UNetSegmentationLib import sample
 
@@ -1139,6 +1210,7 @@ def test_the_self_test_passes_here_too(gui: Any, monkeypatch: pytest.MonkeyPatch
 
     SegmentEditorUNetClickTest().runTest()
     assert gui.dialogs.texts("delay")[-1] == "Test passed"
+    slicer.SegmentEditorUNetClickLib.cleanup()  # Slicer's widget does that when it is deleted, the stand-in's deleteLater() does not
 
 
 def test_the_stand_ins_take_only_what_slicer_takes(editor: Callable[..., Editor]) -> None:

@@ -1090,13 +1090,17 @@ def test_a_volume_that_gets_its_voxels_after_it_was_chosen(panel: Any, install: 
     gui.process_events()
     p.settings.region = None
     p.run()
+    p.settings.earlier = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode")
+    gui.process_events()
     # A scene that is closed from another module leaves no patient's voxels in the panel.
-    known = [weakref.ref(n) for n in (node, p.settings.output, *slicer.util.getNodesByClass("vtkMRMLMarkupsROINode"))]
+    nodes = node, p.settings.output, p.settings.earlier, *slicer.util.getNodesByClass("vtkMRMLMarkupsROINode")
+    known = [weakref.ref(n) for n in nodes]
+    del nodes
     gui.leave(p.widget)
     del node
     gui.close_scene()
     gc.collect()
-    assert [ref() for ref in known] == [None] * 3
+    assert [ref() for ref in known] == [None] * 4
 
 
 def test_progress_tells_how_long_it_takes(panel: Any, install: Any, gui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1121,6 +1125,29 @@ def test_progress_tells_how_long_it_takes(panel: Any, install: Any, gui: Any, mo
         assert "about 5 min left" in p.ui.progressLabel.text
     p.finish()
     assert not p.ui.progressBar.visible and p.ui.applyButton.text == "Apply"
+
+
+def test_a_file_is_offered_under_a_name_that_every_system_takes_where_the_last_one_was_saved(
+    panel: Any, install: Any, tmp_path: Path
+) -> None:
+    import slicer
+
+    toy, starts = install(), []
+    p = panel()
+    p.settings.volume = volume(name="3: CHEST 1.25/0.8")
+    p.choose(toy)
+    p.run()
+    former = slicer.mrmlScene.GetRootDirectory()
+    slicer.mrmlScene.SetRootDirectory(str(tmp_path))
+    try:
+        for chosen in ("", tmp_path / "mine" / "m.csv", ""):
+            p.gui.dialogs.answer(lambda start, chosen=chosen: starts.append(Path(start)) or chosen)
+            (tmp_path / "mine").mkdir(exist_ok=True)
+            p.ui.exportButton.click()
+    finally:
+        slicer.mrmlScene.SetRootDirectory(former)
+    assert [s.parent for s in starts] == [tmp_path, tmp_path, tmp_path / "mine"]
+    assert all(s.name.startswith("3_ CHEST 1.25_0.8") and s.name.endswith(".csv") for s in starts)
 
 
 def test_the_event_loop_is_never_held_for_long(panel: Any, install: Any, gui: Any) -> None:
@@ -1213,6 +1240,30 @@ def test_shortcuts(panel: Any, install: Any, endless: str, gui: Any) -> None:
     QTest.keyClick(p.ui.modelList, qt.Qt.Key_Escape)
     assert p.controller.phase == "cancelled"
     assert {s.key.toString() for s in p.widget._shortcuts} == {"Ctrl+Return", "Ctrl+Enter", "Esc"}  # Ctrl+Z is Slicer's
+
+
+def test_what_is_being_typed_stays_and_is_what_a_shortcut_runs_with(panel: Any, install: Any, gui: Any) -> None:
+    import qt
+    import slicer
+    from PySide6.QtTest import QTest
+
+    toy = install(intensity=HU)
+    p = panel()
+    node, other = volume(), volume(name="other")
+    p.settings.volume = node
+    p.choose(toy)
+    p.widget.parent.activateWindow()
+    for box, keys in ((p.ui.levelSpinBox, "3"), (p.ui.widthSpinBox, "2")):  # from 2 to 4 HU nothing of the scan is bright
+        box.setFocus()
+        box.selectAll()
+        QTest.keyClicks(box, keys)
+    slicer.mrmlScene.RemoveNode(other)
+    gui.process_events()
+    assert p.ui.widthSpinBox.cleanText == "2" and p.settings.width == 4
+    QTest.keyClick(p.ui.widthSpinBox, qt.Qt.Key_Return, qt.Qt.ControlModifier)
+    p.finish()
+    assert (p.settings.preset, p.settings.level, p.settings.width) == ("custom", 3, 2)
+    assert not masks(p.settings.output, node)
 
 
 def test_the_volume_is_removed_meanwhile(going: Panel, gui: Any) -> None:

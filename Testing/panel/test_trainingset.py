@@ -315,6 +315,25 @@ def test_clicked_nodules_have_the_models_label(hands: Hands, install: Callable[.
     assert hands.only.record["voxels_by_label"] == {"lung nodule": removed} and hands.only.record["model_name"] == "aclick-1.0.0"
 
 
+def test_a_label_is_what_is_typed(hands: Hands) -> None:
+    import qt
+    from PySide6.QtTest import QTest
+
+    hands.apply()
+    hands.add()
+    hands.scan(1)
+    hands.drawn(scratch=box((8, 9), (1, 3), (1, 3)))
+    combo = hands.ui.setSegmentsTable.cellWidget(0, 1)
+    combo.lineEdit().setFocus()
+    combo.lineEdit().selectAll()
+    QTest.keyClicks(combo.lineEdit(), "lung")  # the set knows "lung nodule"
+    assert combo.currentText == hands.section.rows[0].label == "lung"
+    QTest.keyClick(combo.lineEdit(), qt.Qt.Key_Return)
+    QTest.keyClicks(combo.lineEdit(), " cyst")
+    assert combo.currentText == hands.section.rows[0].label == "lung cyst"
+    assert [combo.itemText(i) for i in range(combo.count)] == ["lung nodule", "vessel"]
+
+
 def test_segments_are_left_out_or_get_another_label(hands: Hands) -> None:
     masks = {"Segment_1": box((2, 6), (2, 6), (2, 6)), "Tumour 2": box((8, 12), (2, 6), (2, 6)), "scratch": box((1, 2), (1, 3), (1, 3))}
     hands.drawn(**masks)

@@ -437,6 +437,33 @@ def test_a_strip_that_went_with_slicers_window_ends_no_cleanup(gui: Any, monkeyp
     assert not strip.shown
 
 
+def test_the_strips_buttons_are_seen_on_a_laptop_whatever_the_scans_name(gui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import qt
+    import slicer
+
+    gui.open()
+    from UNetSegmentationPanel.worklist import Strip
+
+    window, full, strip = (
+        qt.QMainWindow(),
+        qt.QToolBar(),
+        Strip([(text, "", lambda: None) for text in ("Done, next", "Skip", "Later, next")]),
+    )
+    for _ in range(50):  # as Slicer's, which together are nearly as wide
+        button = qt.QToolButton()
+        button.setFixedSize(24, 24)
+        full.addWidget(button)
+    window.addToolBar(full)
+    window.resize(1366, 700)
+    window.show()
+    monkeypatch.setattr(slicer.util, "mainWindow", lambda: window)
+    for name in ("LUNG1-001", "x" * 250):
+        strip.show(name)
+        gui.process_events()
+        assert all(b.visible for b in strip.buttons) and strip._label.visible
+    strip.hide()
+
+
 def test_in_the_segment_editor_a_strip_goes_on_to_the_next_scan(opened, gui, monkeypatch):
     import qt
     import slicer
@@ -804,10 +831,19 @@ def test_the_desk_sees_pytorch_that_came_meanwhile(opened, gui, monkeypatch):
 
 
 @POSIX
-def test_a_desk_that_was_killed_is_started_again_and_says_that_the_scan_is_taken(opened, gui, tmp_path, monkeypatch, in_the_desk):
+@pytest.mark.parametrize("another", [False, True])
+def test_a_desk_that_was_killed_is_started_again_and_says_that_the_scan_is_taken(opened, gui, tmp_path, monkeypatch, in_the_desk, another):
+    """another: a list that is looked into meanwhile, which starts a desk that knows nothing of the scan."""
     from UNetSegmentationLib.worklist import WorkList
 
     hands = opened()
+    if another:
+
+        def ended(text: str) -> None:
+            hands.section._onDeskEnd(text)
+            hands.section.desk.ask("status", lambda answer: None, lambda text: None, folder=str(tmp_path / "another"))
+
+        hands.section.desk._onEnd = ended
     name = hands.next()
     monkeypatch.setattr(sys.modules["UNetSegmentationPanel.worklist"], "_REFRESH_MS", 10)
     # The desk's own signs of life, but every second.

@@ -1010,9 +1010,7 @@ def edit_steps(
         after[z] = after[z] & (removed[z] ^ 1) | added[z]
         yield
     if some and not left:
-        raise UserError(
-            "Nothing of the result is left by the Segment Editor's masking; set its editable area to everywhere, or click elsewhere."
-        )
+        raise limits.nothing_left("click elsewhere")
     lattice = _lattice(segmentation_node, volume_node)
     edits = [_on_lattice(array, box.start, grid, lattice) for array in (removed, added)]
     if left and edits[1][0] is not None and not _voxels(edits[1][0]).any():
@@ -1260,10 +1258,7 @@ def _limited_steps(
         left += int(np.count_nonzero(layer.array[z]))
         yield
     if before and not left:
-        raise UserError(
-            "Nothing of the result is left by the Segment Editor's masking; set its editable area to everywhere "
-            "and its overwrite mode to allow overlap, or move the ROI."
-        )
+        raise limits.nothing_left("move the ROI")
     layers = [layer]
     for owners in _layers(segmentation, kept).values():
         mine = {i: kept[i] for i in owners}
@@ -1343,6 +1338,16 @@ class _Limits:
     @property
     def any(self) -> bool:
         return self.masked or self.taken is not None
+
+    def nothing_left(self, otherwise: str) -> UserError:
+        """For a result that they leave nothing of. otherwise: what helps, too."""
+        ways = {
+            "set its editable area to everywhere": self.area,
+            "switch its editable intensity range off": self.values,
+            "set its overwrite mode to allow overlap": self.taken,
+        }
+        advice = " and ".join(way for way, limit in ways.items() if limit is not None)
+        return UserError(f"Nothing of the result is left by the Segment Editor's masking; {advice}, or {otherwise}.")
 
     def steps(self, box: Box) -> Steps[np.ndarray]:
         """uint8 (z, y, x) of the box: _OUTSIDE where nothing may be edited, _TAKEN where others' voxels are, else 0."""

@@ -17,12 +17,14 @@ _worker: Any = None
 _dataWorker: Any = None
 _controller: Any = None
 _clicks: Any = None
+_closing: Any = None  # the observer of a scene that is closed
 
 
 def panelWorker() -> Any:
     """The one worker of the application, for the panel and the effect; its process starts when it is first needed."""
     global _worker
     if _worker is None:
+        _heedClose()
         from .installer import workerPython
         from .worker import PanelWorker
 
@@ -42,6 +44,7 @@ def dataWorker() -> Any:
     """Another worker, which writes and reads training sets: a click or a run never waits for a slow disk or network folder."""
     global _dataWorker
     if _dataWorker is None:
+        _heedClose()
         from .worker import PanelWorker
 
         _dataWorker = PanelWorker()
@@ -59,6 +62,7 @@ def runController() -> Any:
     """The one run that can be going on in the application."""
     global _controller
     if _controller is None:
+        _heedClose()
         from .run import RunController
 
         _controller = RunController(panelWorker, _ensureRequirements)
@@ -99,6 +103,17 @@ def otherShown(view: Any, volume: Any) -> Any:
     ids = [view.GetBackgroundVolumeID(), view.GetForegroundVolumeID()]
     shown = [node for node in map(slicer.mrmlScene.GetNodeByID, filter(None, ids)) if node is not None]
     return shown[0] if shown and volume not in shown else None
+
+
+def _heedClose() -> None:
+    """Once in the application, as the effect alone, without the panel, sends voxels to the worker too."""
+    global _closing
+    if _closing is None:
+        import slicer
+
+        scene = slicer.mrmlScene
+        # After those who let go of their nodes and end what they have asked for.
+        _closing = scene.AddObserver(scene.StartCloseEvent, lambda *_: forgetScene(), -1.0)
 
 
 def forgetScene() -> None:

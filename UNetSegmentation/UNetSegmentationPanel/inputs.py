@@ -40,6 +40,12 @@ def fill(combo: Any, choices: Sequence[tuple[str, str]] | None, value: Any) -> N
     combo.currentIndex = max(0, combo.findData(value)) if combo.count else -1
 
 
+def showValue(spinBox: Any, value: float) -> None:
+    """Only where it is another one: what a person is typing would be lost."""
+    if spinBox.value != value:
+        spinBox.value = value
+
+
 def prepareTable(table: Any, titles: Sequence[str], rows: int) -> None:
     table.clearSelection()  # of rows that had fewer columns
     table.clearSpans()

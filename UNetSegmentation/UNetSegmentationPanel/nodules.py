@@ -983,7 +983,8 @@ class NoduleSection(VTKObservationMixin):
         if self.earlier.volume is not None and self.now.volume is not None:
             self._dated = mrml.days_between(self.earlier.volume, self.now.volume)
         self._updating = True
-        ui.daysSpinBox.value = self._days = settings.days or max(0, self._dated or 0)
+        self._days = settings.days or max(0, self._dated or 0)
+        inputs.showValue(ui.daysSpinBox, self._days)
         self._updating = False
         self._updateTable()
 

@@ -15,7 +15,9 @@ import qt
 import slicer
 from slicer.i18n import tr as _
 
+SAVE_FOLDER = "UNetSegmentation/SaveFolder"  # in the settings
 _DECIMAL = re.compile(r"^([+-]?\d+)\.(\d+(?:e[+-]\d+)?)$")
+_IN_NO_FILE_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # of Windows, and so on a drive that is shared
 
 
 def record(prediction: Any, measures: Sequence[dict[str, Any]]) -> str:
@@ -81,10 +83,16 @@ def rowsText(rows: Sequence[Sequence[str]], separator: str) -> str:
 
 
 def askFile(title: str, name: str, kinds: str, suffix: str) -> Path | None:
-    """Which file to save, with its suffix, which not every system's dialog adds; None for none."""
-    chosen = str(qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), title, name, kinds) or "")
-    if not chosen or chosen.lower().endswith(suffix):
-        return Path(chosen) if chosen else None
+    """Which file to save, with its suffix, which not every system's dialog adds; None for none. `name`, which may be made of a scan's, is
+    offered in the folder of the last one that was saved, at first the scene's."""
+    settings = qt.QSettings()
+    start = Path(str(settings.value(SAVE_FOLDER, "") or slicer.mrmlScene.GetRootDirectory()), _IN_NO_FILE_NAME.sub("_", name))
+    chosen = str(qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), title, str(start), kinds) or "")
+    if not chosen:
+        return None
+    settings.setValue(SAVE_FOLDER, str(Path(chosen).parent))
+    if chosen.lower().endswith(suffix):
+        return Path(chosen)
     path = Path(f"{chosen}{suffix}")
     # The dialog has asked about the name as it was typed only.
     question = _("{file} is there already. Replace it?").format(file=path.name)

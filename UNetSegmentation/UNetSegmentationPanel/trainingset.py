@@ -847,6 +847,8 @@ class TrainingSetSection(VTKObservationMixin):
                 table.setItem(i, 0, item)
                 combo = ctk.ctkComboBox()
                 combo.editable = True
+                combo.setCompleter(None)  # it would make of a new label "lung" the known "lung nodule"
+                combo.insertPolicy = qt.QComboBox.NoInsert  # the choices are the set's labels, also after Return
                 inputs.leaveWheel(combo)
                 combo.connect("editTextChanged(QString)", lambda text, i=i: self._onLabel(i, text))
                 table.setCellWidget(i, 1, combo)

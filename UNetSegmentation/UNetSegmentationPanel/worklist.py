@@ -206,15 +206,17 @@ class Strip:
             self._bar.setObjectName("UNetWorkListToolBar")
             self._label = qt.QLabel()
             self._label.setMargin(4)
+            self._label.setMinimumWidth(1)  # a long name is cut at the window's edge
             self._label.setTextFormat(qt.Qt.PlainText)  # a scan's name is no HTML
-            self._bar.addWidget(self._label)
             for text, tip, method in self._actions:
                 button = qt.QPushButton(text)
                 button.toolTip, button.autoDefault = tip, False
                 button.connect("clicked(bool)", lambda *_unused, m=method: qt.QTimer.singleShot(0, m))
                 self._bar.addWidget(button)
                 self.buttons.append(button)
+            self._bar.addWidget(self._label)
             window.addToolBar(self._bar)
+            window.insertToolBarBreak(self._bar)  # Slicer's own fill a laptop's row, so that its buttons would go behind the "»"
         self._label.text = name
 
     def hide(self) -> None:

@@ -109,7 +109,7 @@ class Dialogs:
     "" for cancelled) for file; the button's text or value, or True or False for accepting or rejecting, for message, which
     are also slicer.util.confirm...Display(); the text for input; the action's text for menu; for a dialog a callable, given
     the dialog that is shown then, whose result exec_() returns, or that result. A callable is called for the others too,
-    with the text.
+    with where it begins for file, else with the text.
     """
 
     def __init__(self) -> None:
@@ -402,7 +402,7 @@ def _exec_menu(self: Any, *_: Any) -> Any:
 
 def _file(many: bool = False) -> Callable[..., Any]:
     def ask(parent: Any = None, caption: str = "", directory: str = "", filter: str = "", *options: Any) -> Any:
-        answer = dialogs.ask("file", caption)
+        answer = dialogs.ask("file", caption, directory)
         return [str(a) for a in answer] if many else str(answer)
 
     return staticmethod(ask)  # type: ignore[return-value]

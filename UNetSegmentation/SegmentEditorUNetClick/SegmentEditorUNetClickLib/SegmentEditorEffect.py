@@ -79,6 +79,8 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self._blocked = False  # the first of the tasks waits for the worker
         self._made = False  # the options' widgets are there
         self._target: Target | None = None  # what was clicked at last
+        self._observed: Any = None  # the volume and the segmentation that are
+        self._scene = VTKObservationMixin()  # apart, as a scene may be closed while another effect is chosen
         self._pressed: Any = None  # where the mouse was pressed with Ctrl
         self._swallow = False  # the release that belongs to a click
         self._prompts: dict[Any, list[Any]] = {}  # text of the tag and the volume's place -> prompts, to the last bit
@@ -147,6 +149,7 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         )
         for widget, signal, slot in self._connections:
             widget.connect(signal, slot)
+        self._scene.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self._onSceneStartClose)
         self._made = True
         self._fillModels()
 
@@ -190,14 +193,16 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
             for steps in self._tasks:
                 steps.close()
         self._tasks.clear()
+        self._stale = False  # to draw may have been one of them
         self._dots.clear()
         if self._controller is not None:
             self._controller.end()
-        self._target, self._pressed, self._swallow = None, None, False
+        self._observed, self._target, self._pressed, self._swallow = None, None, None, False
 
     def cleanup(self) -> None:
         """The editor goes; nothing may hold the effect, which PythonQt would then not delete."""
         self.deactivate()
+        self._scene.removeObservers()
         if self._controller is not None:
             self._controller.removeListener(self)
             self._controller = None
@@ -289,6 +294,8 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         self._say(_here(text))
 
     def onChanged(self) -> None:
+        if self._controller.owner is not self:  # the lesion has ended, as with its volume
+            self._target = None
         self._showMessage()
         self._redraw()
 
@@ -544,6 +551,8 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
         if target.lesion:
             self._lesions.pop((target.segmentation.GetID(), ""), None)
             self._lesions[_key(target)] = target.lesion
+        target.segmentation.CreateDefaultDisplayNodes()
+        target.segmentation.GetDisplayNode().SetVisibility(True)  # or it would be changed unseen
         if select:
             self.scriptedEffect.parameterSetNode().SetSelectedSegmentID(target.segmentId)
 
@@ -606,6 +615,13 @@ class SegmentEditorEffect(AbstractScriptedSegmentEditorEffect, VTKObservationMix
             events = of.SegmentModified, of.SegmentRemoved, of.SourceRepresentationModified
             for event in (*events, node.SegmentationChangedEvent, node.TransformModifiedEvent):
                 self.addObserver(node, event, self._onChange)
+
+    def _onSceneStartClose(self, caller: Any, event: Any) -> None:
+        """Nothing of its patients stays, and the next one's nodes have the same IDs."""
+        self.deactivate()
+        for known in (self._prompts, self._digests, self._lesions):
+            known.clear()
+        self._say("")
 
     def _onEditor(self, caller: Any, event: Any) -> None:
         if self._observed != (caller.GetSourceVolumeNode(), caller.GetSegmentationNode()):
