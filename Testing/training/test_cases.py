@@ -1095,6 +1095,8 @@ def test_wrong_names_are_sentences(tmp_path, pairs):
         find_cases(pairs, "luna16")
     with pytest.raises(UserError, match="no regular expression"):
         find_cases(pairs, patient="(")
+    with pytest.raises(UserError, match=r"'patient\(.*\)' fits the name of no case, as a; correct --patient"):
+        find_cases(pairs, patient=r"patient(\d)")
 
 
 # ---------------------------------------------------------------------------------------------------------- folds, filling
@@ -1130,6 +1132,11 @@ def test_patients_of_names_and_of_a_pattern(pairs):
     assert len({c.patient for c in find_cases(pairs, patient="[a-c]()").cases}) == 1
     (pairs / "patients.csv").write_text("case,patient\na,x\nb,x\nc,y\n")
     assert [c.patient for c in find_cases(pairs).cases] == ["x", "x", "y"]
+    for pattern in ("c", "(c)|a|b"):  # fits no other, or without its group
+        some = find_cases(pairs, patient=pattern)
+        assert [c.patient for c in some.cases] == ["x", "x", "c"]
+        assert some.notes[-1] == f"The pattern {pattern!r} decides the patient of 1 of 3 cases; the others, as a, keep theirs."
+    assert find_cases(pairs, patient=".").notes[-1] == "The pattern '.' decides the patient of 3 of 3 cases."
 
 
 @pytest.mark.parametrize(

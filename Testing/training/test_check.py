@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from unetseg_training import check as module
 from unetseg_training.cases import find_cases, numbered_instances
 from unetseg_training.check import check, run
@@ -143,6 +144,37 @@ def test_an_offset_of_ct_is_suspected(folder):
     assert "as if 1024 had been added" in check(find_cases(folder)).table()
 
 
+def test_what_is_judged_in_part_has_no_islets(tmp_path):
+    """Where IGNORE cuts a structure, its rest may be of any size."""
+    for i, ignore in enumerate((False, True)):
+        folder = tmp_path / str(i)
+        for part in ("imagesTr", "labelsTr"):
+            (folder / part).mkdir(parents=True)
+        names = {"background": 0, "a": 1, "ignore": 2}
+        (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "MR"}, "labels": names, "file_ending": ".nii.gz"}))
+        mask = outline(False)
+        mask[0, 0, 0] = 1
+        mask[5, :, 15] = 2 * ignore
+        for name in ("c", "d"):
+            write_image(scan(ord(name)), folder / "imagesTr" / f"{name}_0000.nii.gz")
+            write_image(scan(0).like(mask), folder / "labelsTr" / f"{name}.nii.gz")
+        assert ({("c", "leftover"), ("d", "leftover")} <= found(folder).keys()) != ignore
+
+
+def test_a_voxel_that_is_no_number_is_found_in_a_large_image(tmp_path):
+    """Every second voxel of one of 4 million is among those whose percentiles are taken."""
+    values = np.random.default_rng(0).normal(size=(40, 320, 320)).astype(np.float32)
+    values[0, 0, 1] = np.nan
+    mask = np.zeros(values.shape, np.uint8)
+    mask[5:9, 5:9, 5:9] = 1
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    put(tmp_path, "a", mask=Image(mask))
+    write_image(Image(values), tmp_path / "images" / "a.mha")  # of NIfTI ITK reads a NaN as 0
+    finding = found(tmp_path)["a", "unreadable"]
+    assert finding.level == "error" and "voxels that are no numbers" in finding.text
+
+
 def test_missing_classes_one_case_and_patients(folder):
     (folder / "labels.json").write_text('{"1": "organ", "2": "tumour", "3": "node"}')
     f = found(folder)[("", "missing")]
@@ -228,6 +260,22 @@ def test_single_slices_of_any_plane_can_be_drawn(tmp_path, monkeypatch, capsys, 
     assert "has the same voxels as a" in capsys.readouterr().out  # a picture that fails takes no finding along
 
 
+def test_a_channel_of_small_values_beside_one_of_large_is_drawn_with_its_own_window(tmp_path):
+    dataset = Dataset.create(tmp_path / "set", "x", [Label(1, "a", (255, 0, 0), {})], ["ADC", "T2"])
+    for i in range(2):
+        rng = np.random.default_rng(i)
+        adc = rng.normal(1e-3, 2e-4, SHAPE)  # mm2/s, and a hot voxel, which percentiles leave out
+        adc[1, 4, 4] = 1.0
+        dataset.add(Image(np.stack([adc, rng.normal(500, 100, SHAPE)]).astype(np.float32)), outline(False), name=f"c{i}")
+    figure = Figure()
+    axes = figure.add_subplot()
+    cases = find_cases(tmp_path / "set")
+    module._tile(axes, cases, cases.cases[0])
+    shown = axes.images[0]
+    grey = shown.cmap(shown.norm(shown.get_array()))[..., 0]
+    assert np.quantile(grey, 0.75) - np.quantile(grey, 0.25) > 0.1
+
+
 def test_the_table_json_and_picture(folder, tmp_path, capsys, monkeypatch):
     for i in range(8):
         put(folder, f"c{i}", mask=speck)
@@ -302,7 +350,7 @@ def test_structures_of_small_and_large_bodies_and_of_crops_are_no_instances(fold
     assert "name them in labels.json if they are classes, or learn" in told(np.ones(24), 0.2)
     given = []
     for place in ("check", "plan"):
-        monkeypatch.setattr(f"unetseg_training.{place}.numbered_instances", lambda _, sizes: given.append(sizes) or "")
+        monkeypatch.setattr(f"unetseg_training.{place}.numbered_instances", lambda _, sizes, *_pictures: given.append(sizes) or "")
     check(find_cases(folder))
     plan(find_cases(folder), folder, measure=False)
     assert len(given) == 2 and all(np.allclose(np.array(sizes)[:, 2], 18 * 0.8 * 0.8 * 2) for sizes in given)  # mm3

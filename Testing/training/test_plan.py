@@ -14,11 +14,11 @@ pytest.importorskip("monai")
 
 from unetseg_training import config as c  # noqa: E402
 from unetseg_training import plan as module  # noqa: E402
-from unetseg_training.cases import IGNORE  # noqa: E402
+from unetseg_training.cases import IGNORE, numbered_instances  # noqa: E402
 from unetseg_training.plan import Fingerprint, Machine, fingerprint, plan  # noqa: E402
 from unetseg_training.prepare import compute, key  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
-from UNetSegmentationLib.image import Image  # noqa: E402
+from UNetSegmentationLib.image import Image, read_image  # noqa: E402
 from UNetSegmentationLib.model import Card, Label, find_model  # noqa: E402
 from UNetSegmentationLib.networks import UNetConfig  # noqa: E402
 
@@ -392,3 +392,138 @@ def test_a_dataset_named_from_within_has_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "My Data" / "images")
     made = plan(cases(), "..", machine=LAPTOP, measure=False).config.model
     assert made.name == "my-data" and made.training_data[0].startswith("My Data: 6 cases")
+
+
+def pictures(pixel, draw, n=4):
+    """Pictures of 1500 x 1500 pixels of one label. draw(mask) marks it in (1, y, x)."""
+    mask = np.zeros((1, 1500, 1500), np.uint8)
+    draw(mask)
+    values = np.random.default_rng(0).normal(100, 20, mask.shape).astype(np.float32) + 100 * mask
+    made = cases(n, labels=("a",))
+    made.load = lambda case: (Image(values, (pixel, pixel, 1.0)), mask)
+    return made
+
+
+@pytest.mark.parametrize("pixel", [1.0, 0.0005])
+def test_many_small_objects_keep_voxels_across(pixel):
+    """1,400 nuclei of 9 pixels were seen as one large ball, and at pixels of 5.2, of which the truth itself had a Dice of 0.62."""
+
+    def nuclei(mask):
+        for y in range(0, 1500, 30):
+            for x in range(0, 1500, 30):
+                mask[0, y : y + 8, x : x + 8] = 1  # as large as a circle of 9 pixels
+
+    found = fingerprint(case_set := pictures(pixel, nuclei))
+    for quick, across in ((True, 4), (False, 6)):
+        made = of(case_set, quick=quick, found=found)
+        assert 9.1 * pixel / across * 0.9 < made.config.input.spacing[0] < 9.1 * pixel / across
+        hint = f"Its smallest objects are {9.03 * pixel:.3g} mm large"
+        assert any(hint in note and "give it more minutes" in note for note in made.notes)
+    assert "coarser" not in of(case_set, GPU, found=found).reasons["input.spacing"]
+
+
+def test_vessels_with_specks_are_as_coarse_as_before():
+    """Finer than 2.55 pixels a quick training was worse: 0.581, not 0.699."""
+
+    def vessels(mask):
+        mask[0, ::60], mask[0, :, ::60] = 1, 1
+        mask[0, 20::30, 20::30] = 1  # more specks than vessels
+
+    made = of(pictures(1.0, vessels), quick=True)
+    assert made.config.input.spacing[0] == pytest.approx(1500 / 2 / 192, abs=0.01) and made.notes == ("said so",)
+
+
+def test_few_slices_are_measured_in_their_plane():
+    case_set = cases(labels=("a",), shape=(6, 100, 120), spacing=(1.0, 1.0, 9.0), spot=10)
+    whole, typical = module._smallest(fingerprint(case_set))
+    assert 2 * np.sqrt(100 / np.pi) == pytest.approx(typical) and typical < whole
+    case_set = cases(labels=("a",), shape=(40, 100, 120), spot=10)
+    assert module._smallest(fingerprint(case_set)) == pytest.approx([2 * (3 * 2000 / 4 / np.pi) ** (1 / 3)] * 2)
+
+
+def chests(**how):
+    """Plans of 30 CTs of 400 x 512 x 512 voxels with one nodule of 8 mm."""
+    shape = (400, 512, 512)
+    found = replace(whole_body(30), shapes=[shape] * 30, spacings=[(1.0, 0.7, 0.7)] * 30, counts=[[np.prod(shape) - 500, 500]] * 30)
+    return of(cases(30, labels=("a",)), found=found, **how)
+
+
+@pytest.mark.parametrize("quick, minutes", [(True, 15), (True, 60), (False, 180), (False, 600)])
+def test_validation_of_whole_scans_leaves_time_to_train(quick, minutes):
+    """Of such a plan all but a few minutes were for validation."""
+    made = chests(quick=quick, minutes=minutes)
+    fit = made.config.fit
+    spent = fit.epochs // fit.validate_every * fit.validate_cases * made.case_seconds
+    assert made.seconds < 1.1 * 60 * minutes and spent < 0.35 * made.seconds
+    assert fit.validate_cases < 6 and fit.epochs % fit.validate_every == 0 and fit.patience >= 3 * fit.validate_every
+    assert f"takes {100 * spent / made.seconds:.0f} % of the time" in made.reasons["fit.validate_every"]
+
+
+def test_a_validation_that_does_not_fit_is_one_at_the_end():
+    assert chests(quick=True).seconds < 1.25 * 360  # it took 35 minutes
+    made = chests(quick=True, minutes=1)
+    fit = made.config.fit
+    assert (fit.validate_every, fit.validate_cases) == (12, 1) and "and 1 validation of" in made.reasons["fit.steps"]
+    assert made.seconds - made.case_seconds > 25  # half of the minute is trained at least
+    assert any("checked once, on one, at its end; give it more minutes" in note for note in made.notes)
+    assert not any("at its end" in note for note in chests(quick=True, minutes=60).notes)
+
+
+def test_what_fits_is_validated_on_as_many_cases_as_before():
+    small = of(cases(30), quick=True).config.fit
+    assert (small.validate_cases, small.validate_every, small.patience) == (6, 1, 15)
+
+
+def sided(n=10, apart=lambda i: True, **how):
+    """Cases of two boxes, one behind the other along y; the other way round in those that are not apart()."""
+    made = cases(n, labels=("label 1", "label 2"), **how)
+    load = made.load
+
+    def turned(case):
+        image, mask = load(case)
+        return image, mask if apart(made.cases.index(case)) else np.choose(mask, np.array([0, 2, 1], np.uint8))
+
+    made.load = turned
+    return made
+
+
+def test_labels_without_names_that_lie_as_sides_do_are_not_mirrored():
+    """The left and the right lung, as labels 1 and 2, had a Dice of 0.70, without mirrors along x 0.95."""
+    made = of(sided())
+    assert made.config.input.flip_axes == ["x", "z"]
+    assert "label 1 and label 2, alike in size, lie in one order along y" in made.reasons["input.flip_axes"]
+    assert of(sided(apart=lambda i: i)).config.input.flip_axes == ["x", "z"]  # nine of ten
+    named = sided()
+    named.labels = tuple(replace(label, name=name) for label, name in zip(named.labels, "ab"))
+    for other in (sided(apart=lambda i: i % 4), sided(4), sided(shape=(20, 240, 28)), named):
+        made = of(other)
+        assert made.config.input.flip_axes == ["x", "y", "z"] and "order" not in made.reasons["input.flip_axes"]
+    assert of(sided(shape=(1, 64, 64))).config.input.flip_axes == ["x"]  # of pictures too, and of their own axes
+    uneven = sided()
+    load = uneven.load
+    uneven.load = lambda case: (load(case)[0], np.where((load(case)[1] == 2) & (np.arange(28) > 4), 0, load(case)[1]).astype(np.uint8))
+    assert of(uneven).config.input.flip_axes == ["x", "y", "z"]  # one is four times as large
+
+
+def test_cells_that_are_numbered_in_a_film_are_noted(data):
+    """Of HeLa frames with tracked cells the plan was one of 27 classes."""
+    frames = [read_image(p).array for p in sorted((data / "dic_hela" / "01_ST").rglob("*.tif"))]
+    values = np.unique(frames)
+    films = cases(len(frames), labels=tuple(f"label {i}" for i in range(1, len(values))))
+    films.load = lambda case: (
+        Image(np.zeros(frames[0].shape, np.float32)),
+        np.searchsorted(values, frames[films.cases.index(case)]).astype(np.uint8),
+    )
+    found = fingerprint(films)
+    assert any("learn instances as one label with --foreground" in note for note in of(films, found=found).notes)
+    films.labels = tuple(replace(label, name=f"class {label.value}") for label in films.labels)
+    assert of(films, found=found).notes == ("said so",)
+
+
+def test_rare_classes_of_pictures_are_no_instances():
+    rng = np.random.default_rng(0)
+    labels = [Label(i, f"label {i}", (1, 1, 1), {}) for i in range(1, 13)]
+    scenes = np.geomspace(200, 60000, 12) * np.exp(rng.normal(0, 0.3, (8, 12)))  # from a sign to a road
+    for k in range(5):
+        scenes[np.arange(8) != k, k] = 0
+    assert not numbered_instances(labels, np.c_[np.full(8, 1e5), scenes], True)

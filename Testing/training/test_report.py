@@ -159,6 +159,17 @@ def test_one_patient_has_no_interval(tmp_path):
     assert "one patient, no interval" in report.write(tmp_path).read_text("utf-8")
 
 
+@pytest.mark.parametrize("reason", ["failed", "stopped"])
+def test_a_run_that_was_resumed_has_not_ended_as_it_did_before(tmp_path, reason):
+    file = LiveFile(tmp_path / "live.jsonl")
+    file.write("step", step=20, epoch=0, loss=1.0)
+    file.write("end", step=20, epoch=1, reason=reason, message="The disk is full.")
+    assert f"The training {'was ' * (reason == 'stopped')}{reason} at step 20." in report.write(tmp_path).read_text("utf-8")
+    LiveFile(tmp_path / "live.jsonl", 20).write("step", step=21, epoch=1, loss=0.9)
+    text = report.write(tmp_path).read_text("utf-8")
+    assert "at step 20." not in text and "The disk is full." not in text
+
+
 def test_figures_of_a_cell_have_the_decimals_they_need(tmp_path):
     rows = [{**r, **dict.fromkeys(("hausdorff_mm", "hausdorff95_mm", "volume_ml", "truth_ml"), 0.000123)} for r in cases(1)]
     metrics.write(tmp_path, rows, metrics.summary(rows))
@@ -245,6 +256,32 @@ def test_the_picture_shows_both_outlines_where_they_are():
     coronal = slice(352, 698)
     gy, _ = np.nonzero(green[body, coronal])
     assert (gy.max() - gy.min()) / scale == pytest.approx(8, abs=0.5)  # 4 slices of 2 mm
+
+
+def test_each_panel_has_the_letters_of_its_plane(monkeypatch):
+    """Left, right, top, bottom: in radiological convention the patient's right is on the left, as is the front in a sagittal view."""
+    panels, panel = [], report._panel
+    monkeypatch.setattr(report, "_panel", lambda axes, *rest: panels.append(axes) or panel(axes, *rest))
+    truth = np.zeros((20, 60, 60), np.uint8)
+    truth[8:12, 10:30, 10:30] = 1
+    report.overlay(Image(truth.astype(np.float32)), truth, np.roll(truth, 9, 2))
+    letters = [{t.get_position(): t.get_text() for t in axes.texts} for axes in panels]
+    places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.975), (0.5, 0.025))
+    assert ["".join(own[place] for place in places) for own in letters[:3]] == ["RLAP", "RLSI", "APSI"]
+    # And it is so: low x, the patient's right, lies on the left; low y, the front, on top or left; high z on top.
+    assert [axes.get_xlim()[0] < axes.get_xlim()[1] for axes in panels[:3]] == [True] * 3
+    assert [axes.get_ylim()[0] < axes.get_ylim()[1] for axes in panels[:3]] == [False, True, True]
+
+
+def test_voxels_that_nobody_judged_differ_from_nothing(monkeypatch):
+    seen, shot = [], report._worst_shot
+    monkeypatch.setattr(report, "_worst_shot", lambda *given: seen.append(shot(*given)) or seen[-1])
+    truth, found = np.zeros((2, 20, 60, 60), np.uint8)
+    truth[8:12, 10:20, 10:20] = found[8:12, 10:20, 10:20] = 1
+    found[15, 30:33, 30:33] = 1  # wrong
+    truth[3, 30:50, 30:50], found[3, 30:50, 30:50] = report.IGNORE, 1
+    report.overlay(Image(np.zeros(truth.shape, np.float32)), truth, found)
+    assert seen[0][1][0] == 15 and "axial" in seen[0][2]
 
 
 def test_the_middle_of_a_hollow_structure_is_a_voxel_of_it():

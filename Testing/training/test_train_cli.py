@@ -18,6 +18,7 @@ from test_train import ROOT, emptied, environment, write_cases  # noqa: E402
 from unetseg_training import cli, metrics, watch  # noqa: E402
 from unetseg_training import config as c  # noqa: E402
 from unetseg_training.train import find, load_run  # noqa: E402
+from UNetSegmentationLib import training  # noqa: E402
 from UNetSegmentationLib.dataset import Dataset  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image, read_image, write_image  # noqa: E402
@@ -146,6 +147,19 @@ def test_all_folds_are_those_that_there_are_and_can_be_trained(command, run, tmp
     code, out, err = command("fit", run, "--fold", "all", "--quiet", "--restart")
     assert code == 2 and "mean Dice of 2 trainings" in out
     assert "was not trained: The masks of all held-out cases (case1) are empty" in err and err.strip().count("\n") == 0
+
+
+def test_what_cannot_be_trained_is_told_before_hours_of_the_others(command, run, monkeypatch):
+    monkeypatch.setattr("unetseg_training.train.train", lambda *a, **k: pytest.fail("it trains"))
+    (run / "fold1-seed0").mkdir()
+    (run / "fold1-seed0" / "run.json").write_text("{}")
+    code, _, err = command("fit", run, "--fold", "all", "--quiet")
+    assert code == 2 and f"{run / 'fold1-seed0'} holds a training already; add --resume" in err
+    shutil.rmtree(run / "fold1-seed0")
+    config = c.read(run)
+    c.write(config.model_copy(update={"data": config.data.model_copy(update={"folds": 7})}), run / "config.yaml")
+    code, _, err = command("fit", run, "--fold", "0,5", "--quiet")
+    assert code == 2 and "There is no fold 5" in err and "has the folds 0 to 3" in err
 
 
 def test_a_training_that_ends_before_its_first_validation_says_so(command, run):
@@ -432,6 +446,17 @@ def test_another_dataset_is_read_as_the_runs_own(dataset, tmp_path):
     assert [label.name for label in case_set.labels] == ["ball"] and len(cases) == 2
 
 
+def test_another_dataset_may_name_its_patients_in_its_own_way(dataset, tmp_path, capsys):
+    write_cases(tmp_path / "other", 2, 1)
+    for file in [*(tmp_path / "other").rglob("*.nii.gz")]:
+        file.rename(file.with_name(file.name.replace("case", "scan")))
+    data = {"path": str(dataset), "patient": r"case(\d)"}
+    config = c.parse({"data": data, "labels": [{"name": _label(dataset)}], "channels": _channels(dataset)})
+    assert [case.patient for case in cli._scored(tmp_path, config, str(dataset))[1]] == ["0", "1", "2", "3"] and not capsys.readouterr().err
+    assert [case.patient for case in cli._scored(tmp_path, config, str(tmp_path / "other"))[1]] == ["scan0", "scan1"]
+    assert f"data.patient fits the name of no case of {tmp_path / 'other'}; its patients are" in capsys.readouterr().err
+
+
 def test_another_datasets_channels_come_in_the_runs_order(tmp_path):
     other = Dataset.create(tmp_path / "other", "x", [Label(1, "ball", (1, 2, 3), {})], ["T2", "t1"])
     voxels = np.zeros((2, 4, 8, 8), np.float32)
@@ -442,9 +467,23 @@ def test_another_datasets_channels_come_in_the_runs_order(tmp_path):
     assert case_set.channels == ("t1", "T2") and np.array_equal(case_set.image(cases[0]).array, voxels[::-1])
 
 
+def test_a_retraining_of_a_list_of_cases_lies_beside_it(command, tmp_path):
+    write_cases(tmp_path / "set", 1, 1)
+    cases = tmp_path / "set" / "one.json"
+    cases.write_text(json.dumps({"training": [{"image": "images/case0.nii.gz", "label": "labels/case0.nii.gz"}]}))
+    code, _, err = command("finetune", cases)
+    assert code == 2 and "one.json has 1 annotated case to learn from" in err and not (tmp_path / "set" / "retrain").exists()
+    job = training.create(cases)
+    training.end(job.folder, "stopped", "Stopped.")
+    cli._follow(job, True)
+    out = command("jobs", cases)[1]
+    assert f"look with: unetseg-train jobs {cases}\n" in out and f"{job.folder}\n    stopped" in out
+
+
 def test_folds_and_seeds_are_parsed():
     assert cli.parse_folds("all", 3) == [0, 1, 2] and cli.parse_folds("split", 3) == [None] and cli.parse_folds("0,2", 3) == [0, 2]
     assert cli.parse_seeds("all") == [0, 1, 2, 3, 4] and cli.parse_seeds("3") == [3]
+    assert cli.parse_folds("0,2,0", 3) == [0, 2] and cli.parse_seeds("1,1") == [1]  # each is trained once
     with pytest.raises(UserError):
         cli.parse_folds("-1", 3)
 

@@ -434,6 +434,20 @@ def test_a_job_goes_where_its_dataset_goes(dataset, tmp_path):
     (tmp_path / "moved").rename(dataset)
 
 
+def test_a_dataset_may_be_named_by_its_index_or_by_a_list_of_cases(dataset, tmp_path):
+    own = training.create(dataset / "dataset.json")
+    assert own.dataset == dataset and own.name == "my-set" and training.jobs(dataset / "dataset.json") == training.jobs(dataset) == [own]
+    cases = tmp_path / "lists" / "fold.json"
+    cases.parent.mkdir()
+    cases.write_text('{"training": []}')
+    job = training.create(cases)
+    assert job.dataset == cases and job.folder.parent == tmp_path / "lists" / "retrain" and training.jobs(cases) == [job]
+    with pytest.raises(UserError, match="running already"):
+        training.create(cases)
+    for begun in (own, job):
+        training.end(begun.folder, "stopped", "Stopped.")
+
+
 def test_live_lines_are_read_once_and_anew_where_the_file_is_another(tmp_path):
     path = tmp_path / "live.jsonl"
     lines = training.LiveLines(path)
@@ -560,6 +574,10 @@ def test_what_has_the_same_name_and_version_is_not_replaced(finished, make_packa
     assert ModelPackage.read(models_folder / other.path.name).card.data["title"] == "Another's"
 
 
+def test_the_next_version_is_counted_in_numbers():
+    assert training.next_version("1.9.2") == "1.10.0"
+
+
 def test_a_file_of_any_name_holds_its_models_name(finished, make_package, models_folder):
     models_folder.mkdir()
     same = {"lineage": ModelPackage.read(finished.package).card.data["lineage"]}  # trained for nothing: a copy of its parent
@@ -628,8 +646,9 @@ def test_the_parent_of_another_task_stays(finished, make_package, models_folder)
 def test_resumed_a_job_offers_no_former_package_and_is_not_stopped_again(finished):
     training.update(finished.folder, state="stopped", verdict="worse", kept=True)
     (finished.folder / training.STOP).touch()
+    assert training.read(finished.folder).ended is not None
     job = training.resume(finished, launch=False)
-    assert job.package is None and job.verdict == "" and not (job.folder / training.STOP).exists()
+    assert job.package is None and job.verdict == "" and job.ended is None and not (job.folder / training.STOP).exists()
 
 
 def test_room_is_kept_for_the_last_sentence(dataset):
@@ -637,8 +656,10 @@ def test_room_is_kept_for_the_last_sentence(dataset):
     assert training.claim(job.folder)
     room = job.folder / training._RESERVE
     held = room.stat().st_size if room.exists() else 0
+    alive = (job.folder / training.BEAT).exists()
     training.end(job.folder, "failed", "The disk is full.")  # before all else: the fixture ends processes of running jobs, here this one
     assert held >= 1 << 16 and not room.exists()
+    assert alive and not (job.folder / training.BEAT).exists()
 
 
 def test_a_click_model_and_several_channels_do_not_fit():

@@ -143,10 +143,15 @@ class Job:
 # --------------------------------------------------------------------------------------------------------------- looking
 
 
+def jobs_folder(dataset: Path) -> Path:
+    """Where a dataset's retrainings lie: in its folder, or beside the file that lists its cases."""
+    return (dataset.parent if dataset.is_file() else dataset) / FOLDER
+
+
 def jobs(dataset: str | Path) -> list[Job]:
-    """The retrainings of a dataset, the newest first."""
+    """The retrainings of a dataset, the newest first; of a file's, all that lie beside it."""
     try:
-        folders = sorted((user_path(dataset) / FOLDER).iterdir(), reverse=True)
+        folders = sorted(jobs_folder(user_path(dataset)).iterdir(), reverse=True)
     except OSError:
         return []
     out = []
@@ -346,9 +351,13 @@ def start(
 def create(
     dataset: str | Path, base: ModelPackage | str | Path | None = None, options: Options = Options(), folder: str | Path | None = None
 ) -> Job:
-    """A job's folder, without its process."""
+    """A job's folder, without its process. dataset: a folder, its index, or a file that lists cases."""
+    from .dataset import INDEX
+
     path = user_path(dataset)
     dataset = path.resolve() if ".." in path.parts else path.absolute()  # ".." is no name
+    if dataset.name == INDEX and dataset.is_file():
+        dataset = dataset.parent
     summary = _check_dataset(dataset)
     if options.device not in DEVICES or (options.minutes is not None and not 0 < options.minutes < 1e5):
         raise UserError(f"Train on one of {', '.join(DEVICES)}, for a number of minutes above 0.")
@@ -448,15 +457,16 @@ def _check_base(package: ModelPackage) -> None:
 
 def _new_folder(dataset: Path, name: str, now: float) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    (dataset / FOLDER).mkdir(exist_ok=True)
+    folder = jobs_folder(dataset)
+    folder.mkdir(exist_ok=True)
     for suffix in ("", *(f"-{n}" for n in range(2, 100))):
         try:
-            place = dataset / FOLDER / f"{stamp}-{name}{suffix}"
+            place = folder / f"{stamp}-{name}{suffix}"
             place.mkdir()
             return place
         except FileExistsError:
             continue
-    raise UserError(f"{dataset / FOLDER} holds too many trainings of this second; try again.")
+    raise UserError(f"{folder} holds too many trainings of this second; try again.")
 
 
 def slug(text: str) -> str:

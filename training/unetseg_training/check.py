@@ -193,9 +193,9 @@ def _tile(axes: Any, case_set: CaseSet, case: Case) -> None:
     mask = np.moveaxis(mask, axis, 0)
     z = int(mask.any(2).sum(1).argmax()) if mask.any() else len(mask) // 2
     values = np.nan_to_num(image.channels.take(z, axis + 1).astype(np.float32))
+    values = np.moveaxis(values, 0, -1) if case_set.channels == ("red", "green", "blue") else values[0]
     low, high = np.percentile(values, (0.5, 99.5))
-    grey = np.clip((values - low) / max(high - low, 1e-6), 0, 1)
-    pixels = np.moveaxis(grey, 0, -1) if len(grey) == 3 and case_set.channels == ("red", "green", "blue") else grey[0]
+    pixels = np.clip((values - low) / max(high - low, 1e-6), 0, 1)
     dy, dx = np.delete(image.spacing[::-1], axis)
     axes.imshow(pixels, cmap="gray", aspect=dy / dx, origin="lower" if axis else "upper")
     axes.autoscale(False)
@@ -296,7 +296,8 @@ def _of_all(case_set: CaseSet, facts: Sequence[Facts]) -> list[Finding]:
         cure = "replace it by its whole volume, or leave it out"
         out += [Finding(f.case.name, "slice", "warning", "it is a single slice among volumes", cure) for f in known if min(f.size) < 2]
     mixed = mixed_pixel_sizes([(f.case.name, f.unsized, f.spacing) for f in facts])
-    instances = numbered_instances(case_set.labels, [[n * math.prod(f.spacing) for n in f.voxels] for f in known])
+    sizes, pictures = [[n * math.prod(f.spacing) for n in f.voxels] for f in known], all(min(f.size) < 2 for f in known)
+    instances = numbered_instances(case_set.labels, sizes, pictures)
     for kind, level, told in (("spacing", "error", mixed), ("instances", "warning", instances)):
         if told:
             text, _, cure = told.rpartition("; ")

@@ -99,7 +99,7 @@ def _whole(text: str, below: int, what: str) -> list[int]:
         values = [-1]
     if any(not 0 <= v < below for v in values):
         raise UserError(f"--{what} must be {'0 to ' + str(below - 1) if what == 'fold' else 'whole numbers from 0'}, or all, not {text!r}.")
-    return values
+    return list(dict.fromkeys(values))
 
 
 def fit_run(
@@ -116,16 +116,20 @@ def fit_run(
     trained, is said when the others are."""
     from . import report, watch
     from .config import read
-    from .train import CHECKPOINT, RUN, UnfitFold, find, is_first, train
+    from .train import CHECKPOINT, RUN, UnfitFold, find, held_out, is_first, train
 
     config = read(run)
     results, unfit = [], dict[int | None, UnfitFold]()
     case_set = how.pop("case_set", None) or find(config)
-    for fold in folds:
+    for fold in folds:  # all of them before the first, which may take hours
+        held_out(case_set.annotated, config, fold)
         for seed in seeds:
             folder = leaf(run, fold, seed)
             if is_first() and not (resume or restart) and ((folder / CHECKPOINT).exists() or (folder / RUN).exists()):
                 raise UserError(f"{folder} holds a training already; add --resume to go on with it, or --restart to begin anew.")
+    for fold in folds:
+        for seed in seeds:
+            folder = leaf(run, fold, seed)
             try:
                 with _bar("pre-processing") as progress:
                     result = train(
@@ -377,7 +381,9 @@ def _app() -> Any:
         name: Annotated[
             str, typer.Option(help="Without -o: of the new model; else the base's, or the dataset's where the labels are others.")
         ] = "",
-        job: Annotated[Path | None, typer.Option(help="Without -o: the retraining's folder; else a new one in DATA/retrain.")] = None,
+        job: Annotated[
+            Path | None, typer.Option(help="Without -o: the retraining's folder; else a new one in retrain/, in DATA or beside its file.")
+        ] = None,
         detach: Annotated[bool, typer.Option("--detach", help="Without -o: begin it and return; see jobs, stop, resume, promote.")] = False,
         freeze: Annotated[list[str] | None, typer.Option(help="With -o: layers to keep, e.g. encoder; several times.")] = None,
         replay: Annotated[str | None, typer.Option(help="With -o: the base model's own dataset, to train on as well.")] = None,
@@ -540,7 +546,7 @@ def _retrain(
             if "resume it" not in str(e) and not (job.folder / CASES).exists():  # of no use: the cases cannot be trained on
                 shutil.rmtree(job.folder, ignore_errors=True)
                 with suppress(OSError):  # others are there
-                    (job.dataset / training.FOLDER).rmdir()
+                    training.jobs_folder(job.dataset).rmdir()
             raise
 
 
@@ -553,7 +559,7 @@ def _follow(job: Any, detached: bool) -> None:
             print(text, flush=True)
 
     if detached:
-        listed = job.folder.parent == job.dataset / training.FOLDER
+        listed = job.folder.parent == training.jobs_folder(job.dataset)
         print(f"{job.folder}: begun; look with: unetseg-train jobs {job.dataset if listed else job.folder}")
         return
     try:
@@ -577,12 +583,17 @@ def _follow(job: Any, detached: bool) -> None:
 def _scored(folder: Path, config: Any, data: str | None, some: bool = False) -> tuple[Any, Sequence[Any]]:
     """The dataset and the cases of it to score: the run's held-out ones, or all of another dataset. some: of the held-out ones those
     that are there will do."""
-    from .cases import ordered_channels
+    from .cases import UnfitPattern, ordered_channels
     from .train import find, read_run
 
     if data:
         other = config.data.model_copy(update={"path": data, "layout": None, "channels": []})
-        case_set = find(config.model_copy(update={"data": other}))
+        try:
+            case_set = find(config.model_copy(update={"data": other}))
+        except UnfitPattern:  # others name their cases in their own way
+            print(f"data.patient fits the name of no case of {data}; its patients are as it tells them itself.", file=sys.stderr)
+            other = other.model_copy(update={"patient": None})
+            case_set = find(config.model_copy(update={"data": other}))
         if len(case_set.channels) != len(config.channels):  # else they are the run's, by whatever names
             case_set = find(config.model_copy(update={"data": other.model_copy(update={"channels": config.data.channels})}))
         case_set = ordered_channels(case_set, config.channels)

@@ -442,7 +442,7 @@ def write(folder: str | Path) -> Path:
         ],
         finetune=_json(folder / "finetune.json"),
         last=last.get("validation"),
-        end=last.get("end"),
+        end=lines[-1] if lines and lines[-1]["event"] == "end" else None,  # else it went on since
         plan=plan.read_text("utf-8") if plan.is_file() and not plan.is_symlink() else "",
         settings=_flat(config),
         environment=_flat({k: v for k, v in run.items() if k != "config"} | ({"data": data} if data else {})),

@@ -374,8 +374,8 @@ def _configured(
     data["fit"]["accelerator"] = device
     if minutes is not None:
         data["fit"]["minutes"] = float(f"{1.35 * minutes:.3g}")  # should the machine be busier than when it was measured
-    if quick:
-        data["fit"]["validate_every"] = min(2, data["fit"]["validate_every"])  # a curve of two points says nothing
+    if quick and data["fit"]["validate_every"] <= 5:  # a curve of two points says nothing; of whole scans more take all of the time
+        data["fit"]["validate_every"] = min(2, data["fit"]["validate_every"])
     data["model"] = _named(job, base, case_set, facts, data)
     made.config = config_file.parse(data, "the plan")
     checked = len(_held_out(case_set, quick, made.config.model.task == "click"))
