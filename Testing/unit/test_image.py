@@ -786,6 +786,15 @@ def test_a_slice_that_does_not_say_where_it_lies_is_named(slices, tmp_path, lost
         read_image(copied(slices, tmp_path / "scan", edit))
 
 
+def test_a_slice_that_says_that_it_lies_at_0_0_0_is_read(slices, tmp_path):
+    first = pytest.importorskip("pydicom").dcmread(slices[0]).ImagePositionPatient
+
+    def edit(i, dataset):
+        dataset.ImagePositionPatient = [a - b for a, b in zip(dataset.ImagePositionPatient, first)]
+
+    assert read_image(copied(slices, tmp_path / "scan", edit)).shape[0] == 8
+
+
 @pytest.mark.parametrize("size", [None, [1, 1]])
 def test_a_series_without_a_pixel_size_is_refused(slices, tmp_path, size):
     def edit(i, dataset):
@@ -796,7 +805,19 @@ def test_a_series_without_a_pixel_size_is_refused(slices, tmp_path, size):
         assert read_image(folder).spacing == (1, 1, 3)
 
 
-@pytest.mark.parametrize(("turned", "sine", "read"), [([0], 1.0, False), (range(4), 0.26, False), (range(4), 0.0004, True)])
+def test_a_series_of_enhanced_files_has_its_pixel_size_in_a_sequence(slices, tmp_path):
+    def edit(i, dataset):
+        dataset.PixelSpacing = [1, 1]
+
+    source = sorted(copied(slices, tmp_path / "source", edit).iterdir())
+    for i in range(8):
+        file = multi_frame(source, tmp_path / "scan" / f"{i}.dcm", [i])
+    assert read_image(file.parent).spacing == (1, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("turned", "sine", "read"), [([0], 1.0, False), (range(4), 0.26, False), (range(4), 0.003, False), (range(4), 0.0004, True)]
+)
 def test_slices_of_several_directions_are_no_volume(slices, tmp_path, turned, sine, read):
     """A localizer's, or stacks along a spine; where these turn about their corner, their places alone do not tell."""
 

@@ -863,6 +863,9 @@ def test_a_header_in_metres_is_said(make_package, extent):
     (note,) = foreseen(image, [make_package(**card, spacing=[1.0] * 3)])
     assert note == "The image is only 0.04 x 0.04 x 0.12 mm large; its spacing may be in metres: correct its header."
     assert not foreseen(image, [make_package(**card, spacing=[0.001] * 3)])  # a microscope's
+    slices = make_package(dimensions=2, patch=[32, 32], spacing=[None] * 3, pixel_mm=1.3)  # as large as the model's pixels are made
+    assert foreseen(image, [slices]) == (note,)
+    assert not foreseen(Image(noise((1, 5, 5))), [slices])  # a picture without a size
 
 
 @pytest.mark.parametrize(

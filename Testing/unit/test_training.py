@@ -441,7 +441,12 @@ def test_a_dataset_may_be_named_by_its_index_or_by_a_list_of_cases(dataset, tmp_
     cases.parent.mkdir()
     cases.write_text('{"training": []}')
     job = training.create(cases)
-    assert job.dataset == cases and job.folder.parent == tmp_path / "lists" / "retrain" and training.jobs(cases) == [job]
+    assert (
+        job.dataset == cases
+        and job.name == "fold"
+        and job.folder.parent == tmp_path / "lists" / "retrain"
+        and training.jobs(cases) == [job]
+    )
     with pytest.raises(UserError, match="running already"):
         training.create(cases)
     for begun in (own, job):
@@ -551,6 +556,12 @@ def test_kept_it_gets_a_name_of_its_own(finished, parent, make_package, models_f
     assert training.promote(finished, "keep") == path  # asked for twice, it is there once
     package_of(finished, make_package, version="1.1.0", description="Another training's")
     assert training.promote(finished, "keep").name == "toy-my-set-2-1.1.0.unet.zip"
+    cases = finished.dataset.with_name("fold.json")
+    cases.touch()
+    training.update(finished.folder, dataset=str(cases))
+    assert training.promote(package_of(finished, make_package, version="1.1.0", description="A third"), "keep").name.startswith(
+        "toy-fold-1"
+    )
 
 
 def test_used_again_after_a_kill_it_is_there_once(finished, parent, models_folder, monkeypatch):

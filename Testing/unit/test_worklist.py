@@ -237,6 +237,34 @@ def test_files_that_are_named_themselves_are_channels_too(tmp_path):
     assert found[1:] == [*((tmp_path / name,) for name in names[2:]), (tmp_path / "other" / "p_0000.nii.gz",)]
 
 
+def test_numbered_scans_that_a_shell_names_one_by_one_are_scans(tmp_path, make_package, unetseg):
+    files = [tmp_path / f"ct_{i:04d}.nii.gz" for i in range(5)]
+    for i, file in enumerate(files):
+        write_image(ball(1.0, 4 + i), file)
+    assert find_scans(files) == [(file,) for file in files] and find_scans(files[:4]) == [tuple(files[:4])]
+    options = "-m", make_package().path, "--device", "cpu", "--engine", "onnx", "-q"
+    assert unetseg("worklist", "make", tmp_path / "one", *files[:2], *options)[0] == 0  # the model takes one channel
+    assert [s.status for s in WorkList.open(tmp_path / "one").scans.values()] == ["segmented"] * 2
+    listed = tmp_path / "list.txt"
+    listed.write_text("ct_0000.nii.gz\nct_0001.nii.gz\n")
+    work, added = WorkList.gather(tmp_path / "late", files[:2])
+    assert added == ["ct"] and unetseg("worklist", "make", work.folder, *options)[0] == 0
+    error = work.refresh().scan("ct").error
+    assert "needs 1 (CT)" in error and "If its files are scans of their own, name each on a line of a .txt list." in error
+    assert work.add([listed]) == ["ct-2", "ct_0001"]
+
+
+def test_scans_of_a_list_from_before_do_not_come_again_as_channels(tmp_path):
+    files = [tmp_path / f"ct_{i:04d}.nii.gz" for i in range(2)]
+    for file in files:
+        write_image(ball(), file)
+    work, added = WorkList.gather(tmp_path / "list", files, channels=1)
+    assert added == ["ct", "ct_0001"] and work.add(files) == []
+    for name in added:
+        work.fail(name, "It needs 2 channels.")
+    assert work.add(files) == ["ct-2"] and work.scan("ct-2").files == tuple(files)
+
+
 @pytest.mark.parametrize(
     ("scans", "masks"),
     [
@@ -273,8 +301,7 @@ def test_a_dicom_folder_without_images_is_no_scan(tmp_path):
     dicom("plans/rs", b"RTSTRUCT")
     dicom("plans/rd", b"RTDOSE", b"\x06\0\0\0")  # without the value's type
     dicom("plans/below/mr", b"MR")
-    (tmp_path / "DICOMDIR").mkdir()
-    (tmp_path / "DICOMDIR" / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")  # says nothing of its own
+    dicom("DICOMDIR/DICOMDIR", b"SR", kind=b"UI\x16\x001.2.840.10008.1.3.10\0\x08\0\x60\0CS\x02\0")  # of the first of its series
     assert [f.name for (f,) in find_scans([tmp_path])] == ["DICOMDIR", "mixed", "plain", "below"]
 
 
@@ -903,6 +930,25 @@ def test_where_no_result_can_be_kept_no_scan_fails_for_it(work, make_package, mo
     assert work.refresh().counts()["waiting"] == 4 and work.segment([package], BERT, ONNX).status == "segmented"
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_in_the_place_of_a_list_that_was_lost_nothing_is_left(work, make_package, monkeypatch, late):
+    """As of a network folder, whose empty mount point would hold the result, hidden once it is there again."""
+    package = make_package()
+    work.choose_models([package])
+    happens = "write_segmentation" if late else "describe"
+    former = getattr(module, happens)
+
+    def lose(*args):
+        out = former(*args)
+        (work.folder / "worklist.json").unlink()
+        return out
+
+    monkeypatch.setattr(module, happens, lose)
+    with pytest.raises(UserError, match="is no work list" if late else "is no longer there; connect its drive .* and segment again"):
+        work.segment([package], ANNA, ONNX)
+    assert not [path for path in work.folder.rglob("*") if path.is_file()]
+
+
 def test_a_list_that_is_gone_damaged_or_hostile_is_a_sentence(work):
     path, good = work.folder / "worklist.json", json.loads((work.folder / "worklist.json").read_text())
     for change, said in (
@@ -1129,6 +1175,9 @@ def test_who_segments_hears_that_a_colleague_chose_another_model(scans, make_pac
     segmenter._thread.join(60)
     assert told[-1]["event"] == "rest" and "toy-2.0.0 was chosen" in told[-1]["error"]
     assert work.refresh().unsegmented == 4
+    work.choose_models([mine, hers])
+    with pytest.raises(UserError, match="toy-1.0.0 and toy-2.0.0 were chosen .* so toy-2.0.0 and toy-1.0.0 stopped"):
+        work.segment([hers, mine], ANNA, ONNX)  # of which the first's card says how to clean up
 
 
 def test_the_command_line_segments_and_names_each_series_of_a_folder(tmp_path, make_package, unetseg):

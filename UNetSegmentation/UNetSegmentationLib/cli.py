@@ -860,7 +860,7 @@ def _worklist_app() -> Any:
     from rich.table import Table
 
     from .dataset import INDEX, OBJECTIONS, Dataset, plain_name, read_mask, read_model_mask
-    from .worklist import Annotator, Scan, WorkList, check_models
+    from .worklist import CHANNELS, Annotator, Scan, WorkList, check_models
 
     app = typer.Typer(help="Correct many scans one by one, those first where it helps most.", no_args_is_help=True)
     Folder = Annotated[Path, typer.Argument(help="The work list's folder; a dataset's folder may hold one.")]
@@ -915,7 +915,8 @@ def _worklist_app() -> Any:
         # Before the list is touched: for a TTA that there is none of every scan of it would be marked as failed.
         views(tta or "none", (), 1.0)
         engines = None if later else [choose_engine(m, engine, device) for m in models]
-        work, added = WorkList.gather(folder, sources or [])
+        channels = len(models[0].card.data["channels"]) if models else CHANNELS
+        work, added = WorkList.gather(folder, sources or [], channels)
         if not quiet:
             again = f", {counted(len(work.moved), 'scan')} found again in another place" * bool(work.moved)
             print(f"{counted(len(added), 'scan')} added{again}", *work.left_out, sep="\n", file=sys.stderr)

@@ -16,7 +16,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -340,6 +340,22 @@ def check_card(data: Any, cure: str = "ask its author for a corrected package") 
     if len(set(flips)) != len(flips):
         raise wrong("card.flip_axes names an axis twice")
     return card
+
+
+def check_together(cards: Sequence[Card]) -> None:
+    """UserError for cards of models that cannot be averaged."""
+    first = cards[0]
+    for card in cards[1:]:
+        names = f"{first.name} and {card.name}"
+        if [(v.value, v.name) for v in card.labels] != [(v.value, v.name) for v in first.labels]:
+            raise UserError(f"{names} do not give the same labels, so they cannot be averaged; choose one of them.")
+        one, other = (", ".join(c.data["channels"]) for c in (first, card))
+        if len(first.data["channels"]) != len(card.data["channels"]) or (len(first.data["channels"]) > 1 and one.lower() != other.lower()):
+            raise UserError(f"{first.name} takes {one} and {card.name} {other}; models that are averaged must take the same in one order.")
+        if card.activation != first.activation:
+            raise UserError(f"{names} end in different activations, so they cannot be averaged; choose one of them.")
+        if card.acquired != first.acquired:
+            raise UserError(f"{names} do not look at the same slices, so they cannot be averaged; choose one of them.")
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:

@@ -366,7 +366,7 @@ def create(
         _check_base(package)
         if problem := misfit(package.card, summary):
             raise UserError(problem)
-    name = options.name or (package.card.name if package else slug(dataset.name))
+    name = options.name or (package.card.name if package else slug(_called(dataset)))
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):
         raise UserError(f"{name!r} cannot name a model; use lower-case letters, digits and dashes.")
     _check_alone(dataset)
@@ -467,6 +467,11 @@ def _new_folder(dataset: Path, name: str, now: float) -> Path:
         except FileExistsError:
             continue
     raise UserError(f"{folder} holds too many trainings of this second; try again.")
+
+
+def _called(dataset: Path) -> str:
+    """The name of a dataset's folder, or of the file that lists its cases."""
+    return dataset.stem if dataset.is_file() else dataset.name
 
 
 def slug(text: str) -> str:
@@ -608,8 +613,8 @@ def promote(job: Job, how: str) -> Path | None:
         if package.card.name == parent[0]:
             former = next((p for p in models.glob(PACKAGES) if named(p) == (parent[0], parent[2])), None)
     elif package.card.name == parent[0] or taken(card["name"], card["version"]):
-        card["name"] = free_name(slug(f"{card['name'][:40]}-{job.dataset.name[:20]}"))
-        card["title"] = f"{card.get('title') or package.card.name} ({job.dataset.name})"[:200]
+        card["name"] = free_name(slug(f"{card['name'][:40]}-{_called(job.dataset)[:20]}"))
+        card["title"] = f"{card.get('title') or package.card.name} ({_called(job.dataset)})"[:200]
     path = _there(models, package, job.base, lambda name: name == card["name"] if how == "use" else name != parent[0])
     if path is None:
         while taken(card["name"], card["version"]):

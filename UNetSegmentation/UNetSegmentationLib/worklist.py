@@ -39,8 +39,8 @@ import numpy as np
 from .dataset import CASES, INDEX, SALT, FolderLock, LockLost, Unchanged, commit, flush, process_is_gone, reached, read_shared
 from .files import OUT_OF_MEMORY, UserError, atomic_path, check_text, is_inner, is_within, now_in, this_computer, user_path
 from .image import NO_SCAN, PICTURE_SUFFIXES, VOLUME_SUFFIXES, Box, Image, SeveralSeries, is_dicom, read_image, reorient
-from .inference.predict import Cancelled, Options, Prediction, Progress, check_together, predict
-from .model import Label, ModelPackage
+from .inference.predict import Cancelled, Options, Prediction, Progress, predict
+from .model import Label, ModelPackage, check_together
 from .output import write_segmentation
 from .postprocess import components
 from .training import FOLDER as RETRAININGS
@@ -59,7 +59,11 @@ _HIDDEN = re.compile(r"[.$@]|#(recycle|snapshot)$|System Volume Information$", r
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of _free_name()
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
 _MODALITY = re.compile(rb"\x08\x00\x60\x00(?:CS..|..\0\0)([A-Z]+)", re.S)  # in a DICOM file, with and without the value's type
+_DIRECTORY = b"1.2.840.10008.1.3.10"  # the SOP class of a DICOMDIR
 _GONE = (None, errno.ENOENT, errno.ENOTDIR)  # of a file that is gone for everybody
+
+# Files that are one scan's channels: more are a film's pictures, or what a shell makes of ct_*.nii.gz.
+CHANNELS = 4
 
 # Two voxels on both sides of the surface count, and wherever else the model is undecided.
 _BAND, _UNDECIDED, _FEWEST = 2, 0.5, 27
@@ -142,7 +146,9 @@ class Annotator:
         return bool(self.pid) or not self.name or claim.get("name") in (None, "", self.name)
 
 
-def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_out: list[str] | None = None) -> list[tuple[Path, ...]]:
+def find_scans(
+    sources: Iterable[str | Path], apart: Path | None = None, left_out: list[str] | None = None, channels: int = CHANNELS
+) -> list[tuple[Path, ...]]:
     """The scans that files, folders and lists name, each as the files of its channels.
 
     A folder: all images (.nii.gz, .nii, .nrrd, .mha) and DICOM folders below it, sorted by name; files whose name says mask, label
@@ -152,6 +158,7 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
     that name, semicolons. apart: a folder to leave out (the list's own).
     left_out: gets a sentence on each scan in a folder whose name no list can hold; None: that is a UserError too, as is what is not
     there, or one such scan that was named itself.
+    channels: the most that a scan of named files has; of more each is a scan.
     """
     out: dict[tuple[Path, ...], None] = {}
     named: dict[Path, None] = {}
@@ -189,7 +196,7 @@ def find_scans(sources: Iterable[str | Path], apart: Path | None = None, left_ou
                     left_out.append(str(e))
         else:
             named[path] = None
-    out |= dict.fromkeys(_grouped(named))
+    out |= dict.fromkeys(_grouped(named, channels))
     for file in (file for files in out for file in files):
         check_text(file)
     return list(out)
@@ -229,8 +236,8 @@ def _below(folder: Path, apart: Path | None, suffixes: Sequence[str]) -> Iterato
                 yield (Path(place),)
 
 
-def _grouped(files: Iterable[Path]) -> Iterator[tuple[Path, ...]]:
-    """Files as scans, each with its channels."""
+def _grouped(files: Iterable[Path], most: float = math.inf) -> Iterator[tuple[Path, ...]]:
+    """Files as scans, each with its channels, `most` or fewer."""
     groups: dict[tuple[Path, str], dict[Path, str]] = {}
     for file in files:
         bare = _bare(file)
@@ -238,15 +245,18 @@ def _grouped(files: Iterable[Path]) -> Iterator[tuple[Path, ...]]:
         groups.setdefault((file.parent, channel[1] if channel else bare or file.name), {})[file] = channel[2] if channel else ""
     for group in groups.values():  # ct_0001, ct_0002 are scans
         channels = sorted(group.values()) == [f"{i:04d}" for i in range(len(group))]
-        channels &= len(group) <= 4 or not next(iter(group)).name.lower().endswith(PICTURE_SUFFIXES)  # frame_0000, ... are a film's
+        picture = next(iter(group)).name.lower().endswith(PICTURE_SUFFIXES)  # frame_0000, ... are a film's
+        channels &= len(group) <= (min(most, CHANNELS) if picture else most)
         yield from [tuple(sorted(group))] if channels else [(file,) for file in group]
 
 
 def _may_show(path: Path) -> bool:
-    """Whether a DICOM file may be an image: ITK tells nothing of contours, plans and reports, not even that they are such."""
+    """Whether a DICOM file may be an image, or of a DICOMDIR, which tells of all series, lie beside some: ITK tells nothing of contours,
+    plans and reports, not even that they are such."""
     with open(path, "rb") as file:
-        found = _MODALITY.search(file.read(4096))
-    return found is None or found[1].decode() not in NO_SCAN
+        head = file.read(4096)
+    found = _MODALITY.search(head)
+    return found is None or found[1].decode() not in NO_SCAN or _DIRECTORY in head
 
 
 def left_alone(scan: Scan, error: BaseException, was_read: bool = False) -> str:
@@ -330,12 +340,13 @@ class WorkList:
         return (user_path(folder) / LIST).is_file()
 
     @classmethod
-    def gather(cls, folder: str | Path, sources: Sequence[str | Path]) -> tuple[WorkList, list[str]]:
-        """Add scans to the folder's list, which is made where there is none, but not without a scan; the list and their names."""
+    def gather(cls, folder: str | Path, sources: Sequence[str | Path], channels: int = CHANNELS) -> tuple[WorkList, list[str]]:
+        """Add scans to the folder's list, which is made where there is none, but not without a scan; the list and their names. channels:
+        of find_scans()."""
         new, made = not cls.there(folder), not user_path(folder).exists()
         work = cls.create(folder) if new else cls.open(folder)
         try:
-            added = work.add(sources)
+            added = work.add(sources, channels)
             if new and not added:
                 if work.left_out:
                     raise UserError(work.left_out[0])
@@ -362,7 +373,7 @@ class WorkList:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """<name>-<version> of the models that segment in advance."""
+        """<name>-<version> of the models that segment in advance, first the one whose card says what becomes of their average."""
         return tuple(self._data["models"])
 
     @property
@@ -438,12 +449,12 @@ class WorkList:
 
     # ---------------------------------------------------------------------------------------------------------- change
 
-    def add(self, sources: Iterable[str | Path]) -> list[str]:
+    def add(self, sources: Iterable[str | Path], channels: int = CHANNELS) -> list[str]:
         """Add scans, as find_scans() finds them, that are not there yet or failed, perhaps as they were still being copied; returns their
-        names. left_out: what it could not add; moved: what is there already and has another place now, where its status, mask and case
-        stay its own."""
+        names. channels: of find_scans(). left_out: what it could not add; moved: what is there already and has another place now, where
+        its status, mask and case stay its own."""
         self.left_out = []
-        found = find_scans(sources, self.folder / RESULTS, self.left_out)
+        found = find_scans(sources, self.folder / RESULTS, self.left_out, channels)
         records = self.refresh()._data["scans"]
 
         def key(files: Iterable[str | Path]) -> tuple[str, ...]:  # see _present(); to Windows A is a
@@ -468,6 +479,8 @@ class WorkList:
                     for name in still:
                         data["scans"][name]["files"] = [*map(self._stored, files)]
             there = {key(r["files"]) for r in data["scans"].values()}
+            # Channels that are scans of their own, as a list from before has them, are no other scan, unless they failed as such.
+            whole = {key(r["files"]) for r in data["scans"].values() if r["status"] != "failed"}
             wanted = set(map(key, found))
             new = [name for name, r in data["scans"].items() if r["status"] == "failed" and key(r["files"]) in wanted]
             for name in new:
@@ -476,7 +489,7 @@ class WorkList:
                 if seen := late.get(key(record["files"])):
                     record["print"] = seen
             for files in found:
-                if key(files) in there:
+                if key(files) in there or all((file,) in whole for file in key(files)):
                     continue
                 there.add(key(files))
                 name = _free_name(_stem(files[0]), data["scans"])
@@ -656,7 +669,8 @@ class WorkList:
             if data["models"] != names:
                 theirs, mine = " and ".join(data["models"]), " and ".join(names)
                 cure = f"so {mine} stopped; choose {mine} again if it is to segment the rest."
-                raise UserError(f"{theirs} was chosen for the work list meanwhile, {cure}")
+                were = "were" if len(data["models"]) > 1 else "was"
+                raise UserError(f"{theirs} {were} chosen for the work list meanwhile, {cure}")
             data["scans"][todo[0]]["claim"] = self._claim(replace(me, lease=LEASE), now, "segment")
             return todo[0]
 
@@ -695,7 +709,8 @@ class WorkList:
                 self._give_up(name, me)
                 raise
             text = f"{name} could not be segmented ({type(e).__name__}: {str(e)[:200]}); skip or report it."
-            result = {"status": "failed", "error": str(e) if isinstance(e, UserError) else text}
+            apart = " If its files are scans of their own, name each on a line of a .txt list." * (len(scan.files) > 1)
+            result = {"status": "failed", "error": f"{e}{apart}" if isinstance(e, UserError) else text}
 
         def enter(data: dict[str, Any]) -> list[str]:
             record = self._record(data, name)
@@ -744,6 +759,8 @@ class WorkList:
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         prediction = predict(image, models, replace(options, uncertainty=True, probabilities=False), progress, cancelled, engines)
         scores, embedding = describe(prediction, image)
+        if not self.there(self.folder):  # where a network folder was lost its empty mount point would take the result, and hide it later
+            raise _NotWritten(f"The work list {self.folder} is no longer there; connect its drive or network folder, and segment again.")
         mask = PurePosixPath(RESULTS, scan.name, f"{secrets.token_hex(4)}.seg.nrrd")
         try:
             write_segmentation(prediction, self.folder / mask)
@@ -756,11 +773,11 @@ class WorkList:
         return {**record, "scores": scores, "embedding": numbers}, labels
 
     def _is_named(self, mask: str) -> bool:
-        """Whether the list names a result; so as long as it cannot be read, for clean() removes what is not named."""
+        """Whether the list names a result; so as long as it is there and cannot be read, for clean() removes what is not named."""
         try:
             return any(r.get("mask") == mask for r in _read(self.folder)["scans"].values())
         except UserError:
-            return True
+            return self.there(self.folder)
 
     def _give_up(self, name: str, me: Annotator) -> None:
         def free(data: dict[str, Any]) -> None:
@@ -867,7 +884,7 @@ def check_models(models: Sequence[ModelPackage]) -> None:
         if model.card.data.get("roi_mm"):
             raise UserError(f"{model.card.name} is made for a box around one target, not for whole scans; choose another model, or none.")
     if models:
-        check_together(models)
+        check_together([m.card for m in models])
 
 
 def _until(now: float, me: Annotator) -> float:

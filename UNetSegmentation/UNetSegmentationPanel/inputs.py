@@ -41,8 +41,8 @@ def fill(combo: Any, choices: Sequence[tuple[str, str]] | None, value: Any) -> N
 
 
 def showValue(spinBox: Any, value: float) -> None:
-    """Only where it is another one: what a person is typing would be lost."""
-    if spinBox.value != value:
+    """Only where the box, which has whole numbers, would show another one: what a person is typing would be lost."""
+    if abs(spinBox.value - min(max(value, spinBox.minimum), spinBox.maximum)) > 0.5:
         spinBox.value = value
 
 

@@ -97,13 +97,13 @@ def resolve(names: Sequence[str], models: Sequence[Model]) -> tuple[list[Model],
 
 def mismatch(models: Sequence[Model]) -> str:
     """Why these models cannot be averaged, as one sentence; "" where they can."""
-    if len(models) < 2:  # so that a panel that opens need not import the core
+    if not models:
         return ""
-    from UNetSegmentationLib import UserError
-    from UNetSegmentationLib.inference.predict import check_together
+    from UNetSegmentationLib.files import UserError
+    from UNetSegmentationLib.model import check_together
 
     try:
-        check_together(models)
+        check_together([m.card for m in models])
     except UserError as e:
         return str(e)
     return ""

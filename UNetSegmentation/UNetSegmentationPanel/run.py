@@ -121,7 +121,7 @@ class RunController(VTKObservationMixin):
         text = _("The scene was closed during the run, so nothing was written.")
         if self.running:
             self.cancel(text)
-        elif self.text != text:  # every panel calls this
+        elif self.text != text:  # its own observer has called this already
             self.clear()  # it may name that scene's patient
         self._undo, self.outcome = None, Outcome()
 

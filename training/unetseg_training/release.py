@@ -31,9 +31,9 @@ from UNetSegmentationLib.engines.torch import load_network
 from UNetSegmentationLib.files import UserError, atomic_path, user_path, write_text
 from UNetSegmentationLib.image import Box, Image
 from UNetSegmentationLib.inference.click import ClickSession
-from UNetSegmentationLib.inference.predict import Options, check_together, predict
+from UNetSegmentationLib.inference.predict import Options, predict
 from UNetSegmentationLib.measure import dice
-from UNetSegmentationLib.model import RESOURCES, SUFFIX, Card, ModelPackage, find_model, write_package
+from UNetSegmentationLib.model import RESOURCES, SUFFIX, Card, ModelPackage, check_together, find_model, write_package
 from UNetSegmentationLib.networks import UNet, UNetConfig
 
 from . import lung_nodule_2d, lung_nodule_click, score_click
@@ -146,7 +146,7 @@ def averaged(model: UNet, card: dict[str, Any], start: ModelPackage) -> UNet:
     """A model (card: its own) with the mean of its weights and of those that it went on from (Wortsman et al., Robust fine-tuning of
     zero-shot models, CVPR 2022): a fine-tuning's last steps move a held-out Dice by chance about as much as by what was learnt. UserError
     for a start that gives other labels, or sees images otherwise."""
-    check_together([live_package(card), start])
+    check_together([live_package(card).card, start.card])
     for key in ("spacing", "pixel_mm", "intensity"):
         if card.get(key) != start.card.data.get(key):
             raise UserError(

@@ -37,7 +37,7 @@ from ..image import (
     sample,
 )
 from ..intensity import check_finite, floor_of, is_air, normaliser, warnings_for
-from ..model import Card, Label, ModelPackage, intensity_errors
+from ..model import Card, Label, ModelPackage, check_together, intensity_errors
 from ..postprocess import clean, components, distance
 from .augment import View, views
 from .tiling import Tiling, blend_weights, compute_box, mirrored, rims, tile
@@ -234,7 +234,7 @@ def _check_input(image: Image, models: Sequence[ModelPackage], options: Options)
     for error in intensity_errors(options.intensity, "options.intensity") if options.intensity else ():
         raise UserError(f"The window is not valid: {error}; correct it.")
     check_geometry(image)
-    check_together(models)
+    check_together([m.card for m in models])
     for model in models:
         card = model.card
         if image.n_channels != len(card.data["channels"]):
@@ -289,22 +289,6 @@ def check_pixel_size(name: str, card: Card) -> None:
         )
 
 
-def check_together(models: Sequence[Any]) -> None:
-    """UserError for models (packages, or what else has their cards) that cannot be averaged."""
-    first = models[0].card
-    for card in (model.card for model in models[1:]):
-        names = f"{first.name} and {card.name}"
-        if [(v.value, v.name) for v in card.labels] != [(v.value, v.name) for v in first.labels]:
-            raise UserError(f"{names} do not give the same labels, so they cannot be averaged; choose one of them.")
-        one, other = (", ".join(c.data["channels"]) for c in (first, card))
-        if len(first.data["channels"]) != len(card.data["channels"]) or (len(first.data["channels"]) > 1 and one.lower() != other.lower()):
-            raise UserError(f"{first.name} takes {one} and {card.name} {other}; models that are averaged must take the same in one order.")
-        if card.activation != first.activation:
-            raise UserError(f"{names} end in different activations, so they cannot be averaged; choose one of them.")
-        if card.acquired != first.acquired:
-            raise UserError(f"{names} do not look at the same slices, so they cannot be averaged; choose one of them.")
-
-
 def _too_much(image: Image, models: Sequence[ModelPackage], options: Options) -> list[str]:
     """What is to be said of a whole scan for a model of one target."""
     if options.roi is not None or options.at is not None:
@@ -335,7 +319,8 @@ def _too_little(image: Image, models: Sequence[ModelPackage]) -> list[str]:
 def too_small(image: Image, card: Card) -> list[str]:
     """What is to be said of an image that is not four of a model's pixels long, as a chest whose spacing is in metres, of 0.29 mm."""
     size = [n * s for n, s in zip(image.shape[::-1], image.spacing)]
-    if max(size) >= 4 * min((s for s in card.spacing if s is not None), default=0.0):
+    pixels = [s for s in (*card.spacing, card.data.get("pixel_mm")) if s is not None]
+    if length_unit(image) == "px" or max(size) >= 4 * min(pixels, default=0.0):
         return []
     text = " x ".join(f"{mm:.2g}" for mm in size)
     return [f"The image is only {text} mm large; its spacing may be in metres: correct its header."]
