@@ -437,20 +437,20 @@ def test_a_job_goes_where_its_dataset_goes(dataset, tmp_path):
 def test_a_dataset_may_be_named_by_its_index_or_by_a_list_of_cases(dataset, tmp_path):
     own = training.create(dataset / "dataset.json")
     assert own.dataset == dataset and own.name == "my-set" and training.jobs(dataset / "dataset.json") == training.jobs(dataset) == [own]
-    cases = tmp_path / "lists" / "fold.json"
-    cases.parent.mkdir()
-    cases.write_text('{"training": []}')
-    job = training.create(cases)
-    assert (
-        job.dataset == cases
-        and job.name == "fold"
-        and job.folder.parent == tmp_path / "lists" / "retrain"
-        and training.jobs(cases) == [job]
-    )
-    with pytest.raises(UserError, match="running already"):
-        training.create(cases)
-    for begun in (own, job):
-        training.end(begun.folder, "stopped", "Stopped.")
+    training.end(own.folder, "stopped", "Stopped.")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for name in ("fold", "dataset"):  # other programs' indices are called so too
+        cases = lists / f"{name}.json"
+        cases.write_text('{"training": []}')
+        job = training.create(cases)
+        assert (job.dataset, job.name, job.folder.parent) == (cases, name, lists / "retrain")
+        assert job in training.jobs(cases)
+        with pytest.raises(UserError, match="running already"):
+            training.create(cases)
+        training.end(job.folder, "stopped", "Stopped.")
+    moved = lists.rename(tmp_path / "moved")
+    assert {j.dataset for j in training.jobs(moved)} == {moved / "fold.json", moved / "dataset.json"}
 
 
 def test_live_lines_are_read_once_and_anew_where_the_file_is_another(tmp_path):

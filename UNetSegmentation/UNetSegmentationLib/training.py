@@ -254,7 +254,7 @@ def _job(folder: Path, data: Mapping[str, Any]) -> Job:
     known = {f.name for f in fields(Job)} - {"folder", "dataset", "options", "package"}
     try:
         job = Job(folder, **{k: v for k, v in data.items() if k in known})
-        job.dataset = folder.parents[1] if data["dataset"] == "" else Path(data["dataset"])
+        job.dataset = folder.parent.parent / data["dataset"]
         job.options = Options(**{k: v for k, v in data.get("options", {}).items() if k in {f.name for f in fields(Options)}})
         package = data.get("package")
         job.package = folder / package if package and is_inner(package) and (folder / package).is_file() else None
@@ -356,7 +356,7 @@ def create(
 
     path = user_path(dataset)
     dataset = path.resolve() if ".." in path.parts else path.absolute()  # ".." is no name
-    if dataset.name == INDEX and dataset.is_file():
+    if dataset.name == INDEX and _is_set(dataset.parent):
         dataset = dataset.parent
     summary = _check_dataset(dataset)
     if options.device not in DEVICES or (options.minutes is not None and not 0 < options.minutes < 1e5):
@@ -389,8 +389,8 @@ def create(
                 "text": "Starting",
                 "name": name,
                 "base": f"{package.card.name}-{package.card.version}" if package else "",
-                # Inside its dataset it goes where that goes, onto another computer too.
-                "dataset": "" if place.parent == dataset / FOLDER else str(dataset),
+                # Inside its dataset, or beside its list, it goes where that goes, onto another computer too.
+                "dataset": str(dataset) if place.parent != jobs_folder(dataset) else dataset.name if dataset.is_file() else "",
                 "options": asdict(options),
                 "started": now,
                 "launched": now_in(place),
@@ -417,17 +417,23 @@ def misfit(card: Card, summary: Mapping[str, Any] | None) -> str:
     return ""
 
 
+def _is_set(folder: Path) -> bool:
+    """Whether it is a dataset folder of this program: other programs' indices have the same name."""
+    from .dataset import INDEX
+
+    try:
+        return bool(json.loads((folder / INDEX).read_text("utf-8")).get("format") == "unetseg-dataset")
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def _check_dataset(dataset: Path) -> dict[str, Any] | None:
     """What a look at the index shows, and the dataset's summary; layouts of other programs are judged by the training itself."""
-    from .dataset import INDEX, Dataset
+    from .dataset import Dataset
 
     if not dataset.exists():
         raise UserError(f"The dataset {dataset} is not there; connect its drive or network folder, or check the name.")
-    try:
-        own = json.loads((dataset / INDEX).read_text("utf-8")).get("format") == "unetseg-dataset"
-    except (OSError, ValueError, AttributeError):
-        own = False
-    if not own:
+    if not _is_set(dataset):
         return None
     opened = Dataset.open(dataset)
     entries = opened.entries
