@@ -144,6 +144,51 @@ def test_an_offset_of_ct_is_suspected(folder):
     assert "as if 1024 had been added" in check(find_cases(folder)).table()
 
 
+@pytest.mark.parametrize("channel, hu, told", [("image", (-1000, 500), True), ("abdomen CT", (0, 200), True), ("image", (0, 2000), False)])
+def test_an_offset_of_some_cases_is_told_by_check_and_plan(tmp_path, channel, hu, told):
+    """Half of the set has HU, or only the channel's name says that it is CT. The highest of real CTs with 1024 added was 1410."""
+    dataset = Dataset.create(tmp_path / "set", "x", [Label(1, "organ", (1, 2, 3), {})], [channel])
+    for i in range(6):
+        low, high = hu if i % 2 else (20, 1410)
+        values = np.random.default_rng(i).permutation(np.linspace(low, high, np.prod((16, 20, 18)))).reshape(16, 20, 18)
+        mask = np.zeros(values.shape, np.uint8)
+        mask[4:12, 5:13, 5:12] = 1
+        dataset.add(Image(values.astype(np.int16)), mask, name=f"c{i}", patient=f"P{i}")
+    cases = find_cases(dataset.folder)
+    assert {f.case for f in check(cases).findings if "as if 1024 had been added" in f.text} == ({"c0", "c2", "c4"} if told else set())
+    hint = f"The CT of 3 cases (c0, c2, c4) has no value below 0, {module.OFFSET}."
+    assert (hint in plan(cases, dataset.folder, measure=False).notes) == told
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_marks_on_separate_slices_are_told_once_and_not_as_leftovers(tmp_path, axis):
+    """The label's rim leaves specks on a marked slice, which are no islets but cuts of what lies between."""
+    step, shape = 4, (24, 24, 24)
+    for name in ("a", "b", "c"):
+        mask = np.zeros(shape, np.uint8)
+        mask[3:20:step, 5:13, 5:12] = 1
+        mask[7, 18, 18] = 1
+        if name == "c":  # one case is marked throughout
+            mask[3:20, 5:13, 5:12] = 1
+        put(tmp_path, name, Image(np.random.default_rng(ord(name)).normal(size=shape).astype(np.float32)), np.moveaxis(mask, 0, axis))
+    report = check(find_cases(tmp_path))
+    (finding,) = report.findings
+    text = "label 1 (foreground) is marked on separate slices only in 2 of 3 cases (in a on 5 of 17 between its first and last)"
+    assert (finding.kind, finding.level) == ("gaps", "warning") and finding.text.startswith(text)
+    assert finding.cure == "fill between slices in the Segment Editor, or label them ignore"
+
+
+@pytest.mark.parametrize("planes", [[3, 4, 18, 19], [4, 19], [2, 5, 20], [2, 3, 6, 9, 12], [*range(3, 20)]])
+def test_lesions_far_from_each_other_are_not_marked_on_separate_slices(tmp_path, planes):
+    for name in ("a", "b", "c"):
+        mask = np.zeros((24, 24, 24), np.uint8)
+        mask[planes, 5:13, 5:12] = 1
+        mask[10, 18, 18] = 1 if 10 in planes else 0
+        put(tmp_path, name, Image(np.random.default_rng(ord(name)).normal(size=mask.shape).astype(np.float32)), mask)
+    kinds = [f.kind for f in check(find_cases(tmp_path)).findings]
+    assert kinds == ["leftover"] * 3 * (10 in planes)
+
+
 def test_what_is_judged_in_part_has_no_islets(tmp_path):
     """Where IGNORE cuts a structure, its rest may be of any size."""
     for i, ignore in enumerate((False, True)):

@@ -198,6 +198,24 @@ def test_labels_without_names_are_the_bases_where_the_values_are(base, tmp_path,
     assert np.array_equal(named.load(named.cases[0])[1], plain.load(plain.cases[0])[1])
 
 
+@pytest.mark.parametrize("name, known", [(None, True), ("Vessel", False)])
+def test_a_single_label_without_a_name_is_the_bases_whatever_marks_it(make_package, tmp_path, name, known):
+    card = make_package(labels=[{"value": 1, "name": "Left ventricle"}]).card
+    values = np.zeros((4, 8, 8), np.uint8)
+    values[1:3, 2:5, 2:5] = 255
+    write_image(Image(values.astype(np.int16)), tmp_path / "images" / "a.nii.gz")
+    write_image(Image(values), tmp_path / "labels" / "a.nii.gz")
+    if name:
+        (tmp_path / "labels.json").write_text(json.dumps({"255": name}))
+    plain = find_cases(tmp_path)
+    named = finetune.named_as(plain, card)
+    assert [label.name for label in named.labels] == ["Left ventricle" if known else name]
+    told = "The label has no name and is taken as toy's Left ventricle; name it in labels.json if it is another."
+    assert named.notes == (*plain.notes, told) if known else named is plain
+    assert finetune.named_as(plain, make_package(labels=LABELS).card) is plain  # which of two it is nobody knows
+    assert np.array_equal(named.load(named.cases[0])[1], values == 255)
+
+
 def test_replayed_cases_have_the_new_trainings_labels(tmp_path):
     values = np.zeros((4, 8, 8), np.uint8)
     values[1:3, 1:3], values[1:3, 4:6] = 10, 20

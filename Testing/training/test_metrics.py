@@ -13,8 +13,9 @@ pytest.importorskip("torchmetrics", reason="TorchMetrics is not installed")
 import SimpleITK as sitk  # noqa: E402
 from scipy import ndimage  # noqa: E402
 from scipy.spatial.distance import cdist  # noqa: E402
-from unetseg_training import metrics  # noqa: E402
+from unetseg_training import metrics, report  # noqa: E402
 from unetseg_training.cases import IGNORE, find_cases  # noqa: E402
+from unetseg_training.export import _measured, compact  # noqa: E402
 from UNetSegmentationLib.dataset import Dataset  # noqa: E402
 from UNetSegmentationLib.files import UserError  # noqa: E402
 from UNetSegmentationLib.image import Image, read_image  # noqa: E402
@@ -101,12 +102,30 @@ def test_empty_masks_give_what_the_table_promises():
     nothing, thing = np.zeros((6, 8, 8), np.uint8), block((6, 8, 8), (2, 2, 2), (4, 4, 4))
     p = np.full((1, 6, 8, 8), 0.5, np.float32)
     absent, missed, false = only(nothing, nothing, probability=p), only(nothing, thing, probability=p), only(thing, nothing, probability=p)
-    keys = metrics.FIGURES[:8]
-    assert [absent[k] for k in keys] == [1, 0, 0, 1, None, 1, None, None] and absent["state"] == "absent"
+    keys = ("dice", *metrics.FIGURES[2:9])
+    assert [absent[k] for k in keys] == [1, None, None, None, None, 1, None, None] and absent["state"] == "absent"
     assert [missed[k] for k in keys] == [0, None, None, 0, 0, 1, None, 0.5] and missed["state"] == "missed"
     assert [false[k] for k in keys] == [0, None, None, 0, None, pytest.approx(1 - 8 / 384), 0, None] and false["state"] == "false"
     assert missed["volume_error_percent"] == -100 and false["volume_error_percent"] is None
     assert false["volume_error_ml"] == pytest.approx(0.008)
+
+
+def test_a_model_that_finds_nothing_gains_little_by_the_cases_without_a_label(tmp_path):
+    nothing, thing = np.zeros((6, 8, 8), np.uint8), block((6, 8, 8), (2, 2, 2), (4, 4, 4))
+    rows = [{"case": n, "patient": n, "label": "thing", **only(nothing, t)} for n, t in (("a", thing), ("b", thing), ("c", nothing))]
+    facts = metrics.summary(rows)
+    own = facts["labels"]["thing"]
+    assert own["dice"]["mean"] == pytest.approx(1 / 3, abs=1e-5) and own["dice"]["cases"] == 3
+    assert own["dice_where_present"]["mean"] == 0 and own["dice_where_present"]["cases"] == own["missed"] == own["present"] == 2
+    assert not {"hausdorff_mm", "hausdorff95_mm"} & set(own) and own["surface_dice"]["cases"] == 2
+    head, cells = (line.split() for line in metrics.table(facts).splitlines())
+    assert "0.333" in cells and "0.000" in cells and "dice_where_present" in head and "hausdorff95_mm" not in head
+    card = "\n".join(_measured(compact(facts)))
+    assert "| label | Dice | Dice where present | surface Dice |" in card and "| thing | 0.333 (0.000 to 1.000) | 0.000 (" in card
+    metrics.write(tmp_path, rows, facts)
+    page = report.write(tmp_path).read_text("utf-8")
+    assert "Dice where present</th>" in page and "leaves out the cases without it" in page and "HD 95 % (mm)</th>" not in page
+    assert "dice_where_present" not in metrics.summary(rows[:2])["labels"]["thing"]  # it would say the same as the Dice
 
 
 def test_roc_equals_the_rank_statistic_ties_and_all():

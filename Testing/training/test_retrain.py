@@ -47,7 +47,7 @@ def add_cases(dataset, count, values=(3.0, -3.0), first=0):
             at = [6, 4 + 6 * (label - 1), int(rng.integers(4, 12))]
             ball = sum((g - a) ** 2 for g, a in zip(grid, at)) <= 9
             array[ball], mask[ball] = value, label
-        dataset.add(Image(array, (1.0, 1.0, 1.5)), mask, name=f"case{i}", patient=f"P{i}")
+        dataset.add(Image(array, (1.0, 1.0, 1.5)), mask, name=f"case{i}", patient=f"P{i}", allow={"empty"} if not values else ())
 
 
 @pytest.fixture
@@ -144,7 +144,8 @@ def test_the_command_makes_a_package_with_before_and_after(dataset, base, models
     assert job.verdict == result["verdict"] and result["sentence"] == job.text
     assert result["mean"]["dice"]["before"]["mean"] < 0.2 and 0 <= result["mean"]["dice"]["after"]["mean"] <= 1
     figures = result["labels"]["Bright"]
-    assert set(figures) == {"dice", "hausdorff95_mm", "volume_error_percent"} and set(figures["dice"]) == {"before", "after", "change"}
+    assert set(figures) == {"dice", "hausdorff95_mm", "volume_error_percent", "present", "missed", "false"}
+    assert set(figures["dice"]) == {"before", "after", "change"} and figures["present"] == figures["dice"]["after"]["cases"]
     assert set(figures["dice"]["after"]) == {"mean", "low", "high", "cases"} and result["parent"] == "toy-1.0.0"
     worst = result["worst"][0]
     pictures = {key: read_image(job.folder / file) for key, file in worst["files"].items()}
@@ -638,6 +639,23 @@ def test_worse_better_and_the_same_are_told_apart(tmp_path, make_package):
     assert retrain.compare(good, bad, cases, cases.cases[:1])["verdict"] == "worse"
 
 
+def test_a_model_that_finds_less_is_worse_however_many_cases_are_empty(tmp_path, make_package):
+    """Both masks empty are a Dice of 1: one that finds nothing had "Better: mean Dice 0.288 before and 0.700 after" on 14 empty of 20."""
+    made = Dataset.create(tmp_path / "set", "set", LABELS[:1], ["CT"])
+    add_cases(made, 2, values=(1.0,))
+    add_cases(made, 14, values=(), first=2)
+    finds, blind = (make_package(labels=[{"value": 1, "name": n}, {"value": 2, "name": m}]) for n, m in (("Bright", "x"), ("x", "Bright")))
+    cases = find_cases(made.folder)
+    found = retrain.compare(finds, blind, cases, cases.cases)
+    own = found["labels"]["Bright"]
+    assert found["mean"]["dice"]["change"]["low"] > 0 and found["verdict"] == "worse"
+    assert "before (missed 0 of 2) and 0.000 after (missed 2 of 2). Keep the former model" in found["sentence"]
+    assert own["missed"] == {"before": 0, "after": 2} and own["false"] == {"before": 14, "after": 0} and own["present"] == 2
+    assert own["dice_where_present"]["after"] == {"mean": 0, "low": 0, "high": 0, "cases": 2} and own["hausdorff95_mm"]["after"] is None
+    marked = retrain.compare(finds, blind, cases, cases.cases[:2])
+    assert "dice_where_present" not in {**marked["mean"], **marked["labels"]["Bright"]}
+
+
 def test_labels_are_matched_by_name_and_worst_cases_kept(tmp_path, make_package):
     good, bad, cases = compared(tmp_path, make_package, [1.0, 5.0, 1.0, 1.0, 1.0])
     found = retrain.compare(bad, good, cases, cases.cases, tmp_path / "job" / "check")
@@ -825,14 +843,20 @@ def test_a_label_that_fell_by_less_than_1_percent_makes_no_model_worse():
     def change(mean, low, high):
         return {"before": {"mean": 0.8}, "after": {"mean": 0.8 + mean}, "change": {"mean": mean, "low": low, "high": high, "cases": 9}}
 
-    def judged(label, mean=(0.0, -0.01, 0.01), patients=9):
-        facts = {"cases": 9, "patients": patients, "labels": {"a": {"dice": change(*label)}}, "mean": {"dice": change(*mean)}}
+    def judged(label, mean=(0.0, -0.01, 0.01), patients=9, own=(), **more):
+        labels = {"a": {"dice": change(*label), **dict(own)}}
+        facts = {"cases": 9, "patients": patients, "labels": labels, "mean": {"dice": change(*mean), **more}}
         return retrain.verdict(facts)[0]
 
     assert judged((-0.008, -0.009, -0.007)) == "same" and judged((-0.012, -0.013, -0.011)) == "worse"
     assert judged((-0.05, -0.2, 0.1)) == "same"  # which chance explains
     up = (0.02, 0.01, 0.03)
     assert judged(up, up, 5) == "better" and judged(up, up, 4) == "same" and judged(up, (0.02, 0.0, 0.04)) == "same"
+    for fall, told in ((-0.008, "better"), (-0.012, "worse")):  # where the label is, of a set of which some cases hold none
+        counts = {"present": 4, "missed": {"before": 0, "after": 0}, "dice_where_present": change(fall, -0.1, 0.1)}
+        assert judged(up, up, 9, **counts) == told
+    for high, told in ((0.1, "better"), (-0.01, "worse")):  # of one label among many
+        assert judged(up, up, 9, {"dice_where_present": change(-0.05, -0.2, high)}) == told
 
 
 def test_a_label_that_only_held_out_cases_mark_is_left_out(tmp_path):

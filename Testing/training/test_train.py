@@ -26,7 +26,7 @@ pytest.importorskip("pydantic")
 L = pytest.importorskip("lightning")
 
 from unetseg_training import config as c  # noqa: E402
-from unetseg_training import metrics  # noqa: E402
+from unetseg_training import live, metrics, watch  # noqa: E402
 from unetseg_training import prepare as p  # noqa: E402
 from unetseg_training import train as t  # noqa: E402
 from unetseg_training.cases import IGNORE, Case, find_cases  # noqa: E402
@@ -916,11 +916,10 @@ def test_time_asleep_is_none_of_training(config, tmp_path, monkeypatch):
     monkeypatch.setattr(t.sys, "platform", "win32")
     monkeypatch.setattr(t.ctypes, "windll", SimpleNamespace(kernel32=SimpleNamespace(QueryUnbiasedInterruptTime=tell)), raising=False)
     keeper, module = t.Keeper(tmp_path, replace_fit(config, minutes=13.5).fit), Mock()
-    module.model.parameters.return_value, module.last_scores = [], {}
     keeper.on_train_epoch_start(Mock(), module)
     for _ in range(3):
         ticks[0] += 40 * 10_000_000
-        keeper.on_train_epoch_end(Mock(current_epoch=0, callback_metrics={}, is_global_zero=False), module)
+        keeper.on_train_batch_end(Mock(is_last_batch=True), module)
     assert keeper.seconds == 120
 
 
@@ -928,14 +927,15 @@ def test_of_several_processes_one_says_when_time_is_up(config, tmp_path, monkeyp
     """By their own clocks one had stopped, and the others waited for it without end."""
     keeper, module = t.Keeper(tmp_path, replace_fit(config, minutes=1).fit), Mock()
     module.model.parameters.return_value, module.average.state_dict.return_value = [], {}
-    module.job.validator, module.last_scores = None, {}
+    module.last_scores = {}
     module.job.network.to_json.return_value = {}
     for own, first in ((0, True), (1000, False)):
-        trainer = Mock(current_epoch=0, should_stop=False, callback_metrics={}, is_global_zero=False)
+        trainer = Mock(current_epoch=0, should_stop=False, check_val_every_n_epoch=2, is_last_batch=True, is_global_zero=False)
         trainer.strategy.broadcast.return_value = first
         keeper.seconds, keeper._since = own, time.monotonic()
+        keeper.on_train_batch_end(trainer, module)
         keeper.on_train_epoch_end(trainer, module)
-        assert keeper.late() != first and trainer.should_stop == first
+        assert keeper.late() != first and trainer.should_stop == first and (trainer.check_val_every_n_epoch == 1) == first
 
 
 def test_a_network_in_training_is_scored_as_it_will_be_used():
@@ -962,3 +962,41 @@ def test_one_whose_time_was_up_goes_on_with_more_of_it(config, dataset, tmp_path
     for minutes, epochs in ((1e-6, 1), (1e-6, 1), (60, 3)):
         t.train(replace_fit(config, minutes=minutes), tmp_path / "run", cache=tmp_path / "cache")
         assert json.loads((tmp_path / "run" / t.RUN).read_text("utf-8"))["epochs"] == epochs
+
+
+@pytest.mark.parametrize("third", [0.4, 0.9])
+def test_the_epoch_in_which_time_is_up_is_validated(config, tmp_path, monkeypatch, third):
+    """16 of 48 steps had been thrown away, or a run had ended without any Dice. Going on, the extra validation has changed nothing."""
+    dice, scored = {3: third, 2: 0.5, 4: 0.5, 6: 0.5, 8: 0.5}, []
+    monkeypatch.setattr(t.HeldOut, "score", lambda self, index, network: scored.append(now.current_epoch + 1) or {"ball": dice[scored[-1]]})
+    clock, now = [0.0], None
+    monkeypatch.setattr(t, "awake", lambda: clock[0])
+
+    class Clock(L.Callback):
+        def on_train_start(self, trainer, module):
+            nonlocal now
+            now = trainer
+
+        def on_train_batch_end(self, *args):
+            clock[0] += 60 / config.fit.steps
+
+    config = replace_fit(config, epochs=20, validate_every=2, patience=4)
+
+    def go(folder, minutes):
+        scored.clear()
+        watched = watch.callbacks(tmp_path / folder, config, bar=False, tensorboard=False)
+        result = t.train(replace_fit(config, minutes=minutes), tmp_path / folder, cache=tmp_path / "cache", callbacks=[*watched, Clock()])
+        return result, json.loads((tmp_path / folder / t.RUN).read_text("utf-8"))["epochs"], live.read(tmp_path / folder / "live.jsonl")[-1]
+
+    result, epochs, end = go("late", 2.5)
+    assert epochs == 3 and scored == [2, 3] and end["message"] == "after 3 of 20 epochs, as its time (fit.minutes) was up"
+    state = weights(tmp_path / "late")
+    latest = {k.removeprefix("average."): v for k, v in state.items() if k.startswith("average.")}
+    best = max(0.5, third)
+    assert result.dice == pytest.approx(best) and result.epoch == (2 if third > 0.5 else 1)
+    assert same(latest, result.network.state_dict()) == (third > 0.5)
+    whole, epochs, end = go("whole", None)
+    assert epochs == 6 and scored == [2, 4, 6] and end["message"] == "after 6 of 20 epochs, by early stopping"
+    result, epochs, _ = go("late", None)
+    assert epochs == 6 and scored == [4, 6] and same(weights(tmp_path / "late"), weights(tmp_path / "whole"))
+    assert result.dice == pytest.approx(best) and (third > 0.5 or same(result.network.state_dict(), whole.network.state_dict()))

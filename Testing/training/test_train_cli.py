@@ -164,7 +164,7 @@ def test_what_cannot_be_trained_is_told_before_hours_of_the_others(command, run,
 
 def test_a_training_that_ends_before_its_first_validation_says_so(command, run):
     config = c.read(run)
-    c.write(config.model_copy(update={"fit": config.fit.model_copy(update={"validate_every": 2, "minutes": 1e-6})}), run / "config.yaml")
+    c.write(config.model_copy(update={"fit": config.fit.model_copy(update={"validate_every": 2, "epochs": 1})}), run / "config.yaml")
     for again in ((), ("--resume",)):
         code, out, err = command("fit", run, "--quiet", *again)
         assert code == 0 and f"first validation, so its Dice is not known; see: unetseg-train evaluate {run}" in out, err

@@ -185,7 +185,7 @@ def test_a_stop_by_the_person_and_an_early_end_are_told_apart(tmp_path):
     assert live.read(tmp_path / "a" / "live.jsonl")[-1]["reason"] == "stopped"
     train(Module(), [*watch.callbacks(tmp_path / "b"), Stops(None)], min_epochs=1)
     end = live.read(tmp_path / "b" / "live.jsonl")[-1]
-    assert end["reason"] == "finished" and end["step"] == 4 and "early stopping" in end["message"]
+    assert end["reason"] == "finished" and end["step"] == 4 and "after 1 of 3 epochs" in end["message"]
 
 
 def test_what_cannot_be_written_ends_no_training(tmp_path, monkeypatch):

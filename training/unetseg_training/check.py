@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -30,6 +31,13 @@ LEAST, LEAST_VOLUME = 0.08, 0.1
 SPECK = 3
 # Intensities whose ranges differ by more between the cases are not on one scale (MR), and none is odd among them.
 UNSCALED = 20.0
+# A label is marked on separate slices only where no two of them, and these are so many, are neighbours, and all gaps are as wide, or one
+# slice wider: of every fourth slice of hippocampi so in all of 24 cases, of 779 nodules in none.
+SEPARATE = 3
+CT = re.compile(r"\bct\b", re.IGNORECASE)  # in a channel's name
+# With 1024 added, the 99.5 % of six CTs and of crops of more lay at 1410 to 1797; windows of 1000 HU that begin at 0 stay below.
+OFFSET_ABOVE = 1100
+OFFSET = "as if 1024 had been added to the HU; subtract the offset, or export it again with its rescale slope"
 PICTURES = 12
 _SHOWN = 5  # findings of one kind and level in the table
 
@@ -50,7 +58,8 @@ class Finding:
 
 @dataclass
 class Facts:
-    """What is known of a case after it was read. numbers: of each channel and label, for the search for odd ones."""
+    """What is known of a case after it was read. numbers: of each channel and label, for the search for odd ones. islets: of each
+    label, how many components are what an eraser left. separate: of labels marked on separate slices only, on how many of how many."""
 
     case: Case
     size: tuple[int, int, int]
@@ -61,6 +70,8 @@ class Facts:
     voxels: list[int]
     unsized: bool
     numbers: dict[str, float] = field(default_factory=dict)
+    islets: dict[str, int] = field(default_factory=dict)
+    separate: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -220,8 +231,12 @@ def check(case_set: CaseSet) -> Report:
             kind = {Mismatch: "geometry", UnknownLabel: "label"}.get(type(e), "unreadable")
             text, _, cure = str(e).removeprefix(f"Case {case.name}: ").rpartition("; ")
             findings.append(Finding(case.name, kind, "error", text or str(e), (cure or "export it again").rstrip(".")))
-    if "CT" in case_set.channels:
-        findings += [_offset(f) for f in facts if f.numbers["CT lowest"] >= 0 and f.numbers["CT highest"] > 1500]
+    told, _, cure = OFFSET.rpartition("; ")
+    for name in case_set.channels:
+        ranges = {f.case.name: (f.numbers[f"{name} lowest"], f.numbers[f"{name} highest"]) for f in facts}
+        for case_name in offset_cases(name, ranges):
+            text = f"its {name} has no value below 0 (0.5 % lie below {ranges[case_name][0]:.0f}), {told}"
+            findings.append(Finding(case_name, "intensity", "warning", text, cure))
     findings += _of_all(case_set, facts)
     findings += _twins(facts) + _leaks(case_set) + _odd(case_set, facts)
     findings.sort(key=lambda f: (LEVELS.index(f.level), f.kind, f.case))
@@ -232,6 +247,8 @@ def _facts(case_set: CaseSet, case: Case, findings: list[Finding]) -> Facts:
     image, mask = case_set.load(case)
     values = np.ascontiguousarray(image.channels)
     numbers: dict[str, float] = {}
+    islets: dict[str, int] = {}
+    separate: dict[str, tuple[int, int]] = {}
     for name, channel in zip(case_set.channels, values):
         some = channel.ravel()[:: max(1, channel.size // 2_000_000)].astype(np.float64)
         if not np.isfinite(some).all():
@@ -254,11 +271,17 @@ def _facts(case_set: CaseSet, case: Case, findings: list[Finding]) -> Facts:
         numbers[f"{label.name} volume"] = math.log10(voxels[label.value] * math.prod(image.spacing))
         box = Box.around(inside)
         assert box
-        sizes = components(inside[box.slices], corners=True)[1][1:]
-        specks = int((sizes <= SPECK).sum())
-        if specks and sizes.max() > 10 * SPECK and not counts[IGNORE]:  # what is judged in part only may end anywhere
-            text = f"{label.name} has {counted(specks, 'islet')} of at most {SPECK} voxels beside its main part"
-            findings.append(Finding(case.name, "leftover", "warning", text, "erase what is left over, if it is not meant"))
+        if counts[IGNORE]:  # what is judged in part only may end anywhere
+            continue
+        part = inside[box.slices]
+        sizes = components(part, corners=True)[1][1:]
+        if sizes.max() > 10 * SPECK and (specks := int((sizes <= SPECK).sum())):
+            islets[label.name] = specks
+        for axis in range(3):
+            marked = np.flatnonzero(part.any(tuple({0, 1, 2} - {axis})))
+            gaps = np.diff(marked)
+            if len(marked) >= SEPARATE and gaps.min() > 1 and gaps.max() - gaps.min() <= 1:
+                separate[label.name] = len(marked), int(marked[-1]) + 1
     if case.annotated and not any(voxels[1:]):
         findings.append(
             Finding(case.name, "empty", "warning", "its mask is empty", "mark something, or keep it if there is nothing to mark")
@@ -275,12 +298,20 @@ def _facts(case_set: CaseSet, case: Case, findings: list[Finding]) -> Facts:
         digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array))
         digests.append(digest.hexdigest())
-    return Facts(case, size, image.spacing, digests[0], moments, digests[1], voxels, length_unit(image) == "px", numbers)
+    return Facts(case, size, image.spacing, digests[0], moments, digests[1], voxels, length_unit(image) == "px", numbers, islets, separate)
 
 
-def _offset(f: Facts) -> Finding:
-    text = f"its CT has no value below 0 (0.5 % lie below {f.numbers['CT lowest']:.0f}), as if 1024 had been added to the HU"
-    return Finding(f.case.name, "intensity", "warning", text, "subtract the offset, or export it again with its rescale slope")
+def in_hu(low: float, high: float) -> bool:
+    """Whether the 0.5 and 99.5 % of an image look like HU: air is at -1000 in nearly every CT; MR and pictures have nothing below 0."""
+    return low < -300 and high - low > 500
+
+
+def offset_cases(channel: str, ranges: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The cases whose CT looks as if 1024 had been added to its HU. ranges: the 0.5 and 99.5 % of the channel in each case; that it is
+    CT is known by the channel's name, or by other cases, which look like HU."""
+    if not CT.search(channel) and not any(in_hu(*ends) for ends in ranges.values()):
+        return []
+    return [case for case, (low, high) in ranges.items() if low >= 0 and high > OFFSET_ABOVE]
 
 
 def _of_all(case_set: CaseSet, facts: Sequence[Facts]) -> list[Finding]:
@@ -316,6 +347,19 @@ def _of_all(case_set: CaseSet, facts: Sequence[Facts]) -> list[Finding]:
             some = "that can be read " * (len(known) < len(case_set.annotated))
             out.append(Finding("", "missing", "error", f"no case {some}has {name}", "annotate it, or take the label out"))
             continue
+        separate = [f for f in having if label.name in f.separate]
+        if 2 * len(separate) > len(having):  # one case may hold small lesions, far from each other
+            marked, span = separate[0].separate[label.name]
+            text = (
+                f"{name} is marked on separate slices only in {len(separate)} of {counted(len(having), 'case')} (in "
+                f"{separate[0].case.name} on {marked} of {span} between its first and last); the empty ones are trained as background"
+            )
+            out.append(Finding("", "gaps", "warning", text, "fill between slices in the Segment Editor, or label them ignore"))
+        else:
+            for f in having:
+                if specks := f.islets.get(label.name):
+                    text = f"{label.name} has {counted(specks, 'islet')} of at most {SPECK} voxels beside its main part"
+                    out.append(Finding(f.case.name, "leftover", "warning", text, "erase what is left over, if it is not meant"))
         if len({f.case.patient for f in having}) == 1 < len(patients):
             text = f"only one patient has {name}, as in {having[0].case.name}"
             out.append(Finding("", "missing", "warning", text, "annotate it in more: it cannot be tested"))

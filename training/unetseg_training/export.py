@@ -275,7 +275,9 @@ def lineage(run: dict[str, Any], parent: ModelPackage | None = None, **more: Any
 
 def compact(facts: dict[str, Any]) -> dict[str, Any]:
     """Of metrics.summary() what a card keeps: means and intervals, no curves. "dice" is {label: mean}, as in every card."""
-    kept = ("dice", "dice_3_clicks", "hausdorff95_mm", "surface_dice", "sensitivity", "precision", "volume_error_percent")
+    kept = (
+        "dice", "dice_where_present", "dice_3_clicks", "hausdorff95_mm", "surface_dice", "sensitivity", "precision", "volume_error_percent",
+    )  # fmt: skip
     labels = {
         name: {k: {x: own[k][x] for x in ("mean", "low", "high", "cases")} for k in kept if k in own}
         | {k: own[k] for k in ("missed", "false")}
@@ -346,6 +348,7 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
         return ["Not measured."]
     headings = {
         "dice": "Dice",
+        "dice_where_present": "Dice where present",
         "dice_3_clicks": "Dice, 3 clicks",
         "hausdorff95_mm": "HD 95 % (mm)",
         "surface_dice": "surface Dice",
@@ -363,6 +366,8 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
     note = ", through the deployed path" + ("; in brackets 95 % bootstrap intervals." if any("(" in line for line in out[2:]) else ".")
     if any("surface_dice" in own for own in per.values()):
         note += f" Surface Dice at {metrics.get('tolerance_mm', 1.0):g} mm."
+    if "dice_where_present" in columns:
+        note += " Dice is 1 where a case has none of a label and none was found; Dice where present leaves out the cases without it."
     out += ["", where + note]
     missed = [
         f"{_words(n)}: {own['missed']} missed, {own['false']} false" for n, own in per.items() if own.get("missed") or own.get("false")

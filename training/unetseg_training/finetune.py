@@ -142,14 +142,19 @@ def start_of(package: ModelPackage, config: Config) -> Start:
 
 def named_as(cases: CaseSet, card: Card) -> CaseSet:
     """The cases with the base's names for their labels, and a note, where the dataset names none and its masks hold the base's very
-    values: hippocampus-3d's own masks, which no file names, lost its classifier as "label 1" and "label 2"."""
+    values, or both have one label, which masks mark with 255 as well: hippocampus-3d's own masks, which no file names, lost its
+    classifier as "label 1" and "label 2", left-ventricle-2d's as "foreground"."""
     own = sorted(card.labels, key=lambda label: label.value)
-    values = {label.value: number for number, label in enumerate(own, 1)}
-    if cases.values != values or [label.name for label in cases.labels] != [f"label {value}" for value in values]:
+    named = with_names(cases, [label.name for label in own])
+    if named is cases or len(own) > 1 and cases.values != {label.value: number for number, label in enumerate(own, 1)}:
         return cases
     told = ", ".join(f"{label.value} for {label.name}" for label in own)
-    note = f"The labels have no names and are taken as {card.name}'s, {told}; name them in labels.json if they are others."
-    return replace(with_names(cases, [label.name for label in own]), notes=(*cases.notes, note))
+    note = (
+        f"The labels have no names and are taken as {card.name}'s, {told}; name them in labels.json if they are others."
+        if len(own) > 1
+        else f"The label has no name and is taken as {card.name}'s {own[0].name}; name it in labels.json if it is another."
+    )
+    return replace(named, notes=(*cases.notes, note))
 
 
 def _old_key(key: str, deeper: int) -> str:

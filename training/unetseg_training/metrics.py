@@ -5,9 +5,9 @@ own spacing. What each figure means, and what it is where a mask is empty:
 
     figure               meaning                                              both empty   one of them empty
     dice                 2 |P & T| / (|P| + |T|)                              1            0
-    hausdorff_mm         the farthest that one surface strays from the other  0            None: no distance
-    hausdorff95_mm       the larger of both directions' 95th percentiles      0            None: no distance
-    surface_dice         share of both surfaces within tolerance_mm           1            0
+    hausdorff_mm         the farthest that one surface strays from the other  None         None: no distance
+    hausdorff95_mm       the larger of both directions' 95th percentiles      None         None: no distance
+    surface_dice         share of both surfaces within tolerance_mm           None         0
     sensitivity          share of the truth that was found                    None         0, or None without truth
     specificity          share of the image's other voxels left alone         1            as computed
     precision            share of what was found that is right                None         0, or None if nothing was found
@@ -18,7 +18,9 @@ own spacing. What each figure means, and what it is where a mask is empty:
 
 tolerance_mm is 1 mm, but at most 5 voxels of the finest axis: within 1 mm any mask of a cell 0.02 mm wide would be right.
 None counts in no mean; how often a class was missed, or found where there is none, stands beside the means, so that no
-mean gets better by it. Voxels whose truth is cases.IGNORE are left out of everything.
+mean gets better by it. Of a class that some cases hold and others do not, summary() also has the Dice of those that do
+(dice_where_present): by the others' 1 a model that finds nothing has 0.5 on a set of which every second case is empty.
+Voxels whose truth is cases.IGNORE are left out of everything.
 Specificity and AUC depend on how much background the image shows: compare them on the same images.
 A picture of one slice is measured in its plane.
 """
@@ -55,11 +57,13 @@ from .cases import IGNORE
 
 SEED = 20261122
 DRAWS = 2000
+WHERE_PRESENT = "dice_where_present"
+PRESENT = ("found", "missed")  # states of a label that the truth holds
 FIGURES = (
-    "dice", "hausdorff_mm", "hausdorff95_mm", "surface_dice", "sensitivity", "specificity", "precision", "auc",
+    "dice", WHERE_PRESENT, "hausdorff_mm", "hausdorff95_mm", "surface_dice", "sensitivity", "specificity", "precision", "auc",
     "volume_error_ml", "volume_error_percent", "dice_3_clicks",
 )  # fmt: skip
-HIGHER_IS_BETTER = {"dice", "dice_3_clicks", "surface_dice", "sensitivity", "specificity", "precision", "auc"}
+HIGHER_IS_BETTER = {"dice", WHERE_PRESENT, "dice_3_clicks", "surface_dice", "sensitivity", "specificity", "precision", "auc"}
 # The rates of wrong alarms at which ROC curves are kept and averaged: dense near 0, where segmentation happens.
 FPR = tuple((np.linspace(0, 1, 51) ** 4).round(9).tolist())
 TOLERANCE_MM, TOLERANCE_VOXELS = 1.0, 5
@@ -140,9 +144,8 @@ def _overlap(found: np.ndarray, true: np.ndarray, total: int, voxel_ml: float) -
 
 def _surfaces(found: np.ndarray, true: np.ndarray, spacing: Sequence[float], tolerance_mm: float) -> Row:
     if not (found.any() and true.any()):
-        same = not found.any() and not true.any()
-        distance = 0.0 if same else None
-        return {"hausdorff_mm": distance, "hausdorff95_mm": distance, "surface_dice": float(same), "tolerance_mm": tolerance_mm}
+        share = 0.0 if found.any() or true.any() else None
+        return {"hausdorff_mm": None, "hausdorff95_mm": None, "surface_dice": share, "tolerance_mm": tolerance_mm}
     box = Box.of(found | true)
     mm = list(spacing[::-1])
     thin = [a for a in range(3) if found.shape[a] == 1][:1]  # one slice has an outline, and no surface
@@ -291,7 +294,8 @@ def summary(rows: Sequence[Row], **facts: Any) -> dict[str, Any]:
     {"dice": {"mean", "low", "high", "median", "worst_tenth", "cases"}, "labels": {name: {figure: the same, "present",
     "missed", "false"}}, "roc": {name: mean true positive rates at "fpr"}, "cases", "patients", "seed", "draws",
     "tolerance_mm" (the largest, where cases of finer voxels have less), ...facts}.
-    The Dice over the classes is the mean of each case's mean; worst_tenth of errors with a sign is of their size.
+    The Dice over the classes is the mean of each case's mean; worst_tenth of errors with a sign is of their size;
+    dice_where_present is there only where some cases hold none of the label.
     """
     names = list(dict.fromkeys(r["label"] for r in rows))
     cases: dict[str, list[Row]] = {}
@@ -303,11 +307,10 @@ def summary(rows: Sequence[Row], **facts: Any) -> dict[str, Any]:
         own = [r for r in rows if r["label"] == name]
         states = [r.get("state", "found") for r in own]
         figures = {key: _figure(own, key) for key in FIGURES}
-        counts = {
-            "present": states.count("found") + states.count("missed"),
-            "missed": states.count("missed"),
-            "false": states.count("false"),
-        }
+        held = [r for r, state in zip(own, states) if state in PRESENT]
+        if len(held) < len(own):
+            figures[WHERE_PRESENT] = _figure(held, "dice")
+        counts = {"present": len(held), "missed": states.count("missed"), "false": states.count("false")}
         out["labels"][name] = {k: v for k, v in figures.items() if v is not None} | counts
         curves = [r["roc"] for r in own if r.get("roc")]
         if curves:
@@ -321,7 +324,7 @@ def summary(rows: Sequence[Row], **facts: Any) -> dict[str, Any]:
 def measured(rows: Sequence[Row]) -> list[Row]:
     """The rows of the labels that the truth of some case holds, or all where none does: of another label a model that finds nothing
     had a Dice of 1.000, on its card and in its mean."""
-    seen = {r["label"] for r in rows if r["state"] in ("found", "missed")}
+    seen = {r["label"] for r in rows if r["state"] in PRESENT}
     return [r for r in rows if r["label"] in seen] or list(rows)
 
 

@@ -36,6 +36,7 @@ from UNetSegmentationLib.training import misfit, slug
 
 from . import config as config_file
 from .cases import IGNORE, UNNAMED, CaseSet, evenly, frequencies, mixed_pixel_sizes, numbered_instances
+from .check import CT, OFFSET, in_hu, offset_cases
 from .clicks import IN_LUNG, share_in_lung
 from .config import Config, Fit
 from .train import mps_fault, precision_here
@@ -96,9 +97,10 @@ class Fingerprint:
     """What the cases are like. Per case, in canonical order (z, y, x): shape, spacing (mm), voxels of each class.
 
     intensity: of label voxels over all cases, first channel: low (0.5 %), high (99.5 %), mean, std; zeros: share of voxels
-    that are exactly 0; hu: whether the values look like HU; read: cases looked at, of `cases`. in_lung: of the labels' connected
-    components, how many have lung around them, and how many there are; None where that was not asked for. single: names of
-    the cases that are one slice. pixels: of each case its name, whether it is a picture without a pixel size, and its spacing (x, y, z).
+    that are exactly 0; hu: whether the values look like HU; offset: cases that look as if 1024 had been added to theirs; read: cases
+    looked at, of `cases`. in_lung: of the labels' connected components, how many have lung around them, and how many there are; None
+    where that was not asked for. single: names of the cases that are one slice. pixels: of each case its name, whether it is a picture
+    without a pixel size, and its spacing (x, y, z).
     acquired: of single or thick slices, shapes and spacings as they were taken; mixed: they lie nearest
     to other planes of the body from case to case. objects: of some cases, of each label, what part of its voxels its typical object has
     (of few slices: in one of them); 0 where it has none, or was not looked at. centres: of each label, (z, y, x) from 0 to 1 across the
@@ -114,6 +116,7 @@ class Fingerprint:
     intensity: dict[str, float] = field(default_factory=dict)
     zeros: float = 0.0
     hu: bool = False
+    offset: list[str] = field(default_factory=list)
     in_lung: tuple[int, int] | None = None
     single: list[str] = field(default_factory=list)
     pixels: list[tuple[str, bool, Any]] = field(default_factory=list)
@@ -135,7 +138,8 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
     chosen = evenly(cases, READ_AT_MOST)
     out = Fingerprint(len(cases), len({c.patient for c in cases}), len(chosen))
     inside: list[np.ndarray] = []
-    lows, ranges, zeros = [], [], []
+    ranges: dict[str, tuple[float, float]] = {}
+    zeros = []
     taken: list[tuple[Any, Any]] = []
     planes: Counter[int] = Counter()  # short-axis slices of the heart lie nearest to another one in every patient
     rng = np.random.default_rng(0)
@@ -169,8 +173,8 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
         if len(label):
             inside.append(rng.choice(label, min(len(label), 20000), replace=False).astype(np.float64))
         thin = values.flat[:: max(1, values.size // 200000)]
-        lows.append(float(np.percentile(thin, 0.5)))
-        ranges.append(float(np.percentile(thin, 99.5)) - lows[-1])
+        low, high = np.percentile(thin, (0.5, 99.5))
+        ranges[case.name] = float(low), float(high)
         zeros.append(float((thin == 0).mean()))
     if len(taken) == len(chosen):
         # Of stacks one in ten may be odd: the others make a better volume.
@@ -183,8 +187,8 @@ def fingerprint(case_set: CaseSet, progress: Callable[[int, int, str], None] | N
     clipped = np.clip(every, low, high)
     out.intensity = {"low": float(low), "high": float(high), "mean": float(clipped.mean()), "std": float(clipped.std())}
     out.zeros = float(np.median(zeros))
-    # Air is at -1000 in nearly every CT; MR and pictures have nothing below 0.
-    out.hu = float(np.median(lows)) < -300 and float(np.median(ranges)) > 500
+    out.hu = in_hu(*np.median([*ranges.values()], 0).tolist())
+    out.offset = offset_cases(case_set.channels[0], ranges)
     return out
 
 
@@ -370,6 +374,9 @@ def plan(
         reach = 4 if quick else 8 if not gpu else 16
     median = math.prod(physical[a] / spacing[a] for a in axes)
     hints = list(case_set.notes)
+    if f.offset:
+        some = f"{', '.join(f.offset[:5])}{', …' * (len(f.offset) > 5)}"
+        hints.append(f"The CT of {counted(len(f.offset), 'case')} ({some}) has no value below 0, {OFFSET}.")
     if median > reach * budget:
         # As coarse as the budget asks, but never so coarse that the smallest label is thinner than 6 voxels, nor its typical object
         # than 6 (quick: 4).
@@ -465,9 +472,7 @@ def plan(
 
     # Intensity.
     names: list[str] = list(case_set.channels)
-    ct = (
-        len(names) == 1 and (re.search(r"\bct\b", names[0], re.IGNORECASE) is not None or f.hu) and f.intensity["low"] < f.intensity["high"]
-    )
+    ct = len(names) == 1 and (CT.search(names[0]) is not None or f.hu) and f.intensity["low"] < f.intensity["high"]
     intensity: dict[str, Any]
     if ct:
         intensity = {"mode": "ct-foreground", **{k: float(f"{v:.5g}") for k, v in f.intensity.items()}}

@@ -39,8 +39,8 @@ TRUTH, FOUND = "#4ade80", "#ff5fd2"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 NAMED = 10  # curves in a legend: with 15 it is taller than its figure
 HEADINGS = {
-    "dice": "Dice", "dice_3_clicks": "Dice, 3 clicks", "hausdorff95_mm": "HD 95 % (mm)", "hausdorff_mm": "HD (mm)",
-    "surface_dice": "Surface Dice",
+    "dice": "Dice", "dice_where_present": "Dice where present", "dice_3_clicks": "Dice, 3 clicks",
+    "hausdorff95_mm": "HD 95 % (mm)", "hausdorff_mm": "HD (mm)", "surface_dice": "Surface Dice",
     "sensitivity": "Sensitivity", "specificity": "Specificity", "precision": "Precision", "auc": "AUC",
     "volume_ml": "Volume (mL)", "truth_ml": "True volume (mL)", "volume_error_percent": "Volume error (%)",
 }  # fmt: skip
@@ -428,7 +428,7 @@ def write(folder: str | Path) -> Path:
         facts=facts,
         stale=stale,
         figure=metrics.text,
-        summary_columns=[(k, HEADINGS[k], digits[k]) for k in columns if any(k in own for own in facts["labels"].values())],
+        summary_columns=[(k, HEADINGS[k], digits.get(k, 3)) for k in HEADINGS if any(k in own for own in facts["labels"].values())],
         columns=[("case", "Case"), ("label", "Label"), *((k, HEADINGS[k]) for k in columns), ("state", "State")],
         rows=[
             [_cell(r.get(k), digits.get(k, 3)) for k in ("case", "label", *columns, "state")] for r in sorted(rows, key=lambda r: r["dice"])

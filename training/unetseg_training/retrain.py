@@ -374,8 +374,9 @@ def _configured(
     data["fit"]["accelerator"] = device
     if minutes is not None:
         data["fit"]["minutes"] = float(f"{1.35 * minutes:.3g}")  # should the machine be busier than when it was measured
-    if quick and data["fit"]["validate_every"] <= 5:  # a curve of two points says nothing; of whole scans more take all of the time
-        data["fit"]["validate_every"] = min(2, data["fit"]["validate_every"])
+    every, fit = data["fit"]["validate_every"], data["fit"]
+    if quick and fit["validate_cases"] * 2 >= 2 * every > 4:  # a curve of two points says nothing; in the same time, on fewer cases
+        fit |= {"validate_every": 2, "validate_cases": fit["validate_cases"] * 2 // every}
     data["model"] = _named(job, base, case_set, facts, data)
     made.config = config_file.parse(data, "the plan")
     checked = len(_held_out(case_set, quick, made.config.model.task == "click"))
@@ -556,6 +557,8 @@ def compare(
     Figures are means with bootstrap intervals by patient; volume errors count without their sign. folder: gets the worst
     cases' image and masks, these in the new model's values, cut to what is marked. "before" is null where the base gives none of
     the labels, or cannot run; labels that no case marks are left out, and means over labels are of those that both models give.
+    "present": the cases that hold the label, "missed" and "false" {"before", "after"}: those where it was not found, or found though
+    there is none; over labels a case counts for each. metrics.WHERE_PRESENT: the Dice of those that hold it, where others do not.
     Models of clicks are clicked at in each lesion, at the same first place, and judged after clicks.JUDGED: "cases" and "rows"
     are then lesions. unjudged: {label: cases whose masks tell nothing of it}, which are not scored for it.
     """
@@ -619,8 +622,9 @@ def compare(
     out: dict[str, Any] = {"cases": len({r["case"] for r in rows["after"]}), "patients": len({r["patient"] for r in rows["after"]})}
     out |= {"task": new.card.data["task"]}
     figures = (*FIGURES, *([THREE_CLICKS] if clicked else []))
-    out["labels"] = {n: {f: _figures(rows, f, [n]) for f in figures} for n in names}
-    out["mean"] = {"dice": _figures(rows, "dice", list(_compared(rows)))}
+    out["labels"] = {n: {f: _figures(rows, f, [n]) for f in figures} | _present(rows, [n]) for n in names}
+    both = list(_compared(rows))
+    out["mean"] = {"dice": _figures(rows, "dice", both)} | _present(rows, both)
     old = {(r["case"], r["label"]): r["dice"] for r in rows["before"]}
     out["rows"] = [
         {"case": r["case"], "label": r["label"], "dice_before": _round(old.get((r["case"], r["label"]))), "dice_after": _round(r["dice"])}
@@ -706,10 +710,23 @@ def _figures(rows: dict[str, list[metrics.Row]], figure: str, names: Sequence[st
     return {"before": mean(before), "after": mean(after), "change": change}
 
 
+def _present(rows: dict[str, list[metrics.Row]], names: Sequence[str]) -> dict[str, Any]:
+    """What a mean over all cases hides where some lack a label: see compare()."""
+    own = {k: [r for r in rs if r["label"] in names] for k, rs in rows.items()}
+    held = {k: [r for r in rs if r["state"] in metrics.PRESENT] for k, rs in own.items()}
+    out: dict[str, Any] = {"present": len(held["after"])}
+    out |= {s: {k: sum(r["state"] == s for r in rs) if rs else None for k, rs in own.items()} for s in ("missed", "false")}
+    if 0 < len(held["after"]) < len(own["after"]):
+        out[metrics.WHERE_PRESENT] = _figures(held, "dice", names)
+    return out
+
+
 def verdict(facts: dict[str, Any], problem: str = "") -> tuple[str, str]:
     """("better" | "same" | "worse" | "", sentence) from compare()'s figures.
 
-    Worse: the mean Dice fell by more than SAME, certain or not, or that of a label by more than twice that and beyond chance.
+    Worse: the mean Dice fell by more than SAME, certain or not, or that of a label by more than twice that and beyond chance; or,
+    where some cases lack a label, that of those that hold it by more than twice that: on 20 cases, 14 of them empty, a model that
+    finds nothing has 0.7, and one that finds all, and a little in the empty ones, 0.3.
     Better only where it rose by more than SAME and chance (the 95 % interval, of FEWEST_SURE patients at least) does not explain it.
     """
     clicked = facts.get("task") == "click"
@@ -724,11 +741,20 @@ def verdict(facts: dict[str, Any], problem: str = "") -> tuple[str, str]:
     figures = f"mean Dice {dice['before']['mean']:.3f} before and {after['mean']:.3f} after, {on}"
     if change["low"] is not None:
         figures += f" (change {change['mean']:+.3f}, 95 % interval {change['low']:+.3f} to {change['high']:+.3f})"
-    changes = {name: own["dice"]["change"] for name, own in facts["labels"].items()}
-    fallen = {n: -c["mean"] for n, c in changes.items() if c and c["mean"] < -2 * SAME and (c["high"] is None or c["high"] < 0)}
-    lost = "; ".join(f"{name} fell by {by:.3f}" for name, by in fallen.items())
-    if change["mean"] < -SAME or fallen:
-        return "worse", f"Worse: {figures}{'; ' + lost if lost else ''}. Keep the former model, or correct more cases and retrain."
+    lost = [
+        f"{name} fell by {-c['mean']:.3f}{where}"
+        for name, own in facts["labels"].items()
+        for figure, where in (("dice", ""), (metrics.WHERE_PRESENT, " where there is some"))
+        if (c := own.get(figure, {}).get("change")) and c["mean"] < -2 * SAME and (c["high"] is None or c["high"] < 0)
+    ]
+    held = facts["mean"].get(metrics.WHERE_PRESENT)
+    if held and held["change"]["mean"] < -2 * SAME:
+        found = (
+            f"{held[k]['mean']:.3f} {k} (missed {facts['mean']['missed'][k]} of {facts['mean']['present']})" for k in ("before", "after")
+        )
+        lost.append(f"it does worse where there is something to find: mean Dice {' and '.join(found)}")
+    if change["mean"] < -SAME or lost:
+        return "worse", f"Worse: {'; '.join([figures, *lost])}. Keep the former model, or correct more cases and retrain."
     if change["mean"] > SAME and (change["low"] or 0) > 0 and facts["patients"] >= FEWEST_SURE:
         return "better", f"Better: {figures}."
     if change["mean"] > SAME:

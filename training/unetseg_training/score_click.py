@@ -3,20 +3,22 @@
     python -m unetseg_training.score_click [PACKAGE] [--limit N]
 
 The first click is a random voxel of the nodule, each next one lies deepest in the largest connected error, positive or
-negative, as a person would place it. Everything runs through ClickSession, the deployed path.
+negative, as a person would place it. Boxes fit, or are drawn more or less loosely. Everything runs through ClickSession, the deployed path.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from UNetSegmentationLib.image import Image, read_image
-from UNetSegmentationLib.inference.click import MODEL, ClickSession
+from UNetSegmentationLib.image import Box, Image, read_image
+from UNetSegmentationLib.inference.click import MODEL, ClickSession, box_prompt
 from UNetSegmentationLib.inference.predict import Options
+from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import ModelPackage, find_model
 
 from . import clicks
@@ -58,6 +60,33 @@ def held_out(package: ModelPackage, limit: int | None = None) -> Iterator[dict[s
                 "first_click_worst_of_3": round(min(scores[0], *others), 4),
                 "seconds": round(float(np.median(seconds)), 3),
             }
+
+
+BOXES = (1.0, 1.25, 1.5, 2.0, 2.5)  # times the nodule's size in each direction
+
+
+def boxed(package: ModelPackage, limit: int | None = None) -> Iterator[tuple[str, list[float]]]:
+    """For each held-out nodule its set and the Dice of a box of each size of BOXES, up to an eighth of the nodule's size aside; NaN where
+    the box does not lie in the image, as crops end close to their nodule."""
+    rng = np.random.default_rng(20261130)
+    engine: Any = None
+    for kind, case_set in zip(("crop", "cube"), nodules()[:2]):
+        for case in part(case_set, True)[:limit]:
+            assert case.label is not None
+            image, truth = read_image(case.images[0]), read_image(case.label).array > 0
+            session = ClickSession(image, package, engine, options=Options(engine="onnx", device="cpu"))
+            engine = session._engine
+            lesion = Box.of(truth)
+            size, middle = np.array(lesion.shape), (np.array(lesion.start) + lesion.stop) / 2
+            scores = []
+            for times in BOXES:
+                low = np.rint(middle + rng.uniform(-0.125, 0.125, 3) * size - times * size / 2).astype(int)
+                box = Box(tuple(low), tuple(low + np.rint(times * size).astype(int)))
+                scores.append(math.nan)
+                if times == 1 or box & Box.whole(truth.shape) == box:
+                    session.replay([box_prompt(image, box)])
+                    scores[-1] = dice(session.mask, truth)
+            yield kind, scores
 
 
 def whole_scans() -> Iterator[tuple[str, Image, np.ndarray]]:
@@ -139,6 +168,12 @@ def main() -> None:
     for name, figures in table(rows).items():
         print(f"{name:14}", figures)
     print("median seconds a click:", np.median([r["seconds"] for r in rows]))
+    drawn = list(boxed(package, options.limit))
+    for kind in ("crop", "cube"):
+        for times, dices in zip(BOXES, np.array([scores for of, scores in drawn if of == kind]).T):
+            known = dices[np.isfinite(dices)]
+            if known.size:
+                print(f"{kind}s, a box of {times} times the size: {known.mean():.3f} of {known.size}")
     for name, image, truth in whole_scans():
         session = ClickSession(image, package, options=Options(engine="onnx", device="cpu"))
         inside = np.argwhere(truth)

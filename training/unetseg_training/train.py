@@ -55,7 +55,8 @@ with warnings.catch_warnings():
     import lightning as L
     from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+    from lightning.pytorch import callbacks as lightning_callbacks
+    from lightning.pytorch.callbacks import Callback, Checkpoint
     from lightning.pytorch.strategies import DDPStrategy
 
 if TYPE_CHECKING:
@@ -588,14 +589,26 @@ def awake() -> float:
     return time.monotonic()
 
 
+class EarlyStopping(lightning_callbacks.EarlyStopping):
+    """By planned validations alone: that of an epoch in which time was up would end a run that goes on sooner than one with more time.
+
+    Named as its base, by which checkpoints hold its state.
+    """
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if (trainer.current_epoch + 1) % pl_module.job.fit.validate_every == 0:
+            super().on_validation_end(trainer, pl_module)
+
+
 class Keeper(Checkpoint):
-    """After each epoch: the best averaged weights, then the checkpoint; and an end when the time is used up."""
+    """After each epoch: the best averaged weights, then the checkpoint; and an end, with a validation, when the time is used up."""
 
     def __init__(self, folder: Path, fit: Fit) -> None:
         super().__init__()
         self.folder, self.fit = folder, fit
         self.best, self.epoch, self.labels = -math.inf, -1, dict[str, float]()
         self.seconds, self._since = 0.0, 0.0
+        self._dice = -math.inf  # of this epoch, where it is validated
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
         self._since = self._since or awake()
@@ -607,17 +620,30 @@ class Keeper(Checkpoint):
     def late(self) -> bool:
         return bool(self.fit.minutes) and self.seconds > 60 * (self.fit.minutes or 0)
 
+    def _count(self) -> None:
+        now = awake()
+        self.seconds, self._since = self.seconds + now - self._since, now
+
+    def _up(self, trainer: L.Trainer) -> bool:
+        return trainer.strategy.broadcast(self.late())  # by its own clock one process would stop while the others wait for it
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        if trainer.is_last_batch:
+            self._count()
+            if self._up(trainer):  # Lightning reads next whether to validate: the last epoch is, whatever fit.validate_every
+                trainer.check_val_every_n_epoch = 1
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        self._count()
+        self._dice = float(trainer.callback_metrics["dice"])
+
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
         if not all(p.isfinite().all() for p in module.model.parameters()):  # a checkpoint of them could never be gone on from
             raise UserError(
                 f"The weights are no numbers after epoch {trainer.current_epoch + 1}; lower fit.learning_rate or set fit.precision to 32, "
                 f"and train again{_kept(trainer)}."
             )
-        now = awake()
-        self.seconds, self._since = self.seconds + now - self._since, now
-        dice = trainer.callback_metrics.get("dice")
-        validated = module.job.validator is not None and (trainer.current_epoch + 1) % self.fit.validate_every == 0
-        value = float(dice) if dice is not None and validated else -math.inf
+        value, self._dice = self._dice, -math.inf
         # Until the first validation the latest weights are the best known.
         if value > self.best or self.best == -math.inf:
             self.best, self.epoch, self.labels = value, trainer.current_epoch, dict(module.last_scores)
@@ -625,7 +651,7 @@ class Keeper(Checkpoint):
                 weights = {k: v.detach().cpu().contiguous() for k, v in module.average.state_dict().items()}
                 _write(self.folder / WEIGHTS, save_tensors(weights, {"network": json.dumps(module.job.network.to_json())}))
         trainer.save_checkpoint(self.folder / CHECKPOINT)
-        if trainer.strategy.broadcast(self.late()):  # by its own clock one process would stop while the others wait for it
+        if self._up(trainer):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:

@@ -130,8 +130,12 @@ class Watch(Callback):
         self._end(trainer, "stopped" if stopped else "failed", "" if stopped else f"{exception or type(exception).__name__}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        early = self.live is not None and self.total is not None and trainer.global_step < self.total
-        self._end(trainer, "finished", "before all planned steps, by early stopping or the time that was allowed" if early else "")
+        message = ""
+        if self.live and self.total and trainer.global_step < self.total:
+            stopped = any(s.wait_count >= s.patience for s in trainer.early_stopping_callbacks)
+            why = "by early stopping" if stopped else "as its time (fit.minutes) was up"
+            message = f"after {trainer.current_epoch} of {trainer.max_epochs} epochs, {why}"
+        self._end(trainer, "finished", message)
 
     def state_dict(self) -> dict[str, Any]:
         """The losses since the last validation, which may be some epochs ago."""
