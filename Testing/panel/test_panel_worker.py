@@ -371,6 +371,21 @@ def test_nothing_is_left_when_slicer_is_killed(forever, launcher, between):
         owner.stdout.close()
 
 
+def test_what_is_done_in_a_dataset_folder_is_a_result_though_it_is_cancelled_then(gui, worker, tmp_path):
+    told, judge = [], worker._judge
+    ends = {name: lambda *_, name=name: told.append(name) for name in ("onResult", "onError", "onCancelled")}
+    job = worker.dataset(str(tmp_path), "show", **ends)
+
+    def judged(event):
+        judge(event)
+        if job.answer is not None:
+            worker.cancel(job)  # before the answer is read
+
+    worker._judge = judged
+    gui.wait(lambda: told, STARTED_S)
+    assert told == ["onResult"] and job.asked
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_nothing_is_left_after_shutdown(gui, worker, image, forever, make_package, busy):
     run = Run(gui, worker, 1, image, [forever if busy else make_package()])
@@ -410,6 +425,17 @@ def test_nothing_is_left_of_a_worker_that_had_not_said_its_id(gui, make_worker, 
     worker.shutdown()
     until(lambda: not processes(), "the end of both")
     assert not folder.exists()
+
+
+@POSIX
+def test_a_worker_that_never_starts_is_given_up(gui, make_worker, monkeypatch, tmp_path, image, make_package):
+    from UNetSegmentationPanel import worker as module
+
+    wake = module.PanelWorker._wakeIn
+    monkeypatch.setattr(module, "START_S", 1.0)
+    monkeypatch.setattr(module.PanelWorker, "_wakeIn", lambda self, s: wake(self, s - 0.5))  # as early as Qt's timers of 20 s and more
+    worker = make_worker(script(tmp_path / "python", "exec sleep 100\n"))
+    assert "did not start" in str(Run(gui, worker, 1, image, [make_package()]).end("error", 20))
 
 
 @POSIX

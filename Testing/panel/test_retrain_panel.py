@@ -278,6 +278,7 @@ def test_train_starts_a_job_and_follows_it_to_its_end(panel: Any, dataset: Path,
     p.gui.click(p.ui.stopTrainingButton)
     p.settle()
     assert (folder / "stop").exists()
+    assert p.ui.jobMessage.text == "Stopping …" and not p.ui.stopTrainingButton.enabled  # a step, or an epoch, may take a minute
     retraining.change(folder, state="checking", fraction=0.9, seconds_left=None)
     p.look()
     assert p.ui.jobMessage.text == "Checking on held-out cases" and not p.ui.stopTrainingButton.enabled
@@ -288,6 +289,9 @@ def test_train_starts_a_job_and_follows_it_to_its_end(panel: Any, dataset: Path,
 
     p.gui.click(p.ui.resumeTrainingButton)
     assert len(seen) == 2 and p.section.job.running and not (folder / "stop").exists()
+    retraining.change(folder, state="training", fraction=0.2)
+    p.look()
+    assert p.ui.jobMessage.text.startswith("Training") and p.ui.stopTrainingButton.enabled
 
 
 def test_slicers_own_python_is_started_by_its_launcher(panel: Any, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,6 +422,30 @@ def test_a_segmentation_goes_on_while_what_training_needs_is_installed(panel: An
     python["X"] = "1"
     p.section._install.end()
     assert UNetSegmentationPanel.panelWorker() is worker and not worker._closed and worker.python == "python-of-torch"
+
+
+def test_nothing_else_is_begun_while_what_training_needs_is_installed(panel: Any, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training that waits for it would not begin then."""
+    from UNetSegmentationPanel import installer
+
+    plan = Plan((Package("torch", "2.13.0", 190_000_000),))
+    monkeypatch.setattr(installer, "planTraining", lambda *answers: FakeJob(answers, "done", plan))
+    monkeypatch.setattr(installer, "installTraining", lambda plan, *answers: FakeJob(answers, "done", None))
+    launched(monkeypatch, {})
+    retraining.make_job(dataset, state="stopped", kept=True, pid=None)
+    p = panel(dataset)
+    others = p.ui.resumeTrainingButton, p.ui.finishTrainingButton, p.ui.dropTrainingButton, p.ui.decideWidget
+    assert all(each.enabled for each in others) and p.ui.resumeTrainingButton.visible
+    p.gui.dialogs.answer(True)
+    p.gui.click(p.ui.trainButton)
+    assert not any(each.enabled for each in others)
+    p.section._install.end()
+    assert p.ui.trainMessage.text == "Installing …" and not any(each.enabled for each in others)
+    p.gui.click(p.ui.trainButton)  # Cancel
+    assert all(each.enabled for each in others)
+    p.gui.click(p.ui.trainButton)
+    p.section.close()
+    assert p.section._install is None  # nor does it go on when Slicer quits
 
 
 def test_what_is_trained_is_what_was_shown_when_train_was_pressed(panel: Any, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -578,6 +606,18 @@ def test_of_several_trainings_the_one_that_runs_is_found_again(panel: Any, tmp_p
     assert p.section.job.name == "old" and p.ui.stopTrainingButton.visible and p.section.root.text == "Retrain: 35 %"
 
 
+def test_of_several_trainings_an_answer_about_another_is_not_shown(panel: Any, tmp_path: Path) -> None:
+    retraining.make_job(tmp_path / "cases", title="new")
+    old = retraining.make_job(tmp_path / "cases", "20260101-010101-old", title="old", state="failed", text="No space.", started=1.0)
+    p = panel()
+    seen, onLook = [], p.section._onLook
+    p.section._onLook = lambda folder, answer: (onLook(folder, answer), seen.append((folder, p.section.job.folder)))
+    p.section._tick()
+    p.ui.jobCombo.activated.emit(1)
+    p.settle()
+    assert len({folder for folder, _shown in seen}) == 2 and {shown for _folder, shown in seen} == {old}
+
+
 def test_none_is_resumed_beside_the_one_that_runs(panel: Any, tmp_path: Path) -> None:
     running = retraining.make_job(tmp_path / "cases", title="new")
     retraining.make_job(tmp_path / "cases", "20260101-010101-old", title="old", state="stopped", kept=True, started=1.0)
@@ -651,6 +691,40 @@ def test_curves_grow_in_the_plot_views_and_leave_no_trace(panel: Any, gui: Any, 
 
     assert not trainingviews.ours(slicer.mrmlScene, "curves")
     assert slicer.mrmlScene.GetNumberOfNodes() - nodes <= 8  # the views' own nodes, which Slicer keeps
+
+
+def test_of_another_training_only_its_own_curves_and_examples_are_shown(panel: Any, tmp_path: Path) -> None:
+    import slicer
+
+    old = retraining.make_job(tmp_path / "cases", "20260101-010101-old", title="old", state="failed", text="No space.", started=1.0)
+    lines = retraining.curve(200)
+    retraining.make_pictures(old, lines)
+    retraining.write_lines(old / "live.jsonl", lines)
+    new = retraining.make_job(tmp_path / "cases", title="new")
+    retraining.write_lines(new / "live.jsonl", retraining.curve(30, labels=("Nodule",)))  # before its first validation
+    p = panel()
+
+    def show(i: int) -> tuple[list[str], bool]:
+        p.ui.jobCombo.setCurrentIndex(i)
+        p.ui.jobCombo.activated.emit(i)
+        p.look()
+        p.gui.click(p.ui.curvesButton)
+        p.look()
+        chart = p.section._curves.dice_chart
+        names = [chart.GetNthPlotSeriesNode(i).GetName() for i in range(chart.GetNumberOfPlotSeriesNodes())]
+        view = slicer.app.layoutManager().sliceWidget("UNetExamples").mrmlSliceCompositeNode()
+        return names, bool(view.GetBackgroundVolumeID())
+
+    names, examples = show(1)
+    assert names[1].startswith("Best: 0.") and names[2:] == ["Anterior", "Posterior"] and examples
+    assert show(0) == (["Mean", "Best"], False)
+    retraining.write_lines(new / "live.jsonl", retraining.curve(60, labels=("Nodule",)))
+    p.look()
+    assert set(columns(p.section._curves._checks)) == {"step", "loss", "dice", "dice Nodule"}
+    assert show(1) == (names, True)
+    slicer.app.layoutManager().setLayout(slicer.vtkMRMLLayoutNode.SlicerLayoutOneUpRedSliceView)
+    p.look()
+    assert show(1) == (names, True)  # of the same training again
 
 
 def test_another_layout_or_a_closed_scene_ends_the_curves_only(panel: Any, gui: Any, tmp_path: Path) -> None:

@@ -193,6 +193,7 @@ def test_a_correction_becomes_a_case_and_what_changed_is_said(hands: Hands) -> N
     assert "vessel: 0 voxels added (0 ml), 280 removed" in hands.add()  # deleted as a whole
     assert np.count_nonzero(read_image(hands.only.model).array == 2) == 280
     hands.whole()
+    assert not sys.modules["UNetSegmentationPanel"].dataWorker()._volumes  # no patient's voxels wait there
     clone = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode")
     clone.Copy(hands.widget._parameters.volume)  # as Crop Volume does, and Data's Clone
     hands.widget._parameters.volume = clone
@@ -812,6 +813,19 @@ def test_a_folder_that_does_not_answer_is_given_up(hands: Hands) -> None:
 
 
 @POSIX
+def test_a_folder_that_does_not_answer_is_given_up_though_a_case_waits(hands: Hands) -> None:
+    hands.drawn(thing=box((2, 6), (2, 6), (2, 6)))
+    hands.add()
+    hands.scan(1)
+    hands.drawn(thing=box((3, 6), (2, 6), (2, 6)))
+    hands.section._late.setInterval(2000)
+    os.kill(sys.modules["UNetSegmentationPanel"].dataWorker().pid, signal.SIGSTOP)
+    hands.section.refresh()
+    hands.gui.wait(lambda: hands.section._late.active, RUN_S)
+    assert hands.add().startswith("Added as") and hands.ui.setStatusLabel.text.startswith("2 cases")
+
+
+@POSIX
 def test_a_worker_that_starts_slowly_is_no_folder_that_is_silent(hands: Hands, tmp_path: Path) -> None:
     from UNetSegmentationLib.worker.client import find_python
 
@@ -827,6 +841,26 @@ def test_a_worker_that_starts_slowly_is_no_folder_that_is_silent(hands: Hands, t
 
 
 # ------------------------------------------------------------------------------------------------- for the other sections
+
+
+def test_a_refusal_is_said_as_long_as_it_holds(hands: Hands) -> None:
+    import slicer
+    from mrml_scenes import add_segment
+
+    told: list[tuple[str | None, str]] = []
+    hands.section.addCurrent(lambda *end: told.append(end))
+    hands.settle()
+    assert told == [(None, "Choose the corrected segmentation.")] and hands.ui.setMessage.text == told[0][1]
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "By hand")
+    node.SetReferenceImageGeometryParameterFromVolumeNode(hands.volume)
+    add_segment(node, "thing", box((2, 6), (2, 6), (2, 6)), hands.volume)
+    hands.settle()
+    assert hands.section.segmentation() is node and not hands.ui.setMessage.text
+    for _ in range(2):
+        hands.section.addCurrent(lambda *end: told.append(end))
+    assert hands.ui.setMessage.text == "Reading the segments …"
+    hands.settle()
+    assert told[1] == (None, "A case is still being added; wait for it.") and told[2] == (hands.only.name, hands.ui.setMessage.text)
 
 
 def test_add_current_tells_its_end_once(hands: Hands, tmp_path: Path) -> None:

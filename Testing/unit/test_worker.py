@@ -993,9 +993,12 @@ def test_too_little_memory_is_a_sentence(client, tmp_path, image, make_package):
     model = greedy_package(tmp_path)
     volume = client.load_volume(image)
     pid = client.start()["pid"]
+    client.predict(volume, [make_package()], QUICK)
+    assert client.ping()["engines"] == 1
     with pytest.raises(WorkerError, match="not enough memory; .*smaller") as e:
         client.predict(volume, [model], QUICK)
     assert e.value.kind == "memory"
+    assert client.ping()["engines"] == client.ping()["models"] == 0  # what was kept for a next time makes room
     assert client.predict(volume, [make_package()], QUICK).labels.array.any() and client.pid == pid
 
 

@@ -111,6 +111,7 @@ class RetrainSection(VTKObservationMixin):
         self._of = ""  # the training set that this choice is for
         self._asked: list[str] = []  # what Train was pressed for; the installation that may come first takes minutes
         self._said = ""  # what went wrong with the last thing the person asked for
+        self._stopping: tuple[Path, str] | None = None  # the training that was asked to stop, and its state then
         self._install: Any = None  # an installer's Job
         self._task: Any = None  # likewise, of what this module asks for
         self._watch, self._elsewhereWatch = Watch(), Watch()  # another drive holds up another process
@@ -226,11 +227,14 @@ class RetrainSection(VTKObservationMixin):
             self._withPython(self._begin, self._plan)
 
     def onStop(self) -> None:
+        job = self.job
+
         def stopped(answer: dict[str, Any]) -> None:
+            self._stopping = None if "error" in answer else (job.folder, job.state)
             self._say(answer.get("error", ""))
             self._poll(0)
 
-        self._look(stopped, stop=str(self.job.folder))
+        self._look(stopped, stop=str(job.folder))
 
     def onResume(self, finish: bool = False) -> None:
         """Go on where it ended; finish: not with the training, but with the check of the best so far."""
@@ -250,11 +254,10 @@ class RetrainSection(VTKObservationMixin):
         self._endComparison()
         if not self._views().show(trainingviews.CURVES):
             return
-        if self._curves is None or not self._curves.alive:
-            self._curves = trainingviews.Curves(slicer.mrmlScene)
+        self._curves = trainingviews.Curves(slicer.mrmlScene)  # nothing of a training that was shown before
+        trainingviews.remove(slicer.mrmlScene, "pictures")
         trainingviews.show_charts(self._curves)
-        self._curves.show([], anew=True)
-        self._anew, self._live = True, {}
+        self._anew, self._live, self._pictures = True, {}, []
         self._showViews()
         self._poll(0)
 
@@ -484,6 +487,7 @@ class RetrainSection(VTKObservationMixin):
         from UNetSegmentationLib import training
 
         self._leaveViews()
+        self._stopping = None  # it may be the same one, resumed
         job = training.decode(answer["job"])
         self.jobs = [job, *(j for j in self.jobs if j.folder != job.folder)]
         self._choose(job)
@@ -805,11 +809,12 @@ class RetrainSection(VTKObservationMixin):
         ui.trainMessage.visible = bool(text)
         ui.installBar.visible = installing
         ui.trainButton.text = _("Cancel") if installing else _("Train")
-        ui.trainButton.enabled = installing or not problem and self._task is None
+        free = self._task is None and not installing  # whose end asks for a task, and there is one at a time
+        ui.trainButton.enabled = installing or not problem and free
         for each in (ui.decideWidget, ui.dropTrainingButton):
-            each.enabled = self._task is None
+            each.enabled = free
         for button in (ui.resumeTrainingButton, ui.finishTrainingButton):
-            button.enabled = self._task is None and not self._trains()
+            button.enabled = free and not self._trains()
         tip = _("Make a new model in the background; this one and the training set stay as they are.")
         ui.trainButton.toolTip = plainTip(problem or tip)
         self.panel.torchRow.hold(self._needsTorch())
@@ -866,7 +871,7 @@ class RetrainSection(VTKObservationMixin):
             if ui.jobMessage.text != text:
                 ui.jobMessage.text = text
             ui.stopTrainingButton.visible = job.running
-            ui.stopTrainingButton.enabled = job.state != "checking"
+            ui.stopTrainingButton.enabled = job.state != "checking" and self._stopping != (job.folder, job.state)
             ui.resumeTrainingButton.visible = job.resumable
             ui.dropTrainingButton.visible = job.resumable and job.package is None
             ui.finishTrainingButton.visible = job.resumable and job.kept and job.package is None
@@ -882,6 +887,8 @@ class RetrainSection(VTKObservationMixin):
                 return job.text
             state = _states()[job.state][0].upper() + _states()[job.state][1:]
             return f"{state}. {self._fate(job)}".strip()
+        if self._stopping == (job.folder, job.state):
+            return _("Stopping …")
         words = {"preparing": _("Preparing"), "training": _("Training"), "checking": _("Checking on held-out cases")}
         parts = [words[job.state]]
         if job.state == "preparing" and job.text:

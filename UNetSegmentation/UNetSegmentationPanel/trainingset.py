@@ -184,7 +184,8 @@ class TrainingSetSection(VTKObservationMixin):
             problem = self.problem()
         if problem:
             self.root.collapsed = False
-            self._say(problem)
+            if not self.busy:
+                self._say("")  # the hint says it, as long as it holds
             if problem == self._failed:
                 self.refresh()  # its drive may be there again
             qt.QTimer.singleShot(0, lambda: onDone(None, problem))
@@ -460,7 +461,6 @@ class TrainingSetSection(VTKObservationMixin):
     def _send(self) -> None:
         assert self._adding is not None
         self._idle.stop()
-        self._late.stop()
         self._adding.job = None
         self._say(_("Reading the segments"))
         self._pieces.add(self._steps(self._adding))
@@ -551,7 +551,7 @@ class TrainingSetSection(VTKObservationMixin):
 
     def _onAdded(self, adding: _Adding, data: dict[str, Any]) -> None:
         if adding.folder == self.folder:
-            self.summary = data["summary"]
+            self.summary, self._failed = data["summary"], ""  # a look before that was given up may have failed
         for node in adding.volumes:  # whichever of them another model has as its first
             if node is not None and node.GetScene() is not None:
                 # With the node, as Slicer gives what it crops, filters or clones of it the same attributes.

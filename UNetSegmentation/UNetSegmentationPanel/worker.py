@@ -366,7 +366,7 @@ class PanelWorker:
         if self._session.hello is None:
             job.note = 0.0, "starting the worker"
             yield
-            self._wakeIn(START_S)
+            self._wakeIn(START_S + 1)  # Qt rounds 20 s and more to whole seconds: of nine timers three came up to 0.33 s early
         while self._session.hello is None:
             if time.monotonic() > self._began + START_S:
                 self._kill()
