@@ -319,7 +319,7 @@ def test_from_nodules_to_lesions_of_the_liver_by_the_command(livers, base, model
     assert "held-out lesions of 1 patient, after one click" in result["sentence"] and job.text == result["sentence"]
     assert result["cases"] == 2 and result["task"] == "click" and set(result["labels"]) == {"Cyst", "Metastasis"}
     figures = result["labels"]["Cyst"]
-    assert set(figures) == {"dice", "hausdorff95_mm", "volume_error_percent", "dice_3_clicks"}
+    assert set(figures) == {"dice", "hausdorff95_mm", "volume_error_percent", "dice_3_clicks", "present", "missed", "false"}
     # The base marks everything that is not lung, so it finds nothing that ends.
     assert figures["dice"]["before"]["mean"] == 0 and 0 <= figures["dice"]["after"]["mean"] <= 1
     worst = result["worst"][0]
