@@ -22,6 +22,7 @@ from UNetSegmentationLib.measure import dice
 from UNetSegmentationLib.model import ModelPackage, find_model
 
 from . import clicks
+from .cases import Case
 from .lidc import data_folder, nodules, part, textures
 from .lung_nodule_click import load
 
@@ -34,32 +35,38 @@ def play(session: ClickSession, truth: np.ndarray, first: tuple[int, ...], count
     return [turn.dice for turn in turns], [turn.seconds for turn in turns if turn.seconds is not None]
 
 
-def held_out(package: ModelPackage, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """A row for each held-out nodule: Dice after 1 to CLICKS clicks, the worst of two further first clicks, and what kind it is."""
-    rng = np.random.default_rng(20261122)
+def _sessions(package: ModelPackage, limit: int | None) -> Iterator[tuple[str, Case, ClickSession, np.ndarray]]:
+    """Of each held-out nodule its set, its case, a session of one engine for all, and the truth (z, y, x)."""
     engine: Any = None
     for kind, case_set in zip(("crop", "cube"), nodules()[:2]):
         for case in part(case_set, True)[:limit]:
             assert case.label is not None
-            file = case.images[0].name
             image, truth = read_image(case.images[0]), read_image(case.label).array > 0
             session = ClickSession(image, package, engine, options=Options(engine="onnx", device="cpu"))
             engine = session._engine
-            inside = np.argwhere(truth)
-            firsts = [tuple(int(v) for v in inside[rng.integers(len(inside))]) for _ in range(3)]
-            scores, seconds = play(session, truth, firsts[0])
-            others = [play(session, truth, first, 1)[0][0] for first in firsts[1:]]
-            scan = load(case)
-            yield {
-                "set": kind,
-                "case": file,
-                "diameter_mm": round(scan.diameter, 1),
-                "texture": textures().get(file, ""),
-                "attached": int(not scan.isolated),
-                **{f"dice_{n + 1}": round(s, 4) for n, s in enumerate(scores)},
-                "first_click_worst_of_3": round(min(scores[0], *others), 4),
-                "seconds": round(float(np.median(seconds)), 3),
-            }
+            yield kind, case, session, truth
+
+
+def held_out(package: ModelPackage, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """A row for each held-out nodule: Dice after 1 to CLICKS clicks, the worst of two further first clicks, and what kind it is."""
+    rng = np.random.default_rng(20261122)
+    for kind, case, session, truth in _sessions(package, limit):
+        file = case.images[0].name
+        inside = np.argwhere(truth)
+        firsts = [tuple(int(v) for v in inside[rng.integers(len(inside))]) for _ in range(3)]
+        scores, seconds = play(session, truth, firsts[0])
+        others = [play(session, truth, first, 1)[0][0] for first in firsts[1:]]
+        scan = load(case)
+        yield {
+            "set": kind,
+            "case": file,
+            "diameter_mm": round(scan.diameter, 1),
+            "texture": textures().get(file, ""),
+            "attached": int(not scan.isolated),
+            **{f"dice_{n + 1}": round(s, 4) for n, s in enumerate(scores)},
+            "first_click_worst_of_3": round(min(scores[0], *others), 4),
+            "seconds": round(float(np.median(seconds)), 3),
+        }
 
 
 BOXES = (1.0, 1.25, 1.5, 2.0, 2.5)  # times the nodule's size in each direction
@@ -69,24 +76,18 @@ def boxed(package: ModelPackage, limit: int | None = None) -> Iterator[tuple[str
     """For each held-out nodule its set and the Dice of a box of each size of BOXES, up to an eighth of the nodule's size aside; NaN where
     the box does not lie in the image, as crops end close to their nodule."""
     rng = np.random.default_rng(20261130)
-    engine: Any = None
-    for kind, case_set in zip(("crop", "cube"), nodules()[:2]):
-        for case in part(case_set, True)[:limit]:
-            assert case.label is not None
-            image, truth = read_image(case.images[0]), read_image(case.label).array > 0
-            session = ClickSession(image, package, engine, options=Options(engine="onnx", device="cpu"))
-            engine = session._engine
-            lesion = Box.of(truth)
-            size, middle = np.array(lesion.shape), (np.array(lesion.start) + lesion.stop) / 2
-            scores = []
-            for times in BOXES:
-                low = np.rint(middle + rng.uniform(-0.125, 0.125, 3) * size - times * size / 2).astype(int)
-                box = Box(tuple(low), tuple(low + np.rint(times * size).astype(int)))
-                scores.append(math.nan)
-                if times == 1 or box & Box.whole(truth.shape) == box:
-                    session.replay([box_prompt(image, box)])
-                    scores[-1] = dice(session.mask, truth)
-            yield kind, scores
+    for kind, _, session, truth in _sessions(package, limit):
+        lesion = Box.of(truth)
+        size, middle = np.array(lesion.shape), (np.array(lesion.start) + lesion.stop) / 2
+        scores = []
+        for times in BOXES:
+            low = np.rint(middle + rng.uniform(-0.125, 0.125, 3) * size - times * size / 2).astype(int)
+            box = Box(tuple(low), tuple(low + np.rint(times * size).astype(int)))
+            scores.append(math.nan)
+            if times == 1 or box & Box.whole(truth.shape) == box:
+                session.replay([box_prompt(session.image, box)])
+                scores[-1] = dice(session.mask, truth)
+        yield kind, scores
 
 
 def whole_scans() -> Iterator[tuple[str, Image, np.ndarray]]:
